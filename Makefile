@@ -1,0 +1,49 @@
+# `make demo`, `make test` and `make check` each set up all that they need; nothing outside this folder is touched.
+
+PYTHON ?= python3
+BIN := .venv/bin
+STAMP := .venv/.installed
+# Two workers, each on one core: torch would otherwise start a thread per core in each of them.
+TEST_WORKERS ?= 2
+
+.PHONY: help demo test test-slow check format install wheel clean
+.DEFAULT_GOAL := help
+
+help:  ## list what there is to make
+	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 20
+
+demo: $(STAMP)  ## train baseline and refined on the embedded data and compare them: runs/demo/report.html
+	@$(BIN)/i2am ablate experiment=demo
+
+test: $(STAMP)  ## all quick tests
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(TEST_WORKERS) -m "not slow"
+
+test-slow: $(STAMP)  ## the tests that `make test` leaves out
+	@$(BIN)/python -m pytest -q -m slow
+
+check: $(STAMP)  ## lint, formatting, types, direction of imports
+	@echo "ruff check";    $(BIN)/ruff check --quiet .
+	@echo "ruff format";   $(BIN)/ruff format --quiet --check . || { echo "Run 'make format'."; exit 1; }
+	@echo "import-linter"; $(BIN)/lint-imports --no-cache > .venv/lint-imports.log || { cat .venv/lint-imports.log; exit 1; }
+	@echo "mypy";          $(BIN)/mypy
+
+format: $(STAMP)  ## put the code into the project's form
+	@$(BIN)/ruff format --quiet . && $(BIN)/ruff check --quiet --fix .
+
+install: $(STAMP)  ## the virtual environment alone
+
+wheel: $(STAMP)  ## dist/i2am_train-*.whl
+	@$(BIN)/python -m build --wheel --no-isolation
+
+clean:  ## remove the virtual environment and everything that tools cached (not runs/ and data/)
+	@rm -rf .venv build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	@find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(STAMP): pyproject.toml scripts/constraints.txt
+	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(v < (3, 11) and f"Python 3.11 or newer is needed, {sys.executable} is {v[0]}.{v[1]}. Run make PYTHON=/path/to/python3.11 ...")'
+	@test -x $(BIN)/python || { echo "Creating .venv with $$($(PYTHON) --version)"; $(PYTHON) -m venv .venv; }
+	@echo "Installing torch (the largest part, a few minutes on a slow line)"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint scripts/constraints.txt torch torchvision
+	@echo "Installing the other packages (versions: scripts/constraints.txt)"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint scripts/constraints.txt --editable '.[dev]'
+	@touch $@

@@ -1,0 +1,90 @@
+"""Train and judge the attention of image-to-image diffusion models.
+
+The names below are the public Python interface; each is loaded when it is first used, so that
+``import i2am_train`` and the command line cost nothing.
+
+>>> import i2am_train
+>>> i2am_train.GridSize(16, 12).tokens
+192
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from i2am_train.attribution.maps import AttributionMaps as AttributionMaps
+    from i2am_train.attribution.maps import HeatMap as HeatMap
+    from i2am_train.attribution.sites import Recipe as Recipe
+    from i2am_train.attribution.tap import ScoreTap as ScoreTap
+    from i2am_train.attribution.trace import trace as trace
+    from i2am_train.config.store import compose as compose
+    from i2am_train.losses.base import LossVariant as LossVariant
+    from i2am_train.losses.center_weighted import center_weighted as center_weighted
+    from i2am_train.losses.centers import attention_centers as attention_centers
+    from i2am_train.losses.distance_centering import dcml as dcml
+    from i2am_train.losses.objective import AttentionObjective as AttentionObjective
+    from i2am_train.losses.supervised import (
+        correspondence_cross_entropy as correspondence_cross_entropy,
+    )
+    from i2am_train.losses.total_variation import total_variation as total_variation
+    from i2am_train.metrics.correspondence import correspondence_error as correspondence_error
+    from i2am_train.metrics.correspondence import pck as pck
+    from i2am_train.metrics.imacs import imacs as imacs
+    from i2am_train.metrics.registry import image_metric as image_metric
+    from i2am_train.models.sampling import sample as sample
+    from i2am_train.models.tryon import TryOnModel as TryOnModel
+    from i2am_train.types import Branch as Branch
+    from i2am_train.types import Direction as Direction
+    from i2am_train.types import GridSize as GridSize
+    from i2am_train.types import LayerWeighting as LayerWeighting
+    from i2am_train.types import Pairing as Pairing
+    from i2am_train.types import PredictionType as PredictionType
+    from i2am_train.types import Split as Split
+
+__version__ = "0.1.0"
+
+_HOME_OF = {
+    "AttributionMaps": "attribution.maps",
+    "HeatMap": "attribution.maps",
+    "Recipe": "attribution.sites",
+    "ScoreTap": "attribution.tap",
+    "trace": "attribution.trace",
+    "compose": "config.store",
+    "LossVariant": "losses.base",
+    "center_weighted": "losses.center_weighted",
+    "attention_centers": "losses.centers",
+    "dcml": "losses.distance_centering",
+    "AttentionObjective": "losses.objective",
+    "correspondence_cross_entropy": "losses.supervised",
+    "total_variation": "losses.total_variation",
+    "correspondence_error": "metrics.correspondence",
+    "pck": "metrics.correspondence",
+    "imacs": "metrics.imacs",
+    "image_metric": "metrics.registry",
+    "sample": "models.sampling",
+    "TryOnModel": "models.tryon",
+    "Branch": "types",
+    "Direction": "types",
+    "GridSize": "types",
+    "LayerWeighting": "types",
+    "Pairing": "types",
+    "PredictionType": "types",
+    "Split": "types",
+}
+"""Module of each public name; a test keeps this table and the imports above equal."""
+
+__all__ = ["__version__", *_HOME_OF]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME_OF:
+        raise AttributeError(f"module 'i2am_train' has no attribute '{name}'")
+    value = getattr(import_module(f"i2am_train.{_HOME_OF[name]}"), name)
+    globals()[name] = value  # the next use does not come here
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,211 @@
+"""From a configuration to objects: the one place where everything meets. It holds no logic of its own."""
+
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.callbacks import (
+    Callback,
+    EMAWeightAveraging,
+    LearningRateMonitor,
+    ModelCheckpoint,
+    TQDMProgressBar,
+)
+from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger, WandbLogger
+
+from i2am_train.callbacks.evaluation import EvaluationCallback
+from i2am_train.config.build import plain
+from i2am_train.config.locations import checkpoint_folder, dataset_folder
+from i2am_train.config.schema import (
+    AttributionConfig,
+    DataConfig,
+    ObjectiveConfig,
+    OptimizationConfig,
+    SamplingConfig,
+    TrackingConfig,
+    TrainConfig,
+)
+from i2am_train.datasets.datamodule import TryOnDataModule
+from i2am_train.datasets.synthetic import make_dataset
+from i2am_train.errors import CheckpointError, ConfigError
+from i2am_train.evaluation.evaluator import EvaluationSettings
+from i2am_train.losses.base import LossVariant
+from i2am_train.losses.objective import AttentionObjective, TermWeights
+from i2am_train.models.tryon import INDEX_FILE, TryOnModel
+from i2am_train.training.checkpoint_io import AtomicCheckpointIO
+from i2am_train.training.module import TryOnModule
+from i2am_train.training.step import TrainingObjective
+from i2am_train.types import Pairing
+
+MODEL_FOLDER = "model"
+"""Where a finished run keeps its model, inside the run folder."""
+
+
+def model_folder(name: str) -> Path:
+    """The model's folder that ``init`` or ``checkpoint`` means: shipped, a model's own, or a finished run's."""
+    folder = checkpoint_folder(name)
+    inside = folder / MODEL_FOLDER
+    if not (folder / INDEX_FILE).is_file() and (folder / "settings.json").is_file():
+        if not (inside / INDEX_FILE).is_file():
+            raise CheckpointError(
+                f"The run in {folder} is not finished: it has no {MODEL_FOLDER}/. "
+                "Give its training command again to finish it."
+            )
+        return inside
+    return folder
+
+
+def load_model(name: str, data: DataConfig) -> TryOnModel:
+    """The checkpoint's model, checked to be of the images' size."""
+    folder = model_folder(name)
+    model = TryOnModel.from_pretrained(folder)
+    if model.image_size != data.size:
+        raise CheckpointError(
+            f"The model in {folder} was made for images of {model.image_size}, and the data is set to "
+            f"{data.size}. Set data.height={model.image_size.height} data.width={model.image_size.width}, "
+            "or choose another checkpoint."
+        )
+    return model
+
+
+def prepare_data(data: DataConfig) -> Path:
+    """The dataset's folder; the embedded dataset is made if it is not there yet."""
+    if data.layout != "viton_hd":
+        raise ConfigError(
+            f"data.layout={data.layout} cannot be read yet. Convert the category to VITON-HD's layout "
+            "(see data/README.md) and set data.layout=viton_hd."
+        )
+    if data.root is not None:
+        return data.root
+    synthetic = data.synthetic
+    root = dataset_folder(data.size, synthetic.train, synthetic.test, synthetic.seed)
+    if not root.is_dir():
+        make_dataset(root, synthetic.train, synthetic.test, data.size, synthetic.seed, progress=True)
+    return root
+
+
+def make_datamodule(
+    data: DataConfig,
+    root: Path,
+    *,
+    seed: int,
+    eval_batch_size: int,
+    validation_samples: int = 0,
+    test_samples: int | None = None,
+    pairing: Pairing = Pairing.PAIRED,
+) -> TryOnDataModule:
+    """Loaders of training, validation and test samples."""
+    return TryOnDataModule(
+        root,
+        data.size,
+        batch_size=data.batch_size,
+        eval_batch_size=eval_batch_size,
+        workers=data.workers,
+        augment=data.augment,
+        seed=seed,
+        validation_samples=validation_samples,
+        test_samples=test_samples,
+        test_pairing=pairing,
+    )
+
+
+def make_objective(objective: ObjectiveConfig, optimization: OptimizationConfig) -> TrainingObjective:
+    """The losses of training."""
+    return TrainingObjective(
+        attention=AttentionObjective(
+            weights=TermWeights(**objective.weights),
+            variant=LossVariant(objective.variant),
+            margin=objective.margin,
+            sigma=objective.sigma,
+            supervised_sigma=objective.sigma,
+            detach_centers=objective.detach_centers,
+        ),
+        layer=objective.layer,
+        snr_gamma=optimization.snr_gamma,
+    )
+
+
+def make_settings(
+    sampling: SamplingConfig, attribution: AttributionConfig, metrics: list[str]
+) -> EvaluationSettings:
+    """What an evaluation samples and scores."""
+    return EvaluationSettings(sampling=sampling, attribution=attribution, metrics=tuple(metrics))
+
+
+def make_loggers(tracking: TrackingConfig, folder: Path, settings: dict[str, Any]) -> list[Logger]:
+    """CSV, TensorBoard and W&B, all inside the run folder."""
+    loggers: list[Logger] = []
+    if tracking.csv:
+        loggers.append(CSVLogger(folder.parent, name=folder.name, version=""))
+    if tracking.tensorboard:
+        loggers.append(TensorBoardLogger(folder, name="tensorboard", version=""))
+    if tracking.wandb != "disabled":
+        wandb = WandbLogger(
+            name=tracking.name or folder.name,
+            project=tracking.project,
+            group=tracking.group,
+            save_dir=folder,
+            offline=tracking.wandb == "offline",
+        )
+        wandb.log_hyperparams(settings)
+        loggers.append(wandb)
+    return loggers
+
+
+def make_trainer(config: TrainConfig, folder: Path) -> L.Trainer:
+    """Lightning's trainer with loggers, checkpoints, averaging and the evaluation callback."""
+    settings = plain(config)
+    callbacks: list[Callback] = [
+        ModelCheckpoint(
+            folder / "checkpoints",
+            filename="last",
+            save_on_train_epoch_end=True,
+            enable_version_counter=False,
+        ),
+        LearningRateMonitor("step"),
+    ]
+    if config.validation.samples:
+        metrics = make_settings(config.sampling, config.attribution, config.evaluation.metrics)
+        callbacks.append(
+            EvaluationCallback(
+                metrics, folder / "validation", panel_samples=config.validation.panel_samples
+            )
+        )
+    if config.optimization.ema_decay is not None:
+        callbacks.append(EMAWeightAveraging(decay=config.optimization.ema_decay))
+    if config.trainer.progress_bar:
+        callbacks.append(TQDMProgressBar(leave=True))
+    trainer = config.trainer
+    return L.Trainer(
+        accelerator=trainer.accelerator,
+        devices=trainer.devices,
+        strategy=trainer.strategy,
+        num_nodes=trainer.num_nodes,
+        precision=config.optimization.precision,
+        max_steps=config.optimization.steps,
+        accumulate_grad_batches=config.optimization.accumulate,
+        gradient_clip_val=config.optimization.gradient_clip,
+        limit_train_batches=trainer.limit_train_batches,
+        limit_val_batches=trainer.limit_val_batches if config.validation.samples else 0,
+        check_val_every_n_epoch=config.validation.every_epochs,
+        num_sanity_val_steps=0,
+        log_every_n_steps=trainer.log_every_n_steps,
+        deterministic=trainer.deterministic,
+        enable_progress_bar=trainer.progress_bar,
+        enable_model_summary=False,
+        use_distributed_sampler=False,  # the data module's own samplers split without repeating
+        default_root_dir=folder,
+        callbacks=callbacks,
+        logger=make_loggers(config.tracking, folder, settings),
+        plugins=[AtomicCheckpointIO()],
+    )
+
+
+def make_module(config: TrainConfig) -> TryOnModule:
+    """The model of ``init`` with its objective."""
+    return TryOnModule(
+        load_model(config.init, config.data),
+        make_objective(config.objective, config.optimization),
+        config.optimization,
+        config.seed,
+    )

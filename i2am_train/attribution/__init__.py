@@ -1,0 +1,48 @@
+"""Attention capture and attribution maps: `trace` a sampling run, then ask its maps; `ScoreTap` for
+training."""
+
+from i2am_train.attribution.archive import Archive, load_maps, save_maps
+from i2am_train.attribution.frames import Frame, announce
+from i2am_train.attribution.maps import AttributionMaps, HeatMap, normalise, threshold
+from i2am_train.attribution.rollups import time_groups
+from i2am_train.attribution.sites import (
+    LayerId,
+    Recipe,
+    Site,
+    Tokens,
+    detect_recipe,
+    diffusers_decoder,
+    find_layer,
+    layer_name,
+    paper_number,
+)
+from i2am_train.attribution.store import AttributionStore, LayerRecord
+from i2am_train.attribution.tap import ScoreTap
+from i2am_train.attribution.trace import Trace, trace
+
+__all__ = [
+    "Archive",
+    "AttributionMaps",
+    "AttributionStore",
+    "Frame",
+    "HeatMap",
+    "LayerId",
+    "LayerRecord",
+    "Recipe",
+    "ScoreTap",
+    "Site",
+    "Tokens",
+    "Trace",
+    "announce",
+    "detect_recipe",
+    "diffusers_decoder",
+    "find_layer",
+    "layer_name",
+    "load_maps",
+    "normalise",
+    "paper_number",
+    "save_maps",
+    "threshold",
+    "time_groups",
+    "trace",
+]

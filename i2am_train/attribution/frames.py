@@ -1,0 +1,77 @@
+"""Frames: one denoiser evaluation, and what the sampler says about it.
+ The sampler owns time. It announces the step and the conditional rows around each evaluation, and
+whoever listens reads them; nothing counts calls or guesses which half of the batch is conditional.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from i2am_train.types import GridSize
+
+
+@dataclass(frozen=True)
+class Announcement:
+    """What a sampler says about the evaluation that it is about to make."""
+
+    step_index: int
+    conditional_rows: slice | None
+
+
+_ANNOUNCED: ContextVar[Announcement | None] = ContextVar("announced_evaluation", default=None)
+
+
+@contextmanager
+def announce(*, step_index: int, conditional_rows: slice | None) -> Iterator[None]:
+    """Tell listeners about the denoiser evaluations inside the block.
+
+    ``step_index`` is the position in the sampling loop, 0 = noisiest. ``conditional_rows`` are the
+    rows of the batch that see the reference (None: this evaluation is the unconditional one, and
+    listeners skip it). Nothing else changes: without a listener this costs a context variable.
+
+    >>> with announce(step_index=3, conditional_rows=slice(2, 4)):
+    ...     announced_evaluation()
+    Announcement(step_index=3, conditional_rows=slice(2, 4, None))
+    """
+    token = _ANNOUNCED.set(Announcement(step_index, conditional_rows))
+    try:
+        yield
+    finally:
+        _ANNOUNCED.reset(token)
+
+
+def announced_evaluation() -> Announcement | None:
+    """The announcement in force, or None."""
+    return _ANNOUNCED.get()
+
+
+@dataclass(frozen=True)
+class Frame:
+    """One evaluation of the denoiser, from entering its forward to leaving it.
+
+    ``call`` counts evaluations since the listener was attached; ``timestep`` is what the root's
+    forward was given (kept as it is: reading it would wait for the accelerator); ``latent`` and
+    ``batch`` are the size and the rows of its input.
+    """
+
+    call: int
+    timestep: float | Tensor | None
+    latent: GridSize
+    batch: int
+    announced: Announcement | None = None
+
+    def read_timestep(self) -> float | None:
+        """The scheduler's number as a float (the first row's if there is one per row), or None."""
+        if isinstance(self.timestep, Tensor):
+            return float(self.timestep.flatten()[0]) if self.timestep.numel() else None
+        return None if self.timestep is None else float(self.timestep)
+
+    @property
+    def step_index(self) -> int | None:
+        """Announced position in the sampling loop, or None."""
+        return None if self.announced is None else self.announced.step_index

@@ -1,0 +1,291 @@
+"""Forward hooks that hand over each site's projected tokens, one denoiser evaluation at a time.
+ Projections are observed, not replaced: the attention backend keeps its kernel and the output stays
+bit-identical. The root's own hooks open and close a *frame*; what happens outside a frame (another
+network that shares the module, the recomputation of a gradient checkpoint) is dropped.
+"""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from i2am_train.attribution.frames import Frame, announced_evaluation
+from i2am_train.attribution.sites import LayerId, Recipe, Site, TokenPlaces, find_layer
+from i2am_train.errors import CaptureError
+from i2am_train.types import GridSize
+
+
+@dataclass(eq=False)
+class SiteModule:
+    """One attention module of a model, resolved from a recipe."""
+
+    layer: str
+    path: str
+    site: Site
+    module: nn.Module
+    generated_projection: nn.Module
+    reference_projection: nn.Module
+    heads: int
+
+    def places(self, generated: Tensor, reference: Tensor, frame: Frame) -> SitePlaces:
+        """Where the picture's tokens are in these projections; an error that names the layer if
+        they don't fit."""
+        try:
+            return SitePlaces(
+                self.site.generated.places(generated.shape[1], frame.latent),
+                self.site.reference.places(reference.shape[1], frame.latent),
+            )
+        except CaptureError as error:
+            raise CaptureError(f"Layer {self.layer}: {error}") from None
+
+    def split_heads(self, tokens: Tensor) -> Tensor:
+        """``[batch, token, head * channel]`` as ``[batch, head, token, channel]``, without a
+        copy."""
+        rows, count, width = tokens.shape
+        return tokens.view(rows, count, self.heads, width // self.heads).transpose(1, 2)
+
+
+class SitePlaces(NamedTuple):
+    """Places of the generated and of the reference tokens of one site."""
+
+    generated: TokenPlaces
+    reference: TokenPlaces
+
+
+def resolve_root(target: Any, recipe: Recipe) -> nn.Module:
+    """The recipe's root module in a model or pipeline."""
+    found = target
+    for name in filter(None, recipe.root.split(".")):
+        if not hasattr(found, name):
+            children = (
+                [key for key, _ in found.named_children()] if isinstance(found, nn.Module) else []
+            )
+            has = f" It has: {', '.join(children)}." if children else ""
+            raise CaptureError(
+                f"{type(target).__name__} has no part '{recipe.root}', the recipe's root.{has} "
+                "Set the recipe's root to the denoiser's path ('' if you pass the denoiser itself)."
+            )
+        found = getattr(found, name)
+    if not isinstance(found, nn.Module):
+        raise CaptureError(
+            f"The recipe's root '{recipe.root}' of {type(target).__name__} is a "
+            f"{type(found).__name__}, "
+            "not a torch module. Set it to the denoiser's path."
+        )
+    return found
+
+
+def resolve_sites(root: nn.Module, recipe: Recipe) -> tuple[SiteModule, ...]:
+    """The recipe's attention modules as they are now (call it when attaching: adapters may be
+    injected until then)."""
+    found = [
+        _site_module(site, layer, path, module)
+        for path, module in root.named_modules()
+        for site in recipe.sites
+        if (layer := site.layer_of(path)) is not None
+    ]
+    if not found:
+        patterns = ", ".join(repr(site.pattern) for site in recipe.sites)
+        raise CaptureError(
+            f"No attention layer matches {patterns}. This model has: {_attention_like(root)}. "
+            "Set the recipe's pattern to one of them."
+        )
+    return tuple(found)
+
+
+def _attention_like(root: nn.Module) -> str:
+    """Paths of modules that look like attention, for messages."""
+    names = [
+        path
+        for path, module in root.named_modules()
+        if hasattr(module, "heads") or "attn" in path.rpartition(".")[2]
+    ]
+    shown = names[:12] + (["..."] if len(names) > 12 else [])
+    return ", ".join(shown) or "no module with heads"
+
+
+def _site_module(site: Site, layer: str, path: str, module: nn.Module) -> SiteModule:
+    _refuse_other_keys_and_queries(layer, module)
+    heads = site.heads if isinstance(site.heads, int) else getattr(module, site.heads, None)
+    if not isinstance(heads, int):
+        raise CaptureError(
+            f"Layer {layer}: {type(module).__name__} has no number of heads in '{site.heads}'. "
+            "Set the site's heads to a number or to the attribute's name."
+        )
+    return SiteModule(
+        layer=layer,
+        path=path,
+        site=site,
+        module=module,
+        generated_projection=_submodule(layer, module, site.generated_projection),
+        reference_projection=_submodule(layer, module, site.reference_projection),
+        heads=heads,
+    )
+
+
+def _refuse_other_keys_and_queries(layer: str, module: nn.Module) -> None:
+    processor = getattr(module, "processor", None)
+    # diffusers leaves the flag when it unfuses, and goes back to the old processor
+    is_fused = processor is None or "Fused" in type(processor).__name__
+    if getattr(module, "fused_projections", False) and is_fused:
+        raise CaptureError(
+            f"Layer {layer} has fused projections, so its separate ones are never called. "
+            "Call unfuse_qkv_projections() on the model before tracing."
+        )
+    if getattr(module, "norm_q", None) is not None or getattr(module, "norm_k", None) is not None:
+        raise CaptureError(
+            f"Layer {layer} normalises its tokens after the projection, so projections are not "
+            "what it attends with. "
+            "Such models cannot be traced by projection hooks; give sites of another layer."
+        )
+
+
+def _submodule(layer: str, module: nn.Module, path: str) -> nn.Module:
+    try:
+        return module.get_submodule(path)
+    except AttributeError:
+        children = ", ".join(name for name, _ in module.named_children()) or "none"
+        raise CaptureError(
+            f"Layer {layer}: {type(module).__name__} has no submodule '{path}' (it has: "
+            f"{children}). "
+            "Set the site's projections to submodules whose outputs are the projected tokens."
+        ) from None
+
+
+OnAttention = Callable[[SiteModule, Frame, Tensor, Tensor], None]
+"""Called once per site and frame with its projections ``[row, token, head * channel]``, all rows of
+the batch."""
+
+
+def _nothing(frame: Frame) -> None:
+    """Default of a listener that does not care about frames."""
+
+
+_ATTACHED: WeakKeyDictionary[nn.Module, set[str]] = WeakKeyDictionary()
+"""Which kinds of listeners a root has, so that a second one of the same kind is refused."""
+
+
+@dataclass(eq=False)
+class Listener:
+    """The hooks of one trace or tap. ``attach`` and ``detach`` are inverses; a frame never outlives
+    its forward."""
+
+    root: nn.Module
+    recipe: Recipe
+    sites: Sequence[SiteModule]
+    on_attention: OnAttention
+    kind: str
+    on_open: Callable[[Frame], None] = _nothing
+    _handles: list[RemovableHandle] = field(default_factory=list)
+    _frame: Frame | None = None
+    _calls: int = 0
+    _generated: dict[SiteModule, Tensor] = field(default_factory=dict)
+    _reference: dict[SiteModule, Tensor] = field(default_factory=dict)
+
+    def attach(self) -> None:
+        """Register all hooks; refuses a root that already has a listener of this kind."""
+        kinds = _ATTACHED.setdefault(self.root, set())
+        if self.kind in kinds:
+            raise CaptureError(
+                f"This {type(self.root).__name__} already has a {self.kind} attached. "
+                "Leave the first one's block (or close it) before starting another."
+            )
+        kinds.add(self.kind)
+        signature = inspect.signature(self.root.forward)
+
+        def open_frame(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            self._open(signature.bind_partial(*args, **kwargs).arguments)
+
+        self._handles = [
+            self.root.register_forward_pre_hook(open_frame, with_kwargs=True),
+            self.root.register_forward_hook(self._close, always_call=True),
+        ]
+        for site in self.sites:
+            self._handles += self._site_hooks(site)
+
+    def detach(self) -> None:
+        """Remove every hook; harmless when there is none."""
+        for handle in self._handles:
+            handle.remove()
+        if self._handles:
+            _ATTACHED.get(self.root, set()).discard(self.kind)
+        self._handles = []
+        self._close()
+
+    def _site_hooks(self, site: SiteModule) -> list[RemovableHandle]:
+        def keep_generated(_: nn.Module, __: Any, output: Tensor) -> None:
+            if self._frame is not None:
+                self._generated[site] = output
+
+        def keep_reference(_: nn.Module, __: Any, output: Tensor) -> None:
+            if self._frame is not None:
+                # IP-Adapter projects [row, image, token, channel]
+                self._reference[site] = output.flatten(1, -2)
+
+        def emit(_: nn.Module, __: Any, ___: Any) -> None:
+            generated, reference = self._generated.pop(site, None), self._reference.pop(site, None)
+            if self._frame is not None and generated is not None and reference is not None:
+                self.on_attention(site, self._frame, generated, reference)
+
+        return [
+            site.generated_projection.register_forward_hook(keep_generated),
+            site.reference_projection.register_forward_hook(keep_reference),
+            site.module.register_forward_hook(emit),
+        ]
+
+    def _open(self, arguments: dict[str, Any]) -> None:
+        if (
+            torch._C._current_graph_task_id() != -1
+        ):  # a checkpoint around the root runs it again in backward
+            return
+        latent = arguments.get(self.recipe.latent)
+        if not isinstance(latent, Tensor) or latent.ndim != 4:
+            given = ", ".join(arguments) or "none"
+            raise CaptureError(
+                f"{type(self.root).__name__} was called without a picture '{self.recipe.latent}' "
+                "of shape "
+                f"[batch, channel, height, width] (arguments: {given}). Set the recipe's latent to "
+                "its name."
+            )
+        timestep = arguments.get(self.recipe.timestep) if self.recipe.timestep else None
+        self._frame = Frame(
+            call=self._calls,
+            timestep=timestep,
+            latent=GridSize(*latent.shape[-2:]),
+            batch=latent.shape[0],
+            announced=announced_evaluation(),
+        )
+        self._calls += 1
+        self.on_open(self._frame)
+
+    def _close(self, *_: Any) -> None:
+        self._frame = None
+        self._generated.clear()
+        self._reference.clear()
+
+
+def choose_sites(sites: Sequence[SiteModule], layers: Sequence[LayerId]) -> tuple[SiteModule, ...]:
+    """The sites of the given layers, in the order given; an error that lists what there is."""
+    by_name = {site.layer: site for site in sites}
+    return tuple(by_name[find_layer(layer, list(by_name))] for layer in layers)
+
+
+def eager_while_listening() -> AbstractContextManager[object]:
+    """Keeps compiled functions from running: hooks added after a compilation are silently ignored
+    (adapters note 3).
+
+    Free when nothing was compiled: the compiler is not even imported then.
+    """
+    if "torch._dynamo" not in sys.modules:
+        return nullcontext()
+    stance: AbstractContextManager[object] = torch.compiler.set_stance("force_eager")
+    return stance

@@ -1,0 +1,146 @@
+"""What a capture leaves behind: per layer, step and head two maps on their own grids. Every map is
+a view of this."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from jaxtyping import Float
+from torch import Tensor
+
+from i2am_train.attribution.sites import LayerId, find_layer, paper_number
+from i2am_train.errors import CaptureError
+from i2am_train.types import Direction, GridSize
+
+
+@dataclass(frozen=True)
+class LayerRecord:
+    """One layer's attention over a sampling run.
+
+    ``to_generated`` and ``to_reference`` are probabilities: each sums to one over its last axis.
+    The optional score matrices are means over heads and steps; ``scores_over_reference`` has rows
+    that sum to one (who a generated token looks at), ``scores_over_generated`` has columns that do
+    (where a reference token goes). ``functional`` is False where a single reference token makes
+    queries and keys irrelevant to the picture (a softmax over one key is one whatever they are).
+    """
+
+    layer: str
+    generated_grid: GridSize
+    reference_grid: GridSize | None
+    to_generated: Float[Tensor, "batch step head generated"]
+    to_reference: Float[Tensor, "batch step head reference"]
+    functional: bool = True
+    scores_over_reference: Float[Tensor, "batch generated reference"] | None = None
+    scores_over_generated: Float[Tensor, "batch generated reference"] | None = None
+
+    @property
+    def heads(self) -> int:
+        """Number of attention heads."""
+        return self.to_generated.shape[2]
+
+    def grid(self, direction: Direction) -> GridSize:
+        """The grid that a direction's map lies on."""
+        if direction is Direction.REFERENCE_TO_GENERATED:
+            return self.generated_grid
+        if self.reference_grid is None:
+            raise CaptureError(
+                f"The reference tokens of layer {self.layer} have no place in the reference "
+                "picture "
+                "(pooled vectors or words), so there is no map on it. Use "
+                "Direction.REFERENCE_TO_GENERATED, "
+                "or give the recipe a reference grid."
+            )
+        return self.reference_grid
+
+    def vectors(self, direction: Direction) -> Float[Tensor, "batch step head token"]:
+        """The column means of a direction."""
+        to_generated = direction is Direction.REFERENCE_TO_GENERATED
+        return self.to_generated if to_generated else self.to_reference
+
+
+@dataclass(frozen=True)
+class AttributionStore:
+    """All captured layers of one sampling run, in the order in which the model runs them.
+
+    ``timesteps`` holds the scheduler's number of each step, noisiest first, or None where the model
+    was not told.
+    """
+
+    layers: tuple[LayerRecord, ...]
+    timesteps: tuple[float | None, ...]
+
+    @property
+    def batch(self) -> int:
+        """Number of samples."""
+        return self.layers[0].to_generated.shape[0]
+
+    @property
+    def steps(self) -> int:
+        """Number of sampling steps."""
+        return len(self.timesteps)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names of the layers."""
+        return tuple(record.layer for record in self.layers)
+
+    def layer(self, layer: LayerId) -> LayerRecord:
+        """One layer by name or by the paper's number."""
+        return self.layers[self.names.index(find_layer(layer, self.names))]
+
+    def select(self, layers: Sequence[LayerId]) -> AttributionStore:
+        """Only the given layers."""
+        return replace(self, layers=tuple(self.layer(layer) for layer in layers))
+
+
+@dataclass(frozen=True)
+class SiteSummary:
+    """One line about a captured attention module."""
+
+    layer: str
+    path: str
+    heads: int
+    generated_grid: GridSize | None
+    reference_tokens: int | None
+    reference_grid: GridSize | None
+    calls: int
+    functional: bool
+
+
+class SiteTable(tuple[SiteSummary, ...]):
+    """The captured attention modules; prints as a table."""
+
+    __slots__ = ()
+
+    def __str__(self) -> str:
+        header = (
+            "layer",
+            "no.",
+            "generated",
+            "heads",
+            "reference tokens",
+            "grid",
+            "calls",
+            "functional",
+        )
+        lines = [header, *(_cells(site) for site in self)]
+        widths = [max(len(line[column]) for line in lines) for column in range(len(header))]
+        return "\n".join(
+            "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
+            for line in lines
+        )
+
+
+def _cells(site: SiteSummary) -> tuple[str, ...]:
+    values = (
+        site.layer,
+        paper_number(site.layer),
+        site.generated_grid,
+        site.heads,
+        site.reference_tokens,
+        site.reference_grid,
+        site.calls,
+        "yes" if site.functional else "no (one key)",
+    )
+    return tuple("-" if value is None else str(value) for value in values)

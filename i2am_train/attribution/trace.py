@@ -1,0 +1,266 @@
+"""`trace`: capture both directions of a model's attention during the one sampling run that makes
+the images."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any, Self
+
+import torch
+from jaxtyping import Bool
+from torch import Tensor
+
+from i2am_train.attribution.frames import Frame
+from i2am_train.attribution.listening import (
+    Listener,
+    SiteModule,
+    choose_sites,
+    eager_while_listening,
+    resolve_root,
+    resolve_sites,
+)
+from i2am_train.attribution.maps import AttributionMaps
+from i2am_train.attribution.reduce import SiteRecorder, undisturbed
+from i2am_train.attribution.sites import LayerId, Recipe, detect_recipe
+from i2am_train.attribution.store import AttributionStore, LayerRecord, SiteSummary, SiteTable
+from i2am_train.errors import CaptureError
+from i2am_train.ops.attention import DEFAULT_BYTE_BUDGET
+
+
+def trace(
+    target: Any,
+    recipe: Recipe | None = None,
+    *,
+    layers: Sequence[LayerId] | None = None,
+    matrix_layers: Sequence[LayerId] = (),
+    generated_mask: Bool[Tensor, "batch height width"] | None = None,
+    byte_budget: int = DEFAULT_BYTE_BUDGET,
+) -> Trace:
+    """Capture the attention of a model or pipeline inside a ``with`` block.
+
+    ::
+
+        with trace(pipeline, recipe) as attention:
+            images = pipeline(...)
+        maps = attention.maps()
+
+    ``recipe`` None asks the model itself (``attention_recipe()``) or looks among the known
+    pipelines. ``layers`` restricts the capture (default: all of the recipe's). ``matrix_layers``
+    also keep their head- and step-mean score matrices, which maps of single patches and attention
+    centres need. ``generated_mask`` (one per sample, any size, True = counts) restricts the mean
+    that makes reference-side maps to generated positions inside it, as the authors' hook does with
+    the inpainting mask; the paper averages over all. ``byte_budget`` bounds the scratch memory.
+
+    The images are bit-identical with and without; all hooks are gone after the block, also when it
+    fails. Raises `CaptureError` for a model that does not fit the recipe.
+    """
+    return Trace(
+        target,
+        detect_recipe(target) if recipe is None else recipe,
+        None if layers is None else tuple(layers),
+        tuple(matrix_layers),
+        generated_mask,
+        byte_budget,
+    )
+
+
+@dataclass(frozen=True)
+class _Evaluation:
+    """When a recorded evaluation took place."""
+
+    step_index: int | None
+    timestep: float | None
+
+    def is_step_of(self, other: _Evaluation) -> bool:
+        """Whether both belong to one sampling step (samplers of higher order evaluate a step
+        twice)."""
+        if self.step_index is not None or other.step_index is not None:
+            return self.step_index == other.step_index
+        return self.timestep is not None and self.timestep == other.timestep
+
+
+class Trace:
+    """A capture, made by `trace`; a context manager for one use."""
+
+    def __init__(
+        self,
+        target: Any,
+        recipe: Recipe,
+        layers: tuple[LayerId, ...] | None,
+        matrix_layers: tuple[LayerId, ...],
+        generated_mask: Bool[Tensor, "batch height width"] | None,
+        byte_budget: int,
+    ) -> None:
+        self.recipe = recipe
+        self._target = target
+        self._layers = layers
+        self._matrix_layers = matrix_layers
+        self._generated_mask = generated_mask
+        self._byte_budget = byte_budget
+        self._recorders: dict[SiteModule, SiteRecorder] = {}
+        self._run_order: list[SiteRecorder] = []
+        self._evaluations: list[_Evaluation] = []
+        self._rows: slice | None = None
+        self._batch: int | None = None
+        self._exit = ExitStack()
+
+    def __enter__(self) -> Self:
+        if self._recorders:
+            raise CaptureError(
+                "This trace has been used already. Make a new one with trace(...) for each run."
+            )
+        root = resolve_root(self._target, self.recipe)
+        sites = resolve_sites(root, self.recipe)
+        if self._layers is not None:
+            sites = choose_sites(sites, self._layers)
+        with_matrices = set(choose_sites(sites, self._matrix_layers))
+        listener = Listener(root, self.recipe, sites, self._record, "trace", self._open)
+        with ExitStack() as stack:
+            stack.enter_context(eager_while_listening())
+            stack.callback(listener.detach)
+            listener.attach()
+            self._exit = stack.pop_all()
+        self._recorders = {
+            site: SiteRecorder(site, self._byte_budget, site in with_matrices, self._generated_mask)
+            for site in sites
+        }
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._exit.close()
+
+    @property
+    def sites(self) -> SiteTable:
+        """What is captured: layers, grids, heads, reference tokens and calls seen; prints as a
+        table."""
+        return SiteTable(_summary(recorder) for recorder in self._recorders.values())
+
+    def maps(self) -> AttributionMaps:
+        """All attribution maps of the run (on the CPU). Raises `CaptureError` if a site saw no or
+        too few calls."""
+        self._check_complete()
+        steps = _group_steps(self._evaluations)
+        return AttributionMaps(
+            AttributionStore(
+                layers=tuple(_layer_record(recorder, steps) for recorder in self._run_order),
+                timesteps=tuple(self._evaluations[step[0]].timestep for step in steps),
+            )
+        )
+
+    def _open(self, frame: Frame) -> None:
+        self._rows = self.recipe.conditional_rows(frame)
+        if self._rows is None:
+            return
+        self._check_batch(len(range(*self._rows.indices(frame.batch))))
+        evaluation = _Evaluation(frame.step_index, frame.read_timestep())
+        last = self._evaluations[-1].step_index if self._evaluations else None
+        if last is not None and evaluation.step_index is not None and evaluation.step_index < last:
+            raise CaptureError(
+                f"A second sampling run began inside one trace (step {evaluation.step_index} after "
+                f"{last}). "
+                "Use one trace per run."
+            )
+        self._evaluations.append(evaluation)
+
+    def _check_batch(self, batch: int) -> None:
+        if batch == 0 or (self._batch is not None and batch != self._batch):
+            before = "" if self._batch is None else f" after {self._batch}"
+            raise CaptureError(
+                f"The model was called with {batch} conditional rows{before}. "
+                "Use one trace per batch, and a recipe whose rows are those of the conditional "
+                "branch."
+            )
+        self._batch = batch
+
+    def _record(self, site: SiteModule, frame: Frame, generated: Tensor, reference: Tensor) -> None:
+        if self._rows is None:
+            return
+        recorder = self._recorders[site]
+        if not recorder.calls:
+            self._run_order.append(recorder)
+        with undisturbed():
+            recorder.record(frame, self._rows, generated, reference)
+
+    def _check_complete(self) -> None:
+        if not self._evaluations:
+            raise CaptureError(
+                "The model was not called inside the trace's block (or no call was conditional), "
+                "so there are no "
+                "maps. Run the pipeline inside 'with trace(...)'."
+            )
+        expected = len(self._evaluations)
+        short = [site for site in self.sites if site.calls != expected]
+        if short:
+            counts = ", ".join(f"{site.layer} ({site.calls})" for site in short)
+            raise CaptureError(
+                f"These layers did not attend in each of the {expected} evaluations: {counts}. "
+                "Switch off caches that skip blocks, or leave these layers out of the recipe."
+            )
+
+
+def _group_steps(evaluations: Sequence[_Evaluation]) -> list[list[int]]:
+    """Positions of the evaluations of each sampling step."""
+    steps: list[list[int]] = []
+    for position, evaluation in enumerate(evaluations):
+        if steps and evaluation.is_step_of(evaluations[steps[-1][-1]]):
+            steps[-1].append(position)
+        else:
+            steps.append([position])
+    return steps
+
+
+def _stack_steps(recorded: Sequence[Tensor], steps: Sequence[Sequence[int]]) -> Tensor:
+    """``[batch, step, head, token]`` on the CPU; evaluations of the same step are averaged."""
+    means = [
+        recorded[step[0]]
+        if len(step) == 1
+        else torch.stack([recorded[at] for at in step]).mean(dim=0)
+        for step in steps
+    ]
+    return torch.stack(means, dim=1).float().cpu()
+
+
+def _layer_record(recorder: SiteRecorder, steps: Sequence[Sequence[int]]) -> LayerRecord:
+    places = recorder.places
+    assert places is not None, "a complete recorder has seen its tokens"
+    if places.generated.grid is None:
+        raise CaptureError(
+            f"The recipe gives the generated tokens of layer {recorder.site.layer} no grid. "
+            "Set the site's generated tokens to a GridSize or 'latent'."
+        )
+    matrices = [None, None] if recorder.matrices is None else list(recorder.matrices)
+    over_reference, over_generated = (
+        None if total is None else (total / recorder.calls).float().cpu() for total in matrices
+    )
+    return LayerRecord(
+        layer=recorder.site.layer,
+        generated_grid=places.generated.grid,
+        reference_grid=places.reference.grid,
+        to_generated=_stack_steps(recorder.to_generated, steps),
+        to_reference=_stack_steps(recorder.to_reference, steps),
+        functional=recorder.key_tokens > 1,
+        scores_over_reference=over_reference,
+        scores_over_generated=over_generated,
+    )
+
+
+def _summary(recorder: SiteRecorder) -> SiteSummary:
+    places = recorder.places
+    return SiteSummary(
+        layer=recorder.site.layer,
+        path=recorder.site.path,
+        heads=recorder.site.heads,
+        generated_grid=None if places is None else places.generated.grid,
+        reference_tokens=None if places is None else places.reference.count,
+        reference_grid=None if places is None else places.reference.grid,
+        calls=recorder.calls,
+        functional=recorder.key_tokens != 1,
+    )

@@ -1,0 +1,155 @@
+"""The callback that judges the model: on a fixed validation subset each epoch, or on a whole split in testing.
+
+Scores, image metrics and attribution panels come from one sampling pass per batch. The callback draws nothing from the
+training's random streams and puts the module back in training mode (Lightning does), so weights are the same with and
+without it.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import numpy as np
+import torch
+from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
+
+from i2am_train.datasets.sample import TryOnBatch
+from i2am_train.evaluation.evaluator import (
+    EvaluationResult,
+    EvaluationSettings,
+    Evaluator,
+    Panel,
+    make_panels,
+)
+from i2am_train.evaluation.results import write_evaluation, write_image, write_panels
+from i2am_train.ops.images import to_uint8
+from i2am_train.reporting.canvas import save_figure
+from i2am_train.reporting.records import Panels, read_panels
+from i2am_train.reporting.sample_panel import sample_panel
+from i2am_train.training.module import TryOnModule
+
+
+class EvaluationCallback(L.Callback):
+    """Samples, scores, draws and logs.
+
+    ``folder`` receives the panels of each validation epoch (``epoch-0003/...``), or the finished evaluation of a test
+    run; with ``save_images`` every generated image too. ``result`` is the last finished evaluation.
+    """
+
+    def __init__(
+        self,
+        settings: EvaluationSettings,
+        folder: Path,
+        *,
+        panel_samples: int,
+        save_images: bool = False,
+        description: dict[str, Any] | None = None,
+    ) -> None:
+        self.settings = settings
+        self.folder = folder
+        self.panel_samples = panel_samples
+        self.save_images = save_images
+        self.description = description or {}
+        self.result: EvaluationResult | None = None
+        self._evaluator: Evaluator | None = None
+        self._panels: list[Panel] = []
+        self._wanted: set[int] = set()
+
+    # -- Lightning's hooks: validation and testing are the same work on other samples ------------------------------
+
+    def on_validation_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._start(trainer.val_dataloaders, pl_module)
+
+    def on_test_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._start(trainer.test_dataloaders, pl_module)
+
+    def on_validation_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, *_: Any
+    ) -> None:
+        self._update(trainer, pl_module, batch)
+
+    def on_test_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, *_: Any
+    ) -> None:
+        self._update(trainer, pl_module, batch)
+
+    def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        result = self._finish()
+        pl_module.log_dict({f"val/{name}": value for name, value in result.metrics.items()})
+        for warning in result.warnings:
+            L.pytorch.utilities.rank_zero_warn(warning)
+        if trainer.is_global_zero and self._panels:
+            step = trainer.global_step
+            self._draw(trainer, self.folder / f"epoch-{trainer.current_epoch:04d}", step)
+
+    def on_test_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        result = self._finish()
+        pl_module.log_dict({f"test/{name}": value for name, value in result.metrics.items()})
+        if trainer.is_global_zero:
+            write_panels(self.folder, self._panels)
+            write_evaluation(self.folder, result, self.description)
+
+    # -- the work --------------------------------------------------------------------------------------------------
+
+    def _start(self, loader: Any, module: L.LightningModule) -> None:
+        if self._evaluator is None or self._evaluator.device != module.device:
+            self._evaluator = Evaluator(self.settings, module.device)
+        self._evaluator.reset()
+        self._panels = []
+        dataset = loader.dataset
+        first = min(self.panel_samples, len(dataset))
+        self._wanted = {dataset.global_index(position) for position in range(first)}
+
+    def _update(self, trainer: L.Trainer, module: L.LightningModule, batch: TryOnBatch) -> None:
+        assert isinstance(module, TryOnModule) and self._evaluator is not None
+        with trainer.precision_plugin.forward_context():
+            explained = self._evaluator.update(module.model, batch)
+        self._panels += make_panels(explained, batch, self._wanted)
+        if self.save_images:
+            images = to_uint8(explained.generated).permute(0, 2, 3, 1)
+            for name, image in zip(batch["name"], images, strict=True):
+                write_image(self.folder, name, image)
+
+    def _finish(self) -> EvaluationResult:
+        assert self._evaluator is not None
+        self.result = self._evaluator.compute()
+        self._panels = _gathered(self._panels)
+        return self.result
+
+    def _draw(self, trainer: L.Trainer, folder: Path, step: int) -> None:
+        write_panels(folder, self._panels)
+        panels = read_panels(folder / "panels.safetensors")
+        assert panels is not None
+        path = save_figure(sample_panel({"model": panels}), folder / "panel.png", dpi=110)
+        _log_picture(trainer, "val/attribution", path, step)
+        _log_samples(trainer, panels, step)
+
+
+def _gathered(panels: list[Panel]) -> list[Panel]:
+    """The panels of all processes."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return panels
+    parts: list[list[Panel]] = [[] for _ in range(torch.distributed.get_world_size())]
+    torch.distributed.all_gather_object(parts, panels)
+    by_index = {panel.index: panel for part in parts for panel in part}
+    return [by_index[index] for index in sorted(by_index)]
+
+
+def _log_picture(trainer: L.Trainer, name: str, path: Path, step: int) -> None:
+    for logger in trainer.loggers:
+        if isinstance(logger, WandbLogger):
+            logger.log_image(name, [str(path)], step=step)
+        elif isinstance(logger, TensorBoardLogger):
+            from PIL import Image
+
+            picture = np.asarray(Image.open(path).convert("RGB"))
+            logger.experiment.add_image(name, picture, step, dataformats="HWC")
+
+
+def _log_samples(trainer: L.Trainer, panels: Panels, step: int) -> None:
+    rows = np.concatenate([panels.garment, panels.person, panels.generated], axis=2)
+    for logger in trainer.loggers:
+        if isinstance(logger, WandbLogger):
+            logger.log_image("val/samples", list(rows), step=step, caption=[list(panels.names)])
+        elif isinstance(logger, TensorBoardLogger):
+            logger.experiment.add_images("val/samples", rows, step, dataformats="NHWC")

@@ -1,0 +1,78 @@
+"""The ``i2am`` program: picks a command and runs its module.
+
+Standard library only, so that it answers at once. A command's module is run as ``__main__`` instead
+of being called: Lightning starts the other processes of a distributed run by that module's name,
+and would lose the command otherwise.
+"""
+
+from __future__ import annotations
+
+import runpy
+import sys
+from collections.abc import Sequence
+from difflib import get_close_matches
+from importlib.metadata import PackageNotFoundError, version
+
+COMMANDS = {
+    "train": "train a model from a checkpoint, with or without attention losses",
+    "evaluate": "judge a checkpoint on held-out samples: attention scores and image quality",
+    "ablate": "train and judge arms x seeds from one checkpoint, and compare them",
+    "explain": "draw every attribution map of one sample",
+    "data": "make the embedded dataset, or check a dataset folder",
+}
+BAD_INPUT = 2
+
+HELP = """\
+usage: i2am COMMAND [name=value ...]
+
+Train and judge the attention of image-to-image diffusion models.
+
+commands:
+{commands}
+
+examples:
+  i2am data make
+  i2am train experiment=refined seed=1
+  i2am evaluate checkpoint=runs/refined-seed1
+  i2am ablate arms=[base,baseline,refined] seeds=[0,1,2]
+  i2am explain checkpoint=tiny sample=17
+
+`i2am COMMAND --help` lists the options of a command; `i2am --version` prints the version."""
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run ``i2am`` with the given arguments (``sys.argv`` where None)."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    command = words[0] if words else "--help"
+    if command in ("--help", "-h", "help"):
+        print(_help())
+    elif command == "--version":
+        print(_version())
+    elif command in COMMANDS:
+        run_command(command, words[1:])
+    else:
+        print(f"i2am: {_unknown(command)}", file=sys.stderr)
+        sys.exit(BAD_INPUT)
+
+
+def run_command(command: str, words: Sequence[str]) -> None:
+    """Run a command's module as ``__main__`` with the given words as its arguments."""
+    sys.argv = [f"i2am {command}", *words]
+    runpy.run_module(f"i2am_train.commands.{command}", run_name="__main__", alter_sys=True)
+
+
+def _help() -> str:
+    return HELP.format(commands="\n".join(f"  {name:10}{text}" for name, text in COMMANDS.items()))
+
+
+def _version() -> str:
+    try:
+        return f"i2am-train {version('i2am-train')}"
+    except PackageNotFoundError:
+        return "i2am-train (not installed)"
+
+
+def _unknown(command: str) -> str:
+    near = get_close_matches(command, COMMANDS, n=1)
+    hint = f"Did you mean '{near[0]}'?" if near else f"There are {', '.join(COMMANDS)}."
+    return f"There is no command '{command}'. {hint}"

@@ -1,0 +1,203 @@
+"""``i2am ablate``: train and judge arms x seeds from one checkpoint, and compare them seed by seed."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from i2am_train.commands.entry import entry
+from i2am_train.config.schema import AblateConfig, EvaluateConfig
+
+
+class Cell(NamedTuple):
+    """One arm with one seed; the untrained checkpoint has none."""
+
+    arm: str
+    seed: int | None
+
+    @property
+    def folder(self) -> str:
+        """Where the cell lies inside the study's folder."""
+        return f"cells/{self.arm if self.seed is None else f'{self.arm}-seed{self.seed}'}"
+
+
+def run(config: AblateConfig) -> None:
+    """Fill all cells, write results and report, and show the table."""
+    from rich.console import Console
+
+    from i2am_train.reporting.report import build_report
+    from i2am_train.reporting.table_formats import terminal
+    from i2am_train.reporting.tables import collapse_warnings, verdict_sentences
+
+    results = ablate(config)
+    report = build_report(config.folder)
+    console = Console()
+    console.print()
+    console.print(terminal(results))
+    for sentence in verdict_sentences(results):
+        console.print(sentence)
+    for warning in collapse_warnings(results):
+        console.print(f"Warning: {warning}", style="bold yellow")
+    console.print(f"\nReport:  {report}\nTables:  {config.folder / 'results.md'}", soft_wrap=True)
+    console.print(f"Numbers: {config.folder / 'results.json'}", soft_wrap=True)
+
+
+def ablate(config: AblateConfig) -> dict[str, Any]:
+    """The study's results; cells that are finished already are not run again.
+
+    Raises:
+        I2AMError: an arm, the checkpoint, the data or the folder do not fit the configuration.
+    """
+    from i2am_train.assembly import load_model, prepare_data
+    from i2am_train.config.build import plain
+    from i2am_train.runs import RunFolder, fingerprint, write_json
+
+    root = prepare_data(config.data)
+    load_model(config.init, config.data)  # bad input fails before anything is written
+    arms = {arm: _arm_settings(config, arm) for arm in config.arms}
+    folder = RunFolder.open(
+        config.folder,
+        plain(config),
+        # More arms and seeds may be added to a study; its other cells stay as they are.
+        may_differ=("output", "arms", "seeds", "data.workers", "device", "trainer.progress_bar"),
+    )
+    folder.start(data=fingerprint(root))
+    entries = []
+    for cell, remaining in _with_time_left(list(_cells(config))):
+        print(f"\n=== {cell.folder.removeprefix('cells/')}{remaining} ===", flush=True)
+        entries.append(_run_cell(config, cell, folder.path))
+    folder.finish()
+    results = _results(config, arms, entries, folder.manifest)
+    write_json(folder / "results.json", results)
+    return results
+
+
+def _cells(config: AblateConfig) -> Iterator[Cell]:
+    """Seed by seed, so that a stopped study holds whole comparisons."""
+    from i2am_train.config.store import BASE_ARM
+
+    if BASE_ARM in config.arms:
+        yield Cell(BASE_ARM, None)
+    for seed in config.seeds:
+        for arm in config.arms:
+            if arm != BASE_ARM:
+                yield Cell(arm, seed)
+
+
+def _with_time_left(cells: Sequence[Cell]) -> Iterator[tuple[Cell, str]]:
+    started = time.monotonic()
+    for position, cell in enumerate(cells):
+        text = f" ({position + 1} of {len(cells)}"
+        if position > 1:  # the first cell is often the untrained one, which says little
+            minutes = (time.monotonic() - started) / position * (len(cells) - position) / 60
+            text += f", about {minutes:.0f} min left"
+        yield cell, text + ")"
+
+
+def _run_cell(config: AblateConfig, cell: Cell, root: Path) -> dict[str, Any]:
+    from i2am_train.commands.evaluate import evaluate
+    from i2am_train.commands.train import train
+    from i2am_train.config.store import arm_config
+
+    started = time.monotonic()
+    checkpoint = config.init
+    if cell.seed is not None:
+        training = arm_config(config, cell.arm, cell.seed, root / cell.folder)
+        checkpoint = str(train(training))
+    evaluation = root / cell.folder / "evaluation"
+    results = evaluate(_evaluation(config, checkpoint), evaluation)
+    return {
+        "arm": cell.arm,
+        "seed": cell.seed,
+        "folder": cell.folder,
+        "metrics": results["metrics"],
+        "samples": results["samples"],
+        "minutes": _minutes(evaluation, root / cell.folder, (time.monotonic() - started) / 60),
+        "warnings": results["warnings"],
+    }
+
+
+def _minutes(evaluation: Path, cell: Path, now: float) -> float:
+    """Minutes that the cell took when it was made, also when this run only read it."""
+    from i2am_train.runs import read_json, write_json
+
+    file = cell / "minutes.json"
+    if not file.is_file():
+        write_json(file, {"minutes": round(now, 2)})
+    minutes: float = read_json(file)["minutes"]
+    return minutes
+
+
+def _evaluation(config: AblateConfig, checkpoint: str) -> EvaluateConfig:
+    return EvaluateConfig(
+        checkpoint=checkpoint,
+        device=config.device,
+        precision=config.optimization.precision,
+        progress_bar=config.trainer.progress_bar,
+        data=config.data,
+        sampling=config.sampling,
+        attribution=config.attribution,
+        evaluation=config.evaluation,
+    )
+
+
+def _arm_settings(config: AblateConfig, arm: str) -> dict[str, Any]:
+    """Entry of an arm in ``results.json``; reading it here checks the arm's file before anything is run."""
+    from i2am_train.config.build import plain
+    from i2am_train.config.store import BASE_ARM, arm_config
+
+    if arm == BASE_ARM:
+        return {"name": arm, "label": "Base", "losses": {}}
+    training = arm_config(config, arm, 0, Path())
+    active = training.objective.active
+    return {
+        "name": arm,
+        "label": training.label,
+        "losses": plain(training.objective) if active else {},
+        "steps": training.optimization.steps,
+    }
+
+
+def _results(
+    config: AblateConfig,
+    arms: dict[str, dict[str, Any]],
+    entries: list[dict[str, Any]],
+    manifest: dict[str, Any],
+) -> dict[str, Any]:
+    from i2am_train.metrics.registry import METRICS
+    from i2am_train.reporting.statistics import summarise_results
+
+    shown = {name for entry in entries for name in entry["metrics"]}
+    metrics = {
+        name: info.as_json() | {"description": info.description}
+        for name, info in METRICS.items()
+        if name in shown
+    }
+    compared = summarise_results(
+        entries,
+        metrics,
+        list(arms),
+        config.reference,
+        confidence=config.confidence,
+        resamples=config.bootstrap_samples,
+    )
+    return {
+        **{name: manifest[name] for name in ("schema", "command", "git", "machine", "versions")},
+        "kind": "ablation",
+        "name": config.name,
+        "data": manifest["data"],
+        "started": manifest["started"],
+        "minutes": round(sum(entry["minutes"] for entry in entries), 1),
+        "settings": manifest["settings"],
+        "metrics": metrics,
+        "arms": list(arms.values()),
+        "seeds": config.seeds,
+        "cells": entries,
+        **compared,
+    }
+
+
+if __name__ == "__main__":
+    entry("ablate", run)

@@ -1,0 +1,218 @@
+"""From a command line to a command: help, Hydra, typed options, and errors as one paragraph.
+
+A command's module ends with ``if __name__ == "__main__": entry("train", run)``. Imports that cost
+time belong inside ``run``: help and ``--cfg`` must answer at once. The module is run as
+``__main__`` (see ``cli``), because Lightning starts the other processes of a distributed run with
+``python -m <that module> <the same options>``.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from textwrap import dedent
+from typing import Any, NoReturn
+
+from i2am_train.config.build import unknown_option
+from i2am_train.config.documentation import help_text
+from i2am_train.config.schema import COMMANDS, option_names
+from i2am_train.errors import ConfigError, I2AMError
+
+FAILED_CHECK = 1
+"""Exit status of a command that worked and found the input wanting (``i2am data check``)."""
+BAD_INPUT = 2
+"""Exit status for input that the user can put right."""
+INTERRUPTED = 130
+
+HELP_FLAGS = ("--help", "-h")
+DEBUG_FLAG = "--debug"
+DEBUG_VARIABLE = "I2AM_DEBUG"
+
+MISSING_FILE = re.compile(
+    r"Could not find '(?P<file>[^']+)'\s+"
+    r"Available options in '(?P<group>[^']+)':(?P<choices>.*?)Config",
+    re.DOTALL,
+)
+"""Hydra's message for a group that has no such file."""
+
+EXAMPLES = {
+    "train": """
+        i2am train experiment=refined seed=1
+        i2am train experiment=baseline init=PATH output=runs/my-baseline optimization.steps=400
+        i2am train experiment=refined data=viton_hd data.root=PATH init=PATH trainer=ddp
+    """,
+    "evaluate": """
+        i2am evaluate checkpoint=tiny
+        i2am evaluate checkpoint=runs/refined-seed0 evaluation.pairing=unpaired
+    """,
+    "ablate": """
+        i2am ablate seeds=[0,1,2]
+        i2am ablate arms=[base,baseline,refined,supervised] seeds=[0,1,2,3,4] name=study
+        i2am ablate experiment=demo
+    """,
+    "explain": """
+        i2am explain checkpoint=tiny sample=17
+        i2am explain checkpoint=runs/refined-seed0 sample=17 attribution.layer=5 pairing=unpaired
+    """,
+    "data_make": """
+        i2am data make
+        i2am data make root=data/small train=200 test=20 height=64 width=48 seed=1
+    """,
+    "data_check": """
+        i2am data check root=data/zalando-hd-resized height=1024 width=768
+        i2am data check root=PATH json=report.json
+    """,
+}
+
+
+def entry(command: str, run: Callable[[Any], int | None]) -> NoReturn:
+    """Run a command with the options in ``sys.argv`` and exit.
+
+    Args:
+        command: key of ``i2am_train.config.schema.COMMANDS``, and name of the file in ``conf/``.
+        run: takes the command's configuration; returns an exit status, None for success.
+    """
+    arguments = sys.argv[1:]
+    if any(flag in arguments for flag in HELP_FLAGS):
+        print(command_help(command))
+        sys.exit(0)
+    if DEBUG_FLAG in arguments:
+        sys.argv.remove(DEBUG_FLAG)
+        os.environ[DEBUG_VARIABLE] = "1"
+    with errors_as_text():
+        sys.exit(run_with_hydra(command, run))
+    raise AssertionError("unreachable: sys.exit raises")
+
+
+@contextmanager
+def errors_as_text() -> Iterator[None]:
+    """Print an error that the user can put right as one paragraph and exit with status 2.
+
+    With ``--debug`` or I2AM_DEBUG=1 the error goes on instead, with its traceback.
+    """
+    try:
+        yield
+    except I2AMError as error:
+        if os.environ.get(DEBUG_VARIABLE, "0") not in ("", "0"):
+            raise
+        # The other processes of a distributed run fail the same way: one paragraph is enough.
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            print(f"i2am: {error}", file=sys.stderr)
+        sys.exit(BAD_INPUT)
+    except KeyboardInterrupt:
+        print("\nInterrupted. The same command continues where possible.", file=sys.stderr)
+        sys.exit(INTERRUPTED)
+
+
+def command_help(command: str) -> str:
+    """The ``--help`` of a command: its options with defaults, grouped, and examples."""
+    usage = f"i2am {command.replace('_', ' ')} [name=value ...]"
+    return help_text(command, usage, _indented(EXAMPLES[command]))
+
+
+def run_with_hydra(command: str, run: Callable[[Any], int | None]) -> int:
+    """Compose the options in ``sys.argv``, check them and run; the exit status.
+
+    Raises:
+        ConfigError: an option cannot be read, does not exist or has an impossible value.
+        I2AMError: what the command itself refuses.
+    """
+    import hydra
+    from hydra.errors import HydraException
+    from omegaconf.errors import OmegaConfBaseException
+
+    from i2am_train.config.locations import conf_folder
+    from i2am_train.config.store import register_schemas
+
+    _refuse_unknown_flags(command)
+    register_schemas()
+    # Hydra would print errors itself, with its own advice, and exit with status 1.
+    os.environ["HYDRA_FULL_ERROR"] = "1"
+    task = _Task(command, run)
+    decorate = hydra.main(version_base="1.3", config_path=str(conf_folder()), config_name=command)
+    try:
+        decorate(task)()
+    except (HydraException, OmegaConfBaseException) as error:
+        if task.entered:
+            raise
+        raise ConfigError(readable(error, command)) from error
+    return task.status
+
+
+class _Task:
+    """What Hydra calls with the composed options; remembers the exit status."""
+
+    def __init__(self, command: str, run: Callable[[Any], int | None]) -> None:
+        self.command = command
+        self.run = run
+        self.entered = False
+        self.status = 0
+        # Hydra finds the module of a task by these.
+        self.__module__ = run.__module__
+        self.__name__ = self.__qualname__ = "run"
+
+    def __call__(self, composed: Any) -> None:
+        from i2am_train.config.store import to_dataclass
+
+        # Here, and not only around Hydra: it announces every exception that passes through it.
+        with errors_as_text():
+            config = to_dataclass(self.command, composed)
+            _refuse_distributed_sweep(config)
+            self.entered = True
+            self.status = self.run(config) or 0
+
+
+def readable(error: Exception, command: str) -> str:
+    """One paragraph for an error of Hydra or OmegaConf; names what is nearest to a misspelling."""
+    from hydra.errors import OverrideParseException
+
+    text = f"{error}\n{error.__cause__ or ''}"
+    if match := re.search(r"Could not override '([^']+)'", text):
+        return unknown_option(match[1], _known_options(command))
+    if match := MISSING_FILE.search(text):
+        choices = ", ".join(match["choices"].split())
+        return f"There is no file conf/{match['file']}.yaml. {match['group']} can be {choices}."
+    if isinstance(error, OverrideParseException):
+        return (
+            f"The option '{error.override}' cannot be read. Options are written name=value, lists "
+            "name=[1,2], and text with other signs 'name=\"a, b\"'."
+        )
+    return " ".join(str(error).split())
+
+
+def _known_options(command: str) -> list[str]:
+    return ["experiment", *option_names(COMMANDS[command])]
+
+
+def _refuse_unknown_flags(command: str) -> None:
+    """Hydra would answer an unknown flag with all of its own."""
+    from hydra._internal.utils import get_args_parser
+
+    _, rest = get_args_parser().parse_known_args(sys.argv[1:])
+    flags = [word for word in rest if word.startswith("-")]
+    if flags:
+        name = flags[0].lstrip("-").split("=")[0].replace("-", "_")
+        known = _known_options(command)
+        hint = f"Write {name}=VALUE." if name in known else unknown_option(name, known)
+        raise ConfigError(f"There is no flag '{flags[0]}'; options have no dashes. {hint}")
+
+
+def _refuse_distributed_sweep(config: Any) -> None:
+    from hydra.core.hydra_config import HydraConfig
+    from hydra.types import RunMode
+
+    trainer = getattr(config, "trainer", None)
+    if trainer is None or not trainer.multi_process or HydraConfig.get().mode != RunMode.MULTIRUN:
+        return
+    raise ConfigError(
+        "A sweep (-m) cannot start jobs of several processes: Hydra's and Lightning's launchers "
+        f"do not work together. Found trainer.devices={trainer.devices}, trainer.num_nodes="
+        f"{trainer.num_nodes}. Set both to 1, or start the jobs one by one in a shell loop."
+    )
+
+
+def _indented(text: str) -> str:
+    return "\n".join(f"  {line}" for line in dedent(text).strip().splitlines())

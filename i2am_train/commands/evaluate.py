@@ -1,0 +1,123 @@
+"""``i2am evaluate``: judge a checkpoint on held-out samples."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from i2am_train.commands.entry import entry
+from i2am_train.config.schema import EvaluateConfig
+
+
+def run(config: EvaluateConfig) -> None:
+    """Evaluate, and print the scores and where everything lies."""
+    folder = default_output(config)
+    results = evaluate(config, folder)
+    print_scores(results)
+    print(f"Images, scores of each sample and panels: {folder}")
+
+
+def print_scores(results: dict[str, Any]) -> None:
+    """The scores as a table, with the number of samples and any warning."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from i2am_train.metrics.registry import METRICS
+
+    table = Table(title=f"{results['samples']} samples")
+    for heading in ("score", "value", "meaning"):
+        table.add_column(heading, justify="right" if heading == "value" else "left")
+    for name, info in METRICS.items():
+        if name in results["metrics"]:
+            arrow = {True: " (higher is better)", False: " (lower is better)", None: ""}
+            value = f"{results['metrics'][name]:.{info.digits}f}"
+            table.add_row(info.label, value, info.description + arrow[info.higher_is_better])
+    console = Console()
+    console.print(table)
+    for warning in results["warnings"]:
+        console.print(f"Warning: {warning}", style="bold yellow")
+
+
+def default_output(config: EvaluateConfig) -> Path:
+    """Where the results go: ``output``, or ``evaluation/`` in the run folder, or a folder named after the checkpoint."""
+    if config.output is not None:
+        return config.output
+    from i2am_train.config.locations import checkpoint_folder
+
+    folder = checkpoint_folder(config.checkpoint)
+    name = f"evaluation-{config.evaluation.pairing}"
+    if (folder / "settings.json").is_file():
+        return folder / name
+    return Path.cwd() / "runs" / f"{folder.name}-{name}"
+
+
+def evaluate(config: EvaluateConfig, folder: Path) -> dict[str, Any]:
+    """The results of a checkpoint; computed unless the folder holds them already.
+
+    Raises:
+        I2AMError: checkpoint, data or folder do not fit the configuration.
+    """
+    import lightning as L
+    from lightning.pytorch.callbacks import TQDMProgressBar
+
+    from i2am_train.assembly import (
+        load_model,
+        make_datamodule,
+        make_objective,
+        make_settings,
+        model_folder,
+        prepare_data,
+    )
+    from i2am_train.callbacks.evaluation import EvaluationCallback
+    from i2am_train.config.build import plain
+    from i2am_train.config.schema import ObjectiveConfig, OptimizationConfig
+    from i2am_train.evaluation.results import read_results
+    from i2am_train.runs import RunFolder, fingerprint
+    from i2am_train.training.module import TryOnModule
+
+    root = prepare_data(config.data)
+    model = load_model(config.checkpoint, config.data)
+    settings = plain(config) | {"checkpoint": str(model_folder(config.checkpoint))}
+    opened = RunFolder.open(
+        folder, settings, may_differ=("output", "device", "progress_bar", "data.workers")
+    )
+    finished = read_results(folder)
+    if opened.finished and finished is not None:
+        return finished
+    opened.start(seed=config.sampling.seed, data=fingerprint(root))
+    callback = EvaluationCallback(
+        make_settings(config.sampling, config.attribution, config.evaluation.metrics),
+        folder,
+        panel_samples=config.evaluation.panel_samples,
+        save_images=True,
+        description=settings,
+    )
+    trainer = L.Trainer(
+        accelerator=config.device,
+        devices=1,
+        precision=config.precision,
+        logger=False,
+        enable_checkpointing=False,
+        enable_model_summary=False,
+        enable_progress_bar=config.progress_bar,
+        callbacks=[callback, *([TQDMProgressBar(leave=True)] if config.progress_bar else [])],
+    )
+    optimization = OptimizationConfig()
+    module = TryOnModule(model, make_objective(ObjectiveConfig(), optimization), optimization)
+    datamodule = make_datamodule(
+        config.data,
+        root,
+        seed=config.sampling.seed,
+        eval_batch_size=config.evaluation.batch_size,
+        test_samples=config.evaluation.samples,
+        pairing=config.evaluation.pairing,
+    )
+    trainer.test(module, datamodule, verbose=False)
+    opened.finish()
+    results = read_results(folder)
+    assert results is not None
+    return results
+
+
+if __name__ == "__main__":
+    entry("evaluate", run)

@@ -1,0 +1,1 @@
+"""Options: typed and described in ``schema``, checked by ``build``, composed in ``store``."""

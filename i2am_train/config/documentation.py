@@ -1,0 +1,111 @@
+"""``--help`` of a command, from the docstrings under the fields of its schema."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+from dataclasses import fields
+from functools import cache
+from itertools import pairwise
+from textwrap import fill
+from typing import Any
+
+from i2am_train.config import schema as schema_module
+from i2am_train.config.build import plain
+from i2am_train.config.locations import conf_folder, experiment_names
+from i2am_train.config.schema import COMMANDS, group_of
+
+WIDTH = 100
+NAME_WIDTH = 36
+
+
+def help_text(command: str, usage: str, examples: str) -> str:
+    """All options of a command, one line each, by group, with defaults and choices of files."""
+    schema = COMMANDS[command]
+    parts = [
+        f"usage: {usage}",
+        str(schema.__doc__),
+        f"examples:\n{examples.rstrip()}",
+        "options (name=value, without dashes):\n" + _options(schema, ""),
+        *_groups(schema, ""),
+        _files(schema),
+        "also: --cfg job shows the composed options, --info searchpath where they come from,\n"
+        "      --debug shows the traceback of an error, -m seed=0,1,2 runs a sweep.",
+    ]
+    return "\n\n".join(part for part in parts if part)
+
+
+def field_docstrings(schema: type[Any]) -> dict[str, str]:
+    """The text under each field of a dataclass of ``config/schema.py``.
+
+    >>> from i2am_train.config.schema import SyntheticConfig
+    >>> field_docstrings(SyntheticConfig)["test"]
+    'Number of held-out samples.'
+    """
+    body = _class_bodies()[schema.__name__]
+    found: dict[str, str] = {}
+    for field_node, text_node in pairwise(body):
+        match field_node, text_node:
+            case (
+                ast.AnnAssign(target=ast.Name(id=name)),
+                ast.Expr(value=ast.Constant(value=str(text))),
+            ):
+                found[name] = " ".join(text.split())
+    return found
+
+
+@cache
+def _class_bodies() -> dict[str, list[ast.stmt]]:
+    tree = ast.parse(inspect.getsource(schema_module))
+    return {node.name: node.body for node in tree.body if isinstance(node, ast.ClassDef)}
+
+
+def _options(schema: type[Any], prefix: str) -> str:
+    """One entry per option of this group, sub-groups left out."""
+    texts, defaults = field_docstrings(schema), plain(schema)
+    lines = [
+        _entry(f"{prefix}{item.name}={_shown(defaults[item.name])}", texts[item.name])
+        for item in fields(schema)
+        if group_of(item) is None
+    ]
+    return "\n".join(lines)
+
+
+def _groups(schema: type[Any], prefix: str) -> list[str]:
+    """One block per group, with its sub-groups after it."""
+    blocks: list[str] = []
+    for item in fields(schema):
+        if group := group_of(item):
+            path = f"{prefix}{item.name}."
+            blocks.append(f"{path[:-1]}: {group.__doc__}\n{_options(group, path)}")
+            blocks += _groups(group, path)
+    return blocks
+
+
+def _files(schema: type[Any]) -> str:
+    """The choices of files in conf/ for this command's groups."""
+    options = [item.name for item in fields(schema)]
+    choices = {"experiment": experiment_names(options)} if "trainer" in options else {}
+    for group in options:
+        choices[group] = sorted(path.stem for path in (conf_folder() / group).glob("*.yaml"))
+    lines = [f"  {group}={'|'.join(names)}" for group, names in choices.items() if names]
+    return "\n".join(["files of options, each a file in conf/<group>/:", *lines]) if lines else ""
+
+
+def _shown(value: Any) -> str:
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, list):
+        return f"[{','.join(map(_shown, value))}]"
+    return "(required)" if value == "???" else str(value)
+
+
+def _entry(name: str, text: str) -> str:
+    """An option and its meaning in two columns; a long option gets a line of its own."""
+    indent = " " * (NAME_WIDTH + 2)
+    wrapped = fill(text, WIDTH, initial_indent=indent, subsequent_indent=indent)
+    if len(name) + 3 > NAME_WIDTH:
+        return f"  {name}\n{wrapped}"
+    return f"  {name}".ljust(len(indent)) + wrapped.lstrip()

@@ -1,0 +1,84 @@
+"""Where the shipped files and the embedded dataset lie, in a checkout and in an installed wheel."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Collection
+from pathlib import Path
+
+from i2am_train.errors import CheckpointError
+from i2am_train.types import GridSize
+
+PACKAGE = Path(__file__).resolve().parent.parent
+
+SHIPPED_CHECKPOINT = "tiny"
+"""Name by which ``init`` and ``checkpoint`` mean the weights that come with the package."""
+
+
+def conf_folder() -> Path:
+    """The folder of the Hydra files: inside the package in a wheel, beside it in a checkout."""
+    return _shipped("conf", "conf")
+
+
+def weights_folder() -> Path:
+    """The folder of the shipped weights; one checkpoint folder per name in it."""
+    return _shipped("weights", "data/weights")
+
+
+def experiment_names(options: Collection[str]) -> list[str]:
+    """Names of the files in ``conf/experiment`` that set only the given top-level options."""
+    names = []
+    for path in sorted((conf_folder() / "experiment").glob("*.yaml")):
+        # The top-level keys, without the cost of a YAML reader: --help lists these names.
+        keys = re.findall(r"^(\w+):", path.read_text(encoding="utf-8"), re.MULTILINE)
+        if set(keys) <= set(options):
+            names.append(path.stem)
+    return names
+
+
+def dataset_folder(size: GridSize, train: int, test: int, seed: int) -> Path:
+    """Where the embedded dataset of these settings is made and looked for.
+
+    In a checkout ``data/synthetic-...``; for an installed package the user's cache folder.
+    """
+    name = f"synthetic-{size}-train{train}-test{test}-seed{seed}"
+    return (checkout() / "data" if checkout_exists() else _user_cache()) / name
+
+
+def checkpoint_folder(name: str) -> Path:
+    """The folder that ``init`` or ``checkpoint`` means: a shipped name, or a path.
+
+    Raises:
+        CheckpointError: there is no such folder.
+    """
+    shipped = weights_folder() / name
+    if name == SHIPPED_CHECKPOINT:
+        return shipped
+    folder = Path(name).expanduser().absolute()
+    if not folder.is_dir():
+        raise CheckpointError(
+            f"There is no checkpoint folder {folder}. Give the folder of a saved model or of "
+            f"a run, or '{SHIPPED_CHECKPOINT}' for the shipped weights."
+        )
+    return folder
+
+
+def checkout() -> Path:
+    """The folder that the package lies in: the root of the repository, in a checkout."""
+    return PACKAGE.parent
+
+
+def checkout_exists() -> bool:
+    """True if the package runs from a checkout (also if installed editable), not from a wheel."""
+    return not (PACKAGE / "conf").is_dir()
+
+
+def _shipped(inside_package: str, inside_checkout: str) -> Path:
+    if checkout_exists():
+        return checkout() / inside_checkout
+    return PACKAGE / inside_package
+
+
+def _user_cache() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "i2am_train"

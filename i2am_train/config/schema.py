@@ -1,0 +1,644 @@
+"""Every option of every command: its type, its default, its meaning, its legal values.
+
+The dataclasses here are the single source. ``store`` hands them to Hydra as plain values, ``build``
+turns what Hydra composed back into them, and ``documentation`` prints their docstrings for
+``--help``. The files in ``conf/`` only say what differs from these defaults. Options that are files
+or folders are absolute from here on.
+"""
+
+from __future__ import annotations
+
+from dataclasses import Field, dataclass, field, fields, is_dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from i2am_train.errors import ConfigError
+from i2am_train.types import GridSize, LayerWeighting, Pairing, Split
+
+LossVariantName = Literal[
+    "paper",
+    "paper_without_factor",
+    "authors_v1",
+    "authors_v2",
+    "hinge",
+    "reward",
+    "margin",
+    "mixed",
+]
+"""Names of ``losses.base.LossVariant``, which lies above this layer; a test keeps the two equal."""
+
+Precision = Literal["32-true", "bf16-mixed", "16-mixed"]
+Trainable = Literal["all", "decoder", "cross_attention"]
+Device = Literal["auto", "cpu", "cuda"]
+
+
+@dataclass(kw_only=True, slots=True)
+class SyntheticConfig:
+    """The embedded procedural dataset, made on first use where data.root is null."""
+
+    train: int = 2000
+    """Number of training samples."""
+    test: int = 200
+    """Number of held-out samples."""
+    seed: int = 0
+    """Seed of the generator; the same seed draws the same pictures."""
+
+    def __post_init__(self) -> None:
+        _check_at_least("data.synthetic.train", self.train, 1)
+        _check_at_least("data.synthetic.test", self.test, 1)
+        _check_at_least("data.synthetic.seed", self.seed, 0)
+
+
+@dataclass(kw_only=True, slots=True)
+class DataConfig:
+    """Where the samples come from and how they are batched."""
+
+    root: Path | None = None
+    """Folder in VITON-HD layout; null: the embedded synthetic dataset, made when missing."""
+    layout: Literal["viton_hd", "dresscode"] = "viton_hd"
+    """Folder layout of root."""
+    category: str | None = None
+    """DressCode category (upper_body, lower_body, dresses); null for VITON-HD."""
+    height: int = 128
+    """Image height in pixels; must be what the checkpoint was trained at."""
+    width: int = 96
+    """Image width in pixels."""
+    batch_size: int = 16
+    """Training samples per device and step (before accumulation)."""
+    workers: int = 2
+    """Processes that read samples; 0 reads in the main process."""
+    augment: bool = True
+    """Flip, shift, scale and colour augmentation of training samples (the authors' order)."""
+    synthetic: SyntheticConfig = field(default_factory=SyntheticConfig)
+    """The embedded dataset."""
+
+    def __post_init__(self) -> None:
+        self.root = _absolute(self.root)
+        _check_size("data", self.height, self.width)
+        _check_at_least("data.batch_size", self.batch_size, 1)
+        _check_at_least("data.workers", self.workers, 0)
+
+    @property
+    def size(self) -> GridSize:
+        """Image size, height first."""
+        return GridSize(self.height, self.width)
+
+
+@dataclass(kw_only=True, slots=True)
+class ObjectiveConfig:
+    """Attention losses added to the denoising loss; a weight of 0 switches a term off."""
+
+    variant: LossVariantName = "reward"
+    """Form of the attention losses; i2am_train/losses/base.py says what each does."""
+    layer: int | str = 2
+    """Layer that is trained: a paper number 1...9 or a name like up_blocks.1.attentions.1."""
+    dcml: float = 0.0
+    """Weight of distance centering (order of the attention centres)."""
+    tv: float = 0.0
+    """Weight of total variation (smoothness of the field of centres)."""
+    cwg: float = 0.0
+    """Weight of center weighting (sharpness of the attention around its centre)."""
+    supervised: float = 0.0
+    """Weight of the cross-entropy to the true correspondence: an upper bound, it uses truth."""
+    sigma: float = 1.0
+    """Standard deviation of the Gaussians of cwg and supervised, in reference patches."""
+    margin: float = 1.0
+    """Gap that the margin variant asks for, in reference patches per generated patch."""
+    detach_centers: bool = False
+    """Stop the gradient of cwg at the centres."""
+
+    def __post_init__(self) -> None:
+        for name in ("dcml", "tv", "cwg", "supervised"):
+            _check_at_least(f"objective.{name}", getattr(self, name), 0.0)
+        _check_above("objective.sigma", self.sigma, 0.0)
+        _check_at_least("objective.margin", self.margin, 0.0)
+        _check_layer("objective.layer", self.layer)
+
+    @property
+    def weights(self) -> dict[str, float]:
+        """Weight by term, the terms that are off included."""
+        return {name: getattr(self, name) for name in ("dcml", "tv", "cwg", "supervised")}
+
+    @property
+    def active(self) -> bool:
+        """True if any attention loss is on, that is, if attention must be captured in training."""
+        return any(weight != 0.0 for weight in self.weights.values())
+
+
+@dataclass(kw_only=True, slots=True)
+class OptimizationConfig:
+    """AdamW with warm-up and cosine decay."""
+
+    steps: int = 160
+    """Optimizer steps in all."""
+    learning_rate: float = 3e-4
+    """Peak learning rate."""
+    final_lr_fraction: float = 0.33
+    """Learning rate at the last step, as a fraction of the peak."""
+    warmup_steps: int = 10
+    """Steps of linear warm-up."""
+    weight_decay: float = 0.01
+    """AdamW weight decay."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """AdamW betas."""
+    gradient_clip: float | None = 1.0
+    """Largest norm of the gradient; null: no clipping."""
+    accumulate: int = 1
+    """Batches per optimizer step."""
+    ema_decay: float | None = None
+    """Decay of the exponential moving average of the weights; null: none."""
+    snr_gamma: float | None = None
+    """Min-SNR-gamma weighting of the denoising loss (5 is usual); null: uniform."""
+    precision: Precision = "32-true"
+    """Arithmetic of the denoiser (bf16-mixed on a GPU; on a CPU float32 is faster); losses and metrics are float32 always."""
+    trainable: Trainable = "all"
+    """Which weights of the denoiser train; projector and null tokens always do."""
+    condition_dropout: float = 0.2
+    """Share of training samples whose garment is replaced by the null tokens."""
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "accumulate"):
+            _check_at_least(f"optimization.{name}", getattr(self, name), 1)
+        _check_at_least("optimization.warmup_steps", self.warmup_steps, 0)
+        _check_above("optimization.learning_rate", self.learning_rate, 0.0)
+        _check_at_least("optimization.weight_decay", self.weight_decay, 0.0)
+        _check_within("optimization.final_lr_fraction", self.final_lr_fraction, 0.0, 1.0)
+        _check_within("optimization.condition_dropout", self.condition_dropout, 0.0, 1.0)
+        for name in ("gradient_clip", "snr_gamma"):
+            _check_optional_above(f"optimization.{name}", getattr(self, name), 0.0)
+        for beta in self.betas:
+            _check_below_one("optimization.betas", beta)
+        if self.ema_decay is not None:
+            _check_below_one("optimization.ema_decay", self.ema_decay)
+
+
+@dataclass(kw_only=True, slots=True)
+class SamplingConfig:
+    """How images are sampled from a model."""
+
+    sampler: Literal["ddim"] = "ddim"
+    """Sampler."""
+    steps: int = 10
+    """Denoising steps per image."""
+    guidance: float = 2.0
+    """Scale of classifier-free guidance; 1 is none."""
+    seed: int = 0
+    """Seed of the initial noise; every sample has its own stream, whatever the batch."""
+
+    def __post_init__(self) -> None:
+        _check_within("sampling.steps", self.steps, 1, 1000)
+        _check_at_least("sampling.guidance", self.guidance, 1.0)
+        _check_at_least("sampling.seed", self.seed, 0)
+
+
+@dataclass(kw_only=True, slots=True)
+class AttributionConfig:
+    """How attention becomes maps and scores."""
+
+    delta: float = 0.4
+    """Threshold of the normalised maps, in [0, 1): smaller values become 0."""
+    penalty: float = 3.0
+    """IMACS penalty lambda on attention outside the mask."""
+    penalties: list[float] = field(default_factory=lambda: [1.0, 3.0, 5.0])
+    """More penalties that are reported from the same maps."""
+    weighting: LayerWeighting = LayerWeighting.PAPER
+    """How layers of different grids are summed: paper (plain sum) or density (balanced)."""
+    layer: int | str = 2
+    """Layer of correspondence error, PCK, spread and entropy: a paper number 1...9 or a name."""
+    layers: list[int | str] | None = None
+    """Layers that enter the unified maps; null: all nine."""
+    inpaint_queries: bool = True
+    """Reference-side maps average over generated positions inside the inpainting mask only, as the authors' code
+    does; false: over all, as the paper writes."""
+    time_groups: int = 5
+    """Groups of sampling steps in time-level maps; group 0 is the noisiest."""
+    byte_budget: int = 64 * 2**20
+    """Memory that capture may use for intermediate results, in bytes."""
+
+    def __post_init__(self) -> None:
+        _check_below_one("attribution.delta", self.delta)
+        for penalty in (self.penalty, *self.penalties):
+            _check_at_least("attribution.penalty", penalty, 0.0)
+        for layer in (self.layer, *(self.layers or ())):
+            _check_layer("attribution.layer", layer)
+        _check_at_least("attribution.time_groups", self.time_groups, 1)
+        _check_at_least("attribution.byte_budget", self.byte_budget, 2**16)
+
+
+@dataclass(kw_only=True, slots=True)
+class EvaluationConfig:
+    """What a checkpoint is judged by, on held-out samples."""
+
+    samples: int | None = None
+    """Number of held-out samples; null: all."""
+    pairing: Pairing = Pairing.PAIRED
+    """paired: each person gets the garment that they wear; unpaired: another one."""
+    metrics: list[str] = field(
+        default_factory=lambda: [
+            "ssim",
+            "stlpips",
+            "fd_efficientnet_lite0",
+            "kd_efficientnet_lite0",
+        ]
+    )
+    """Image metrics beside the attention scores; also there: lpips, fid, kid."""
+    batch_size: int = 32
+    """Samples per batch."""
+    panel_samples: int = 8
+    """Samples whose pictures, maps and centres are kept for the report."""
+
+    def __post_init__(self) -> None:
+        if self.samples is not None:
+            _check_at_least("evaluation.samples", self.samples, 2)
+        _check_at_least("evaluation.batch_size", self.batch_size, 1)
+        _check_at_least("evaluation.panel_samples", self.panel_samples, 0)
+
+
+@dataclass(kw_only=True, slots=True)
+class ValidationConfig:
+    """What is measured and drawn during training."""
+
+    samples: int = 32
+    """Size of the fixed subset of held-out samples; 0: no validation."""
+    every_epochs: int = 1
+    """Epochs between two validations."""
+    panel_samples: int = 4
+    """Samples that are drawn with their attribution maps."""
+
+    def __post_init__(self) -> None:
+        _check_at_least("validation.samples", self.samples, 0)
+        _check_at_least("validation.every_epochs", self.every_epochs, 1)
+        _check_at_least("validation.panel_samples", self.panel_samples, 0)
+
+
+@dataclass(kw_only=True, slots=True)
+class TrackingConfig:
+    """Where curves and pictures are logged."""
+
+    csv: bool = True
+    """Write metrics.csv into the run folder (the report reads it)."""
+    tensorboard: bool = True
+    """Write TensorBoard events into the run folder."""
+    wandb: Literal["offline", "online", "disabled"] = "offline"
+    """Weights & Biases mode."""
+    project: str = "i2am-train"
+    """Weights & Biases project."""
+    name: str | None = None
+    """Name of the run in Weights & Biases; null: the name of the run folder."""
+    group: str | None = None
+    """Group of runs in Weights & Biases."""
+
+
+@dataclass(kw_only=True, slots=True)
+class TrainerConfig:
+    """Lightning's trainer."""
+
+    accelerator: str = "auto"
+    """auto, cpu, gpu, mps, ..."""
+    devices: int | str = 1
+    """Number of devices (processes), or auto."""
+    strategy: str = "auto"
+    """auto, ddp, fsdp, ..."""
+    num_nodes: int = 1
+    """Number of machines."""
+    log_every_n_steps: int = 10
+    """Steps between two logged values of the training losses."""
+    limit_train_batches: int | float | None = None
+    """Batches (whole number) or share of batches (fraction) per epoch; null: all."""
+    limit_val_batches: int | float | None = None
+    """The same for validation."""
+    deterministic: bool = False
+    """Use deterministic algorithms only (slower on a GPU)."""
+    progress_bar: bool = True
+    """Show progress with the time left."""
+
+    def __post_init__(self) -> None:
+        if isinstance(self.devices, int):
+            _check_at_least("trainer.devices", self.devices, 1)
+        _check_at_least("trainer.num_nodes", self.num_nodes, 1)
+        _check_at_least("trainer.log_every_n_steps", self.log_every_n_steps, 1)
+
+    @property
+    def multi_process(self) -> bool:
+        """True if training may start more than one process."""
+        return self.devices not in (1, "1") or self.num_nodes > 1
+
+
+@dataclass(kw_only=True, slots=True)
+class TrainConfig:
+    """Train a model from a checkpoint."""
+
+    name: str = "train"
+    """Name of the run; the experiments set it."""
+    label: str = ""
+    """How tables and figures call the run; empty: its name."""
+    init: str = "tiny"
+    """Checkpoint folder to start from; tiny is the shipped one."""
+    output: Path | None = None
+    """Run folder; null: runs/<name>-seed<seed>."""
+    seed: int = 0
+    """Seed of initialisation, order, noise and dropout of training."""
+    resume: bool = True
+    """Continue a stopped run of the same configuration; false refuses a used folder."""
+    data: DataConfig = field(default_factory=DataConfig)
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    optimization: OptimizationConfig = field(default_factory=OptimizationConfig)
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    attribution: AttributionConfig = field(default_factory=AttributionConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    validation: ValidationConfig = field(default_factory=ValidationConfig)
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+    trainer: TrainerConfig = field(default_factory=TrainerConfig)
+
+    def __post_init__(self) -> None:
+        _check_name("name", self.name)
+        _check_given("init", self.init)
+        _check_at_least("seed", self.seed, 0)
+        self.label = self.label or self.name
+        self.output = _absolute(self.output)
+
+    @property
+    def folder(self) -> Path:
+        """The run folder, absolute."""
+        return self.output or Path.cwd() / "runs" / f"{self.name}-seed{self.seed}"
+
+
+@dataclass(kw_only=True, slots=True)
+class EvaluateConfig:
+    """Judge a checkpoint on held-out samples."""
+
+    checkpoint: str
+    """Checkpoint folder, or run folder, to judge; tiny is the shipped one."""
+    output: Path | None = None
+    """Folder for results; null: evaluation/ in the run folder, or runs/evaluate-<checkpoint>."""
+    device: Device = "auto"
+    """Where to compute."""
+    precision: Precision = "32-true"
+    """Arithmetic of the denoiser (bf16-mixed on a GPU; on a CPU float32 is faster)."""
+    progress_bar: bool = True
+    """Show progress with the time left."""
+    data: DataConfig = field(default_factory=DataConfig)
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    attribution: AttributionConfig = field(default_factory=AttributionConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+
+    def __post_init__(self) -> None:
+        _check_given("checkpoint", self.checkpoint)
+        self.output = _absolute(self.output)
+
+
+@dataclass(kw_only=True, slots=True)
+class AblateConfig:
+    """Train and judge arms x seeds from one checkpoint, and compare them."""
+
+    name: str = "ablation"
+    """Name of the study."""
+    init: str = "tiny"
+    """Checkpoint folder that every arm starts from; tiny is the shipped one."""
+    output: Path | None = None
+    """Folder of the study; null: runs/<name>. Finished cells in it are kept and skipped."""
+    arms: list[str] = field(default_factory=lambda: ["base", "baseline", "refined"])
+    """Names of files in conf/experiment, or paths of such files; base is the checkpoint itself."""
+    reference: str = "baseline"
+    """The arm that the others are compared with, seed by seed."""
+    seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
+    """One training run per arm and seed."""
+    confidence: float = 0.95
+    """Confidence of the bootstrap intervals."""
+    bootstrap_samples: int = 10_000
+    """Resamples per interval."""
+    device: Device = "auto"
+    """Where to evaluate (training follows trainer.accelerator)."""
+    data: DataConfig = field(default_factory=DataConfig)
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    optimization: OptimizationConfig = field(default_factory=OptimizationConfig)
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    attribution: AttributionConfig = field(default_factory=AttributionConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    validation: ValidationConfig = field(default_factory=ValidationConfig)
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+    trainer: TrainerConfig = field(default_factory=TrainerConfig)
+
+    def __post_init__(self) -> None:
+        self.output = _absolute(self.output)
+        _check_name("name", self.name)
+        _check_given("init", self.init)
+        _check_unique("arms", self.arms)
+        _check_unique("seeds", self.seeds)
+        for seed in self.seeds:
+            _check_at_least("seeds", seed, 0)
+        _check_below_one("confidence", self.confidence)
+        _check_at_least("bootstrap_samples", self.bootstrap_samples, 100)
+        if len(self.arms) > 1 and self.reference not in self.arms:
+            raise ConfigError(
+                f"reference={self.reference} is none of the arms {self.arms}. "
+                "Add it to arms, or set reference to one of them."
+            )
+
+    @property
+    def folder(self) -> Path:
+        """The folder of the study, absolute."""
+        return self.output or Path.cwd() / "runs" / self.name
+
+
+@dataclass(kw_only=True, slots=True)
+class ExplainConfig:
+    """Draw every attribution map of one sample."""
+
+    checkpoint: str
+    """Checkpoint folder, or run folder; tiny is the shipped one."""
+    sample: int = 0
+    """Index of the sample in the pair list, from 0."""
+    split: Split = Split.TEST
+    """Half of the dataset that the index counts in."""
+    pairing: Pairing = Pairing.PAIRED
+    """paired: the garment that the person wears; unpaired: another one."""
+    output: Path | None = None
+    """Folder for pictures and archive; null: runs/explain-<checkpoint>-<sample>."""
+    generated_patches: list[tuple[int, int]] = field(default_factory=list)
+    """Cells [y,x] of the layer's generated grid that get a map each; empty: some of the garment."""
+    reference_patches: list[tuple[int, int]] = field(default_factory=list)
+    """Cells [y,x] of the reference grid that get a map each; empty: some of the garment."""
+    device: Device = "auto"
+    """Where to compute."""
+    precision: Precision = "32-true"
+    """Arithmetic of the denoiser (bf16-mixed on a GPU; on a CPU float32 is faster)."""
+    data: DataConfig = field(default_factory=DataConfig)
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    attribution: AttributionConfig = field(default_factory=AttributionConfig)
+
+    def __post_init__(self) -> None:
+        _check_given("checkpoint", self.checkpoint)
+        self.output = _absolute(self.output)
+        _check_at_least("sample", self.sample, 0)
+        for name in ("generated_patches", "reference_patches"):
+            for cell in getattr(self, name):
+                _check_at_least(name, min(cell), 0)
+
+
+@dataclass(kw_only=True, slots=True)
+class DataMakeConfig:
+    """Make a synthetic try-on dataset with exact correspondence."""
+
+    root: Path | None = None
+    """Folder to make; null: where `i2am train` looks for the embedded dataset."""
+    train: int = 2000
+    """Number of training samples."""
+    test: int = 200
+    """Number of held-out samples."""
+    seed: int = 0
+    """Seed of the generator."""
+    height: int = 128
+    """Image height in pixels."""
+    width: int = 96
+    """Image width in pixels."""
+    workers: int | None = None
+    """Processes that draw; null: one per core."""
+
+    def __post_init__(self) -> None:
+        self.root = _absolute(self.root)
+        _check_at_least("train", self.train, 1)
+        _check_at_least("test", self.test, 1)
+        _check_at_least("seed", self.seed, 0)
+        _check_size("", self.height, self.width)
+        if self.workers is not None:
+            _check_at_least("workers", self.workers, 1)
+
+    @property
+    def size(self) -> GridSize:
+        """Image size, height first."""
+        return GridSize(self.height, self.width)
+
+
+@dataclass(kw_only=True, slots=True)
+class DataCheckConfig:
+    """Report everything that is wrong with a dataset folder."""
+
+    root: Path
+    """Dataset folder in VITON-HD layout."""
+    height: int | None = None
+    """Height that every image must have, in pixels; null: images must agree with each other."""
+    width: int | None = None
+    """Width that every image must have, in pixels."""
+    json: Path | None = None
+    """File for the report as JSON; null: print the table only."""
+
+    def __post_init__(self) -> None:
+        self.root = self.root.expanduser().absolute()
+        self.json = _absolute(self.json)
+        if (self.height is None) != (self.width is None):
+            raise ConfigError(
+                f"Only one of height={self.height} and width={self.width} is set. "
+                "Set both, or neither."
+            )
+
+    @property
+    def size(self) -> GridSize | None:
+        """Image size to insist on, height first, or None."""
+        if self.height is None or self.width is None:
+            return None
+        return GridSize(self.height, self.width)
+
+
+COMMANDS: dict[str, type[Any]] = {
+    "train": TrainConfig,
+    "evaluate": EvaluateConfig,
+    "ablate": AblateConfig,
+    "explain": ExplainConfig,
+    "data_make": DataMakeConfig,
+    "data_check": DataCheckConfig,
+}
+"""Schema of each file ``conf/<command>.yaml``."""
+
+WITHOUT_EFFECT_ON_WEIGHTS: tuple[str, ...] = (
+    "output",
+    "resume",
+    "label",
+    "data.workers",
+    "tracking",
+    "trainer.progress_bar",
+    "trainer.log_every_n_steps",
+)
+"""Options (or whole groups) that may differ when a stopped training run is resumed."""
+
+
+def option_names(schema: type[Any], prefix: str = "") -> list[str]:
+    """Dotted names of all options and groups of a schema, in order.
+
+    >>> option_names(SyntheticConfig, "data.synthetic.")
+    ['data.synthetic.train', 'data.synthetic.test', 'data.synthetic.seed']
+    """
+    names: list[str] = []
+    for item in fields(schema):
+        names.append(prefix + item.name)
+        if group := group_of(item):
+            names += option_names(group, f"{prefix}{item.name}.")
+    return names
+
+
+def group_of(item: Field[Any]) -> type[Any] | None:
+    """The schema of a field that is a group of options, None for a single option."""
+    factory: Any = item.default_factory
+    return factory if isinstance(factory, type) and is_dataclass(factory) else None
+
+
+def _absolute(path: Path | None) -> Path | None:
+    return None if path is None else path.expanduser().absolute()
+
+
+def _refuse(name: str, value: object, expected: str) -> None:
+    raise ConfigError(f"{name}={value} is not possible: expected {expected}.")
+
+
+def _check_at_least(name: str, value: float, low: float) -> None:
+    if not value >= low:
+        _refuse(name, value, f"at least {low}")
+
+
+def _check_above(name: str, value: float, low: float) -> None:
+    if not value > low:
+        _refuse(name, value, f"more than {low}")
+
+
+def _check_optional_above(name: str, value: float | None, low: float) -> None:
+    if value is not None:
+        _check_above(name, value, low)
+
+
+def _check_within(name: str, value: float, low: float, high: float) -> None:
+    if not low <= value <= high:
+        _refuse(name, value, f"a number between {low} and {high}")
+
+
+def _check_below_one(name: str, value: float) -> None:
+    if not 0.0 <= value < 1.0:
+        _refuse(name, value, "a number in [0, 1)")
+
+
+def _check_layer(name: str, layer: int | str) -> None:
+    if isinstance(layer, int) and not 1 <= layer <= 9:
+        _refuse(
+            name, layer, "one of the paper's layers 1...9, or a name like up_blocks.1.attentions.1"
+        )
+
+
+def _check_size(group: str, height: int, width: int) -> None:
+    # Latents (a quarter or an eighth of it) and encoder patches (8 pixels) must be whole.
+    for name, value in (("height", height), ("width", width)):
+        if value < 16 or value % 16:
+            _refuse(f"{group}.{name}".lstrip("."), value, "a multiple of 16, at least 16")
+
+
+def _check_unique(name: str, values: list[Any]) -> None:
+    if not values or len(set(values)) != len(values):
+        _refuse(name, values, "a list that is not empty and names nothing twice")
+
+
+def _check_given(option: str, name: str) -> None:
+    if not name.strip():
+        _refuse(option, repr(name), "a folder, or tiny for the shipped weights")
+
+
+def _check_name(option: str, name: str) -> None:
+    if not name or any(character in name for character in "/\\ \n"):
+        _refuse(option, repr(name), "a word without spaces and slashes (it names a folder)")

@@ -1,0 +1,359 @@
+"""The embedded try-on data: drawn people in drawn garments, with the exact correspondence between the two.
+
+Every sample is a function of (seed, index) alone. The garment texture is carried onto the person by triangle
+meshes; the same meshes, inverted, say for each person pixel where it lies on the flat garment, so the ground truth
+is exact and not estimated. :func:`make_dataset` writes the VITON-HD folder layout.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, cast
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+from tqdm import tqdm
+
+from i2am_train.datasets import garments, people
+from i2am_train.datasets.garments import Garment, Image, Mask
+from i2am_train.datasets.meshes import (
+    FIRST_TRIANGLE_LABEL,
+    Labels,
+    MeshPainter,
+    PartMesh,
+    ellipse,
+    fill,
+    smoothstep,
+)
+from i2am_train.datasets.people import SIDES, Body, Person
+from i2am_train.errors import DataError
+from i2am_train.types import GridSize, Split
+
+GENERATOR_VERSION = 1
+"""Raised whenever the same seed would draw another picture."""
+
+OVERSAMPLING = 3
+"""Odd, so that one of the fine pixels lies exactly at the centre of a picture pixel."""
+
+FIRST_TEST_INDEX = 50_000
+"""Index of the first test sample; training samples come before it."""
+
+MAX_SAMPLES = 50_000
+GREY = 128
+
+SKIN, TROUSERS, TROUSERS_SHADE, HAIR, EYE, LIPS, HAND = range(1, 8)
+"""Labels of plain colours; 0 is the background, garment triangles start at 64."""
+NECK = 8
+
+POSE_COLOURS = {
+    "torso": (48, 96, 232), "head": (232, 228, 64), "upper_arm_left": (232, 80, 48), "upper_arm_right": (48, 208, 80),
+    "lower_arm_left": (248, 168, 48), "lower_arm_right": (112, 240, 208), "hand_left": (248, 144, 208),
+    "hand_right": (250, 170, 220), "leg_left": (152, 48, 208), "leg_right": (72, 152, 152),
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class SyntheticSample:
+    """One try-on sample; images are RGB uint8 ``[H, W, 3]``, masks bool ``[H, W]`` (True = inside).
+
+    ``correspondence`` is float32 ``[H, W, 2]``: y and x on the flat garment in 0..1, NaN where there is no garment.
+    """
+
+    name: str
+    garment_name: str
+    person: Image
+    garment: Image
+    agnostic: Image
+    densepose: Image
+    garment_mask: Mask
+    inpaint_mask: Mask
+    warped_garment_mask: Mask
+    correspondence: NDArray[np.float32]
+
+
+def sample_name(index: int) -> str:
+    """File stem of a sample.
+
+    >>> sample_name(17)
+    '00017_00'
+    """
+    return f"{index:05d}_00"
+
+
+def render_sample(seed: int, index: int, size: GridSize, shading: bool = True) -> SyntheticSample:
+    """Person ``index`` in their own garment. ``shading=False`` leaves out light and folds."""
+    return render_pair(seed, index, index, size, shading)
+
+
+def render_pair(seed: int, person_index: int, garment_index: int, size: GridSize, shading: bool = True) -> SyntheticSample:
+    """Person ``person_index`` wearing garment ``garment_index``: also the truth of an unpaired try-on.
+
+    >>> render_pair(0, 3, 5, GridSize(64, 48)).correspondence.shape
+    (64, 48, 2)
+    """
+    person = people.draw_person(np.random.default_rng([seed, person_index, 0]))
+    garment = garments.draw_garment(np.random.default_rng([seed, garment_index, 1]))
+    return _Rendering(person, garment, size, shading).sample(sample_name(person_index), sample_name(garment_index))
+
+
+def iterate(seed: int, indices: Iterator[int] | range, size: GridSize) -> Iterator[SyntheticSample]:
+    """Samples one after the other, without files."""
+    for index in indices:
+        yield render_sample(seed, index, size)
+
+
+class _Rendering:
+    """The drawing of one sample, at :data:`OVERSAMPLING` times its size."""
+
+    def __init__(self, person: Person, garment: Garment, size: GridSize, shading: bool) -> None:
+        self.size, self.shading = size, shading
+        self.fine = (size.height * OVERSAMPLING, size.width * OVERSAMPLING)
+        self.pixels = self.fine[0]
+        self.aspect = size.width / size.height
+        self.person, self.garment = person, garment
+        self.body = Body(person, self.aspect)
+        self.place = garments.place_cut(garment.cut, self.aspect)
+        self.torso = people.torso_mesh(garment.cut, self.place, self.body)
+        self.sleeves = {side: people.sleeve_mesh(garment.cut, self.place, self.body, side) for side in self._sleeve_sides()}
+
+    def _sleeve_sides(self) -> tuple[int, ...]:
+        return () if self.garment.cut.sleeves == "none" else SIDES
+
+    def sample(self, name: str, garment_name: str) -> SyntheticSample:
+        fabric = self._fabric()
+        flat, garment_mask = self._flat_picture(fabric)
+        labels, painter = self._labels()
+        person, correspondence = self._person_picture(labels, painter, fabric)
+        warped = ~np.isnan(correspondence[..., 0])
+        inpaint = self._inpaint_mask(labels)
+        agnostic = np.where(inpaint[..., None], np.uint8(GREY), person)
+        return SyntheticSample(
+            name, garment_name, person, flat, agnostic, self._densepose(), garment_mask, inpaint, warped, correspondence
+        )
+
+    # The flat garment
+
+    def _fabric(self) -> Image:
+        """Full-bleed texture with collar, cuffs and hem."""
+        outlines = [mesh.outline() for mesh in self.sleeves.values()]
+        fabric = garments.texture(self.garment, self.place, outlines, self.fine)
+        colour = self.garment.trim_colour
+        source = self.torso.source
+        neck = np.abs(self.torso.parameters[0, :, 1]) <= self.garment.cut.neck / self.garment.cut.shoulder + 1e-6
+        garments.trim(fabric, source[0, neck], colour, 0.032)
+        garments.trim(fabric, source[-1], 0.82 * self.garment.colours[0], 0.014)
+        for mesh in self.sleeves.values():
+            garments.trim(fabric, mesh.source[-1], colour, 0.030)
+        return fabric
+
+    def _flat_picture(self, fabric: Image) -> tuple[Image, Mask]:
+        """The garment on white and its mask, at picture size."""
+        parts = [self.torso.outline(), *(mesh.outline() for mesh in self.sleeves.values())]
+        inside = garments.silhouette(parts, self.fine)
+        picture = np.where(inside[..., None] > 0, fabric, np.uint8(255))
+        return self._reduced(picture), self._reduced(inside) >= GREY
+
+    def _reduced(self, picture: NDArray[np.uint8]) -> Image:
+        """Area average of a fine picture."""
+        return cast(Image, cv2.resize(picture, (self.size.width, self.size.height), interpolation=cv2.INTER_AREA))
+
+    # The person
+
+    def _labels(self) -> tuple[Labels, MeshPainter]:
+        """What is visible at each fine pixel, painted from back to front."""
+        labels: Labels = np.zeros(self.fine, np.int32)
+        painter = MeshPainter(labels, self.pixels)
+        self._paint_back_hair(labels)
+        fill(labels, self.body.torso_outline(), SKIN, self.pixels)
+        fill(labels, self.body.leg(-1), TROUSERS, self.pixels)
+        fill(labels, self.body.leg(1), TROUSERS_SHADE, self.pixels)
+        fill(labels, self.body.neck(), NECK, self.pixels)
+        sleeveless = not self.sleeves
+        if sleeveless:
+            for side in SIDES:
+                self._paint_arm(labels, side, 0.0, 0.62)
+        painter.paint(self.torso)
+        self._paint_head(labels)
+        for side in (-self.person.front_arm, self.person.front_arm):
+            self._paint_arm(labels, side, 0.5 if sleeveless else 0.12, 1.0)
+            if side in self.sleeves:
+                painter.paint(self.sleeves[side])
+            fill(labels, self.body.hand(side), HAND, self.pixels)
+        return labels, painter
+
+    def _paint_arm(self, labels: Labels, side: int, start: float, stop: float) -> None:
+        """Bare skin of one arm between two shares of its length, with round ends."""
+        tube = self.body.arm(side)
+        widths = (0.040, 0.024)
+        fill(labels, tube.outline(start, stop, widths), SKIN, self.pixels)
+        for share in (start, stop):
+            center, _ = tube.at(np.array([share]))
+            radius = float(np.interp(share, [0, 1], widths))
+            fill(labels, ellipse(center[0], radius, radius), SKIN, self.pixels)
+
+    def _paint_back_hair(self, labels: Labels) -> None:
+        """Hair behind the neck and shoulders."""
+        head = self.body.head()
+        style = self.person.hair
+        if style == "afro":
+            fill(labels, ellipse(head - [0, 0.025], 0.098, 0.092), HAIR, self.pixels)
+        elif style == "bun":
+            fill(labels, ellipse(head - [0, 0.088], 0.030, 0.028), HAIR, self.pixels)
+        elif style in ("bob", "long"):
+            low = 0.085 if style == "bob" else 0.20
+            fill(labels, ellipse(head - [0, 0.008], 0.068, 0.078), HAIR, self.pixels)
+            sides = np.array([[-0.068, -0.01], [0.068, -0.01], [0.074, low], [-0.074, low]])
+            fill(labels, head + sides, HAIR, self.pixels)
+
+    def _paint_head(self, labels: Labels) -> None:
+        """Face, hair line and features."""
+        head, pixels = self.body.head(), self.pixels
+        fill(labels, ellipse(head, 0.049, 0.066), SKIN, pixels)
+        if self.person.hair != "bald":
+            cap = ellipse(head - [0, 0.010], 0.054, 0.064)
+            crown = cap[cap[:, 1] < head[1] - 0.022]
+            fringe = head + np.array([[0.046, -0.020], [0.015, -0.040], [-0.030, -0.032], [-0.048, -0.012]])
+            order = np.argsort(np.arctan2(crown[:, 1] - head[1], crown[:, 0] - head[0]))
+            fill(labels, np.concatenate([crown[order], fringe]), HAIR, pixels)
+        gaze = head + np.array([0.35 * 0.02 * self.person.turn, 0.0])
+        for side in SIDES:
+            fill(labels, ellipse(gaze + [side * 0.018, 0.004], 0.0058, 0.0062, 12), EYE, pixels)
+        fill(labels, ellipse(gaze + [0, 0.036], 0.0145, 0.0045, 16), LIPS, pixels)
+
+    def _person_picture(self, labels: Labels, painter: MeshPainter, fabric: Image) -> tuple[Image, NDArray[np.float32]]:
+        """The person ``[H, W, 3]`` and the correspondence ``[H, W, 2]``."""
+        rows, columns = np.nonzero(labels >= FIRST_TRIANGLE_LABEL)
+        attributes = painter.attributes(rows, columns)
+        fine = self._plain_colours(labels)
+        fine[rows, columns] = _sample_texture(fabric, attributes[:, :2], self.pixels)
+        if self.shading:
+            fine = self._shaded(fine, labels, (rows, columns), attributes[:, 2:])
+        field = np.full((*self.fine, 2), np.nan, np.float32)
+        field[rows, columns, 0] = attributes[:, 1]
+        field[rows, columns, 1] = attributes[:, 0] / self.aspect
+        middle = OVERSAMPLING // 2
+        correspondence = np.clip(field[middle::OVERSAMPLING, middle::OVERSAMPLING], 0.0, 1.0)
+        return self._reduced(fine), np.ascontiguousarray(correspondence)
+
+    def _plain_colours(self, labels: Labels) -> Image:
+        """Colours of everything but the garment, over a soft background."""
+        person = self.person
+        palette = np.zeros((FIRST_TRIANGLE_LABEL, 3), np.uint8)
+        lips = 0.55 * person.skin + 0.45 * np.array([176.0, 60.0, 66.0])
+        colours = {
+            SKIN: person.skin, HAND: 0.98 * person.skin, NECK: 0.88 * person.skin, TROUSERS: person.trousers,
+            TROUSERS_SHADE: 0.90 * person.trousers, HAIR: person.hair_colour, EYE: np.array([40.0, 32.0, 32.0]), LIPS: lips,
+        }  # fmt: skip
+        for label, colour in colours.items():
+            palette[label] = np.clip(colour, 0, 255)
+        fine = palette[np.minimum(labels, FIRST_TRIANGLE_LABEL - 1)]
+        rows, columns = np.nonzero(labels == 0)
+        fine[rows, columns] = self._background()[rows, columns]
+        return fine
+
+    def _background(self) -> Image:
+        """A plain wall: lighter above, a little darker away from the light."""
+        first, second = self.person.background
+        down = np.linspace(0, 1, self.fine[0])[:, None, None]
+        sideways = np.linspace(-0.5, 0.5, self.fine[1])[None, :, None] * 0.06 * self.person.light
+        wall = (first * (1 - down) + second * down) * (1.0 + sideways)
+        return np.clip(wall, 0, 255).astype(np.uint8)
+
+    def _shaded(
+        self, fine: Image, labels: Labels, where: tuple[NDArray[np.intp], ...], parameters: NDArray[np.float32]
+    ) -> Image:
+        """Light, folds and soft shadows of the arms, multiplied onto the picture."""
+        shade = np.ones(self.fine, np.float32)
+        shade[where] = self._folds(parameters)
+        solid = (labels > 0).astype(np.uint8)
+        inner = cv2.distanceTransform(solid, cv2.DIST_L2, 3) * np.float32(1.0 / (0.03 * self.pixels))
+        shade *= np.float32(0.84) + np.float32(0.16) * np.minimum(inner, np.float32(1.0))
+        shade *= self._arm_shadow(labels)
+        shade[solid == 0] = 1.0
+        return cv2.convertScaleAbs(fine * shade[..., None])
+
+    def _folds(self, parameters: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Brightness of fabric from its place along and across a part: round form, side light, folds."""
+        along, across = parameters[:, 0], parameters[:, 1]
+        a, b, c = self.person.fold_phase
+        turn = np.float32(2 * np.pi)
+        folds = np.sin(turn * (1.1 * across + 1.3 * along + a)) + np.sin(turn * (0.9 * along - 1.7 * across + b))
+        drape = np.sin(turn * (1.5 * across + 0.3 * along + c)) * along
+        round_form = 1.05 - 0.17 * across * across + 0.07 * self.person.light * across
+        return np.asarray(round_form + 0.5 * self.person.fold_depth * (folds + drape), np.float32)
+
+    def _arm_shadow(self, labels: Labels) -> NDArray[np.float32]:
+        """Soft darkening of the torso beside arms that lie in front of it."""
+        arms = np.zeros(self.fine, np.uint8)
+        for side in SIDES:
+            fill(arms, self.body.arm(side).outline(0.15, 1.0, (0.05, 0.036)), 255, self.pixels)
+        arms_in_front = cv2.GaussianBlur(arms, (0, 0), 0.014 * self.pixels)
+        shadow = 1.0 - arms_in_front.astype(np.float32) * np.float32(0.30 / 255)
+        shadow[arms > 0] = 1.0
+        return shadow
+
+    # What the model is told about the person
+
+    def _inpaint_mask(self, labels: Labels) -> Mask:
+        """Where any garment could be: a generous torso and both arms, without face, hair above it, and hands."""
+        region = np.zeros(self.fine, np.uint8)
+        fill(region, self._largest_torso(), 255, self.pixels)
+        for side in SIDES:
+            tube = self.body.arm(side)
+            fill(region, tube.outline(0.0, 1.0, (0.088, 0.064)), 255, self.pixels)
+            for share, radius in ((0.0, 0.086), (0.52, 0.074), (1.0, 0.062)):
+                center, _ = tube.at(np.array([share]))
+                fill(region, ellipse(center[0], radius, radius), 255, self.pixels)
+        above = np.arange(self.fine[0])[:, None] < (self.body.head()[1] + 0.075) * self.pixels
+        face = np.isin(labels, (SKIN, HAIR, EYE, LIPS)) & above
+        region[face | (labels == HAND)] = 0
+        return self._reduced(region) >= GREY
+
+    def _largest_torso(self) -> NDArray[np.float64]:
+        """A torso region that holds every cut on this body, so that it tells nothing about the garment."""
+        width, length = self.person.shoulder, self.person.torso
+        ys = np.array([-0.005, 0.03, 0.10, 0.25, 0.40, 0.545]) * length
+        xs = np.array([0.72, 1.10, 1.14, 1.16, 1.24, 1.32]) * width
+        right = np.stack([xs, ys], axis=-1)
+        return self.body.carry(np.concatenate([right, right[::-1] * [-1, 1]]))
+
+    def _densepose(self) -> Image:
+        """Coloured body parts on black, drawn from the body alone."""
+        canvas = np.zeros(self.fine, np.uint8)
+        names = list(POSE_COLOURS)
+
+        def part(name: str, polygon: NDArray[np.float64]) -> None:
+            fill(canvas, polygon, names.index(name) + 1, self.pixels)
+
+        body = self.body
+        for side, word in zip(SIDES, ("left", "right"), strict=True):
+            part(f"leg_{word}", body.leg(side))
+        part("torso", body.torso_outline())
+        part("head", body.neck()[:3])
+        part("head", ellipse(body.head(), 0.049, 0.066))
+        part("head", body.head() + np.array([[-0.026, 0.03], [0.026, 0.03], [0.026, 0.105], [-0.026, 0.105]]))
+        for side in (-self.person.front_arm, self.person.front_arm):
+            word = "left" if side < 0 else "right"
+            part(f"upper_arm_{word}", body.arm(side).outline(0.0, 0.54, (0.040, 0.024)))
+            part(f"lower_arm_{word}", body.arm(side).outline(0.52, 1.0, (0.040, 0.024)))
+            part(f"hand_{word}", body.hand(side))
+        palette = np.array([(0, 0, 0), *POSE_COLOURS.values()], np.uint8)
+        return self._reduced(palette[canvas])
+
+
+def _sample_texture(fabric: Image, points: NDArray[np.float32], pixels: int) -> Image:
+    """Bilinear colours ``[pixels, 3]`` of the fabric at points in picture heights."""
+    where = points * pixels - 0.5
+    row_length = 16_384  # OpenCV's maps are limited to 32767 per side
+    padding = -len(where) % row_length
+    padded = np.pad(where, ((0, padding), (0, 0))).reshape(-1, row_length, 2)
+    sampled = cv2.remap(fabric, np.ascontiguousarray(padded), None, cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)  # type: ignore[call-overload]
+    return cast(Image, sampled.reshape(-1, 3)[: len(where)])

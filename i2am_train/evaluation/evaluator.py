@@ -1,0 +1,324 @@
+"""The evaluator: samples images batch by batch, and scores attention and images from the same pass.
+
+It knows nothing of Lightning or files. The callbacks drive it, in validation during training and in ``i2am evaluate``.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from jaxtyping import Bool, Float, UInt8
+from torch import Tensor
+from torchmetrics import MetricCollection
+
+from i2am_train.attribution.maps import AttributionMaps, HeatMap
+from i2am_train.attribution.trace import trace
+from i2am_train.config.schema import AttributionConfig, SamplingConfig
+from i2am_train.datasets.sample import TryOnBatch
+from i2am_train.losses.base import LossVariant
+from i2am_train.losses.centers import attention_centers
+from i2am_train.metrics.correspondence import (
+    attention_entropy,
+    center_spread,
+    collapse_warning,
+    correspondence_error,
+    pck,
+    spread_ratio,
+    target_on_grid,
+)
+from i2am_train.metrics.imacs import imacs
+from i2am_train.metrics.registry import METRICS, image_metrics, image_pair_score, metric_info
+from i2am_train.models.sampling import sample
+from i2am_train.models.tryon import TryOnModel
+from i2am_train.ops.images import to_uint8
+from i2am_train.ops.masks import mask_on_grid
+from i2am_train.types import Direction, GridSize
+
+ATTENTION_METRICS = tuple(name for name, info in METRICS.items() if info.group == "attention")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationSettings:
+    """What is sampled and scored."""
+
+    sampling: SamplingConfig
+    attribution: AttributionConfig
+    metrics: tuple[str, ...]
+    """Image metrics by name; the attention scores are always computed."""
+
+
+@dataclass(kw_only=True)
+class Explained:
+    """Images of one batch and the attention that made them."""
+
+    generated: Float[Tensor, "batch 3 height width"]
+    maps: AttributionMaps
+    map_generated: Float[Tensor, "batch height width"]
+    """Unified reference-to-generated map at image size, in [0, 1], not thresholded."""
+    map_reference: Float[Tensor, "batch height width"]
+    """Unified generated-to-reference map at image size, in [0, 1], not thresholded."""
+    centers: Float[Tensor, "batch generated 2"]
+    """Attention centres of the chosen layer, yx in reference patches."""
+    scores: Float[Tensor, "batch generated reference"]
+    layer: str
+    generated_grid: GridSize
+    reference_grid: GridSize
+
+
+def sample_seed(seed: int, index: int) -> int:
+    """Seed of one sample's initial noise: a function of the run's sampling seed and the sample's index."""
+    state = np.random.SeedSequence([seed, index]).generate_state(1, np.uint64)[0]
+    return int(state) >> 1
+
+
+def generate_with_attention(
+    model: TryOnModel,
+    batch: TryOnBatch,
+    sampling: SamplingConfig,
+    attribution: AttributionConfig,
+) -> Explained:
+    """Samples a batch once and keeps the attention of that very pass."""
+    seeds = [sample_seed(sampling.seed, int(index)) for index in batch["index"]]
+    with trace(
+        model,
+        layers=attribution.layers,
+        matrix_layers=[attribution.layer],
+        generated_mask=batch["inpaint_mask"] if attribution.inpaint_queries else None,
+        byte_budget=attribution.byte_budget,
+    ) as attention:
+        generated = sample(
+            model,
+            batch["garment"],
+            batch["agnostic"],
+            batch["densepose"],
+            seeds=seeds,
+            steps=sampling.steps,
+            guidance=sampling.guidance,
+        )
+    maps = attention.maps()
+    record = maps.store.layer(attribution.layer)
+    scores = maps.scores(attribution.layer)
+    size = GridSize(*generated.shape[-2:])
+    return Explained(
+        generated=generated,
+        maps=maps,
+        map_generated=_unified(maps, Direction.REFERENCE_TO_GENERATED, attribution, size).values,
+        map_reference=_unified(maps, Direction.GENERATED_TO_REFERENCE, attribution, size).values,
+        centers=attention_centers(scores, model.reference_grid, LossVariant.HINGE),
+        scores=scores,
+        layer=record.layer,
+        generated_grid=record.generated_grid,
+        reference_grid=model.reference_grid,
+    )
+
+
+def _unified(
+    maps: AttributionMaps, direction: Direction, options: AttributionConfig, size: GridSize
+) -> HeatMap:
+    """Normalised, resized to the image, normalised again: the order that the score is defined on (spec 4 and 5)."""
+    return maps.unified(direction, options.weighting).normalised().resized(size).normalised()
+
+
+def attention_scores(
+    explained: Explained, batch: TryOnBatch, options: AttributionConfig
+) -> dict[str, Float[Tensor, " batch"]]:
+    """Every attention metric of each sample; NaN where a sample has no value (empty mask, no truth)."""
+    thresholded = {
+        "g": _thresholded(explained.map_generated, options.delta),
+        "r": _thresholded(explained.map_reference, options.delta),
+    }
+    masks = {"g": batch["inpaint_mask"], "r": batch["garment_mask"]}
+    penalties = [options.penalty, *options.penalties]
+    scores: dict[str, Tensor] = {}
+    for side, heat_map in thresholded.items():
+        values = imacs(heat_map, masks[side], penalties)
+        scores[f"imacs_{side}"] = values[0]
+        for penalty, value in zip(options.penalties, values[1:], strict=True):
+            scores[f"imacs_{side}@{penalty:g}"] = value
+    return scores | _correspondence_scores(explained, batch)
+
+
+def _thresholded(heat_map: Tensor, delta: float) -> Tensor:
+    return torch.where(heat_map > delta, heat_map, 0.0)
+
+
+def _correspondence_scores(explained: Explained, batch: TryOnBatch) -> dict[str, Tensor]:
+    target = target_on_grid(
+        batch["correspondence"],
+        batch["warped_garment_mask"],
+        explained.generated_grid,
+        explained.reference_grid,
+    )
+    mask = garment_patches(explained, batch)
+    return {
+        "correspondence_error": correspondence_error(explained.centers, target),
+        "pck_1": pck(explained.centers, target, 1.0),
+        "pck_2": pck(explained.centers, target, 2.0),
+        "center_spread": center_spread(explained.centers, mask),
+        "spread_ratio": spread_ratio(explained.centers, target),
+        "attention_entropy": attention_entropy(explained.scores, mask),
+    }
+
+
+def garment_patches(explained: Explained, batch: TryOnBatch) -> Bool[Tensor, "batch generated"]:
+    """Generated patches that lie on the garment: its warped mask where there is one, else the inpainted region."""
+    known = batch["warped_garment_mask"].flatten(1).any(dim=1)
+    mask = torch.where(
+        known[:, None, None], batch["warped_garment_mask"], batch["inpaint_mask"]
+    )
+    return mask_on_grid(mask, explained.generated_grid)
+
+
+@dataclass(kw_only=True)
+class Panel:
+    """What the report draws of one sample; images are uint8 [height, width, 3]."""
+
+    index: int
+    name: str
+    garment_name: str
+    images: dict[str, UInt8[Tensor, "height width 3"]]
+    map_generated: Float[Tensor, "height width"]
+    map_reference: Float[Tensor, "height width"]
+    centers: Float[Tensor, "generated 2"]
+    target_centers: Float[Tensor, "generated 2"]
+    mask: Bool[Tensor, " generated"]
+    layer: str
+    generated_grid: GridSize
+    reference_grid: GridSize
+
+
+@dataclass(kw_only=True)
+class EvaluationResult:
+    """Means over the samples, the samples' own scores, and what must be said with them."""
+
+    metrics: dict[str, float]
+    rows: list[dict[str, Any]]
+    """One for each sample, by ascending index: index, name, garment_name and its scores (None: no value)."""
+    skipped: dict[str, int]
+    """Samples without a value, by metric, where there are any."""
+    warnings: list[str]
+
+
+@dataclass
+class Evaluator:
+    """Collects scores over batches; with torch.distributed every process gets the result of all samples.
+
+    ``update`` draws its noise from each sample's own seed and touches no global random state, so evaluating during
+    training does not change the training.
+    """
+
+    settings: EvaluationSettings
+    device: torch.device
+    rows: dict[int, dict[str, Any]] = field(default_factory=dict, init=False)
+
+    def __post_init__(self) -> None:
+        infos = {name: metric_info(name) for name in self.settings.metrics}
+        self._pair_scores = {
+            name: image_pair_score(name) for name, info in infos.items() if info.per_sample
+        }
+        names = [name for name, info in infos.items() if not info.per_sample]
+        self._set_metrics: MetricCollection = image_metrics(names).to(self.device)
+
+    def reset(self) -> None:
+        """Forgets all samples."""
+        self.rows.clear()
+        self._set_metrics.reset()
+
+    @torch.no_grad()
+    def update(self, model: TryOnModel, batch: TryOnBatch) -> Explained:
+        """Samples and scores one batch, whose tensors must lie on the model's device."""
+        explained = generate_with_attention(
+            model, batch, self.settings.sampling, self.settings.attribution
+        )
+        scores = attention_scores(explained, batch, self.settings.attribution)
+        generated, real = to_uint8(explained.generated), to_uint8(batch["person"])
+        paired = torch.as_tensor(batch["paired"])
+        for name, score in self._pair_scores.items():
+            values = score(generated, real)
+            scores[name] = torch.where(paired.to(values.device), values, torch.nan)
+        self._set_metrics.update(generated, real, torch.as_tensor(batch["index"]))
+        self._remember(batch, scores)
+        return explained
+
+    def _remember(self, batch: TryOnBatch, scores: Mapping[str, Tensor]) -> None:
+        columns = {name: values.tolist() for name, values in scores.items()}
+        for position, index in enumerate(int(index) for index in batch["index"]):
+            self.rows[index] = {
+                "index": index,
+                "name": batch["name"][position],
+                "garment_name": batch["garment_name"][position],
+            } | {name: _finite(values[position]) for name, values in columns.items()}
+
+    def compute(self) -> EvaluationResult:
+        """The result over all samples of all processes; collective under torch.distributed."""
+        rows = [row for _, row in sorted(self._all_rows().items())]
+        names = [name for name in rows[0] if name not in ("index", "name", "garment_name")]
+        columns = {name: [row[name] for row in rows] for name in names}
+        metrics = {name: _mean(values) for name, values in columns.items()}
+        metrics |= {name: float(value) for name, value in self._set_metrics.compute().items()}
+        skipped = {name: values.count(None) for name, values in columns.items() if None in values}
+        return EvaluationResult(
+            metrics={name: value for name, value in metrics.items() if not math.isnan(value)},
+            rows=rows,
+            skipped=skipped,
+            warnings=_warnings(metrics),
+        )
+
+    def _all_rows(self) -> dict[int, dict[str, Any]]:
+        if not (dist.is_available() and dist.is_initialized()):
+            return self.rows
+        gathered: list[dict[int, dict[str, Any]]] = [{} for _ in range(dist.get_world_size())]
+        dist.all_gather_object(gathered, self.rows)
+        return {index: row for part in gathered for index, row in part.items()}
+
+
+def make_panels(explained: Explained, batch: TryOnBatch, wanted: set[int]) -> list[Panel]:
+    """Panels of those samples of a batch whose index is wanted."""
+    target = target_on_grid(
+        batch["correspondence"],
+        batch["warped_garment_mask"],
+        explained.generated_grid,
+        explained.reference_grid,
+    )
+    mask = garment_patches(explained, batch)
+    images = {
+        name: to_uint8(batch[name]).permute(0, 2, 3, 1).cpu()  # type: ignore[literal-required]
+        for name in ("garment", "agnostic", "densepose", "person")
+    }
+    images["generated"] = to_uint8(explained.generated).permute(0, 2, 3, 1).cpu()
+    return [
+        Panel(
+            index=int(index),
+            name=batch["name"][row],
+            garment_name=batch["garment_name"][row],
+            images={name: stack[row] for name, stack in images.items()},
+            map_generated=explained.map_generated[row].cpu(),
+            map_reference=explained.map_reference[row].cpu(),
+            centers=explained.centers[row].cpu(),
+            target_centers=target[row].cpu(),
+            mask=mask[row].cpu(),
+            layer=explained.layer,
+            generated_grid=explained.generated_grid,
+            reference_grid=explained.reference_grid,
+        )
+        for row, index in enumerate(batch["index"])
+        if int(index) in wanted
+    ]
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
+
+
+def _mean(values: list[float | None]) -> float:
+    known = [value for value in values if value is not None]
+    return math.fsum(known) / len(known) if known else math.nan
+
+
+def _warnings(metrics: Mapping[str, float]) -> list[str]:
+    collapse = collapse_warning(metrics.get("spread_ratio"), metrics["attention_entropy"])
+    return [collapse] if collapse else []

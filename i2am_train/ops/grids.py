@@ -1,0 +1,105 @@
+"""Token grids: from a flat row-major token axis to rows and columns, and to coordinates.
+
+Coordinates are ``yx`` in patch units: 0 is the centre of the first row or column, ``height - 1``
+the centre of the last row. A grid is always passed and never guessed; :func:`solve_grid` derives
+the grid of a layer from the size of the latent and refuses what does not fit.
+"""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float, Shaped
+from torch import Tensor
+
+from i2am_train.errors import CaptureError
+from i2am_train.types import GridSize
+
+
+def unflatten(values: Shaped[Tensor, "batch tokens *rest"], grid: GridSize) -> Tensor:
+    """Split the token axis into rows and columns: ``[batch, height, width, ...]``.
+
+    Raises:
+        CaptureError: if the grid does not have as many cells as there are tokens.
+
+    >>> unflatten(torch.arange(6)[None], GridSize(3, 2))[0]
+    tensor([[0, 1],
+            [2, 3],
+            [4, 5]])
+    """
+    if values.shape[1] != grid.tokens:
+        raise CaptureError(
+            f"{values.shape[1]} tokens do not fill a grid of {grid} ({grid.tokens} cells). "
+            "Pass the grid of the layer that the tokens come from, without special tokens."
+        )
+    return values.reshape(values.shape[0], grid.height, grid.width, *values.shape[2:])
+
+
+def reference_coordinates(
+    grid: GridSize,
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | None = None,
+) -> Float[Tensor, "reference 2"]:
+    """Position of every cell, ``yx`` in patch units, row-major (D of paper eq. 15, from 0).
+
+    >>> reference_coordinates(GridSize(2, 2)).tolist()
+    [[0.0, 0.0], [0.0, 1.0], [1.0, 0.0], [1.0, 1.0]]
+    """
+    rows = torch.arange(grid.height, dtype=dtype, device=device)
+    columns = torch.arange(grid.width, dtype=dtype, device=device)
+    return torch.cartesian_prod(rows, columns).reshape(grid.tokens, 2)
+
+
+def aligned_coordinates(
+    generated_grid: GridSize,
+    reference_grid: GridSize,
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | None = None,
+) -> Float[Tensor, "generated 2"]:
+    """Reference position under each generated cell when both pictures are overlaid.
+
+    In patch units of the reference. It is the layout of an identity correspondence, and the
+    yardstick for the spread of attention where the true correspondence is unknown.
+
+    >>> aligned_coordinates(GridSize(1, 2), GridSize(2, 4)).tolist()
+    [[0.5, 0.5], [0.5, 2.5]]
+    """
+    cells = reference_coordinates(generated_grid, dtype=dtype, device=device)
+    ratio = cells.new_tensor(
+        [
+            reference_grid.height / generated_grid.height,
+            reference_grid.width / generated_grid.width,
+        ]
+    )
+    return (cells + 0.5) * ratio - 0.5
+
+
+def solve_grid(tokens: int, latent: GridSize) -> GridSize:
+    """Grid of a layer with so many tokens, in a U-Net that halves the latent at each level.
+
+    Odd sizes are rounded up, as a stride-2 convolution with padding 1 does.
+
+    Raises:
+        CaptureError: if no level has that many tokens.
+
+    >>> solve_grid(192, GridSize(64, 48))
+    GridSize(height=16, width=12)
+    """
+    grids = _halvings(latent)
+    for grid in grids:
+        if grid.tokens == tokens:
+            return grid
+    known = ", ".join(f"{grid} = {grid.tokens}" for grid in grids)
+    raise CaptureError(
+        f"A layer with {tokens} generated tokens does not fit a latent of {latent}: its levels "
+        f"have {known} tokens. Check the latent size, or give the layer's grid in the recipe."
+    )
+
+
+def _halvings(latent: GridSize) -> list[GridSize]:
+    grids = [latent]
+    while grids[-1].tokens > 1:
+        height, width = grids[-1]
+        grids.append(GridSize((height + 1) // 2, (width + 1) // 2))
+    return grids

@@ -1,0 +1,331 @@
+"""Figures of a run: grids of maps and samples, curves of training, paired differences.
+
+Every function takes arrays or plain records and returns a ``Figure``; ``save_figure`` writes it.
+Nothing here knows a model or computes a score.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import matplotlib as mpl
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import MaxNLocator
+from numpy.typing import ArrayLike, NDArray
+
+from i2am_train.reporting.canvas import (
+    BETTER,
+    GREY,
+    INK,
+    STYLE,
+    WORSE,
+    Margins,
+    Picture,
+    arm_colors,
+    heat_scale,
+    image_grid,
+    new_figure,
+    overlay,
+    save_figure,
+    show_heat,
+    show_picture,
+)
+from i2am_train.reporting.records import Curve, History, Results, arm_labels
+from i2am_train.reporting.sample_panel import PanelPart, sample_panel
+from i2am_train.reporting.tables import MetricColumn, Verdict, metric_columns, verdict
+
+__all__ = [
+    "PanelPart",
+    "arm_colors",
+    "difference_plot",
+    "map_grid",
+    "metric_curves",
+    "overlay",
+    "sample_grid",
+    "sample_panel",
+    "save_figure",
+]
+
+_VERDICT_COLORS = {Verdict.BETTER: BETTER, Verdict.WORSE: WORSE}
+
+
+@mpl.rc_context(STYLE)
+def map_grid(
+    maps: Sequence[ArrayLike],
+    titles: Sequence[str] = (),
+    underlay: Picture | Sequence[Picture] | None = None,
+    *,
+    columns: int | None = None,
+    row_titles: Sequence[str] = (),
+    shared_scale: bool = True,
+    title: str | None = None,
+    label: str = "attribution",
+    width: float | None = None,
+) -> Figure:
+    """Maps in a labelled grid: one per layer, time group or head, or two axes as rows x columns.
+
+    Args:
+        maps: two-dimensional arrays, row-major; sizes may differ (layers on their own grids).
+        titles: one per map, or one per column if there are rows; none by default.
+        underlay: a picture to lay all maps over, or one picture per map.
+        columns: maps per row; all in one row by default.
+        row_titles: one per row.
+        shared_scale: one colour scale for all maps (from the smallest to the largest value), or
+            each map on its own from its smallest to its largest value.
+        title: heading of the figure.
+        label: what the colour bar says.
+        width: of the figure in inches; grows with the columns by default.
+
+    Raises:
+        ValueError: if there is no map, or as many titles or pictures as neither maps nor columns.
+    """
+    arrays = [np.asarray(values, dtype=np.float64) for values in maps]
+    if not arrays or any(values.ndim != 2 for values in arrays):
+        shapes = ", ".join(str(values.shape) for values in arrays) or "nothing"
+        raise ValueError(f"Expected two-dimensional maps, found {shapes}.")
+    columns = min(columns or len(arrays), len(arrays))
+    rows = -(-len(arrays) // columns)
+    per_map = len(titles) == len(arrays) and rows > 1
+    pictures = _per_map(underlay, len(arrays))
+    aspect = _aspect(pictures[0], arrays[0])
+    grid = image_grid(
+        rows,
+        [columns],
+        aspect,
+        width or float(np.clip(1.35 * columns + 0.4, 3.4, 14.0)),
+        Margins(
+            top=(0.3 if titles else 0.08) + (0.25 if title else 0.0),
+            bottom=0.42,
+            gap=0.24 if per_map else 0.05,
+        ),
+    )
+    cells = list(grid.axes.flat)
+    for axes in cells[len(arrays) :]:
+        axes.set_axis_off()
+    shared = _limits(arrays)
+    for axes, values, picture in zip(cells, arrays, pictures, strict=False):
+        show_heat(axes, values, picture, shared if shared_scale else _limits([values]))
+    _write_titles(cells, list(titles), len(arrays), columns)
+    if row_titles:
+        grid.row_titles(row_titles)
+    if title:
+        grid.figure.text(0.5, 1 - 0.04 / grid.height, title, ha="center", va="top", weight="bold")
+    scale = heat_scale(shared if shared_scale else (0.0, 1.0), over_picture=pictures[0] is not None)
+    note = label if shared_scale else f"{label}, each map on its own scale"
+    grid.color_bar(scale, note, width=min(1.8, 0.4 * float(grid.figure.get_figwidth())))
+    return grid.figure
+
+
+def _per_map(
+    underlay: Picture | Sequence[Picture] | None, count: int
+) -> list[Picture] | list[None]:
+    if underlay is None:
+        return [None] * count
+    pictures = np.asarray(underlay)
+    if pictures.ndim == 3:
+        return [pictures] * count
+    if len(pictures) != count:
+        raise ValueError(f"Found {len(pictures)} pictures for {count} maps; give one, or one each.")
+    return list(pictures)
+
+
+def _aspect(picture: Picture | None, values: NDArray[np.float64]) -> float:
+    height, width = values.shape if picture is None else picture.shape[:2]
+    return height / width
+
+
+def _limits(arrays: Sequence[NDArray[np.float64]]) -> tuple[float, float]:
+    finite = np.concatenate([values[np.isfinite(values)] for values in arrays])
+    if finite.size == 0:
+        return 0.0, 1.0
+    low, high = float(finite.min()), float(finite.max())
+    return (low, high) if high > low else (low, low + 1.0)  # a constant map is drawn dark
+
+
+def _write_titles(cells: Sequence[Axes], titles: list[str], maps: int, columns: int) -> None:
+    if titles and len(titles) not in {maps, columns}:
+        raise ValueError(f"Found {len(titles)} titles for {maps} maps in {columns} columns.")
+    for axes, text in zip(cells, titles, strict=False):
+        axes.set_title(text, fontsize=8, pad=3, color=INK)
+
+
+@mpl.rc_context(STYLE)
+def sample_grid(
+    images: ArrayLike,
+    labels: Sequence[str] = (),
+    row_labels: Sequence[str] = (),
+    width: float | None = None,
+) -> Figure:
+    """Pictures in rows and columns.
+
+    Args:
+        images: uint8 ``[row, column, height, width, 3]`` (or ``[column, height, width, 3]``).
+        labels: one title per column.
+        row_labels: one title per row.
+        width: of the figure in inches; grows with the columns by default.
+    """
+    pictures = np.asarray(images)
+    pictures = pictures[None] if pictures.ndim == 4 else pictures
+    if pictures.ndim != 5 or pictures.shape[-1] != 3 or pictures.dtype != np.uint8:
+        raise ValueError(
+            f"Expected uint8 pictures [row, column, height, width, 3], "
+            f"found {pictures.dtype} {pictures.shape}."
+        )
+    rows, columns, height, wide = pictures.shape[:4]
+    margins = Margins(top=0.3 if labels else 0.06)
+    width = width or float(np.clip(1.35 * columns + 0.3, 2.0, 14.0))
+    grid = image_grid(rows, [columns], height / wide, width, margins)
+    for axes, picture in zip(grid.axes.flat, pictures.reshape(-1, height, wide, 3), strict=True):
+        show_picture(axes, picture)
+    if labels:
+        grid.column_titles(labels)
+    if row_labels:
+        grid.row_titles(row_labels)
+    return grid.figure
+
+
+# ---- curves ------------------------------------------------------------------------------------
+
+
+@mpl.rc_context(STYLE)
+def metric_curves(
+    histories: Sequence[History],
+    quantities: Mapping[str, str],
+    labels: Mapping[str, str] | None = None,
+    colors: Mapping[str, str] | None = None,
+    width: float = 11.0,
+) -> Figure:
+    """Logged quantities over optimiser steps: a thin line per seed, a thick one for their mean.
+
+    Args:
+        histories: one per arm and seed.
+        quantities: title of each small plot by the name of the logged column.
+        labels: legend text by arm.
+        colors: line colour by arm.
+        width: of the figure in inches.
+    """
+    arms = list(dict.fromkeys(history.arm for history in histories))
+    colors = colors or arm_colors(arms)
+    figure, plots = _small_multiples(len(quantities), width, cell_height=1.9, header=0.35)
+    for axes, (name, title) in zip(plots, quantities.items(), strict=True):
+        axes.set_title(with_index(title), loc="left")
+        axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+        for arm in arms:
+            curves = [h.curves[name] for h in histories if h.arm == arm and name in h.curves]
+            _draw_curves(axes, curves, colors[arm])
+    for axes in plots[-_columns_of(len(quantities)) :]:
+        axes.set_xlabel("optimiser step")
+    handles = [Line2D([], [], color=colors[arm], linewidth=2) for arm in arms]
+    texts = [(labels or {}).get(arm, arm) for arm in arms]
+    figure.legend(handles, texts, loc="upper left", ncols=len(arms), fontsize=9)
+    return figure
+
+
+def _draw_curves(axes: Axes, curves: Sequence[Curve], color: str) -> None:
+    if len(curves) > 1:
+        for curve in curves:
+            axes.plot(curve.steps, curve.values, color=color, linewidth=0.7, alpha=0.4)
+    if curves:
+        steps, mean = mean_curve(curves)
+        marker = "o" if len(steps) < 25 else None
+        axes.plot(steps, mean, color=color, linewidth=1.9, marker=marker, markersize=3)
+
+
+def mean_curve(curves: Sequence[Curve]) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+    """Mean over the curves at the steps that all of them have."""
+    steps = curves[0].steps
+    for curve in curves[1:]:
+        steps = np.intersect1d(steps, curve.steps)
+    values = [curve.values[np.isin(curve.steps, steps)] for curve in curves]
+    return steps, np.mean(values, axis=0)
+
+
+def with_index(label: str) -> str:
+    """A label with its index set low, for matplotlib.
+
+    >>> with_index("IMACS_g")
+    'IMACS$_g$'
+    """
+    return re.sub(r"_(\w)\b", r"$_\1$", label)
+
+
+def _columns_of(plots: int) -> int:
+    return min(4, plots) if plots != 6 else 3
+
+
+def _small_multiples(
+    count: int, width: float, cell_height: float, header: float = 0.0
+) -> tuple[Figure, list[Axes]]:
+    columns = _columns_of(count)
+    rows = -(-count // columns)
+    height = rows * cell_height + header
+    figure = new_figure(width, height)
+    figure.set_layout_engine("constrained", rect=(0, 0, 1, 1 - header / height), h_pad=0.06)
+    return figure, [figure.add_subplot(rows, columns, index + 1) for index in range(count)]
+
+
+# ---- differences -------------------------------------------------------------------------------
+
+
+@mpl.rc_context(STYLE)
+def difference_plot(results: Results, width: float = 11.0) -> Figure:
+    """Paired differences to the reference arm with their intervals, one small plot per metric.
+
+    A bar that does not touch the zero line is a difference that is shown: green where it is
+    better, orange where it is worse. Small dots are the single seeds.
+    """
+    columns = [c for c in metric_columns(results) if any(_entries(results, c))]
+    labels = arm_labels(results)
+    arms = [arm for arm in labels if any(e["arm"] == arm for e in results["paired"])]
+    cell_height = 0.95 + 0.22 * len(arms)
+    figure, plots = _small_multiples(len(columns), width, cell_height)
+    for index, (axes, column) in enumerate(zip(plots, columns, strict=True)):
+        _draw_differences(axes, results, column, arms)
+        first_in_row = index % _columns_of(len(columns)) == 0
+        axes.set_yticks(range(len(arms)), [labels[arm] for arm in arms] if first_in_row else [])
+    return figure
+
+
+def _entries(results: Results, column: MetricColumn) -> Iterator[Mapping[str, Any]]:
+    return (entry for entry in results["paired"] if entry["metric"] == column.name)
+
+
+def _draw_differences(
+    axes: Axes, results: Results, column: MetricColumn, arms: Sequence[str]
+) -> None:
+    axes.axvline(0.0, color=GREY, linewidth=0.8, zorder=0)
+    for entry in _entries(results, column):
+        height = arms.index(entry["arm"])
+        low, high = entry.get("low"), entry.get("high")
+        color = _VERDICT_COLORS.get(verdict(column.higher_is_better, low, high), GREY)
+        dots = seed_differences(results, entry["arm"], entry["against"], column.name)
+        if len(dots) > 1:
+            axes.scatter(dots, [height - 0.22] * len(dots), s=7, color=color, alpha=0.5, lw=0)
+        if low is not None and high is not None:
+            axes.plot([low, high], [height] * 2, color=color, lw=2.4, solid_capstyle="round")
+        axes.scatter([entry["difference"]], [height], s=26, color=color, ec="white", zorder=3)
+    axes.set_ylim(len(arms) - 0.5, -0.6)
+    axes.margins(x=0.12)
+    axes.spines["left"].set_visible(False)
+    axes.tick_params(axis="y", length=0, labelsize=8.5)
+    axes.xaxis.set_major_locator(MaxNLocator(4))
+    axes.set_title(with_index(column.label), loc="left")
+    hint = {True: "better →", False: "← better", None: ""}[column.higher_is_better]
+    side = "right" if column.higher_is_better else "left"
+    axes.set_xlabel(hint, loc=side, fontsize=7.5, color=GREY, labelpad=1)
+
+
+def seed_differences(results: Results, arm: str, against: str, metric: str) -> list[float]:
+    """Difference ``arm - against`` of every seed that both have, lowest seed first."""
+    values: dict[tuple[str, int], float] = {
+        (cell["arm"], cell["seed"]): cell["metrics"][metric]
+        for cell in results["cells"]
+        if cell["seed"] is not None and cell["metrics"].get(metric) is not None
+    }
+    seeds = sorted(seed for name, seed in values if name == arm and (against, seed) in values)
+    return [values[arm, seed] - values[against, seed] for seed in seeds]

@@ -1,0 +1,442 @@
+"""The report of a run: ``report.html`` in one file, ``results.md``, ``results.tex`` and pictures.
+
+``build_report`` only reads what the run wrote, so a report can be made again, elsewhere, without
+the model or the data.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+import platform
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from matplotlib.figure import Figure
+
+from i2am_train.reporting import table_formats
+from i2am_train.reporting.canvas import arm_colors
+from i2am_train.reporting.figures import (
+    PanelPart,
+    difference_plot,
+    metric_curves,
+    sample_panel,
+    save_figure,
+)
+from i2am_train.reporting.records import (
+    CellRecord,
+    History,
+    Panels,
+    Results,
+    RunRecord,
+    arm_labels,
+    read_run,
+    reference_arm,
+    uses_truth,
+)
+from i2am_train.reporting.tables import (
+    MetricColumn,
+    collapse_warnings,
+    describe,
+    difference_tables,
+    main_table,
+    metric_columns,
+    notes,
+    number,
+    verdict_sentences,
+)
+
+MAX_ARMS_IN_PANEL = 4
+EXTREMES = 4
+"""How many of the best and of the worst samples are listed."""
+RANKED_BY = "imacs_g"
+"""The score that samples are ordered by."""
+
+
+@dataclass(frozen=True, slots=True)
+class FigureBlock:
+    """One figure of the page: embedded picture, caption and text for those who cannot see it."""
+
+    source: str
+    caption: str
+    alt: str
+
+
+@dataclass(frozen=True, slots=True)
+class SampleRow:
+    """One sample that gained or lost most: its scores and its pictures."""
+
+    name: str
+    garment: str
+    change: str
+    scores: tuple[str, ...]
+    pictures: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class SampleList:
+    """The samples that gained most and lost most, reference arm against ``arm``."""
+
+    arms: tuple[str, str]
+    columns: tuple[MetricColumn, ...]
+    best: tuple[SampleRow, ...]
+    worst: tuple[SampleRow, ...]
+    improved: int
+    total: int
+    label: str
+
+
+def build_report(run_folder: Path) -> Path:
+    """Write the report of a finished run into its folder.
+
+    Writes ``report.html``, ``results.md``, ``results.tex`` and ``figures/``; each file is complete
+    or not there. Parts whose data the run did not keep are left out, and the page says so.
+
+    Returns:
+        The path of ``report.html``.
+
+    Raises:
+        RunFolderError: no ``results.json``, or a file that cannot be read.
+    """
+    run = read_run(Path(run_folder))
+    page = _environment().get_template("report.html.j2").render(_context(run))
+    _write(run.folder / "results.md", _markdown(run))
+    _write(run.folder / "results.tex", table_formats.latex(run.results))
+    return _write(run.folder / "report.html", page)
+
+
+def _environment() -> Environment:
+    return Environment(
+        loader=PackageLoader("i2am_train.reporting"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+
+
+def _write(path: Path, text: str) -> Path:
+    unfinished = path.with_name(f".{path.name}.unfinished")
+    unfinished.write_text(text, encoding="utf-8")
+    os.replace(unfinished, path)
+    return path
+
+
+def _markdown(run: RunRecord) -> str:
+    sentences = "\n\n".join(verdict_sentences(run.results))
+    return f"# {_title(run.results)}\n\n{sentences}\n\n{table_formats.markdown(run.results)}"
+
+
+def _title(results: Results) -> str:
+    reference, focus = reference_arm(results), focus_arm(results)
+    labels = arm_labels(results)
+    if reference is None or focus is None:
+        return f"Evaluation of {', '.join(labels.values())}"
+    return f"{labels[focus]} against {labels[reference]}"
+
+
+def focus_arm(results: Results) -> str | None:
+    """The arm that the report is about: "refined", else the first that was compared."""
+    truth = {arm["name"] for arm in results["arms"] if uses_truth(arm)}
+    compared = list(dict.fromkeys(entry["arm"] for entry in results["paired"]))
+    candidates = [arm for arm in compared if arm not in truth] or compared
+    if "refined" in candidates:
+        return "refined"
+    return candidates[0] if candidates else None
+
+
+def _context(run: RunRecord) -> dict[str, Any]:
+    results = run.results
+    return {
+        "title": _title(results),
+        "facts": list(_facts(results)),
+        "verdicts": verdict_sentences(results),
+        "warnings": collapse_warnings(results),
+        "main_table": table_formats.html_main(results) if main_table(results).columns else "",
+        "differences": [
+            (table.title, table.over, table_formats.html_differences(table))
+            for table in difference_tables(results)
+        ],
+        "notes": notes(results),
+        "difference_figure": _difference_figure(run),
+        "panels": list(_panel_figures(run)),
+        "curves": list(_curve_figures(run)),
+        "samples": sample_list(run),
+        "missing": run.missing,
+        "making": list(_making(results)),
+        "settings": json.dumps(results.get("settings") or {}, indent=2, default=str),
+        "metrics": metric_columns(results),
+        "html_label": table_formats.html_label,
+    }
+
+
+def _facts(results: Results) -> Iterator[tuple[str, str]]:
+    """Short facts for the head of the page: value and what it counts."""
+    seeds = {cell["seed"] for cell in results["cells"] if cell["seed"] is not None}
+    samples = {cell["samples"] for cell in results["cells"] if cell.get("samples")}
+    yield str(len(results["arms"])), "arms"
+    yield str(len(seeds)), "training seed" if len(seeds) == 1 else "training seeds"
+    if samples:
+        yield str(max(samples)), "held-out samples"
+    if results.get("minutes") is not None:
+        yield f"{results['minutes']:.0f}", "minutes"
+
+
+def _making(results: Results) -> Iterator[tuple[str, str]]:
+    """How the run was made, as pairs of term and text, present ones only."""
+    seeds = sorted({c["seed"] for c in results["cells"] if c["seed"] is not None})
+    minutes = results.get("minutes")
+    rows = {
+        "Command": results.get("command"),
+        "Started": results.get("started"),
+        "Duration": None if minutes is None else f"{minutes:.1f} minutes in all",
+        "Machine": _flat(results.get("machine")),
+        "Commit": _flat(results.get("git")),
+        "Data": _flat(results.get("data")),
+        "Versions": _flat(results.get("versions")),
+        "Training seeds": ", ".join(map(str, seeds)),
+        "Report drawn with": f"Python {platform.python_version()}",
+    }
+    yield from ((term, str(text)) for term, text in rows.items() if text)
+    for arm in results["arms"]:
+        if arm.get("losses"):
+            yield f"Losses of {arm_labels(results)[arm['name']]}", _flat(arm["losses"])
+
+
+def _flat(facts: Mapping[str, Any] | str | None) -> str:
+    """One line for a mapping of any depth, or the text itself.
+
+    >>> _flat({"variant": "reward", "weights": {"dcml": 0.1}})
+    'variant reward, dcml 0.1'
+    """
+    if not isinstance(facts, Mapping):
+        return str(facts or "")
+    nested = (_flat(value) for value in facts.values() if isinstance(value, Mapping))
+    return ", ".join(text for text in (describe(facts), *nested) if text)
+
+
+# ---- figures -----------------------------------------------------------------------------------
+
+
+def _block(run: RunRecord, figure: Figure, name: str, caption: str, alt: str) -> FigureBlock:
+    path = save_figure(figure, run.folder / "figures" / name)
+    return FigureBlock(_embedded(path), caption, alt)
+
+
+def _embedded(path: Path) -> str:
+    kind = {".png": "image/png", ".svg": "image/svg+xml"}[path.suffix]
+    return f"data:{kind};base64,{base64.b64encode(path.read_bytes()).decode('ascii')}"
+
+
+def _difference_figure(run: RunRecord) -> FigureBlock | None:
+    if not run.results["paired"]:
+        return None
+    reference = arm_labels(run.results)[str(reference_arm(run.results))]
+    save_figure(difference_plot(run.results), run.folder / "figures" / "differences.png")
+    return _block(
+        run,
+        difference_plot(run.results),
+        "differences.svg",
+        f"Paired differences to {reference}. Bar: interval; large dot: mean; small dots: single "
+        "seeds. Green is better, orange is worse, grey: the interval touches zero.",
+        f"Small plots, one per metric, of the difference to {reference} with its interval; "
+        "the same numbers are in the table above.",
+    )
+
+
+def _curve_figures(run: RunRecord) -> Iterator[FigureBlock]:
+    histories = [cell.history for cell in run.cells if cell.history]
+    labels = arm_labels(run.results)
+    colors = arm_colors(labels)
+    for prefix, name, what in (
+        ("val/", "curves_validation", "Validation scores"),
+        ("loss/", "curves_losses", "Unweighted loss terms and their weighted sum"),
+    ):
+        quantities = _quantities(histories, prefix, run.results)
+        if not quantities:
+            continue
+        figure = metric_curves(histories, quantities, labels, colors)
+        save_figure(figure, run.folder / "figures" / f"{name}.png")
+        caption = f"{what} during training. Thin lines: single seeds; thick line: their mean."
+        alt = f"Curves over optimiser steps of: {', '.join(quantities.values())}."
+        yield _block(run, figure, f"{name}.svg", caption, alt)
+
+
+def _quantities(histories: Sequence[History], prefix: str, results: Results) -> dict[str, str]:
+    """Titles of the logged columns with this prefix: metrics in table order, then the others."""
+    logged = {name for history in histories for name in history.curves if name.startswith(prefix)}
+    logged = {name for name in logged if not re.search(r"_(step|epoch)$", name)} or logged
+    metrics = {
+        f"{prefix}{name}": MetricColumn.of(name, entry).heading
+        for name, entry in results["metrics"].items()
+    }
+    known = {name: title for name, title in metrics.items() if name in logged}
+    others = {
+        name: name.removeprefix(prefix).replace("_", " ") for name in sorted(logged - known.keys())
+    }
+    return {**known, **others}
+
+
+def _panel_figures(run: RunRecord) -> Iterator[FigureBlock]:
+    panels = _panels_by_arm(run)
+    if not panels:
+        return
+    labels = arm_labels(run.results)
+    colors = arm_colors(labels)
+    main = {a: panels[a] for a in (reference_arm(run.results), focus_arm(run.results)) if a in panels}
+    poster = sample_panel(main or panels, labels=labels, colors=colors, width=15.0)
+    save_figure(poster, run.folder / "figures" / "samples.png", dpi=200)
+    first = next(iter(panels.values()))
+    for name, parts, caption in _panel_plan(first):
+        figure = sample_panel(panels, parts, labels, colors)
+        alt = f"{caption} Rows: samples {', '.join(first.names)}."
+        yield _block(run, figure, f"samples_{name}.png", caption, alt)
+
+
+def _panel_plan(panels: Panels) -> Iterator[tuple[str, tuple[PanelPart, ...], str]]:
+    """Name, columns and caption of each figure of samples."""
+    yield (
+        "images",
+        (PanelPart.INPUTS, PanelPart.IMAGES),
+        "Held-out samples: what the model is given, the true photograph, and what each arm makes.",
+    )
+    yield (
+        "maps",
+        (PanelPart.GENERATED_MAPS, PanelPart.REFERENCE_MAPS),
+        "Unified attribution maps over all layers, heads and steps. Left: where the garment's "
+        "information lands in the generated image. Right: which parts of the garment were used.",
+    )
+    grid, reference = panels.generated_grid, panels.reference_grid
+    yield (
+        "centers",
+        (PanelPart.CENTERS,),
+        f"Attention centres of layer {panels.layer} ({grid} generated patches, {reference} "
+        "reference patches). Grey mesh: where each garment patch truly comes from. Coloured mesh: "
+        "the centre of its attention, with a thin line to its truth. Equal meshes are perfect.",
+    )
+
+
+def _panels_by_arm(run: RunRecord) -> dict[str, Panels]:
+    """Panels of the arms to show, all of one seed where possible, reference and focus first kept."""
+    chosen: dict[str, Panels] = {}
+    for arm in _arms_to_show(run.results):
+        panels = next((cell.panels for cell in run.of_arm(arm) if cell.panels), None)
+        same = not chosen or panels and panels.names == next(iter(chosen.values())).names
+        if panels and same:
+            chosen[arm] = panels
+    return chosen
+
+
+def _arms_to_show(results: Results) -> list[str]:
+    names = list(arm_labels(results))
+    wanted = [a for a in (reference_arm(results), focus_arm(results)) if a is not None]
+    others = [name for name in names if name not in wanted]
+    kept = {*wanted, *others[: MAX_ARMS_IN_PANEL - len(wanted)]}
+    return [name for name in names if name in kept]
+
+
+# ---- single samples ----------------------------------------------------------------------------
+
+
+def sample_list(run: RunRecord) -> SampleList | None:
+    """The samples whose score changed most between the reference arm and the focus arm.
+
+    A sample's score is its mean over the seeds that both arms have. ``None`` if no scores of
+    single samples were kept.
+    """
+    reference, focus = reference_arm(run.results), focus_arm(run.results)
+    if reference is None or focus is None:
+        return None
+    before, after = _mean_scores(run, reference, focus)
+    ranked = sorted(
+        (n for n in before.keys() & after.keys() if RANKED_BY in before[n] and RANKED_BY in after[n]),
+        key=lambda name: (before[name][RANKED_BY] - after[name][RANKED_BY], name),
+    )
+    if not ranked:
+        return None
+    columns = [c for c in metric_columns(run.results) if any(c.name in before[n] for n in ranked)]
+    shown = [c for c in columns if c.name in _LISTED_SCORES]
+    arms, labels = (reference, focus), arm_labels(run.results)
+    changes = [after[n][RANKED_BY] - before[n][RANKED_BY] for n in ranked]
+    count = min(EXTREMES, len(ranked) // 2)
+    rows = [_sample_row(run, n, arms, before, after, shown) for n in ranked[:count]]
+    last = [_sample_row(run, n, arms, before, after, shown) for n in ranked[::-1][:count]]
+    ranking = MetricColumn.of(RANKED_BY, run.results["metrics"].get(RANKED_BY, {}))
+    return SampleList(
+        arms=(labels[reference], labels[focus]),
+        columns=tuple(shown),
+        best=tuple(rows),
+        worst=tuple(last),
+        improved=sum(change > 0 for change in changes),
+        total=len(ranked),
+        label=ranking.label,
+    )
+
+
+_LISTED_SCORES = ("imacs_g", "imacs_r", "correspondence_error", "ssim", "stlpips")
+
+Scores = Mapping[str, Mapping[str, float]]
+
+
+def _mean_scores(run: RunRecord, reference: str, focus: str) -> tuple[Scores, Scores]:
+    shared = {c.seed for c in run.of_arm(reference)} & {c.seed for c in run.of_arm(focus)}
+    return (
+        _scores_by_name(cell for cell in run.of_arm(reference) if cell.seed in shared),
+        _scores_by_name(cell for cell in run.of_arm(focus) if cell.seed in shared),
+    )
+
+
+def _scores_by_name(cells: Iterable[CellRecord]) -> dict[str, dict[str, float]]:
+    values: dict[str, dict[str, list[float]]] = {}
+    for cell in cells:
+        for sample in cell.samples:
+            of_sample = values.setdefault(str(sample["name"]), {})
+            for metric, value in sample.items():
+                if isinstance(value, (int, float)) and np.isfinite(value):
+                    of_sample.setdefault(metric, []).append(float(value))
+    return {
+        name: {metric: float(np.mean(of_seeds)) for metric, of_seeds in metrics.items()}
+        for name, metrics in values.items()
+    }
+
+
+def _sample_row(
+    run: RunRecord,
+    name: str,
+    arms: tuple[str, str],
+    before: Scores,
+    after: Scores,
+    columns: Sequence[MetricColumn],
+) -> SampleRow:
+    digits = next((c.digits for c in columns if c.name == RANKED_BY), 3)
+    change = after[name][RANKED_BY] - before[name][RANKED_BY]
+    return SampleRow(
+        name=name,
+        garment=_garment_name(run, name),
+        change=number(change, digits, signed=True),
+        scores=tuple(_arrow(before[name], after[name], column) for column in columns),
+        pictures=tuple(p for arm in arms if (p := _thumbnail(run, arm, name))),
+    )
+
+
+def _arrow(before: Mapping[str, float], after: Mapping[str, float], column: MetricColumn) -> str:
+    values = before.get(column.name), after.get(column.name)
+    first, second = ("–" if v is None else number(v, column.digits) for v in values)
+    return f"{first} → {second}".replace("-", "−")
+
+
+def _garment_name(run: RunRecord, name: str) -> str:
+    samples = (s for cell in run.cells for s in cell.samples if s["name"] == name)
+    return str(next(samples, {}).get("garment_name", ""))
+
+
+def _thumbnail(run: RunRecord, arm: str, name: str) -> str | None:
+    paths = (cell.folder / "evaluation" / "images" / f"{name}.png" for cell in run.of_arm(arm))
+    path = next((path for path in paths if path.is_file()), None)
+    return None if path is None else _embedded(path)

@@ -1,0 +1,409 @@
+"""What the tables of an ablation say, before anyone writes them down.
+
+``main_table`` and ``difference_tables`` decide once which value is best, what a difference shows
+and how many digits are printed; ``reporting.table_formats`` only writes it for the terminal,
+Markdown, HTML and LaTeX. ``verdict_sentences`` says the same in words, ``notes`` how to read it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from itertools import groupby
+from typing import Any, Self
+
+from i2am_train.reporting.records import (
+    START_ARM,
+    Results,
+    arm_labels,
+    uses_truth,
+)
+
+GROUP_TITLES = {"attention": "Attention", "image": "Image"}
+TRUTH_MARK = "†"
+
+BOOTSTRAP_COVERAGE = {3: 70, 5: 83, 10: 90}
+"""True coverage in percent of the nominal 95 % interval by number of pairs: simulated by us, 400
+draws of normal differences through ``paired_difference``. Below ten pairs it is too narrow."""
+
+
+class Verdict(StrEnum):
+    """What a paired difference shows about an arm."""
+
+    BETTER = "better"
+    WORSE = "worse"
+    NOT_SHOWN = "no difference shown"
+    HIGHER = "higher"
+    LOWER = "lower"
+    NOT_TESTED = "not tested"
+
+
+@dataclass(frozen=True, slots=True)
+class MetricColumn:
+    """One column of the tables, as ``results["metrics"]`` describes it."""
+
+    name: str
+    label: str
+    higher_is_better: bool | None
+    digits: int
+    group: str
+    unit: str = ""
+    description: str = ""
+
+    @classmethod
+    def of(cls, name: str, entry: Mapping[str, Any]) -> Self:
+        """From one entry of ``results["metrics"]``."""
+        return cls(
+            name=name,
+            label=str(entry.get("label") or name),
+            higher_is_better=entry.get("higher_is_better"),
+            digits=int(entry.get("digits", 3)),
+            group=str(entry.get("group", "")),
+            unit=str(entry.get("unit") or ""),
+            description=str(entry.get("description") or ""),
+        )
+
+    @property
+    def arrow(self) -> str:
+        """Where better values lie: up, down, or empty if neither is better."""
+        return {True: "↑", False: "↓", None: ""}[self.higher_is_better]
+
+    @property
+    def heading(self) -> str:
+        """Label with arrow."""
+        return f"{self.label} {self.arrow}".strip()
+
+
+@dataclass(frozen=True, slots=True)
+class Value:
+    """One number of the main table; ``rank`` is 1 for the best, 2 for the second, else 0."""
+
+    mean: str
+    std: str | None
+    rank: int
+
+
+@dataclass(frozen=True, slots=True)
+class ArmRow:
+    """One arm of the main table; a metric without a value is ``None``."""
+
+    arm: str
+    label: str
+    values: tuple[Value | None, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class MainTable:
+    """Arms x metrics, metrics of one group side by side."""
+
+    columns: tuple[MetricColumn, ...]
+    rows: tuple[ArmRow, ...]
+
+    @property
+    def groups(self) -> list[tuple[str, list[int]]]:
+        """Title of each group and the indices of its columns."""
+        pairs = groupby(enumerate(self.columns), key=lambda pair: pair[1].group)
+        return [(GROUP_TITLES.get(g, g.capitalize()), [i for i, _ in of]) for g, of in pairs]
+
+
+@dataclass(frozen=True, slots=True)
+class DifferenceRow:
+    """One paired difference: what was measured and what it shows."""
+
+    column: MetricColumn
+    difference: str
+    interval: str | None
+    n: int
+    in_favour: str
+    verdict: Verdict
+
+
+@dataclass(frozen=True, slots=True)
+class DifferenceTable:
+    """All metrics of one arm against the reference arm."""
+
+    arm: str
+    label: str
+    against: str
+    against_label: str
+    over: str
+    confidence: float
+    rows: tuple[DifferenceRow, ...]
+
+    @property
+    def title(self) -> str:
+        """``refined - baseline``."""
+        return f"{self.label} − {self.against_label}"
+
+
+def metric_columns(results: Results) -> tuple[MetricColumn, ...]:
+    """The metrics that were measured, groups kept together in order of appearance."""
+    measured = {name for of_arm in results["summary"].values() for name in of_arm}
+    metrics = results["metrics"]
+    columns = [MetricColumn.of(name, metrics[name]) for name in metrics if name in measured]
+    order = list(dict.fromkeys(column.group for column in columns))
+    return tuple(sorted(columns, key=lambda column: order.index(column.group)))
+
+
+def main_table(results: Results) -> MainTable:
+    """Mean and spread of every metric and arm.
+
+    Ranks go by the printed number, so that equal print is equal rank. Arms that train on the
+    ground truth are marked and take no part.
+    """
+    columns, labels = metric_columns(results), arm_labels(results)
+    arms = [arm for arm in results["arms"] if arm["name"] in results["summary"]]
+    competing = [arm["name"] for arm in arms if not uses_truth(arm)]
+    ranks = {column.name: _ranks(column, results["summary"], competing) for column in columns}
+    rows = []
+    for arm in arms:
+        name = arm["name"]
+        of_arm = results["summary"][name]
+        values = (_value(c, of_arm.get(c.name), ranks[c.name].get(name, 0)) for c in columns)
+        mark = f" {TRUTH_MARK}" if uses_truth(arm) else ""
+        rows.append(ArmRow(name, labels[name] + mark, tuple(values)))
+    return MainTable(columns, tuple(rows))
+
+
+def _ranks(
+    column: MetricColumn, summary: Mapping[str, Any], competing: Sequence[str]
+) -> dict[str, int]:
+    if column.higher_is_better is None or len(competing) < 2:
+        return {}
+    printed = {
+        arm: round(summary[arm][column.name]["mean"], column.digits)
+        for arm in competing
+        if column.name in summary[arm]
+    }
+    order = sorted(set(printed.values()), reverse=column.higher_is_better)
+    if len(order) < 2:  # all equal in print: nothing is best
+        return {}
+    return {arm: order.index(value) + 1 for arm, value in printed.items() if value in order[:2]}
+
+
+def _value(column: MetricColumn, entry: Mapping[str, Any] | None, rank: int) -> Value | None:
+    if entry is None:
+        return None
+    std = entry.get("std")
+    spread = None if std is None else number(std, column.digits)
+    return Value(number(entry["mean"], column.digits), spread, rank)
+
+
+def number(value: float, digits: int, signed: bool = False) -> str:
+    """A number with fixed digits, never "-0.00".
+
+    >>> number(-0.0004, 3), number(0.25, 2, signed=True)
+    ('0.000', '+0.25')
+    """
+    rounded = round(value, digits) + 0.0  # minus zero plus zero is zero
+    return f"{rounded:{'+' if signed and rounded else ''}.{digits}f}"
+
+
+def difference_tables(results: Results) -> tuple[DifferenceTable, ...]:
+    """One table per arm that was compared with the reference arm."""
+    columns, labels = {c.name: c for c in metric_columns(results)}, arm_labels(results)
+    tables = []
+    for arm in labels:
+        entries = [e for e in results["paired"] if e["arm"] == arm and e["metric"] in columns]
+        entries.sort(key=lambda e: list(columns).index(e["metric"]))
+        if entries:
+            tables.append(_difference_table(entries, columns, labels))
+    return tuple(tables)
+
+
+def _difference_table(
+    entries: Sequence[Mapping[str, Any]],
+    columns: Mapping[str, MetricColumn],
+    labels: Mapping[str, str],
+) -> DifferenceTable:
+    arm, against = entries[0]["arm"], entries[0]["against"]
+    over_samples = any(entry.get("over") == "samples" for entry in entries)
+    return DifferenceTable(
+        arm=arm,
+        label=labels[arm],
+        against=against,
+        against_label=labels.get(against, against),
+        over="samples" if over_samples else "seeds",
+        confidence=float(entries[0].get("confidence", 0.95)),
+        rows=tuple(_difference_row(columns[entry["metric"]], entry) for entry in entries),
+    )
+
+
+def _difference_row(column: MetricColumn, entry: Mapping[str, Any]) -> DifferenceRow:
+    digits = column.digits + 1  # differences are smaller than values
+    low, high = entry.get("low"), entry.get("high")
+    has_interval = low is not None and high is not None
+    return DifferenceRow(
+        column=column,
+        difference=number(entry["difference"], digits, signed=True),
+        interval=f"[{number(low, digits)}, {number(high, digits)}]" if has_interval else None,
+        n=int(entry["n"]),
+        in_favour=_in_favour(column, entry),
+        verdict=verdict(column.higher_is_better, low, high),
+    )
+
+
+def _in_favour(column: MetricColumn, entry: Mapping[str, Any]) -> str:
+    positive, n = entry.get("positive"), int(entry["n"])
+    if positive is None or column.higher_is_better is None:
+        return ""
+    return f"{positive if column.higher_is_better else n - positive}/{n}"
+
+
+def verdict(higher_is_better: bool | None, low: float | None, high: float | None) -> Verdict:
+    """What an interval of a difference shows.
+
+    >>> str(verdict(False, -0.4, -0.1)), str(verdict(True, -0.4, 0.1))
+    ('better', 'no difference shown')
+    """
+    if low is None or high is None:
+        return Verdict.NOT_TESTED
+    if low <= 0 <= high:
+        return Verdict.NOT_SHOWN
+    if higher_is_better is None:
+        return Verdict.HIGHER if low > 0 else Verdict.LOWER
+    return Verdict.BETTER if (low > 0) == higher_is_better else Verdict.WORSE
+
+
+def notes(results: Results) -> tuple[str, ...]:
+    """What a reader must know to judge the tables: counts, spread, intervals, machine, command."""
+    return tuple(
+        note
+        for note in (
+            _spread_note(results),
+            _sample_note(results),
+            _interval_note(results),
+            _truth_note(results),
+            _provenance_note(results),
+        )
+        if note
+    )
+
+
+def _spread_note(results: Results) -> str:
+    seeds = sorted({c["seed"] for c in results["cells"] if c["seed"] is not None})
+    if len(seeds) < 2:
+        return "One training seed: no spread between seeds is known."
+    listed = ", ".join(map(str, seeds))
+    start = _start_note(results)
+    return f"Mean ± sample standard deviation over {len(seeds)} training seeds ({listed}).{start}"
+
+
+def _start_note(results: Results) -> str:
+    label = arm_labels(results).get(START_ARM)
+    return f" “{label}” is the one checkpoint that all arms start from." if label else ""
+
+
+def _sample_note(results: Results) -> str:
+    counts = sorted({c["samples"] for c in results["cells"] if c.get("samples")})
+    if not counts:
+        return ""
+    text = str(counts[0]) if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
+    return f"Each value is measured on {text} held-out samples. Bold: best in print."
+
+
+def _interval_note(results: Results) -> str:
+    tables = difference_tables(results)
+    if not tables:
+        return ""
+    percent = f"{tables[0].confidence:.0%}".replace("%", " %")
+    text = f"Intervals: {percent} bootstrap (BCa) of paired differences over {tables[0].over}"
+    if tables[0].over == "samples":
+        return f"{text} of one seed; they do not cover what another training seed would change."
+    return f"{text}, one metric at a time.{_coverage_note(tables)}"
+
+
+def _coverage_note(tables: Sequence[DifferenceTable]) -> str:
+    fewest = min(row.n for table in tables for row in table.rows)
+    if fewest >= max(BOOTSTRAP_COVERAGE):
+        return ""
+    covers = ", ".join(f"{c} % with {n}" for n, c in BOOTSTRAP_COVERAGE.items())
+    return f" With few seeds they are too narrow (coverage about {covers}): read the counts too."
+
+
+def _truth_note(results: Results) -> str:
+    if not any(uses_truth(arm) for arm in results["arms"]):
+        return ""
+    return f"{TRUTH_MARK} trained with ground-truth correspondence: an upper bound, not ranked."
+
+
+def _provenance_note(results: Results) -> str:
+    parts = [
+        f"Command: {results['command']}" if results.get("command") else "",
+        f"{results['minutes']:.0f} minutes" if results.get("minutes") is not None else "",
+        f"on {describe(results['machine'])}" if results.get("machine") else "",
+    ]
+    text = " ".join(part for part in parts[1:] if part)
+    return ". ".join(part for part in (parts[0], text) if part) + ("." if any(parts) else "")
+
+
+def describe(facts: Mapping[str, Any]) -> str:
+    """A flat mapping as one line.
+
+    >>> describe({"cpu": "Xeon", "cores": 2, "gpu": None})
+    'cpu Xeon, cores 2'
+    """
+    plain = {k: v for k, v in facts.items() if isinstance(v, (str, int, float)) and v != ""}
+    return ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in plain.items())
+
+
+def collapse_warnings(results: Results) -> tuple[str, ...]:
+    """Warnings of the cells ("attention has collapsed ..."), each said once, with arm and seeds."""
+    labels, seeds = arm_labels(results), dict[tuple[str, str], list[str]]()
+    for cell in results["cells"]:
+        for warning in cell.get("warnings") or ():
+            seeds.setdefault((cell["arm"], warning), []).append(str(cell["seed"]))
+    return tuple(
+        f"{labels.get(arm, arm)}{_seed_list(of)}: {warning}" for (arm, warning), of in seeds.items()
+    )
+
+
+def _seed_list(seeds: Sequence[str]) -> str:
+    named = [seed for seed in seeds if seed != "None"]
+    if not named:
+        return ""
+    return f" (seed{'s' if len(named) > 1 else ''} {', '.join(named)})"
+
+
+def verdict_sentences(results: Results) -> tuple[str, ...]:
+    """The result in words, by rule: better or worse only where the interval excludes zero.
+
+    One sentence group per compared arm that does not train on the truth.
+    """
+    truth = {arm["name"] for arm in results["arms"] if uses_truth(arm)}
+    tables = [table for table in difference_tables(results) if table.arm not in truth]
+    if not tables:
+        return ("No two trained arms share a seed, so nothing is compared.",)
+    return tuple(_verdict_of(table) for table in tables)
+
+
+def _verdict_of(table: DifferenceTable) -> str:
+    by_verdict: dict[Verdict, list[str]] = {}
+    for row in table.rows:
+        by_verdict.setdefault(row.verdict, []).append(_in_words(row))
+    found = [f"{v} on {_join(by_verdict[v])}" for v in Verdict if v in by_verdict and _judged(v)]
+    found += [f"{v} {_join(by_verdict[v])}" for v in _UNJUDGED if v in by_verdict]
+    found += [f"{v}: {_join(by_verdict[v])}" for v in _SILENT if v in by_verdict]
+    pairs = max(row.n for row in table.rows)
+    over = f"{pairs} {table.over if pairs > 1 else table.over.removesuffix('s')}"
+    seed = " of one training seed" if table.over == "samples" else ""
+    return f"{table.label} against {table.against_label} over {over}{seed}: {'; '.join(found)}."
+
+
+_UNJUDGED = (Verdict.HIGHER, Verdict.LOWER)
+_SILENT = (Verdict.NOT_SHOWN, Verdict.NOT_TESTED)
+
+
+def _judged(found: Verdict) -> bool:
+    return found in {Verdict.BETTER, Verdict.WORSE}
+
+
+def _in_words(row: DifferenceRow) -> str:
+    if row.verdict is Verdict.NOT_SHOWN:
+        return row.column.label
+    return f"{row.column.label} ({' '.join(filter(None, (row.difference, row.interval)))})"
+
+
+def _join(words: Sequence[str]) -> str:
+    return " and ".join(filter(None, (", ".join(words[:-1]), words[-1])))

@@ -1,0 +1,327 @@
+"""Run folders: what was run, on what, from which seed; nothing half written, nothing overwritten.
+
+A run folder holds ``settings.json`` (the options, as plain values) and ``manifest.json`` (command,
+code, machine, data, times). Opening a folder with the same settings continues the run; with others
+it is refused.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import shlex
+import subprocess
+import sys
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from i2am_train.errors import RunFolderError
+
+SETTINGS_FILE = "settings.json"
+MANIFEST_FILE = "manifest.json"
+
+REPORTED_PACKAGES = (
+    "i2am-train",
+    "torch",
+    "torchvision",
+    "lightning",
+    "diffusers",
+    "transformers",
+    "torchmetrics",
+    "clean-fid",
+    "lpips",
+    "stlpips-pytorch",
+    "numpy",
+    "opencv-python-headless",
+    "hydra-core",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class RunFolder:
+    """A folder that belongs to one run."""
+
+    path: Path
+    resumed: bool
+    """True if the folder held this run already when it was opened."""
+
+    @classmethod
+    def open(
+        cls,
+        path: Path,
+        settings: Mapping[str, Any],
+        *,
+        resume: bool = True,
+        may_differ: Collection[str] = (),
+    ) -> RunFolder:
+        """Create the folder of a run, or continue the run of the same settings that lies in it.
+
+        Args:
+            path: the folder; made with its parents if missing.
+            settings: the run's options as nested plain values.
+            resume: False refuses a folder that holds a run, even with the same settings.
+            may_differ: dotted names of options, or of whole groups, that do not have to agree.
+
+        Raises:
+            RunFolderError: the folder holds other settings, or files that are not a run's.
+        """
+        path = path.absolute()
+        saved = _saved_settings(path)
+        if saved is None:
+            _refuse_foreign_files(path)
+            write_json(path / SETTINGS_FILE, settings)
+            return cls(path, resumed=False)
+        if not resume:
+            raise RunFolderError(
+                f"{path} already holds a run, and resume=false. Nothing was changed. "
+                "Give another output=FOLDER, or delete that one."
+            )
+        _refuse_other_settings(path, saved, _as_json(settings), may_differ)
+        return cls(path, resumed=True)
+
+    def __truediv__(self, name: str) -> Path:
+        return self.path / name
+
+    @property
+    def manifest(self) -> dict[str, Any]:
+        """What ``manifest.json`` says; empty before ``start``."""
+        file = self.path / MANIFEST_FILE
+        return dict(read_json(file)) if file.is_file() else {}
+
+    @property
+    def finished(self) -> bool:
+        """True if the run came to its end."""
+        return self.manifest.get("finished") is not None
+
+    def start(self, *, seed: int | None = None, data: str | None = None) -> None:
+        """Write the manifest of a run that begins now, or note in it that the run goes on.
+
+        Args:
+            seed: the run's seed.
+            data: fingerprint of the dataset, from ``fingerprint``.
+        """
+        manifest = self.manifest
+        if manifest:
+            manifest["resumed"] = [*manifest.get("resumed", ()), now()]
+        else:
+            manifest = {**provenance(), "seed": seed, "data": data}
+            manifest |= {"settings": read_json(self.path / SETTINGS_FILE)}
+            manifest |= {"started": now(), "resumed": [], "finished": None}
+        write_json(self.path / MANIFEST_FILE, manifest)
+
+    def finish(self, **results: Any) -> None:
+        """Note in the manifest that the run came to its end, with what else is worth noting."""
+        write_json(self.path / MANIFEST_FILE, {**self.manifest, **results, "finished": now()})
+
+
+def seed_for(run_seed: int, *names: str | int) -> int:
+    """A seed for one named purpose of a run, in [0, 2**63); the same on every machine.
+
+    >>> seed_for(0, "sample", 17) == seed_for(0, "sample", 17) != seed_for(1, "sample", 17)
+    True
+    """
+    digest = hashlib.sha256(json.dumps([run_seed, *names]).encode()).digest()
+    return int.from_bytes(digest[:8], "big") >> 1
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file in one step: readers see the old content or the new, never a part."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # The process id keeps two writers of the same file apart.
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a value as indented JSON in one step; paths become text, NaN becomes null."""
+    write_text(path, json.dumps(_without_nan(value), indent=2, default=str, allow_nan=False) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    """Read a JSON file.
+
+    Raises:
+        RunFolderError: it is missing or damaged.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise RunFolderError(
+            f"{path} is missing: {path.parent} is not the folder of a run."
+        ) from None
+    except ValueError as error:
+        raise RunFolderError(
+            f"{path} is not readable JSON ({error}). Delete {path.parent} and run again."
+        ) from error
+
+
+def fingerprint(root: Path) -> str:
+    """A digest of a dataset folder: names and sizes of all files, and content of the pair lists.
+
+    16 hexadecimal digits. Fast (no picture is read); the folder's place and times do not matter.
+    """
+    digest = hashlib.sha256()
+    for file in sorted(path for path in root.rglob("*") if path.is_file()):
+        digest.update(f"{file.relative_to(root).as_posix()}\t{file.stat().st_size}\n".encode())
+        if file.name.endswith("_pairs.txt"):
+            digest.update(file.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def provenance() -> dict[str, Any]:
+    """Command line, code, package versions and machine of this process."""
+    return {
+        "schema": 1,
+        "command": command_line(),
+        "git": git_state(),
+        "versions": package_versions(),
+        "machine": machine(),
+    }
+
+
+def command_line() -> str:
+    """The command as it can be typed again."""
+    program, *words = sys.argv
+    # A command started by `i2am` has "i2am train" as its name.
+    name = program if program.startswith("i2am ") else Path(program).name
+    return " ".join([name, *map(shlex.quote, words)])
+
+
+def git_state() -> dict[str, Any] | None:
+    """Commit of the checkout that runs, and whether it has local changes; None for a wheel."""
+    root = Path(__file__).resolve().parent.parent
+    if not (root / ".git").exists():
+        return None
+    try:
+        commit = _git(root, "rev-parse", "HEAD")
+        changes = _git(root, "status", "--porcelain", "--untracked-files=no")
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return {"commit": commit, "dirty": bool(changes)}
+
+
+def package_versions() -> dict[str, str]:
+    """Versions of Python and of the packages that can change a number."""
+    found = {"python": platform.python_version()}
+    for name in REPORTED_PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def machine() -> dict[str, Any]:
+    """Processor, usable cores, memory in GiB, and GPU (None where torch sees none, or no torch)."""
+    import psutil
+
+    return {
+        "cpu": _processor(),
+        "cores": len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count(),
+        "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
+        "gpu": _gpu(),
+        "system": platform.platform(terse=True),
+    }
+
+
+def now() -> str:
+    """The time as ISO 8601 text in UTC, to the second."""
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def _saved_settings(path: Path) -> dict[str, Any] | None:
+    file = path / SETTINGS_FILE
+    return dict(read_json(file)) if file.is_file() else None
+
+
+def _refuse_foreign_files(path: Path) -> None:
+    if path.exists() and not path.is_dir():
+        raise RunFolderError(f"{path} is a file. Give another output=FOLDER.")
+    if path.is_dir() and any(path.iterdir()):
+        names = ", ".join(sorted(entry.name for entry in path.iterdir())[:5])
+        raise RunFolderError(
+            f"{path} holds files ({names}) but no {SETTINGS_FILE}, so it is not the folder of a "
+            "run. Nothing was changed. Give another output=FOLDER, or empty that one."
+        )
+
+
+def _refuse_other_settings(
+    path: Path,
+    saved: Mapping[str, Any],
+    wanted: Mapping[str, Any],
+    may_differ: Collection[str],
+) -> None:
+    differences = [
+        f"{name}={new} (there: {old})"
+        for name, old, new in _differences(saved, wanted)
+        if not any(name == free or name.startswith(f"{free}.") for free in may_differ)
+    ]
+    if differences:
+        shown = ", ".join(differences[:8]) + (", ..." if len(differences) > 8 else "")
+        raise RunFolderError(
+            f"{path} already holds a run of another configuration: {shown}. Nothing was changed. "
+            "Give another output=FOLDER, or the same options to continue that run."
+        )
+
+
+def _differences(
+    saved: Mapping[str, Any], wanted: Mapping[str, Any]
+) -> Iterator[tuple[str, Any, Any]]:
+    old, new = dict(_leaves(saved)), dict(_leaves(wanted))
+    for name in sorted(old.keys() | new.keys()):
+        if old.get(name) != new.get(name):
+            yield name, old.get(name), new.get(name)
+
+
+def _leaves(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            yield from _leaves(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
+
+
+def _as_json(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings as they read after a round trip through the file."""
+    return dict(json.loads(json.dumps(_without_nan(settings), default=str)))
+
+
+def _without_nan(value: Any) -> Any:
+    if isinstance(value, float) and (value != value or value in (float("inf"), float("-inf"))):
+        return None
+    if isinstance(value, Mapping):
+        return {str(name): _without_nan(item) for name, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_without_nan(item) for item in value]
+    return value
+
+
+def _git(root: Path, *words: str) -> str:
+    command = ["git", "-C", str(root), *words]
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def _gpu() -> str | None:
+    torch = sys.modules.get("torch")
+    if torch is None or not torch.cuda.is_available():
+        return None
+    return str(torch.cuda.get_device_name())

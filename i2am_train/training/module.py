@@ -1,0 +1,97 @@
+"""The LightningModule: wiring of model, objective, random numbers and optimizer. It holds no formula."""
+
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
+from torch import Tensor
+
+from i2am_train.attribution.tap import ScoreTap
+from i2am_train.config.schema import OptimizationConfig
+from i2am_train.datasets.sample import TryOnBatch
+from i2am_train.models.tryon import TryOnModel
+from i2am_train.training.draws import Draws, draw
+from i2am_train.training.optimization import make_optimizer, make_schedule, set_trainable
+from i2am_train.training.step import TrainingObjective
+
+
+class TryOnModule(L.LightningModule):
+    """Trains a :class:`TryOnModel`; validation is done by callbacks, which read ``model``."""
+
+    def __init__(
+        self,
+        model: TryOnModel,
+        objective: TrainingObjective,
+        options: OptimizationConfig,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        self.model = model
+        self.objective = objective
+        self.options = options
+        self.seed = seed
+        self._tap: ScoreTap | None = None
+        set_trainable(model, options.trainable)
+        if objective.needs_attention:
+            ScoreTap(model, layers=[objective.layer])  # a layer that does not exist fails here, not hours later
+
+    def on_train_start(self) -> None:
+        """Attaches the score tap, after strategies and weight averaging have made their copies."""
+        if self.objective.needs_attention:
+            self._tap = ScoreTap(self.model, layers=[self.objective.layer])
+            self._tap.attach()
+
+    def teardown(self, stage: str) -> None:
+        """Detaches the score tap, also after an error."""
+        if self._tap is not None:
+            self._tap.close()
+            self._tap = None
+
+    def on_train_epoch_start(self) -> None:
+        """Frozen parts stay in evaluation mode, whatever ``train()`` Lightning called."""
+        self.model.vae.eval()
+        self.model.reference_encoder.eval()
+
+    def training_step(self, batch: TryOnBatch, batch_index: int) -> Tensor:
+        """One step's total loss; every part is logged as ``loss/<name>``."""
+        losses = self.objective(self.model, batch, self._draws(batch), self._tap)
+        logged = {f"loss/{name}": value.detach() for name, value in losses.items()}
+        self.log_dict(logged, batch_size=len(batch["name"]))
+        return losses["total"]
+
+    def validation_step(self, batch: TryOnBatch, batch_index: int) -> None:
+        """Nothing: the evaluation callback does the work."""
+
+    def test_step(self, batch: TryOnBatch, batch_index: int) -> None:
+        """Nothing: the evaluation callback does the work."""
+
+    def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
+        """AdamW with warm-up and cosine decay over the trained weights."""
+        trained = [parameter for parameter in self.parameters() if parameter.requires_grad]
+        optimizer = make_optimizer(trained, self.options)
+        schedule = make_schedule(optimizer, self.options)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Leaves the frozen networks out of the file; they come with the checkpoint that training started from."""
+        frozen = ("model.vae.", "model.reference_encoder.")
+        checkpoint["state_dict"] = {
+            name: value
+            for name, value in checkpoint["state_dict"].items()
+            if not name.startswith(frozen)
+        }
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Puts the frozen networks back, so that Lightning's strict loading still checks every trained weight."""
+        checkpoint["state_dict"] = self.state_dict() | checkpoint["state_dict"]
+
+    def _draws(self, batch: TryOnBatch) -> Draws:
+        draws = draw(
+            self.seed,
+            self.current_epoch,
+            [int(index) for index in batch["index"]],
+            latent=self.model.latent_size,
+            timesteps=self.model.schedule.length,
+            condition_dropout=self.options.condition_dropout,
+        )
+        return Draws(*(values.to(self.device) for values in draws))

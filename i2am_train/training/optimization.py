@@ -1,0 +1,70 @@
+"""Optimizer, learning-rate schedule, and which weights train."""
+
+import math
+from collections.abc import Iterator
+
+from torch import nn
+from torch.optim import AdamW
+from torch.optim.lr_scheduler import LambdaLR
+
+from i2am_train.config.schema import OptimizationConfig
+from i2am_train.errors import ConfigError
+from i2am_train.models.tryon import TryOnModel
+
+
+def set_trainable(model: TryOnModel, trainable: str) -> None:
+    """Freezes everything but the projector, the null tokens and the chosen part of the U-Net.
+
+    ``all``: the whole U-Net. ``decoder``: the authors' V1 set (spec 1.4): first convolution, decoder, output layers and
+    every cross-attention. ``cross_attention``: first convolution and cross-attention. The VAE and the reference encoder
+    are always frozen, as in the paper.
+    """
+    model.requires_grad_(False)
+    model.projector.requires_grad_(True)
+    for parameter in _chosen(model.unet, trainable):
+        parameter.requires_grad_(True)
+
+
+def _chosen(unet: nn.Module, trainable: str) -> Iterator[nn.Parameter]:
+    prefixes = {
+        "all": ("",),
+        "decoder": ("conv_in.", "up_blocks.", "conv_norm_out.", "conv_out."),
+        "cross_attention": ("conv_in.",),
+    }
+    if trainable not in prefixes:
+        raise ConfigError(
+            f"optimization.trainable is '{trainable}'; expected one of {', '.join(prefixes)}."
+        )
+    for name, parameter in unet.named_parameters():
+        if name.startswith(prefixes[trainable]) or ".attn2." in name:
+            yield parameter
+
+
+def make_optimizer(parameters: list[nn.Parameter], options: OptimizationConfig) -> AdamW:
+    """AdamW over the given parameters."""
+    return AdamW(
+        parameters,
+        lr=options.learning_rate,
+        betas=options.betas,
+        weight_decay=options.weight_decay,
+        fused=True,
+    )
+
+
+def learning_rate_factor(step: int, options: OptimizationConfig) -> float:
+    """Linear warm-up, then half a cosine down to ``final_lr_fraction`` at the last step.
+
+    >>> options = OptimizationConfig(steps=101, warmup_steps=1, final_lr_fraction=0.5)
+    >>> [round(learning_rate_factor(step, options), 2) for step in (0, 51, 101)]
+    [1.0, 0.75, 0.5]
+    """
+    if step < options.warmup_steps:
+        return (step + 1) / options.warmup_steps
+    progress = (step - options.warmup_steps) / max(1, options.steps - options.warmup_steps)
+    cosine = (1 + math.cos(math.pi * min(progress, 1.0))) / 2
+    return options.final_lr_fraction + (1 - options.final_lr_fraction) * cosine
+
+
+def make_schedule(optimizer: AdamW, options: OptimizationConfig) -> LambdaLR:
+    """The schedule of :func:`learning_rate_factor`, advanced once a step."""
+    return LambdaLR(optimizer, lambda step: learning_rate_factor(step, options))

@@ -1,0 +1,79 @@
+"""What one training step computes: the denoising loss plus the weighted attention losses of one layer."""
+
+from dataclasses import dataclass, field
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from i2am_train.attribution.sites import LayerId
+from i2am_train.attribution.tap import ScoreTap
+from i2am_train.datasets.sample import TryOnBatch
+from i2am_train.losses.denoising import denoising_loss, snr_weights
+from i2am_train.losses.objective import AttentionObjective, ObjectiveValue
+from i2am_train.metrics.correspondence import target_on_grid
+from i2am_train.models.tryon import TryOnModel
+from i2am_train.ops.masks import mask_on_grid
+from i2am_train.training.draws import Draws
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingObjective:
+    """Everything that decides the loss of a batch, without state."""
+
+    attention: AttentionObjective = field(default_factory=AttentionObjective)
+    """Attention losses; with no active term the attention is not looked at."""
+    layer: LayerId = 2
+    """Layer whose attention the losses see; the paper's is number 2 (spec 1.2)."""
+    snr_gamma: float | None = None
+    """Min-SNR weighting of the denoising loss; None: plain mean squared error."""
+
+    @property
+    def needs_attention(self) -> bool:
+        """True if a score tap must be attached."""
+        return bool(self.attention.weights.active)
+
+    def __call__(
+        self, model: TryOnModel, batch: TryOnBatch, draws: Draws, tap: ScoreTap | None
+    ) -> dict[str, Float[Tensor, ""]]:
+        """Losses by name: ``denoising``, each active attention term (unweighted), and ``total`` with gradient."""
+        denoising = self._denoising(model, batch, draws)
+        if tap is None:
+            return {"denoising": denoising.detach(), "total": denoising}
+        attention = self._attention(batch, draws, tap)
+        return {
+            "denoising": denoising.detach(),
+            **attention.terms,
+            "total": denoising + attention.total,
+        }
+
+    def _denoising(self, model: TryOnModel, batch: TryOnBatch, draws: Draws) -> Float[Tensor, ""]:
+        with torch.no_grad():
+            person, agnostic, pose = (
+                model.encode_latents(batch[name], draws.posterior[:, position])  # type: ignore[literal-required]
+                for position, name in enumerate(("person", "agnostic", "densepose"))
+            )
+        schedule = model.schedule
+        noisy = schedule.noised(person, draws.noise, draws.timesteps)
+        prediction = model(noisy, draws.timesteps, agnostic, pose, batch["garment"], draws.dropped)
+        weights = snr_weights(
+            schedule.signal.square(), draws.timesteps, schedule.prediction_type, self.snr_gamma
+        )
+        target = schedule.target(person, draws.noise, draws.timesteps)
+        return denoising_loss(prediction, target, weights).mean()
+
+    def _attention(self, batch: TryOnBatch, draws: Draws, tap: ScoreTap) -> ObjectiveValue:
+        generated, reference = tap.generated_grid(self.layer), tap.reference_grid(self.layer)
+        target = None
+        if self.attention.weights.active.get("supervised"):
+            target = target_on_grid(
+                batch["correspondence"], batch["warped_garment_mask"], generated, reference
+            )
+        return self.attention(
+            tap.scores(self.layer),
+            mask_on_grid(batch["warped_garment_mask"], generated),
+            generated_grid=generated,
+            reference_grid=reference,
+            target=target,
+            conditioned=~draws.dropped,
+        )

@@ -1,0 +1,76 @@
+"""Words of the project as types: grids, directions, branches, layer numbers.
+
+Everything here is plain Python, so that any module may import it at no cost.
+"""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from typing import NamedTuple
+
+
+class GridSize(NamedTuple):
+    """Size of a token grid or an image, height first.
+
+    >>> GridSize(16, 12).tokens
+    192
+    """
+
+    height: int
+    width: int
+
+    @property
+    def tokens(self) -> int:
+        """Number of cells, in row-major order."""
+        return self.height * self.width
+
+    def __str__(self) -> str:
+        return f"{self.height}x{self.width}"
+
+
+class Direction(StrEnum):
+    """The axis that an attribution map lies on (paper section 4, equations 4-7)."""
+
+    REFERENCE_TO_GENERATED = "reference_to_generated"
+    """Which generated positions the reference feeds; a map on the generated grid."""
+    GENERATED_TO_REFERENCE = "generated_to_reference"
+    """Which reference positions were used; a map on the reference grid."""
+
+
+class Branch(StrEnum):
+    """The half of classifier-free guidance that a row of the batch belongs to."""
+
+    CONDITIONAL = "conditional"
+    UNCONDITIONAL = "unconditional"
+
+
+class LayerWeighting(StrEnum):
+    """How layers of different grids are summed (adapters note 5.4).
+
+    ``paper`` adds the scores as they are, so a 16x12 layer weighs sixteen times a 64x48 one.
+    ``density`` multiplies by the number of tokens first, so that every layer weighs the same.
+    """
+
+    PAPER = "paper"
+    DENSITY = "density"
+
+
+class PredictionType(StrEnum):
+    """What the denoiser predicts; the values are diffusers' own."""
+
+    EPSILON = "epsilon"
+    V_PREDICTION = "v_prediction"
+
+
+class Split(StrEnum):
+    """The two halves of a try-on dataset."""
+
+    TRAIN = "train"
+    TEST = "test"
+
+
+class Pairing(StrEnum):
+    """Whether a person gets the garment that they wear (paired) or another one (unpaired)."""
+
+    PAIRED = "paired"
+    UNPAIRED = "unpaired"

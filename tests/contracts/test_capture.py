@@ -1,0 +1,359 @@
+"""Demands on every capture: the image does not change, nothing stays attached, and misfits are errors."""
+
+import copy
+
+import pytest
+import torch
+from diffusers import UNet2DConditionModel
+from torch import nn
+
+from i2am_train.attribution import Recipe, ScoreTap, Site, announce, diffusers_decoder, trace
+from i2am_train.errors import CaptureError
+from i2am_train.types import Direction, GridSize
+
+BATCH, LATENT, REFERENCE, CONTEXT = 3, GridSize(24, 16), GridSize(5, 4), 10
+
+
+def make_unet():
+    torch.manual_seed(0)
+    unet = UNet2DConditionModel(
+        sample_size=tuple(LATENT),
+        in_channels=12,
+        out_channels=4,
+        block_out_channels=(8, 8, 16, 16),
+        attention_head_dim=(1, 1, 2, 2),
+        cross_attention_dim=CONTEXT,
+        norm_num_groups=4,
+        layers_per_block=2,
+    )
+    return unet.eval()
+
+
+@pytest.fixture(scope="module")
+def shared_unet():
+    return make_unet()
+
+
+@pytest.fixture
+def unet(shared_unet):
+    return copy.deepcopy(shared_unet)
+
+
+def inputs(batch=BATCH, latent=LATENT, tokens=REFERENCE.tokens, seed=1):
+    generator = torch.Generator().manual_seed(seed)
+    return (
+        torch.randn(batch, 12, *latent, generator=generator),
+        torch.tensor(500),
+        torch.randn(batch, tokens, CONTEXT, generator=generator),
+    )
+
+
+def recipe(**options):
+    return diffusers_decoder(REFERENCE, **{"root": "", "rows": "all", **options})
+
+
+def run(unet, **options):
+    with torch.no_grad():
+        return unet(*inputs(**options)).sample
+
+
+def hook_count(model):
+    kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_forward_hooks_always_called")
+    return sum(len(getattr(module, kind)) for module in model.modules() for kind in kinds)
+
+
+class LoraLinear(nn.Module):
+    """An adapter as peft wraps it: the original hides behind ``base_layer``."""
+
+    def __init__(self, base_layer):
+        super().__init__()
+        self.base_layer = base_layer
+        self.down = nn.Linear(base_layer.in_features, 2, bias=False)
+        self.up = nn.Linear(2, base_layer.out_features, bias=False)
+
+    def forward(self, tokens):
+        return self.base_layer(tokens) + self.up(self.down(tokens))
+
+
+def add_lora(unet):
+    for module in list(unet.modules()):
+        for name in ("to_q", "to_k"):
+            if isinstance(getattr(module, name, None), nn.Linear):
+                setattr(module, name, LoraLinear(getattr(module, name)))
+    return unet
+
+
+def add_slicing(unet):
+    unet.set_attention_slice(1)
+    return unet
+
+
+def compile_it(unet):
+    unet.up_blocks[2].attentions[0].compile(backend="eager")  # a region: the whole network takes long
+    run(unet)
+    return unet
+
+
+VARIANTS = {"plain": lambda unet: unet, "lora": add_lora, "sliced": add_slicing, "compiled": compile_it}
+
+
+@pytest.fixture(params=list(VARIANTS))
+def variant(request, unet):
+    if request.param == "compiled":
+        request.addfinalizer(torch.compiler.reset)
+    return VARIANTS[request.param](unet)
+
+
+class TestEveryModel:
+    def test_image_is_bit_identical_and_all_sites_are_seen(self, variant):
+        # nine layers with two maps each, and exactly the output of the untraced model
+        before = run(variant)
+        with trace(variant, recipe()) as attention:
+            during = run(variant)
+        assert torch.equal(before, during)
+        assert torch.equal(before, run(variant))
+        assert [site.calls for site in attention.sites] == [1] * 9
+        maps = attention.maps()
+        assert maps.layers == tuple(f"up_blocks.{b}.attentions.{a}" for b in (1, 2, 3) for a in range(3))
+        for direction, grid in zip(Direction, (LATENT, REFERENCE), strict=True):
+            unified = maps.unified(direction)
+            assert unified.values.shape == (BATCH, *grid)
+            assert unified.values.isfinite().all()
+
+    def test_no_hook_remains(self, variant):
+        before = hook_count(variant)
+        with trace(variant, recipe()):
+            run(variant)
+            assert hook_count(variant) > before
+        assert hook_count(variant) == before
+
+    def test_no_hook_remains_after_an_error(self, variant):
+        before = hook_count(variant)
+        with pytest.raises(ZeroDivisionError, match="user"), trace(variant, recipe()):
+            raise ZeroDivisionError("user")
+        with pytest.raises(RuntimeError, match="shape|size|mat1"), trace(variant, recipe()):
+            variant(inputs()[0], torch.tensor(1), torch.randn(BATCH, 3, CONTEXT + 1))
+        assert hook_count(variant) == before
+        with trace(variant, recipe()) as attention:
+            run(variant)
+        assert attention.maps().store.batch == BATCH
+
+
+def test_lora_injected_before_the_trace_is_what_is_seen(unet):
+    # its scores differ from the base model's
+    with trace(unet, recipe()) as plain:
+        run(unet)
+    with trace(add_lora(unet), recipe()) as adapted:
+        run(unet)
+    first, second = (t.maps().unified(Direction.REFERENCE_TO_GENERATED).values for t in (plain, adapted))
+    assert not torch.allclose(first, second, rtol=1e-3)
+
+
+def test_attaching_twice_is_refused_and_leaves_the_first_intact(unet):
+    with trace(unet, recipe()) as attention:
+        with pytest.raises(CaptureError, match="already has a trace"), trace(unet, recipe()):
+            pass
+        run(unet)
+    assert attention.maps().store.steps == 1
+    with pytest.raises(CaptureError, match="used already"):
+        attention.__enter__()
+    assert hook_count(unet) == 0
+
+
+def test_a_failed_attachment_attaches_nothing(unet):
+    with pytest.raises(CaptureError, match="No attention layer is called"):
+        trace(unet, recipe(), matrix_layers=["up_blocks.7.attentions.0"]).__enter__()
+    assert hook_count(unet) == 0
+
+
+def test_rows_are_those_that_the_sampler_announces(unet):
+    # the same samples as second half, first half or by function give the same maps
+    sample, timestep, context = inputs(batch=2 * BATCH)
+    kept = []
+    for rows in (slice(0, BATCH), slice(BATCH, 2 * BATCH)):
+        order = torch.arange(2 * BATCH).roll(-rows.start)
+        with trace(unet, recipe()) as attention, torch.no_grad():
+            with announce(step_index=0, conditional_rows=rows):
+                unet(sample[order.argsort()], timestep, context[order.argsort()])
+        kept.append(attention.maps())
+    with trace(unet, recipe(rows="first_half")) as attention, torch.no_grad():
+        unet(sample, timestep, context)
+    kept.append(attention.maps())
+    values = [maps.unified(Direction.GENERATED_TO_REFERENCE).values for maps in kept]
+    assert values[0].shape[0] == BATCH
+    torch.testing.assert_close(values[1], values[0], rtol=1e-5, atol=0)
+    torch.testing.assert_close(values[2], values[0], rtol=1e-5, atol=0)
+
+
+def test_unconditional_calls_are_skipped(unet):
+    # guidance by two calls: only the conditional one is kept
+    with trace(unet, recipe()) as attention:
+        for step in range(2):
+            for rows in (slice(0, BATCH), None):
+                with announce(step_index=step, conditional_rows=rows):
+                    run(unet, seed=step)
+    assert attention.maps().store.steps == 2
+    assert {site.calls for site in attention.sites} == {2}
+
+
+def test_two_evaluations_of_one_timestep_are_one_step(unet):
+    # PNDM: 750, 500, 500, 250; the two are averaged
+    with trace(unet, recipe()) as attention, torch.no_grad():
+        for call, timestep in enumerate((750, 500, 500, 250)):
+            sample, _, context = inputs(seed=call)
+            unet(sample, torch.tensor(timestep), context)
+    store = attention.maps().store
+    assert store.timesteps == (750.0, 500.0, 250.0)
+    singles = []
+    for call in (1, 2):
+        with trace(unet, recipe()) as attention, torch.no_grad():
+            unet(inputs(seed=call)[0], timestep=500, encoder_hidden_states=inputs(seed=call)[2])
+        singles.append(attention.maps().store.layer(5).to_reference[:, 0])
+    both = (singles[0] + singles[1]) / 2
+    timesteps_differ_little = {"rtol": 1e-6, "atol": 1e-9}
+    torch.testing.assert_close(store.layer(5).to_reference[:, 1], both, **timesteps_differ_little)
+
+
+def test_gradient_checkpointing_is_harmless(unet):
+    # the recomputation in backward is not captured, in a trace or by a tap
+    unet.train().enable_gradient_checkpointing()
+    with trace(unet, recipe()) as attention:
+        unet(*inputs()).sample.square().mean().backward()
+    assert {site.calls for site in attention.sites} == {1}
+
+
+def test_another_use_of_the_modules_outside_the_root_is_dropped(unet):
+    block = unet.up_blocks[1].attentions[0]
+    with trace(unet, recipe()) as attention:
+        run(unet)
+        with torch.no_grad():
+            block(
+                torch.randn(BATCH, 16, 6, 4),
+                encoder_hidden_states=inputs()[2],
+                return_dict=False,
+            )
+    assert {site.calls for site in attention.sites} == {1}
+
+
+def test_pipelines_are_traced_through_their_root(unet):
+    class Pipeline:
+        def __init__(self, unet):
+            self.unet = unet
+
+    with trace(Pipeline(unet), recipe(root="unet")) as attention:
+        run(unet)
+    assert "up_blocks.1.attentions.1" in str(attention.sites)
+    assert "6x4" in str(attention.sites)
+
+
+def test_a_model_may_bring_its_own_recipe(unet):
+    unet.attention_recipe = lambda: recipe()
+    with trace(unet) as attention:
+        run(unet)
+    assert attention.maps().store.batch == BATCH
+
+
+def test_single_reference_token_is_marked_as_not_functional(unet):
+    # a softmax over one key is one, so such maps tell nothing about the picture; and there is no reference map
+    with trace(unet, diffusers_decoder(None, root="", rows="all")) as attention:
+        run(unet, tokens=1)
+    assert not any(site.functional for site in attention.sites)
+    assert "no (one key)" in str(attention.sites)
+    maps = attention.maps()
+    assert not maps.store.layers[0].functional
+    with pytest.raises(CaptureError, match="no place in the reference picture"):
+        maps.unified(Direction.GENERATED_TO_REFERENCE)
+
+
+class TestErrors:
+    def test_unknown_model(self, unet):
+        with pytest.raises(CaptureError, match=r"No recipe is known for UNet2D.*diffusers_decoder"):
+            trace(unet)
+
+    def test_no_site(self, unet):
+        with pytest.raises(CaptureError, match=r"matches 'decoder.*has: .*attn"):
+            trace(unet, Recipe("", (Site(r"decoder\..*"),))).__enter__()
+
+    def test_no_root(self, unet):
+        with pytest.raises(CaptureError, match="has no part 'unet'.*up_blocks"):
+            trace(unet, recipe(root="unet")).__enter__()
+
+    def test_fused_projections(self, unet):
+        unet.fuse_qkv_projections()
+        with pytest.raises(CaptureError, match="unfuse_qkv_projections"):
+            trace(unet, recipe()).__enter__()
+        unet.unfuse_qkv_projections()
+        with trace(unet, recipe()) as attention:
+            run(unet)
+        assert attention.maps().store.batch == BATCH
+
+    def test_missing_projection(self, unet):
+        site = Site(r".*\.attn2", generated_projection="q_proj")
+        with pytest.raises(CaptureError, match=r"no submodule 'q_proj' \(it has: to_q"):
+            trace(unet, Recipe("", (site,))).__enter__()
+
+    def test_reference_grid_mismatch_names_the_site(self, unet):
+        wrong = diffusers_decoder(GridSize(6, 4), root="", rows="all")
+        with pytest.raises(CaptureError, match=r"Layer up_blocks.1.attentions.0: 20 tokens .* 6x4"):
+            with trace(unet, wrong):
+                run(unet)
+        assert hook_count(unet) == 0
+
+    def test_generated_grid_mismatch_names_the_site(self, unet):
+        # token merging: fewer queries than the latent has cells
+        module = unet.up_blocks[2].attentions[1].transformer_blocks[0].attn2
+        module.to_q.register_forward_hook(lambda _, __, output: output[:, 1:])
+        with pytest.raises(CaptureError, match=r"Layer up_blocks.2.attentions.1: .*95 .*24x16"):
+            with trace(unet, recipe()):
+                run(unet)
+
+    def test_model_not_called(self, unet):
+        with trace(unet, recipe()) as attention:
+            pass
+        with pytest.raises(CaptureError, match="not called inside"):
+            attention.maps()
+
+    def test_site_not_called(self, unet):
+        with trace(unet, recipe()) as attention:
+            run(unet)
+            unet.up_blocks[3].attentions[0].forward = lambda hidden, *args, **kwargs: (hidden,)
+            run(unet)
+        with pytest.raises(CaptureError, match=r"each of the 2 .*: up_blocks.3.attentions.0 \(1\)"):
+            attention.maps()
+
+    def test_changed_batch(self, unet):
+        with pytest.raises(CaptureError, match=r"2 conditional rows after 3.*one trace per batch"):
+            with trace(unet, recipe()):
+                run(unet)
+                run(unet, batch=2)
+
+    def test_changed_picture_size(self, unet):
+        with pytest.raises(CaptureError, match=r"one trace per picture size"):
+            with trace(unet, recipe()):
+                run(unet)
+                run(unet, latent=GridSize(16, 24))
+                run(unet, latent=GridSize(16, 16))
+
+    def test_odd_batch_with_a_recipe_for_guidance(self, unet):
+        with pytest.raises(CaptureError, match=r"called with 3 rows.*rows='all'"):
+            with trace(unet, recipe(rows="second_half")):
+                run(unet)
+
+    def test_second_run_in_one_trace(self, unet):
+        with pytest.raises(CaptureError, match="second sampling run"):
+            with trace(unet, recipe()):
+                for step in (0, 1, 0):
+                    with announce(step_index=step, conditional_rows=slice(0, BATCH)):
+                        run(unet)
+
+
+def test_tap_and_trace_may_listen_at_once(unet):
+    # a callback traces validation sampling while the training tap stays attached
+    with ScoreTap(unet, recipe(), layers=[2]) as tap:
+        unet(*inputs())
+        scores = tap.scores(2)
+        with trace(unet, recipe()) as attention:
+            run(unet, seed=5)
+        assert tap.scores(2) is scores
+        assert attention.maps().store.steps == 1
+    assert hook_count(unet) == 0

@@ -1,0 +1,163 @@
+"""Every variant of every attention loss meets the same demands; a new term is one more entry."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import product
+
+import pytest
+import torch
+from torch import Tensor
+
+from i2am_train.losses.base import LossVariant
+from i2am_train.losses.center_weighted import center_weighted
+from i2am_train.losses.centers import attention_centers
+from i2am_train.losses.distance_centering import dcml
+from i2am_train.losses.supervised import correspondence_cross_entropy
+from i2am_train.losses.total_variation import total_variation
+from i2am_train.types import GridSize
+
+GENERATED, REFERENCE = GridSize(4, 3), GridSize(7, 5)
+SAMPLES = 3
+Term = Callable[[Tensor, Tensor, LossVariant], Tensor]
+
+
+def dcml_of(scores: Tensor, mask: Tensor, variant: LossVariant) -> Tensor:
+    return dcml(attention_centers(scores, REFERENCE, variant), mask, GENERATED, variant)
+
+
+def tv_of(scores: Tensor, mask: Tensor, variant: LossVariant) -> Tensor:
+    return total_variation(attention_centers(scores, REFERENCE, variant), mask, GENERATED, variant)
+
+
+def cwg_of(scores: Tensor, mask: Tensor, variant: LossVariant) -> Tensor:
+    centers = attention_centers(scores, REFERENCE, variant)
+    return center_weighted(scores, centers, mask, REFERENCE, variant)
+
+
+def supervised_of(scores: Tensor, mask: Tensor, variant: LossVariant) -> Tensor:
+    target = torch.where(mask[..., None], torch.full((*mask.shape, 2), 2.25), torch.nan)
+    return correspondence_cross_entropy(scores, target, REFERENCE)
+
+
+TERMS: dict[str, Term] = {"dcml": dcml_of, "tv": tv_of, "cwg": cwg_of}
+CASES = [
+    *(pytest.param(TERMS[t], v, id=f"{t}-{v}") for t, v in product(TERMS, LossVariant)),
+    pytest.param(supervised_of, LossVariant.HINGE, id="supervised"),
+]
+every_loss = pytest.mark.parametrize(("term", "variant"), CASES)
+
+
+@pytest.fixture
+def logits() -> Tensor:
+    generator = torch.Generator().manual_seed(3)
+    return torch.randn(SAMPLES, GENERATED.tokens, REFERENCE.tokens, generator=generator) * 2
+
+
+@pytest.fixture
+def mask() -> Tensor:
+    inside = torch.ones(SAMPLES, GENERATED.tokens, dtype=torch.bool)
+    inside[1, ::4] = False
+    return inside
+
+
+@every_loss
+def test_one_finite_value_per_sample(
+    term: Term, variant: LossVariant, logits: Tensor, mask: Tensor
+) -> None:
+    """Unreduced, in the format of the scores."""
+    value = term(logits.softmax(-1), mask, variant)
+    assert value.shape == (SAMPLES,)
+    assert value.dtype is torch.float32
+    assert value.isfinite().all()
+    assert value.unique().numel() == SAMPLES
+
+
+@every_loss
+def test_the_gradient_arrives(
+    term: Term, variant: LossVariant, logits: Tensor, mask: Tensor
+) -> None:
+    """At the logits of every sample, finite."""
+    logits.requires_grad_()
+    term(logits.softmax(-1), mask, variant).sum().backward()
+    assert logits.grad is not None
+    assert logits.grad.isfinite().all()
+    assert (logits.grad.abs().sum(dim=(1, 2)) > 0).all()
+
+
+@every_loss
+def test_an_empty_mask_is_zero_without_a_gradient(
+    term: Term, variant: LossVariant, logits: Tensor, mask: Tensor
+) -> None:
+    """Exactly 0, no NaN, and the other samples do not notice."""
+    empty = mask.clone()
+    empty[1] = False
+    logits.requires_grad_()
+    value = term(logits.softmax(-1), empty, variant)
+    value.sum().backward()
+    assert value[1].item() == 0.0
+    assert logits.grad is not None
+    assert torch.equal(logits.grad[1], torch.zeros_like(logits.grad[1]))
+    assert torch.equal(value[[0, 2]], term(logits.softmax(-1), mask, variant)[[0, 2]])
+
+
+@every_loss
+def test_a_single_patch_has_no_pairs(
+    term: Term, variant: LossVariant, logits: Tensor, mask: Tensor
+) -> None:
+    """Terms of pairs and neighbours are 0, those of patches finite."""
+    single = torch.zeros_like(mask)
+    single[:, 4] = True
+    value = term(logits.softmax(-1), single, variant)
+    assert value.isfinite().all()
+    if term in (dcml_of, tv_of):
+        assert value.tolist() == [0.0] * SAMPLES
+
+
+@every_loss
+def test_half_precision_is_computed_in_float32(
+    term: Term, variant: LossVariant, logits: Tensor, mask: Tensor
+) -> None:
+    """bfloat16 scores, and autocast around float32 ones, give the float32 value."""
+    scores = logits.softmax(-1)
+    value = term(scores.bfloat16(), mask, variant)
+    assert value.dtype is torch.float32
+    torch.testing.assert_close(value, term(scores.bfloat16().float(), mask, variant))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        cast = term(scores, mask, variant)
+    assert torch.equal(cast, term(scores, mask, variant))
+
+
+@every_loss
+def test_float64_stays_float64(
+    term: Term, variant: LossVariant, logits: Tensor, mask: Tensor
+) -> None:
+    """So that golden values and gradient checks mean something."""
+    assert term(logits.double().softmax(-1), mask, variant).dtype is torch.float64
+
+
+@every_loss
+def test_splitting_a_batch_changes_nothing(
+    term: Term, variant: LossVariant, logits: Tensor, mask: Tensor
+) -> None:
+    """No average over the batch hides inside."""
+    scores = logits.softmax(-1)
+    whole = term(scores, mask, variant)
+    parts = [term(scores[i : i + 1], mask[i : i + 1], variant) for i in range(SAMPLES)]
+    torch.testing.assert_close(torch.cat(parts), whole)
+
+
+@every_loss
+def test_the_derivative_is_the_slope(
+    term: Term, variant: LossVariant, logits: Tensor, mask: Tensor
+) -> None:
+    """A small step along the gradient changes the value as the gradient says (float64)."""
+    free = logits.double().requires_grad_()
+    value = term(free.softmax(-1), mask, variant).sum()
+    (gradient,) = torch.autograd.grad(value, free)
+    step = 1e-6 * gradient / gradient.norm()
+    with torch.no_grad():
+        ahead = term((free + step).softmax(-1), mask, variant).sum()
+        behind = term((free - step).softmax(-1), mask, variant).sum()
+    slope = (ahead - behind) / 2e-6
+    torch.testing.assert_close(slope, gradient.norm(), rtol=1e-5, atol=1e-9)

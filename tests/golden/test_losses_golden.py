@@ -1,0 +1,276 @@
+"""Golden files 01-05: centres and attention losses, values and gradients, to 1e-9 in float64."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from i2am_train.losses.base import LossVariant as V
+from i2am_train.losses.center_weighted import center_weighted
+from i2am_train.losses.centers import attention_centers
+from i2am_train.losses.distance_centering import dcml
+from i2am_train.losses.total_variation import total_variation
+from i2am_train.types import GridSize
+
+Golden = Callable[[str], dict[str, Any]]
+ALIKE = {"rtol": 0.0, "atol": 1e-9}
+TWO = GridSize(2, 2)
+GENERATED, REFERENCE = GridSize(4, 3), GridSize(5, 4)
+
+
+def tensor(values: Any) -> Tensor:
+    return torch.tensor(values, dtype=torch.float64)
+
+
+def on_tokens(values: Any) -> Tensor:
+    """A field ``[height, width, ...]`` as the second sample of a batch of two different ones."""
+    return two_samples(tensor(values).flatten(0, 1))
+
+
+def two_samples(values: Tensor) -> Tensor:
+    return torch.stack([values.flip(0), values])
+
+
+def hand_scores(golden: Golden) -> Tensor:
+    return tensor(golden("01")["inputs"]["A"]).reshape(1, 4, 4)
+
+
+def everywhere(samples: int, tokens: int) -> Tensor:
+    return torch.ones(samples, tokens, dtype=torch.bool)
+
+
+def scores_of(logits: Tensor, variant: V) -> Tensor:
+    """The authors' first version drops the class token's column after the softmax."""
+    if variant is V.AUTHORS_V1:
+        return logits.softmax(dim=-1)[..., 1:]
+    return logits[..., 1:].softmax(dim=-1)
+
+
+@pytest.mark.parametrize(
+    ("variant", "key"),
+    [
+        (V.PAPER, "C_paper_eq15 (factor 1/(h'w')=1/4, 1-based, [row,col])"),
+        (V.AUTHORS_V2, "C_code_and_default (no factor, 0-based, [row,col])"),
+        (V.HINGE, "C_code_and_default (no factor, 0-based, [row,col])"),
+    ],
+)
+def test_centers_of_the_hand_example(golden: Golden, variant: V, key: str) -> None:
+    """Equation 15 as written, and without its factor."""
+    centers = attention_centers(hand_scores(golden), TWO, variant)
+    expected = tensor(golden("01")["expected"][key]).reshape(1, 4, 2)
+    torch.testing.assert_close(centers, expected, **ALIKE)
+
+
+@pytest.mark.parametrize(
+    ("variant", "key"),
+    [
+        (V.PAPER, "paper_eq16_17_on_C_paper_eq15"),
+        (V.PAPER_WITHOUT_FACTOR, "paper_eq16_17_on_C_without_factor"),
+        (V.AUTHORS_V1, "authors_code"),
+        (V.AUTHORS_V2, "authors_code"),
+        (V.HINGE, "default_hinge_mean"),
+    ],
+)
+def test_dcml_of_the_hand_example(golden: Golden, variant: V, key: str) -> None:
+    """The pencil value, and not the one that swaps x and y as equations 16 and 17 do."""
+    expected = golden("01")["expected"]["DCML"]
+    centers = attention_centers(hand_scores(golden), TWO, variant)
+    value = dcml(centers, everywhere(1, 4), TWO, variant)
+    torch.testing.assert_close(value, tensor([expected[key]]), **ALIKE)
+    swapped = next(number for name, number in expected.items() if "literal_index" in name)
+    assert abs(float(value) - swapped) > 0.1
+
+
+@pytest.mark.parametrize(
+    ("variant", "key"),
+    [
+        (V.PAPER_WITHOUT_FACTOR, "grad_paper_wrt_C_without_factor"),
+        (V.AUTHORS_V1, "grad_authors_code"),
+        (V.AUTHORS_V2, "grad_authors_code"),
+        (V.HINGE, "grad_default"),
+    ],
+)
+def test_dcml_gradient_of_the_hand_example(golden: Golden, variant: V, key: str) -> None:
+    """The paper moves misordered centres only, the authors' code ordered ones only."""
+    centers = attention_centers(hand_scores(golden), TWO, variant).requires_grad_()
+    dcml(centers, everywhere(1, 4), TWO, variant).sum().backward()
+    expected = tensor(golden("01")["expected"]["DCML"][key]).reshape(1, 4, 2)
+    torch.testing.assert_close(centers.grad, expected, **ALIKE)
+
+
+@pytest.mark.parametrize(
+    ("variant", "key"),
+    [
+        (V.PAPER, "paper_on_C_paper_eq15"),
+        (V.PAPER_WITHOUT_FACTOR, "paper_on_C_without_factor"),
+        (V.AUTHORS_V1, "authors_code_v1_l1"),
+        (V.AUTHORS_V2, "authors_code_v2_l2"),
+        (V.HINGE, "default"),
+    ],
+)
+def test_tv_of_the_hand_example(golden: Golden, variant: V, key: str) -> None:
+    """All five readings of equation 19."""
+    centers = attention_centers(hand_scores(golden), TWO, variant)
+    value = total_variation(centers, everywhere(1, 4), TWO, variant)
+    torch.testing.assert_close(value, tensor([golden("01")["expected"]["TV"][key]]), **ALIKE)
+
+
+@pytest.mark.parametrize(
+    ("variant", "start"),
+    [
+        (V.PAPER, "paper_literal"),
+        (V.PAPER_WITHOUT_FACTOR, "paper_without_factor"),
+        (V.AUTHORS_V1, "authors_code_v1"),
+        (V.AUTHORS_V2, "authors_code_v2"),
+        (V.HINGE, "default"),
+    ],
+)
+def test_cwg_of_the_hand_example(golden: Golden, variant: V, start: str) -> None:
+    """All five readings of equations 20 and 21."""
+    scores = hand_scores(golden)
+    centers = attention_centers(scores, TWO, variant)
+    value = center_weighted(scores, centers, everywhere(1, 4), TWO, variant)
+    named = golden("01")["expected"]["CWG"].items()
+    (expected,) = (number for name, number in named if name.startswith(start))
+    torch.testing.assert_close(value, tensor([expected]), **ALIKE)
+
+
+@pytest.mark.parametrize(
+    ("variant", "key"),
+    [
+        (V.PAPER, "paper"),
+        (V.AUTHORS_V1, "authors_code_v1"),
+        (V.AUTHORS_V2, "authors_code_v2"),
+        (V.HINGE, "default"),
+        (V.REWARD, "default"),
+    ],
+)
+def test_center_map(golden: Golden, variant: V, key: str) -> None:
+    """Centres from logits with a class token; a non-square grid tells y from x."""
+    content = golden("02")
+    scores = scores_of(two_samples(tensor(content["inputs"]["logits"])), variant)
+    centers = attention_centers(scores, REFERENCE, variant)[1]
+    expected = tensor(content["expected"][key]).flatten(0, 1)
+    torch.testing.assert_close(centers, expected, **ALIKE)
+    swapped = tensor(content["must_not_equal"]["xy_swapped_default"]).flatten(0, 1)
+    assert (centers - swapped).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("masked", ["mask_all_ones", "mask"])
+@pytest.mark.parametrize(
+    ("variant", "key"),
+    [
+        (V.PAPER, "paper"),
+        (V.PAPER_WITHOUT_FACTOR, "paper"),
+        (V.AUTHORS_V1, "authors_code"),
+        (V.AUTHORS_V2, "authors_code"),
+        (V.HINGE, "default"),
+    ],
+)
+def test_dcml_value_and_gradient(golden: Golden, variant: V, key: str, masked: str) -> None:
+    """A 4x3 field with and without a mask; the value with x and y swapped is another one."""
+    content = golden("03")
+    centers = on_tokens(content["inputs"]["C"]).requires_grad_()
+    mask = on_tokens(content["inputs"]["mask"]).bool()
+    if masked == "mask_all_ones":
+        mask = torch.ones_like(mask)
+    value = dcml(centers, mask, GENERATED, variant)[1]
+    expected = content["expected"][masked]
+    torch.testing.assert_close(value, tensor(expected[key]), **ALIKE)
+    value.backward()
+    assert centers.grad is not None
+    gradient = tensor(expected[f"{key}_grad"]).flatten(0, 1)
+    torch.testing.assert_close(centers.grad[1], gradient, **ALIKE)
+    swapped = dcml(centers.flip(-1), mask, GENERATED, variant)[1]
+    assert (swapped - value).abs().detach() > 1e-3
+
+
+def test_dcml_rejects_the_swapped_axes(golden: Golden) -> None:
+    """The listed wrong values are those of swapped components: the check above means something."""
+    content = golden("03")
+    wrong = content["expected"]["mask"]["must_not_equal"]
+    swapped = on_tokens(content["inputs"]["C"]).flip(-1)
+    mask = on_tokens(content["inputs"]["mask"]).bool()
+    for variant, key in ((V.PAPER, "paper_xy_swapped"), (V.AUTHORS_V2, "authors_code_xy_swapped")):
+        value = dcml(swapped, mask, GENERATED, variant)[1]
+        torch.testing.assert_close(value, tensor(wrong[key]), **ALIKE)
+
+
+@pytest.mark.parametrize("masked", ["mask_all_ones", "mask"])
+@pytest.mark.parametrize("name", ["reward", "mixed"])
+def test_dcml_of_the_projects_variants(golden: Golden, name: str, masked: str) -> None:
+    """Reward is the authors' sum over valid pairs; mixed adds the hinge."""
+    content = golden("03")
+    expected = content["expected"][masked]
+    pairs = expected["n_pairs_x"] + expected["n_pairs_y"]
+    reward = expected["authors_code"] * GENERATED.tokens**2 / pairs
+    mask = on_tokens(content["inputs"]["mask"]).bool()
+    if masked == "mask_all_ones":
+        mask = torch.ones_like(mask)
+    value = dcml(on_tokens(content["inputs"]["C"]), mask, GENERATED, V(name))[1]
+    total = reward if name == "reward" else reward + expected["default"]
+    torch.testing.assert_close(value, tensor(total), **ALIKE)
+
+
+@pytest.mark.parametrize("masked", ["mask_all_ones", "mask"])
+@pytest.mark.parametrize(
+    ("variant", "key"),
+    [
+        (V.PAPER, "paper"),
+        (V.PAPER_WITHOUT_FACTOR, "paper"),
+        (V.AUTHORS_V1, "authors_code_v1"),
+        (V.AUTHORS_V2, "authors_code_v2"),
+        (V.HINGE, "default"),
+        (V.REWARD, "default"),
+        (V.MARGIN, "default"),
+        (V.MIXED, "default"),
+    ],
+)
+def test_tv(golden: Golden, variant: V, key: str, masked: str) -> None:
+    """Sums, the authors' averages over masked zeros, and the mean over valid neighbours."""
+    content = golden("04")
+    mask = on_tokens(content["inputs"]["mask"]).bool()
+    if masked == "mask_all_ones":
+        mask = torch.ones_like(mask)
+    value = total_variation(on_tokens(content["inputs"]["C"]), mask, GENERATED, variant)[1]
+    torch.testing.assert_close(value, tensor(content["expected"][masked][key]), **ALIKE)
+
+
+@pytest.mark.parametrize(
+    ("variant", "key"),
+    [
+        (V.PAPER, "paper_literal"),
+        (V.PAPER_WITHOUT_FACTOR, "paper_without_factor"),
+        (V.AUTHORS_V1, "authors_code_v1"),
+        (V.AUTHORS_V2, "authors_code_v2"),
+        (V.HINGE, "default"),
+        (V.MIXED, "default"),
+    ],
+)
+def test_cwg(golden: Golden, variant: V, key: str) -> None:
+    """The masked 4x3 example from logits with a class token."""
+    content = golden("05")
+    scores = scores_of(two_samples(tensor(content["inputs"]["logits"])), variant)
+    mask = on_tokens(content["inputs"]["mask"]).bool()
+    centers = attention_centers(scores, REFERENCE, variant)
+    value = center_weighted(scores, centers, mask, REFERENCE, variant)[1]
+    torch.testing.assert_close(value, tensor(content["expected"][key]), **ALIKE)
+
+
+@pytest.mark.parametrize("detached", [False, True])
+def test_cwg_gradient(golden: Golden, detached: bool) -> None:
+    """Gradient for the logits, through the centres and past them (numeric, hence 1e-7)."""
+    content = golden("05")
+    logits = two_samples(tensor(content["inputs"]["logits"])).requires_grad_()
+    scores = scores_of(logits, V.HINGE)
+    centers = attention_centers(scores, REFERENCE, V.HINGE)
+    mask = on_tokens(content["inputs"]["mask"]).bool()
+    center_weighted(scores, centers, mask, REFERENCE, detach_centers=detached)[1].backward()
+    key = "C_detached" if detached else "C_not_detached"
+    (name,) = (name for name in content if key in name)
+    assert logits.grad is not None
+    torch.testing.assert_close(logits.grad[1], tensor(content[name]), rtol=0.0, atol=1e-7)

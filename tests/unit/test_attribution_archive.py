@@ -1,0 +1,82 @@
+"""attribution/archive.py: a capture survives the disk, and other files are refused."""
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from i2am_train.attribution import AttributionMaps, AttributionStore, LayerRecord, load_maps, save_maps
+from i2am_train.errors import DataError
+from i2am_train.types import Direction, GridSize
+
+BATCH, STEPS = 2, 3
+
+
+@pytest.fixture
+def maps():
+    def record(name, grid, reference_grid, matrices):
+        tokens = 6
+        logits = torch.randn(BATCH, grid.tokens, tokens)
+        return LayerRecord(
+            name,
+            grid,
+            reference_grid,
+            torch.rand(BATCH, STEPS, 4, grid.tokens),
+            torch.rand(BATCH, STEPS, 4, tokens),
+            reference_grid is not None,
+            logits.softmax(-1) if matrices else None,
+            logits.softmax(-2) if matrices else None,
+        )
+
+    records = (
+        record("up_blocks.1.attentions.0", GridSize(4, 3), GridSize(3, 2), True),
+        record("up_blocks.1.attentions.1", GridSize(8, 6), None, False),
+    )
+    return AttributionMaps(AttributionStore(records, (999.0, None, 1.0)))
+
+
+def test_round_trip_is_exact(maps, tmp_path):
+    archive = load_maps(save_maps(maps, tmp_path / "new" / "maps.safetensors", ["00017_00", "00020_00"]))
+    assert archive.names == ("00017_00", "00020_00")
+    before, after = maps.store, archive.maps.store
+    assert (after.timesteps, after.names) == (before.timesteps, before.names)
+    for old, new in zip(before.layers, after.layers, strict=True):
+        for field in ("generated_grid", "reference_grid", "functional"):
+            assert getattr(old, field) == getattr(new, field)
+        for field in ("to_generated", "to_reference"):
+            assert torch.equal(getattr(old, field), getattr(new, field))
+    assert torch.equal(archive.maps.scores(1), maps.scores(1))
+    assert after.layers[1].scores_over_reference is None
+    direction = Direction.REFERENCE_TO_GENERATED
+    assert torch.equal(archive.maps.unified(direction).values, maps.unified(direction).values)
+
+
+def test_nothing_half_written_stays(maps, tmp_path, monkeypatch):
+    target = tmp_path / "maps.safetensors"
+    target.write_text("an older file")
+
+    def fail(tensors, path, metadata):
+        path.write_bytes(b"half")
+        raise OSError("disk full")
+
+    monkeypatch.setattr("i2am_train.attribution.archive.save_file", fail)
+    with pytest.raises(OSError, match="disk full"):
+        save_maps(maps, target)
+    assert [path.name for path in tmp_path.iterdir()] == ["maps.safetensors"]
+    assert target.read_text() == "an older file"
+
+
+def test_names_must_fit_the_batch(maps, tmp_path):
+    with pytest.raises(DataError, match="3 names were given for 2 samples"):
+        save_maps(maps, tmp_path / "maps.safetensors", ["a", "b", "c"])
+
+
+def test_other_files_are_refused(tmp_path):
+    text, weights = tmp_path / "text", tmp_path / "weights.safetensors"
+    text.write_text("no safetensors")
+    save_file({"weight": torch.zeros(2, 3)}, weights)
+    with pytest.raises(DataError, match="cannot be read as an attribution archive"):
+        load_maps(text)
+    with pytest.raises(DataError, match="cannot be read as an attribution archive"):
+        load_maps(tmp_path / "missing")
+    with pytest.raises(DataError, match="is not an attribution archive"):
+        load_maps(weights)

@@ -1,0 +1,194 @@
+"""The command line: help at once, typed options to the command, errors as one paragraph."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hydra.core.global_hydra import GlobalHydra
+
+from i2am_train import cli
+from i2am_train.commands import data
+from i2am_train.commands.entry import entry
+from i2am_train.config.schema import TrainConfig
+from i2am_train.errors import DataError
+
+HEAVY = ("torch", "numpy", "lightning", "diffusers", "transformers", "cv2", "matplotlib")
+
+
+@pytest.fixture(autouse=True)
+def _as_a_fresh_process(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
+    """Each command starts in an empty folder, without what the last one left in the process."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["i2am"])
+    for name in ("I2AM_DEBUG", "HYDRA_FULL_ERROR", "LOCAL_RANK"):
+        monkeypatch.setenv(name, "")  # registers the old value, to be put back
+        monkeypatch.delenv(name)
+    yield
+    GlobalHydra.instance().clear()
+
+
+def run_command(command: str, words: list[str], run: Any = lambda config: None) -> int:
+    """Run a command in this process; its exit status."""
+    sys.argv = [f"i2am {command}", *words]
+    with pytest.raises(SystemExit, match=r"\d+") as stop:
+        entry(command, run)
+    assert isinstance(stop.value.code, int)
+    return stop.value.code
+
+
+def test_help_lists_the_commands(capsys: pytest.CaptureFixture[str]) -> None:
+    """`i2am`, `i2am --help`: every command in one line, and examples; each has its module."""
+    cli.main([])
+    bare = capsys.readouterr().out
+    cli.main(["--help"])
+    assert capsys.readouterr().out == bare
+    for command in cli.COMMANDS:
+        assert re.search(rf"^  {command} +\w", bare, re.MULTILINE)
+        assert f"  i2am {command} " in bare
+
+
+def test_an_unknown_command_exits_2(capsys: pytest.CaptureFixture[str]) -> None:
+    """A misspelled command names the nearest one."""
+    with pytest.raises(SystemExit, match="2"):
+        cli.main(["trian"])
+    assert capsys.readouterr().err == (
+        "i2am: There is no command 'trian'. Did you mean 'train'?\n"
+    )
+
+
+def test_a_command_gets_typed_options() -> None:
+    """What is typed arrives as the schema's types; the command's return value is the status."""
+    seen: list[TrainConfig] = []
+
+    def run(config: TrainConfig) -> int:
+        seen.append(config)
+        return 1
+
+    assert run_command("train", ["experiment=refined", "seed=4", "data.root=here"], run) == 1
+    assert (seen[0].name, seen[0].seed, seen[0].data.root) == ("refined", 4, Path.cwd() / "here")
+
+
+def test_nothing_is_left_behind(tmp_path: Path) -> None:
+    """Hydra makes no outputs/ folder, writes no log, and stays in the current folder."""
+    places: list[Path] = []
+    assert run_command("train", [], lambda config: places.append(Path.cwd())) == 0
+    assert places == [tmp_path]
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["objective.dcmll=1"], r"no option 'objective\.dcmll'\. Did you mean 'objective\.dcml'\?"),
+        (["optimisation=paper"], r"no option 'optimisation'\. Did you mean 'optimization'\?"),
+        (["layer=2"], r"Did you mean 'objective\.layer' or 'attribution\.layer'\?"),
+        (["experiment=refind"], r"no file conf/experiment/refind\.yaml\. .* baseline, "),
+        (["seed"], r"'seed' cannot be read\. Options are written name=value"),
+        (["seed=[0,1"], r"'seed=\[0,1' cannot be read"),
+        (["--seed", "1"], r"no flag '--seed'; options have no dashes\. Write seed=VALUE\."),
+        (["--sed=1"], r"no flag '--sed=1'; .* Did you mean 'seed'\?"),
+        (["attribution.delta=1"], r"attribution\.delta=1\.0 .* in \[0, 1\)"),
+        (["experiment=demo"], r"no option 'arms'"),
+        (["sampling.steps=${x}"], r"sampling\.steps: Interpolation key 'x' not found"),
+        (["-m", "seed=0,1", "trainer=ddp"], r"sweep \(-m\) .* trainer\.devices=auto"),
+    ],
+)
+def test_bad_input_is_one_paragraph(
+    words: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Each mistake: status 2, one line on stderr that says what to do, no traceback, no run."""
+    assert run_command("train", words, lambda config: pytest.fail("ran")) == 2
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert printed.err.startswith("i2am: ")
+    assert printed.err.count("\n") == 1
+    assert re.search(message, printed.err)
+
+
+def refuse(config: TrainConfig) -> None:
+    """A command that finds something wrong with its input."""
+    raise DataError("The folder is empty. Fill it.")
+
+
+def test_an_error_of_the_command_is_one_paragraph(capsys: pytest.CaptureFixture[str]) -> None:
+    """What a command refuses looks the same as what the options refuse."""
+    assert run_command("train", [], refuse) == 2
+    assert capsys.readouterr().err == "i2am: The folder is empty. Fill it.\n"
+
+
+def test_other_processes_of_a_distributed_run_are_silent(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two processes that fail the same way print one paragraph."""
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert run_command("train", [], refuse) == 2
+    assert capsys.readouterr().err == ""
+
+
+def test_debugging_shows_the_traceback() -> None:
+    """With --debug the error itself comes through."""
+    sys.argv = ["i2am train", "--debug"]
+    with pytest.raises(DataError, match="Fill it"):
+        entry("train", refuse)
+    os.environ.pop("I2AM_DEBUG")
+
+
+def test_a_fault_of_the_program_keeps_its_traceback() -> None:
+    """A bug is not dressed up as bad input."""
+
+    def fail(config: TrainConfig) -> None:
+        raise ZeroDivisionError("a bug")
+
+    with pytest.raises(ZeroDivisionError, match="a bug"):
+        sys.argv = ["i2am train"]
+        entry("train", fail)
+
+
+def test_interrupting_is_status_130(capsys: pytest.CaptureFixture[str]) -> None:
+    """Ctrl-C ends with a sentence."""
+
+    def interrupt(config: TrainConfig) -> None:
+        raise KeyboardInterrupt
+
+    assert run_command("train", [], interrupt) == 130
+    assert "Interrupted" in capsys.readouterr().err
+
+
+def test_data_has_two_sub_commands(capsys: pytest.CaptureFixture[str]) -> None:
+    """`i2am data` explains itself, and a misspelled sub-command names both."""
+    data.main()
+    assert "make|check" in capsys.readouterr().out
+    sys.argv = ["i2am data", "chek"]
+    with pytest.raises(SystemExit, match="2"):
+        data.main()
+    assert capsys.readouterr().err == (
+        "i2am: There is no command 'i2am data chek'. There are make and check.\n"
+    )
+
+
+@pytest.mark.parametrize(
+    "words",
+    [["--help"], ["train", "--help"], ["data", "make", "--help"], ["train", "--cfg", "job"]],
+    ids=" ".join,
+)
+def test_help_and_composition_load_nothing_heavy(words: list[str]) -> None:
+    """They answer in well under a second because no numeric package is imported."""
+    program = (
+        "import sys; from i2am_train.cli import main\n"
+        f"try: main({words})\n"
+        "except SystemExit as stop: assert not stop.code, stop.code\n"
+        f"print('LOADED', [name for name in {HEAVY} if name in sys.modules])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=False, timeout=60
+    )
+    assert done.stderr == ""
+    assert done.stdout.splitlines()[-1] == "LOADED []"
+    assert len(done.stdout.splitlines()) > 10

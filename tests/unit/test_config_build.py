@@ -1,0 +1,138 @@
+"""The border of the program: plain values become typed options, or a message that helps."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from i2am_train.config.build import build, plain, unknown_option
+from i2am_train.config.schema import (
+    COMMANDS,
+    AblateConfig,
+    EvaluateConfig,
+    ExplainConfig,
+    OptimizationConfig,
+    SamplingConfig,
+    TrainConfig,
+    option_names,
+)
+from i2am_train.errors import ConfigError
+from i2am_train.types import LayerWeighting, Pairing
+
+
+def test_nested_values_get_their_types() -> None:
+    """Groups, enums, paths, unions and tuples arrive as the schema says, other options at default."""
+    config = build(
+        TrainConfig,
+        {
+            "output": "runs/here",
+            "data": {"synthetic": {"test": 7}},
+            "attribution": {"weighting": "density", "layers": [2, "up_blocks.2.attentions.0"]},
+            "evaluation": {"pairing": "unpaired"},
+            "optimization": {"betas": [0.5, 0.9], "learning_rate": 1},
+        },
+    )
+    assert config.output == Path.cwd() / "runs/here"
+    assert config.data.synthetic.test == 7
+    assert config.attribution.weighting is LayerWeighting.DENSITY
+    assert config.attribution.layers == [2, "up_blocks.2.attentions.0"]
+    assert config.evaluation.pairing is Pairing.UNPAIRED
+    assert config.optimization.betas == (0.5, 0.9)
+    assert isinstance(config.optimization.learning_rate, float)
+    assert config.seed == 0
+
+
+def test_zero_is_a_value() -> None:
+    """Seed 0, weight 0.0 and null are kept apart: nothing is replaced because it is falsy."""
+    config = build(
+        TrainConfig,
+        {"seed": 0, "objective": {"cwg": 0.0}, "optimization": {"gradient_clip": None}},
+    )
+    assert config.seed == 0
+    assert config.objective.cwg == 0.0
+    assert config.optimization.gradient_clip is None
+
+
+@pytest.mark.parametrize("schema", COMMANDS.values(), ids=COMMANDS)
+def test_plain_is_the_inverse_of_build(schema: type) -> None:
+    """What a configuration says in YAML's types reads back as an equal configuration."""
+    given = {name: "tiny" for name, value in plain(schema).items() if value == "???"}
+    config = build(schema, given)
+    assert build(schema, plain(config)) == config
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"objectiv": {"dcml": 1}}, r"no option 'objectiv'\. Did you mean 'objective'\?"),
+        ({"objective": {"dcmll": 1}}, r"no option 'objective\.dcmll'\. .*'objective\.dcml'"),
+        ({"objective": 3}, r"objective=3 .* a group of options"),
+        ({"seed": "one"}, r"seed=one is not possible: expected a whole number"),
+        ({"seed": 1.5}, r"seed=1\.5 .* whole number"),
+        ({"seed": True}, r"seed=True .* whole number"),
+        ({"seed": None}, r"seed=null .* whole number"),
+        ({"seed": -1}, r"seed=-1 .* at least 0"),
+        ({"resume": "yes"}, r"resume=yes .* true or false"),
+        ({"objective": {"variant": "rewrd"}}, r"one of paper, .*Did you mean 'reward'\?"),
+        ({"objective": {"layer": 10}}, r"objective\.layer=10 .*1\.\.\.9"),
+        ({"attribution": {"delta": 1.0}}, r"attribution\.delta=1\.0 .* in \[0, 1\)"),
+        ({"attribution": {"delta": float("nan")}}, r"attribution\.delta=nan"),
+        ({"attribution": {"penalties": 3}}, r"attribution\.penalties=3 .* a list"),
+        ({"attribution": {"penalties": [1, "x"]}}, r"attribution\.penalties\[1\]=x .* a number"),
+        ({"optimization": {"betas": [0.9]}}, r"optimization\.betas=.* a list of 2 values"),
+        ({"data": {"height": 100}}, r"data\.height=100 .* multiple of 16"),
+        ({"name": "a/b"}, r"name='a/b' .* names a folder"),
+        ({"init": ""}, r"init='' .* a folder"),
+    ],
+)
+def test_impossible_values_are_named(values: dict[str, object], message: str) -> None:
+    """Each refusal names the option by its dotted path, the value found, and what was expected."""
+    with pytest.raises(ConfigError, match=message):
+        build(TrainConfig, values)
+
+
+def test_a_required_option_is_asked_for() -> None:
+    """Without a checkpoint, evaluate says what to type."""
+    with pytest.raises(ConfigError, match=r"checkpoint is required .* checkpoint=VALUE"):
+        build(EvaluateConfig, {"checkpoint": "???"})
+
+
+def test_patches_are_pairs() -> None:
+    """Lists of [y, x] become tuples; anything else is refused at its place in the list."""
+    config = build(ExplainConfig, {"checkpoint": "tiny", "generated_patches": [[3, 4], [0, 1]]})
+    assert config.generated_patches == [(3, 4), (0, 1)]
+    with pytest.raises(ConfigError, match=r"generated_patches\[1\]=5 .* list of 2"):
+        build(ExplainConfig, {"checkpoint": "tiny", "generated_patches": [[3, 4], 5]})
+
+
+def test_the_reference_arm_is_one_of_the_arms() -> None:
+    """An ablation whose comparison has no partner is refused before anything is trained."""
+    with pytest.raises(ConfigError, match="reference=baseline is none of the arms"):
+        build(AblateConfig, {"arms": ["base", "refined"]})
+    with pytest.raises(ConfigError, match="names nothing twice"):
+        build(AblateConfig, {"seeds": [1, 1]})
+
+
+def test_hints_find_the_group_of_a_word() -> None:
+    """A right word without its group leads to the option; a strange word leads to --help."""
+    known = option_names(TrainConfig)
+    assert "'optimization.steps' or 'sampling.steps'" in unknown_option("steps", known)
+    assert "'objective.dcml'" in unknown_option("weights.dcml", known)
+    assert "--help" in unknown_option("zzzz", known)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    steps=st.integers(1, 1000),
+    guidance=st.floats(1.0, 20.0),
+    rate=st.floats(1e-8, 1.0, exclude_min=True),
+)
+def test_legal_numbers_survive(steps: int, guidance: float, rate: float) -> None:
+    """Any legal number goes through build and plain unchanged."""
+    sampling = build(SamplingConfig, {"steps": steps, "guidance": guidance})
+    assert plain(sampling)["guidance"] == guidance
+    assert sampling.steps == steps
+    assert build(OptimizationConfig, {"learning_rate": rate}).learning_rate == rate

@@ -1,0 +1,46 @@
+"""``--help`` says everything about every option."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+
+import pytest
+
+from i2am_train.commands.entry import EXAMPLES, command_help
+from i2am_train.config.documentation import WIDTH, field_docstrings
+from i2am_train.config.schema import COMMANDS, group_of, option_names
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_lists_every_option(command: str) -> None:
+    """Each option of a command stands in its help, with examples, in lines that fit a terminal."""
+    text = command_help(command)
+    groups = {name.rpartition(".")[0] for name in option_names(COMMANDS[command])}
+    for name in set(option_names(COMMANDS[command])) - groups:
+        assert f"  {name}=" in text
+    assert text.startswith(f"usage: i2am {command.replace('_', ' ')} ")
+    assert max(map(len, text.splitlines())) <= WIDTH
+    assert command in EXAMPLES
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_option_is_described(command: str) -> None:
+    """No field of a schema is without a docstring that ends with a full stop."""
+    schemas = [COMMANDS[command]]
+    for schema in schemas:
+        texts = field_docstrings(schema)
+        for item in fields(schema):
+            if group := group_of(item):
+                schemas.append(group)
+            else:
+                assert texts[item.name].endswith("."), f"{schema.__name__}.{item.name}"
+
+
+def test_help_offers_the_experiments_of_its_command() -> None:
+    """Arms are offered by train, studies by ablate, and neither by evaluate."""
+    train, ablate = command_help("train"), command_help("ablate")
+    line = next(line for line in train.splitlines() if line.startswith("  experiment="))
+    assert "refined" in line
+    assert "demo" not in line
+    assert "  experiment=demo" in ablate
+    assert "  experiment=" not in command_help("evaluate")

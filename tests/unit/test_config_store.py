@@ -1,0 +1,138 @@
+"""Composition by Hydra: every file composes, experiments have the last word, arms inherit."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hydra.errors import HydraException
+from omegaconf import OmegaConf
+
+from i2am_train.config.build import build, plain
+from i2am_train.config.locations import conf_folder, experiment_names
+from i2am_train.config.schema import COMMANDS, AblateConfig, TrainConfig, option_names
+from i2am_train.config.store import (
+    SHARED_GROUPS,
+    arm_config,
+    arm_values,
+    compose,
+    from_yaml,
+    to_yaml,
+)
+from i2am_train.errors import ConfigError
+
+REQUIRED = {"evaluate": ["checkpoint=x"], "explain": ["checkpoint=x"], "data_check": ["root=x"]}
+ARMS = experiment_names(option_names(TrainConfig))
+STUDIES = sorted(set(experiment_names(option_names(AblateConfig))) - set(ARMS))
+FILES = sorted(
+    (path.parent.name, path.stem)
+    for path in conf_folder().glob("*/*.yaml")
+    if path.parent.name != "experiment"
+)
+
+
+def leaves(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Dotted names and values of all options."""
+    found: dict[str, Any] = {}
+    for name, value in values.items():
+        nested = leaves(value, f"{prefix}{name}.") if isinstance(value, dict) else None
+        found |= {f"{prefix}{name}": value} if nested is None else nested
+    return found
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_defaults_are_the_schema_s(command: str) -> None:
+    """The default files say nothing else than --help, which shows the schema's defaults."""
+    overrides = REQUIRED.get(command, [])
+    given = dict(override.split("=") for override in overrides)
+    assert compose(command, overrides) == build(COMMANDS[command], given)
+
+
+@pytest.mark.parametrize(("group", "name"), FILES)
+def test_every_file_of_a_group_composes(group: str, name: str) -> None:
+    """No file in conf/ names an option that does not exist, and each of its values arrives."""
+    config = plain(compose("train", [f"{group}={name}"]))
+    said = OmegaConf.to_container(OmegaConf.load(conf_folder() / group / f"{name}.yaml"))
+    assert isinstance(said, dict)
+    arrived = leaves(config[group])
+    for option, value in leaves(said).items():
+        assert arrived[option] == value
+
+
+@pytest.mark.parametrize(
+    ("command", "name"), [("train", a) for a in ARMS] + [("ablate", s) for s in STUDIES]
+)
+def test_every_leaf_of_every_experiment_survives(command: str, name: str) -> None:
+    """Nothing that an experiment file sets is overridden by the defaults."""
+    arrived = leaves(plain(compose(command, [f"experiment={name}"])))
+    for option, value in leaves(arm_values(name)).items():
+        assert arrived[option] == value
+
+
+def test_every_experiment_belongs_to_a_command() -> None:
+    """No file in conf/experiment is left out of the test above."""
+    files = {path.stem for path in (conf_folder() / "experiment").glob("*.yaml")}
+    assert files == {*ARMS, *STUDIES}
+    assert {"baseline", "refined", "supervised"} <= set(ARMS)
+    assert "demo" in STUDIES
+
+
+def test_the_command_line_has_the_last_word() -> None:
+    """An override beats the experiment."""
+    config = compose("train", ["experiment=refined", "objective.cwg=0.5", "seed=3"])
+    assert (config.objective.cwg, config.seed, config.name) == (0.5, 3, "refined")
+    assert config.folder == Path.cwd() / "runs" / "refined-seed3"
+
+
+@pytest.mark.parametrize("override", ["objective.dcmll=1", "experiment=refind", "seed=[0"])
+def test_hydra_refuses_what_it_cannot_place(override: str) -> None:
+    """Unknown options, unknown files and unreadable values stop composition."""
+    with pytest.raises(HydraException, match=r".+"):
+        compose("train", [override])
+
+
+def test_an_added_key_is_refused() -> None:
+    """Hydra's + cannot smuggle in an option that nothing reads."""
+    with pytest.raises(ConfigError, match=r"no option 'objective\.weight'"):
+        compose("train", ["+objective.weight=1"])
+
+
+def test_a_dangling_reference_is_one_line() -> None:
+    """An interpolation that leads nowhere names the option that holds it."""
+    with pytest.raises(ConfigError, match=r"^sampling\.steps: Interpolation key 'foo' not found$"):
+        compose("train", ["sampling.steps=${foo}"])
+
+
+def test_yaml_round_trip() -> None:
+    """The YAML in a run folder reads back as the same configuration."""
+    config = compose("ablate", ["experiment=demo", "attribution.weighting=density"])
+    assert from_yaml("ablate", to_yaml(config)) == config
+
+
+def test_an_arm_is_the_study_s_settings_and_its_own() -> None:
+    """A cell inherits everything shared, and what its arm's file says wins over the study."""
+    study = compose("ablate", ["optimization.steps=7", "objective.dcml=0.5", "init=elsewhere"])
+    refined = arm_config(study, "refined", seed=2, output=Path("cell"))
+    assert refined.name == "refined"
+    assert refined.seed == 2
+    assert refined.init == "elsewhere"
+    assert refined.optimization.steps == 7
+    assert refined.objective == compose("train", ["experiment=refined"]).objective
+    assert arm_config(study, "baseline", 0, Path("cell")).objective.dcml == 0.0
+    for group in set(SHARED_GROUPS) - {"objective"}:
+        assert getattr(refined, group) == getattr(study, group)
+
+
+def test_an_arm_can_be_a_file(tmp_path: Path) -> None:
+    """A YAML file anywhere is an arm, named after the file unless it says otherwise."""
+    file = tmp_path / "weak_cwg.yaml"
+    file.write_text("objective: {dcml: 0.007, cwg: 1e-4}\n")
+    cell = arm_config(AblateConfig(), str(file), seed=0, output=tmp_path / "cell")
+    assert (cell.name, cell.label, cell.objective.cwg) == ("weak_cwg", "weak_cwg", 1e-4)
+
+
+def test_an_unknown_arm_lists_the_arms() -> None:
+    """A misspelled arm says which there are."""
+    with pytest.raises(ConfigError, match=r"no arm 'refind' .*base, baseline.*refined"):
+        arm_config(AblateConfig(), "refind", seed=0, output=Path("cell"))

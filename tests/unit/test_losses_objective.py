@@ -1,0 +1,141 @@
+"""The weighted sum: weights in one place, dropped conditions, empty masks, missing truth."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from i2am_train.errors import ConfigError
+from i2am_train.losses.base import RULES, LossVariant
+from i2am_train.losses.objective import AttentionObjective, TermWeights
+from i2am_train.types import GridSize
+
+GENERATED, REFERENCE = GridSize(4, 3), GridSize(6, 5)
+GRIDS = {"generated_grid": GENERATED, "reference_grid": REFERENCE}
+WEIGHTS = TermWeights(dcml=0.5, tv=0.25, cwg=2.0, supervised=0.125)
+
+
+@pytest.fixture
+def logits() -> Tensor:
+    generator = torch.Generator().manual_seed(0)
+    shape = (3, GENERATED.tokens, REFERENCE.tokens)
+    return torch.randn(shape, generator=generator).requires_grad_()
+
+
+@pytest.fixture
+def mask() -> Tensor:
+    inside = torch.ones(3, GENERATED.tokens, dtype=torch.bool)
+    inside[1, :5] = False
+    return inside
+
+
+@pytest.fixture
+def target() -> Tensor:
+    generator = torch.Generator().manual_seed(1)
+    return torch.rand(3, GENERATED.tokens, 2, generator=generator) * 4
+
+
+def test_total_is_the_weighted_sum_of_means(logits: Tensor, mask: Tensor, target: Tensor) -> None:
+    """The logged means times the weights give the total; the means carry no weight."""
+    objective = AttentionObjective(weights=WEIGHTS)
+    scores = logits.softmax(-1)
+    value = objective(scores, mask, target=target, **GRIDS)
+    samples = objective.terms(scores, mask, target=target, **GRIDS)
+    assert list(value.terms) == ["dcml", "tv", "cwg", "supervised"]
+    expected = sum(weight * samples[name].mean() for name, weight in WEIGHTS.active.items())
+    torch.testing.assert_close(value.total, expected)
+    torch.testing.assert_close(value.terms["cwg"], samples["cwg"].mean().detach())
+    assert not value.terms["cwg"].requires_grad
+
+
+def test_weights_of_none_and_zero_skip_the_term(logits: Tensor, mask: Tensor) -> None:
+    """A term without a weight is neither computed nor logged, so that it needs no truth either."""
+    weights = TermWeights(dcml=None, tv=1.0, cwg=0.0, supervised=None)
+    value = AttentionObjective(weights=weights)(logits.softmax(-1), mask, **GRIDS)
+    assert list(value.terms) == ["tv"]
+
+
+def test_nothing_switched_on_is_zero(logits: Tensor, mask: Tensor) -> None:
+    """The baseline arm may call the objective; it adds nothing."""
+    value = AttentionObjective()(logits.softmax(-1), mask, **GRIDS)
+    assert value.total.item() == 0.0
+    assert value.terms == {}
+
+
+def test_dropped_conditions_take_no_part(logits: Tensor, mask: Tensor, target: Tensor) -> None:
+    """Dropping a sample equals leaving it out of the batch, and its logits get no gradient."""
+    objective = AttentionObjective(weights=WEIGHTS)
+    kept = torch.tensor([True, False, True])
+    value = objective(logits.softmax(-1), mask, target=target, conditioned=kept, **GRIDS)
+    value.total.backward()
+    assert logits.grad is not None
+    assert torch.equal(logits.grad[1], torch.zeros_like(logits.grad[1]))
+    assert logits.grad[0].abs().sum() > 0
+    alone = objective(logits[kept].softmax(-1), mask[kept], target=target[kept], **GRIDS)
+    torch.testing.assert_close(value.total, alone.total)
+
+
+def test_a_dropped_sample_may_hold_nan(logits: Tensor, mask: Tensor) -> None:
+    """Whatever the null condition's attention is, it cannot poison the others."""
+    broken = logits.detach().softmax(-1)
+    broken[1] = torch.nan
+    broken.requires_grad_()
+    kept = torch.tensor([True, False, True])
+    objective = AttentionObjective(weights=TermWeights(dcml=1.0, tv=1.0, cwg=1.0))
+    value = objective(broken, mask, conditioned=kept, **GRIDS)
+    value.total.backward()
+    assert broken.grad is not None
+    assert value.total.isfinite()
+    assert broken.grad.isfinite().all()
+
+
+def test_all_conditions_dropped(logits: Tensor, mask: Tensor, target: Tensor) -> None:
+    """Zero with a gradient of zero, so that a parallel process can still go backwards."""
+    none = torch.zeros(3, dtype=torch.bool)
+    objective = AttentionObjective(weights=WEIGHTS)
+    value = objective(logits.softmax(-1), mask, target=target, conditioned=none, **GRIDS)
+    value.total.backward()
+    assert value.total.item() == 0.0
+    assert logits.grad is not None
+    assert torch.equal(logits.grad, torch.zeros_like(logits))
+
+
+def test_an_empty_mask_counts_as_zero(logits: Tensor, mask: Tensor) -> None:
+    """The pull on a sample does not grow because its neighbour has no garment."""
+    objective = AttentionObjective(weights=TermWeights(cwg=1.0))
+    one_empty = mask.clone()
+    one_empty[1] = False
+    samples = objective.terms(logits.softmax(-1), mask, **GRIDS)["cwg"]
+    value = objective(logits.softmax(-1), one_empty, **GRIDS)
+    torch.testing.assert_close(value.total, (samples[0] + samples[2]) / 3)
+
+
+def test_supervision_stays_inside_the_mask(logits: Tensor, mask: Tensor, target: Tensor) -> None:
+    """A target outside the mask changes nothing."""
+    objective = AttentionObjective(weights=TermWeights(supervised=1.0))
+    moved = target.clone()
+    moved[1, :5] = 0.0
+    plain = objective(logits.softmax(-1), mask, target=target, **GRIDS).total
+    torch.testing.assert_close(
+        objective(logits.softmax(-1), mask, target=moved, **GRIDS).total, plain
+    )
+
+
+def test_supervision_needs_a_target(logits: Tensor, mask: Tensor) -> None:
+    """A dataset without correspondence is told what to do."""
+    objective = AttentionObjective(weights=TermWeights(supervised=1.0))
+    with pytest.raises(ConfigError, match=r"no correspondence.*set the weight to 0"):
+        objective(logits.softmax(-1), mask, **GRIDS)
+
+
+@pytest.mark.parametrize("weight", [-1.0, float("nan"), float("inf")])
+def test_impossible_weights_are_refused(weight: float) -> None:
+    """The message names the term and the value."""
+    with pytest.raises(ConfigError, match=f"'tv' is {weight}"):
+        TermWeights(tv=weight)
+
+
+def test_every_variant_has_its_rules() -> None:
+    """A new variant without a row in the table is found here and not in a training run."""
+    assert set(RULES) == set(LossVariant)

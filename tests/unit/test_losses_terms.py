@@ -1,0 +1,151 @@
+"""Behaviour of single terms that the golden files do not show."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from i2am_train.errors import CaptureError
+from i2am_train.losses.base import LossVariant as V
+from i2am_train.losses.center_weighted import center_weighted
+from i2am_train.losses.centers import attention_centers
+from i2am_train.losses.denoising import denoising_loss, snr_weights
+from i2am_train.losses.distance_centering import dcml, identity_stride
+from i2am_train.losses.supervised import correspondence_cross_entropy
+from i2am_train.losses.total_variation import total_variation
+from i2am_train.ops.grids import aligned_coordinates, reference_coordinates
+from i2am_train.types import GridSize, PredictionType
+
+GENERATED, REFERENCE = GridSize(4, 3), GridSize(8, 9)
+
+
+def everywhere(samples: int = 2) -> Tensor:
+    return torch.ones(samples, GENERATED.tokens, dtype=torch.bool)
+
+
+def identity_layout() -> Tensor:
+    return aligned_coordinates(GENERATED, REFERENCE).expand(2, -1, -1)
+
+
+def test_collapse_satisfies_the_paper_but_not_the_reward() -> None:
+    """One centre for all patches: hinge and TV are content with it, reward and margin are not."""
+    collapsed = torch.full((2, GENERATED.tokens, 2), 3.0)
+    for variant in (V.PAPER_WITHOUT_FACTOR, V.HINGE):
+        assert dcml(collapsed, everywhere(), GENERATED, variant).tolist() == [0.0, 0.0]
+    assert total_variation(collapsed, everywhere(), GENERATED).tolist() == [0.0, 0.0]
+    for variant in (V.REWARD, V.MIXED, V.MARGIN, V.AUTHORS_V2):
+        spread = dcml(identity_layout(), everywhere(), GENERATED, variant)
+        assert (spread < dcml(collapsed, everywhere(), GENERATED, variant)).all()
+
+
+def test_margin_is_in_reference_patches_per_step() -> None:
+    """The identity layout has strides 2 and 3: a margin of 2 is met, 2.5 misses in y only."""
+    assert identity_stride(GENERATED, REFERENCE) == (2.0, 3.0)
+    met = dcml(identity_layout(), everywhere(), GENERATED, V.MARGIN, margin=2.0)
+    torch.testing.assert_close(met, torch.zeros(2), rtol=0.0, atol=1e-6)
+    missed = dcml(identity_layout(), everywhere(), GENERATED, V.MARGIN, margin=2.5)
+    steps = 3 * (3 * 1 + 2 * 2 + 1 * 3)  # three columns of four cells: pairs times their distance
+    pairs = 3 * 6 + 4 * 3
+    torch.testing.assert_close(missed, torch.full((2,), 0.5 * steps / pairs))
+
+
+def test_mixed_is_reward_plus_hinge() -> None:
+    """On any field, and therefore minus the mean gap."""
+    centers = torch.randn(2, GENERATED.tokens, 2, generator=torch.Generator().manual_seed(0))
+    reward, hinge, mixed = (
+        dcml(centers, everywhere(), GENERATED, v) for v in (V.REWARD, V.HINGE, V.MIXED)
+    )
+    torch.testing.assert_close(mixed, reward + hinge)
+
+
+def test_centers_refuse_a_class_token() -> None:
+    """One token too many is an error that says what to drop."""
+    with pytest.raises(CaptureError, match=r"73 reference tokens.*8x9 has 72"):
+        attention_centers(torch.zeros(2, 12, 73), REFERENCE)
+
+
+def test_sharp_attention_reaches_the_bound_of_cwg() -> None:
+    """One-hot rows give -1, also with the unsquared distance, whose root has no gradient at 0."""
+    scores = torch.zeros(2, GENERATED.tokens, REFERENCE.tokens)
+    scores[..., 40] = 1.0
+    for variant in (V.HINGE, V.AUTHORS_V1):
+        free = scores.clone().requires_grad_()
+        centers = attention_centers(free, REFERENCE, variant)
+        value = center_weighted(free, centers, everywhere(), REFERENCE, variant)
+        assert value.tolist() == [-1.0, -1.0]
+        value.sum().backward()
+        assert free.grad is not None
+        assert free.grad.isfinite().all()
+
+
+def test_sigma_overrides_the_variants_own() -> None:
+    """A wider Gaussian forgives more."""
+    scores = torch.rand(2, GENERATED.tokens, REFERENCE.tokens).softmax(-1)
+    centers = attention_centers(scores, REFERENCE)
+    narrow = center_weighted(scores, centers, everywhere(), REFERENCE, sigma=1.0)
+    wide = center_weighted(scores, centers, everywhere(), REFERENCE, sigma=2.0)
+    torch.testing.assert_close(narrow, center_weighted(scores, centers, everywhere(), REFERENCE))
+    assert (wide < narrow).all()
+
+
+def test_cross_entropy_is_least_at_the_target() -> None:
+    """The Gaussian itself as scores gives its entropy; any other scores give more."""
+    places = reference_coordinates(REFERENCE)
+    target = torch.tensor([4.0, 4.0]).expand(2, GENERATED.tokens, 2)
+    gaussian = (-(places - target[0, 0]).square().sum(-1) / 2).softmax(-1)
+    perfect = gaussian.expand(2, GENERATED.tokens, -1)
+    least = correspondence_cross_entropy(perfect, target, REFERENCE)
+    assert least[0].item() == pytest.approx(math.log(2 * math.pi * math.e), abs=0.01)
+    other = correspondence_cross_entropy(perfect.roll(1, dims=-1), target, REFERENCE)
+    assert (other > least).all()
+
+
+def test_cross_entropy_gradient_is_finite_for_a_score_of_zero() -> None:
+    """A float32 softmax can be exactly 0 at the true place."""
+    scores = torch.zeros(2, GENERATED.tokens, REFERENCE.tokens)
+    scores[..., 0] = 1.0
+    scores.requires_grad_()
+    target = torch.full((2, GENERATED.tokens, 2), 7.0)
+    correspondence_cross_entropy(scores, target, REFERENCE).sum().backward()
+    assert scores.grad is not None
+    assert scores.grad.isfinite().all()
+
+
+def test_denoising_loss_is_float32_and_weighted() -> None:
+    """bfloat16 predictions do not lower the precision of the mean."""
+    target = torch.zeros(2, 4, 6, 5)
+    prediction = torch.stack([torch.full((4, 6, 5), 1.5), torch.full((4, 6, 5), -0.5)])
+    plain = denoising_loss(prediction.bfloat16(), target)
+    assert plain.dtype is torch.float32
+    assert plain.tolist() == [2.25, 0.25]
+    weighted = denoising_loss(prediction, target, torch.tensor([2.0, 0.0]))
+    assert weighted.tolist() == [4.5, 0.0]
+
+
+@pytest.mark.parametrize("prediction", list(PredictionType))
+def test_snr_weights_without_gamma_are_one(prediction: PredictionType) -> None:
+    """gamma None is the plain loss."""
+    weights = snr_weights(torch.linspace(0.99, 0.01, 10), torch.tensor([0, 9]), prediction, None)
+    assert weights.tolist() == [1.0, 1.0]
+
+
+def test_snr_weights_turn_one_target_into_the_other() -> None:
+    """Both weigh the error of x0 with min(snr, gamma): w_eps * snr = w_v * (snr + 1)."""
+    alphas = torch.linspace(0.999, 0.01, 50, dtype=torch.float64)
+    drawn = torch.arange(50)
+    ratio = alphas / (1 - alphas)
+    epsilon = snr_weights(alphas, drawn, PredictionType.EPSILON, 5.0)
+    velocity = snr_weights(alphas, drawn, PredictionType.V_PREDICTION, 5.0)
+    torch.testing.assert_close(epsilon * ratio, ratio.clamp(max=5.0))
+    torch.testing.assert_close(velocity * (ratio + 1), ratio.clamp(max=5.0))
+
+
+def test_snr_weights_of_pure_noise_and_pure_signal_are_finite() -> None:
+    """Zero-terminal schedules have a ratio of 0, and some begin with no noise at all."""
+    alphas = torch.tensor([1.0, 0.0])
+    drawn = torch.tensor([0, 1])
+    assert snr_weights(alphas, drawn, PredictionType.EPSILON, 5.0).tolist() == [0.0, 1.0]
+    assert snr_weights(alphas, drawn, PredictionType.V_PREDICTION, 5.0).tolist() == [0.0, 0.0]

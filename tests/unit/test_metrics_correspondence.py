@@ -1,0 +1,171 @@
+"""Correspondence: exact targets on the grid, errors, spread, entropy, and the collapse warning."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from i2am_train.losses.centers import attention_centers
+from i2am_train.metrics.correspondence import (
+    PCK,
+    AttentionEntropy,
+    CenterSpread,
+    CorrespondenceError,
+    SpreadRatio,
+    attention_entropy,
+    center_spread,
+    collapse_warning,
+    correspondence_error,
+    pck,
+    spread_ratio,
+    target_on_grid,
+)
+from i2am_train.ops.grids import aligned_coordinates, reference_coordinates
+from i2am_train.types import GridSize
+
+IMAGE, GENERATED, REFERENCE = GridSize(32, 24), GridSize(8, 6), GridSize(16, 12)
+
+
+def identity_correspondence() -> Tensor:
+    """Every pixel shows the garment's pixel at the same place."""
+    places = reference_coordinates(IMAGE).reshape(1, *IMAGE, 2) + 0.5
+    return (places / torch.tensor(IMAGE)).expand(2, -1, -1, -1)
+
+
+def everywhere() -> Tensor:
+    return torch.ones(2, *IMAGE, dtype=torch.bool)
+
+
+def test_identity_correspondence_gives_the_known_coordinates() -> None:
+    """A generated cell covers 2x2 reference patches: its target is the corner between them."""
+    target = target_on_grid(identity_correspondence(), everywhere(), GENERATED, REFERENCE)
+    torch.testing.assert_close(target[1], aligned_coordinates(GENERATED, REFERENCE))
+    assert target[1, 0].tolist() == pytest.approx([0.5, 0.5], abs=1e-6)
+    same = target_on_grid(identity_correspondence(), everywhere(), REFERENCE, REFERENCE)
+    torch.testing.assert_close(same[0], reference_coordinates(REFERENCE), rtol=0.0, atol=1e-5)
+
+
+def test_one_hot_attention_at_the_identity_has_no_error() -> None:
+    """The centre of reference patch k and the target of the cell above it are the same number."""
+    target = target_on_grid(identity_correspondence(), everywhere(), REFERENCE, REFERENCE)
+    scores = torch.eye(REFERENCE.tokens).expand(2, -1, -1)
+    error = correspondence_error(attention_centers(scores, REFERENCE), target)
+    torch.testing.assert_close(error, torch.zeros(2), rtol=0.0, atol=1e-5)
+
+
+def test_cells_less_than_half_on_the_garment_have_no_target() -> None:
+    """The mean of a kept cell is over its garment pixels only."""
+    mask = torch.zeros(2, *IMAGE, dtype=torch.bool)
+    mask[0, :2, :4] = True  # the upper half of the first 4x4 cell
+    mask[1, :1, :4] = True  # a quarter
+    target = target_on_grid(identity_correspondence(), mask, GENERATED, REFERENCE)
+    assert target[0, 0].tolist() == pytest.approx([0.0, 0.5], abs=1e-6)
+    assert target[0, 1:].isnan().all()
+    assert target[1].isnan().all()
+
+
+def test_unknown_pixels_are_left_out_of_the_mean() -> None:
+    """NaN on the garment does not spread; a cell without a known pixel has no target."""
+    known = identity_correspondence().clone()
+    known[:, 2:4, :4] = torch.nan  # lower half of the first cell
+    known[:, :4, 4:8] = torch.nan  # all of the second
+    target = target_on_grid(known, everywhere(), GENERATED, REFERENCE)
+    assert target[0, 0].tolist() == pytest.approx([0.0, 0.5], abs=1e-6)
+    assert target[0, 1].isnan().all()
+    assert target[0, 2:].isfinite().all()
+
+
+def test_samples_without_any_target_have_no_value() -> None:
+    """NaN, so that the average can skip them, and never 0."""
+    centers = torch.rand(2, 6, 2)
+    nowhere = torch.full((2, 6, 2), torch.nan)
+    outside = torch.zeros(2, 6, dtype=torch.bool)
+    scores = torch.rand(2, 6, 5).softmax(-1)
+    for values in (
+        correspondence_error(centers, nowhere),
+        pck(centers, nowhere),
+        spread_ratio(centers, nowhere),
+        center_spread(centers, outside),
+        attention_entropy(scores, outside),
+    ):
+        assert values.isnan().all()
+
+
+def test_pck_counts_the_border() -> None:
+    """A distance of exactly the radius is a hit."""
+    target = torch.zeros(2, 2, 2)
+    centers = torch.tensor([[[0.0, 1.0], [0.0, 2.0]], [[3.0, 0.0], [0.0, 4.0]]])
+    assert pck(centers, target, radius=1.0).tolist() == [0.5, 0.0]
+    assert pck(centers, target, radius=3.0).tolist() == [1.0, 0.5]
+
+
+def test_spread_is_the_root_of_the_summed_variances() -> None:
+    """Against torch's population variance; the ratio is that to the truth's spread."""
+    centers = torch.rand(2, 7, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    inside = torch.ones(2, 7, dtype=torch.bool)
+    expected = centers.var(dim=1, correction=0).sum(dim=-1).sqrt()
+    torch.testing.assert_close(center_spread(centers, inside), expected)
+    ratio = spread_ratio(centers * 0.25, centers)
+    torch.testing.assert_close(ratio, torch.full((2,), 0.25, dtype=torch.float64))
+    assert spread_ratio(centers, torch.ones(2, 7, 2)).isnan().all()
+
+
+def test_entropy_bounds() -> None:
+    """Uniform is 1 (log of the tokens in nats), one-hot 0, and a single token 0."""
+    inside = torch.ones(2, 4, dtype=torch.bool)
+    uniform = torch.full((2, 4, 6), 1 / 6)
+    torch.testing.assert_close(attention_entropy(uniform, inside), torch.ones(2))
+    nats = attention_entropy(uniform, inside, normalised=False)
+    torch.testing.assert_close(nats, torch.full((2,), math.log(6)))
+    one_hot = torch.eye(6)[:4].expand(2, -1, -1)
+    assert attention_entropy(one_hot, inside).tolist() == [0.0, 0.0]
+    assert attention_entropy(torch.ones(2, 4, 1), inside).tolist() == [0.0, 0.0]
+
+
+@pytest.mark.parametrize(
+    ("ratio", "entropy", "words"),
+    [
+        (0.0, 0.05, "collapsed to one place"),
+        (0.2, 0.7, "collapsed towards the middle"),
+        (0.1, 0.99, "almost uniform"),
+        (None, 0.99, "almost uniform"),
+    ],
+)
+def test_collapse_is_named(ratio: float | None, entropy: float, words: str) -> None:
+    """One sharp point, everything in the middle, and no preference at all."""
+    warning = collapse_warning(ratio, entropy)
+    assert warning is not None
+    assert words in warning
+
+
+@pytest.mark.parametrize(
+    ("ratio", "entropy"), [(1.03, 0.3), (0.55, 0.6), (None, 0.05), (float("nan"), 0.05)]
+)
+def test_healthy_attention_gives_no_warning(ratio: float | None, entropy: float) -> None:
+    """The arms of experiment.md; sharp attention of unknown spread is no collapse."""
+    assert collapse_warning(ratio, entropy) is None
+
+
+def test_metrics_average_the_functions() -> None:
+    """Every class over uneven batches gives the mean of its function over samples with a value."""
+    generator = torch.Generator().manual_seed(0)
+    target = torch.rand(5, 6, 2, generator=generator) * 4
+    target[3] = torch.nan
+    mask = target.isfinite().all(dim=-1)
+    scores = torch.randn(5, 6, 12, generator=generator).softmax(-1)
+    centers = attention_centers(scores, GridSize(4, 3))
+    cases = (
+        (CorrespondenceError(), (centers, target), correspondence_error(centers, target)),
+        (PCK(radius=2.0), (centers, target), pck(centers, target, 2.0)),
+        (SpreadRatio(), (centers, target), spread_ratio(centers, target)),
+        (CenterSpread(), (centers, mask), center_spread(centers, mask)),
+        (AttentionEntropy(), (scores, mask), attention_entropy(scores, mask)),
+    )
+    for metric, inputs, values in cases:
+        for rows in (slice(0, 3), slice(3, 5)):
+            metric.update(*(tensor[rows] for tensor in inputs), torch.arange(5)[rows])
+        torch.testing.assert_close(metric.compute(), values.nanmean())
+        assert metric.skipped == 1

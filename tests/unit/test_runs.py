@@ -1,0 +1,146 @@
+"""Run folders: created, continued, never overwritten; manifests and seeds."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+
+from i2am_train import runs
+from i2am_train.errors import RunFolderError
+from i2am_train.runs import RunFolder, fingerprint, read_json, seed_for, write_json, write_text
+
+SETTINGS = {"seed": 0, "data": {"root": Path("/data"), "workers": 2}, "betas": (0.9, 0.999)}
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Every file below a folder and what it holds."""
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
+
+
+def test_same_settings_continue(tmp_path: Path) -> None:
+    """A second opening with equal settings resumes, although paths and tuples went through JSON."""
+    first = RunFolder.open(tmp_path / "a" / "run", SETTINGS)
+    assert not first.resumed
+    assert RunFolder.open(tmp_path / "a" / "run", SETTINGS).resumed
+
+
+def test_other_settings_are_refused_and_nothing_changes(tmp_path: Path) -> None:
+    """The message names what differs, old and new; the folder stays as it was."""
+    RunFolder.open(tmp_path / "run", SETTINGS).start(seed=0)
+    before = contents(tmp_path)
+    other = {**SETTINGS, "seed": 1, "data": {"root": Path("/data"), "workers": 4}}
+    with pytest.raises(RunFolderError, match=r"data\.workers=4 \(there: 2\), seed=1 \(there: 0\)"):
+        RunFolder.open(tmp_path / "run", other)
+    assert contents(tmp_path) == before
+
+
+def test_options_without_effect_may_differ(tmp_path: Path) -> None:
+    """Whole groups and single options can be named as free; a common beginning is not enough."""
+    RunFolder.open(tmp_path, SETTINGS)
+    other = {**SETTINGS, "data": {"root": Path("/data"), "workers": 4}}
+    assert RunFolder.open(tmp_path, other, may_differ=["data.workers"]).resumed
+    assert RunFolder.open(tmp_path, other, may_differ=["data"]).resumed
+    with pytest.raises(RunFolderError, match=r"data\.workers=4"):
+        RunFolder.open(tmp_path, other, may_differ=["data.work"])
+
+
+def test_a_used_folder_without_resume_is_refused(tmp_path: Path) -> None:
+    """resume=false never touches an existing run."""
+    RunFolder.open(tmp_path, SETTINGS)
+    with pytest.raises(RunFolderError, match=r"already holds a run, and resume=false"):
+        RunFolder.open(tmp_path, SETTINGS, resume=False)
+
+
+def test_foreign_files_are_refused(tmp_path: Path) -> None:
+    """A folder of something else, and a file, are not turned into runs."""
+    (tmp_path / "thesis.tex").write_text("x")
+    with pytest.raises(RunFolderError, match=r"holds files \(thesis\.tex\) but no settings\.json"):
+        RunFolder.open(tmp_path, SETTINGS)
+    with pytest.raises(RunFolderError, match=r"thesis\.tex is a file"):
+        RunFolder.open(tmp_path / "thesis.tex", SETTINGS)
+    assert list(contents(tmp_path)) == ["thesis.tex"]
+
+
+def test_damaged_settings_are_named(tmp_path: Path) -> None:
+    """A half-written settings file is an error with a way out, not a traceback."""
+    (tmp_path / "settings.json").write_text('{"seed": ')
+    with pytest.raises(RunFolderError, match=r"settings\.json is not readable JSON .* run again"):
+        RunFolder.open(tmp_path, SETTINGS)
+
+
+def test_manifest_of_a_run(tmp_path: Path) -> None:
+    """The manifest tells how the run was made, each resumption, and the end."""
+    folder = RunFolder.open(tmp_path, SETTINGS)
+    folder.start(seed=0, data="abc")
+    first = folder.manifest
+    assert not folder.finished
+    RunFolder.open(tmp_path, SETTINGS).start(seed=0, data="abc")
+    folder.finish(steps=12)
+    last = folder.manifest
+    assert folder.finished
+    assert first["settings"]["betas"] == [0.9, 0.999]
+    assert (first["seed"], first["data"], first["resumed"]) == (0, "abc", [])
+    assert last["started"] == first["started"]
+    assert (len(last["resumed"]), last["steps"]) == (1, 12)
+    assert last["versions"]["torch"]
+    assert last["machine"]["cores"] >= 1
+    assert {"command", "git", "machine", "versions", "finished"} <= last.keys()
+
+
+def test_a_failed_write_leaves_the_old_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stopped in the middle of writing, a file keeps its old content and no temporary one stays."""
+    file = tmp_path / "results.json"
+    write_json(file, {"a": 1})
+
+    def stop(self: Path, target: Path) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Path, "replace", stop)
+    with pytest.raises(KeyboardInterrupt, match="^$"):
+        write_text(file, "half")
+    assert contents(tmp_path) == {"results.json": b'{\n  "a": 1\n}\n'}
+
+
+def test_json_is_strict(tmp_path: Path) -> None:
+    """NaN and infinity, which JSON has no word for, become null at any depth."""
+    write_json(tmp_path / "x.json", {"a": [math.nan, 1.5], "b": {"c": math.inf}})
+    assert json.loads((tmp_path / "x.json").read_text()) == {"a": [None, 1.5], "b": {"c": None}}
+    with pytest.raises(RunFolderError, match="is not the folder of a run"):
+        read_json(tmp_path / "missing.json")
+
+
+def test_seeds_are_independent_and_fixed() -> None:
+    """Names and order matter, 1 and "1" differ, and the numbers do not change between versions."""
+    names = [(0,), (1,), (0, "a"), (0, "b"), (0, "a", "b"), (0, "b", "a"), (0, 1), (0, "1")]
+    seeds = {seed_for(*name) for name in names}
+    assert len(seeds) == len(names)
+    assert all(0 <= seed < 2**63 for seed in seeds)
+    assert seed_for(0, "sample", 17) == 6789696623468995921
+
+
+def test_fingerprint_sees_content_that_matters(tmp_path: Path) -> None:
+    """Names, sizes and pair lists count; where the folder lies and when it was written do not."""
+    prints = []
+    for place, size, pairs in [("a", 3, "x y"), ("b", 3, "x y"), ("c", 4, "x y"), ("d", 3, "x z")]:
+        write_text(tmp_path / place / "train_pairs.txt", pairs)
+        write_text(tmp_path / place / "train" / "image" / "x.jpg", "." * size)
+        prints.append(fingerprint(tmp_path / place))
+    assert prints[0] == prints[1]
+    assert len(set(prints)) == 3
+
+
+def test_wheel_has_no_git_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Installed inside somebody's repository, the manifest does not claim that repository's commit."""
+    (tmp_path / "site-packages" / "i2am_train").mkdir(parents=True)
+    (tmp_path / ".git").mkdir()
+    monkeypatch.setattr(runs, "__file__", str(tmp_path / "site-packages/i2am_train/runs.py"))
+    assert runs.git_state() is None
