@@ -43,7 +43,7 @@ $(STAMP): pyproject.toml scripts/constraints.txt
 	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(v < (3, 11) and f"Python 3.11 or newer is needed, {sys.executable} is {v[0]}.{v[1]}. Run make PYTHON=/path/to/python3.11 ...")'
 	@test -x $(BIN)/python || { echo "Creating .venv with $$($(PYTHON) --version)"; $(PYTHON) -m venv .venv; }
 	@echo "Installing torch (the largest part, a few minutes on a slow line)"
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint scripts/constraints.txt torch torchvision
+	@$(BIN)/python -m pip install --quiet --quiet --disable-pip-version-check --constraint scripts/constraints.txt torch torchvision
 	@echo "Installing the other packages (versions: scripts/constraints.txt)"
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint scripts/constraints.txt --editable '.[dev]'
+	@$(BIN)/python -m pip install --quiet --quiet --disable-pip-version-check --constraint scripts/constraints.txt --editable '.[dev]'
 	@touch $@

@@ -11,7 +11,7 @@ from lightning.pytorch.callbacks import (
     ModelCheckpoint,
     TQDMProgressBar,
 )
-from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger, WandbLogger
+from lightning.pytorch.loggers import Logger, TensorBoardLogger, WandbLogger
 
 from i2am_train.callbacks.evaluation import EvaluationCallback
 from i2am_train.config.build import plain
@@ -19,6 +19,7 @@ from i2am_train.config.locations import checkpoint_folder, dataset_folder
 from i2am_train.config.schema import (
     AttributionConfig,
     DataConfig,
+    EvaluateConfig,
     ObjectiveConfig,
     OptimizationConfig,
     SamplingConfig,
@@ -33,6 +34,7 @@ from i2am_train.losses.base import LossVariant
 from i2am_train.losses.objective import AttentionObjective, TermWeights
 from i2am_train.models.tryon import INDEX_FILE, TryOnModel
 from i2am_train.training.checkpoint_io import AtomicCheckpointIO
+from i2am_train.training.csv_history import ContinuedCSVLogger
 from i2am_train.training.module import TryOnModule
 from i2am_train.training.step import TrainingObjective
 from i2am_train.types import Pairing
@@ -136,7 +138,7 @@ def make_loggers(tracking: TrackingConfig, folder: Path, settings: dict[str, Any
     """CSV, TensorBoard and W&B, all inside the run folder."""
     loggers: list[Logger] = []
     if tracking.csv:
-        loggers.append(CSVLogger(folder.parent, name=folder.name, version=""))
+        loggers.append(ContinuedCSVLogger(folder))
     if tracking.tensorboard:
         loggers.append(TensorBoardLogger(folder, name="tensorboard", version=""))
     if tracking.wandb != "disabled":
@@ -199,6 +201,30 @@ def make_trainer(config: TrainConfig, folder: Path) -> L.Trainer:
         logger=make_loggers(config.tracking, folder, settings),
         plugins=[AtomicCheckpointIO()],
     )
+
+
+def make_test_trainer(config: EvaluateConfig, callback: EvaluationCallback) -> L.Trainer:
+    """A trainer that only tests: no loggers, no checkpoints."""
+    callbacks: list[Callback] = [callback]
+    if config.progress_bar:
+        callbacks.append(TQDMProgressBar(leave=True))
+    return L.Trainer(
+        accelerator=config.device,
+        devices=1,
+        precision=config.precision,
+        logger=False,
+        enable_checkpointing=False,
+        enable_model_summary=False,
+        enable_progress_bar=config.progress_bar,
+        use_distributed_sampler=False,
+        callbacks=callbacks,
+    )
+
+
+def make_untrained_module(model: TryOnModel) -> TryOnModule:
+    """A model wrapped for testing, where objective and optimizer do not matter."""
+    options = OptimizationConfig()
+    return TryOnModule(model, make_objective(ObjectiveConfig(), options), options)
 
 
 def make_module(config: TrainConfig) -> TryOnModule:

@@ -15,9 +15,8 @@ install_import_hook(
         "i2am_train.losses",
         "i2am_train.metrics",
         "i2am_train.attribution",
-        "i2am_train.models",
-        "i2am_train.training",
-        "i2am_train.evaluation",
+        "i2am_train.models.diffusion",
+        "i2am_train.training.draws",
     ],
     "beartype.beartype",
 )

@@ -60,7 +60,7 @@ class Frame:
     """
 
     call: int
-    timestep: float | Tensor | None
+    timestep: float | int | Tensor | None
     latent: GridSize
     batch: int
     announced: Announcement | None = None

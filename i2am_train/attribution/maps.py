@@ -27,10 +27,15 @@ Patch: TypeAlias = int | tuple[int, int]
 """A token by its row-major index, or by row and column."""
 
 
+_ROUNDING = 16
+"""Units of the last place within which a map is constant: else min-max would show rounding noise as
+a pattern. Chosen by us: a few sums and one resize."""
+
+
 def normalise(
     values: Float[Tensor, "*batch height width"], *, joint_axes: int = 0, epsilon: float = 0.0
 ) -> Float[Tensor, "*batch height width"]:
-    """Min-max per map to [0, 1]; a constant map becomes zeros.
+    """Min-max per map to [0, 1]; a map that is constant (to rounding) becomes zeros.
 
     ``joint_axes`` counts the axes before height and width that share one minimum and maximum, so
     that maps can be compared. ``epsilon`` is added to the range (the authors' code adds 1e-8).
@@ -40,8 +45,10 @@ def normalise(
     """
     axes = tuple(range(-2 - joint_axes, 0))
     low = values.amin(dim=axes, keepdim=True)
-    span = values.amax(dim=axes, keepdim=True) - low + epsilon
-    return torch.where(span > 0, (values - low) / span, torch.zeros_like(values))
+    high = values.amax(dim=axes, keepdim=True)
+    rounding = _ROUNDING * torch.finfo(values.dtype).eps * torch.maximum(low.abs(), high.abs())
+    spread = (values - low) / (high - low + epsilon)
+    return torch.where(high - low > rounding, spread, torch.zeros_like(values))
 
 
 def threshold(

@@ -103,7 +103,7 @@ class Tokens:
     grid: GridSize | str | None = "latent"
     skip: int = 0
     block: tuple[int, int] = (0, 1)
-    crop: tuple[float, float, float, float] = (0.0, 1.0, 0.0, 1.0)
+    crop: tuple[float | int, float | int, float | int, float | int] = (0, 1, 0, 1)
 
     def __post_init__(self) -> None:
         if isinstance(self.grid, str) and self.grid != "latent":
@@ -122,7 +122,7 @@ class Tokens:
         start = part * length // parts + self.skip
         count = length // parts - self.skip
         grid = self._grid(count, latent)
-        if grid is None or self.crop == (0.0, 1.0, 0.0, 1.0):
+        if grid is None or self.crop == (0, 1, 0, 1):
             return TokenPlaces(slice(start, start + count), count, grid)
         return self._cropped(start, grid)
 

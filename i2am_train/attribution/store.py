@@ -68,7 +68,7 @@ class AttributionStore:
     """
 
     layers: tuple[LayerRecord, ...]
-    timesteps: tuple[float | None, ...]
+    timesteps: tuple[float | int | None, ...]
 
     @property
     def batch(self) -> int:

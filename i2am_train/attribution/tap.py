@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -76,7 +76,7 @@ class ScoreTap:
         )
         self._last: dict[str, _Projections] = {}
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> ScoreTap:
         self.attach()
         return self
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import torch
 from jaxtyping import Bool
@@ -107,7 +107,7 @@ class Trace:
         self._batch: int | None = None
         self._exit = ExitStack()
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> Trace:
         if self._recorders:
             raise CaptureError(
                 "This trace has been used already. Make a new one with trace(...) for each run."

@@ -29,7 +29,7 @@ def run(config: AblateConfig) -> None:
 
     from i2am_train.reporting.report import build_report
     from i2am_train.reporting.table_formats import terminal
-    from i2am_train.reporting.tables import collapse_warnings, verdict_sentences
+    from i2am_train.reporting.tables import verdict_sentences
 
     results = ablate(config)
     report = build_report(config.folder)
@@ -38,8 +38,6 @@ def run(config: AblateConfig) -> None:
     console.print(terminal(results))
     for sentence in verdict_sentences(results):
         console.print(sentence)
-    for warning in collapse_warnings(results):
-        console.print(f"Warning: {warning}", style="bold yellow")
     console.print(f"\nReport:  {report}\nTables:  {config.folder / 'results.md'}", soft_wrap=True)
     console.print(f"Numbers: {config.folder / 'results.json'}", soft_wrap=True)
 
@@ -69,7 +67,7 @@ def ablate(config: AblateConfig) -> dict[str, Any]:
         print(f"\n=== {cell.folder.removeprefix('cells/')}{remaining} ===", flush=True)
         entries.append(_run_cell(config, cell, folder.path))
     folder.finish()
-    results = _results(config, arms, entries, folder.manifest)
+    results = _results(config, folder.path, arms, entries, folder.manifest)
     write_json(folder / "results.json", results)
     return results
 
@@ -162,13 +160,19 @@ def _arm_settings(config: AblateConfig, arm: str) -> dict[str, Any]:
 
 def _results(
     config: AblateConfig,
+    root: Path,
     arms: dict[str, dict[str, Any]],
     entries: list[dict[str, Any]],
     manifest: dict[str, Any],
 ) -> dict[str, Any]:
     from i2am_train.metrics.registry import METRICS
+    from i2am_train.reporting.records import read_samples
     from i2am_train.reporting.statistics import summarise_results
 
+    samples = {
+        entry["folder"]: read_samples(root / entry["folder"] / "evaluation" / "samples.jsonl")
+        for entry in entries
+    }
     shown = {name for entry in entries for name in entry["metrics"]}
     metrics = {
         name: info.as_json() | {"description": info.description}
@@ -180,6 +184,7 @@ def _results(
         metrics,
         list(arms),
         config.reference,
+        samples=samples,
         confidence=config.confidence,
         resamples=config.bootstrap_samples,
     )

@@ -11,7 +11,7 @@ from i2am_train.errors import ConfigError
 
 
 def make(config: DataMakeConfig) -> None:
-    """Make the synthetic dataset that the options describe; an existing complete one is kept."""
+    """Make the synthetic dataset that the options describe."""
     from i2am_train.datasets.synthetic import make_dataset
 
     root = config.root or dataset_folder(config.size, config.train, config.test, config.seed)

@@ -20,6 +20,7 @@ from i2am_train.config.build import unknown_option
 from i2am_train.config.documentation import help_text
 from i2am_train.config.schema import COMMANDS, option_names
 from i2am_train.errors import ConfigError, I2AMError
+from i2am_train.quiet import quiet_libraries
 
 FAILED_CHECK = 1
 """Exit status of a command that worked and found the input wanting (``i2am data check``)."""
@@ -162,6 +163,7 @@ class _Task:
             config = to_dataclass(self.command, composed)
             _refuse_distributed_sweep(config)
             self.entered = True
+            quiet_libraries()
             self.status = self.run(config) or 0
 
 

@@ -57,23 +57,19 @@ def evaluate(config: EvaluateConfig, folder: Path) -> dict[str, Any]:
     Raises:
         I2AMError: checkpoint, data or folder do not fit the configuration.
     """
-    import lightning as L
-    from lightning.pytorch.callbacks import TQDMProgressBar
-
     from i2am_train.assembly import (
         load_model,
         make_datamodule,
-        make_objective,
         make_settings,
+        make_test_trainer,
+        make_untrained_module,
         model_folder,
         prepare_data,
     )
     from i2am_train.callbacks.evaluation import EvaluationCallback
     from i2am_train.config.build import plain
-    from i2am_train.config.schema import ObjectiveConfig, OptimizationConfig
     from i2am_train.evaluation.results import read_results
     from i2am_train.runs import RunFolder, fingerprint
-    from i2am_train.training.module import TryOnModule
 
     root = prepare_data(config.data)
     model = load_model(config.checkpoint, config.data)
@@ -92,18 +88,6 @@ def evaluate(config: EvaluateConfig, folder: Path) -> dict[str, Any]:
         save_images=True,
         description=settings,
     )
-    trainer = L.Trainer(
-        accelerator=config.device,
-        devices=1,
-        precision=config.precision,
-        logger=False,
-        enable_checkpointing=False,
-        enable_model_summary=False,
-        enable_progress_bar=config.progress_bar,
-        callbacks=[callback, *([TQDMProgressBar(leave=True)] if config.progress_bar else [])],
-    )
-    optimization = OptimizationConfig()
-    module = TryOnModule(model, make_objective(ObjectiveConfig(), optimization), optimization)
     datamodule = make_datamodule(
         config.data,
         root,
@@ -112,7 +96,8 @@ def evaluate(config: EvaluateConfig, folder: Path) -> dict[str, Any]:
         test_samples=config.evaluation.samples,
         pairing=config.evaluation.pairing,
     )
-    trainer.test(module, datamodule, verbose=False)
+    trainer = make_test_trainer(config, callback)
+    trainer.test(make_untrained_module(model), datamodule, verbose=False)
     opened.finish()
     results = read_results(folder)
     assert results is not None

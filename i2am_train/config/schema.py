@@ -150,7 +150,7 @@ class OptimizationConfig:
     snr_gamma: float | None = None
     """Min-SNR-gamma weighting of the denoising loss (5 is usual); null: uniform."""
     precision: Precision = "32-true"
-    """Arithmetic of the denoiser (bf16-mixed on a GPU; on a CPU float32 is faster); losses and metrics are float32 always."""
+    """Arithmetic of the denoiser: bf16-mixed suits a GPU, float32 is faster on many CPUs."""
     trainable: Trainable = "all"
     """Which weights of the denoiser train; projector and null tokens always do."""
     condition_dropout: float = 0.2
@@ -208,8 +208,8 @@ class AttributionConfig:
     layers: list[int | str] | None = None
     """Layers that enter the unified maps; null: all nine."""
     inpaint_queries: bool = True
-    """Reference-side maps average over generated positions inside the inpainting mask only, as the authors' code
-    does; false: over all, as the paper writes."""
+    """Reference-side maps average over generated positions inside the inpainting mask only, as the
+    authors' code does; false: over all, as the paper writes."""
     time_groups: int = 5
     """Groups of sampling steps in time-level maps; group 0 is the noisiest."""
     byte_budget: int = 64 * 2**20
@@ -370,7 +370,7 @@ class EvaluateConfig:
     checkpoint: str
     """Checkpoint folder, or run folder, to judge; tiny is the shipped one."""
     output: Path | None = None
-    """Folder for results; null: evaluation/ in the run folder, or runs/evaluate-<checkpoint>."""
+    """Folder for results; null: evaluation-<pairing> in the run folder, or beside others in runs/."""
     device: Device = "auto"
     """Where to compute."""
     precision: Precision = "32-true"

@@ -7,7 +7,7 @@ and as the picture of the flat garment itself. All lengths are in picture height
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 
 import cv2
 import numpy as np
@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from i2am_train.datasets.meshes import (
     SUBPIXEL_BITS,
+    Camera,
     Points,
     Tube,
     ellipse,
@@ -33,7 +34,7 @@ ARM = 0.345
 """Length of the arm that sleeves are designed for, shoulder to wrist."""
 SHOULDER_DROP = 0.040
 """How far the shoulder tip lies below the neck."""
-FILL = (0.80, 0.88)
+FILL = (0.80, 0.92)
 """Largest share of the picture's height and width that the flat garment may take."""
 
 SLEEVE_COLUMNS = 5
@@ -70,15 +71,23 @@ class Cut:
         """Half-width at depth ``y``: armhole, then smoothly chest, waist, hem."""
         waist_y = self.armpit + 0.45 * (self.length - self.armpit)
         armhole = np.interp(y, [SHOULDER_DROP, self.armpit], [self.shoulder, self.chest])
-        dent = 0.06 * self.shoulder * np.sin(np.pi * np.clip((y - SHOULDER_DROP) / (self.armpit - SHOULDER_DROP), 0, 1))
-        upper = self.chest + (self.waist - self.chest) * smoothstep((y - self.armpit) / (waist_y - self.armpit))
+        dent = (
+            0.06
+            * self.shoulder
+            * np.sin(np.pi * np.clip((y - SHOULDER_DROP) / (self.armpit - SHOULDER_DROP), 0, 1))
+        )
+        upper = self.chest + (self.waist - self.chest) * smoothstep(
+            (y - self.armpit) / (waist_y - self.armpit)
+        )
         lower = (self.hem - self.waist) * smoothstep((y - waist_y) / (self.length - waist_y))
         return np.where(y < self.armpit, armhole - dent, upper + lower)
 
     def top(self, across: Points) -> Points:
         """Upper edge (neckline and shoulder line) over ``across`` in -1..1."""
         x = np.abs(across) * self.shoulder
-        shoulder_line = SHOULDER_DROP * np.clip((x - self.neck) / (self.shoulder - self.neck), 0.0, 1.0)
+        shoulder_line = SHOULDER_DROP * np.clip(
+            (x - self.neck) / (self.shoulder - self.neck), 0.0, 1.0
+        )
         inside = np.clip(x / self.neck, 0.0, 1.0)
         shape = {
             "v": 1.0 - inside,
@@ -129,7 +138,9 @@ def draw_garment(rng: np.random.Generator) -> Garment:
     sleeve_colour = second if cut.sleeves != "none" and rng.random() < 0.18 else None
     trim = second if rng.random() < 0.45 else 0.72 * main
     period = float(rng.uniform(0.085, 0.17))
-    return Garment(cut, pattern, (main, second), period, float(rng.random()), sleeve_colour, trim, logos)
+    return Garment(
+        cut, pattern, (main, second), period, float(rng.random()), sleeve_colour, trim, logos
+    )
 
 
 def _draw_cut(rng: np.random.Generator) -> Cut:
@@ -142,16 +153,28 @@ def _draw_cut(rng: np.random.Generator) -> Cut:
         hem = min(hem, 1.02)  # a wider hem would run into the flat sleeves
     shoulder = SHOULDER * float(rng.uniform(0.96, 1.04)) * (1.05 if fit == "boxy" else 1.0)
     chest = shoulder * float(rng.uniform(0.90, 0.97))
-    wide = {"round": (0.40, 0.50), "v": (0.38, 0.50), "square": (0.42, 0.54), "boat": (0.58, 0.70)}[neckline]
-    deep = {"round": (0.045, 0.075), "v": (0.09, 0.15), "square": (0.055, 0.095), "boat": (0.022, 0.036)}[neckline]
-    share = {"none": 0.0, "short": rng.uniform(0.32, 0.46), "long": rng.uniform(0.86, 0.97)}[sleeves]
-    return Cut(
-        sleeves=sleeves, neckline=neckline, neck=shoulder * float(rng.uniform(*wide)), neck_drop=float(rng.uniform(*deep)),
+    wide = {"round": (0.40, 0.50), "v": (0.38, 0.50), "square": (0.42, 0.54), "boat": (0.58, 0.70)}[
+        neckline
+    ]
+    deep = {
+        "round": (0.045, 0.075),
+        "v": (0.09, 0.15),
+        "square": (0.055, 0.095),
+        "boat": (0.022, 0.036),
+    }[neckline]
+    share = {"none": 0.0, "short": rng.uniform(0.32, 0.46), "long": rng.uniform(0.86, 0.97)}[
+        sleeves
+    ]
+    angles = (21, 27) if sleeves == "long" else (28, 48)
+    cuffs = (0.036, 0.048) if sleeves == "long" else (0.052, 0.066)
+    return Cut(  # the order of the draws below is part of the dataset
+        sleeves=sleeves, neckline=neckline, neck=shoulder * float(rng.uniform(*wide)),
+        neck_drop=float(rng.uniform(*deep)),
         shoulder=shoulder, chest=chest, waist=shoulder * (waist + float(rng.uniform(-0.04, 0.04))),
-        hem=shoulder * (hem + float(rng.uniform(-0.04, 0.05))), length=float(rng.uniform(0.36, 0.52)),
+        hem=shoulder * (hem + float(rng.uniform(-0.04, 0.05))), length=float(rng.uniform(0.35, 0.47)),
         hem_curve=float(rng.uniform(-0.004, 0.022)), armpit=SHOULDER_DROP + float(rng.uniform(0.095, 0.115)),
-        sleeve_share=float(share), sleeve_angle=float(np.deg2rad(rng.uniform(21, 27) if sleeves == "long" else rng.uniform(28, 48))),
-        cuff=float(rng.uniform(0.036, 0.048) if sleeves == "long" else rng.uniform(0.052, 0.066)),
+        sleeve_share=float(share), sleeve_angle=float(np.deg2rad(rng.uniform(*angles))),
+        cuff=float(rng.uniform(*cuffs)),
     )  # fmt: skip
 
 
@@ -159,35 +182,37 @@ def hsv(hue: float, saturation: float, value: float) -> Colour:
     """An RGB colour in 0..255 from hue, saturation and value in 0..1."""
     sector = np.array([5.0, 3.0, 1.0]) + hue * 6.0
     ramp = np.clip(np.minimum(sector % 6.0, 4.0 - sector % 6.0), 0.0, 1.0)
-    return cast(Colour, 255.0 * value * (1.0 - saturation * ramp))
+    return 255.0 * value * (1.0 - saturation * ramp)
 
 
 def _draw_colour(rng: np.random.Generator) -> Colour:
     """A fabric colour that stands out from white; one in six is neutral."""
     if rng.random() < 1 / 6:
-        return hsv(rng.uniform(0.05, 0.65), rng.uniform(0.02, 0.18), rng.choice([0.16, 0.3, 0.5, 0.78]))
+        return hsv(
+            rng.uniform(0.05, 0.65), rng.uniform(0.02, 0.18), rng.choice([0.16, 0.3, 0.5, 0.78])
+        )
     return hsv(rng.random(), rng.uniform(0.5, 0.92), rng.uniform(0.42, 0.94))
 
 
 def _contrasting(rng: np.random.Generator, other: Colour) -> Colour:
     """A colour, sometimes near white, that is far from ``other`` in the Lab space."""
     candidates = [_draw_colour(rng) for _ in range(7)] + [hsv(rng.random(), 0.06, 0.95)]
-    distances = np.array([_lab_distance(candidate, other) for candidate in candidates])
+    distances = _lab_distance(candidates, [other])[:, 0]
     far = np.flatnonzero(distances > 45.0)
     return candidates[int(rng.choice(far))] if len(far) else candidates[int(distances.argmax())]
 
 
-def _lab_distance(first: Colour, second: Colour) -> float:
-    """Perceived difference of two colours (CIE76)."""
-    both = np.stack([first, second]).astype(np.float32)[None] / 255.0
-    lab = cv2.cvtColor(both, cv2.COLOR_RGB2LAB)[0]
-    return float(np.linalg.norm(lab[0] - lab[1]))
+def _lab_distance(first: list[Colour], second: list[Colour]) -> Points:
+    """Perceived differences ``[first, second]`` of colours (CIE76)."""
+    both = np.stack([*first, *second]).astype(np.float32)[None] / np.float32(255.0)
+    lab = cv2.cvtColor(both, cv2.COLOR_RGB2LAB)[0].astype(np.float64)
+    return cast(Points, np.linalg.norm(lab[: len(first), None] - lab[None, len(first) :], axis=-1))
 
 
 def _draw_logo(rng: np.random.Generator, ground: tuple[Colour, Colour], order: int) -> Logo:
     """A letter or a shape whose colour differs from both fabric colours."""
     candidates = [_draw_colour(rng) for _ in range(6)] + [hsv(0.0, 0.0, 0.97), hsv(0.0, 0.0, 0.08)]
-    contrast = [min(_lab_distance(candidate, colour) for colour in ground) for candidate in candidates]
+    contrast = _lab_distance(candidates, list(ground)).min(axis=1)
     kind = str(rng.choice(list(LETTERS))) if rng.random() < 0.45 else str(rng.choice(LOGOS))
     side = float(rng.choice((-1, 1)))
     down = rng.uniform(0.34, 0.48) if order == 0 else rng.uniform(0.60, 0.76)
@@ -235,17 +260,23 @@ def place_cut(cut: Cut, aspect: float) -> Placement:
     return Placement(float(scale), np.array([aspect / 2.0, 0.5 - scale * low / 2.0]))
 
 
-def texture(garment: Garment, place: Placement, sleeves: list[Points], size: tuple[int, int]) -> Image:
+def texture(
+    garment: Garment, place: Placement, sleeves: list[Points], size: tuple[int, int]
+) -> Image:
     """Full-bleed fabric ``[height, width, 3]``: pattern, sleeve colour, trims and logos."""
-    height, width = size
+    height = size[0]
     share = _pattern(garment, place, size)
-    first, second = (colour.astype(np.float32) for colour in garment.colours)
-    fabric = first + share[..., None] * (second - first)
-    canvas = np.ascontiguousarray(np.clip(fabric, 0, 255).astype(np.uint8))
+    first, second = (colour.tolist() for colour in garment.colours)
+    channels = [
+        cv2.convertScaleAbs(share, None, b - a, a) for a, b in zip(first, second, strict=True)
+    ]
+    canvas = cast(Image, cv2.merge(channels))
     for outline in sleeves:
         if garment.sleeve_colour is not None:
-            fixed = fixed_point(outline, height)
-            cv2.fillPoly(canvas, [fixed], _scalar(garment.sleeve_colour), cv2.LINE_AA, SUBPIXEL_BITS)
+            fixed = fixed_point(outline, Camera(height))
+            cv2.fillPoly(
+                canvas, [fixed], _scalar(garment.sleeve_colour), cv2.LINE_AA, SUBPIXEL_BITS
+            )
             bleed = outline[SLEEVE_COLUMNS - 1 :]  # everywhere but over the armhole
             trim(canvas, bleed, garment.sleeve_colour, 0.03)
     for logo in garment.logos:
@@ -269,9 +300,9 @@ def _pattern(garment: Garment, place: Placement, size: tuple[int, int]) -> NDArr
     wave_x = x / garment.period + 0.25
     half = 0.25 * garment.period
 
-    def stripe(wave: NDArray[np.float32]) -> NDArray[np.float32]:
+    def stripe(wave: NDArray[Any]) -> NDArray[Any]:
         distance = np.abs(wave - np.rint(wave)) * garment.period - half
-        return np.clip(0.5 - distance * soft, 0.0, 1.0).astype(np.float32)
+        return np.asarray(np.clip(0.5 - distance * soft, 0.0, 1.0), np.float32)
 
     down = (y - top) / length
     kind = garment.pattern
@@ -302,7 +333,8 @@ def trim(canvas: Image, line: Points, colour: Colour, thickness: float) -> None:
     """Draw a band of fabric along a line: collar, cuff or hem."""
     height = canvas.shape[0]
     width_px = max(1, round(thickness * height))
-    cv2.polylines(canvas, [fixed_point(line, height)], False, _scalar(colour), width_px, cv2.LINE_AA, SUBPIXEL_BITS)
+    fixed = fixed_point(line, Camera(height))
+    cv2.polylines(canvas, [fixed], False, _scalar(colour), width_px, cv2.LINE_AA, SUBPIXEL_BITS)
 
 
 def _draw_logo_on(canvas: Image, logo: Logo, cut: Cut, place: Placement) -> None:
@@ -314,10 +346,12 @@ def _draw_logo_on(canvas: Image, logo: Logo, cut: Cut, place: Placement) -> None
         return
     height = canvas.shape[0]
     radius = 0.5 * logo.size
-    fixed = fixed_point(center + radius * _logo_shape(logo.kind), height)
+    fixed = fixed_point(center + radius * _logo_shape(logo.kind), Camera(height))
     if logo.kind == "ring":
         thick = max(1, round(0.35 * radius * height))
-        cv2.polylines(canvas, [fixed], True, _scalar(logo.colour), thick, cv2.LINE_AA, SUBPIXEL_BITS)
+        cv2.polylines(
+            canvas, [fixed], True, _scalar(logo.colour), thick, cv2.LINE_AA, SUBPIXEL_BITS
+        )
     else:
         cv2.fillPoly(canvas, [fixed], _scalar(logo.colour), cv2.LINE_AA, SUBPIXEL_BITS)
 
@@ -327,10 +361,13 @@ def _logo_shape(kind: str) -> Points:
     angle = np.linspace(0.0, 2.0 * np.pi, 48, endpoint=False)
     if kind == "star":
         turn = np.linspace(0.0, 2.0 * np.pi, 10, endpoint=False)
-        return np.where(np.arange(10) % 2, 0.45, 1.1)[:, None] * np.stack([np.sin(turn), -np.cos(turn)], axis=-1)
+        radius = np.where(np.arange(10) % 2, 0.45, 1.1)
+        return np.stack([radius * np.sin(turn), -radius * np.cos(turn)], axis=-1)
     if kind == "heart":
         x = 16 * np.sin(angle) ** 3
-        y = -(13 * np.cos(angle) - 5 * np.cos(2 * angle) - 2 * np.cos(3 * angle) - np.cos(4 * angle))
+        y = -(
+            13 * np.cos(angle) - 5 * np.cos(2 * angle) - 2 * np.cos(3 * angle) - np.cos(4 * angle)
+        )
         return np.stack([x, y], axis=-1) / 16.0
     corners = {
         "triangle": [(0.0, -1.0), (1.0, 0.8), (-1.0, 0.8)],
@@ -347,14 +384,28 @@ def _draw_letter(canvas: Image, logo: Logo, center: Points) -> None:
     pixels = 1.25 * logo.size * height
     scale = pixels / 21.0  # Hershey capitals are 21 units high
     thick = max(1, round(0.17 * pixels))
-    (text_width, text_height), _ = cv2.getTextSize(logo.kind, cv2.FONT_HERSHEY_SIMPLEX, scale, thick)
-    corner = (round(center[0] * height - text_width / 2), round(center[1] * height + text_height / 2))
-    cv2.putText(canvas, logo.kind, corner, cv2.FONT_HERSHEY_SIMPLEX, scale, _scalar(logo.colour), thick, cv2.LINE_AA)
+    (text_width, text_height), _ = cv2.getTextSize(
+        logo.kind, cv2.FONT_HERSHEY_SIMPLEX, scale, thick
+    )
+    corner = (
+        round(center[0] * height - text_width / 2),
+        round(center[1] * height + text_height / 2),
+    )
+    cv2.putText(
+        canvas,
+        logo.kind,
+        corner,
+        cv2.FONT_HERSHEY_SIMPLEX,
+        scale,
+        _scalar(logo.colour),
+        thick,
+        cv2.LINE_AA,
+    )
 
 
 def silhouette(parts: list[Points], size: tuple[int, int]) -> Image:
     """Mask 0 or 255 ``[height, width]`` of the union of polygons."""
     mask = np.zeros(size, np.uint8)
     for outline in parts:
-        fill(mask, outline, 255, size[0])
+        fill(mask, outline, 255, Camera(size[0]))
     return mask

@@ -10,6 +10,7 @@ Points are ``xy`` (OpenCV's order) in units of the picture's height, y downwards
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import cv2
 import numpy as np
@@ -26,6 +27,27 @@ SUBPIXEL_BITS = 5
 
 MINIMUM_AREA = 1e-9
 """Triangles smaller than this (squared picture heights) have no inverse and are not painted."""
+
+
+@dataclass(frozen=True)
+class Camera:
+    """How a picture looks at the scene: points in picture heights to pixels, and back.
+
+    A point ``p`` lands at ``(p - origin) * pixels``; ``pixels`` are those of one picture height of the scene.
+    """
+
+    pixels: float
+    origin: tuple[float, float] = (0.0, 0.0)
+
+    def project(self, points: Points) -> Points:
+        """Pixel coordinates of scene points; pixel (0, 0) covers 0..1."""
+        return np.asarray((points - np.array(self.origin)) * self.pixels, np.float64)
+
+    def scene(self, rows: NDArray[np.intp], columns: NDArray[np.intp]) -> tuple[Points, Points]:
+        """Scene x and y of pixel centres."""
+        x = (columns.astype(np.float64) + 0.5) / self.pixels + self.origin[0]
+        y = (rows.astype(np.float64) + 0.5) / self.pixels + self.origin[1]
+        return x, y
 
 
 @dataclass(frozen=True)
@@ -67,13 +89,12 @@ def _split_quads(grid: Points) -> Points:
 class MeshPainter:
     """Paints parts into a label map in drawing order and inverts them afterwards.
 
-    Pixels of the map are ``pixels`` per picture height; a pixel (row, column) stands for the point
-    ``((column + .5) / pixels, (row + .5) / pixels)``.
+    A pixel (row, column) of the map stands for the scene point that the camera sees at its centre.
     """
 
-    def __init__(self, labels: Labels, pixels: int) -> None:
+    def __init__(self, labels: Labels, camera: Camera) -> None:
         self.labels = labels
-        self.pixels = pixels
+        self.camera = camera
         self._inverses: list[NDArray[np.float64]] = []
         self._next_label = FIRST_TRIANGLE_LABEL
 
@@ -87,7 +108,7 @@ class MeshPainter:
         first = self._next_label
         self._inverses.append(_affine_inverses(target, attributes))
         self._next_label += len(target)
-        corners = fixed_point(target, self.pixels)
+        corners = fixed_point(target, self.camera)
         for label, triangle in enumerate(corners, start=first):
             cv2.fillConvexPoly(self.labels, triangle, label, cv2.LINE_8, SUBPIXEL_BITS)
         return first, self._next_label
@@ -95,10 +116,10 @@ class MeshPainter:
     def attributes(self, rows: NDArray[np.intp], columns: NDArray[np.intp]) -> NDArray[np.float32]:
         """Source x, source y, along, across ``[pixels, 4]`` of garment pixels."""
         inverse = np.concatenate(self._inverses).astype(np.float32)
-        chosen = inverse[self.labels[rows, columns] - FIRST_TRIANGLE_LABEL]
-        x = ((columns + 0.5) / self.pixels).astype(np.float32)[:, None]
-        y = ((rows + 0.5) / self.pixels).astype(np.float32)[:, None]
-        return chosen[:, 0] * x + chosen[:, 1] * y + chosen[:, 2]
+        triangle = self.labels[rows, columns] - FIRST_TRIANGLE_LABEL
+        x, y = (values.astype(np.float32)[:, None] for values in self.camera.scene(rows, columns))
+        by_x, by_y, constant = (np.take(inverse[:, part], triangle, axis=0) for part in range(3))
+        return by_x * x + by_y * y + constant
 
 
 def _affine_inverses(target: Points, attributes: Points) -> NDArray[np.float64]:
@@ -107,15 +128,15 @@ def _affine_inverses(target: Points, attributes: Points) -> NDArray[np.float64]:
     return np.linalg.solve(np.concatenate([target, ones], axis=-1), attributes)
 
 
-def fixed_point(points: Points, pixels: int) -> NDArray[np.int32]:
-    """Points in picture heights as OpenCV's fixed-point pixel coordinates (pixel centres are whole numbers)."""
-    scaled = (points * pixels - 0.5) * (1 << SUBPIXEL_BITS)
+def fixed_point(points: Points, camera: Camera) -> NDArray[np.int32]:
+    """Scene points as OpenCV's fixed-point pixel coordinates (pixel centres are whole numbers)."""
+    scaled = (camera.project(points) - 0.5) * (1 << SUBPIXEL_BITS)
     return np.rint(np.clip(scaled, -1e6, 1e6)).astype(np.int32)
 
 
-def fill(labels: NDArray[np.generic], polygon: Points, value: int, pixels: int) -> None:
+def fill(labels: NDArray[np.uint8] | Labels, polygon: Points, value: int, camera: Camera) -> None:
     """Fill one polygon of any shape."""
-    cv2.fillPoly(labels, [fixed_point(polygon, pixels)], value, cv2.LINE_8, SUBPIXEL_BITS)  # type: ignore[call-overload]
+    cv2.fillPoly(labels, [fixed_point(polygon, camera)], value, cv2.LINE_8, SUBPIXEL_BITS)
 
 
 def ellipse(center: Points, radius_x: float, radius_y: float, points: int = 40) -> Points:
@@ -135,20 +156,29 @@ class Tube:
     side: int
 
     @classmethod
-    def bent(cls, root: Points, joint: Points, end: Points, side: int, roundness: float = 0.35) -> Tube:
+    def bent(
+        cls, root: Points, joint: Points, end: Points, side: int, roundness: float = 0.35
+    ) -> Tube:
         """A limb from root to end with a rounded bend at the joint."""
         before, after = joint + roundness * (root - joint), joint + roundness * (end - joint)
         t = np.linspace(0.0, 1.0, 9)[:, None]
         curve = (1 - t) ** 2 * before + 2 * t * (1 - t) * joint + t**2 * after
         return cls(np.concatenate([root[None], curve, end[None]]), side)
 
-    def at(self, fractions: Points) -> tuple[Points, Points]:
-        """Centre points and unit vectors towards the inner edge, at fractions of the length."""
+    @cached_property
+    def _frame(self) -> tuple[Points, Points]:
+        """Length up to each point of the line, and the slope there."""
         steps = np.linalg.norm(np.diff(self.line, axis=0), axis=1)
         length = np.concatenate([[0.0], np.cumsum(steps)])
+        return length, np.gradient(self.line, length, axis=0)
+
+    def at(self, fractions: Points) -> tuple[Points, Points]:
+        """Centre points and unit vectors towards the inner edge, at fractions of the length."""
+        length, slopes = self._frame
         where = fractions * length[-1]
-        center = np.stack([np.interp(where, length, self.line[:, axis]) for axis in (0, 1)], axis=-1)
-        slopes = np.gradient(self.line, length, axis=0)
+        center = np.stack(
+            [np.interp(where, length, self.line[:, axis]) for axis in (0, 1)], axis=-1
+        )
         slope = np.stack([np.interp(where, length, slopes[:, axis]) for axis in (0, 1)], axis=-1)
         slope /= np.linalg.norm(slope, axis=-1, keepdims=True)
         inward = -self.side * np.stack([slope[:, 1], -slope[:, 0]], axis=-1)
@@ -157,7 +187,9 @@ class Tube:
     def grid(self, fractions: Points, across: Points, half_width: Points) -> Points:
         """Points ``[fractions, across, 2]`` of the tube."""
         center, inward = self.at(fractions)
-        return center[:, None] + inward[:, None] * (across[None, :, None] * half_width[:, None, None])
+        return center[:, None] + inward[:, None] * (
+            across[None, :, None] * half_width[:, None, None]
+        )
 
     def outline(self, start: float, stop: float, widths: tuple[float, float]) -> Points:
         """The tapered piece between two fractions as a polygon."""

@@ -8,6 +8,7 @@ is exact and not estimated. :func:`make_dataset` writes the VITON-HD folder layo
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import shutil
 from collections.abc import Iterator
@@ -23,15 +24,15 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from i2am_train.datasets import garments, people
+from i2am_train.datasets.correspondence_files import encode_correspondence
 from i2am_train.datasets.garments import Garment, Image, Mask
 from i2am_train.datasets.meshes import (
     FIRST_TRIANGLE_LABEL,
+    Camera,
     Labels,
     MeshPainter,
-    PartMesh,
     ellipse,
     fill,
-    smoothstep,
 )
 from i2am_train.datasets.people import SIDES, Body, Person
 from i2am_train.errors import DataError
@@ -39,6 +40,12 @@ from i2am_train.types import GridSize, Split
 
 GENERATOR_VERSION = 1
 """Raised whenever the same seed would draw another picture."""
+
+ZOOM = 1.4
+"""How much closer the camera is than the scene's units say, so that the garment fills the picture as in VITON-HD."""
+
+SKY = 0.075
+"""Scene height that lies above the picture."""
 
 OVERSAMPLING = 3
 """Odd, so that one of the fine pixels lies exactly at the centre of a picture pixel."""
@@ -93,7 +100,9 @@ def render_sample(seed: int, index: int, size: GridSize, shading: bool = True) -
     return render_pair(seed, index, index, size, shading)
 
 
-def render_pair(seed: int, person_index: int, garment_index: int, size: GridSize, shading: bool = True) -> SyntheticSample:
+def render_pair(
+    seed: int, person_index: int, garment_index: int, size: GridSize, shading: bool = True
+) -> SyntheticSample:
     """Person ``person_index`` wearing garment ``garment_index``: also the truth of an unpaired try-on.
 
     >>> render_pair(0, 3, 5, GridSize(64, 48)).correspondence.shape
@@ -101,7 +110,9 @@ def render_pair(seed: int, person_index: int, garment_index: int, size: GridSize
     """
     person = people.draw_person(np.random.default_rng([seed, person_index, 0]))
     garment = garments.draw_garment(np.random.default_rng([seed, garment_index, 1]))
-    return _Rendering(person, garment, size, shading).sample(sample_name(person_index), sample_name(garment_index))
+    return _Rendering(person, garment, size, shading).sample(
+        sample_name(person_index), sample_name(garment_index)
+    )
 
 
 def iterate(seed: int, indices: Iterator[int] | range, size: GridSize) -> Iterator[SyntheticSample]:
@@ -118,11 +129,15 @@ class _Rendering:
         self.fine = (size.height * OVERSAMPLING, size.width * OVERSAMPLING)
         self.pixels = self.fine[0]
         self.aspect = size.width / size.height
+        self.camera = Camera(ZOOM * self.pixels, ((1 - 1 / ZOOM) * self.aspect / 2, SKY))
         self.person, self.garment = person, garment
         self.body = Body(person, self.aspect)
         self.place = garments.place_cut(garment.cut, self.aspect)
         self.torso = people.torso_mesh(garment.cut, self.place, self.body)
-        self.sleeves = {side: people.sleeve_mesh(garment.cut, self.place, self.body, side) for side in self._sleeve_sides()}
+        self.sleeves = {
+            side: people.sleeve_mesh(garment.cut, self.place, self.body, side)
+            for side in self._sleeve_sides()
+        }
 
     def _sleeve_sides(self) -> tuple[int, ...]:
         return () if self.garment.cut.sleeves == "none" else SIDES
@@ -136,7 +151,16 @@ class _Rendering:
         inpaint = self._inpaint_mask(labels)
         agnostic = np.where(inpaint[..., None], np.uint8(GREY), person)
         return SyntheticSample(
-            name, garment_name, person, flat, agnostic, self._densepose(), garment_mask, inpaint, warped, correspondence
+            name,
+            garment_name,
+            person,
+            flat,
+            agnostic,
+            self._densepose(),
+            garment_mask,
+            inpaint,
+            warped,
+            correspondence,
         )
 
     # The flat garment
@@ -147,7 +171,10 @@ class _Rendering:
         fabric = garments.texture(self.garment, self.place, outlines, self.fine)
         colour = self.garment.trim_colour
         source = self.torso.source
-        neck = np.abs(self.torso.parameters[0, :, 1]) <= self.garment.cut.neck / self.garment.cut.shoulder + 1e-6
+        neck = (
+            np.abs(self.torso.parameters[0, :, 1])
+            <= self.garment.cut.neck / self.garment.cut.shoulder + 1e-6
+        )
         garments.trim(fabric, source[0, neck], colour, 0.032)
         garments.trim(fabric, source[-1], 0.82 * self.garment.colours[0], 0.014)
         for mesh in self.sleeves.values():
@@ -158,24 +185,28 @@ class _Rendering:
         """The garment on white and its mask, at picture size."""
         parts = [self.torso.outline(), *(mesh.outline() for mesh in self.sleeves.values())]
         inside = garments.silhouette(parts, self.fine)
-        picture = np.where(inside[..., None] > 0, fabric, np.uint8(255))
+        picture = np.full_like(fabric, 255)
+        np.copyto(picture, fabric, where=inside[..., None] > 0)
         return self._reduced(picture), self._reduced(inside) >= GREY
 
     def _reduced(self, picture: NDArray[np.uint8]) -> Image:
         """Area average of a fine picture."""
-        return cast(Image, cv2.resize(picture, (self.size.width, self.size.height), interpolation=cv2.INTER_AREA))
+        return cast(
+            Image,
+            cv2.resize(picture, (self.size.width, self.size.height), interpolation=cv2.INTER_AREA),
+        )
 
     # The person
 
     def _labels(self) -> tuple[Labels, MeshPainter]:
         """What is visible at each fine pixel, painted from back to front."""
         labels: Labels = np.zeros(self.fine, np.int32)
-        painter = MeshPainter(labels, self.pixels)
+        painter = MeshPainter(labels, self.camera)
         self._paint_back_hair(labels)
-        fill(labels, self.body.torso_outline(), SKIN, self.pixels)
-        fill(labels, self.body.leg(-1), TROUSERS, self.pixels)
-        fill(labels, self.body.leg(1), TROUSERS_SHADE, self.pixels)
-        fill(labels, self.body.neck(), NECK, self.pixels)
+        fill(labels, self.body.torso_outline(), SKIN, self.camera)
+        fill(labels, self.body.leg(-1), TROUSERS, self.camera)
+        fill(labels, self.body.leg(1), TROUSERS_SHADE, self.camera)
+        fill(labels, self.body.neck(), NECK, self.camera)
         sleeveless = not self.sleeves
         if sleeveless:
             for side in SIDES:
@@ -183,52 +214,58 @@ class _Rendering:
         painter.paint(self.torso)
         self._paint_head(labels)
         for side in (-self.person.front_arm, self.person.front_arm):
-            self._paint_arm(labels, side, 0.5 if sleeveless else 0.12, 1.0)
+            # Under a sleeve no skin is painted: it would show where torso and sleeve do not overlap.
+            bare = 0.5 if sleeveless else 0.92 * self.garment.cut.sleeve_share
+            self._paint_arm(labels, side, bare, 1.0)
             if side in self.sleeves:
                 painter.paint(self.sleeves[side])
-            fill(labels, self.body.hand(side), HAND, self.pixels)
+            fill(labels, self.body.hand(side), HAND, self.camera)
         return labels, painter
 
     def _paint_arm(self, labels: Labels, side: int, start: float, stop: float) -> None:
         """Bare skin of one arm between two shares of its length, with round ends."""
-        tube = self.body.arm(side)
+        tube = self.body.arms[side]
         widths = (0.040, 0.024)
-        fill(labels, tube.outline(start, stop, widths), SKIN, self.pixels)
+        fill(labels, tube.outline(start, stop, widths), SKIN, self.camera)
         for share in (start, stop):
             center, _ = tube.at(np.array([share]))
             radius = float(np.interp(share, [0, 1], widths))
-            fill(labels, ellipse(center[0], radius, radius), SKIN, self.pixels)
+            fill(labels, ellipse(center[0], radius, radius), SKIN, self.camera)
 
     def _paint_back_hair(self, labels: Labels) -> None:
         """Hair behind the neck and shoulders."""
         head = self.body.head()
         style = self.person.hair
         if style == "afro":
-            fill(labels, ellipse(head - [0, 0.025], 0.098, 0.092), HAIR, self.pixels)
+            fill(labels, ellipse(head - [0, 0.025], 0.098, 0.092), HAIR, self.camera)
         elif style == "bun":
-            fill(labels, ellipse(head - [0, 0.088], 0.030, 0.028), HAIR, self.pixels)
+            fill(labels, ellipse(head - [0, 0.088], 0.030, 0.028), HAIR, self.camera)
         elif style in ("bob", "long"):
             low = 0.085 if style == "bob" else 0.20
-            fill(labels, ellipse(head - [0, 0.008], 0.068, 0.078), HAIR, self.pixels)
+            fill(labels, ellipse(head - [0, 0.008], 0.068, 0.078), HAIR, self.camera)
             sides = np.array([[-0.068, -0.01], [0.068, -0.01], [0.074, low], [-0.074, low]])
-            fill(labels, head + sides, HAIR, self.pixels)
+            fill(labels, head + sides, HAIR, self.camera)
 
     def _paint_head(self, labels: Labels) -> None:
         """Face, hair line and features."""
-        head, pixels = self.body.head(), self.pixels
-        fill(labels, ellipse(head, 0.049, 0.066), SKIN, pixels)
+        head, camera = self.body.head(), self.camera
+        fill(labels, ellipse(head, 0.049, 0.066), SKIN, camera)
         if self.person.hair != "bald":
             cap = ellipse(head - [0, 0.010], 0.054, 0.064)
             crown = cap[cap[:, 1] < head[1] - 0.022]
-            fringe = head + np.array([[0.046, -0.020], [0.015, -0.040], [-0.030, -0.032], [-0.048, -0.012]])
+            fringe = head + np.array(
+                [[0.046, -0.020], [0.015, -0.040], [-0.030, -0.032], [-0.048, -0.012]]
+            )
             order = np.argsort(np.arctan2(crown[:, 1] - head[1], crown[:, 0] - head[0]))
-            fill(labels, np.concatenate([crown[order], fringe]), HAIR, pixels)
+            fill(labels, np.concatenate([crown[order], fringe]), HAIR, camera)
         gaze = head + np.array([0.35 * 0.02 * self.person.turn, 0.0])
         for side in SIDES:
-            fill(labels, ellipse(gaze + [side * 0.018, 0.004], 0.0058, 0.0062, 12), EYE, pixels)
-        fill(labels, ellipse(gaze + [0, 0.036], 0.0145, 0.0045, 16), LIPS, pixels)
+            fill(labels, ellipse(gaze + [side * 0.018, 0.004], 0.0058, 0.0062, 12), EYE, camera)
+        fill(labels, ellipse(gaze + [0, 0.036], 0.0145, 0.0045, 16), LIPS, camera)
 
-    def _person_picture(self, labels: Labels, painter: MeshPainter, fabric: Image) -> tuple[Image, NDArray[np.float32]]:
+    def _person_picture(
+        self, labels: Labels, painter: MeshPainter, fabric: Image
+    ) -> tuple[Image, NDArray[np.float32]]:
         """The person ``[H, W, 3]`` and the correspondence ``[H, W, 2]``."""
         rows, columns = np.nonzero(labels >= FIRST_TRIANGLE_LABEL)
         attributes = painter.attributes(rows, columns)
@@ -250,13 +287,13 @@ class _Rendering:
         lips = 0.55 * person.skin + 0.45 * np.array([176.0, 60.0, 66.0])
         colours = {
             SKIN: person.skin, HAND: 0.98 * person.skin, NECK: 0.88 * person.skin, TROUSERS: person.trousers,
-            TROUSERS_SHADE: 0.90 * person.trousers, HAIR: person.hair_colour, EYE: np.array([40.0, 32.0, 32.0]), LIPS: lips,
+            TROUSERS_SHADE: 0.90 * person.trousers, HAIR: person.hair_colour, EYE: np.array([40.0, 32.0, 32.0]),
+            LIPS: lips,
         }  # fmt: skip
         for label, colour in colours.items():
             palette[label] = np.clip(colour, 0, 255)
-        fine = palette[np.minimum(labels, FIRST_TRIANGLE_LABEL - 1)]
-        rows, columns = np.nonzero(labels == 0)
-        fine[rows, columns] = self._background()[rows, columns]
+        fine = np.take(palette, labels, axis=0, mode="clip")
+        np.copyto(fine, self._background(), where=(labels == 0)[..., None])
         return fine
 
     def _background(self) -> Image:
@@ -264,28 +301,36 @@ class _Rendering:
         first, second = self.person.background
         down = np.linspace(0, 1, self.fine[0])[:, None, None]
         sideways = np.linspace(-0.5, 0.5, self.fine[1])[None, :, None] * 0.06 * self.person.light
-        wall = (first * (1 - down) + second * down) * (1.0 + sideways)
-        return np.clip(wall, 0, 255).astype(np.uint8)
+        wall = (first * (1 - down) + second * down) * (1.0 + sideways)  # at most 0.94 x 255 x 1.03
+        return wall.astype(np.uint8)
 
     def _shaded(
-        self, fine: Image, labels: Labels, where: tuple[NDArray[np.intp], ...], parameters: NDArray[np.float32]
+        self,
+        fine: Image,
+        labels: Labels,
+        where: tuple[NDArray[np.intp], ...],
+        parameters: NDArray[np.float32],
     ) -> Image:
         """Light, folds and soft shadows of the arms, multiplied onto the picture."""
         shade = np.ones(self.fine, np.float32)
         shade[where] = self._folds(parameters)
         solid = (labels > 0).astype(np.uint8)
-        inner = cv2.distanceTransform(solid, cv2.DIST_L2, 3) * np.float32(1.0 / (0.03 * self.pixels))
+        inner = cv2.distanceTransform(solid, cv2.DIST_L2, 3) * np.float32(
+            1.0 / (0.03 * self.camera.pixels)
+        )
         shade *= np.float32(0.84) + np.float32(0.16) * np.minimum(inner, np.float32(1.0))
         shade *= self._arm_shadow(labels)
         shade[solid == 0] = 1.0
-        return cv2.convertScaleAbs(fine * shade[..., None])
+        return _uint8(cv2.multiply(fine, cv2.merge([shade] * 3), dtype=cv2.CV_32F))
 
     def _folds(self, parameters: NDArray[np.float32]) -> NDArray[np.float32]:
         """Brightness of fabric from its place along and across a part: round form, side light, folds."""
         along, across = parameters[:, 0], parameters[:, 1]
         a, b, c = self.person.fold_phase
         turn = np.float32(2 * np.pi)
-        folds = np.sin(turn * (1.1 * across + 1.3 * along + a)) + np.sin(turn * (0.9 * along - 1.7 * across + b))
+        folds = np.sin(turn * (1.1 * across + 1.3 * along + a)) + np.sin(
+            turn * (0.9 * along - 1.7 * across + b)
+        )
         drape = np.sin(turn * (1.5 * across + 0.3 * along + c)) * along
         round_form = 1.05 - 0.17 * across * across + 0.07 * self.person.light * across
         return np.asarray(round_form + 0.5 * self.person.fold_depth * (folds + drape), np.float32)
@@ -294,8 +339,8 @@ class _Rendering:
         """Soft darkening of the torso beside arms that lie in front of it."""
         arms = np.zeros(self.fine, np.uint8)
         for side in SIDES:
-            fill(arms, self.body.arm(side).outline(0.15, 1.0, (0.05, 0.036)), 255, self.pixels)
-        arms_in_front = cv2.GaussianBlur(arms, (0, 0), 0.014 * self.pixels)
+            fill(arms, self.body.arms[side].outline(0.15, 1.0, (0.05, 0.036)), 255, self.camera)
+        arms_in_front = cv2.GaussianBlur(arms, (0, 0), 0.014 * self.camera.pixels)
         shadow = 1.0 - arms_in_front.astype(np.float32) * np.float32(0.30 / 255)
         shadow[arms > 0] = 1.0
         return shadow
@@ -305,14 +350,17 @@ class _Rendering:
     def _inpaint_mask(self, labels: Labels) -> Mask:
         """Where any garment could be: a generous torso and both arms, without face, hair above it, and hands."""
         region = np.zeros(self.fine, np.uint8)
-        fill(region, self._largest_torso(), 255, self.pixels)
+        fill(region, self._largest_torso(), 255, self.camera)
         for side in SIDES:
-            tube = self.body.arm(side)
-            fill(region, tube.outline(0.0, 1.0, (0.088, 0.064)), 255, self.pixels)
+            tube = self.body.arms[side]
+            fill(region, tube.outline(0.0, 1.0, (0.088, 0.064)), 255, self.camera)
             for share, radius in ((0.0, 0.086), (0.52, 0.074), (1.0, 0.062)):
                 center, _ = tube.at(np.array([share]))
-                fill(region, ellipse(center[0], radius, radius), 255, self.pixels)
-        above = np.arange(self.fine[0])[:, None] < (self.body.head()[1] + 0.075) * self.pixels
+                fill(region, ellipse(center[0], radius, radius), 255, self.camera)
+        above = (
+            np.arange(self.fine[0])[:, None]
+            < self.camera.project(self.body.head() + [0.0, 0.075])[1]
+        )
         face = np.isin(labels, (SKIN, HAIR, EYE, LIPS)) & above
         region[face | (labels == HAND)] = 0
         return self._reduced(region) >= GREY
@@ -331,7 +379,7 @@ class _Rendering:
         names = list(POSE_COLOURS)
 
         def part(name: str, polygon: NDArray[np.float64]) -> None:
-            fill(canvas, polygon, names.index(name) + 1, self.pixels)
+            fill(canvas, polygon, names.index(name) + 1, self.camera)
 
         body = self.body
         for side, word in zip(SIDES, ("left", "right"), strict=True):
@@ -339,14 +387,23 @@ class _Rendering:
         part("torso", body.torso_outline())
         part("head", body.neck()[:3])
         part("head", ellipse(body.head(), 0.049, 0.066))
-        part("head", body.head() + np.array([[-0.026, 0.03], [0.026, 0.03], [0.026, 0.105], [-0.026, 0.105]]))
+        part(
+            "head",
+            body.head()
+            + np.array([[-0.026, 0.03], [0.026, 0.03], [0.026, 0.105], [-0.026, 0.105]]),
+        )
         for side in (-self.person.front_arm, self.person.front_arm):
             word = "left" if side < 0 else "right"
-            part(f"upper_arm_{word}", body.arm(side).outline(0.0, 0.54, (0.040, 0.024)))
-            part(f"lower_arm_{word}", body.arm(side).outline(0.52, 1.0, (0.040, 0.024)))
+            part(f"upper_arm_{word}", body.arms[side].outline(0.0, 0.54, (0.040, 0.024)))
+            part(f"lower_arm_{word}", body.arms[side].outline(0.52, 1.0, (0.040, 0.024)))
             part(f"hand_{word}", body.hand(side))
         palette = np.array([(0, 0, 0), *POSE_COLOURS.values()], np.uint8)
-        return self._reduced(palette[canvas])
+        return self._reduced(np.take(palette, canvas, axis=0))
+
+
+def _uint8(values: Any) -> Image:
+    """Rounded and clamped to 0..255."""
+    return cast(Image, cv2.convertScaleAbs(values))
 
 
 def _sample_texture(fabric: Image, points: NDArray[np.float32], pixels: int) -> Image:
@@ -355,5 +412,185 @@ def _sample_texture(fabric: Image, points: NDArray[np.float32], pixels: int) -> 
     row_length = 16_384  # OpenCV's maps are limited to 32767 per side
     padding = -len(where) % row_length
     padded = np.pad(where, ((0, padding), (0, 0))).reshape(-1, row_length, 2)
-    sampled = cv2.remap(fabric, np.ascontiguousarray(padded), None, cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)  # type: ignore[call-overload]
+    sampled = cv2.remap(
+        fabric,
+        np.ascontiguousarray(padded),
+        None,
+        cv2.INTER_LINEAR,
+        borderMode=cv2.BORDER_REPLICATE,
+    )  # type: ignore[call-overload]
     return cast(Image, sampled.reshape(-1, 3)[: len(where)])
+
+
+# Writing the VITON-HD layout
+
+FOLDERS = (
+    "image", "cloth", "cloth-mask", "agnostic-v3.2", "agnostic-mask", "image-densepose", "gt_cloth_warped_mask",
+    "correspondence",
+)  # fmt: skip
+JPEG = [
+    cv2.IMWRITE_JPEG_QUALITY, 97, cv2.IMWRITE_JPEG_SAMPLING_FACTOR, cv2.IMWRITE_JPEG_SAMPLING_FACTOR_444,
+]  # fmt: skip
+PNG = [cv2.IMWRITE_PNG_COMPRESSION, 3]
+DESCRIPTION_FILE = "dataset.json"
+
+
+def describe_dataset(train: int, test: int, size: GridSize, seed: int) -> dict[str, Any]:
+    """The contents of ``dataset.json``: all that decides the files."""
+    return {
+        "generator": "i2am_train.datasets.synthetic", "version": GENERATOR_VERSION, "seed": seed,
+        "height": size.height, "width": size.width, "train": train, "test": test,
+    }  # fmt: skip
+
+
+def make_dataset(
+    root: Path | str,
+    train: int,
+    test: int,
+    size: GridSize,
+    seed: int,
+    *,
+    workers: int | None = None,
+    progress: bool = True,
+) -> Path:
+    """Write a dataset in VITON-HD layout; a complete one of the same description is kept as it is.
+
+    The files go to ``<root>.partial`` first, so that ``root`` exists only when it is complete. The unpaired
+    garment of test sample i is that of sample i + 1 (the last takes the first).
+
+    Raises:
+        DataError: ``root`` exists and is something else, or the counts are impossible.
+    """
+    root = Path(root).absolute()
+    size = GridSize(*size)
+    description = describe_dataset(train, test, size, seed)
+    _check_request(train, test, size)
+    if root.exists():
+        _check_same(root, description)
+        return root
+    partial_root = root.with_name(root.name + ".partial")
+    shutil.rmtree(partial_root, ignore_errors=True)
+    _make_folders(partial_root)
+    jobs = [(Split.TRAIN, index) for index in range(train)]
+    jobs += [(Split.TEST, FIRST_TEST_INDEX + index) for index in range(test)]
+    _write_samples(partial_root, jobs, size, seed, workers, progress)
+    _write_pairs(partial_root, train, test)
+    (partial_root / DESCRIPTION_FILE).write_text(json.dumps(description, indent=2) + "\n")
+    os.replace(partial_root, root)
+    return root
+
+
+def _check_request(train: int, test: int, size: GridSize) -> None:
+    """Refuse counts and sizes that cannot be drawn."""
+    if not (1 <= train <= MAX_SAMPLES and 2 <= test <= MAX_SAMPLES):
+        raise DataError(
+            f"Cannot make {train} training and {test} test samples: train must be 1 to {MAX_SAMPLES} and test 2 to "
+            f"{MAX_SAMPLES} (an unpaired test needs two garments). Change data.train and data.test."
+        )
+    if min(size) < 16:
+        raise DataError(
+            f"Size {size} is too small to draw; height and width must be at least 16. Change data.size."
+        )
+
+
+def _check_same(root: Path, description: dict[str, Any]) -> None:
+    """Accept an existing folder only if it holds exactly the dataset that was asked for."""
+    file = root / DESCRIPTION_FILE
+    try:
+        found = json.loads(file.read_text())
+    except (OSError, ValueError):
+        found = None
+    if found != description:
+        what = (
+            "no readable dataset.json"
+            if found is None
+            else f"another dataset ({json.dumps(found)})"
+        )
+        raise DataError(
+            f"{root} exists and holds {what}; expected {json.dumps(description)}. Nothing was changed. "
+            "Choose another root, or delete that folder."
+        )
+
+
+def _make_folders(root: Path) -> None:
+    """All folders of both splits."""
+    for split in Split:
+        for folder in FOLDERS:
+            (root / split / folder).mkdir(parents=True)
+
+
+def _write_samples(
+    root: Path,
+    jobs: list[tuple[Split, int]],
+    size: GridSize,
+    seed: int,
+    workers: int | None,
+    progress: bool,
+) -> None:
+    """Render and write, in processes where there is enough to do."""
+    count = max(1, (os.cpu_count() or 1) if workers is None else workers)
+    write = partial(_render_and_write, root, size, seed)
+    bar = partial(
+        tqdm, total=len(jobs), desc="drawing samples", unit="sample", disable=not progress
+    )
+    if count == 1 or len(jobs) < 64:
+        for _ in bar(map(write, jobs)):
+            pass
+        return
+    # A fork of a process that already runs threads (torch, OpenCV) may hang.
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(count, mp_context=context, initializer=_one_thread) as pool:
+        for _ in bar(pool.map(write, jobs, chunksize=16)):
+            pass
+
+
+def _one_thread() -> None:
+    """Keep OpenCV from starting a thread per core in every process."""
+    cv2.setNumThreads(1)
+
+
+def _render_and_write(root: Path, size: GridSize, seed: int, job: tuple[Split, int]) -> None:
+    """One sample of a process pool."""
+    split, index = job
+    write_sample(root / split, render_sample(seed, index, size))
+
+
+def write_sample(folder: Path, sample: SyntheticSample) -> None:
+    """Write one sample into the folders of a split."""
+    name, garment = sample.name, sample.garment_name
+    colours = {
+        f"image/{name}.jpg": sample.person, f"cloth/{garment}.jpg": sample.garment,
+        f"agnostic-v3.2/{name}.jpg": sample.agnostic, f"image-densepose/{name}.jpg": sample.densepose,
+    }  # fmt: skip
+    masks = {
+        f"cloth-mask/{garment}.jpg": sample.garment_mask, f"agnostic-mask/{name}_mask.png": sample.inpaint_mask,
+        f"gt_cloth_warped_mask/{name}.jpg": sample.warped_garment_mask,
+    }  # fmt: skip
+    for file, picture in colours.items():
+        _write(folder / file, cv2.cvtColor(picture, cv2.COLOR_RGB2BGR))
+    for file, mask in masks.items():
+        _write(folder / file, mask.astype(np.uint8) * np.uint8(255))
+    _write(
+        folder / f"correspondence/{name}.png",
+        encode_correspondence(sample.correspondence)[..., ::-1],
+    )
+
+
+def _write(path: Path, picture: NDArray[np.generic]) -> None:
+    """Write a picture or say why not."""
+    options = JPEG if path.suffix == ".jpg" else PNG
+    if not cv2.imwrite(str(path), np.ascontiguousarray(picture), options):
+        raise DataError(
+            f"Could not write {path}. Check that the disk has room and the folder is writable."
+        )
+
+
+def _write_pairs(root: Path, train: int, test: int) -> None:
+    """Pair lists: training pairs are a person and their own garment, test pairs are unpaired."""
+    names = [f"{sample_name(index)}.jpg" for index in range(train)]
+    (root / "train_pairs.txt").write_text("".join(f"{name} {name}\n" for name in names))
+    names = [f"{sample_name(FIRST_TEST_INDEX + index)}.jpg" for index in range(test)]
+    others = names[1:] + names[:1]
+    (root / "test_pairs.txt").write_text(
+        "".join(f"{a} {b}\n" for a, b in zip(names, others, strict=True))
+    )

@@ -15,15 +15,20 @@ from typing import Any, NamedTuple, Self
 
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+from diffusers.utils import logging as diffusers_logging
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from transformers import AutoModel, PreTrainedModel
+from transformers.utils import logging as transformers_logging
 
 from i2am_train.attribution.sites import Recipe, diffusers_decoder
 from i2am_train.errors import CheckpointError
 from i2am_train.models.diffusion import NoiseSchedule
 from i2am_train.models.projector import ReferenceProjector
 from i2am_train.types import GridSize
+
+diffusers_logging.disable_progress_bar()  # "Writing model shards" for files of a few megabytes
+transformers_logging.disable_progress_bar()
 
 INDEX_FILE = "model_index.json"
 COMPONENTS = ("unet", "vae", "reference_encoder", "projector", "scheduler")
@@ -205,8 +210,9 @@ class TryOnModel(nn.Module):
             dtype = next(component.parameters()).dtype
             if half:
                 component.half()
-            component.save_pretrained(folder / name, safe_serialization=True)
-            component.to(dtype)
+            component.save_pretrained(folder / name)
+            if half:
+                component.to(dtype)
         index = {"_class_name": "TryOnModel", "_i2am_train_version": __version__}
         (folder / INDEX_FILE).write_text(json.dumps(index | asdict(self.config), indent=2) + "\n")
 

@@ -6,7 +6,6 @@ drawing in a training callback leaves no global state behind.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,6 +47,8 @@ STYLE: RcStyleType = {
 }
 INK = "#222222"
 GREY = "#777777"
+START_COLOR = "#404040"
+TRUTH_COLOR = "#a0a0a0"
 
 OKABE_ITO = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 """Colours that colour-blind readers can tell apart (Okabe and Ito, 2008), darkest first."""
@@ -67,18 +68,18 @@ def new_figure(width: float, height: float) -> Figure:
 
 
 def arm_colors(arms: Iterable[str], start_arm: str = "base") -> dict[str, str]:
-    """One colour per arm, the same in every figure; the untrained start is grey.
+    """One colour per arm, the same in every figure; the untrained start is dark grey.
 
     >>> arm_colors(["base", "baseline"])
-    {'base': '#777777', 'baseline': '#0072B2'}
+    {'base': '#404040', 'baseline': '#0072B2'}
     """
     trained = [arm for arm in arms if arm != start_arm]
     colors = {arm: OKABE_ITO[i % len(OKABE_ITO)] for i, arm in enumerate(trained)}
-    return {start_arm: GREY, **colors} if start_arm in arms else colors
+    return {start_arm: START_COLOR, **colors} if start_arm in arms else colors
 
 
 def heat_colormap(alpha: float = OVERLAY_ALPHA) -> ListedColormap:
-    """Inferno that fades in: value 0 is transparent, value 1 has opacity ``alpha``."""
+    """Inferno that fades in over a picture: transparent at 0, opacity ``alpha`` at 1."""
     values = np.linspace(0.0, 1.0, 256)
     rgba = colormaps[HEAT](values)
     rgba[:, 3] = alpha * values**_ALPHA_POWER
@@ -111,7 +112,7 @@ def overlay(image: Picture, heat_map: ArrayLike, alpha: float = OVERLAY_ALPHA) -
     rgba = heat_colormap(alpha)(np.clip(np.asarray(resized), 0.0, 1.0))
     weight = rgba[..., 3:]
     mixed = image * (1.0 - weight) + 255.0 * rgba[..., :3] * weight
-    return np.round(mixed).astype(np.uint8)
+    return np.asarray(np.round(mixed), dtype=np.uint8)
 
 
 def faded(image: Picture, strength: float = 0.45, gray: bool = False) -> Picture:
@@ -136,10 +137,10 @@ class Margins:
 
 @dataclass(frozen=True, slots=True)
 class ImageGrid:
-    """Axes for pictures of one shape; ``axes[row, column]`` fill their cells exactly."""
+    """Axes for pictures of one shape; ``axes[row][column]`` fill their cells exactly."""
 
     figure: Figure
-    axes: NDArray[np.object_]
+    axes: tuple[tuple[Axes, ...], ...]
     groups: tuple[range, ...]
     margins: Margins
 
@@ -148,6 +149,11 @@ class ImageGrid:
         """Height of the figure in inches."""
         return float(self.figure.get_figheight())
 
+    @property
+    def cells(self) -> list[Axes]:
+        """All axes, row by row."""
+        return [axes for row in self.axes for axes in row]
+
     def column_titles(self, titles: Sequence[str]) -> None:
         """Write one title over each column."""
         for axes, title in zip(self.axes[0], titles, strict=True):
@@ -155,14 +161,14 @@ class ImageGrid:
 
     def row_titles(self, titles: Sequence[str]) -> None:
         """Write one small upright title left of each row."""
-        for axes, title in zip(self.axes[:, 0], titles, strict=True):
-            axes.set_ylabel(title, fontsize=7, color=GREY, labelpad=3)
+        for axes, title in zip(self.axes, titles, strict=True):
+            axes[0].set_ylabel(title, fontsize=7, color=GREY, labelpad=3)
 
     def group_titles(self, titles: Sequence[str]) -> None:
         """Write a heading with a rule over each group of columns."""
         for group, title in zip(self.groups, titles, strict=True):
-            left = self.axes[0, group[0]].get_position()
-            right = self.axes[0, group[-1]].get_position()
+            left = self.axes[0][group[0]].get_position()
+            right = self.axes[0][group[-1]].get_position()
             y = left.y1 + 0.27 / self.height
             self.figure.add_artist(Line2D([left.x0, right.x1], [y, y], color=GREY, linewidth=0.6))
             center = (left.x0 + right.x1) / 2
@@ -173,7 +179,7 @@ class ImageGrid:
     def color_bar(self, mappable: ScalarMappable, label: str, width: float = 1.8) -> Axes:
         """A horizontal colour bar below the pictures, at the right; needs a bottom margin."""
         inches = float(self.figure.get_figwidth())
-        left = (inches - self.margins.right - width) / inches
+        left = (inches - self.margins.right - 0.1 - width) / inches  # room for the last number
         box = (left, 0.24 / self.height, width / inches, 0.09 / self.height)
         bar_axes = self.figure.add_axes(box)
         bar = self.figure.colorbar(mappable, cax=bar_axes, orientation="horizontal")
@@ -209,12 +215,12 @@ def image_grid(
     height = m.top + rows * cell_height + (rows - 1) * m.gap + m.bottom
     figure = new_figure(width, height)
     lefts = _column_offsets(group_sizes, cell_width, m)
-    axes = np.empty((rows, columns), dtype=object)
-    for row in range(rows):
-        bottom = height - m.top - (row + 1) * cell_height - row * m.gap
-        for column, left in enumerate(lefts):
-            box = (left / width, bottom / height, cell_width / width, cell_height / height)
-            axes[row, column] = _bare(figure.add_axes(box))
+    bottoms = [height - m.top - (r + 1) * cell_height - r * m.gap for r in range(rows)]
+    size = (cell_width / width, cell_height / height)
+    axes = tuple(
+        tuple(_bare(figure.add_axes((left / width, bottom / height, *size))) for left in lefts)
+        for bottom in bottoms
+    )
     return ImageGrid(figure, axes, _ranges(group_sizes), m)
 
 
@@ -274,7 +280,9 @@ def show_heat(
     )
 
 
-def heat_scale(limits: tuple[float, float] = (0.0, 1.0), over_picture: bool = True) -> ScalarMappable:
+def heat_scale(
+    limits: tuple[float, float] = (0.0, 1.0), over_picture: bool = True
+) -> ScalarMappable:
     """What a colour bar of ``show_heat`` shows."""
     colors = heat_colormap() if over_picture else colormaps[HEAT]
     return ScalarMappable(Normalize(*limits), colors)
@@ -291,7 +299,7 @@ def save_figure(figure: Figure, path: Path, dpi: int = 160) -> Path:
     unfinished = path.with_name(f".{path.name}.unfinished")
     with mpl.rc_context(STYLE):
         figure.savefig(unfinished, format=file_format, dpi=dpi, metadata=_metadata(file_format))
-    os.replace(unfinished, path)
+    unfinished.replace(path)
     return path
 
 

@@ -24,6 +24,7 @@ from i2am_train.reporting.canvas import (
     INK,
     STYLE,
     WORSE,
+    ImageGrid,
     Margins,
     Picture,
     arm_colors,
@@ -89,36 +90,45 @@ def map_grid(
         shapes = ", ".join(str(values.shape) for values in arrays) or "nothing"
         raise ValueError(f"Expected two-dimensional maps, found {shapes}.")
     columns = min(columns or len(arrays), len(arrays))
-    rows = -(-len(arrays) // columns)
-    per_map = len(titles) == len(arrays) and rows > 1
+    if titles and len(titles) not in {len(arrays), columns}:
+        raise ValueError(f"Found {len(titles)} titles for {len(arrays)} maps in {columns} columns.")
     pictures = _per_map(underlay, len(arrays))
-    aspect = _aspect(pictures[0], arrays[0])
-    grid = image_grid(
-        rows,
-        [columns],
-        aspect,
-        width or float(np.clip(1.35 * columns + 0.4, 3.4, 14.0)),
-        Margins(
-            top=(0.3 if titles else 0.08) + (0.25 if title else 0.0),
-            bottom=0.42,
-            gap=0.24 if per_map else 0.05,
-        ),
-    )
-    cells = list(grid.axes.flat)
-    for axes in cells[len(arrays) :]:
+    limits = _limits(arrays)
+    spans = [limits if shared_scale else _limits([values]) for values in arrays]
+    grid = _map_cells(arrays, pictures, columns, len(titles), bool(title), width)
+    for axes, values, picture, span in zip(grid.cells, arrays, pictures, spans, strict=False):
+        show_heat(axes, values, picture, span)
+    for axes, text in zip(grid.cells, titles, strict=False):
+        axes.set_title(text, fontsize=8, pad=3, color=INK)
+    for axes in grid.cells[len(arrays) :]:
         axes.set_axis_off()
-    shared = _limits(arrays)
-    for axes, values, picture in zip(cells, arrays, pictures, strict=False):
-        show_heat(axes, values, picture, shared if shared_scale else _limits([values]))
-    _write_titles(cells, list(titles), len(arrays), columns)
     if row_titles:
         grid.row_titles(row_titles)
     if title:
         grid.figure.text(0.5, 1 - 0.04 / grid.height, title, ha="center", va="top", weight="bold")
-    scale = heat_scale(shared if shared_scale else (0.0, 1.0), over_picture=pictures[0] is not None)
+    scale = heat_scale(limits if shared_scale else (0.0, 1.0), over_picture=underlay is not None)
     note = label if shared_scale else f"{label}, each map on its own scale"
     grid.color_bar(scale, note, width=min(1.8, 0.4 * float(grid.figure.get_figwidth())))
     return grid.figure
+
+
+def _map_cells(
+    arrays: Sequence[NDArray[np.float64]],
+    pictures: Sequence[Picture | None],
+    columns: int,
+    titles: int,
+    has_title: bool,
+    width: float | None,
+) -> ImageGrid:
+    rows = -(-len(arrays) // columns)
+    titled_rows = rows > 1 and titles == len(arrays)
+    margins = Margins(
+        top=(0.3 if titles else 0.08) + (0.25 if has_title else 0.0),
+        bottom=0.42,
+        gap=0.24 if titled_rows else 0.05,
+    )
+    width = width or float(np.clip(1.35 * columns + 0.4, 3.4, 14.0))
+    return image_grid(rows, [columns], _aspect(pictures[0], arrays[0]), width, margins)
 
 
 def _per_map(
@@ -136,7 +146,7 @@ def _per_map(
 
 def _aspect(picture: Picture | None, values: NDArray[np.float64]) -> float:
     height, width = values.shape if picture is None else picture.shape[:2]
-    return height / width
+    return float(height / width)
 
 
 def _limits(arrays: Sequence[NDArray[np.float64]]) -> tuple[float, float]:
@@ -145,13 +155,6 @@ def _limits(arrays: Sequence[NDArray[np.float64]]) -> tuple[float, float]:
         return 0.0, 1.0
     low, high = float(finite.min()), float(finite.max())
     return (low, high) if high > low else (low, low + 1.0)  # a constant map is drawn dark
-
-
-def _write_titles(cells: Sequence[Axes], titles: list[str], maps: int, columns: int) -> None:
-    if titles and len(titles) not in {maps, columns}:
-        raise ValueError(f"Found {len(titles)} titles for {maps} maps in {columns} columns.")
-    for axes, text in zip(cells, titles, strict=False):
-        axes.set_title(text, fontsize=8, pad=3, color=INK)
 
 
 @mpl.rc_context(STYLE)
@@ -180,7 +183,7 @@ def sample_grid(
     margins = Margins(top=0.3 if labels else 0.06)
     width = width or float(np.clip(1.35 * columns + 0.3, 2.0, 14.0))
     grid = image_grid(rows, [columns], height / wide, width, margins)
-    for axes, picture in zip(grid.axes.flat, pictures.reshape(-1, height, wide, 3), strict=True):
+    for axes, picture in zip(grid.cells, pictures.reshape(-1, height, wide, 3), strict=True):
         show_picture(axes, picture)
     if labels:
         grid.column_titles(labels)
@@ -255,7 +258,7 @@ def with_index(label: str) -> str:
 
 
 def _columns_of(plots: int) -> int:
-    return min(4, plots) if plots != 6 else 3
+    return 3 if plots <= 3 or plots in {5, 6, 9} else 4
 
 
 def _small_multiples(
@@ -265,7 +268,9 @@ def _small_multiples(
     rows = -(-count // columns)
     height = rows * cell_height + header
     figure = new_figure(width, height)
-    figure.set_layout_engine("constrained", rect=(0, 0, 1, 1 - header / height), h_pad=0.06)
+    figure.set_layout_engine(
+        "constrained", rect=(0, 0, 1, 1 - header / height), h_pad=0.07, w_pad=0.09
+    )
     return figure, [figure.add_subplot(rows, columns, index + 1) for index in range(count)]
 
 
@@ -282,7 +287,7 @@ def difference_plot(results: Results, width: float = 11.0) -> Figure:
     columns = [c for c in metric_columns(results) if any(_entries(results, c))]
     labels = arm_labels(results)
     arms = [arm for arm in labels if any(e["arm"] == arm for e in results["paired"])]
-    cell_height = 0.95 + 0.22 * len(arms)
+    cell_height = 0.8 + 0.24 * len(arms)
     figure, plots = _small_multiples(len(columns), width, cell_height)
     for index, (axes, column) in enumerate(zip(plots, columns, strict=True)):
         _draw_differences(axes, results, column, arms)
@@ -316,8 +321,7 @@ def _draw_differences(
     axes.xaxis.set_major_locator(MaxNLocator(4))
     axes.set_title(with_index(column.label), loc="left")
     hint = {True: "better →", False: "← better", None: ""}[column.higher_is_better]
-    side = "right" if column.higher_is_better else "left"
-    axes.set_xlabel(hint, loc=side, fontsize=7.5, color=GREY, labelpad=1)
+    axes.set_title(hint, loc="right", fontsize=7.5, color=GREY)
 
 
 def seed_differences(results: Results, arm: str, against: str, metric: str) -> list[float]:

@@ -95,7 +95,7 @@ class CellRecord:
 
 @dataclass(frozen=True, slots=True)
 class RunRecord:
-    """A run folder in memory; ``results`` has ``summary`` and ``paired`` even if the file has not."""
+    """A run folder in memory; ``results`` always has ``summary`` and ``paired``."""
 
     folder: Path
     results: Results
@@ -167,11 +167,13 @@ def arm_labels(results: Results) -> dict[str, str]:
     return {arm["name"]: str(arm.get("label") or arm["name"]) for arm in results["arms"]}
 
 
-def _read_json(path: Path) -> Any:  # noqa: ANN401 (any JSON value)
+def _read_json(path: Path) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise RunFolderError(f"{path} is not readable JSON: {error}. Run the command again.") from None
+        raise RunFolderError(
+            f"{path} is not readable JSON: {error}. Run the command again."
+        ) from None
 
 
 def _read_cell(run_folder: Path, cell: Mapping[str, Any]) -> CellRecord:
@@ -183,7 +185,7 @@ def _read_cell(run_folder: Path, cell: Mapping[str, Any]) -> CellRecord:
         seed=seed,
         folder=folder,
         evaluated=_read_count(evaluation / "results.json"),
-        samples=_read_samples(evaluation / "samples.jsonl"),
+        samples=read_samples(evaluation / "samples.jsonl"),
         panels=read_panels(evaluation / "panels.safetensors"),
         history=read_history(folder / "metrics.csv", arm, seed),
     )
@@ -194,14 +196,17 @@ def _read_count(path: Path) -> int | None:
     return None if samples is None else int(samples)
 
 
-def _read_samples(path: Path) -> tuple[Mapping[str, Any], ...]:
+def read_samples(path: Path) -> tuple[Mapping[str, Any], ...]:
+    """The scores of single samples that an evaluation kept, or nothing if it kept none."""
     if not path.is_file():
         return ()
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
         return tuple(json.loads(line) for line in lines if line.strip())
     except ValueError as error:
-        raise RunFolderError(f"{path} is not readable JSON lines: {error}. Evaluate again.") from None
+        raise RunFolderError(
+            f"{path} is not readable JSON lines: {error}. Evaluate again."
+        ) from None
 
 
 def read_panels(path: Path) -> Panels | None:

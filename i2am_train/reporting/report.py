@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import base64
 import json
-import os
-import platform
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -40,10 +38,13 @@ from i2am_train.reporting.records import (
     reference_arm,
     uses_truth,
 )
+from i2am_train.reporting.table_formats import minus
 from i2am_train.reporting.tables import (
     MetricColumn,
+    capitalised,
     collapse_warnings,
     describe,
+    describe_machine,
     difference_tables,
     main_table,
     metric_columns,
@@ -53,6 +54,7 @@ from i2am_train.reporting.tables import (
 )
 
 MAX_ARMS_IN_PANEL = 4
+MAX_CENTER_ROWS = 4
 EXTREMES = 4
 """How many of the best and of the worst samples are listed."""
 RANKED_BY = "imacs_g"
@@ -66,6 +68,8 @@ class FigureBlock:
     source: str
     caption: str
     alt: str
+    pixels: int
+    """Width that it is drawn for, at most."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,7 +128,7 @@ def _environment() -> Environment:
 def _write(path: Path, text: str) -> Path:
     unfinished = path.with_name(f".{path.name}.unfinished")
     unfinished.write_text(text, encoding="utf-8")
-    os.replace(unfinished, path)
+    unfinished.replace(path)
     return path
 
 
@@ -138,7 +142,7 @@ def _title(results: Results) -> str:
     labels = arm_labels(results)
     if reference is None or focus is None:
         return f"Evaluation of {', '.join(labels.values())}"
-    return f"{labels[focus]} against {labels[reference]}"
+    return f"{capitalised(labels[focus])} against {labels[reference]}"
 
 
 def focus_arm(results: Results) -> str | None:
@@ -156,12 +160,14 @@ def _context(run: RunRecord) -> dict[str, Any]:
     return {
         "title": _title(results),
         "facts": list(_facts(results)),
-        "verdicts": verdict_sentences(results),
+        "verdicts": [minus(sentence) for sentence in verdict_sentences(results)],
         "warnings": collapse_warnings(results),
         "main_table": table_formats.html_main(results) if main_table(results).columns else "",
         "differences": [
             (table.title, table.over, table_formats.html_differences(table))
-            for table in difference_tables(results)
+            for table in sorted(
+                difference_tables(results), key=lambda table: table.arm != focus_arm(results)
+            )
         ],
         "notes": notes(results),
         "difference_figure": _difference_figure(run),
@@ -196,12 +202,11 @@ def _making(results: Results) -> Iterator[tuple[str, str]]:
         "Command": results.get("command"),
         "Started": results.get("started"),
         "Duration": None if minutes is None else f"{minutes:.1f} minutes in all",
-        "Machine": _flat(results.get("machine")),
+        "Machine": describe_machine(results.get("machine") or {}),
         "Commit": _flat(results.get("git")),
         "Data": _flat(results.get("data")),
         "Versions": _flat(results.get("versions")),
         "Training seeds": ", ".join(map(str, seeds)),
-        "Report drawn with": f"Python {platform.python_version()}",
     }
     yield from ((term, str(text)) for term, text in rows.items() if text)
     for arm in results["arms"]:
@@ -226,7 +231,7 @@ def _flat(facts: Mapping[str, Any] | str | None) -> str:
 
 def _block(run: RunRecord, figure: Figure, name: str, caption: str, alt: str) -> FigureBlock:
     path = save_figure(figure, run.folder / "figures" / name)
-    return FigureBlock(_embedded(path), caption, alt)
+    return FigureBlock(_embedded(path), caption, alt, round(figure.get_figwidth() * 100))
 
 
 def _embedded(path: Path) -> str:
@@ -289,12 +294,15 @@ def _panel_figures(run: RunRecord) -> Iterator[FigureBlock]:
         return
     labels = arm_labels(run.results)
     colors = arm_colors(labels)
-    main = {a: panels[a] for a in (reference_arm(run.results), focus_arm(run.results)) if a in panels}
+    main = {
+        a: panels[a] for a in (reference_arm(run.results), focus_arm(run.results)) if a in panels
+    }
     poster = sample_panel(main or panels, labels=labels, colors=colors, width=15.0)
     save_figure(poster, run.folder / "figures" / "samples.png", dpi=200)
     first = next(iter(panels.values()))
     for name, parts, caption in _panel_plan(first):
-        figure = sample_panel(panels, parts, labels, colors)
+        rows = MAX_CENTER_ROWS if PanelPart.CENTERS in parts else None
+        figure = sample_panel(panels, parts, labels, colors, rows=rows)
         alt = f"{caption} Rows: samples {', '.join(first.names)}."
         yield _block(run, figure, f"samples_{name}.png", caption, alt)
 
@@ -323,11 +331,11 @@ def _panel_plan(panels: Panels) -> Iterator[tuple[str, tuple[PanelPart, ...], st
 
 
 def _panels_by_arm(run: RunRecord) -> dict[str, Panels]:
-    """Panels of the arms to show, all of one seed where possible, reference and focus first kept."""
+    """Panels of the arms to show, those of the lowest seed, if they are of the same samples."""
     chosen: dict[str, Panels] = {}
     for arm in _arms_to_show(run.results):
         panels = next((cell.panels for cell in run.of_arm(arm) if cell.panels), None)
-        same = not chosen or panels and panels.names == next(iter(chosen.values())).names
+        same = not chosen or (panels and panels.names == next(iter(chosen.values())).names)
         if panels and same:
             chosen[arm] = panels
     return chosen
@@ -355,7 +363,11 @@ def sample_list(run: RunRecord) -> SampleList | None:
         return None
     before, after = _mean_scores(run, reference, focus)
     ranked = sorted(
-        (n for n in before.keys() & after.keys() if RANKED_BY in before[n] and RANKED_BY in after[n]),
+        (
+            n
+            for n in before.keys() & after.keys()
+            if RANKED_BY in before[n] and RANKED_BY in after[n]
+        ),
         key=lambda name: (before[name][RANKED_BY] - after[name][RANKED_BY], name),
     )
     if not ranked:
@@ -419,7 +431,7 @@ def _sample_row(
     return SampleRow(
         name=name,
         garment=_garment_name(run, name),
-        change=number(change, digits, signed=True),
+        change=minus(number(change, digits, signed=True)),
         scores=tuple(_arrow(before[name], after[name], column) for column in columns),
         pictures=tuple(p for arm in arms if (p := _thumbnail(run, arm, name))),
     )
@@ -428,7 +440,7 @@ def _sample_row(
 def _arrow(before: Mapping[str, float], after: Mapping[str, float], column: MetricColumn) -> str:
     values = before.get(column.name), after.get(column.name)
     first, second = ("–" if v is None else number(v, column.digits) for v in values)
-    return f"{first} → {second}".replace("-", "−")
+    return minus(f"{first} → {second}")
 
 
 def _garment_name(run: RunRecord, name: str) -> str:

@@ -16,8 +16,8 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 from i2am_train.reporting.canvas import (
-    GREY,
     STYLE,
+    TRUTH_COLOR,
     Margins,
     arm_colors,
     faded,
@@ -32,6 +32,10 @@ TEAR = 2.5
 """Neighbours on the person whose true positions on the garment lie further apart than this many
 times the median are not joined: a sleeve in front of the body is no neighbour of it on the flat
 garment. Chosen by us, by eye."""
+
+
+MAX_CELL_WIDTH = 2.1
+"""Inches; with few columns the figure gets narrower instead of its pictures larger."""
 
 
 class PanelPart(StrEnum):
@@ -54,8 +58,8 @@ _HEADINGS = {
     PanelPart.CENTERS: "Attention centres on the garment",
 }
 _SHORT_HEADINGS = {
-    PanelPart.GENERATED_MAPS: "Map, generated",
-    PanelPart.REFERENCE_MAPS: "Map, garment",
+    PanelPart.GENERATED_MAPS: "Map on image",
+    PanelPart.REFERENCE_MAPS: "Map on garment",
     PanelPart.CENTERS: "Attention centres",
 }
 
@@ -84,7 +88,7 @@ def sample_panel(
         parts: which groups of columns to draw.
         labels: column titles by arm; the arm's name where there is none.
         colors: colour of each arm's attention mesh.
-        width: of the figure in inches.
+        width: of the figure in inches, at most.
         rows: how many samples at most; all by default.
 
     Raises:
@@ -97,9 +101,10 @@ def sample_panel(
     count = min(rows or len(first.names), len(first.names))
     height, wide = first.garment.shape[1:3]
     with_maps = any(part in _SHORT_HEADINGS and part != PanelPart.CENTERS for part in parts)
-    margins = Margins(top=0.62, bottom=0.42 if with_maps else 0.06)
-    grid = image_grid(count, [len(of) for of in groups.values()], height / wide, width, margins)
+    margins = Margins(top=0.56, bottom=0.42 if with_maps else 0.06)
     columns = [column for of in groups.values() for column in of]
+    width = min(width, len(columns) * MAX_CELL_WIDTH + 0.5)
+    grid = image_grid(count, [len(of) for of in groups.values()], height / wide, width, margins)
     for row in range(count):
         for column, axes in zip(columns, grid.axes[row], strict=True):
             column.draw(axes, row)
@@ -174,7 +179,12 @@ def draw_center_field(axes: Axes, panels: Panels, index: int, color: str) -> Non
     to its truth. Patches without a known true position are left out.
     """
     grid = panels.reference_grid
-    extent = (-0.5, grid.width - 0.5, grid.height - 0.5, -0.5)  # patch units; centre of patch 0 at 0
+    extent = (
+        -0.5,
+        grid.width - 0.5,
+        grid.height - 0.5,
+        -0.5,
+    )  # patch units; centre of patch 0 at 0
     axes.imshow(faded(panels.garment[index], 0.55), extent=extent, aspect="auto")
     axes.set_autoscale_on(False)
     known, edges = mesh(panels, index)
@@ -182,7 +192,7 @@ def draw_center_field(axes: Axes, panels: Panels, index: int, color: str) -> Non
     weight = float(np.clip(8.0 / panels.generated_grid.height, 0.35, 1.0))
     errors = np.stack([centers[known], truth[known]], axis=1)
     for segments, line_color, line_width, alpha in (
-        (truth[edges], GREY, 1.0, 0.9),
+        (truth[edges], TRUTH_COLOR, 1.2, 1.0),
         (errors, color, 0.7, 0.45),
         (centers[edges], color, 1.4, 1.0),
     ):

@@ -12,6 +12,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from enum import StrEnum
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -177,7 +178,12 @@ def _all_equal(differences: NDArray[np.float64]) -> bool:
 
 
 def paired_over_seeds(
-    cells: Iterable[Mapping[str, Any]], arm: str, against: str, metric: str
+    cells: Iterable[Mapping[str, Any]],
+    arm: str,
+    against: str,
+    metric: str,
+    confidence: float = 0.95,
+    resamples: int = 10_000,
 ) -> PairedDifference | None:
     """Difference ``arm - against`` over the seeds that both have; ``None`` if they share none.
 
@@ -188,7 +194,8 @@ def paired_over_seeds(
     seeds = sorted(first.keys() & second.keys())
     if not seeds:
         return None
-    return paired_difference([first[s] for s in seeds], [second[s] for s in seeds])
+    values = [first[s] for s in seeds], [second[s] for s in seeds]
+    return paired_difference(*values, confidence, resamples)
 
 
 def _by_seed(cells: Iterable[Mapping[str, Any]], arm: str, metric: str) -> dict[int, float]:
@@ -201,7 +208,11 @@ def _by_seed(cells: Iterable[Mapping[str, Any]], arm: str, metric: str) -> dict[
 
 
 def paired_over_samples(
-    samples: SampleRecords, against: SampleRecords, metric: str
+    samples: SampleRecords,
+    against: SampleRecords,
+    metric: str,
+    confidence: float = 0.95,
+    resamples: int = 10_000,
 ) -> PairedDifference | None:
     """Difference over the held-out samples that both evaluations hold, matched by name.
 
@@ -212,7 +223,7 @@ def paired_over_samples(
     if not names:
         return None
     values = [first[n] for n in names], [second[n] for n in names]
-    return paired_difference(*values, over=Over.SAMPLES)
+    return paired_difference(*values, confidence, resamples, over=Over.SAMPLES)
 
 
 def _by_name(samples: SampleRecords, metric: str) -> dict[str, float]:
@@ -229,6 +240,8 @@ def summarise_results(
     arms: Iterable[str],
     reference_arm: str,
     samples: Mapping[str, SampleRecords] | None = None,
+    confidence: float = 0.95,
+    resamples: int = 10_000,
 ) -> dict[str, Any]:
     """The entries ``summary`` and ``paired`` of ``results.json``.
 
@@ -239,17 +252,22 @@ def summarise_results(
         reference_arm: the arm that the others are compared with ("baseline").
         samples: per-sample records by cell folder. With them, an arm that shares only one seed
             with the reference gets an interval over samples, marked ``over: "samples"``.
+        confidence: nominal coverage of the intervals.
+        resamples: bootstrap resamples per interval.
 
     Returns:
         A dictionary to ``update`` the results with; plain numbers, ready for JSON.
     """
     metrics, summaries = list(metrics), summarise(cells)
+    difference = partial(
+        _difference, cells, samples=samples or {}, confidence=confidence, resamples=resamples
+    )
     paired = [
-        {"arm": arm, "against": reference_arm, "metric": metric, **_entry(difference)}
+        {"arm": arm, "against": reference_arm, "metric": metric, **_entry(found)}
         for arm in arms
         if arm != reference_arm
         for metric in metrics
-        if (difference := _difference(cells, arm, reference_arm, metric, samples or {}))
+        if (found := difference(arm, reference_arm, metric))
     ]
     return {
         "summary": {
@@ -271,13 +289,14 @@ def _difference(
     against: str,
     metric: str,
     samples: Mapping[str, SampleRecords],
+    **bootstrap_options: Any,
 ) -> PairedDifference | None:
-    over_seeds = paired_over_seeds(cells, arm, against, metric)
+    over_seeds = paired_over_seeds(cells, arm, against, metric, **bootstrap_options)
     if over_seeds is None or over_seeds.n > 1:
         return over_seeds
     first, second = _shared_cell(cells, arm, against)
     records = samples.get(first["folder"], ()), samples.get(second["folder"], ())
-    return paired_over_samples(*records, metric) or over_seeds
+    return paired_over_samples(*records, metric, **bootstrap_options) or over_seeds
 
 
 def _shared_cell(

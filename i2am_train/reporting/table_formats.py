@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from html import escape
 
-from rich.console import Group, RenderableType
+from rich.console import Group, JustifyMethod, RenderableType
 from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
@@ -28,6 +28,7 @@ from i2am_train.reporting.tables import (
     difference_tables,
     main_table,
     notes,
+    percent,
 )
 
 # ---- terminal ----------------------------------------------------------------------------------
@@ -48,7 +49,7 @@ def terminal(results: Results) -> RenderableType:
     parts: list[RenderableType] = [_terminal_group(table, *group) for group in table.groups]
     parts += [_terminal_differences(of_arm) for of_arm in difference_tables(results)]
     parts += [Text(f"Warning: {text}", style="bold yellow") for text in collapse_warnings(results)]
-    parts += [Text(note, style="dim") for note in notes(results)]
+    parts.append(Text("\n".join(notes(results)), style="dim"))
     return Group(*(Padding(part, (0, 0, 1, 0)) for part in parts))
 
 
@@ -73,7 +74,8 @@ def _terminal_differences(table: DifferenceTable) -> Table:
     title = f"{table.title}, paired over {table.over}"
     shown = Table(title=title, title_justify="left", title_style="bold", header_style="bold")
     for heading in _difference_headings(table):
-        shown.add_column(heading, justify="left" if heading in {"Metric", "Shows"} else "right")
+        justify: JustifyMethod = "left" if heading in {"Metric", "Shows"} else "right"
+        shown.add_column(heading, justify=justify, no_wrap=heading != "Metric")
     for row in table.rows:
         interval = row.interval or "–"
         shows = Text(str(row.verdict), style=_STYLES[row.verdict])
@@ -84,8 +86,8 @@ def _terminal_differences(table: DifferenceTable) -> Table:
 
 
 def _difference_headings(table: DifferenceTable) -> tuple[str, ...]:
-    percent = f"{table.confidence:.0%}".replace("%", " %")
-    return ("Metric", "Difference", f"{percent} interval", "In favour", "n", "Shows")
+    level = percent(table.confidence)
+    return ("Metric", "Difference", f"{level} interval", "In favour", "n", "Shows")
 
 
 # ---- Markdown ----------------------------------------------------------------------------------
@@ -195,28 +197,31 @@ def _html_value(value: Value | None) -> str:
     if value is None:
         return "–"
     tag = {1: "strong", 2: "u"}.get(value.rank)
-    mean = _minus(value.mean)
+    mean = minus(value.mean)
     mean = f"<{tag}>{mean}</{tag}>" if tag else mean
     return mean if value.std is None else f"{mean}<small>±&nbsp;{value.std}</small>"
 
 
-def _minus(text: str) -> str:
-    return text.replace("-", "−")
+def minus(text: str) -> str:
+    """The text with real minus signs before numbers; hyphens in words stay.
+
+    >>> minus("ST-LPIPS -0.1")
+    'ST-LPIPS −0.1'
+    """
+    return re.sub(r"(?<![\w.])-(?=\d)", "−", text)
 
 
 def html_differences(table: DifferenceTable) -> str:
     """One table of differences as an HTML ``table`` element."""
     head = "".join(f'<th scope="col">{escape(h)}</th>' for h in _difference_headings(table))
     body = "".join(_html_difference(row) for row in table.rows)
-    return (
-        f'<table class="differences"><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>'
-    )
+    return f'<table class="differences"><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>'
 
 
 def _html_difference(row: DifferenceRow) -> str:
     values = (
-        _minus(row.difference),
-        _minus(row.interval or "–"),
+        minus(row.difference),
+        minus(row.interval or "–"),
         row.in_favour or "–",
         str(row.n),
     )
@@ -270,13 +275,26 @@ def latex_text(text: str) -> str:
     return _LATEX_SPECIAL.sub(lambda match: _LATEX_ESCAPES[match.group()], text)
 
 
+def latex_label(label: str) -> str:
+    """A label with its index set low: ``IMACS$_g$``.
+
+    >>> latex_label("IMACS_g")
+    'IMACS$_g$'
+    """
+    first, *indices = _INDEX.split(label)
+    lowered = (
+        f"$_{i}${latex_text(rest)}" for i, rest in zip(indices[::2], indices[1::2], strict=True)
+    )
+    return latex_text(first) + "".join(lowered)
+
+
 def _latex_main(table: MainTable) -> Iterator[str]:
     yield rf"\begin{{tabular}}{{l{'r' * len(table.columns)}}}"
     yield r"\toprule"
     groups = (rf"\multicolumn{{{len(of)}}}{{c}}{{{title}}}" for title, of in table.groups)
     yield _latex_line(["", *groups])
     yield " ".join(rf"\cmidrule(lr){{{of[0] + 2}-{of[-1] + 2}}}" for _, of in table.groups)
-    yield _latex_line(["Arm", *(latex_text(column.heading) for column in table.columns)])
+    yield _latex_line(["Arm", *(latex_label(column.heading) for column in table.columns)])
     yield r"\midrule"
     for row in table.rows:
         yield _latex_line([latex_text(row.label), *map(_latex_value, row.values)])
@@ -303,7 +321,7 @@ def _latex_differences(table: DifferenceTable) -> Iterator[str]:
     yield r"\midrule"
     for row in table.rows:
         interval = f"${row.interval}$" if row.interval else "--"
-        name, favour = latex_text(row.column.heading), row.in_favour or "--"
+        name, favour = latex_label(row.column.heading), row.in_favour or "--"
         yield _latex_line([name, f"${row.difference}$", interval, favour, str(row.n), row.verdict])
     yield r"\bottomrule"
     yield r"\end{tabular}"

@@ -233,11 +233,13 @@ def _difference_table(
 def _difference_row(column: MetricColumn, entry: Mapping[str, Any]) -> DifferenceRow:
     digits = column.digits + 1  # differences are smaller than values
     low, high = entry.get("low"), entry.get("high")
-    has_interval = low is not None and high is not None
+    interval = None
+    if low is not None and high is not None:
+        interval = f"[{number(low, digits)}, {number(high, digits)}]"
     return DifferenceRow(
         column=column,
         difference=number(entry["difference"], digits, signed=True),
-        interval=f"[{number(low, digits)}, {number(high, digits)}]" if has_interval else None,
+        interval=interval,
         n=int(entry["n"]),
         in_favour=_in_favour(column, entry),
         verdict=verdict(column.higher_is_better, low, high),
@@ -300,15 +302,20 @@ def _sample_note(results: Results) -> str:
     if not counts:
         return ""
     text = str(counts[0]) if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
-    return f"Each value is measured on {text} held-out samples. Bold: best in print."
+    return f"Each value is measured on {text} held-out samples. Bold: best as printed."
+
+
+def percent(share: float) -> str:
+    """A share as text: ``95 %``."""
+    return f"{share:.0%}".replace("%", " %")
 
 
 def _interval_note(results: Results) -> str:
     tables = difference_tables(results)
     if not tables:
         return ""
-    percent = f"{tables[0].confidence:.0%}".replace("%", " %")
-    text = f"Intervals: {percent} bootstrap (BCa) of paired differences over {tables[0].over}"
+    level = percent(tables[0].confidence)
+    text = f"Intervals: {level} bootstrap (BCa) of paired differences over {tables[0].over}"
     if tables[0].over == "samples":
         return f"{text} of one seed; they do not cover what another training seed would change."
     return f"{text}, one metric at a time.{_coverage_note(tables)}"
@@ -316,7 +323,7 @@ def _interval_note(results: Results) -> str:
 
 def _coverage_note(tables: Sequence[DifferenceTable]) -> str:
     fewest = min(row.n for table in tables for row in table.rows)
-    if fewest >= max(BOOTSTRAP_COVERAGE):
+    if fewest >= max(BOOTSTRAP_COVERAGE) or tables[0].confidence != 0.95:
         return ""
     covers = ", ".join(f"{c} % with {n}" for n, c in BOOTSTRAP_COVERAGE.items())
     return f" With few seeds they are too narrow (coverage about {covers}): read the counts too."
@@ -332,7 +339,7 @@ def _provenance_note(results: Results) -> str:
     parts = [
         f"Command: {results['command']}" if results.get("command") else "",
         f"{results['minutes']:.0f} minutes" if results.get("minutes") is not None else "",
-        f"on {describe(results['machine'])}" if results.get("machine") else "",
+        f"on {describe_machine(results['machine'])}" if results.get("machine") else "",
     ]
     text = " ".join(part for part in parts[1:] if part)
     return ". ".join(part for part in (parts[0], text) if part) + ("." if any(parts) else "")
@@ -344,8 +351,26 @@ def describe(facts: Mapping[str, Any]) -> str:
     >>> describe({"cpu": "Xeon", "cores": 2, "gpu": None})
     'cpu Xeon, cores 2'
     """
-    plain = {k: v for k, v in facts.items() if isinstance(v, (str, int, float)) and v != ""}
-    return ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in plain.items())
+    texts = (_fact(key.replace("_", " "), value) for key, value in facts.items())
+    return ", ".join(text for text in texts if text)
+
+
+def _fact(name: str, value: object) -> str:
+    if isinstance(value, bool):
+        return name if value else ""
+    return f"{name} {value}" if isinstance(value, (str, int, float)) and value != "" else ""
+
+
+def describe_machine(machine: Mapping[str, Any]) -> str:
+    """Processor, cores, memory and GPU as one phrase; other facts follow by name.
+
+    >>> describe_machine({"cpu": "Xeon", "cores": 2, "memory_gib": 15.6, "gpu": None})
+    'Xeon, 2 cores, 15.6 GiB memory'
+    """
+    units = {"cpu": "{}", "cores": "{} cores", "memory_gib": "{} GiB memory", "gpu": "{}"}
+    known = [text.format(machine[name]) for name, text in units.items() if machine.get(name)]
+    others = describe({name: value for name, value in machine.items() if name not in units})
+    return ", ".join([*known, *filter(None, [others])])
 
 
 def collapse_warnings(results: Results) -> tuple[str, ...]:
@@ -383,16 +408,26 @@ def _verdict_of(table: DifferenceTable) -> str:
     for row in table.rows:
         by_verdict.setdefault(row.verdict, []).append(_in_words(row))
     found = [f"{v} on {_join(by_verdict[v])}" for v in Verdict if v in by_verdict and _judged(v)]
-    found += [f"{v} {_join(by_verdict[v])}" for v in _UNJUDGED if v in by_verdict]
+    found += [f"{_join(by_verdict[v])} {v}" for v in _UNJUDGED if v in by_verdict]
     found += [f"{v}: {_join(by_verdict[v])}" for v in _SILENT if v in by_verdict]
     pairs = max(row.n for row in table.rows)
     over = f"{pairs} {table.over if pairs > 1 else table.over.removesuffix('s')}"
     seed = " of one training seed" if table.over == "samples" else ""
-    return f"{table.label} against {table.against_label} over {over}{seed}: {'; '.join(found)}."
+    compared = f"{capitalised(table.label)} against {table.against_label} over {over}{seed}"
+    return f"{compared} ({percent(table.confidence)} intervals): {'; '.join(found)}."
 
 
 _UNJUDGED = (Verdict.HIGHER, Verdict.LOWER)
 _SILENT = (Verdict.NOT_SHOWN, Verdict.NOT_TESTED)
+
+
+def capitalised(text: str) -> str:
+    """The text with a capital first letter, the rest as it is.
+
+    >>> capitalised("refined on SSIM")
+    'Refined on SSIM'
+    """
+    return text[:1].upper() + text[1:]
 
 
 def _judged(found: Verdict) -> bool:

@@ -67,7 +67,7 @@ def test_loss_variants_of_the_schema_are_the_losses_own() -> None:
 
 
 def test_no_pickled_weights_and_no_device_calls() -> None:
-    """Rules that no linter knows: nothing unpickles, empties caches or moves things by `.cuda()`."""
+    """Rules that no linter knows: nothing unpickles, empties caches or calls `.cuda()`."""
     forbidden = (".cuda()", "empty_cache", "gc.collect", "pickle.load", "weights_only=False")
     found = [
         f"{path.relative_to(ROOT)}: {word}"

@@ -1,4 +1,4 @@
-"""A wheel, built and unpacked elsewhere, works from any folder with its configuration and weights."""
+"""A wheel, unpacked elsewhere, works from any folder with its configuration and weights."""
 
 from __future__ import annotations
 

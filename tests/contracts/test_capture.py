@@ -1,4 +1,5 @@
-"""Demands on every capture: the image does not change, nothing stays attached, and misfits are errors."""
+"""Demands on every capture: the image does not change, nothing stays attached, and misfits are
+errors."""
 
 import copy
 
@@ -9,6 +10,7 @@ from torch import nn
 
 from i2am_train.attribution import Recipe, ScoreTap, Site, announce, diffusers_decoder, trace
 from i2am_train.errors import CaptureError
+from i2am_train.models.sampling import sample
 from i2am_train.types import Direction, GridSize
 
 BATCH, LATENT, REFERENCE, CONTEXT = 3, GridSize(24, 16), GridSize(5, 4), 10
@@ -58,7 +60,12 @@ def run(unet, **options):
 
 
 def hook_count(model):
-    kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_forward_hooks_always_called")
+    kinds = (
+        "_forward_hooks",
+        "_forward_pre_hooks",
+        "_backward_hooks",
+        "_forward_hooks_always_called",
+    )
     return sum(len(getattr(module, kind)) for module in model.modules() for kind in kinds)
 
 
@@ -89,19 +96,26 @@ def add_slicing(unet):
 
 
 def compile_it(unet):
-    unet.up_blocks[2].attentions[0].compile(backend="eager")  # a region: the whole network takes long
+    unet.up_blocks[2].attentions[0].compile(
+        backend="eager"
+    )  # a region: the whole network takes long
     run(unet)
     return unet
 
 
-VARIANTS = {"plain": lambda unet: unet, "lora": add_lora, "sliced": add_slicing, "compiled": compile_it}
+VARIANTS = {
+    "plain": lambda unet: unet,
+    "lora": add_lora,
+    "sliced": add_slicing,
+    "compiled": compile_it,
+}
 
 
 @pytest.fixture(params=list(VARIANTS))
 def variant(request, unet):
+    yield VARIANTS[request.param](unet)
     if request.param == "compiled":
-        request.addfinalizer(torch.compiler.reset)
-    return VARIANTS[request.param](unet)
+        torch.compiler.reset()
 
 
 class TestEveryModel:
@@ -114,7 +128,9 @@ class TestEveryModel:
         assert torch.equal(before, run(variant))
         assert [site.calls for site in attention.sites] == [1] * 9
         maps = attention.maps()
-        assert maps.layers == tuple(f"up_blocks.{b}.attentions.{a}" for b in (1, 2, 3) for a in range(3))
+        assert maps.layers == tuple(
+            f"up_blocks.{b}.attentions.{a}" for b in (1, 2, 3) for a in range(3)
+        )
         for direction, grid in zip(Direction, (LATENT, REFERENCE), strict=True):
             unified = maps.unified(direction)
             assert unified.values.shape == (BATCH, *grid)
@@ -131,7 +147,7 @@ class TestEveryModel:
         before = hook_count(variant)
         with pytest.raises(ZeroDivisionError, match="user"), trace(variant, recipe()):
             raise ZeroDivisionError("user")
-        with pytest.raises(RuntimeError, match="shape|size|mat1"), trace(variant, recipe()):
+        with pytest.raises(RuntimeError, match=r"shape|size|mat1"), trace(variant, recipe()):
             variant(inputs()[0], torch.tensor(1), torch.randn(BATCH, 3, CONTEXT + 1))
         assert hook_count(variant) == before
         with trace(variant, recipe()) as attention:
@@ -145,7 +161,9 @@ def test_lora_injected_before_the_trace_is_what_is_seen(unet):
         run(unet)
     with trace(add_lora(unet), recipe()) as adapted:
         run(unet)
-    first, second = (t.maps().unified(Direction.REFERENCE_TO_GENERATED).values for t in (plain, adapted))
+    first, second = (
+        t.maps().unified(Direction.REFERENCE_TO_GENERATED).values for t in (plain, adapted)
+    )
     assert not torch.allclose(first, second, rtol=1e-3)
 
 
@@ -172,9 +190,9 @@ def test_rows_are_those_that_the_sampler_announces(unet):
     kept = []
     for rows in (slice(0, BATCH), slice(BATCH, 2 * BATCH)):
         order = torch.arange(2 * BATCH).roll(-rows.start)
-        with trace(unet, recipe()) as attention, torch.no_grad():
-            with announce(step_index=0, conditional_rows=rows):
-                unet(sample[order.argsort()], timestep, context[order.argsort()])
+        announcement = announce(step_index=0, conditional_rows=rows)
+        with trace(unet, recipe()) as attention, torch.no_grad(), announcement:
+            unet(sample[order.argsort()], timestep, context[order.argsort()])
         kept.append(attention.maps())
     with trace(unet, recipe(rows="first_half")) as attention, torch.no_grad():
         unet(sample, timestep, context)
@@ -254,7 +272,7 @@ def test_a_model_may_bring_its_own_recipe(unet):
 
 
 def test_single_reference_token_is_marked_as_not_functional(unet):
-    # a softmax over one key is one, so such maps tell nothing about the picture; and there is no reference map
+    # a softmax over one key is one, so such maps tell nothing about the picture
     with trace(unet, diffusers_decoder(None, root="", rows="all")) as attention:
         run(unet, tokens=1)
     assert not any(site.functional for site in attention.sites)
@@ -263,6 +281,19 @@ def test_single_reference_token_is_marked_as_not_functional(unet):
     assert not maps.store.layers[0].functional
     with pytest.raises(CaptureError, match="no place in the reference picture"):
         maps.unified(Direction.GENERATED_TO_REFERENCE)
+
+
+def traced(unet, recipe, *calls):
+    with trace(unet, recipe):
+        for options in calls:
+            run(unet, **options)
+
+
+def announced(unet, steps):
+    with trace(unet, recipe()):
+        for step in steps:
+            with announce(step_index=step, conditional_rows=slice(0, BATCH)):
+                run(unet)
 
 
 class TestErrors:
@@ -275,7 +306,7 @@ class TestErrors:
             trace(unet, Recipe("", (Site(r"decoder\..*"),))).__enter__()
 
     def test_no_root(self, unet):
-        with pytest.raises(CaptureError, match="has no part 'unet'.*up_blocks"):
+        with pytest.raises(CaptureError, match=r"has no part 'unet'.*up_blocks"):
             trace(unet, recipe(root="unet")).__enter__()
 
     def test_fused_projections(self, unet):
@@ -295,8 +326,7 @@ class TestErrors:
     def test_reference_grid_mismatch_names_the_site(self, unet):
         wrong = diffusers_decoder(GridSize(6, 4), root="", rows="all")
         with pytest.raises(CaptureError, match=r"Layer up_blocks.1.attentions.0: 20 tokens .* 6x4"):
-            with trace(unet, wrong):
-                run(unet)
+            traced(unet, wrong, {})
         assert hook_count(unet) == 0
 
     def test_generated_grid_mismatch_names_the_site(self, unet):
@@ -304,8 +334,7 @@ class TestErrors:
         module = unet.up_blocks[2].attentions[1].transformer_blocks[0].attn2
         module.to_q.register_forward_hook(lambda _, __, output: output[:, 1:])
         with pytest.raises(CaptureError, match=r"Layer up_blocks.2.attentions.1: .*95 .*24x16"):
-            with trace(unet, recipe()):
-                run(unet)
+            traced(unet, recipe(), {})
 
     def test_model_not_called(self, unet):
         with trace(unet, recipe()) as attention:
@@ -323,28 +352,19 @@ class TestErrors:
 
     def test_changed_batch(self, unet):
         with pytest.raises(CaptureError, match=r"2 conditional rows after 3.*one trace per batch"):
-            with trace(unet, recipe()):
-                run(unet)
-                run(unet, batch=2)
+            traced(unet, recipe(), {}, {"batch": 2})
 
     def test_changed_picture_size(self, unet):
         with pytest.raises(CaptureError, match=r"one trace per picture size"):
-            with trace(unet, recipe()):
-                run(unet)
-                run(unet, latent=GridSize(16, 24))
-                run(unet, latent=GridSize(16, 16))
+            traced(unet, recipe(), {}, {"latent": GridSize(16, 16)})
 
     def test_odd_batch_with_a_recipe_for_guidance(self, unet):
         with pytest.raises(CaptureError, match=r"called with 3 rows.*rows='all'"):
-            with trace(unet, recipe(rows="second_half")):
-                run(unet)
+            traced(unet, recipe(rows="second_half"), {})
 
     def test_second_run_in_one_trace(self, unet):
         with pytest.raises(CaptureError, match="second sampling run"):
-            with trace(unet, recipe()):
-                for step in (0, 1, 0):
-                    with announce(step_index=step, conditional_rows=slice(0, BATCH)):
-                        run(unet)
+            announced(unet, steps=(0, 1, 0))
 
 
 def test_tap_and_trace_may_listen_at_once(unet):
@@ -357,3 +377,27 @@ def test_tap_and_trace_may_listen_at_once(unet):
         assert tap.scores(2) is scores
         assert attention.maps().store.steps == 1
     assert hook_count(unet) == 0
+
+
+def test_our_sampler_announces_time_and_branch(make_small_model):
+    # with guidance the maps are those of the conditional half, and the images stay bit for bit
+    model = make_small_model()
+    generator = torch.Generator().manual_seed(0)
+    images = torch.rand(3, BATCH, 3, 64, 48, generator=generator) * 2 - 1
+
+    def draw(guidance):
+        return sample(model, *images, seeds=range(BATCH), steps=2, guidance=guidance)
+
+    before = draw(5.0)
+    with trace(model) as attention:
+        during = draw(5.0)
+    assert torch.equal(before, during)
+    store = attention.maps().store
+    assert (store.batch, store.steps, len(store.layers)) == (BATCH, 2, 9)
+    with trace(model) as attention:
+        draw(1.0)
+    unguided = attention.maps().store  # the first step does not depend on guidance
+    for one, other in zip(store.layers, unguided.layers, strict=True):
+        torch.testing.assert_close(
+            one.to_reference[:, 0], other.to_reference[:, 0], rtol=1e-4, atol=0
+        )

@@ -1,4 +1,5 @@
-"""Golden vectors 06, 07 and 08: column means, unified map, time groups (see data/ for their provenance)."""
+"""Golden vectors 06, 07 and 08: column means, unified map, time groups (see data/ for their
+provenance)."""
 
 import json
 from pathlib import Path
@@ -94,13 +95,15 @@ class TestColumnMeans:
 
 
 class TestUnifiedMap:
-    """Golden 07: two layers, two steps, two heads, three tokens each; bicubic, clamp, min-max, threshold."""
+    """Golden 07: two layers, two steps, two heads, three tokens each; bicubic, clamp, min-max,
+    threshold."""
 
     golden = load("07_ulam_resize_normalise_threshold.json")
     layers = tensor(golden["inputs"]["layer_a"]), tensor(golden["inputs"]["layer_b"])
 
     def authors_unified(self, balanced=False):
-        """The authors' order on the primitives of this package: every token resized and clamped, then the mean."""
+        """The authors' order on the primitives of this package: every token resized and clamped,
+        then the mean."""
         common = GridSize(8, 6)
         resized = []
         for layer in self.layers:
@@ -128,7 +131,7 @@ class TestUnifiedMap:
 
     @pytest.mark.parametrize("weighting", list(LayerWeighting))
     def test_maps_from_averaged_tokens_are_the_authors_up_to_their_clamp(self, weighting):
-        # bicubic undershoot is clipped per token by the authors and once per layer here: a few per cent
+        # bicubic undershoot is clipped per token by the authors, per layer here: a few per cent
         records = tuple(
             LayerRecord(
                 name, GridSize(*layer.shape[-2:]), None,
@@ -158,7 +161,9 @@ class TestTimeGroups:
         wanted = self.golden["expected"][case]
         values = tensor(wanted["value_at_sampling_step_s"])
         runs = time_groups(len(values), groups)
-        group_of_step = [group for group, run in enumerate(runs) for _ in range(run.start, run.stop)]
+        group_of_step = [
+            group for group, run in enumerate(runs) for _ in range(run.start, run.stop)
+        ]
         assert group_of_step == wanted["group_of_step_s"]
         sums = [float(values[run].sum()) for run in runs]
         assert sums == wanted["authors_code_and_default_group_sums"]

@@ -1,4 +1,5 @@
-"""The captured maps against a slow transcription of the paper's equations 4-9, one logit at a time."""
+"""The captured maps against a slow transcription of the paper's equations 4-9, one logit at a
+time."""
 
 import copy
 import math
@@ -66,7 +67,8 @@ def softmax(numbers):
 
 
 def slow_maps(module, hidden, context, special):
-    """Eqs. 4-7 for one sample and layer: per head, both softmaxes of the same logits and their column means."""
+    """Eqs. 4-7 for one sample and layer: per head, both softmaxes of the same logits and their
+    column means."""
     queries = (hidden.double() @ module.to_q.weight.double().T).unflatten(-1, (module.heads, -1))
     keys = (context.double() @ module.to_k.weight.double().T).unflatten(-1, (module.heads, -1))
     keys = keys[special:]
@@ -74,7 +76,9 @@ def slow_maps(module, hidden, context, special):
     to_generated, to_reference = [], []
     for head in range(module.heads):
         q, k = queries[:, head].tolist(), keys[:, head].tolist()
-        logits = [[sum(a * b for a, b in zip(x, y, strict=True)) / math.sqrt(width) for y in k] for x in q]
+        logits = [
+            [sum(a * b for a, b in zip(x, y, strict=True)) / math.sqrt(width) for y in k] for x in q
+        ]
         over_reference = [softmax(row) for row in logits]
         over_generated = [softmax(list(column)) for column in zip(*logits, strict=True)]
         to_reference.append([sum(c) / len(c) for c in zip(*over_reference, strict=True)])
@@ -83,7 +87,8 @@ def slow_maps(module, hidden, context, special):
 
 
 def sample(unet, batch, guided, special, by_announcement):
-    """A short DDIM loop as diffusers' pipelines write it, [unconditional; conditional] under guidance."""
+    """A short DDIM loop as diffusers' pipelines write it, [unconditional; conditional] under
+    guidance."""
     scheduler = DDIMScheduler(num_train_timesteps=1000)
     scheduler.set_timesteps(STEPS)
     generator = torch.Generator().manual_seed(batch)
@@ -107,7 +112,9 @@ def sample(unet, batch, guided, special, by_announcement):
 
 
 @pytest.mark.parametrize("by_announcement", [True, False])
-@pytest.mark.parametrize(("batch", "guided", "special"), [(2, True, 0), (3, False, 1), (3, True, 1)])
+@pytest.mark.parametrize(
+    ("batch", "guided", "special"), [(2, True, 0), (3, False, 1), (3, True, 1)]
+)
 def test_captured_maps_are_those_of_the_equations(unet, batch, guided, special, by_announcement):
     calls = Calls(unet)
     rows = "second_half" if guided else "all"
@@ -132,13 +139,16 @@ def test_captured_maps_are_those_of_the_equations(unet, batch, guided, special, 
 
 
 def test_in_float64_they_agree_to_rounding(unet):
-    # the same network in float64: what differs is not the formula (maps themselves are kept in float32)
+    # the same network in float64; only the kept maps are float32
     precise = copy.deepcopy(unet).double()
     calls = Calls(precise)
     generator = torch.Generator().manual_seed(0)
     latents = torch.randn(2, 4, *LATENT, generator=generator, dtype=torch.float64)
     context = torch.randn(2, REFERENCE.tokens, CONTEXT, generator=generator, dtype=torch.float64)
-    with torch.no_grad(), trace(precise, diffusers_decoder(REFERENCE, rows="all", root="")) as attention:
+    with (
+        torch.no_grad(),
+        trace(precise, diffusers_decoder(REFERENCE, rows="all", root="")) as attention,
+    ):
         precise(latents, 500, context)
     for record in attention.maps().store.layers:
         ((module, hidden, context),) = calls.seen[record.layer]

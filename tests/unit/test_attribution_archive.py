@@ -4,7 +4,13 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from i2am_train.attribution import AttributionMaps, AttributionStore, LayerRecord, load_maps, save_maps
+from i2am_train.attribution import (
+    AttributionMaps,
+    AttributionStore,
+    LayerRecord,
+    load_maps,
+    save_maps,
+)
 from i2am_train.errors import DataError
 from i2am_train.types import Direction, GridSize
 
@@ -35,7 +41,9 @@ def maps():
 
 
 def test_round_trip_is_exact(maps, tmp_path):
-    archive = load_maps(save_maps(maps, tmp_path / "new" / "maps.safetensors", ["00017_00", "00020_00"]))
+    archive = load_maps(
+        save_maps(maps, tmp_path / "new" / "maps.safetensors", ["00017_00", "00020_00"])
+    )
     assert archive.names == ("00017_00", "00020_00")
     before, after = maps.store, archive.maps.store
     assert (after.timesteps, after.names) == (before.timesteps, before.names)

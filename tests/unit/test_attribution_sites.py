@@ -38,7 +38,9 @@ def test_a_number_outside_the_papers_is_an_error(number):
 
 
 def test_a_layer_that_the_model_lacks_is_an_error_that_lists_those_it_has():
-    with pytest.raises(CaptureError, match=r"'up_blocks.3.attentions.2'.*has: up_blocks.1.attentions.0 \(1\)"):
+    with pytest.raises(
+        CaptureError, match=r"'up_blocks.3.attentions.2'.*has: up_blocks.1.attentions.0 \(1\)"
+    ):
         find_layer(9, PAPER_LAYERS[:3])
     assert find_layer("up_blocks.1.attentions.2", PAPER_LAYERS) == PAPER_LAYERS[2]
 
@@ -79,7 +81,9 @@ def test_crops_cut_a_concatenated_canvas():
 def test_unknown_words_in_a_recipe_are_errors():
     with pytest.raises(CaptureError, match="'square'; expected a GridSize, 'latent' or None"):
         Tokens("square")
-    with pytest.raises(CaptureError, match="'second'; expected one of all, first_half, second_half"):
+    with pytest.raises(
+        CaptureError, match="'second'; expected one of all, first_half, second_half"
+    ):
         Recipe("unet", (), rows="second")
 
 

@@ -1,4 +1,5 @@
-"""attribution/tap.py: scores with gradient in training, with checkpointing, autocast and class tokens."""
+"""attribution/tap.py: scores with gradient in training, with checkpointing, autocast and class
+tokens."""
 
 import copy
 
@@ -47,11 +48,13 @@ def recipe(special_tokens=0):
 
 
 def seen_by(unet, layer=LAYER):
-    """Hidden states and context that the layer's attention is called with, by an independent hook."""
+    """Hidden states and context that the layer's attention is called with, by an independent
+    hook."""
     seen = []
     module = unet.get_submodule(f"{layer}.transformer_blocks.0.attn2")
     module.register_forward_pre_hook(
-        lambda _, args, kwargs: seen.append((args[0], kwargs["encoder_hidden_states"])), with_kwargs=True
+        lambda _, args, kwargs: seen.append((args[0], kwargs["encoder_hidden_states"])),
+        with_kwargs=True,
     )
     return module, seen
 
@@ -71,7 +74,9 @@ def test_scores_are_the_head_mean_of_the_layers_attention(unet):
         assert (tap.generated_grid(2), tap.reference_grid(2)) == (GridSize(6, 4), REFERENCE)
         assert tap.layers == (LAYER,)
     assert scores.shape == (BATCH, 24, 20)
-    torch.testing.assert_close(scores.double(), expected_scores(module, *seen[0]), atol=1e-6, rtol=0)
+    torch.testing.assert_close(
+        scores.double(), expected_scores(module, *seen[0]), atol=1e-6, rtol=0
+    )
 
 
 def test_the_class_token_is_left_out_before_the_softmax(unet):

@@ -58,9 +58,7 @@ def test_an_unknown_command_exits_2(capsys: pytest.CaptureFixture[str]) -> None:
     """A misspelled command names the nearest one."""
     with pytest.raises(SystemExit, match="2"):
         cli.main(["trian"])
-    assert capsys.readouterr().err == (
-        "i2am: There is no command 'trian'. Did you mean 'train'?\n"
-    )
+    assert capsys.readouterr().err == ("i2am: There is no command 'trian'. Did you mean 'train'?\n")
 
 
 def test_a_command_gets_typed_options() -> None:
@@ -146,8 +144,8 @@ def test_a_fault_of_the_program_keeps_its_traceback() -> None:
     def fail(config: TrainConfig) -> None:
         raise ZeroDivisionError("a bug")
 
+    sys.argv = ["i2am train"]
     with pytest.raises(ZeroDivisionError, match="a bug"):
-        sys.argv = ["i2am train"]
         entry("train", fail)
 
 
@@ -175,7 +173,15 @@ def test_data_has_two_sub_commands(capsys: pytest.CaptureFixture[str]) -> None:
 
 @pytest.mark.parametrize(
     "words",
-    [["--help"], ["train", "--help"], ["data", "make", "--help"], ["train", "--cfg", "job"]],
+    [
+        ["--help"],
+        ["train", "--help"],
+        ["data", "make", "--help"],
+        ["train", "--cfg", "job"],
+        ["evaluate", "--cfg", "job"],
+        ["ablate", "--cfg", "job"],
+        ["explain", "--cfg", "job"],
+    ],
     ids=" ".join,
 )
 def test_help_and_composition_load_nothing_heavy(words: list[str]) -> None:
@@ -192,3 +198,17 @@ def test_help_and_composition_load_nothing_heavy(words: list[str]) -> None:
     assert done.stderr == ""
     assert done.stdout.splitlines()[-1] == "LOADED []"
     assert len(done.stdout.splitlines()) > 10
+
+
+def test_a_command_s_module_is_main() -> None:
+    """Lightning restarts `__main__.__spec__.name` with `sys.argv[1:]`: both are the command's."""
+    program = (
+        "import sys, i2am_train.commands.entry as module\n"
+        "module.entry = lambda command, run: print(\n"
+        "    sys.modules['__main__'].__spec__.name, run.__module__, sys.argv[1:])\n"
+        "from i2am_train.cli import main; main(['train', 'seed=1'])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=60
+    )
+    assert done.stdout == "i2am_train.commands.train __main__ ['seed=1']\n"

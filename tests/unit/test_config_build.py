@@ -24,7 +24,7 @@ from i2am_train.types import LayerWeighting, Pairing
 
 
 def test_nested_values_get_their_types() -> None:
-    """Groups, enums, paths, unions and tuples arrive as the schema says, other options at default."""
+    """Groups, enums, paths, unions and tuples arrive as the schema says."""
     config = build(
         TrainConfig,
         {

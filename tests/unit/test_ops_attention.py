@@ -79,7 +79,9 @@ def test_a_row_with_constant_offset_far_from_the_others_is_exact():
 def test_float64_tokens_keep_their_precision():
     generated, reference = random_tokens(dtype=torch.float64)
     means = column_means(generated, reference)
-    torch.testing.assert_close(means.to_generated, plain(generated, reference)[0], rtol=1e-13, atol=0)
+    torch.testing.assert_close(
+        means.to_generated, plain(generated, reference)[0], rtol=1e-13, atol=0
+    )
     assert means.to_reference.dtype == torch.float64
 
 

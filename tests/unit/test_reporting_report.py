@@ -48,7 +48,10 @@ def draw_garment(size, color):
     draw = ImageDraw.Draw(image)
     draw.polygon(
         [(width * x, height * y) for x, y in ((0.3, 0.2), (0.7, 0.2), (0.95, 0.5), (0.8, 0.55))]
-        + [(width * x, height * y) for x, y in ((0.72, 0.85), (0.28, 0.85), (0.2, 0.55), (0.05, 0.5))],
+        + [
+            (width * x, height * y)
+            for x, y in ((0.72, 0.85), (0.28, 0.85), (0.2, 0.55), (0.05, 0.5))
+        ],
         fill=color,
     )
     draw.rectangle((width * 0.5, height * 0.4, width * 0.65, height * 0.5), fill="white")
@@ -62,7 +65,9 @@ def draw_person(size, color, agnostic=False):
     draw.ellipse((width * 0.4, 0, width * 0.6, height * 0.22), fill=(170, 120, 90))
     draw.rectangle((width * 0.3, height * 0.8, width * 0.7, height), fill=(60, 60, 80))
     color = (128, 128, 128) if agnostic else color
-    draw.rounded_rectangle((width * 0.22, height * 0.22, width * 0.78, height * 0.82), 8, fill=color)
+    draw.rounded_rectangle(
+        (width * 0.22, height * 0.22, width * 0.78, height * 0.82), 8, fill=color
+    )
     return np.asarray(image)
 
 
@@ -130,7 +135,7 @@ def write_history(path, arm, seed):
                 writer.writerow({"epoch": step // 40, "step": step, "val/imacs_g": score})
 
 
-def write_cell(run, arm, seed, size, samples):
+def write_cell(run, arm, seed, size, samples, pictures):
     name = arm if seed is None else f"{arm}-seed{seed}"
     folder = run / "cells" / name
     evaluation = folder / "evaluation"
@@ -149,9 +154,10 @@ def write_cell(run, arm, seed, size, samples):
     metrics["fd_efficientnet_lite0"] = means[ARMS.index(arm)] + float(random.normal(0, of_seed))
     (evaluation / "results.json").write_text(json.dumps({"metrics": metrics, "samples": samples}))
     (evaluation / "samples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    pictures = write_panels(evaluation / "panels.safetensors", arm, size)
-    for index, picture in enumerate(pictures):
-        Image.fromarray(picture).save(evaluation / "images" / f"{index:05d}_00.png")
+    if pictures:
+        shown = write_panels(evaluation / "panels.safetensors", arm, size)
+        for index, picture in enumerate(shown):
+            Image.fromarray(picture).save(evaluation / "images" / f"{index:05d}_00.png")
     if seed is not None:
         write_history(folder / "metrics.csv", arm, seed)
     return {
@@ -164,10 +170,10 @@ def write_cell(run, arm, seed, size, samples):
     }
 
 
-def write_run(run, seeds=(0, 1, 2), size=(64, 48), samples=8):
+def write_run(run, seeds=(0, 1, 2), size=(64, 48), samples=8, pictures=False):
     """A whole run folder with four arms; numbers like those of the prototype."""
-    cells = [write_cell(run, "base", None, size, samples)]
-    cells += [write_cell(run, arm, s, size, samples) for arm in ARMS[1:] for s in seeds]
+    cells = [write_cell(run, "base", None, size, samples, pictures)]
+    cells += [write_cell(run, arm, s, size, samples, pictures) for arm in ARMS[1:] for s in seeds]
     results = {
         "schema": 1,
         "kind": "ablation",
@@ -239,7 +245,7 @@ class Page(HTMLParser):
 def finished(tmp_path_factory):
     """One run with three seeds, reported once for all tests that only look."""
     run = tmp_path_factory.mktemp("run")
-    results = write_run(run)
+    results = write_run(run, pictures=True)
     return run, results, Page(build_report(run))
 
 
@@ -256,11 +262,16 @@ def test_page_is_one_file_with_every_picture_described(finished):
 def test_page_says_what_the_numbers_say(finished):
     # The verdict is made from the intervals: far apart is "better", equal means are not.
     _, _, page = finished
-    assert "refined against baseline over 3 seeds: better on IMACS_g (+0.1" in page.text
-    verdict = re.search(r"refined against baseline over 3 seeds: (.*)", page.text)
-    assert "higher Centre spread" in verdict.group(1)  # neither end is good: not called better
+    assert (
+        "Refined against baseline over 3 seeds (95 % intervals): better on IMACSg (+0.1"
+        in page.text
+    )
+    verdict = re.search(r"Refined against baseline over 3 seeds(.*)", page.text)
+    assert re.search(
+        r"Centre spread \(\S+ \[\S+ \S+\]\) higher", verdict.group(1)
+    )  # no end is good
     assert "an upper bound, not ranked" in page.text
-    assert "supervised against" not in page.text
+    assert "Supervised against" not in page.text
 
 
 def test_page_shows_markup_in_texts_of_the_run_as_text(finished):
@@ -305,7 +316,7 @@ def test_single_seed_gets_intervals_over_samples_and_says_so(tmp_path):
     results = write_run(tmp_path, seeds=(0,))
     assert all(entry["low"] is None for entry in results["paired"])
     page = Page(build_report(tmp_path))
-    assert "over 8 samples of one training seed: better on IMACS_g" in page.text
+    assert "over 8 samples of one training seed (95 % intervals): better on IMACSg" in page.text
     assert "they do not cover what another training seed would change" in page.text
     assert "not tested: FD (EfficientNet-Lite0)" in page.text
 
@@ -326,7 +337,9 @@ def test_single_evaluation_without_any_comparison_is_reported(tmp_path):
     # One arm, no reference: a table without differences, no claim.
     results = write_run(tmp_path, seeds=(0,))
     for key in ("arms", "cells"):
-        results[key] = [entry for entry in results[key] if entry.get("name", entry.get("arm")) == "base"]
+        results[key] = [
+            entry for entry in results[key] if entry.get("name", entry.get("arm")) == "base"
+        ]
     results.update(summary={}, paired=[])
     save_results(tmp_path, results)
     page = Page(build_report(tmp_path))
@@ -338,8 +351,8 @@ def test_samples_are_ordered_by_their_change(finished):
     # First the largest gain, last the largest loss, from the mean over shared seeds.
     run, _, _ = finished
     listed = sample_list(read_run(run))
-    gains = [float(row.change) for row in listed.best]
-    losses = [float(row.change) for row in listed.worst]
+    gains = [float(row.change.replace("−", "-")) for row in listed.best]
+    losses = [float(row.change.replace("−", "-")) for row in listed.worst]
     assert gains == sorted(gains, reverse=True)
     assert losses == sorted(losses)
     assert max(losses) <= min(gains)
@@ -382,7 +395,7 @@ def test_folder_that_is_no_run_is_refused_in_a_sentence(tmp_path: Path, text, ma
 
 
 def test_half_written_panels_are_refused_by_name(tmp_path):
-    write_run(tmp_path, seeds=(0,))
+    write_run(tmp_path, seeds=(0,), pictures=True)
     path = tmp_path / "cells" / "refined-seed0" / "evaluation" / "panels.safetensors"
     path.write_bytes(path.read_bytes()[:200])
     with pytest.raises(RunFolderError, match=r"panels\.safetensors cannot be read"):

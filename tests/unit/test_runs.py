@@ -105,7 +105,7 @@ def test_a_failed_write_leaves_the_old_file(
         raise KeyboardInterrupt
 
     monkeypatch.setattr(Path, "replace", stop)
-    with pytest.raises(KeyboardInterrupt, match="^$"):
+    with pytest.raises(KeyboardInterrupt, match=r"^$"):
         write_text(file, "half")
     assert contents(tmp_path) == {"results.json": b'{\n  "a": 1\n}\n'}
 
@@ -139,7 +139,7 @@ def test_fingerprint_sees_content_that_matters(tmp_path: Path) -> None:
 
 
 def test_wheel_has_no_git_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Installed inside somebody's repository, the manifest does not claim that repository's commit."""
+    """Installed inside somebody's repository, a run does not claim that repository's commit."""
     (tmp_path / "site-packages" / "i2am_train").mkdir(parents=True)
     (tmp_path / ".git").mkdir()
     monkeypatch.setattr(runs, "__file__", str(tmp_path / "site-packages/i2am_train/runs.py"))

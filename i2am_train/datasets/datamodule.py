@@ -1,0 +1,209 @@
+"""Loaders of training, validation, test and prediction samples for Lightning.
+
+Validation is the last ``validation_samples`` of the training list, which training then leaves out; testing and
+prediction use the test list. The order of an epoch is a function of (seed, epoch), so a run that was stopped at the
+border of an epoch goes on exactly as an uninterrupted one.
+
+Several processes: the samplers here split the data themselves (``Trainer(use_distributed_sampler=False)``; they are
+DistributedSamplers, so Lightning would keep them anyway). Training gives every process equally many samples and
+interleaves them, so that W processes with batch B see the samples that one process with batch W x B would. Validation
+and test are split without padding: no sample is seen twice and none is left out, so a set's score does not change
+with the number of processes; processes may differ by one sample, hence nothing may synchronise inside an
+evaluation step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, cast
+
+import lightning as L
+import torch
+from torch.utils.data import DataLoader, Dataset, DistributedSampler
+
+from i2am_train.datasets.sample import TryOnSample
+from i2am_train.datasets.viton_hd import EpochPosition, VitonHDDataset, read_pairs
+from i2am_train.errors import DataError
+from i2am_train.types import GridSize, Pairing, Split
+
+
+class EpochSampler(DistributedSampler[Any]):
+    """Shuffles by (seed, epoch) and tells the dataset the epoch together with each position."""
+
+    def __init__(
+        self, dataset: Dataset[Any], seed: int, epoch: int = 0, replicas: int = 1, rank: int = 0
+    ) -> None:
+        super().__init__(
+            dataset, num_replicas=replicas, rank=rank, shuffle=True, seed=seed, drop_last=True
+        )
+        self.epoch = epoch
+
+    def __iter__(self) -> Iterator[EpochPosition]:
+        """Positions of this process, in this epoch's order."""
+        positions = list(super().__iter__())
+        return iter([EpochPosition(self.epoch, position) for position in positions])
+
+
+class ExactSampler(DistributedSampler[Any]):
+    """Splits a dataset over processes in order, each sample once."""
+
+    def __init__(self, dataset: Dataset[Any], replicas: int = 1, rank: int = 0) -> None:
+        super().__init__(dataset, num_replicas=replicas, rank=rank, shuffle=False)
+        self.positions = range(rank, len(cast(VitonHDDataset, dataset)), replicas)
+
+    def __iter__(self) -> Iterator[int]:
+        """Every ``replicas``-th position, beginning with the rank."""
+        return iter(self.positions)
+
+    def __len__(self) -> int:
+        return len(self.positions)
+
+
+class TryOnDataModule(L.LightningDataModule):
+    """All loaders of a run.
+
+    Args:
+        root: dataset folder in VITON-HD layout.
+        size: picture size, height first.
+        batch_size: training samples per process and step.
+        eval_batch_size: samples per process and step elsewhere.
+        workers: reading processes per loader; 0 reads in the main process.
+        augment: augment training samples.
+        seed: of the shuffling and the augmentations.
+        validation_samples: how many of the last training samples are held out for validation.
+        test_samples: how many of the test samples to use; None for all.
+        test_pairing: whether test and prediction give people their own garment.
+    """
+
+    def __init__(
+        self, root: Path | str, size: GridSize, *, batch_size: int = 16, eval_batch_size: int = 16, workers: int = 0,
+        augment: bool = True, seed: int = 0, validation_samples: int = 0, test_samples: int | None = None,
+        test_pairing: Pairing = Pairing.PAIRED,
+    ) -> None:  # fmt: skip
+        super().__init__()
+        self.root, self.size = Path(root), GridSize(*size)
+        self.batch_size, self.eval_batch_size, self.workers = batch_size, eval_batch_size, workers
+        self.augment, self.seed = augment, seed
+        self.validation_samples, self.test_samples, self.test_pairing = (
+            validation_samples,
+            test_samples,
+            test_pairing,
+        )
+
+    # -- datasets --------------------------------------------------------------------------------------------------
+
+    def train_dataset(self) -> VitonHDDataset:
+        """The training list without the samples held out for validation."""
+        indices = range(self._train_total() - self.validation_samples)
+        if len(indices) < self.batch_size * self._processes():
+            raise DataError(
+                f"{self.root} has {self._train_total()} training samples; with {self.validation_samples} held out for "
+                f"validation, {len(indices)} are left, fewer than one batch of {self.batch_size * self._processes()}. "
+                "Use more samples, or lower data.batch_size or validation.samples."
+            )
+        return VitonHDDataset(
+            self.root,
+            Split.TRAIN,
+            Pairing.PAIRED,
+            self.size,
+            augment=self.augment,
+            seed=self.seed,
+            indices=indices,
+        )
+
+    def validation_dataset(self) -> VitonHDDataset:
+        """The held-out end of the training list, never augmented and read like test samples."""
+        total = self._train_total()
+        indices = range(total - self.validation_samples, total)
+        return VitonHDDataset(
+            self.root,
+            Split.TRAIN,
+            Pairing.PAIRED,
+            self.size,
+            indices=indices,
+            small_mask_rule=False,
+        )
+
+    def test_dataset(self) -> VitonHDDataset:
+        """The test list, or its first ``test_samples``."""
+        total = len(read_pairs(self.root, Split.TEST))
+        if self.test_samples is not None and self.test_samples > total:
+            raise DataError(
+                f"{self.test_samples} test samples were asked for, but {self.root} has {total}. "
+                f"Ask for {total} or fewer."
+            )
+        indices = range(total if self.test_samples is None else self.test_samples)
+        return VitonHDDataset(self.root, Split.TEST, self.test_pairing, self.size, indices=indices)
+
+    def _train_total(self) -> int:
+        total = len(read_pairs(self.root, Split.TRAIN))
+        if not 0 <= self.validation_samples < total:
+            raise DataError(
+                f"{self.validation_samples} validation samples cannot be held out of the {total} training samples in "
+                f"{self.root}. Set validation.samples between 0 and {total - 1}."
+            )
+        return total
+
+    # -- loaders ---------------------------------------------------------------------------------------------------
+
+    def train_dataloader(self) -> DataLoader[TryOnSample]:
+        dataset = self.train_dataset()
+        sampler = EpochSampler(dataset, self.seed, self._epoch(), self._processes(), self._rank())
+        return self._loader(dataset, sampler, self.batch_size, drop_last=True)
+
+    def val_dataloader(self) -> DataLoader[TryOnSample] | list[Any]:
+        if self.validation_samples == 0:
+            return []
+        return self._evaluation_loader(self.validation_dataset())
+
+    def test_dataloader(self) -> DataLoader[TryOnSample]:
+        return self._evaluation_loader(self.test_dataset())
+
+    def predict_dataloader(self) -> DataLoader[TryOnSample]:
+        return self._evaluation_loader(self.test_dataset())
+
+    def _evaluation_loader(self, dataset: VitonHDDataset) -> DataLoader[TryOnSample]:
+        sampler = ExactSampler(dataset, self._processes(), self._rank())
+        return self._loader(dataset, sampler, self.eval_batch_size, drop_last=False)
+
+    def _loader(
+        self,
+        dataset: VitonHDDataset,
+        sampler: DistributedSampler[Any],
+        batch_size: int,
+        *,
+        drop_last: bool,
+    ) -> DataLoader[TryOnSample]:
+        return DataLoader(
+            dataset, batch_size=batch_size, sampler=sampler, drop_last=drop_last, num_workers=self.workers,
+            persistent_workers=self.workers > 0, pin_memory=torch.cuda.is_available(),
+            # Loaders would otherwise draw a seed from the global stream, and so change what training draws next.
+            generator=torch.Generator().manual_seed(self.seed),
+            worker_init_fn=_one_thread,
+        )  # fmt: skip
+
+    # -- the trainer that this belongs to --------------------------------------------------------------------------
+
+    def _processes(self) -> int:
+        return 1 if self.trainer is None else self.trainer.world_size
+
+    def _rank(self) -> int:
+        return 0 if self.trainer is None else self.trainer.global_rank
+
+    def _epoch(self) -> int:
+        """The epoch that the loader starts with.
+
+        Lightning makes the first iterator before it tells the sampler the epoch, so a resumed run would begin
+        with the order of epoch 0; what it will tell is read here instead.
+        """
+        if self.trainer is None:
+            return 0
+        return int(self.trainer.fit_loop.epoch_progress.current.processed)  # type: ignore[attr-defined]
+
+
+def _one_thread(worker: int) -> None:
+    """Keep OpenCV from starting a thread per core in every worker."""
+    import cv2
+
+    cv2.setNumThreads(1)

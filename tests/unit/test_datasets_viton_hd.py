@@ -1,0 +1,184 @@
+"""The reader of the VITON-HD layout."""
+
+import shutil
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from torch.utils.data import default_collate
+
+from i2am_train.datasets.synthetic import FIRST_TEST_INDEX, render_sample
+from i2am_train.datasets.viton_hd import EpochPosition, VitonHDDataset, read_pairs
+from i2am_train.errors import DataError
+from i2am_train.types import GridSize, Pairing, Split
+
+SIZE = GridSize(64, 48)
+
+
+@pytest.fixture
+def copy(small_dataset: Path, tmp_path: Path) -> Path:
+    """A dataset to break."""
+    return Path(shutil.copytree(small_dataset, tmp_path / "copy"))
+
+
+def test_files_come_back_as_they_were_drawn(small_dataset: Path) -> None:
+    # Proves the round trip: masks and correspondence exact, pictures within JPEG's error, range [-1, 1].
+    drawn = render_sample(0, 5, SIZE)
+    read = VitonHDDataset(small_dataset, Split.TRAIN, Pairing.PAIRED, SIZE)[5]
+    assert (read["name"], read["garment_name"], read["index"], read["paired"]) == (
+        "00005_00",
+        "00005_00",
+        5,
+        True,
+    )
+    for name in ("garment_mask", "inpaint_mask", "warped_garment_mask"):
+        np.testing.assert_array_equal(read[name].numpy(), getattr(drawn, name))
+    np.testing.assert_allclose(
+        read["correspondence"].numpy(), drawn.correspondence, atol=1 / 131_000
+    )
+    for name in ("person", "garment", "agnostic", "densepose"):
+        expected = getattr(drawn, name).transpose(2, 0, 1) / 127.5 - 1
+        assert read[name].shape == (3, *SIZE) and read[name].dtype == torch.float32
+        assert np.abs(read[name].numpy() - expected).mean() < 0.03
+    assert read["agnostic"][:, read["inpaint_mask"]].mean().item() == pytest.approx(
+        128 / 127.5 - 1, abs=0.01
+    )
+
+
+def test_unpaired_takes_the_lists_garment_and_knows_no_truth(small_dataset: Path) -> None:
+    # Proves the semantics of spec 2.1: person-side files follow column 1, the garment column 2.
+    paired, unpaired = (
+        VitonHDDataset(small_dataset, "test", pairing, SIZE)[1] for pairing in Pairing
+    )
+    assert (
+        paired["garment_name"] == paired["name"] == unpaired["name"] == f"{FIRST_TEST_INDEX + 1}_00"
+    )
+    assert unpaired["garment_name"] == f"{FIRST_TEST_INDEX + 2}_00" and not unpaired["paired"]
+    assert torch.equal(paired["person"], unpaired["person"])
+    assert not torch.equal(paired["garment"], unpaired["garment"])
+    assert not unpaired["warped_garment_mask"].any() and unpaired["correspondence"].isnan().all()
+    assert paired["warped_garment_mask"].any()
+
+
+def test_samples_collate_into_a_batch(small_dataset: Path) -> None:
+    # Proves that the default collation gives the batch of the contract.
+    data = VitonHDDataset(small_dataset, "train", "paired", SIZE)
+    batch = default_collate([data[index] for index in range(3)])
+    assert batch["name"] == ["00000_00", "00001_00", "00002_00"]
+    assert batch["correspondence"].shape == (3, 64, 48, 2)
+    assert batch["paired"].dtype == torch.bool and batch["index"].tolist() == [0, 1, 2]
+
+
+def test_another_size_is_resized(small_dataset: Path) -> None:
+    # Proves that pictures, masks and correspondence follow the size that is asked for.
+    sample = VitonHDDataset(small_dataset, "train", "paired", GridSize(32, 24))[2]
+    full = VitonHDDataset(small_dataset, "train", "paired", SIZE)[2]
+    assert sample["person"].shape == (3, 32, 24) and sample["correspondence"].shape == (32, 24, 2)
+    mean = torch.nn.functional.avg_pool2d(full["person"], 2)
+    assert (mean - sample["person"]).abs().max() < 2 / 127.5
+    share = full["inpaint_mask"].float().mean() - sample["inpaint_mask"].float().mean()
+    assert abs(share) < 0.03
+
+
+def test_without_optional_folders_the_truth_is_unknown(copy: Path) -> None:
+    # Proves that the real dataset's test half (no warped masks, no correspondence) can be read.
+    shutil.rmtree(copy / "test/gt_cloth_warped_mask")
+    shutil.rmtree(copy / "test/correspondence")
+    sample = VitonHDDataset(copy, "test", "paired", SIZE)[0]
+    assert not sample["warped_garment_mask"].any() and sample["correspondence"].isnan().all()
+
+
+def test_a_subset_keeps_the_lists_numbers(small_dataset: Path) -> None:
+    # Proves that a sample's index, which seeds its noise, does not depend on the subset that is read.
+    data = VitonHDDataset(small_dataset, "train", "paired", SIZE, indices=[11, 4])
+    assert len(data) == 2 and data.global_index(1) == 4
+    assert (data[0]["index"], data[0]["name"]) == (11, "00011_00")
+    assert [sample["index"] for sample in data] == [11, 4]
+
+
+@pytest.mark.parametrize("position", [-1, 20])
+def test_a_sample_out_of_range_is_refused(small_dataset: Path, position: int) -> None:
+    # Proves that the message names the range.
+    data = VitonHDDataset(small_dataset, "train", "paired", SIZE)
+    with pytest.raises(DataError, match=rf"Sample {position} is out of range.*0 to 19"):
+        data[position]
+
+
+def test_small_inpainting_masks_become_everything_in_training_only(copy: Path) -> None:
+    # Proves the authors' rule, as a share of any size, and that it can be switched off.
+    for split, name in (("train", "00003_00"), ("test", f"{FIRST_TEST_INDEX}_00")):
+        mask = np.zeros(SIZE, np.uint8)
+        mask[20:30, 20:30] = 255
+        cv2.imwrite(str(copy / split / f"agnostic-mask/{name}_mask.png"), mask)
+    assert VitonHDDataset(copy, "train", "paired", SIZE)[3]["inpaint_mask"].all()
+    kept = VitonHDDataset(copy, "train", "paired", SIZE, small_mask_rule=False)[3]["inpaint_mask"]
+    assert kept.sum() == 100
+    assert VitonHDDataset(copy, "test", "paired", SIZE)[0]["inpaint_mask"].sum() == 100
+
+
+def test_missing_folders_are_named_with_what_was_found(copy: Path) -> None:
+    # Proves the message of design rule 10.
+    shutil.rmtree(copy / "train/cloth-mask")
+    with pytest.raises(
+        DataError, match=r"no folder 'cloth-mask' \(found: .*cloth.*i2am data check"
+    ):
+        VitonHDDataset(copy, "train", "paired", SIZE)
+    with pytest.raises(DataError, match=r"no pair list train_pairs\.txt .*i2am data make"):
+        VitonHDDataset(copy / "test", "train", "paired", SIZE)
+
+
+@pytest.mark.parametrize(
+    ("text", "match"), [("", "is empty"), ("a.jpg b.jpg\na.jpg\n", "1 names in entry 2")]
+)
+def test_broken_pair_lists_are_refused(copy: Path, text: str, match: str) -> None:
+    # Proves that a list is checked before any picture is read.
+    (copy / "test_pairs.txt").write_text(text)
+    with pytest.raises(DataError, match=match):
+        read_pairs(copy, Split.TEST)
+
+
+@pytest.mark.parametrize(
+    ("file", "keep", "match"),
+    [
+        ("image/00002_00.jpg", 0.6, "is cut off after"),
+        ("agnostic-mask/00002_00_mask.png", 0.5, "is cut off after"),
+        ("correspondence/00002_00.png", 0.9, "is cut off after"),
+        ("cloth/00002_00.jpg", 0.0, "is empty"),
+        ("cloth/00002_00.jpg", None, "No such file"),
+    ],
+)
+def test_broken_pictures_are_named(copy: Path, file: str, keep: float | None, match: str) -> None:
+    # Proves that a half-written picture is an error and never silently grey.
+    path = copy / "train" / file
+    content = path.read_bytes()
+    if keep is None:
+        path.unlink()
+    else:
+        path.write_bytes(content[: int(len(content) * keep)])
+    data = VitonHDDataset(copy, "train", "paired", SIZE)
+    with pytest.raises(DataError, match=match) as caught:
+        data[2]
+    assert str(path) in str(caught.value) and f"i2am data check root={copy}" in str(caught.value)
+
+
+def test_augmentation_depends_on_seed_epoch_and_index(small_dataset: Path) -> None:
+    # Proves that neither order nor process state enters, and that epochs differ.
+    make = lambda seed: VitonHDDataset(
+        small_dataset, "train", "paired", SIZE, augment=True, seed=seed
+    )  # noqa: E731
+    first, second = make(0), make(0)
+    second[7]
+    a, b = first[EpochPosition(3, 5)], second[EpochPosition(3, 5)]
+    second.set_epoch(3)
+    for other in (b, second[5]):
+        assert torch.equal(a["person"], other["person"]) and torch.equal(
+            a["garment"], other["garment"]
+        )
+    assert any(
+        not torch.equal(first[EpochPosition(e, 5)]["person"], a["person"]) for e in (4, 5, 6)
+    )
+    assert any(
+        not torch.equal(make(s)[EpochPosition(3, 5)]["person"], a["person"]) for s in (1, 2, 3)
+    )

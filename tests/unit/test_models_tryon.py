@@ -1,0 +1,157 @@
+"""The try-on model: topology, widening, files and their errors."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import UNet2DConditionModel
+
+from i2am_train.attribution.sites import PAPER_LAYERS
+from i2am_train.attribution.trace import trace
+from i2am_train.errors import CheckpointError, ConfigError
+from i2am_train.models.diffusion import ddim_timesteps
+from i2am_train.models.sampling import sample
+from i2am_train.models.tryon import Conditions, TryOnModel, widen_input
+from i2am_train.types import GridSize
+
+
+def inputs(batch: int = 3) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    shape = (batch, 3, 64, 48)
+    return {
+        name: torch.rand(shape, generator=generator) * 2 - 1
+        for name in ("garment", "agnostic", "densepose")
+    }
+
+
+def test_topology(make_small_model: Callable[..., Any]) -> None:
+    """Twelve input channels, nine decoder layers at three resolutions, and the paper's numbers for them."""
+    model = make_small_model()
+    with trace(model) as attention:
+        sample(model, **inputs(2), seeds=[0, 1], steps=2, guidance=2.0)
+    sites = attention.sites
+    assert model.unet.config["in_channels"] == 12
+    assert tuple(site.layer for site in sites) == PAPER_LAYERS
+    assert [site.number for site in sites] == list(range(1, 10))
+    assert len({site.generated_grid for site in sites}) == 3
+
+
+@pytest.mark.parametrize("class_token", [False, True])
+def test_reference_tokens(make_small_model: Callable[..., Any], class_token: bool) -> None:
+    """All patch tokens in row-major order, after the class token if it is kept."""
+    model = make_small_model(class_token=class_token)
+    tokens = model.encode_reference(inputs()["garment"])
+    assert model.reference_grid == GridSize(8, 6)
+    assert tokens.shape == (3, 48 + class_token, 32)
+    assert model.projector.null_tokens.shape == (1, 48 + class_token, 32)
+
+
+def test_widened_input_changes_nothing_at_the_start() -> None:
+    """With zero-initialised channels the network equals the one on the noisy latent alone (paper A.4)."""
+    kind = {"block_out_channels": (8, 8), "norm_num_groups": 4, "cross_attention_dim": 8}
+    blocks = {
+        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
+        "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
+    }
+    unet = UNet2DConditionModel(in_channels=4, attention_head_dim=2, **kind, **blocks).eval()
+    noisy, tokens = torch.randn(2, 4, 8, 4), torch.randn(2, 5, 8)
+    before = unet(noisy, 7, tokens).sample
+    widened = widen_input(unet)
+    after = widened(torch.cat([noisy, torch.randn(2, 8, 8, 4)], dim=1), 7, tokens).sample
+    torch.testing.assert_close(after, before)
+    assert widened.config["in_channels"] == 12
+
+
+def test_round_trip(make_small_model: Callable[..., Any], tmp_path: Path) -> None:
+    """A saved and loaded model gives bit-identical predictions."""
+    model = make_small_model()
+    model.save_pretrained(tmp_path / "model")
+    again = TryOnModel.from_pretrained(tmp_path / "model").eval()
+    latents, given = torch.randn(2, 4, 16, 12), inputs(2)
+    conditions = Conditions(latents, latents, model.encode_reference(given["garment"]))
+    at = torch.tensor([5, 900])
+    assert torch.equal(
+        again.denoise(latents, at, conditions), model.denoise(latents, at, conditions)
+    )
+    assert torch.equal(
+        again.encode_reference(given["garment"]), model.encode_reference(given["garment"])
+    )
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model"]
+
+
+def test_half_precision_files(make_small_model: Callable[..., Any], tmp_path: Path) -> None:
+    """Stored as float16, loaded as float32, and the model in memory is untouched."""
+    model = make_small_model()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    model.save_pretrained(tmp_path / "model", half=True)
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+    again = TryOnModel.from_pretrained(tmp_path / "model")
+    assert {parameter.dtype for parameter in again.parameters()} == {torch.float32}
+
+
+def test_saving_over_another_folder_is_refused(
+    make_small_model: Callable[..., Any], tmp_path: Path
+) -> None:
+    """Files that are not a model's are never replaced."""
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(CheckpointError, match="not a try-on model"):
+        make_small_model().save_pretrained(tmp_path)
+    assert (tmp_path / "notes.txt").read_text() == "mine"
+
+
+def test_missing_and_incomplete_folders(
+    make_small_model: Callable[..., Any], tmp_path: Path
+) -> None:
+    """The error names the folder, what is missing and what to do."""
+    with pytest.raises(CheckpointError, match="no such folder"):
+        TryOnModel.from_pretrained(tmp_path / "nowhere")
+    folder = tmp_path / "model"
+    make_small_model().save_pretrained(folder)
+    weights = folder / "projector" / "diffusion_pytorch_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:100])
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        TryOnModel.from_pretrained(folder)
+    weights.unlink()
+    (folder / "projector" / "config.json").unlink()
+    (folder / "projector").rmdir()
+    with pytest.raises(CheckpointError, match="lacks projector"):
+        TryOnModel.from_pretrained(folder)
+
+
+def test_a_sample_does_not_depend_on_its_batch(make_small_model: Callable[..., Any]) -> None:
+    """Sample 1 is the same alone and in a batch of three."""
+    model, given = make_small_model(), inputs()
+    together = sample(model, **given, seeds=[4, 5, 6], steps=2, guidance=2.0)
+    alone = sample(
+        model, **{name: images[1:2] for name, images in given.items()}, seeds=[5], steps=2, guidance=2.0
+    )
+    torch.testing.assert_close(alone[0], together[1], atol=1e-5, rtol=0)
+
+
+def test_capture_does_not_change_the_image(make_small_model: Callable[..., Any]) -> None:
+    """Bit-identical with and without, with and without guidance."""
+    model, given = make_small_model(), inputs(2)
+    for guidance in (1.0, 3.0):
+        plain = sample(model, **given, seeds=[1, 2], steps=2, guidance=guidance)
+        with trace(model, matrix_layers=[2]):
+            captured = sample(model, **given, seeds=[1, 2], steps=2, guidance=guidance)
+        assert torch.equal(plain, captured)
+
+
+def test_guidance_one_is_the_conditional_model(make_small_model: Callable[..., Any]) -> None:
+    """Maps with guidance come from the conditional half: at guidance 1 and 1.0001 they agree."""
+    model, given = make_small_model(), inputs(2)
+    maps = []
+    for guidance in (1.0, 1.0001):
+        with trace(model) as attention:
+            sample(model, **given, seeds=[1, 2], steps=1, guidance=guidance)
+        maps.append(attention.maps().store.layers[1].to_generated)
+    torch.testing.assert_close(maps[0], maps[1], atol=1e-5, rtol=1e-3)
+
+
+def test_impossible_number_of_steps() -> None:
+    """The message says what is possible."""
+    with pytest.raises(ConfigError, match="from 1 to 1000"):
+        ddim_timesteps(0)

@@ -1,0 +1,267 @@
+"""Figures hold the data they were given: artists' arrays are compared, never pixels of text."""
+
+import json
+
+import matplotlib as mpl
+import numpy as np
+import pytest
+from matplotlib.collections import LineCollection
+from PIL import Image
+
+from i2am_train.reporting.canvas import arm_colors, image_grid
+from i2am_train.reporting.figures import (
+    PanelPart,
+    difference_plot,
+    map_grid,
+    metric_curves,
+    overlay,
+    sample_grid,
+    sample_panel,
+    save_figure,
+)
+from i2am_train.reporting.records import Curve, History, Panels
+from i2am_train.reporting.sample_panel import mesh
+from i2am_train.types import GridSize
+
+SIZE = (16, 12)
+
+
+def picture(value=200, size=SIZE):
+    return np.full((*size, 3), value, np.uint8)
+
+
+@pytest.fixture
+def panels():
+    """Two samples on a 3x2 generated grid; the last patch of sample 0 has no known truth."""
+    generated, reference = GridSize(3, 2), GridSize(4, 3)
+    y, x = np.mgrid[:3, :2]
+    target = np.stack([y, x], -1).reshape(1, 6, 2).repeat(2, 0).astype(np.float32)
+    target[0, 5] = np.nan
+    stack = np.stack([picture(100), picture(150)])
+    maps = np.random.default_rng(0).uniform(0, 1, (2, *SIZE)).astype(np.float32)
+    return Panels(
+        names=("a", "b"),
+        garment_names=("ga", "gb"),
+        layer="up_blocks.1.attentions.1",
+        generated_grid=generated,
+        reference_grid=reference,
+        garment=stack,
+        agnostic=stack,
+        densepose=stack,
+        person=stack,
+        generated=stack,
+        map_generated=maps,
+        map_reference=maps,
+        centers=target + 0.25,
+        target_centers=target,
+        mask=np.ones((2, 6), bool),
+    )
+
+
+def test_overlay_leaves_zero_alone_and_grows_with_the_map():
+    image = picture(120)
+    heat = np.zeros((4, 3))
+    heat[0, 0] = 1.0
+    laid = overlay(image, heat, alpha=0.5)
+    assert laid.dtype == np.uint8
+    assert laid.shape == image.shape
+    assert (laid[-1, -1] == 120).all()
+    brightest = mpl.colormaps["inferno"](1.0)[:3]
+    expected = 0.5 * 120 + 0.5 * 255 * np.array(brightest)
+    np.testing.assert_allclose(laid[0, 0], expected, atol=1)
+
+
+@pytest.mark.parametrize("heat", [np.full((3, 2), 1.5), np.zeros(4), np.full((3, 2), np.nan)])
+def test_overlay_refuses_maps_that_were_not_normalised(heat):
+    with pytest.raises(ValueError, match="cannot be laid over"):
+        overlay(picture(), heat)
+
+
+def test_cells_of_a_grid_have_the_shape_of_the_picture():
+    # No stretched pictures: height over width of every cell is the aspect that was asked for.
+    grid = image_grid(3, [2, 1], aspect=4 / 3, width=7.0)
+    width, height = grid.figure.get_size_inches()
+    for axes in grid.cells:
+        box = axes.get_position()
+        assert box.height * height / (box.width * width) == pytest.approx(4 / 3)
+    assert [list(group) for group in grid.groups] == [[0, 1], [2]]
+
+
+def test_map_grid_draws_maps_of_several_sizes_on_one_scale():
+    # Layers keep their own grids; the shared scale spans all maps.
+    maps = [np.full((2, 3), 0.5), np.arange(12.0).reshape(4, 3), np.full((2, 3), 2.0)]
+    figure = map_grid(maps, titles=("1", "2", "3"), columns=2)
+    images = [axes.images[0] for axes in figure.axes if axes.images]
+    assert [image.get_array().shape for image in images[:3]] == [(2, 3), (4, 3), (2, 3)]
+    assert {(image.norm.vmin, image.norm.vmax) for image in images[:3]} == {(0.0, 11.0)}
+    assert [axes.get_title() for axes in figure.axes[:3]] == ["1", "2", "3"]
+    assert not figure.axes[3].axison  # the cell without a map
+
+
+def test_map_grid_with_own_scales_and_underlay_keeps_the_values():
+    maps = [np.array([[0.0, 4.0]]), np.array([[1.0, 3.0]]), np.array([[np.nan, 3.0]])]
+    pictures = [picture(0), picture(100), picture(200)]
+    figure = map_grid(maps, underlay=pictures, shared_scale=False, row_titles=("row",), title="T")
+    heat = [axes.images[1] for axes in figure.axes[:3]]
+    assert [(h.norm.vmin, h.norm.vmax) for h in heat] == [(0.0, 4.0), (1.0, 3.0), (3.0, 4.0)]
+    np.testing.assert_array_equal(heat[1].get_array(), maps[1])
+    assert heat[0].get_extent() == [-0.5, 11.5, 15.5, -0.5]
+    assert figure.axes[0].get_ylabel() == "row"
+
+
+@pytest.mark.parametrize(
+    ("maps", "titles", "underlay", "match"),
+    [
+        ([], (), None, "found nothing"),
+        ([np.zeros((2, 3, 4))], (), None, r"found \(2, 3, 4\)"),
+        ([np.zeros((2, 3))] * 3, ("a", "b"), None, "2 titles for 3 maps"),
+        ([np.zeros((2, 3))] * 3, (), [picture()] * 2, "2 pictures for 3 maps"),
+    ],
+)
+def test_map_grid_refuses_what_does_not_fit(maps, titles, underlay, match):
+    with pytest.raises(ValueError, match=match):
+        map_grid(maps, titles, underlay)
+
+
+def test_sample_grid_shows_every_picture_in_its_place():
+    images = np.arange(6, dtype=np.uint8).reshape(2, 3, 1, 1, 1) * np.ones(
+        (1, 1, 4, 5, 3), np.uint8
+    )
+    figure = sample_grid(images, labels=("x", "y", "z"), row_labels=("p", "q"))
+    shown = [int(axes.images[0].get_array()[0, 0, 0]) for axes in figure.axes]
+    assert shown == [0, 1, 2, 3, 4, 5]
+    with pytest.raises(ValueError, match="found float64"):
+        sample_grid(np.zeros((2, 3, 4, 5, 3)))
+
+
+def test_sample_panel_has_all_columns_in_order(panels):
+    arms = {"baseline": panels, "refined": panels}
+    figure = sample_panel(arms, labels={"refined": "ours"})
+    titles = [axes.get_title() for axes in figure.axes[:12]]
+    assert titles == ["garment", "agnostic", "pose", "truth", *(["baseline", "ours"] * 4)]
+    assert [figure.axes[row * 12].get_ylabel() for row in (0, 1)] == ["a", "b"]
+
+
+def test_center_field_draws_truth_errors_and_centres_in_patch_units(panels):
+    figure = sample_panel({"refined": panels}, [PanelPart.CENTERS])
+    truth, errors, centers = (
+        c for c in figure.axes[0].collections if isinstance(c, LineCollection)
+    )
+    first_error = errors.get_segments()[0]
+    np.testing.assert_allclose(first_error, [[0.25, 0.25], [0.0, 0.0]])  # centre, then truth
+    assert len(errors.get_segments()) == 5  # the patch without truth is left out
+    shift = np.array(centers.get_segments()) - np.array(truth.get_segments())
+    np.testing.assert_allclose(shift, 0.25)
+    assert figure.axes[0].get_xlim() == (-0.5, 2.5)
+    assert figure.axes[0].get_ylim() == (3.5, -0.5)  # y grows downwards, as in the picture
+
+
+def test_center_field_puts_x_before_y(panels):
+    # Patch 1 of the 3x2 grid is in row 0, column 1: x = 1, y = 0.
+    figure = sample_panel({"refined": panels}, [PanelPart.CENTERS], colors={"refined": "black"})
+    offsets = figure.axes[0].collections[-1].get_offsets()
+    np.testing.assert_allclose(offsets[1], [1.25, 0.25])
+
+
+def test_mesh_has_no_edge_to_unknown_patches_nor_across_a_tear(panels):
+    known, edges = mesh(panels, 0)
+    assert known.tolist() == [0, 1, 2, 3, 4]
+    assert sorted(map(tuple, edges.tolist())) == [(0, 1), (0, 2), (1, 3), (2, 3), (2, 4)]
+    panels.target_centers[1, 5] = (50.0, 50.0)  # a sleeve that lies elsewhere on the garment
+    _, torn = mesh(panels, 1)
+    assert not (torn == 5).any()
+
+
+def test_mesh_of_a_sample_without_any_truth_is_empty(panels):
+    panels.target_centers[1] = np.nan
+    known, edges = mesh(panels, 1)
+    assert (known.size, edges.shape) == (0, (0, 2))
+    sample_panel({"refined": panels}, [PanelPart.CENTERS])
+
+
+def test_sample_panel_refuses_arms_with_other_samples(panels):
+    other = Panels(**{f: getattr(panels, f) for f in panels.__slots__} | {"names": ("a", "c")})
+    with pytest.raises(ValueError, match="kept different samples"):
+        sample_panel({"baseline": panels, "refined": other})
+    with pytest.raises(ValueError, match="at least one arm"):
+        sample_panel({})
+
+
+def history(arm, seed, steps, values):
+    curve = Curve(np.array(steps), np.array(values, float))
+    return History(arm, seed, {"val/ssim": curve})
+
+
+def test_curves_have_a_thin_line_per_seed_and_a_thick_mean_of_shared_steps():
+    histories = [
+        history("refined", 0, [0, 10, 20], [1.0, 2.0, 3.0]),
+        history("refined", 1, [0, 10], [3.0, 6.0]),
+        history("baseline", 0, [0, 10], [0.0, 0.0]),
+    ]
+    figure = metric_curves(histories, {"val/ssim": "SSIM", "val/fid": "FID"})
+    assert len(figure.axes) == 2
+    *thin, mean, single = figure.axes[0].lines
+    assert [line.get_xdata().tolist() for line in thin] == [[0, 10, 20], [0, 10]]
+    assert mean.get_ydata().tolist() == [2.0, 4.0]
+    assert mean.get_linewidth() > thin[0].get_linewidth()
+    assert mean.get_color() != single.get_color()
+    assert not figure.axes[1].lines  # nothing was logged under that name
+
+
+def test_difference_plot_shows_interval_mean_and_seeds_in_verdict_colours():
+    metric = {"digits": 2, "group": "image"}
+    results = {
+        "metrics": {
+            "ssim": {"label": "SSIM", "higher_is_better": True, **metric},
+            "fid": {"label": "FID", "higher_is_better": False, **metric},
+        },
+        "arms": [{"name": "baseline"}, {"name": "refined"}],
+        "cells": [
+            {"arm": arm, "seed": seed, "metrics": {"ssim": value + seed, "fid": value}}
+            for arm, value in (("baseline", 0.0), ("refined", 0.5))
+            for seed in (0, 1)
+        ],
+        "summary": {"refined": {"ssim": {}, "fid": {}}},
+        "paired": [
+            {"arm": "refined", "against": "baseline", "metric": m, "difference": 0.5, "n": 2}
+            | {"low": 0.4, "high": 0.6}
+            for m in ("ssim", "fid")
+        ],
+    }
+    figure = difference_plot(results)
+    for axes, color in zip(figure.axes, ("#009E73", "#D55E00"), strict=True):
+        interval = axes.lines[1]
+        assert list(interval.get_xdata()) == [0.4, 0.6]
+        assert interval.get_color() == color
+        np.testing.assert_allclose(axes.collections[0].get_offsets()[:, 0], [0.5, 0.5])
+    assert [axes.get_title("right") for axes in figure.axes] == ["better →", "← better"]
+
+
+def test_arms_have_different_colours_and_the_same_in_every_subset():
+    colors = arm_colors(["base", "baseline", "refined", "supervised"])
+    assert len(set(colors.values())) == 4
+    assert arm_colors(["baseline", "refined"])["refined"] == colors["refined"]
+
+
+@pytest.mark.parametrize("suffix", [".png", ".svg", ".pdf"])
+def test_saved_figure_is_whole_reproducible_and_says_what_wrote_it(tmp_path, suffix):
+    figure = map_grid([np.eye(3)])
+    first = save_figure(figure, tmp_path / "deep" / f"map{suffix}", dpi=50)
+    content = first.read_bytes()
+    assert b"i2am_train" in content
+    assert save_figure(map_grid([np.eye(3)]), first, dpi=50).read_bytes() == content
+    assert [path.name for path in first.parent.iterdir()] == [f"map{suffix}"]
+    if suffix == ".png":
+        with Image.open(first) as image:
+            assert image.size[0] > 50
+
+
+def test_unknown_suffix_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"use one of \.png"):
+        save_figure(map_grid([np.eye(3)]), tmp_path / "map.bmp")
+
+
+def test_drawing_leaves_global_style_alone():
+    before = json.dumps({k: str(v) for k, v in mpl.rcParams.items()})
+    map_grid([np.eye(3)])
+    assert json.dumps({k: str(v) for k, v in mpl.rcParams.items()}) == before

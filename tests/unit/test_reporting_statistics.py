@@ -1,0 +1,165 @@
+"""Means, spreads and paired bootstrap intervals against values known by hand or by theory."""
+
+import json
+import math
+import warnings
+
+import numpy as np
+import pytest
+
+from i2am_train.reporting.statistics import (
+    Over,
+    PairedDifference,
+    paired_difference,
+    paired_over_samples,
+    paired_over_seeds,
+    summarise,
+    summarise_results,
+)
+
+
+def cell(arm, seed, **metrics):
+    return {"arm": arm, "seed": seed, "folder": f"cells/{arm}-{seed}", "metrics": metrics}
+
+
+def test_summary_is_mean_and_sample_deviation_over_seeds():
+    # By hand: 1, 2, 6 have mean 3 and sample variance (4 + 1 + 9) / 2 = 7.
+    summary = summarise([cell("refined", s, ssim=v) for s, v in enumerate((1.0, 2.0, 6.0))])
+    assert summary["refined"]["ssim"].mean == 3.0
+    assert summary["refined"]["ssim"].std == pytest.approx(math.sqrt(7.0))
+    assert summary["refined"]["ssim"].n == 3
+
+
+def test_summary_of_one_seed_has_no_spread_and_values_that_are_not_finite_do_not_count():
+    cells = [cell("a", 0, ssim=0.5, pck_1=math.nan), cell("a", 1, ssim=None, pck_1=math.nan)]
+    summary = summarise(cells)["a"]
+    assert (summary["ssim"].mean, summary["ssim"].std, summary["ssim"].n) == (0.5, None, 1)
+    assert "pck_1" not in summary
+
+
+def test_interval_is_close_to_theory_for_many_pairs():
+    # 400 normal differences: the interval is near mean +- 1.96 std / 20, and seeded.
+    differences = np.random.default_rng(7).normal(0.3, 1.0, 400)
+    found = paired_difference(differences + 5.0, np.full(400, 5.0))
+    half = 1.96 * differences.std(ddof=1) / 20
+    assert found.low == pytest.approx(differences.mean() - half, abs=0.1 * half)
+    assert found.high == pytest.approx(differences.mean() + half, abs=0.1 * half)
+    assert found == paired_difference(differences + 5.0, np.full(400, 5.0))
+    assert found.positive == (differences > 0).sum()
+
+
+def test_pairing_removes_what_both_arms_share():
+    # Seeds differ by 10, arms by 0.1: unpaired the arms overlap, paired zero is excluded.
+    base = np.array([0.0, 10.0, 20.0, 30.0])
+    found = paired_difference(base + [0.1, 0.12, 0.08, 0.1], base)
+    assert found.excludes_zero
+    assert 0.08 <= found.low <= found.mean <= found.high <= 0.12
+
+
+@pytest.mark.parametrize("n", [2, 3, 64])
+def test_equal_differences_have_an_interval_without_width_and_no_warning(n):
+    # Equal up to rounding (0.3 - 0.1, 0.4 - 0.2 ...): scipy alone would warn and return NaN.
+    other = 0.1 * np.arange(1, n + 1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = paired_difference(other + 0.2, other)
+    assert found.low == found.high == pytest.approx(0.2)
+
+
+@pytest.mark.parametrize("values", [[0.0, 0.0, 0.0, 1.0], [1.0, -1.0], [5.0, 0.0, 0.0]])
+def test_few_and_lumpy_pairs_give_a_finite_interval_and_no_warning(values):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = paired_difference(values, np.zeros(len(values)))
+    assert min(values) <= found.low <= found.high <= max(values)
+
+
+def test_one_pair_has_no_interval_and_excludes_nothing():
+    found = paired_difference([2.0], [0.5])
+    assert (found.mean, found.low, found.high, found.n) == (1.5, None, None, 1)
+    assert not found.excludes_zero
+
+
+def test_touching_zero_is_not_excluding_it():
+    assert not PairedDifference(mean=0.1, low=0.0, high=0.2, n=3).excludes_zero
+
+
+def test_pairs_that_are_not_finite_are_left_out():
+    found = paired_difference([1.0, math.nan, 3.0], [0.0, 0.0, math.inf])
+    assert (found.mean, found.n) == (1.0, 1)
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "match"),
+    [
+        ([1.0, 2.0], [1.0], "equal length"),
+        ([], [], "None of the 0 pairs"),
+        ([math.nan], [1.0], "None of the 1 pairs"),
+    ],
+)
+def test_what_cannot_be_paired_is_refused(a, b, match):
+    with pytest.raises(ValueError, match=match):
+        paired_difference(a, b)
+
+
+def test_seeds_are_matched_by_number_and_the_start_has_no_pair():
+    # Seed 2 is missing for one arm, order differs, the shared start has seed None.
+    cells = [
+        cell("base", None, ssim=9.0),
+        cell("refined", 1, ssim=5.0),
+        cell("refined", 0, ssim=1.0),
+        cell("refined", 2, ssim=7.0),
+        cell("baseline", 0, ssim=0.0),
+        cell("baseline", 1, ssim=2.0),
+    ]
+    found = paired_over_seeds(cells, "refined", "baseline", "ssim")
+    assert (found.mean, found.n, found.over) == (2.0, 2, Over.SEEDS)
+    assert paired_over_seeds(cells, "base", "baseline", "ssim") is None
+
+
+def test_samples_are_matched_by_name():
+    first = [{"name": "b", "ssim": 3.0}, {"name": "a", "ssim": 1.0}, {"name": "c", "ssim": None}]
+    second = [{"name": "a", "ssim": 0.5}, {"name": "b", "ssim": 1.0}, {"name": "c", "ssim": 1.0}]
+    found = paired_over_samples(first, second, "ssim")
+    assert (found.mean, found.n, found.over) == (1.25, 2, Over.SAMPLES)
+    assert paired_over_samples(first, second, "fid") is None
+
+
+def test_results_entries_are_plain_json_and_follow_the_schema():
+    cells = [cell("base", None, ssim=0.5)]
+    cells += [
+        cell(arm, s, ssim=s + k) for k, arm in enumerate(("baseline", "refined")) for s in (0, 1)
+    ]
+    found = summarise_results(cells, ["ssim"], ["base", "baseline", "refined"], "baseline")
+    assert json.loads(json.dumps(found)) == found
+    assert found["summary"]["base"]["ssim"] == {"mean": 0.5, "std": None, "n": 1}
+    (entry,) = found["paired"]
+    assert entry == {
+        "arm": "refined",
+        "against": "baseline",
+        "metric": "ssim",
+        "difference": 1.0,
+        "low": 1.0,
+        "high": 1.0,
+        "n": 2,
+        "positive": 2,
+        "confidence": 0.95,
+        "over": "seeds",
+    }
+
+
+def test_a_single_seed_falls_back_to_samples_only_if_they_are_given():
+    # Over samples where there are scores of samples; a set distance stays without interval.
+    cells = [cell("baseline", 3, ssim=0.1, fid=5.0), cell("refined", 3, ssim=0.3, fid=4.0)]
+    samples = {
+        "cells/baseline-3": [{"name": n, "ssim": 0.1} for n in "abc"],
+        "cells/refined-3": [
+            {"name": n, "ssim": v} for n, v in zip("abc", (0.2, 0.3, 0.4), strict=True)
+        ],
+    }
+    arguments = (cells, ["ssim", "fid"], ["baseline", "refined"], "baseline")
+    without = summarise_results(*arguments)["paired"]
+    assert [(e["low"], e["n"], e["over"]) for e in without] == [(None, 1, "seeds")] * 2
+    ssim, fid = summarise_results(*arguments, samples=samples)["paired"]
+    assert (ssim["over"], ssim["n"], ssim["low"] > 0) == ("samples", 3, True)
+    assert (fid["over"], fid["low"], fid["difference"]) == ("seeds", None, -1.0)
