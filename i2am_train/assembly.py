@@ -28,7 +28,7 @@ from i2am_train.config.schema import (
 )
 from i2am_train.datasets.datamodule import TryOnDataModule
 from i2am_train.datasets.synthetic import make_dataset
-from i2am_train.errors import CheckpointError, ConfigError
+from i2am_train.errors import CheckpointError
 from i2am_train.evaluation.evaluator import EvaluationSettings
 from i2am_train.losses.base import LossVariant
 from i2am_train.losses.objective import AttentionObjective, TermWeights
@@ -72,17 +72,14 @@ def load_model(name: str, data: DataConfig) -> TryOnModel:
 
 def prepare_data(data: DataConfig) -> Path:
     """The dataset's folder; the embedded dataset is made if it is not there yet."""
-    if data.layout != "viton_hd":
-        raise ConfigError(
-            f"data.layout={data.layout} cannot be read yet. Convert the category to VITON-HD's layout "
-            "(see data/README.md) and set data.layout=viton_hd."
-        )
     if data.root is not None:
         return data.root
     synthetic = data.synthetic
     root = dataset_folder(data.size, synthetic.train, synthetic.test, synthetic.seed)
     if not root.is_dir():
-        make_dataset(root, synthetic.train, synthetic.test, data.size, synthetic.seed, progress=True)
+        make_dataset(
+            root, synthetic.train, synthetic.test, data.size, synthetic.seed, progress=True
+        )
     return root
 
 
@@ -111,7 +108,9 @@ def make_datamodule(
     )
 
 
-def make_objective(objective: ObjectiveConfig, optimization: OptimizationConfig) -> TrainingObjective:
+def make_objective(
+    objective: ObjectiveConfig, optimization: OptimizationConfig
+) -> TrainingObjective:
     """The losses of training."""
     return TrainingObjective(
         attention=AttentionObjective(

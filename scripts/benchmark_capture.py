@@ -35,7 +35,7 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from i2am_train.attribution import diffusers_decoder, trace
 from i2am_train.ops.attention import ColumnMeans
@@ -72,7 +72,7 @@ def traced_with_softmaxes(target: object, recipe: Any = None) -> Iterator[None]:
         yield
 
 
-def sd15_unet() -> nn.Module:
+def sd15_unet() -> Any:
     """SD1.5's U-Net with 12 input channels; weights are random and quickly made."""
     from diffusers import UNet2DConditionModel
 
@@ -178,7 +178,7 @@ def train_case(batch: int = 8) -> Case:
 
         def run() -> None:
             optimizer.zero_grad()
-            objective(model, samples, draws, tap)["total"].backward()
+            torch.autograd.backward(objective(model, samples, draws, tap)["total"])
             optimizer.step()
 
         return run

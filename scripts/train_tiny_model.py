@@ -42,7 +42,9 @@ def render(index: int, size: GridSize) -> dict[str, np.ndarray]:
     truth = torch.from_numpy(sample.correspondence)[None]
     mask = torch.from_numpy(sample.warped_garment_mask)[None]
     reference = GridSize(size.height // 8, size.width // 8)
-    pictures = {name: getattr(sample, name) for name in ("person", "agnostic", "densepose", "garment")}
+    pictures = {
+        name: getattr(sample, name) for name in ("person", "agnostic", "densepose", "garment")
+    }
     targets = {
         f"target_{layer}": target_on_grid(truth, mask, grid, reference)[0].numpy()
         for layer, grid in SEEDED_LAYERS.items()
@@ -80,34 +82,52 @@ def save_state(path: Path, state: dict[str, object]) -> None:
     os.replace(temporary, path)
 
 
-def train_vae(model: TryOnModel, data: dict[str, Tensor], steps: int, work: Path) -> None:
-    """All pictures that the denoiser sees, persons most; L1, squared error, an edge term and a weak KL.
+def crops_of(batch: Tensor, size: GridSize, draw: torch.Generator) -> Tensor:
+    """The same random window of every picture."""
+    top = int(torch.randint(batch.shape[1] - size.height + 1, (), generator=draw))
+    left = int(torch.randint(batch.shape[2] - size.width + 1, (), generator=draw))
+    return batch[:, top : top + size.height, left : left + size.width]
 
-    Whole pictures, not crops: with crops the group normalisation learns other statistics, and colours come out wrong.
-    """
-    finished = work / "vae.pt"
+
+def train_vae(model: TryOnModel, data: dict[str, Tensor], options: argparse.Namespace) -> None:
+    """First on many small crops, then on whole pictures, whose statistics the group normalisation has to see."""
+    half = GridSize(SIZE.height // 2, SIZE.width // 2)
+    crops = {"person": 10, "agnostic": 3, "densepose": 3}
+    whole = {"person": 6, "agnostic": 1, "densepose": 1}
+    vae_phase(model, data, options.work / "vae_crops.pt", options.vae_crop_steps, half, crops, 2e-3)
+    vae_phase(model, data, options.work / "vae.pt", options.vae_steps, SIZE, whole, 1e-3)
+    set_scaling_factor(model, data)
+
+
+def vae_phase(
+    model: TryOnModel,
+    data: dict[str, Tensor],
+    finished: Path,
+    steps: int,
+    size: GridSize,
+    shares: dict[str, int],
+    learning_rate: float,
+) -> None:
+    """L1, squared error, an edge term and a weak KL; ``shares`` says how many pictures of each kind make a batch."""
     if finished.exists():
         model.vae.load_state_dict(torch.load(finished, weights_only=True))
         return
     vae = model.vae.to(memory_format=torch.channels_last).train()
-    with torch.no_grad():  # begin with little posterior noise (std 0.05): from 1.0 it learned ten times slower
-        vae.quant_conv.weight[4:] *= 0.1
-        vae.quant_conv.bias[4:] = -6.0
-    optimizer = torch.optim.AdamW(vae.parameters(), lr=2e-3, betas=(0.9, 0.99), weight_decay=1e-4)
+    optimizer = torch.optim.AdamW(
+        vae.parameters(), lr=learning_rate, betas=(0.9, 0.99), weight_decay=1e-4
+    )
     draw = torch.Generator().manual_seed(1)
-    shares = {"person": 6, "agnostic": 1, "densepose": 1}
-    progress = tqdm(range(steps), desc="VAE", mininterval=10)
+    progress = tqdm(range(steps), desc=f"VAE at {size}", mininterval=10)
     for step in progress:
         for group in optimizer.param_groups:
-            group["lr"] = 2e-3 * trapezoid(step, steps)
+            group["lr"] = learning_rate * trapezoid(step, steps)
         parts = []
         for name, share in shares.items():
             rows = torch.randint(len(data[name]), (share,), generator=draw)
-            parts.append(pictures(data[name][rows]))
+            parts.append(pictures(crops_of(data[name][rows], size, draw)))
         images = torch.cat(parts)
         posterior = vae.encode(images).latent_dist
-        output = vae.decode(posterior.sample(draw)).sample
-        error = output - images
+        error = vae.decode(posterior.sample(draw)).sample - images
         edges = error.diff(dim=-1).abs().mean() + error.diff(dim=-2).abs().mean()
         loss = error.abs().mean() + error.square().mean() + edges + 2e-7 * posterior.kl().mean()
         optimizer.zero_grad()
@@ -118,8 +138,7 @@ def train_vae(model: TryOnModel, data: dict[str, Tensor], steps: int, work: Path
             ratio = -10 * error[: shares["person"]].square().mean().div(4).log10().item()
             progress.set_postfix(loss=f"{loss.item():.4f}", psnr=f"{ratio:.1f}")
     vae.eval()
-    set_scaling_factor(model, data)
-    torch.save(model.vae.state_dict(), finished)
+    torch.save(vae.state_dict(), finished)
 
 
 @torch.no_grad()
@@ -144,9 +163,7 @@ def seed_weight(step: int, seeded_steps: int) -> float:
     return min(1.0, max(0.0, 2 - 2 * step / max(seeded_steps, 1)))
 
 
-def train_denoiser(
-    model: TryOnModel, data: dict[str, Tensor], options: argparse.Namespace
-) -> None:
+def train_denoiser(model: TryOnModel, data: dict[str, Tensor], options: argparse.Namespace) -> None:
     """Denoising loss, with the fading hint on the seeded layers; the exponential average of the weights is kept."""
     torch.manual_seed(2)
     trained = torch.nn.ModuleList([model.unet, model.reference_encoder, model.projector])
@@ -166,7 +183,13 @@ def train_denoiser(
         first = state["step"]
     model.vae.requires_grad_(False)
     count, schedule, log = len(data["garment"]), model.schedule, options.work / "log.jsonl"
-    progress = tqdm(range(first, options.steps), initial=first, total=options.steps, desc="denoiser", mininterval=10)
+    progress = tqdm(
+        range(first, options.steps),
+        initial=first,
+        total=options.steps,
+        desc="denoiser",
+        mininterval=10,
+    )
     with ScoreTap(model, model.attention_recipe(), list(SEEDED_LAYERS)) as tap:
         for step in progress:
             draw = torch.Generator().manual_seed(1000 + step)  # resuming continues the same stream
@@ -179,7 +202,9 @@ def train_denoiser(
             uniform = torch.rand(options.batch, generator=draw)
             timesteps = ((1 - uniform**1.4) * schedule.length).long().clamp_max(schedule.length - 1)
             dropped = torch.rand(options.batch, generator=draw) < 0.1
-            tokens = model.projector.drop(model.encode_reference(pictures(data["garment"][rows])), dropped)
+            tokens = model.projector.drop(
+                model.encode_reference(pictures(data["garment"][rows])), dropped
+            )
             prediction = model.denoise(
                 schedule.noised(clean, noise, timesteps),
                 timesteps,
@@ -192,16 +217,21 @@ def train_denoiser(
                 for layer in SEEDED_LAYERS:
                     targets = data[f"target_{layer}"][rows][kept]
                     scores = tap.scores(layer)[kept]
-                    loss = loss + 0.03 * hint * correspondence_cross_entropy(
-                        scores, targets, model.reference_grid
-                    ).mean()
+                    loss = (
+                        loss
+                        + 0.03
+                        * hint
+                        * correspondence_cross_entropy(scores, targets, model.reference_grid).mean()
+                    )
             optimizer.zero_grad()
             loss.backward()
             torch.nn.utils.clip_grad_norm_(parameters, 1.0)
             optimizer.step()
             average.update_parameters(trained)
             if step % 20 == 0:
-                progress.set_postfix(loss=f"{denoising.item():.4f}", seeded=f"{loss.item() - denoising.item():.4f}")
+                progress.set_postfix(
+                    loss=f"{denoising.item():.4f}", seeded=f"{loss.item() - denoising.item():.4f}"
+                )
                 with log.open("a") as lines:
                     lines.write(json.dumps({"step": step, "loss": denoising.item()}) + "\n")
             if (step + 1) % options.save_every == 0 or step + 1 == options.steps:
@@ -221,11 +251,18 @@ def train_denoiser(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--work", type=Path, default=Path("runs/tiny_model"), help="state for resuming")
-    parser.add_argument("--output", type=Path, default=Path("data/weights/tiny"), help="the model's folder")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument(
+        "--work", type=Path, default=Path("runs/tiny_model"), help="state for resuming"
+    )
+    parser.add_argument(
+        "--output", type=Path, default=Path("data/weights/tiny"), help="the model's folder"
+    )
     parser.add_argument("--samples", type=int, default=5000)
-    parser.add_argument("--vae-steps", type=int, default=1500)
+    parser.add_argument("--vae-crop-steps", type=int, default=1300)
+    parser.add_argument("--vae-steps", type=int, default=600)
     parser.add_argument("--steps", type=int, default=3000)
     parser.add_argument("--seeded-steps", type=int, default=800)
     parser.add_argument("--batch", type=int, default=16)
@@ -237,9 +274,10 @@ def main() -> None:
     torch.manual_seed(0)
     model = build_model(SIZE)
     data = render_all(options.samples, options.work)
-    train_vae(model, data, options.vae_steps, options.work)
-    set_scaling_factor(model, data)
-    print(f"VAE ready after {(time.monotonic() - started) / 60:.1f} min; scale {model.vae.config.scaling_factor}")
+    train_vae(model, data, options)
+    print(
+        f"VAE ready after {(time.monotonic() - started) / 60:.1f} min; scale {model.vae.config.scaling_factor}"
+    )
     train_denoiser(model, encode_all(model, data), options)
     print(f"finished after {(time.monotonic() - started) / 60:.1f} min: {options.output}")
 

@@ -39,7 +39,7 @@ def print_scores(results: dict[str, Any]) -> None:
 
 
 def default_output(config: EvaluateConfig) -> Path:
-    """Where the results go: ``output``, or ``evaluation/`` in the run folder, or a folder named after the checkpoint."""
+    """``output``, or a folder in the run's, or one in ``runs/`` that is named after the checkpoint."""
     if config.output is not None:
         return config.output
     from i2am_train.config.locations import checkpoint_folder

@@ -102,7 +102,7 @@ def _pictures(config: ExplainConfig, explained: Explained, batch: TryOnBatch) ->
 def _images(explained: Explained, batch: TryOnBatch) -> dict[str, Any]:
     from i2am_train.ops.images import to_uint8
 
-    images = {name: to_uint8(batch[name])[0] for name in ("garment", "agnostic", "person")}  # type: ignore[literal-required]
+    images = {name: to_uint8(batch[name])[0] for name in ("garment", "agnostic", "person")}
     images["generated"] = to_uint8(explained.generated)[0]
     return {name: image.permute(1, 2, 0).cpu().numpy() for name, image in images.items()}
 
@@ -131,7 +131,9 @@ def _unified_figure(config: ExplainConfig, explained: Explained, batch: TryOnBat
         f"above {delta:g}",
         "DAAM's direction\n(constant)",
     ]
-    underlay = [images[name] for name in ("generated", "generated", "garment", "garment", "generated")]
+    underlay = [
+        images[name] for name in ("generated", "generated", "garment", "garment", "generated")
+    ]
     return map_grid([map_.numpy() for map_ in maps], titles, underlay, title="Unified maps")
 
 
@@ -191,15 +193,17 @@ def _grid(heat_map: HeatMap, picture: Any, title: str, columns: int | None = Non
     titles = [
         label if label.startswith("layer") else f"{heat_map.axes[0]} {label}" for label in labels[0]
     ]
-    return map_grid(list(values.numpy()), titles, picture, columns=columns, title=title, shared_scale=False)
+    return map_grid(
+        list(values.numpy()), titles, picture, columns=columns, title=title, shared_scale=False
+    )
 
 
 def _patch_figures(
     config: ExplainConfig, explained: Explained, batch: TryOnBatch
 ) -> dict[str, Any]:
     """Specific-reference maps (where a generated patch looks) and reverse ones (what a garment patch feeds)."""
-    from i2am_train.ops.masks import mask_on_grid
     from i2am_train.evaluation.evaluator import garment_patches
+    from i2am_train.ops.masks import mask_on_grid
 
     images, layer = _images(explained, batch), explained.layer
     generated = config.generated_patches or _spread(

@@ -55,10 +55,6 @@ class DataConfig:
 
     root: Path | None = None
     """Folder in VITON-HD layout; null: the embedded synthetic dataset, made when missing."""
-    layout: Literal["viton_hd", "dresscode"] = "viton_hd"
-    """Folder layout of root."""
-    category: str | None = None
-    """DressCode category (upper_body, lower_body, dresses); null for VITON-HD."""
     height: int = 128
     """Image height in pixels; must be what the checkpoint was trained at."""
     width: int = 96

@@ -371,7 +371,10 @@ def _judge_person(pictures: Pictures) -> Iterable[Judgement]:
     """The person's masks, against each other and against the agnostic picture."""
     inpaint = pictures["agnostic-mask"] >= 128 if "agnostic-mask" in pictures else None
     if inpaint is not None:
-        yield from _judge_inpaint(inpaint, pictures.get("agnostic-v3.2"))
+        judgements = list(_judge_inpaint(inpaint, pictures.get("agnostic-v3.2")))
+        yield from judgements
+        if any(code == "inverted_mask" for _, code, _, _ in judgements):
+            inpaint = ~inpaint  # so that the other masks are judged against what was meant
     if WARPED_MASK in pictures:
         yield from _judge_warped(pictures[WARPED_MASK] >= 128, inpaint)
     if CORRESPONDENCE in pictures:

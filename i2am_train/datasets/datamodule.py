@@ -180,7 +180,6 @@ class TryOnDataModule(L.LightningDataModule):
             persistent_workers=self.workers > 0, pin_memory=torch.cuda.is_available(),
             # Loaders would otherwise draw a seed from the global stream, and so change what training draws next.
             generator=torch.Generator().manual_seed(self.seed),
-            worker_init_fn=_one_thread,
         )  # fmt: skip
 
     # -- the trainer that this belongs to --------------------------------------------------------------------------
@@ -200,10 +199,3 @@ class TryOnDataModule(L.LightningDataModule):
         if self.trainer is None:
             return 0
         return int(self.trainer.fit_loop.epoch_progress.current.processed)  # type: ignore[attr-defined]
-
-
-def _one_thread(worker: int) -> None:
-    """Keep OpenCV from starting a thread per core in every worker."""
-    import cv2
-
-    cv2.setNumThreads(1)

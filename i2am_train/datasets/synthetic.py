@@ -539,14 +539,9 @@ def _write_samples(
         return
     # A fork of a process that already runs threads (torch, OpenCV) may hang.
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(count, mp_context=context, initializer=_one_thread) as pool:
+    with ProcessPoolExecutor(count, mp_context=context) as pool:
         for _ in bar(pool.map(write, jobs, chunksize=16)):
             pass
-
-
-def _one_thread() -> None:
-    """Keep OpenCV from starting a thread per core in every process."""
-    cv2.setNumThreads(1)
 
 
 def _render_and_write(root: Path, size: GridSize, seed: int, job: tuple[Split, int]) -> None:

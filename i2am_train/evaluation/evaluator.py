@@ -167,9 +167,7 @@ def _correspondence_scores(explained: Explained, batch: TryOnBatch) -> dict[str,
 def garment_patches(explained: Explained, batch: TryOnBatch) -> Bool[Tensor, "batch generated"]:
     """Generated patches that lie on the garment: its warped mask where there is one, else the inpainted region."""
     known = batch["warped_garment_mask"].flatten(1).any(dim=1)
-    mask = torch.where(
-        known[:, None, None], batch["warped_garment_mask"], batch["inpaint_mask"]
-    )
+    mask = torch.where(known[:, None, None], batch["warped_garment_mask"], batch["inpaint_mask"])
     return mask_on_grid(mask, explained.generated_grid)
 
 
@@ -286,7 +284,7 @@ def make_panels(explained: Explained, batch: TryOnBatch, wanted: set[int]) -> li
     )
     mask = garment_patches(explained, batch)
     images = {
-        name: to_uint8(batch[name]).permute(0, 2, 3, 1).cpu()  # type: ignore[literal-required]
+        name: to_uint8(batch[name]).permute(0, 2, 3, 1).cpu()
         for name in ("garment", "agnostic", "densepose", "person")
     }
     images["generated"] = to_uint8(explained.generated).permute(0, 2, 3, 1).cpu()

@@ -4,7 +4,6 @@ The schedule's numbers come from diffusers' ``DDIMScheduler``; the step is ours,
 {0, 20, ..., 980, 999} (spec section 8) is not one that diffusers can express.
 """
 
-import torch
 from diffusers import DDIMScheduler
 from jaxtyping import Float, Int
 from torch import Tensor, nn
@@ -40,7 +39,9 @@ class NoiseSchedule(nn.Module):
         self, timesteps: Int[Tensor, " batch"]
     ) -> tuple[Float[Tensor, "batch 1 1 1"], Float[Tensor, "batch 1 1 1"]]:
         """Signal and noise amplitude of each sample, ready to multiply images."""
-        return self.signal[timesteps][:, None, None, None], self.noise[timesteps][:, None, None, None]
+        return self.signal[timesteps][:, None, None, None], self.noise[timesteps][
+            :, None, None, None
+        ]
 
     def noised(
         self,

@@ -57,7 +57,9 @@ def sample(
     )
     latents = initial_noise(model, seeds)
     clean = latents
-    for step_index, (timestep, following) in enumerate(ddim_timesteps(steps, model.schedule.length)):
+    for step_index, (timestep, following) in enumerate(
+        ddim_timesteps(steps, model.schedule.length)
+    ):
         at = torch.full((len(latents),), timestep, device=latents.device)
         prediction = _predict(model, latents, at, conditions, guidance, step_index)
         clean, noise = model.schedule.clean_and_noise(prediction, latents, at)

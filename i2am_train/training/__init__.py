@@ -1,0 +1,1 @@
+"""Training: losses of a step, random numbers, optimizer, and the LightningModule that wires them."""

@@ -32,8 +32,11 @@ class TryOnModule(L.LightningModule):
         self.seed = seed
         self._tap: ScoreTap | None = None
         set_trainable(model, options.trainable)
+        model.train()  # loading leaves networks in evaluation mode, where diffusers checkpoints no gradients
         if objective.needs_attention:
-            ScoreTap(model, layers=[objective.layer])  # a layer that does not exist fails here, not hours later
+            ScoreTap(
+                model, layers=[objective.layer]
+            )  # a layer that does not exist fails here, not hours later
 
     def on_train_start(self) -> None:
         """Attaches the score tap, after strategies and weight averaging have made their copies."""

@@ -26,9 +26,12 @@ def check(root: Path, size: GridSize | None = None) -> DatasetReport:
 def test_a_good_dataset_has_no_findings(small_dataset: Path) -> None:
     # Proves that nothing is reported without reason, and what the summary counts.
     report = check(small_dataset, GridSize(64, 48))
-    assert report.findings == [] and report.ok
-    assert report.samples == {"train": 20, "test": 6} and report.files == 26 * 8
-    assert "can be used" in report.table() and json.loads(report.to_json())["ok"] is True
+    assert report.findings == []
+    assert report.ok
+    assert report.samples == {"train": 20, "test": 6}
+    assert report.files == 26 * 8
+    assert "can be used" in report.table()
+    assert json.loads(report.to_json())["ok"] is True
 
 
 def invert(path: Path) -> None:
@@ -88,7 +91,8 @@ def test_each_kind_of_damage_is_found(
         (level, code, "train", folder, name)
     ]
     assert report.ok is (level == "warning")
-    assert name in report.table() and code in report.table()
+    assert name in report.table()
+    assert code in report.table()
 
 
 def test_missing_folders_and_lists_are_found(copy: Path, tmp_path: Path) -> None:
@@ -100,7 +104,8 @@ def test_missing_folders_and_lists_are_found(copy: Path, tmp_path: Path) -> None
     codes = {(f.code, f.split, f.folder) for f in check(copy).findings if f.level == "error"}
     assert codes == {("missing_folder", "train", "cloth-mask"), ("pair_list", "test", "")}
     report = check(tmp_path / "nowhere")
-    assert not report.ok and "There is no folder" in report.table()
+    assert not report.ok
+    assert "There is no folder" in report.table()
 
 
 def test_lists_and_files_must_match(copy: Path) -> None:
@@ -125,6 +130,7 @@ def test_lists_and_files_must_match(copy: Path) -> None:
 def test_the_size_that_is_asked_for_is_demanded(small_dataset: Path) -> None:
     # Proves the size argument, that the table cuts long lists, and that the JSON report does not.
     report = check(small_dataset, GridSize(128, 96))
-    assert len(report.findings) == 26 * 8 and not report.ok
+    assert len(report.findings) == 26 * 8
+    assert not report.ok
     assert "and 12 more" in report.table()
     assert len(json.loads(report.to_json())["findings"]) == 26 * 8

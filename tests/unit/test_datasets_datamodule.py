@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import lightning as L
 import pytest
 import torch
 
@@ -23,7 +24,8 @@ def test_validation_is_the_held_out_end_of_the_training_list(small_dataset: Path
     data = module(small_dataset, augment=False)
     train = torch.cat([batch["index"] for batch in data.train_dataloader()]).tolist()
     validation = [index for batch in data.val_dataloader() for index in batch["index"].tolist()]
-    assert sorted(train) == list(range(15)) and validation == [15, 16, 17, 18, 19]
+    assert sorted(train) == list(range(15))
+    assert validation == [15, 16, 17, 18, 19]
     names = [name for batch in module(small_dataset).test_dataloader() for name in batch["name"]]
     assert names == [f"5000{index}_00" for index in range(6)]
 
@@ -32,9 +34,8 @@ def test_test_samples_and_pairing_are_chosen(small_dataset: Path) -> None:
     # Proves the test options; prediction reads what testing reads.
     data = module(small_dataset, test_samples=3, test_pairing=Pairing.UNPAIRED)
     (batch,) = list(data.predict_dataloader())
-    assert (
-        batch["garment_name"] == ["50001_00", "50002_00", "50003_00"] and not batch["paired"].any()
-    )
+    assert batch["garment_name"] == ["50001_00", "50002_00", "50003_00"]
+    assert not batch["paired"].any()
 
 
 def test_an_epochs_order_depends_on_seed_and_epoch_alone(small_dataset: Path) -> None:
@@ -51,7 +52,8 @@ def test_an_epochs_order_depends_on_seed_and_epoch_alone(small_dataset: Path) ->
     resumed = module(small_dataset).train_dataloader()
     resumed.sampler.set_epoch(2)
     first = next(iter(resumed))
-    assert first["index"].tolist() == orders[2][:3] and torch.equal(first["person"], pictures[2])
+    assert first["index"].tolist() == orders[2][:3]
+    assert torch.equal(first["person"], pictures[2])
     assert len({tuple(order) for order in orders}) == 3
     assert torch.equal(before, torch.get_rng_state())
 
@@ -92,3 +94,50 @@ def test_exact_sampler_is_a_plain_order_for_one_process(small_dataset: Path) -> 
     # Proves the single-process case.
     data = VitonHDDataset(small_dataset, "test", "paired", SIZE)
     assert list(ExactSampler(data)) == list(range(6))
+
+
+class Recorder(L.LightningModule):
+    """Trains nothing and writes down which samples each epoch showed, and their pictures' sums."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(()))
+        self.seen: list[tuple[int, list[int], float]] = []
+
+    def training_step(self, batch: dict[str, torch.Tensor], batch_index: int) -> torch.Tensor:
+        self.seen.append(
+            (self.current_epoch, batch["index"].tolist(), batch["person"].sum().item())
+        )
+        return self.weight * 0
+
+    def validation_step(self, batch: dict[str, torch.Tensor], batch_index: int) -> None:
+        """There is none, but Lightning warns without it."""
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+@pytest.mark.filterwarnings(
+    "ignore"
+)  # Lightning's own, on tiny epochs and deprecated torch functions
+def test_a_resumed_run_sees_what_an_uninterrupted_one_sees(
+    small_dataset: Path, tmp_path: Path
+) -> None:
+    # Proves that order and augmentation go on at the border of an epoch, although Lightning makes the first iterator of
+    # a resumed run before it tells the sampler the epoch.
+    def run(epochs: int, checkpoint: str | None = None) -> tuple[Recorder, L.Trainer]:
+        trainer = L.Trainer(
+            max_epochs=epochs, accelerator="cpu", logger=False, enable_checkpointing=False, limit_val_batches=0,
+            enable_progress_bar=False, enable_model_summary=False, use_distributed_sampler=False,
+        )  # fmt: skip
+        recorder = Recorder()
+        data = module(small_dataset, validation_samples=0, batch_size=8, workers=1)
+        trainer.fit(recorder, datamodule=data, ckpt_path=checkpoint)
+        return recorder, trainer
+
+    whole, _ = run(3)
+    begun, trainer = run(1)
+    trainer.save_checkpoint(tmp_path / "border.ckpt")
+    resumed, _ = run(3, str(tmp_path / "border.ckpt"))
+    assert begun.seen + resumed.seen == whole.seen
+    assert len(whole.seen) == 6

@@ -61,7 +61,8 @@ def test_masks_and_correspondence_agree(index: int) -> None:
     np.testing.assert_array_equal(known.all(axis=-1), sample.warped_garment_mask)
     np.testing.assert_array_equal(known.any(axis=-1), sample.warped_garment_mask)
     values = sample.correspondence[sample.warped_garment_mask]
-    assert values.min() >= 0.0 and values.max() <= 1.0
+    assert values.min() >= 0.0
+    assert values.max() <= 1.0
     covered = sample.inpaint_mask[sample.warped_garment_mask]
     assert covered.mean() > 0.995
     assert (sample.agnostic[sample.inpaint_mask] == 128).all()
@@ -132,7 +133,7 @@ def test_an_existing_dataset_is_kept_and_another_folder_is_refused(tmp_path: Pat
     with pytest.raises(DataError, match="holds another dataset"):
         make_dataset(root, 4, 2, SIZE, 0, workers=1, progress=False)
     (tmp_path / "mine").mkdir()
-    with pytest.raises(DataError, match="no readable dataset.json"):
+    with pytest.raises(DataError, match=r"no readable dataset\.json"):
         make_dataset(tmp_path / "mine", 3, 2, SIZE, 0, workers=1, progress=False)
 
 

@@ -84,7 +84,8 @@ def test_scaling_keeps_proportions_and_limits() -> None:
     found = [_apply(augment._person, plain, PERSON_SIDE, number)[1] for number in range(40)]
     matrices = [applied["matrix"] for applied in found if applied is not None]
     for matrix in matrices:
-        assert matrix[0, 0] == pytest.approx(matrix[1, 1]) and 0.8 <= matrix[0, 0] <= 1.2
+        assert matrix[0, 0] == pytest.approx(matrix[1, 1])
+        assert 0.8 <= matrix[0, 0] <= 1.2
         center = np.array([(SIZE.width - 1) / 2, (SIZE.height - 1) / 2, 1.0])
         shift = np.abs((matrix @ center - center)[:2]) / (SIZE.width, SIZE.height)
         assert (shift <= 0.2 + 0.02).all()

@@ -40,7 +40,8 @@ def test_files_come_back_as_they_were_drawn(small_dataset: Path) -> None:
     )
     for name in ("person", "garment", "agnostic", "densepose"):
         expected = getattr(drawn, name).transpose(2, 0, 1) / 127.5 - 1
-        assert read[name].shape == (3, *SIZE) and read[name].dtype == torch.float32
+        assert read[name].shape == (3, *SIZE)
+        assert read[name].dtype == torch.float32
         assert np.abs(read[name].numpy() - expected).mean() < 0.03
     assert read["agnostic"][:, read["inpaint_mask"]].mean().item() == pytest.approx(
         128 / 127.5 - 1, abs=0.01
@@ -55,10 +56,12 @@ def test_unpaired_takes_the_lists_garment_and_knows_no_truth(small_dataset: Path
     assert (
         paired["garment_name"] == paired["name"] == unpaired["name"] == f"{FIRST_TEST_INDEX + 1}_00"
     )
-    assert unpaired["garment_name"] == f"{FIRST_TEST_INDEX + 2}_00" and not unpaired["paired"]
+    assert unpaired["garment_name"] == f"{FIRST_TEST_INDEX + 2}_00"
+    assert not unpaired["paired"]
     assert torch.equal(paired["person"], unpaired["person"])
     assert not torch.equal(paired["garment"], unpaired["garment"])
-    assert not unpaired["warped_garment_mask"].any() and unpaired["correspondence"].isnan().all()
+    assert not unpaired["warped_garment_mask"].any()
+    assert unpaired["correspondence"].isnan().all()
     assert paired["warped_garment_mask"].any()
 
 
@@ -68,14 +71,16 @@ def test_samples_collate_into_a_batch(small_dataset: Path) -> None:
     batch = default_collate([data[index] for index in range(3)])
     assert batch["name"] == ["00000_00", "00001_00", "00002_00"]
     assert batch["correspondence"].shape == (3, 64, 48, 2)
-    assert batch["paired"].dtype == torch.bool and batch["index"].tolist() == [0, 1, 2]
+    assert batch["paired"].dtype == torch.bool
+    assert batch["index"].tolist() == [0, 1, 2]
 
 
 def test_another_size_is_resized(small_dataset: Path) -> None:
     # Proves that pictures, masks and correspondence follow the size that is asked for.
     sample = VitonHDDataset(small_dataset, "train", "paired", GridSize(32, 24))[2]
     full = VitonHDDataset(small_dataset, "train", "paired", SIZE)[2]
-    assert sample["person"].shape == (3, 32, 24) and sample["correspondence"].shape == (32, 24, 2)
+    assert sample["person"].shape == (3, 32, 24)
+    assert sample["correspondence"].shape == (32, 24, 2)
     mean = torch.nn.functional.avg_pool2d(full["person"], 2)
     assert (mean - sample["person"]).abs().max() < 2 / 127.5
     share = full["inpaint_mask"].float().mean() - sample["inpaint_mask"].float().mean()
@@ -87,13 +92,15 @@ def test_without_optional_folders_the_truth_is_unknown(copy: Path) -> None:
     shutil.rmtree(copy / "test/gt_cloth_warped_mask")
     shutil.rmtree(copy / "test/correspondence")
     sample = VitonHDDataset(copy, "test", "paired", SIZE)[0]
-    assert not sample["warped_garment_mask"].any() and sample["correspondence"].isnan().all()
+    assert not sample["warped_garment_mask"].any()
+    assert sample["correspondence"].isnan().all()
 
 
 def test_a_subset_keeps_the_lists_numbers(small_dataset: Path) -> None:
     # Proves that a sample's index, which seeds its noise, does not depend on the subset that is read.
     data = VitonHDDataset(small_dataset, "train", "paired", SIZE, indices=[11, 4])
-    assert len(data) == 2 and data.global_index(1) == 4
+    assert len(data) == 2
+    assert data.global_index(1) == 4
     assert (data[0]["index"], data[0]["name"]) == (11, "00011_00")
     assert [sample["index"] for sample in data] == [11, 4]
 
@@ -160,22 +167,22 @@ def test_broken_pictures_are_named(copy: Path, file: str, keep: float | None, ma
     data = VitonHDDataset(copy, "train", "paired", SIZE)
     with pytest.raises(DataError, match=match) as caught:
         data[2]
-    assert str(path) in str(caught.value) and f"i2am data check root={copy}" in str(caught.value)
+    assert str(path) in str(caught.value)
+    assert f"i2am data check root={copy}" in str(caught.value)
 
 
 def test_augmentation_depends_on_seed_epoch_and_index(small_dataset: Path) -> None:
     # Proves that neither order nor process state enters, and that epochs differ.
-    make = lambda seed: VitonHDDataset(
-        small_dataset, "train", "paired", SIZE, augment=True, seed=seed
-    )  # noqa: E731
+    def make(seed: int) -> VitonHDDataset:
+        return VitonHDDataset(small_dataset, "train", "paired", SIZE, augment=True, seed=seed)
+
     first, second = make(0), make(0)
     second[7]
     a, b = first[EpochPosition(3, 5)], second[EpochPosition(3, 5)]
     second.set_epoch(3)
     for other in (b, second[5]):
-        assert torch.equal(a["person"], other["person"]) and torch.equal(
-            a["garment"], other["garment"]
-        )
+        assert torch.equal(a["person"], other["person"])
+        assert torch.equal(a["garment"], other["garment"])
     assert any(
         not torch.equal(first[EpochPosition(e, 5)]["person"], a["person"]) for e in (4, 5, 6)
     )

@@ -125,7 +125,11 @@ def test_a_sample_does_not_depend_on_its_batch(make_small_model: Callable[..., A
     model, given = make_small_model(), inputs()
     together = sample(model, **given, seeds=[4, 5, 6], steps=2, guidance=2.0)
     alone = sample(
-        model, **{name: images[1:2] for name, images in given.items()}, seeds=[5], steps=2, guidance=2.0
+        model,
+        **{name: images[1:2] for name, images in given.items()},
+        seeds=[5],
+        steps=2,
+        guidance=2.0,
     )
     torch.testing.assert_close(alone[0], together[1], atol=1e-5, rtol=0)
 

@@ -1,0 +1,249 @@
+"""Train, evaluate, ablate and explain on the embedded data, as a user would, and what bad input does to them."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from i2am_train import assembly
+from i2am_train.attribution.archive import load_maps
+from i2am_train.commands.ablate import ablate
+from i2am_train.commands.evaluate import evaluate
+from i2am_train.commands.explain import explain
+from i2am_train.commands.train import train
+from i2am_train.config.store import compose
+from i2am_train.errors import CaptureError, CheckpointError, ConfigError, DataError, RunFolderError
+from i2am_train.reporting.report import build_report
+
+pytestmark = pytest.mark.filterwarnings("default")  # Lightning's and torch's own deprecations
+
+
+@pytest.fixture
+def overrides(small_dataset: Path, small_checkpoint: Path) -> list[str]:
+    """Options of every command: small data, few steps, few samples."""
+    return [
+        f"data.root={small_dataset}",
+        "data.height=64",
+        "data.width=48",
+        "data.workers=0",
+        "sampling.steps=2",
+        "attribution.time_groups=2",
+    ]
+
+
+@pytest.fixture
+def training(overrides: list[str], small_checkpoint: Path) -> list[str]:
+    """Options of a training run: two epochs of two steps, four validation samples."""
+    return [
+        *overrides,
+        f"init={small_checkpoint}",
+        "data.batch_size=8",
+        "optimization.steps=4",
+        "validation.samples=4",
+        "validation.panel_samples=2",
+        "evaluation.metrics=[ssim]",
+        "evaluation.batch_size=3",
+        "trainer.progress_bar=false",
+        "trainer.log_every_n_steps=1",
+        "trainer.accelerator=cpu",
+        "tracking.wandb=disabled",
+    ]
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "model" / "unet" / "diffusion_pytorch_model.safetensors")
+
+
+def run_training(options: Sequence[str], output: Path) -> Path:
+    return train(compose("train", [*options, f"output={output}"]))
+
+
+def test_training_leaves_what_a_run_needs(training: list[str], tmp_path: Path) -> None:
+    """Model, curves of losses and scores, panels, manifest; the attention losses move the weights."""
+    refined = run_training([*training, "experiment=refined"], tmp_path / "refined")
+    baseline = run_training([*training, "experiment=baseline"], tmp_path / "baseline")
+    header = (refined / "metrics.csv").read_text().splitlines()[0].split(",")
+    assert {"loss/total", "loss/denoising", "loss/dcml", "loss/tv", "loss/cwg"} <= set(header)
+    assert {"val/imacs_g", "val/imacs_r", "val/correspondence_error", "val/ssim"} <= set(header)
+    assert (refined / "validation" / "epoch-0001" / "panel.png").is_file()
+    manifest = json.loads((refined / "manifest.json").read_text())
+    assert manifest["finished"]
+    assert manifest["seed"] == 0
+    assert manifest["data"]
+    different = [
+        n for n, value in weights(refined).items() if not weights(baseline)[n].equal(value)
+    ]
+    assert any("attn2.to_k" in name for name in different)
+
+
+def test_observers_do_not_change_the_weights(training: list[str], tmp_path: Path) -> None:
+    """Bit-identical weights with and without validation, panels and logging."""
+    with_all = run_training([*training, "experiment=refined"], tmp_path / "with")
+    silent = ["validation.every_epochs=100", "tracking.csv=false", "tracking.tensorboard=false"]
+    without = run_training([*training, *silent, "experiment=refined"], tmp_path / "without")
+    assert all(weights(without)[name].equal(value) for name, value in weights(with_all).items())
+
+
+class Stop(L.Callback):
+    """Ends the process's work as a crash would, at the beginning of the second epoch."""
+
+    def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if trainer.current_epoch == 1:
+            raise RuntimeError("the machine went down")
+
+
+@pytest.mark.parametrize("extra", [[], ["optimization.ema_decay=0.9"]])
+def test_resumed_equals_uninterrupted(
+    training: list[str], extra: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run stopped at an epoch's border and started again ends at the same weights and keeps its curves."""
+    options = [*training, *extra, "experiment=refined"]
+    whole = run_training(options, tmp_path / "whole")
+    with monkeypatch.context() as patch:
+        make = assembly.make_trainer
+
+        def make_stopping(*arguments: Any) -> L.Trainer:
+            trainer = make(*arguments)
+            trainer.callbacks.append(Stop())
+            return trainer
+
+        patch.setattr(assembly, "make_trainer", make_stopping)
+        with pytest.raises(RuntimeError, match="went down"):
+            run_training(options, tmp_path / "stopped")
+    resumed = run_training(options, tmp_path / "stopped")
+    assert all(weights(resumed)[name].equal(value) for name, value in weights(whole).items())
+    curves = [(run / "metrics.csv").read_text().count("\n") for run in (whole, resumed)]
+    assert curves[0] == curves[1]
+
+
+def test_finished_run_is_left_alone(
+    training: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The same command again trains nothing; another configuration is refused and changes nothing."""
+    options = [*training, "experiment=baseline"]
+    folder = run_training(options, tmp_path / "run")
+    before = (folder / "model" / "model_index.json").stat().st_mtime_ns
+    run_training(options, tmp_path / "run")
+    assert "finished already" in capsys.readouterr().out
+    with pytest.raises(RunFolderError, match=r"optimization\.steps=5 \(there: 4\)"):
+        run_training([*options, "optimization.steps=5"], tmp_path / "run")
+    assert (folder / "model" / "model_index.json").stat().st_mtime_ns == before
+
+
+def test_evaluation(overrides: list[str], small_checkpoint: Path, tmp_path: Path) -> None:
+    """All scores with their files, the same whatever the batch, and not computed twice."""
+    options = [*overrides, f"checkpoint={small_checkpoint}", "progress_bar=false", "device=cpu"]
+    results = [
+        evaluate(
+            compose("evaluate", [*options, f"evaluation.batch_size={batch}"]), tmp_path / f"{batch}"
+        )
+        for batch in (4, 6)
+    ]
+    scores = results[0]["metrics"]
+    assert {
+        "imacs_g",
+        "imacs_r",
+        "imacs_g@1",
+        "correspondence_error",
+        "pck_1",
+        "ssim",
+        "stlpips",
+    } <= set(scores)
+    assert {"fd_efficientnet_lite0", "kd_efficientnet_lite0", "spread_ratio"} <= set(scores)
+    for name, value in results[1]["metrics"].items():
+        assert value == pytest.approx(scores[name], abs=2e-3), name
+    rows = [
+        json.loads(line) for line in (tmp_path / "4" / "samples.jsonl").read_text().splitlines()
+    ]
+    assert [row["index"] for row in rows] == list(range(6))
+    images = sorted(path.stem for path in (tmp_path / "4" / "images").iterdir())
+    assert images == sorted(row["name"] for row in rows)
+    written = (tmp_path / "4" / "results.json").stat().st_mtime_ns
+    evaluate(compose("evaluate", [*options, "evaluation.batch_size=4"]), tmp_path / "4")
+    assert (tmp_path / "4" / "results.json").stat().st_mtime_ns == written
+
+
+def test_unpaired_evaluation_has_no_paired_scores(
+    overrides: list[str], small_checkpoint: Path, tmp_path: Path
+) -> None:
+    """Without the truth there is no SSIM and no correspondence, but IMACS and the set distances are there."""
+    options = [*overrides, f"checkpoint={small_checkpoint}", "progress_bar=false", "device=cpu"]
+    config = compose("evaluate", [*options, "evaluation.pairing=unpaired"])
+    scores = evaluate(config, tmp_path / "unpaired")["metrics"]
+    assert {"imacs_g", "imacs_r", "fd_efficientnet_lite0"} <= set(scores)
+    assert not {"ssim", "stlpips", "correspondence_error", "pck_1"} & set(scores)
+
+
+def test_ablation(training: list[str], tmp_path: Path) -> None:
+    """Arms x seeds with summary, paired differences and a report; more seeds extend it, finished cells are kept."""
+    options = [*training, f"output={tmp_path / 'study'}", "bootstrap_samples=200", "device=cpu"]
+    first = ablate(compose("ablate", [*options, "seeds=[0]"]))
+    cell = tmp_path / "study" / "cells" / "refined-seed0" / "model" / "model_index.json"
+    before = cell.stat().st_mtime_ns
+    results = ablate(compose("ablate", [*options, "seeds=[0,1]"]))
+    assert cell.stat().st_mtime_ns == before
+    assert [(entry["arm"], entry["seed"]) for entry in first["cells"]] == [
+        ("base", None),
+        ("baseline", 0),
+        ("refined", 0),
+    ]
+    assert len(results["cells"]) == 5
+    paired = {entry["metric"]: entry for entry in results["paired"] if entry["arm"] == "refined"}
+    difference = paired["imacs_g"]
+    values = {(e["arm"], e["seed"]): e["metrics"]["imacs_g"] for e in results["cells"]}
+    expected = sum(values["refined", seed] - values["baseline", seed] for seed in (0, 1)) / 2
+    assert difference["difference"] == pytest.approx(expected)
+    assert difference["n"] == 2
+    report = build_report(tmp_path / "study")
+    assert "Refined" in report.read_text()
+    assert (tmp_path / "study" / "results.md").is_file()
+
+
+def test_explanation(overrides: list[str], small_checkpoint: Path, tmp_path: Path) -> None:
+    """Every kind of map as a picture, and an archive from which the maps come back."""
+    options = [
+        *overrides,
+        f"checkpoint={small_checkpoint}",
+        "sample=3",
+        f"output={tmp_path / 'out'}",
+    ]
+    folder = explain(
+        compose("explain", [*options, "device=cpu", "generated_patches=[[1,2],[3,0]]"])
+    )
+    pictures = {path.stem for path in folder.glob("*.png")}
+    assert {"unified", "centers", "specific_reference", "reverse_specific_reference"} <= pictures
+    for side in ("generated", "reference"):
+        assert {f"layers_{side}", f"time_{side}", f"time_resolution_{side}"} <= pictures
+    archive = load_maps(folder / "maps.safetensors")
+    assert len(archive.maps.layers) == 9
+    assert archive.maps.store.steps == 2
+    assert json.loads((folder / "scores.json").read_text())["scores"]["imacs_g"] is not None
+
+
+def test_bad_input_is_refused_before_anything_is_written(
+    training: list[str], overrides: list[str], small_checkpoint: Path, tmp_path: Path
+) -> None:
+    """Each error says what to do, and no run folder appears."""
+    cases: list[tuple[type[Exception], str, list[str]]] = [
+        (CheckpointError, "made for images of 64x48", ["data.height=128", "data.width=96"]),
+        (
+            CaptureError,
+            r"up_blocks\.1\.attentions\.0 \(1\)",
+            ["experiment=refined", "objective.layer=mid_block.attentions.7"],
+        ),
+        (CheckpointError, "no checkpoint folder", [f"init={tmp_path / 'nowhere'}"]),
+        (ConfigError, "delta", ["attribution.delta=1.0"]),
+    ]
+    for error, text, options in cases:
+        with pytest.raises(error, match=text):
+            run_training([*training, *options], tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+    sample = [*overrides, f"checkpoint={small_checkpoint}", "sample=6", f"output={tmp_path / 'x'}"]
+    with pytest.raises(DataError, match="numbered from 0 to 5"):
+        explain(compose("explain", sample))
+    assert not (tmp_path / "x").exists()

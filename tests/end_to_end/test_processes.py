@@ -1,0 +1,52 @@
+"""Two processes give the metrics of one: real processes with gloo, started by the command line."""
+
+import csv
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+
+def last_scores(folder: Path) -> dict[str, float]:
+    """The validation scores of the last epoch in ``metrics.csv``."""
+    with (folder / "metrics.csv").open() as file:
+        rows = [row for row in csv.DictReader(file) if row.get("val/imacs_g")]
+    return {
+        name: float(value) for name, value in rows[-1].items() if name.startswith("val/") and value
+    }
+
+
+def test_two_processes_equal_one(
+    small_dataset: Path, small_checkpoint: Path, tmp_path: Path
+) -> None:
+    """The same global batch on one and on two processes: equal scores of every kind, each sample counted once."""
+    common = [
+        f"data.root={small_dataset}", f"init={small_checkpoint}", "data.height=64", "data.width=48",
+        "data.workers=0", "sampling.steps=2", "optimization.steps=2", "validation.samples=5",
+        "validation.panel_samples=2", "evaluation.batch_size=2", "trainer.progress_bar=false",
+        "trainer.accelerator=cpu", "tracking.wandb=disabled", "tracking.tensorboard=false", "experiment=refined",
+    ]  # fmt: skip
+    variants = {
+        "one": ["data.batch_size=4"],
+        "two": ["data.batch_size=2", "trainer.devices=2", "trainer.strategy=ddp"],
+    }
+    scores = {}
+    for name, options in variants.items():
+        command = [
+            sys.executable,
+            "-m",
+            "i2am_train",
+            "train",
+            *common,
+            *options,
+            f"output={tmp_path / name}",
+        ]
+        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=600)
+        assert done.returncode == 0, done.stderr[-3000:]
+        scores[name] = last_scores(tmp_path / name)
+    assert scores["one"].keys() == scores["two"].keys()
+    for name, value in scores["one"].items():
+        assert scores["two"][name] == pytest.approx(value, rel=2e-3, abs=2e-3), name
