@@ -14,6 +14,7 @@ from lightning.pytorch.callbacks import (
 from lightning.pytorch.loggers import Logger, TensorBoardLogger, WandbLogger
 
 from i2am_train.callbacks.evaluation import EvaluationCallback
+from i2am_train.callbacks.stopping import StopAfterSteps
 from i2am_train.config.build import plain
 from i2am_train.config.locations import checkpoint_folder, dataset_folder
 from i2am_train.config.schema import (
@@ -157,14 +158,17 @@ def make_trainer(config: TrainConfig, folder: Path) -> L.Trainer:
     """Lightning's trainer with loggers, checkpoints, averaging and the evaluation callback."""
     settings = plain(config)
     callbacks: list[Callback] = [
+        StopAfterSteps(config.optimization.steps),
         ModelCheckpoint(
             folder / "checkpoints",
             filename="last",
             save_on_train_epoch_end=True,
             enable_version_counter=False,
         ),
-        LearningRateMonitor("step"),
     ]
+    loggers = make_loggers(config.tracking, folder, settings)
+    if loggers:
+        callbacks.append(LearningRateMonitor("step"))
     if config.validation.samples:
         metrics = make_settings(config.sampling, config.attribution, config.evaluation.metrics)
         callbacks.append(
@@ -183,7 +187,7 @@ def make_trainer(config: TrainConfig, folder: Path) -> L.Trainer:
         strategy=trainer.strategy,
         num_nodes=trainer.num_nodes,
         precision=config.optimization.precision,
-        max_steps=config.optimization.steps,
+        max_epochs=-1,  # StopAfterSteps ends it
         accumulate_grad_batches=config.optimization.accumulate,
         gradient_clip_val=config.optimization.gradient_clip,
         limit_train_batches=trainer.limit_train_batches,
@@ -197,7 +201,7 @@ def make_trainer(config: TrainConfig, folder: Path) -> L.Trainer:
         use_distributed_sampler=False,  # the data module's own samplers split without repeating
         default_root_dir=folder,
         callbacks=callbacks,
-        logger=make_loggers(config.tracking, folder, settings),
+        logger=loggers or False,
         plugins=[AtomicCheckpointIO()],
     )
 

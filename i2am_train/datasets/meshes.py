@@ -10,7 +10,7 @@ Points are ``xy`` (OpenCV's order) in units of the picture's height, y downwards
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 
 import cv2
 import numpy as np
@@ -24,6 +24,9 @@ FIRST_TRIANGLE_LABEL = 64
 
 SUBPIXEL_BITS = 5
 """Fixed-point digits of OpenCV's drawing functions."""
+
+EDGES = np.array([-1.0, 1.0])
+"""Both edges of a limb, in half-widths across it."""
 
 MINIMUM_AREA = 1e-9
 """Triangles smaller than this (squared picture heights) have no inverse and are not painted."""
@@ -39,14 +42,19 @@ class Camera:
     pixels: float
     origin: tuple[float, float] = (0.0, 0.0)
 
+    @cached_property
+    def _origin(self) -> Points:
+        return np.array(self.origin)
+
     def project(self, points: Points) -> Points:
         """Pixel coordinates of scene points; pixel (0, 0) covers 0..1."""
-        return np.asarray((points - np.array(self.origin)) * self.pixels, np.float64)
+        return np.asarray((points - self._origin) * self.pixels, np.float64)
 
-    def scene(self, rows: NDArray[np.intp], columns: NDArray[np.intp]) -> tuple[Points, Points]:
-        """Scene x and y of pixel centres."""
-        x = (columns.astype(np.float64) + 0.5) / self.pixels + self.origin[0]
-        y = (rows.astype(np.float64) + 0.5) / self.pixels + self.origin[1]
+    def scene(self, size: tuple[int, int]) -> tuple[Points, Points]:
+        """Scene x ``[width]`` and y ``[height]`` of the pixel centres of a picture (height, width)."""
+        height, width = size
+        x = (np.arange(width) + 0.5) / self.pixels + self.origin[0]
+        y = (np.arange(height) + 0.5) / self.pixels + self.origin[1]
         return x, y
 
 
@@ -74,6 +82,17 @@ class PartMesh:
         return border(self.source)
 
 
+def joined(x: Points, y: Points) -> Points:
+    """Points from their coordinates, ``[..., 2]``; for small arrays much faster than :func:`numpy.stack`.
+
+    >>> joined(np.array([1.0, 2.0]), np.array([3.0, 4.0])).tolist()
+    [[1.0, 3.0], [2.0, 4.0]]
+    """
+    points = np.empty((*x.shape, 2))
+    points[..., 0], points[..., 1] = x, y
+    return points
+
+
 def border(grid: Points) -> Points:
     """Walk once around a ``[rows, columns, 2]`` grid of points."""
     return np.concatenate([grid[0], grid[1:, -1], grid[-1, -2::-1], grid[-2:0:-1, 0]])
@@ -82,8 +101,8 @@ def border(grid: Points) -> Points:
 def _split_quads(grid: Points) -> Points:
     """Cut each cell of a vertex grid into two triangles, row by row."""
     a, b, c, d = grid[:-1, :-1], grid[:-1, 1:], grid[1:, :-1], grid[1:, 1:]
-    pairs = np.stack([np.stack([a, b, c], axis=-2), np.stack([b, d, c], axis=-2)], axis=2)
-    return pairs.reshape(-1, 3, grid.shape[-1])
+    corners = np.stack([a, b, c, b, d, c], axis=-2)
+    return corners.reshape(-1, 3, grid.shape[-1])
 
 
 class MeshPainter:
@@ -95,6 +114,7 @@ class MeshPainter:
     def __init__(self, labels: Labels, camera: Camera) -> None:
         self.labels = labels
         self.camera = camera
+        self._scene = camera.scene(labels.shape)
         self._inverses: list[NDArray[np.float64]] = []
         self._next_label = FIRST_TRIANGLE_LABEL
 
@@ -116,10 +136,17 @@ class MeshPainter:
     def attributes(self, rows: NDArray[np.intp], columns: NDArray[np.intp]) -> NDArray[np.float32]:
         """Source x, source y, along, across ``[pixels, 4]`` of garment pixels."""
         inverse = np.concatenate(self._inverses).astype(np.float32)
+        by_x, by_y, constant = (np.ascontiguousarray(inverse[:, part]) for part in range(3))
+        # Four equal columns: multiplying rows of four is much faster than broadcasting a single column.
+        x, y = (np.repeat(at.astype(np.float32)[:, None], 4, 1) for at in self._scene)
         triangle = self.labels[rows, columns] - FIRST_TRIANGLE_LABEL
-        x, y = (values.astype(np.float32)[:, None] for values in self.camera.scene(rows, columns))
-        by_x, by_y, constant = (np.take(inverse[:, part], triangle, axis=0) for part in range(3))
-        return by_x * x + by_y * y + constant
+        result = np.take(by_x, triangle, axis=0)
+        result *= np.take(x, columns, axis=0)
+        vertical = np.take(by_y, triangle, axis=0)
+        vertical *= np.take(y, rows, axis=0)
+        result += vertical
+        result += np.take(constant, triangle, axis=0)
+        return result
 
 
 def _affine_inverses(target: Points, attributes: Points) -> NDArray[np.float64]:
@@ -131,7 +158,7 @@ def _affine_inverses(target: Points, attributes: Points) -> NDArray[np.float64]:
 def fixed_point(points: Points, camera: Camera) -> NDArray[np.int32]:
     """Scene points as OpenCV's fixed-point pixel coordinates (pixel centres are whole numbers)."""
     scaled = (camera.project(points) - 0.5) * (1 << SUBPIXEL_BITS)
-    return np.rint(np.clip(scaled, -1e6, 1e6)).astype(np.int32)
+    return np.rint(np.minimum(np.maximum(scaled, -1e6), 1e6)).astype(np.int32)
 
 
 def fill(labels: NDArray[np.uint8] | Labels, polygon: Points, value: int, camera: Camera) -> None:
@@ -141,8 +168,14 @@ def fill(labels: NDArray[np.uint8] | Labels, polygon: Points, value: int, camera
 
 def ellipse(center: Points, radius_x: float, radius_y: float, points: int = 40) -> Points:
     """An ellipse as a polygon ``[points, 2]``."""
+    return np.asarray(center + _circle(points) * (radius_x, radius_y))
+
+
+@lru_cache(maxsize=8)
+def _circle(points: int) -> Points:
+    """The unit circle as a polygon ``[points, 2]``; shared, so not to be changed."""
     angle = np.linspace(0.0, 2.0 * np.pi, points, endpoint=False)
-    return center + np.stack([radius_x * np.cos(angle), radius_y * np.sin(angle)], axis=-1)
+    return joined(np.cos(angle), np.sin(angle))
 
 
 @dataclass(frozen=True)
@@ -166,23 +199,24 @@ class Tube:
         return cls(np.concatenate([root[None], curve, end[None]]), side)
 
     @cached_property
-    def _frame(self) -> tuple[Points, Points]:
-        """Length up to each point of the line, and the slope there."""
+    def _frame(self) -> tuple[Points, Points, Points]:
+        """Length up to each point of the line; line and slope there ``[points, 4]``; their change per length."""
         steps = np.linalg.norm(np.diff(self.line, axis=0), axis=1)
         length = np.concatenate([[0.0], np.cumsum(steps)])
-        return length, np.gradient(self.line, length, axis=0)
+        values = np.concatenate([self.line, np.gradient(self.line, length, axis=0)], axis=1)
+        rates = np.zeros_like(values)  # the end has none: nothing lies beyond it
+        rates[:-1] = np.diff(values, axis=0) / np.diff(length)[:, None]
+        return length, values, rates
 
     def at(self, fractions: Points) -> tuple[Points, Points]:
         """Centre points and unit vectors towards the inner edge, at fractions of the length."""
-        length, slopes = self._frame
+        length, values, rates = self._frame
         where = fractions * length[-1]
-        center = np.stack(
-            [np.interp(where, length, self.line[:, axis]) for axis in (0, 1)], axis=-1
-        )
-        slope = np.stack([np.interp(where, length, slopes[:, axis]) for axis in (0, 1)], axis=-1)
-        slope /= np.linalg.norm(slope, axis=-1, keepdims=True)
-        inward = -self.side * np.stack([slope[:, 1], -slope[:, 0]], axis=-1)
-        return center, inward
+        piece = np.searchsorted(length, where, side="right") - 1
+        both = rates[piece] * (where - length[piece])[:, None] + values[piece]
+        center, slope_x, slope_y = both[:, :2], both[:, 2], both[:, 3]
+        norm = np.sqrt(slope_x * slope_x + slope_y * slope_y)
+        return center, -self.side * joined(slope_y / norm, -(slope_x / norm))
 
     def grid(self, fractions: Points, across: Points, half_width: Points) -> Points:
         """Points ``[fractions, across, 2]`` of the tube."""
@@ -193,9 +227,15 @@ class Tube:
 
     def outline(self, start: float, stop: float, widths: tuple[float, float]) -> Points:
         """The tapered piece between two fractions as a polygon."""
-        fractions = np.linspace(start, stop, 14)
-        half_width = np.interp(fractions, [0.0, 1.0], widths)
-        return border(self.grid(fractions, np.array([-1.0, 1.0]), half_width))
+        fractions, half_width = _taper(start, stop, widths)
+        return border(self.grid(fractions, EDGES, half_width))
+
+
+@lru_cache(maxsize=256)
+def _taper(start: float, stop: float, widths: tuple[float, float]) -> tuple[Points, Points]:
+    """Fractions of a limb's length and half-widths there; shared, so not to be changed."""
+    fractions = np.linspace(start, stop, 14)
+    return fractions, np.interp(fractions, [0.0, 1.0], widths)
 
 
 def smoothstep(value: Points) -> Points:
@@ -204,5 +244,5 @@ def smoothstep(value: Points) -> Points:
     >>> float(smoothstep(np.float64(0.5)))
     0.5
     """
-    t = np.clip(value, 0.0, 1.0)
+    t = np.minimum(np.maximum(value, 0.0), 1.0)
     return t * t * (3.0 - 2.0 * t)

@@ -8,6 +8,7 @@ is exact and not estimated. :func:`make_dataset` writes the VITON-HD folder layo
 from __future__ import annotations
 
 import json
+import math
 import multiprocessing
 import os
 import shutil
@@ -65,6 +66,24 @@ POSE_COLOURS = {
     "lower_arm_left": (248, 168, 48), "lower_arm_right": (112, 240, 208), "hand_left": (248, 144, 208),
     "hand_right": (250, 170, 220), "leg_left": (152, 48, 208), "leg_right": (72, 152, 152),
 }  # fmt: skip
+
+
+Region = tuple[slice, slice]
+"""Rows and columns of a rectangle."""
+
+
+def _lookup(values: dict[int, tuple[int, ...] | int]) -> Image:
+    """A table of 256 entries, zero but for these."""
+    table = np.zeros((256, *np.shape(next(iter(values.values())))), np.uint8)
+    for label, value in values.items():
+        table[label] = value
+    return table
+
+
+POSE_PALETTE = _lookup(dict(enumerate(POSE_COLOURS.values(), start=1)))
+KEPT = _lookup({HAND: 255})
+KEPT_ABOVE_CHIN = _lookup(dict.fromkeys((SKIN, HAIR, EYE, LIPS), 255))
+"""Never inpainted: hands, and face and hair as far as they lie above the chin."""
 
 
 @dataclass(frozen=True)
@@ -146,10 +165,13 @@ class _Rendering:
         fabric = self._fabric()
         flat, garment_mask = self._flat_picture(fabric)
         labels, painter = self._labels()
-        person, correspondence = self._person_picture(labels, painter, fabric)
+        kinds = np.minimum(labels, FIRST_TRIANGLE_LABEL).astype(np.uint8)
+        person = self._person_picture(labels, kinds, painter, fabric)
+        correspondence = self._correspondence(labels, painter)
         warped = ~np.isnan(correspondence[..., 0])
-        inpaint = self._inpaint_mask(labels)
-        agnostic = np.where(inpaint[..., None], np.uint8(GREY), person)
+        inpaint = self._inpaint_mask(kinds)
+        agnostic = person.copy()
+        agnostic[inpaint] = GREY
         return SyntheticSample(
             name,
             garment_name,
@@ -185,8 +207,7 @@ class _Rendering:
         """The garment on white and its mask, at picture size."""
         parts = [self.torso.outline(), *(mesh.outline() for mesh in self.sleeves.values())]
         inside = garments.silhouette(parts, self.fine)
-        picture = np.full_like(fabric, 255)
-        np.copyto(picture, fabric, where=inside[..., None] > 0)
+        picture = cv2.copyTo(fabric, inside, np.full_like(fabric, 255))
         return self._reduced(picture), self._reduced(inside) >= GREY
 
     def _reduced(self, picture: NDArray[np.uint8]) -> Image:
@@ -264,26 +285,36 @@ class _Rendering:
         fill(labels, ellipse(gaze + [0, 0.036], 0.0145, 0.0045, 16), LIPS, camera)
 
     def _person_picture(
-        self, labels: Labels, painter: MeshPainter, fabric: Image
-    ) -> tuple[Image, NDArray[np.float32]]:
-        """The person ``[H, W, 3]`` and the correspondence ``[H, W, 2]``."""
-        rows, columns = np.nonzero(labels >= FIRST_TRIANGLE_LABEL)
+        self, labels: Labels, kinds: Image, painter: MeshPainter, fabric: Image
+    ) -> Image:
+        """The person ``[H, W, 3]``; ``kinds`` are the labels with all garment triangles as one."""
+        rows, columns = np.nonzero(kinds == FIRST_TRIANGLE_LABEL)
+        pixels = rows * self.fine[1] + columns
         attributes = painter.attributes(rows, columns)
-        fine = self._plain_colours(labels)
-        fine[rows, columns] = _sample_texture(fabric, attributes[:, :2], self.pixels)
+        fine = self._plain_colours(kinds)
+        fine.reshape(-1, 3)[pixels] = _sample_texture(fabric, attributes[:, :2], self.pixels)
         if self.shading:
-            fine = self._shaded(fine, labels, (rows, columns), attributes[:, 2:])
-        field = np.full((*self.fine, 2), np.nan, np.float32)
+            folds = self._folds(attributes[:, 2], attributes[:, 3])
+            self._shade(fine, kinds, pixels, folds)
+        return self._reduced(fine)
+
+    def _correspondence(self, labels: Labels, painter: MeshPainter) -> NDArray[np.float32]:
+        """Place on the flat garment ``[H, W, 2]`` of the fine pixel at the centre of each pixel."""
+        centers = slice(OVERSAMPLING // 2, None, OVERSAMPLING)
+        rows, columns = np.nonzero(labels[centers, centers] >= FIRST_TRIANGLE_LABEL)
+        first = centers.start
+        attributes = painter.attributes(
+            rows * OVERSAMPLING + first, columns * OVERSAMPLING + first
+        )
+        field = np.full((*self.size, 2), np.nan, np.float32)
         field[rows, columns, 0] = attributes[:, 1]
         field[rows, columns, 1] = attributes[:, 0] / self.aspect
-        middle = OVERSAMPLING // 2
-        correspondence = np.clip(field[middle::OVERSAMPLING, middle::OVERSAMPLING], 0.0, 1.0)
-        return self._reduced(fine), np.ascontiguousarray(correspondence)
+        return np.clip(field, 0.0, 1.0)
 
-    def _plain_colours(self, labels: Labels) -> Image:
+    def _plain_colours(self, kinds: Image) -> Image:
         """Colours of everything but the garment, over a soft background."""
         person = self.person
-        palette = np.zeros((FIRST_TRIANGLE_LABEL, 3), np.uint8)
+        palette = np.zeros((256, 3), np.uint8)
         lips = 0.55 * person.skin + 0.45 * np.array([176.0, 60.0, 66.0])
         colours = {
             SKIN: person.skin, HAND: 0.98 * person.skin, NECK: 0.88 * person.skin, TROUSERS: person.trousers,
@@ -292,40 +323,37 @@ class _Rendering:
         }  # fmt: skip
         for label, colour in colours.items():
             palette[label] = np.clip(colour, 0, 255)
-        fine = np.take(palette, labels, axis=0, mode="clip")
-        np.copyto(fine, self._background(), where=(labels == 0)[..., None])
-        return fine
+        return cast(Image, cv2.copyTo(_looked_up(palette, kinds), kinds, self._background()))
 
     def _background(self) -> Image:
         """A plain wall: lighter above, a little darker away from the light."""
         first, second = self.person.background
-        down = np.linspace(0, 1, self.fine[0])[:, None, None]
-        sideways = np.linspace(-0.5, 0.5, self.fine[1])[None, :, None] * 0.06 * self.person.light
-        wall = (first * (1 - down) + second * down) * (1.0 + sideways)  # at most 0.94 x 255 x 1.03
-        return wall.astype(np.uint8)
+        down = np.linspace(0, 1, self.fine[0])[:, None]
+        sideways = 1.0 + np.linspace(-0.5, 0.5, self.fine[1]) * 0.06 * self.person.light
+        middle = first * (1 - down) + second * down
+        # at most 0.94 x 255 x 1.03; channels one by one, as numpy is slow over a last axis of three
+        channels = [(column[:, None] * sideways).astype(np.uint8) for column in middle.T]
+        return cast(Image, cv2.merge(channels))
 
-    def _shaded(
-        self,
-        fine: Image,
-        labels: Labels,
-        where: tuple[NDArray[np.intp], ...],
-        parameters: NDArray[np.float32],
-    ) -> Image:
-        """Light, folds and soft shadows of the arms, multiplied onto the picture."""
+    def _shade(
+        self, fine: Image, kinds: Image, pixels: NDArray[np.intp], folds: NDArray[np.float32]
+    ) -> None:
+        """Multiply light, folds and soft shadows of the arms onto the picture, in place."""
         shade = np.ones(self.fine, np.float32)
-        shade[where] = self._folds(parameters)
-        solid = (labels > 0).astype(np.uint8)
-        inner = cv2.distanceTransform(solid, cv2.DIST_L2, 3) * np.float32(
-            1.0 / (0.03 * self.camera.pixels)
-        )
+        shade.reshape(-1)[pixels] = folds
+        part = _bounds(kinds, 1)  # nothing else changes
+        shade, solid = shade[part], np.minimum(kinds[part], 1)
+        inner = cv2.distanceTransform(solid, cv2.DIST_L2, 3)
+        inner *= np.float32(1.0 / (0.03 * self.camera.pixels))
         shade *= np.float32(0.84) + np.float32(0.16) * np.minimum(inner, np.float32(1.0))
-        shade *= self._arm_shadow(labels)
+        self._add_arm_shadow(shade, part)
         shade[solid == 0] = 1.0
-        return _uint8(cv2.multiply(fine, cv2.merge([shade] * 3), dtype=cv2.CV_32F))
+        fine[part] = _uint8(cv2.multiply(fine[part], cv2.merge([shade] * 3), dtype=cv2.CV_32F))
 
-    def _folds(self, parameters: NDArray[np.float32]) -> NDArray[np.float32]:
+    def _folds(
+        self, along: NDArray[np.float32], across: NDArray[np.float32]
+    ) -> NDArray[np.float32]:
         """Brightness of fabric from its place along and across a part: round form, side light, folds."""
-        along, across = parameters[:, 0], parameters[:, 1]
         a, b, c = self.person.fold_phase
         turn = np.float32(2 * np.pi)
         folds = np.sin(turn * (1.1 * across + 1.3 * along + a)) + np.sin(
@@ -335,19 +363,21 @@ class _Rendering:
         round_form = 1.05 - 0.17 * across * across + 0.07 * self.person.light * across
         return np.asarray(round_form + 0.5 * self.person.fold_depth * (folds + drape), np.float32)
 
-    def _arm_shadow(self, labels: Labels) -> NDArray[np.float32]:
-        """Soft darkening of the torso beside arms that lie in front of it."""
+    def _add_arm_shadow(self, shade: NDArray[np.float32], part: Region) -> None:
+        """Soft darkening of the torso beside arms that lie in front of it, onto a part of the picture."""
         arms = np.zeros(self.fine, np.uint8)
         for side in SIDES:
             fill(arms, self.body.arms[side].outline(0.15, 1.0, (0.05, 0.036)), 255, self.camera)
-        arms_in_front = cv2.GaussianBlur(arms, (0, 0), 0.014 * self.camera.pixels)
-        shadow = 1.0 - arms_in_front.astype(np.float32) * np.float32(0.30 / 255)
-        shadow[arms > 0] = 1.0
-        return shadow
+        sigma = 0.014 * self.camera.pixels
+        near = _bounds(arms, math.ceil(4 * sigma))  # farther away than OpenCV's kernel reaches
+        blurred = np.zeros(self.fine, np.uint8)
+        blurred[near] = cv2.GaussianBlur(arms[near], (0, 0), sigma)
+        blurred[arms > 0] = 0
+        shade *= 1.0 - blurred[part].astype(np.float32) * np.float32(0.30 / 255)
 
     # What the model is told about the person
 
-    def _inpaint_mask(self, labels: Labels) -> Mask:
+    def _inpaint_mask(self, kinds: Image) -> Mask:
         """Where any garment could be: a generous torso and both arms, without face, hair above it, and hands."""
         region = np.zeros(self.fine, np.uint8)
         fill(region, self._largest_torso(), 255, self.camera)
@@ -357,12 +387,10 @@ class _Rendering:
             for share, radius in ((0.0, 0.086), (0.52, 0.074), (1.0, 0.062)):
                 center, _ = tube.at(np.array([share]))
                 fill(region, ellipse(center[0], radius, radius), 255, self.camera)
-        above = (
-            np.arange(self.fine[0])[:, None]
-            < self.camera.project(self.body.head() + [0.0, 0.075])[1]
-        )
-        face = np.isin(labels, (SKIN, HAIR, EYE, LIPS)) & above
-        region[face | (labels == HAND)] = 0
+        chin = self.camera.project(self.body.head() + [0.0, 0.075])[1]
+        region[_looked_up(KEPT, kinds) > 0] = 0
+        above = slice(0, max(0, math.ceil(chin)))
+        region[above][_looked_up(KEPT_ABOVE_CHIN, kinds[above]) > 0] = 0
         return self._reduced(region) >= GREY
 
     def _largest_torso(self) -> NDArray[np.float64]:
@@ -397,8 +425,23 @@ class _Rendering:
             part(f"upper_arm_{word}", body.arms[side].outline(0.0, 0.54, (0.040, 0.024)))
             part(f"lower_arm_{word}", body.arms[side].outline(0.52, 1.0, (0.040, 0.024)))
             part(f"hand_{word}", body.hand(side))
-        palette = np.array([(0, 0, 0), *POSE_COLOURS.values()], np.uint8)
-        return self._reduced(np.take(palette, canvas, axis=0))
+        return self._reduced(_looked_up(POSE_PALETTE, canvas))
+
+
+def _looked_up(table: Image, labels: Image) -> Image:
+    """Table rows at labels: ``[H, W]`` for a table ``[256]``, ``[H, W, 3]`` for one ``[256, 3]``."""
+    if table.ndim == 1:
+        return cast(Image, cv2.LUT(labels, table))
+    return cast(Image, cv2.LUT(cv2.merge([labels] * 3), table[None]))
+
+
+def _bounds(picture: Image, margin: int) -> Region:
+    """Rows and columns of the smallest rectangle around all non-zero pixels, with a margin."""
+    x, y, width, height = cv2.boundingRect(picture)
+    return (
+        slice(max(0, y - margin), y + height + margin),
+        slice(max(0, x - margin), x + width + margin),
+    )
 
 
 def _uint8(values: Any) -> Image:
@@ -408,18 +451,18 @@ def _uint8(values: Any) -> Image:
 
 def _sample_texture(fabric: Image, points: NDArray[np.float32], pixels: int) -> Image:
     """Bilinear colours ``[pixels, 3]`` of the fabric at points in picture heights."""
-    where = points * pixels - 0.5
     row_length = 16_384  # OpenCV's maps are limited to 32767 per side
-    padding = -len(where) % row_length
-    padded = np.pad(where, ((0, padding), (0, 0))).reshape(-1, row_length, 2)
+    rows = -(-len(points) // row_length)
+    where = np.zeros((rows * row_length, 2), np.float32)
+    where[: len(points)] = points * pixels - 0.5
     sampled = cv2.remap(
         fabric,
-        np.ascontiguousarray(padded),
+        where.reshape(rows, row_length, 2),
         None,
         cv2.INTER_LINEAR,
         borderMode=cv2.BORDER_REPLICATE,
     )  # type: ignore[call-overload]
-    return cast(Image, sampled.reshape(-1, 3)[: len(where)])
+    return cast(Image, sampled.reshape(-1, 3)[: len(points)])
 
 
 # Writing the VITON-HD layout
@@ -431,7 +474,7 @@ FOLDERS = (
 JPEG = [
     cv2.IMWRITE_JPEG_QUALITY, 97, cv2.IMWRITE_JPEG_SAMPLING_FACTOR, cv2.IMWRITE_JPEG_SAMPLING_FACTOR_444,
 ]  # fmt: skip
-PNG = [cv2.IMWRITE_PNG_COMPRESSION, 3]
+PNG = [cv2.IMWRITE_PNG_COMPRESSION, 1]
 DESCRIPTION_FILE = "dataset.json"
 
 
