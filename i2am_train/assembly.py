@@ -154,6 +154,13 @@ def make_loggers(tracking: TrackingConfig, folder: Path, settings: dict[str, Any
     return loggers
 
 
+def finish_tracking(trainer: L.Trainer) -> None:
+    """Ends the W&B run; the next training in this process would otherwise be written into it."""
+    for logger in trainer.loggers:
+        if isinstance(logger, WandbLogger) and trainer.is_global_zero:
+            logger.experiment.finish()
+
+
 def make_trainer(config: TrainConfig, folder: Path) -> L.Trainer:
     """Lightning's trainer with loggers, checkpoints, averaging and the evaluation callback."""
     settings = plain(config)

@@ -75,7 +75,7 @@ class EvaluationCallback(L.Callback):
 
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         result = self._finish()
-        pl_module.log_dict({f"val/{name}": value for name, value in result.metrics.items()})
+        _log_scores(pl_module, "val", result)
         for warning in result.warnings:
             L.pytorch.utilities.rank_zero_warn(warning)
         if trainer.is_global_zero and self._panels:
@@ -84,7 +84,7 @@ class EvaluationCallback(L.Callback):
 
     def on_test_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         result = self._finish()
-        pl_module.log_dict({f"test/{name}": value for name, value in result.metrics.items()})
+        _log_scores(pl_module, "test", result)
         if trainer.is_global_zero:
             write_panels(self.folder, self._panels)
             write_evaluation(self.folder, result, self.description)
@@ -125,6 +125,12 @@ class EvaluationCallback(L.Callback):
         _log_samples(trainer, panels, step)
 
 
+def _log_scores(module: L.LightningModule, stage: str, result: EvaluationResult) -> None:
+    # Every process has the same values; sync_dist only tells Lightning that this is known.
+    scores = {f"{stage}/{name}": value for name, value in result.metrics.items()}
+    module.log_dict(scores, sync_dist=True)
+
+
 def _gathered(panels: list[Panel]) -> list[Panel]:
     """The panels of all processes."""
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
@@ -150,6 +156,6 @@ def _log_samples(trainer: L.Trainer, panels: Panels, step: int) -> None:
     rows = np.concatenate([panels.garment, panels.person, panels.generated], axis=2)
     for logger in trainer.loggers:
         if isinstance(logger, WandbLogger):
-            logger.log_image("val/samples", list(rows), step=step, caption=[list(panels.names)])
+            logger.log_image("val/samples", list(rows), step=step, caption=list(panels.names))
         elif isinstance(logger, TensorBoardLogger):
             logger.experiment.add_images("val/samples", rows, step, dataformats="NHWC")

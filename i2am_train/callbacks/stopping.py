@@ -9,8 +9,8 @@ class StopAfterSteps(L.Callback):
     """Stops at ``steps``, counted over all attempts of a run.
 
     Not Lightning's ``max_steps``: with it, a run that is continued at an epoch's border first goes through an empty
-    epoch, after which sampler and module disagree about the epoch (Lightning 2.6), and the continued run differs from an
-    uninterrupted one.
+    epoch, after which sampler and module disagree about the epoch (Lightning 2.6), and the continued run differs from
+    an uninterrupted one.
     """
 
     def __init__(self, steps: int) -> None:

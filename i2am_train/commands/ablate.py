@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 from i2am_train.commands.entry import entry
 from i2am_train.config.schema import AblateConfig, EvaluateConfig
+from i2am_train.errors import ConfigError
 
 
 class Cell(NamedTuple):
@@ -48,12 +49,12 @@ def ablate(config: AblateConfig) -> dict[str, Any]:
     Raises:
         I2AMError: an arm, the checkpoint, the data or the folder do not fit the configuration.
     """
-    from i2am_train.assembly import load_model, prepare_data
+    from i2am_train.assembly import prepare_data
     from i2am_train.config.build import plain
     from i2am_train.runs import RunFolder, fingerprint, write_json
 
+    _check(config)
     root = prepare_data(config.data)
-    load_model(config.init, config.data)  # bad input fails before anything is written
     arms = {arm: _arm_settings(config, arm) for arm in config.arms}
     folder = RunFolder.open(
         config.folder,
@@ -70,6 +71,23 @@ def ablate(config: AblateConfig) -> dict[str, Any]:
     results = _results(config, folder.path, arms, entries, folder.manifest)
     write_json(folder / "results.json", results)
     return results
+
+
+def _check(config: AblateConfig) -> None:
+    """Bad input of any arm fails here, before anything is written."""
+    from i2am_train.commands import evaluate, train
+    from i2am_train.config.store import BASE_ARM, arm_config
+
+    if config.trainer.multi_process:
+        raise ConfigError(
+            "A study trains its cells one after another in this process; found trainer.devices="
+            f"{config.trainer.devices}, trainer.num_nodes={config.trainer.num_nodes}. Set both to 1, or train the "
+            "cells with 'i2am train', which can use several processes."
+        )
+    evaluate.prepare(_evaluation(config, config.init))
+    for arm in config.arms:
+        if arm != BASE_ARM:
+            train.prepare(arm_config(config, arm, 0, config.folder))
 
 
 def _cells(config: AblateConfig) -> Iterator[Cell]:
@@ -112,12 +130,12 @@ def _run_cell(config: AblateConfig, cell: Cell, root: Path) -> dict[str, Any]:
         "folder": cell.folder,
         "metrics": results["metrics"],
         "samples": results["samples"],
-        "minutes": _minutes(evaluation, root / cell.folder, (time.monotonic() - started) / 60),
+        "minutes": _minutes(root / cell.folder, (time.monotonic() - started) / 60),
         "warnings": results["warnings"],
     }
 
 
-def _minutes(evaluation: Path, cell: Path, now: float) -> float:
+def _minutes(cell: Path, now: float) -> float:
     """Minutes that the cell took when it was made, also when this run only read it."""
     from i2am_train.runs import read_json, write_json
 

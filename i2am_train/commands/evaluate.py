@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from i2am_train.commands.entry import entry
 from i2am_train.config.schema import EvaluateConfig
+
+if TYPE_CHECKING:
+    from i2am_train.datasets.datamodule import TryOnDataModule
+    from i2am_train.evaluation.evaluator import EvaluationSettings
+    from i2am_train.models.tryon import TryOnModel
 
 
 def run(config: EvaluateConfig) -> None:
@@ -57,22 +62,13 @@ def evaluate(config: EvaluateConfig, folder: Path) -> dict[str, Any]:
     Raises:
         I2AMError: checkpoint, data or folder do not fit the configuration.
     """
-    from i2am_train.assembly import (
-        load_model,
-        make_datamodule,
-        make_settings,
-        make_test_trainer,
-        make_untrained_module,
-        model_folder,
-        prepare_data,
-    )
+    from i2am_train.assembly import make_test_trainer, make_untrained_module, model_folder
     from i2am_train.callbacks.evaluation import EvaluationCallback
     from i2am_train.config.build import plain
     from i2am_train.evaluation.results import read_results
     from i2am_train.runs import RunFolder, fingerprint
 
-    root = prepare_data(config.data)
-    model = load_model(config.checkpoint, config.data)
+    model, scored, datamodule = prepare(config)
     settings = plain(config) | {"checkpoint": str(model_folder(config.checkpoint))}
     opened = RunFolder.open(
         folder, settings, may_differ=("output", "device", "progress_bar", "data.workers")
@@ -80,14 +76,35 @@ def evaluate(config: EvaluateConfig, folder: Path) -> dict[str, Any]:
     finished = read_results(folder)
     if opened.finished and finished is not None:
         return finished
-    opened.start(seed=config.sampling.seed, data=fingerprint(root))
+    opened.start(seed=config.sampling.seed, data=fingerprint(datamodule.root))
     callback = EvaluationCallback(
-        make_settings(config.sampling, config.attribution, config.evaluation.metrics),
+        scored,
         folder,
         panel_samples=config.evaluation.panel_samples,
         save_images=True,
         description=settings,
     )
+    trainer = make_test_trainer(config, callback)
+    trainer.test(make_untrained_module(model), datamodule, verbose=False)
+    opened.finish()
+    results = read_results(folder)
+    assert results is not None
+    return results
+
+
+def prepare(config: EvaluateConfig) -> tuple[TryOnModel, EvaluationSettings, TryOnDataModule]:
+    """Model, scores and data of an evaluation, made before its folder: bad input leaves nothing behind.
+
+    Raises:
+        I2AMError: checkpoint, data, layers, metrics or number of samples do not fit the configuration.
+    """
+    from i2am_train.assembly import load_model, make_datamodule, make_settings, prepare_data
+    from i2am_train.evaluation.evaluator import check_settings
+
+    root = prepare_data(config.data)
+    model = load_model(config.checkpoint, config.data)
+    settings = make_settings(config.sampling, config.attribution, config.evaluation.metrics)
+    check_settings(model, settings)
     datamodule = make_datamodule(
         config.data,
         root,
@@ -96,12 +113,8 @@ def evaluate(config: EvaluateConfig, folder: Path) -> dict[str, Any]:
         test_samples=config.evaluation.samples,
         pairing=config.evaluation.pairing,
     )
-    trainer = make_test_trainer(config, callback)
-    trainer.test(make_untrained_module(model), datamodule, verbose=False)
-    opened.finish()
-    results = read_results(folder)
-    assert results is not None
-    return results
+    datamodule.test_dataset()
+    return model, settings, datamodule
 
 
 if __name__ == "__main__":

@@ -11,6 +11,9 @@ from i2am_train.config.schema import WITHOUT_EFFECT_ON_WEIGHTS, TrainConfig
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from i2am_train.datasets.datamodule import TryOnDataModule
+    from i2am_train.training.module import TryOnModule
+
 
 def run(config: TrainConfig) -> None:
     """Train and say where the model lies."""
@@ -24,33 +27,58 @@ def train(config: TrainConfig) -> Path:
     Raises:
         I2AMError: data, checkpoint, layer or run folder do not fit the configuration.
     """
-    import torch
-
-    from i2am_train.assembly import (
-        MODEL_FOLDER,
-        make_datamodule,
-        make_module,
-        make_trainer,
-        prepare_data,
-    )
+    from i2am_train.assembly import MODEL_FOLDER, finish_tracking, make_trainer
     from i2am_train.config.build import plain
     from i2am_train.runs import RunFolder, fingerprint
 
-    root = prepare_data(config.data)
-    torch.manual_seed(config.seed)
-    module = make_module(config)  # before the folder is made: bad input leaves nothing behind
+    module, datamodule = prepare(config)
+    first_process = os.environ.get("LOCAL_RANK", "0") == "0"
     folder = RunFolder.open(
         config.folder,
         plain(config),
-        resume=config.resume,
+        resume=config.resume or not first_process,  # the others find the folder that the first made
         may_differ=WITHOUT_EFFECT_ON_WEIGHTS,
     )
     if folder.finished:
         print(f"{folder.path} is finished already; nothing to train.")
         return folder.path
-    first_process = os.environ.get("LOCAL_RANK", "0") == "0"
     if first_process:
-        folder.start(seed=config.seed, data=fingerprint(root))
+        folder.start(seed=config.seed, data=fingerprint(datamodule.root))
+    trainer = make_trainer(config, folder.path)
+    checkpoint = folder / "checkpoints" / "last.ckpt"
+    try:
+        trainer.fit(module, datamodule, ckpt_path=str(checkpoint) if checkpoint.is_file() else None)
+    finally:
+        module.teardown("fit")
+        finish_tracking(trainer)
+    if trainer.is_global_zero:
+        module.model.save_pretrained(folder / MODEL_FOLDER)
+        folder.finish()
+    return folder.path
+
+
+def prepare(config: TrainConfig) -> tuple[TryOnModule, TryOnDataModule]:
+    """Module and data of a run, made before its folder: bad input fails here and leaves nothing behind.
+
+    Raises:
+        I2AMError: data, checkpoint, layers, metrics or numbers of samples do not fit the configuration.
+    """
+    import torch
+
+    from i2am_train.assembly import make_datamodule, make_module, make_settings, prepare_data
+    from i2am_train.datasets.viton_hd import require_correspondence
+    from i2am_train.evaluation.evaluator import check_settings
+
+    root = prepare_data(config.data)
+    torch.manual_seed(config.seed)
+    module = make_module(config)
+    if config.objective.supervised:
+        require_correspondence(root)
+    if config.validation.samples:
+        check_settings(
+            module.model,
+            make_settings(config.sampling, config.attribution, config.evaluation.metrics),
+        )
     datamodule = make_datamodule(
         config.data,
         root,
@@ -58,13 +86,8 @@ def train(config: TrainConfig) -> Path:
         eval_batch_size=config.evaluation.batch_size,
         validation_samples=config.validation.samples,
     )
-    trainer = make_trainer(config, folder.path)
-    checkpoint = folder / "checkpoints" / "last.ckpt"
-    trainer.fit(module, datamodule, ckpt_path=str(checkpoint) if checkpoint.is_file() else None)
-    if trainer.is_global_zero:
-        module.model.save_pretrained(folder / MODEL_FOLDER)
-        folder.finish()
-    return folder.path
+    datamodule.train_dataset()
+    return module, datamodule
 
 
 if __name__ == "__main__":

@@ -63,7 +63,7 @@ class DataConfig:
     """Training samples per device and step (before accumulation)."""
     workers: int = 2
     """Processes that read samples; 0 reads in the main process."""
-    augment: bool = True
+    augment: bool = False
     """Flip, shift, scale and colour augmentation of training samples (the authors' order)."""
     synthetic: SyntheticConfig = field(default_factory=SyntheticConfig)
     """The embedded dataset."""

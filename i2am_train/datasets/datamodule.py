@@ -164,6 +164,11 @@ class TryOnDataModule(L.LightningDataModule):
         return self._evaluation_loader(self.test_dataset())
 
     def _evaluation_loader(self, dataset: VitonHDDataset) -> DataLoader[TryOnSample]:
+        if len(dataset) < self._processes():  # an idle process would never join the others' scores
+            raise DataError(
+                f"{len(dataset)} samples cannot be evaluated on {self._processes()} processes. Set validation.samples "
+                f"or evaluation.samples to {self._processes()} or more."
+            )
         sampler = ExactSampler(dataset, self._processes(), self._rank())
         return self._loader(dataset, sampler, self.eval_batch_size, drop_last=False)
 

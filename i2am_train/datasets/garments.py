@@ -7,6 +7,7 @@ and as the picture of the flat garment itself. All lengths are in picture height
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, cast
 
 import cv2
@@ -18,6 +19,7 @@ from i2am_train.datasets.meshes import (
     Camera,
     Points,
     Tube,
+    clamped,
     ellipse,
     fill,
     fixed_point,
@@ -74,7 +76,7 @@ class Cut:
         dent = (
             0.06
             * self.shoulder
-            * np.sin(np.pi * np.clip((y - SHOULDER_DROP) / (self.armpit - SHOULDER_DROP), 0, 1))
+            * np.sin(np.pi * clamped((y - SHOULDER_DROP) / (self.armpit - SHOULDER_DROP)))
         )
         upper = self.chest + (self.waist - self.chest) * smoothstep(
             (y - self.armpit) / (waist_y - self.armpit)
@@ -85,10 +87,8 @@ class Cut:
     def top(self, across: Points) -> Points:
         """Upper edge (neckline and shoulder line) over ``across`` in -1..1."""
         x = np.abs(across) * self.shoulder
-        shoulder_line = SHOULDER_DROP * np.clip(
-            (x - self.neck) / (self.shoulder - self.neck), 0.0, 1.0
-        )
-        inside = np.clip(x / self.neck, 0.0, 1.0)
+        shoulder_line = SHOULDER_DROP * clamped((x - self.neck) / (self.shoulder - self.neck))
+        inside = clamped(x / self.neck)
         shape = {
             "v": 1.0 - inside,
             "round": np.sqrt(np.maximum(1.0 - inside**2, 0.0)),
@@ -241,6 +241,7 @@ def flat_sleeve(cut: Cut, side: int) -> Tube:
     return Tube(np.stack([root, root + 0.5 * length * direction, root + length * direction]), side)
 
 
+@lru_cache(maxsize=16)  # six calls per garment draw two seams; shared, so not to be changed
 def armhole(cut: Cut, side: int, points: int = 9) -> Points:
     """The seam that torso and sleeve share, from shoulder tip to armpit."""
     y = np.linspace(SHOULDER_DROP, cut.armpit, points)

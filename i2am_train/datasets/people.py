@@ -21,7 +21,15 @@ from i2am_train.datasets.garments import (
     flat_sleeve,
     hsv,
 )
-from i2am_train.datasets.meshes import PartMesh, Points, Tube, ellipse, smoothstep
+from i2am_train.datasets.meshes import (
+    PartMesh,
+    Points,
+    Tube,
+    ellipse,
+    joined,
+    smoothstep,
+    spread,
+)
 
 HAIR_STYLES = ("short", "bob", "long", "bun", "afro", "bald")
 SIDES = (-1, 1)
@@ -125,12 +133,22 @@ class Body:
         """Both arms by side, from the shoulder joint."""
         return {side: self.arm(side) for side in SIDES}
 
-    @property
+    @cached_property
+    def hands(self) -> dict[int, Points]:
+        """Both hands by side, a little beyond the wrist."""
+        return {side: self._hand(side) for side in SIDES}
+
+    @cached_property
+    def legs(self) -> dict[int, Points]:
+        """Both trouser legs by side, from the waist to below the picture."""
+        return {side: self._leg(side) for side in SIDES}
+
+    @cached_property
     def base(self) -> Points:
         """Base of the neck."""
         return np.array([self.aspect / 2 + self.person.center, self.person.neck_y])
 
-    @property
+    @cached_property
     def scale(self) -> Points:
         """Cut lengths to body lengths, per axis."""
         return np.array([self.person.shoulder / SHOULDER, self.person.torso])
@@ -138,9 +156,14 @@ class Body:
     def carry(self, points: Points) -> Points:
         """Torso coordinates (origin at the neck, upright) into the picture: tilted shoulders, leaning spine."""
         x, y = points[..., 0], points[..., 1]
-        tilt = np.tan(self.person.tilt) * (1.0 - smoothstep(y / 0.45))
-        sway = np.tan(self.person.lean) * (0.42 - y) * smoothstep((0.55 - y) / 0.3 + 0.5)
-        return np.asarray(self.base + np.stack([x + sway, y + x * tilt], axis=-1))
+        tilt = self._slopes[0] * (1.0 - smoothstep(y / 0.45))
+        sway = self._slopes[1] * (0.42 - y) * smoothstep((0.55 - y) / 0.3 + 0.5)
+        return np.asarray(self.base + joined(x + sway, y + x * tilt))
+
+    @cached_property
+    def _slopes(self) -> tuple[float, float]:
+        """Of the shoulders and of the spine."""
+        return float(np.tan(self.person.tilt)), float(np.tan(self.person.lean))
 
     def turned(self, across: Points) -> Points:
         """Where a point of a cylinder at -1..1 across appears when the torso turns; ends stay in place."""
@@ -151,7 +174,7 @@ class Body:
     def torso_point(self, cut: Cut, across: Points, y: Points) -> Points:
         """A garment point (across its half-width in -1..1, depth ``y`` of the cut) on the person."""
         x = self.turned(across) * cut.half_width(y)
-        return self.carry(np.stack([x, y], axis=-1) * self.scale)
+        return self.carry(joined(x, y) * self.scale)
 
     def shoulder_joint(self, side: int) -> Points:
         """Pivot of an arm."""
@@ -171,23 +194,22 @@ class Body:
         wrist = elbow + (1 - UPPER_ARM_SHARE) * length * _downwards(side, pose.fore, lean)
         return Tube.bent(joint if root is None else root, elbow, wrist, side)
 
-    def hand(self, side: int) -> Points:
-        """A hand, a little beyond the wrist."""
+    def _hand(self, side: int) -> Points:
         tube = self.arms[side]
         direction = tube.line[-1] - tube.line[-2]
         return ellipse(tube.line[-1] + 0.026 * direction / np.linalg.norm(direction), 0.031, 0.034)
 
-    def torso_outline(self, widen: float = 1.0) -> Points:
+    @cached_property
+    def torso_outline(self) -> Points:
         """The slim body from shoulders to hips."""
-        width = self.person.shoulder * widen
+        width = self.person.shoulder
         ys = np.array([SHOULDER_DROP, 0.10, 0.17, 0.26, 0.34, 0.42]) * self.person.torso
         xs = np.array([0.93, 0.90, 0.82, 0.74, 0.80, 0.87]) * width
         right = np.stack([xs, ys], axis=-1)
         neck = np.array([[-0.052, -0.002], [0.052, -0.002]])
         return self.carry(np.concatenate([neck, right, right[::-1] * [-1, 1]]))
 
-    def leg(self, side: int) -> Points:
-        """One trouser leg from the waist to below the picture."""
+    def _leg(self, side: int) -> Points:
         width = self.person.shoulder
         inner = np.array([[0.0, 0.29], [0.0, 0.47], [0.10, 0.90]]) * [width, self.person.torso]
         outer = np.array([[0.80, 0.90], [0.93, 0.50], [0.92, 0.42], [0.80, 0.29]]) * [
@@ -196,13 +218,15 @@ class Body:
         ]
         return self.carry(np.concatenate([inner, outer]) * [side, 1])
 
+    @cached_property
     def head(self) -> Points:
         """Centre of the head."""
         return self.carry(np.array([self.person.head_shift, -0.122]))
 
+    @cached_property
     def neck(self) -> Points:
         """The neck down to the collar bones."""
-        top = self.head() + np.array([0.0, 0.03])
+        top = self.head + np.array([0.0, 0.03])
         low = self.carry(
             np.array(
                 [[0.036, -0.012], [0.080, 0.032], [0.0, 0.20], [-0.080, 0.032], [-0.036, -0.012]]
@@ -240,7 +264,8 @@ def sleeve_mesh(cut: Cut, place: Placement, body: Body, side: int) -> PartMesh:
     across = np.linspace(-1.0, 1.0, SLEEVE_COLUMNS)
     seam_y = armhole(cut, side, SLEEVE_COLUMNS)[:, 1]
     seam = body.torso_point(cut, np.full(SLEEVE_COLUMNS, float(side)), seam_y)
-    root = 0.5 * float(np.linalg.norm(armhole(cut, side, 2)[1] - armhole(cut, side, 2)[0]))
+    tip, pit = armhole(cut, side, 2)
+    root = 0.5 * float(np.linalg.norm(pit - tip))
     half_width = root + (cut.cuff - root) * along**0.8
     flat = _sleeve_grid(
         flat_sleeve(cut, side), armhole(cut, side, SLEEVE_COLUMNS), along, along, across, half_width
@@ -260,8 +285,8 @@ def _sleeve_grid(
     tube: Tube, seam: Points, along: Points, fractions: Points, across: Points, half_width: Points
 ) -> Points:
     """A tube whose first row is bent onto the armhole seam."""
-    round_part = tube.grid(fractions, across, half_width)
-    center, _ = tube.at(fractions)
+    center, inward = tube.at(fractions)
+    round_part = spread(center, inward, across, half_width)
     seam_part = seam[None] + (center - center[0])[:, None]
     reach = 0.55 if fractions[-1] < 0.99 and len(along) < 10 else 0.30
     blend = smoothstep(along / reach)[:, None, None]

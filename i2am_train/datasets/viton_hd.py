@@ -99,6 +99,16 @@ def read_pairs(root: Path, split: Split) -> list[Pair]:
     return [Pair(Path(person).stem, Path(garment).stem) for person, garment in lines]
 
 
+def require_correspondence(root: Path) -> None:
+    """Raise DataError unless training samples have their true correspondence, which only synthetic data has."""
+    folder = root / Split.TRAIN / CORRESPONDENCE
+    if not folder.is_dir():
+        raise DataError(
+            f"objective.supervised teaches the true correspondence, and {root} has none (no folder {folder}). "
+            "Use the embedded dataset, or set objective.supervised=0."
+        )
+
+
 @dataclass(frozen=True)
 class Layout:
     """Paths of one split's files."""

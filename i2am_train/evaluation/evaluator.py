@@ -51,6 +51,18 @@ class EvaluationSettings:
     """Image metrics by name; the attention scores are always computed."""
 
 
+def check_settings(model: TryOnModel, settings: EvaluationSettings) -> None:
+    """Fails as an evaluation would, in no time and before anything is written.
+
+    Raises ``ConfigError`` for a metric, ``CaptureError`` for a layer that does not exist, and ``WeightsMissingError``
+    for a metric whose network is not on this machine.
+    """
+    Evaluator(settings, model.device)
+    attribution = settings.attribution
+    with trace(model, layers=attribution.layers, matrix_layers=[attribution.layer]):
+        pass
+
+
 @dataclass(kw_only=True)
 class Explained:
     """Images of one batch and the attention that made them."""

@@ -6,9 +6,11 @@ garment's patch tokens; nothing else tells it about the garment. A folder in dif
     model_index.json  unet/  vae/  reference_encoder/  projector/  scheduler/
 """
 
+import copy
 import json
 import os
 import tempfile
+from copy import deepcopy
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, Self
@@ -17,6 +19,7 @@ import torch
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from diffusers.utils import logging as diffusers_logging
 from jaxtyping import Bool, Float, Int
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoModel, PreTrainedModel
 from transformers.utils import logging as transformers_logging
@@ -207,12 +210,9 @@ class TryOnModel(nn.Module):
         self.schedule.scheduler.save_pretrained(folder / "scheduler")
         for name in COMPONENTS[:-1]:
             component = getattr(self, name)
-            dtype = next(component.parameters()).dtype
             if half:
-                component.half()
+                component = deepcopy(component).half()
             component.save_pretrained(folder / name)
-            if half:
-                component.to(dtype)
         index = {"_class_name": "TryOnModel", "_i2am_train_version": __version__}
         (folder / INDEX_FILE).write_text(json.dumps(index | asdict(self.config), indent=2) + "\n")
 
@@ -233,8 +233,8 @@ class TryOnModel(nn.Module):
                 ReferenceProjector.from_pretrained(folder / "projector", torch_dtype=torch.float32),
                 DDIMScheduler.from_pretrained(folder / "scheduler"),
             )
-        except (OSError, ValueError, RuntimeError) as error:
-            first_line = str(error).strip().splitlines()[0]
+        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+            first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise CheckpointError(
                 f"The model in '{folder}' cannot be read: {first_line} "
                 "The folder may be half copied; copy or export it again."

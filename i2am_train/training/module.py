@@ -14,6 +14,9 @@ from i2am_train.training.draws import Draws, draw
 from i2am_train.training.optimization import make_optimizer, make_schedule, set_trainable
 from i2am_train.training.step import TrainingObjective
 
+FROZEN = ("model.vae.", "model.reference_encoder.")
+"""Networks that never train, as prefixes of their weights' names."""
+
 
 class TryOnModule(L.LightningModule):
     """Trains a :class:`TryOnModel`; validation is done by callbacks, which read ``model``."""
@@ -45,7 +48,7 @@ class TryOnModule(L.LightningModule):
             self._tap.attach()
 
     def teardown(self, stage: str) -> None:
-        """Detaches the score tap, also after an error."""
+        """Detaches the score tap. Lightning leaves this out after an error; whoever calls ``fit`` then does it."""
         if self._tap is not None:
             self._tap.close()
             self._tap = None
@@ -77,16 +80,16 @@ class TryOnModule(L.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Leaves the frozen networks out of the file; they come with the checkpoint that training started from."""
-        frozen = ("model.vae.", "model.reference_encoder.")
         checkpoint["state_dict"] = {
             name: value
             for name, value in checkpoint["state_dict"].items()
-            if not name.startswith(frozen)
+            if not name.startswith(FROZEN)
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Puts the frozen networks back, so that Lightning's strict loading still checks every trained weight."""
-        checkpoint["state_dict"] = self.state_dict() | checkpoint["state_dict"]
+        frozen = {name: v for name, v in self.state_dict().items() if name.startswith(FROZEN)}
+        checkpoint["state_dict"] = frozen | checkpoint["state_dict"]
 
     def _draws(self, batch: TryOnBatch) -> Draws:
         draws = draw(

@@ -41,13 +41,14 @@ def _chosen(unet: nn.Module, trainable: str) -> Iterator[nn.Parameter]:
 
 
 def make_optimizer(parameters: list[nn.Parameter], options: OptimizationConfig) -> AdamW:
-    """AdamW over the given parameters."""
+    """AdamW over the given parameters; one fused kernel where that goes together with gradient clipping."""
     return AdamW(
         parameters,
         lr=options.learning_rate,
         betas=options.betas,
         weight_decay=options.weight_decay,
-        fused=True,
+        # Fused kernels undo float16's loss scale themselves, after which Lightning refuses to clip.
+        fused=options.precision != "16-mixed",
     )
 
 

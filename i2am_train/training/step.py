@@ -9,6 +9,7 @@ from torch import Tensor
 from i2am_train.attribution.sites import LayerId
 from i2am_train.attribution.tap import ScoreTap
 from i2am_train.datasets.sample import TryOnBatch
+from i2am_train.errors import CaptureError
 from i2am_train.losses.denoising import denoising_loss, snr_weights
 from i2am_train.losses.objective import AttentionObjective, ObjectiveValue
 from i2am_train.metrics.correspondence import target_on_grid
@@ -36,10 +37,18 @@ class TrainingObjective:
     def __call__(
         self, model: TryOnModel, batch: TryOnBatch, draws: Draws, tap: ScoreTap | None
     ) -> dict[str, Float[Tensor, ""]]:
-        """Losses by name: ``denoising``, each active attention term (unweighted), and ``total`` with gradient."""
+        """Losses by name: ``denoising``, each active attention term (unweighted), and ``total`` with gradient.
+
+        Raises ``CaptureError`` when there are attention terms and no tap to read the attention from.
+        """
         denoising = self._denoising(model, batch, draws)
-        if tap is None:
+        if not self.needs_attention:
             return {"denoising": denoising.detach(), "total": denoising}
+        if tap is None:
+            raise CaptureError(
+                f"The objective has attention terms ({', '.join(self.attention.weights.active)}) and got no score tap. "
+                f"Attach ScoreTap(model, layers=[{self.layer!r}]) before the step and hand it over."
+            )
         attention = self._attention(batch, draws, tap)
         return {
             "denoising": denoising.detach(),

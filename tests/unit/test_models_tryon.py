@@ -8,7 +8,7 @@ import pytest
 import torch
 from diffusers import UNet2DConditionModel
 
-from i2am_train.attribution.sites import PAPER_LAYERS
+from i2am_train.attribution.sites import PAPER_LAYERS, paper_number
 from i2am_train.attribution.trace import trace
 from i2am_train.errors import CheckpointError, ConfigError
 from i2am_train.models.diffusion import ddim_timesteps
@@ -34,7 +34,7 @@ def test_topology(make_small_model: Callable[..., Any]) -> None:
     sites = attention.sites
     assert model.unet.config["in_channels"] == 12
     assert tuple(site.layer for site in sites) == PAPER_LAYERS
-    assert [site.number for site in sites] == list(range(1, 10))
+    assert [paper_number(site.layer) for site in sites] == list(range(1, 10))
     assert len({site.generated_grid for site in sites}) == 3
 
 
@@ -109,10 +109,14 @@ def test_missing_and_incomplete_folders(
         TryOnModel.from_pretrained(tmp_path / "nowhere")
     folder = tmp_path / "model"
     make_small_model().save_pretrained(folder)
+    for file in ("projector/diffusion_pytorch_model", "reference_encoder/model"):
+        weights = folder / f"{file}.safetensors"
+        whole = weights.read_bytes()
+        weights.write_bytes(whole[:100])
+        with pytest.raises(CheckpointError, match="cannot be read"):
+            TryOnModel.from_pretrained(folder)
+        weights.write_bytes(whole)
     weights = folder / "projector" / "diffusion_pytorch_model.safetensors"
-    weights.write_bytes(weights.read_bytes()[:100])
-    with pytest.raises(CheckpointError, match="cannot be read"):
-        TryOnModel.from_pretrained(folder)
     weights.unlink()
     (folder / "projector" / "config.json").unlink()
     (folder / "projector").rmdir()

@@ -1,0 +1,156 @@
+"""training/step.py: what the loss of a batch is made of, and where its gradient goes."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils.data import default_collate
+
+from i2am_train.attribution.tap import ScoreTap
+from i2am_train.datasets.viton_hd import VitonHDDataset
+from i2am_train.errors import CaptureError
+from i2am_train.losses.denoising import snr_weights
+from i2am_train.losses.objective import AttentionObjective, TermWeights
+from i2am_train.training.draws import Draws, draw
+from i2am_train.training.optimization import set_trainable
+from i2am_train.training.step import TrainingObjective
+from i2am_train.types import GridSize, Pairing, Split
+
+SAMPLES = [1, 4, 6]
+WEIGHTS = {"dcml": 0.5, "tv": 0.25, "cwg": 2.0, "supervised": 0.125}
+LAYER = "unet.up_blocks.1.attentions.1.transformer_blocks.0.attn2"
+
+
+@pytest.fixture(scope="module")
+def model(make_small_model: Callable[..., Any]) -> Any:
+    model = make_small_model()
+    set_trainable(model, "all")
+    return model
+
+
+@pytest.fixture(scope="module")
+def read_batch(small_dataset: Path) -> Callable[[list[int]], Any]:
+    dataset = VitonHDDataset(small_dataset, Split.TRAIN, Pairing.PAIRED, GridSize(64, 48))
+    return lambda indices: default_collate([dataset[index] for index in indices])
+
+
+@pytest.fixture(scope="module")
+def batch(read_batch: Callable[[list[int]], Any]) -> Any:
+    return read_batch(SAMPLES)
+
+
+def draws(indices: list[int], dropped: list[bool]) -> Draws:
+    drawn = draw(0, 0, indices, latent=GridSize(16, 12), timesteps=1000, condition_dropout=0.0)
+    return drawn._replace(dropped=torch.tensor(dropped))
+
+
+def refined(**weights: float) -> TrainingObjective:
+    return TrainingObjective(attention=AttentionObjective(weights=TermWeights(**weights)))
+
+
+def losses_of(
+    model: Any, objective: TrainingObjective, batch: Any, drawn: Draws
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Losses of a step and the gradients that its total gives to the named parameters."""
+    model.zero_grad(set_to_none=True)
+    with ScoreTap(model, layers=[objective.layer]) as tap:
+        losses = objective(model, batch, drawn, tap)
+        losses["total"].backward()
+    gradients = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    return losses, gradients
+
+
+def test_total_is_denoising_plus_weighted_terms(model: Any, batch: Any) -> None:
+    """The logged parts are unweighted and carry no gradient; the weights are applied once, in the total."""
+    losses, _ = losses_of(model, refined(**WEIGHTS), batch, draws(SAMPLES, [False] * 3))
+    assert list(losses) == ["denoising", *WEIGHTS, "total"]
+    expected = losses["denoising"] + sum(WEIGHTS[name] * losses[name] for name in WEIGHTS)
+    torch.testing.assert_close(losses["total"].detach(), expected)
+    assert not any(value.requires_grad for name, value in losses.items() if name != "total")
+    assert losses["cwg"] != 0
+    assert losses["supervised"] > 0
+
+
+def test_the_baseline_needs_no_tap(model: Any, batch: Any) -> None:
+    """Without attention terms nothing is captured, and an attached tap changes neither loss nor gradient."""
+    drawn = draws(SAMPLES, [False, True, False])
+    objective = refined()
+    assert not objective.needs_attention
+    without = objective(model, batch, drawn, None)
+    assert list(without) == ["denoising", "total"]
+    with_tap, _ = losses_of(model, objective, batch, drawn)
+    assert torch.equal(without["total"], with_tap["total"])
+
+
+def test_attention_terms_without_a_tap_are_an_error(model: Any, batch: Any) -> None:
+    """They are not silently left out."""
+    with pytest.raises(CaptureError, match=r"\(cwg\) and got no score tap.*layers=\[2\]"):
+        refined(cwg=1.0)(model, batch, draws(SAMPLES, [False] * 3), None)
+
+
+def test_where_the_gradient_of_the_attention_terms_goes(model: Any, batch: Any) -> None:
+    """To the chosen layer's queries and keys and what lies before; to no later layer, to nothing frozen."""
+    drawn = draws(SAMPLES, [False] * 3)
+    _, plain = losses_of(model, refined(), batch, drawn)
+    _, steered = losses_of(model, refined(dcml=1.0, tv=1.0, cwg=1.0), batch, drawn)
+    moved = {name for name in plain if not torch.allclose(plain[name], steered[name], atol=1e-9)}
+    assert {f"{LAYER}.to_q.weight", f"{LAYER}.to_k.weight", "projector.output.weight"} <= moved
+    assert "unet.conv_in.weight" in moved
+    assert f"{LAYER}.to_v.weight" not in moved
+    later = (
+        "unet.up_blocks.1.attentions.2",
+        "unet.up_blocks.2",
+        "unet.up_blocks.3",
+        "unet.conv_out",
+    )
+    assert not [name for name in moved if name.startswith(later)]
+    assert plain.keys() == steered.keys()
+    assert not [name for name in steered if name.startswith(("vae.", "reference_encoder."))]
+
+
+def test_dropped_conditions_get_no_attention_gradient(model: Any, batch: Any) -> None:
+    """With every condition dropped the refined step is the baseline step, to the bit."""
+    drawn = draws(SAMPLES, [True] * 3)
+    _, plain = losses_of(model, refined(), batch, drawn)
+    losses, steered = losses_of(model, refined(dcml=1.0, tv=1.0, cwg=1.0), batch, drawn)
+    assert losses["total"] == losses["denoising"]
+    assert all(torch.equal(plain[name], gradient) for name, gradient in steered.items())
+
+
+def test_attention_terms_are_means_over_the_conditioned_samples(
+    model: Any, batch: Any, read_batch: Callable[[list[int]], Any]
+) -> None:
+    """A dropped neighbour changes nothing: the terms are those of the kept samples alone."""
+    objective = refined(**WEIGHTS)
+    together, _ = losses_of(model, objective, batch, draws(SAMPLES, [False, True, False]))
+    kept = [SAMPLES[0], SAMPLES[2]]
+    alone, _ = losses_of(model, objective, read_batch(kept), draws(kept, [False, False]))
+    for name in WEIGHTS:
+        torch.testing.assert_close(together[name], alone[name], atol=1e-5, rtol=1e-4)
+
+
+def test_signal_to_noise_weighting(
+    model: Any, batch: Any, read_batch: Callable[[list[int]], Any]
+) -> None:
+    """The weighted loss is the mean of the samples' own errors times the weights of their timesteps."""
+    plain, gamma = TrainingObjective(), 5.0
+    with torch.no_grad():
+        errors = torch.stack(
+            [
+                plain(model, read_batch([index]), draws([index], [False]), None)["total"]
+                for index in SAMPLES
+            ]
+        )
+        drawn = draws(SAMPLES, [False] * 3)
+        weighted = TrainingObjective(snr_gamma=gamma)(model, batch, drawn, None)["total"]
+        unweighted = plain(model, batch, drawn, None)["total"]
+    schedule = model.schedule
+    weights = snr_weights(
+        schedule.signal.square(), drawn.timesteps, schedule.prediction_type, gamma
+    )
+    assert len(weights.unique()) == 3
+    torch.testing.assert_close(unweighted, errors.mean())
+    torch.testing.assert_close(weighted, (weights * errors).mean())
