@@ -23,8 +23,13 @@ from typing import Any
 
 import cv2
 
-from i2am_train.datasets.synthetic import FOLDERS, make_dataset, render_sample, write_sample
-from i2am_train.datasets.viton_hd import VitonHDDataset
+from i2am_train.datasets.synthetic import (
+    FOLDERS,
+    SyntheticSample,
+    make_dataset,
+    render_sample,
+    write_sample,
+)
 from i2am_train.types import GridSize, Pairing, Split
 
 AIM = 60.0
@@ -49,6 +54,12 @@ def measure(samples: int, work: Callable[[], object]) -> dict[str, float]:
     }
 
 
+def write_all(folder: Path, samples: list[SyntheticSample]) -> None:
+    """The files of some samples."""
+    for sample in samples:
+        write_sample(folder, sample)
+
+
 def measure_all(
     folder: Path, samples: int, size: GridSize, workers: int
 ) -> dict[str, dict[str, float]]:
@@ -63,6 +74,9 @@ def measure_all(
             ),
         )
     }
+    # Imported here, as worker processes import this file: they would load torch before they draw.
+    from i2am_train.datasets.viton_hd import VitonHDDataset
+
     few = min(samples, 128)
     dataset = VitonHDDataset(root, Split.TRAIN, Pairing.PAIRED, size, augment=True)
     results["read"] = measure(few, lambda: [dataset[index] for index in range(few)])
@@ -71,7 +85,7 @@ def measure_all(
     split = folder / "again"
     for name in FOLDERS:
         (split / name).mkdir(parents=True)
-    results["write"] = measure(few, lambda: [write_sample(split, sample) for sample in drawn])
+    results["write"] = measure(few, lambda: write_all(split, drawn))
     return results
 
 

@@ -1,0 +1,132 @@
+"""evaluation/results.py: the files of an evaluation, read back, and what a failure leaves."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from i2am_train.evaluation import results as results_module
+from i2am_train.evaluation.evaluator import EvaluationResult, Panel
+from i2am_train.evaluation.results import (
+    read_results,
+    write_evaluation,
+    write_image,
+    write_panels,
+)
+from i2am_train.reporting.records import read_panels, read_samples
+from i2am_train.types import GridSize
+
+GENERATED, REFERENCE = GridSize(4, 3), GridSize(8, 6)
+PICTURES = ("garment", "agnostic", "densepose", "person", "generated")
+
+
+def panel(index: int) -> Panel:
+    draw = torch.Generator().manual_seed(index)
+    return Panel(
+        index=index,
+        name=f"{index:05d}_00",
+        garment_name=f"{index + 1:05d}_00",
+        images={
+            name: torch.randint(256, (16, 12, 3), generator=draw).to(torch.uint8)
+            for name in PICTURES
+        },
+        map_generated=torch.rand(16, 12, generator=draw),
+        map_reference=torch.rand(16, 12, generator=draw),
+        centers=torch.rand(GENERATED.tokens, 2, generator=draw),
+        target_centers=torch.full((GENERATED.tokens, 2), torch.nan),
+        mask=torch.rand(GENERATED.tokens, generator=draw) > 0.5,
+        layer="up_blocks.1.attentions.1",
+        generated_grid=GENERATED,
+        reference_grid=REFERENCE,
+    )
+
+
+def outcome() -> EvaluationResult:
+    rows = [
+        {"index": 0, "name": "a", "garment_name": "b", "imacs_g": 0.25, "ssim": None},
+        {"index": 3, "name": "c", "garment_name": "d", "imacs_g": 0.75, "ssim": None},
+    ]
+    return EvaluationResult(
+        metrics={"imacs_g": 0.5}, rows=rows, skipped={"ssim": 2}, warnings=["collapsed"]
+    )
+
+
+def test_panels_come_back(tmp_path: Path) -> None:
+    """The report reads what was written: by ascending index, names beside their pictures, NaN as NaN."""
+    write_panels(tmp_path / "new", [panel(7), panel(2)])
+    read = read_panels(tmp_path / "new" / "panels.safetensors")
+    assert read is not None
+    assert read.names == ("00002_00", "00007_00")
+    assert read.garment_names == ("00003_00", "00008_00")
+    assert (read.generated_grid, read.reference_grid) == (GENERATED, REFERENCE)
+    assert read.layer == "up_blocks.1.attentions.1"
+    for position, written in enumerate((panel(2), panel(7))):
+        for name in PICTURES:
+            assert np.array_equal(getattr(read, name)[position], written.images[name].numpy())
+        for name in ("map_generated", "map_reference", "centers", "mask"):
+            assert np.array_equal(getattr(read, name)[position], getattr(written, name).numpy())
+    assert np.isnan(read.target_centers).all()
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["panels.safetensors"]
+
+
+def test_no_panels_no_file(tmp_path: Path) -> None:
+    """An evaluation without panels leaves no archive."""
+    write_panels(tmp_path, [])
+    assert read_panels(tmp_path / "panels.safetensors") is None
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_panels_are_never_half_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A full disk leaves the earlier archive readable."""
+    write_panels(tmp_path, [panel(2), panel(5)])
+
+    def disk_full(tensors: Any, path: Path, metadata: Any) -> None:
+        path.write_bytes(b"half")
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(results_module, "save_file", disk_full)
+    with pytest.raises(OSError, match="no space left"):
+        write_panels(tmp_path, [panel(3)])
+    read = read_panels(tmp_path / "panels.safetensors")
+    assert read is not None
+    assert read.names == ("00002_00", "00005_00")
+
+
+def test_scores_come_back(tmp_path: Path) -> None:
+    """Means, counts and settings in one file, the samples' scores in the other, a missing value as null."""
+    write_evaluation(tmp_path / "new", outcome(), {"sampling": {"steps": 2}})
+    results = read_results(tmp_path / "new")
+    assert results == {
+        "metrics": {"imacs_g": 0.5},
+        "samples": 2,
+        "skipped": {"ssim": 2},
+        "warnings": ["collapsed"],
+        "settings": {"sampling": {"steps": 2}},
+    }
+    assert list(read_samples(tmp_path / "new" / "samples.jsonl")) == outcome().rows
+
+
+def test_results_are_written_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process that dies in between leaves an evaluation that does not count as done."""
+
+    def killed(*_: Any) -> None:
+        raise OSError("killed")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(results_module, "write_json", killed)
+        with pytest.raises(OSError, match="killed"):
+            write_evaluation(tmp_path, outcome(), {})
+    assert (tmp_path / "samples.jsonl").is_file()
+    assert read_results(tmp_path) is None
+
+
+def test_images_come_back(tmp_path: Path) -> None:
+    """Lossless, under the sample's name, and nothing else in the folder."""
+    picture = panel(4).images["generated"]
+    write_image(tmp_path, "00004_00", picture)
+    path = tmp_path / "images" / "00004_00.png"
+    assert np.array_equal(np.asarray(Image.open(path)), picture.numpy())
+    assert list(path.parent.iterdir()) == [path]
