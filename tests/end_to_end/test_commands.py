@@ -238,10 +238,27 @@ def test_bad_input_is_refused_before_anything_is_written(
         ),
         (CheckpointError, "no checkpoint folder", [f"init={tmp_path / 'nowhere'}"]),
         (ConfigError, "delta", ["attribution.delta=1.0"]),
+        (CaptureError, "No attention layer", ["attribution.layer=mid_block.attentions.7"]),
+        (ConfigError, "ssin", ["evaluation.metrics=[ssin]"]),
+        (DataError, "validation samples cannot be held out", ["validation.samples=20"]),
+        (DataError, "fewer than one batch", ["data.batch_size=17"]),
     ]
     for error, text, options in cases:
         with pytest.raises(error, match=text):
             run_training([*training, *options], tmp_path / "run")
+    with pytest.raises(ConfigError, match=r"found trainer\.devices=2"):
+        ablate(compose("ablate", [*training, "trainer.devices=2", f"output={tmp_path / 'run'}"]))
+    with pytest.raises(CaptureError, match="No attention layer"):
+        arms = ["arms=[base,refined]", "reference=refined", "attribution.layers=[nowhere]"]
+        ablate(compose("ablate", [*training, *arms, f"output={tmp_path / 'run'}"]))
+    judged = [*overrides, f"checkpoint={small_checkpoint}", "progress_bar=false", "device=cpu"]
+    for error, text, options in (
+        (DataError, "7 test samples were asked for", ["evaluation.samples=7"]),
+        (CaptureError, "No attention layer", ["attribution.layer=up_blocks.9"]),
+        (ConfigError, "ssin", ["evaluation.metrics=[ssin]"]),
+    ):
+        with pytest.raises(error, match=text):
+            evaluate(compose("evaluate", [*judged, *options]), tmp_path / "run")
     assert not (tmp_path / "run").exists()
     sample = [*overrides, f"checkpoint={small_checkpoint}", "sample=6", f"output={tmp_path / 'x'}"]
     with pytest.raises(DataError, match="numbered from 0 to 5"):

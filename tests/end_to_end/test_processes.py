@@ -30,7 +30,7 @@ def test_two_processes_equal_one(
     ]  # fmt: skip
     variants = {
         "one": ["data.batch_size=4"],
-        "two": ["data.batch_size=2", "trainer.devices=2", "trainer.strategy=ddp"],
+        "two": ["data.batch_size=2", "trainer.devices=2", "trainer.strategy=ddp", "resume=false"],
     }
     scores = {}
     for name, options in variants.items():

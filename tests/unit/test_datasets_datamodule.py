@@ -141,3 +141,13 @@ def test_a_resumed_run_sees_what_an_uninterrupted_one_sees(
     resumed, _ = run(3, str(tmp_path / "border.ckpt"))
     assert begun.seen + resumed.seen == whole.seen
     assert len(whole.seen) == 6
+
+
+def test_a_process_without_samples_is_refused(
+    small_dataset: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Proves that two processes do not wait for ever for the scores of an empty one.
+    data = module(small_dataset, validation_samples=1)
+    monkeypatch.setattr(data, "_processes", lambda: 2)
+    with pytest.raises(DataError, match="1 samples cannot be evaluated on 2 processes"):
+        data.val_dataloader()

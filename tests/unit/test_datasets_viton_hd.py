@@ -10,7 +10,12 @@ import torch
 from torch.utils.data import default_collate
 
 from i2am_train.datasets.synthetic import FIRST_TEST_INDEX, render_sample
-from i2am_train.datasets.viton_hd import EpochPosition, VitonHDDataset, read_pairs
+from i2am_train.datasets.viton_hd import (
+    EpochPosition,
+    VitonHDDataset,
+    read_pairs,
+    require_correspondence,
+)
 from i2am_train.errors import DataError
 from i2am_train.types import GridSize, Pairing, Split
 
@@ -189,3 +194,11 @@ def test_augmentation_depends_on_seed_epoch_and_index(small_dataset: Path) -> No
     assert any(
         not torch.equal(make(s)[EpochPosition(3, 5)]["person"], a["person"]) for s in (1, 2, 3)
     )
+
+
+def test_truth_is_required_where_it_is_taught(copy: Path) -> None:
+    # Proves that the supervised loss cannot silently be zero on a dataset without correspondence.
+    require_correspondence(copy)
+    shutil.rmtree(copy / "train" / "correspondence")
+    with pytest.raises(DataError, match=r"has none.*set objective\.supervised=0"):
+        require_correspondence(copy)

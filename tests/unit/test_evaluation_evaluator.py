@@ -1,7 +1,6 @@
 """evaluation/evaluator.py: scores of a tiny run against a computation by hand, whatever the batch."""
 
 import math
-import random
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -142,9 +141,7 @@ def test_image_score_by_hand(captured: Any, result: EvaluationResult) -> None:
 def test_means_and_names(result: EvaluationResult) -> None:
     """Rows by ascending index; each metric is the mean of the samples' values; nothing was skipped."""
     assert [row["index"] for row in result.rows] == SAMPLES
-    assert [row["name"] for row in result.rows] == [f"{index:05d}_00" for index in SAMPLES] or all(
-        row["name"] == row["garment_name"] for row in result.rows
-    )
+    assert all(row["name"] == row["garment_name"] for row in result.rows)
     for name in ("imacs_g", "pck_1", "center_spread", "attention_entropy", "ssim"):
         values = [row[name] for row in result.rows]
         assert result.metrics[name] == pytest.approx(np.mean(values)), name
@@ -186,12 +183,14 @@ def test_a_sample_without_a_mask_is_left_out(model: Any, read_batch: Callable[..
 
 
 def test_global_random_state_is_not_touched(model: Any, read_batch: Callable[..., Any]) -> None:
-    """Evaluating between two epochs leaves all three global streams where they were."""
-    before = torch.get_rng_state(), np.random.get_state()[1].copy(), random.getstate()  # noqa: NPY002
+    """Evaluating between two epochs leaves torch's and numpy's global streams where they were.
+
+    (Python's own is moved by the tests' type checker, which looks at random elements of lists.)
+    """
+    before = torch.get_rng_state(), np.random.get_state()[1].copy()  # noqa: NPY002
     evaluated(model, read_batch([1, 2]), metrics=("ssim", "stlpips", "kd_efficientnet_lite0"))
     assert torch.equal(torch.get_rng_state(), before[0])
     assert np.array_equal(np.random.get_state()[1], before[1])  # noqa: NPY002
-    assert random.getstate() == before[2]
 
 
 def test_reset_forgets(model: Any, read_batch: Callable[..., Any]) -> None:
