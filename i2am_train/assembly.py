@@ -1,5 +1,6 @@
 """From a configuration to objects: the one place where everything meets. It holds no logic of its own."""
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,10 @@ from i2am_train.training.csv_history import ContinuedCSVLogger
 from i2am_train.training.module import TryOnModule
 from i2am_train.training.step import TrainingObjective
 from i2am_train.types import Pairing
+
+# Lightning sets this level when it is imported, so it can only be changed afterwards; its remarks on devices and its
+# advertisements would bury a command's own output.
+logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
 
 MODEL_FOLDER = "model"
 """Where a finished run keeps its model, inside the run folder."""

@@ -3,7 +3,6 @@
 Only messages that a user can do nothing about are silenced, each by its text; everything else still shows.
 """
 
-import logging
 import os
 import warnings
 
@@ -20,11 +19,9 @@ LIGHTNING_REMARKS = (
 
 
 def quiet_libraries() -> None:
-    """Silence diffusers, transformers and Lightning below errors; call before they are imported."""
+    """Silence diffusers and transformers below errors, and these remarks; call before they are imported."""
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    for name in ("lightning.pytorch", "lightning.fabric"):
-        logging.getLogger(name).setLevel(logging.ERROR)
     for text in LIGHTNING_REMARKS:
         warnings.filterwarnings("ignore", text)

@@ -94,8 +94,16 @@ def train_vae(model: TryOnModel, data: dict[str, Tensor], options: argparse.Name
     half = GridSize(SIZE.height // 2, SIZE.width // 2)
     crops = {"person": 10, "agnostic": 3, "densepose": 3}
     whole = {"person": 6, "agnostic": 1, "densepose": 1}
-    vae_phase(model, data, options.work / "vae_crops.pt", options.vae_crop_steps, half, crops, 2e-3)
-    vae_phase(model, data, options.work / "vae.pt", options.vae_steps, SIZE, whole, 1e-3)
+    vae_phase(
+        model,
+        data,
+        options.work / "vae_crops.pt",
+        options.vae_crop_steps,
+        half,
+        crops,
+        (2e-3, 2e-6),
+    )
+    vae_phase(model, data, options.work / "vae.pt", options.vae_steps, SIZE, whole, (1e-3, 2e-7))
     set_scaling_factor(model, data)
 
 
@@ -106,9 +114,13 @@ def vae_phase(
     steps: int,
     size: GridSize,
     shares: dict[str, int],
-    learning_rate: float,
+    rates: tuple[float, float],
 ) -> None:
-    """L1, squared error, an edge term and a weak KL; ``shares`` says how many pictures of each kind make a batch."""
+    """L1, squared error, an edge term and a weak KL.
+
+    ``shares`` says how many pictures of each kind make a batch; ``rates`` are learning rate and weight of the KL.
+    """
+    learning_rate, divergence = rates
     if finished.exists():
         model.vae.load_state_dict(torch.load(finished, weights_only=True))
         return
@@ -129,7 +141,9 @@ def vae_phase(
         posterior = vae.encode(images).latent_dist
         error = vae.decode(posterior.sample(draw)).sample - images
         edges = error.diff(dim=-1).abs().mean() + error.diff(dim=-2).abs().mean()
-        loss = error.abs().mean() + error.square().mean() + edges + 2e-7 * posterior.kl().mean()
+        loss = (
+            error.abs().mean() + error.square().mean() + edges + divergence * posterior.kl().mean()
+        )
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
@@ -184,9 +198,9 @@ def train_denoiser(model: TryOnModel, data: dict[str, Tensor], options: argparse
     model.vae.requires_grad_(False)
     count, schedule, log = len(data["garment"]), model.schedule, options.work / "log.jsonl"
     progress = tqdm(
-        range(first, options.steps),
+        range(first, options.stop_at),
         initial=first,
-        total=options.steps,
+        total=options.stop_at,
         desc="denoiser",
         mininterval=10,
     )
@@ -234,7 +248,7 @@ def train_denoiser(model: TryOnModel, data: dict[str, Tensor], options: argparse
                 )
                 with log.open("a") as lines:
                     lines.write(json.dumps({"step": step, "loss": denoising.item()}) + "\n")
-            if (step + 1) % options.save_every == 0 or step + 1 == options.steps:
+            if (step + 1) % options.save_every == 0 or step + 1 == options.stop_at:
                 save_state(
                     state_file,
                     {
@@ -260,13 +274,16 @@ def main() -> None:
     parser.add_argument(
         "--output", type=Path, default=Path("data/weights/tiny"), help="the model's folder"
     )
-    parser.add_argument("--samples", type=int, default=5000)
+    parser.add_argument("--samples", type=int, default=4000)
     parser.add_argument("--vae-crop-steps", type=int, default=1300)
     parser.add_argument("--vae-steps", type=int, default=600)
-    parser.add_argument("--steps", type=int, default=3000)
-    parser.add_argument("--seeded-steps", type=int, default=800)
+    parser.add_argument("--steps", type=int, default=2600)
+    parser.add_argument("--seeded-steps", type=int, default=700)
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--learning-rate", type=float, default=1e-3)
+    parser.add_argument(
+        "--stop-at", type=int, default=2000, help="end here, on the schedule of --steps"
+    )
     parser.add_argument("--save-every", type=int, default=250)
     options = parser.parse_args()
     options.work.mkdir(parents=True, exist_ok=True)

@@ -1,7 +1,7 @@
 """Puts the committed results into the README: ``python scripts/update_readme.py``.
 
-``data/results/study.json`` is the ``results.json`` of ``i2am ablate experiment=study``, and ``data/results/benchmark.json``
-the last line of ``scripts/benchmark_capture.py``. The text between the markers ``<!-- name -->`` and ``<!-- /name -->``
+``data/results/study.json`` is the ``results.json`` of ``i2am ablate experiment=study``, and
+``data/results/benchmark.json`` the last line of ``scripts/benchmark_capture.py``. The text between the markers ``<!-- name -->`` and ``<!-- /name -->``
 is replaced; a test checks that the README is what this script makes of it.
 """
 
@@ -25,7 +25,9 @@ def rendered(readme: str) -> str:
         if file.is_file():
             text = render(json.loads(file.read_text()))
             pattern = rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)"
-            readme = re.sub(pattern, lambda m, t=text: f"{m[1]}{t}\n{m[2]}", readme, flags=re.DOTALL)
+            readme = re.sub(
+                pattern, lambda m, t=text: f"{m[1]}{t}\n{m[2]}", readme, flags=re.DOTALL
+            )
     return readme
 
 
@@ -39,7 +41,9 @@ def benchmark(cases: dict[str, Any]) -> str:
     lines = ["", "| case | time ratio (median) | extra memory (MiB) | runs |", "|---|---|---|---|"]
     for name, case in cases.items():
         if isinstance(case, dict) and "ratio" in case:
-            lines.append(f"| `{name}` | {case['ratio']:.3f} | {case['extra_mib']:.1f} | {case['runs']} |")
+            lines.append(
+                f"| `{name}` | {case['ratio']:.3f} | {case['extra_mib']:.1f} | {case['runs']} |"
+            )
     if "machine" in cases:
         lines += ["", f"Machine: {cases['machine']}."]
     return "\n".join(lines)

@@ -6,7 +6,6 @@ garment's patch tokens; nothing else tells it about the garment. A folder in dif
     model_index.json  unet/  vae/  reference_encoder/  projector/  scheduler/
 """
 
-import copy
 import json
 import os
 import tempfile

@@ -248,8 +248,8 @@ def test_bad_input_is_refused_before_anything_is_written(
             run_training([*training, *options], tmp_path / "run")
     with pytest.raises(ConfigError, match=r"found trainer\.devices=2"):
         ablate(compose("ablate", [*training, "trainer.devices=2", f"output={tmp_path / 'run'}"]))
+    arms = ["arms=[base,refined]", "reference=refined", "attribution.layers=[nowhere]"]
     with pytest.raises(CaptureError, match="No attention layer"):
-        arms = ["arms=[base,refined]", "reference=refined", "attribution.layers=[nowhere]"]
         ablate(compose("ablate", [*training, *arms, f"output={tmp_path / 'run'}"]))
     judged = [*overrides, f"checkpoint={small_checkpoint}", "progress_bar=false", "device=cpu"]
     for error, text, options in (

@@ -66,5 +66,5 @@ def test_the_tap_comes_and_goes(make_small_model: Callable[..., Any]) -> None:
 
 def test_a_layer_that_does_not_exist(make_small_model: Callable[..., Any]) -> None:
     """It fails when the module is made, not at the first step."""
-    with pytest.raises(CaptureError, match="No attention layer is called 'up_blocks.7'"):
+    with pytest.raises(CaptureError, match=r"No attention layer is called 'up_blocks\.7'"):
         refined(make_small_model(), layer="up_blocks.7")
