@@ -1,8 +1,8 @@
 """Puts the committed results into the README: ``python scripts/update_readme.py``.
 
 ``data/results/study.json`` is the ``results.json`` of ``i2am ablate experiment=study``, and
-``data/results/benchmark.json`` the last line of ``scripts/benchmark_capture.py``. The text between the markers ``<!-- name -->`` and ``<!-- /name -->``
-is replaced; a test checks that the README is what this script makes of it.
+``data/results/benchmark.json`` the last line of ``scripts/benchmark_capture.py``. The text between the markers
+``<!-- name -->`` and ``<!-- /name -->`` is replaced; a test checks that the README is what this script makes of it.
 """
 
 import json
