@@ -57,7 +57,8 @@ def explain(config: ExplainConfig) -> Path:
 def _folder(config: ExplainConfig) -> Path:
     if config.output is not None:
         return config.output
-    return Path.cwd() / "runs" / f"explain-{Path(config.checkpoint).name}-{config.sample}"
+    sample = f"{config.split}{config.sample}-{config.pairing}"
+    return Path.cwd() / "runs" / f"explain-{Path(config.checkpoint).name}-{sample}"
 
 
 def _device(name: str) -> str:

@@ -450,7 +450,7 @@ class ExplainConfig:
     pairing: Pairing = Pairing.PAIRED
     """paired: the garment that the person wears; unpaired: another one."""
     output: Path | None = None
-    """Folder for pictures and archive; null: runs/explain-<checkpoint>-<sample>."""
+    """Folder for pictures and archive; null: runs/explain-<checkpoint>-<split><sample>-<pairing>."""
     generated_patches: list[tuple[int, int]] = field(default_factory=list)
     """Cells [y,x] of the layer's generated grid that get a map each; empty: some of the garment."""
     reference_patches: list[tuple[int, int]] = field(default_factory=list)
