@@ -192,8 +192,10 @@ def provenance() -> dict[str, Any]:
 def command_line() -> str:
     """The command as it can be typed again."""
     program, *words = sys.argv
-    # A command started by `i2am` has "i2am train" as its name.
-    name = program if program.startswith("i2am ") else Path(program).name
+    path = Path(program)
+    # `i2am train` runs the module i2am_train/commands/train.py, and Python then calls the program by that file.
+    is_command = path.parts[-3:-1] == ("i2am_train", "commands")
+    name = f"i2am {path.stem}" if is_command else path.name
     return " ".join([name, *map(shlex.quote, words)])
 
 

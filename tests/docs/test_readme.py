@@ -18,7 +18,7 @@ def blocks(language: str) -> list[str]:
 
 def commands() -> list[str]:
     lines = [line.split("#")[0].strip() for block in blocks("bash") for line in block.splitlines()]
-    inline = re.findall(r"`(i2am [^`]+)`", README)
+    inline = re.findall(r"`(i2am [^`]*=[^`]*)`", README)  # a bare name is a mention, not a command
     return [line for line in [*lines, *inline] if line.startswith("i2am ") and "--" not in line]
 
 

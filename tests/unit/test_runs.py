@@ -10,7 +10,15 @@ import pytest
 
 from i2am_train import runs
 from i2am_train.errors import RunFolderError
-from i2am_train.runs import RunFolder, fingerprint, read_json, seed_for, write_json, write_text
+from i2am_train.runs import (
+    RunFolder,
+    command_line,
+    fingerprint,
+    read_json,
+    seed_for,
+    write_json,
+    write_text,
+)
 
 SETTINGS = {"seed": 0, "data": {"root": Path("/data"), "workers": 2}, "betas": (0.9, 0.999)}
 
@@ -144,3 +152,9 @@ def test_wheel_has_no_git_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     (tmp_path / ".git").mkdir()
     monkeypatch.setattr(runs, "__file__", str(tmp_path / "site-packages/i2am_train/runs.py"))
     assert runs.git_state() is None
+
+
+def test_a_command_is_recorded_as_it_can_be_typed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`i2am train seed=1` runs a module by its file, and is still written down as the user typed it."""
+    monkeypatch.setattr("sys.argv", ["/x/i2am_train/commands/train.py", "seed=1", "arms=[a, b]"])
+    assert command_line() == "i2am train seed=1 'arms=[a, b]'"
