@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -10,6 +11,9 @@ from typing import Any, NamedTuple
 from i2am_train.commands.entry import entry
 from i2am_train.config.schema import AblateConfig, EvaluateConfig
 from i2am_train.errors import ConfigError
+
+LOG_WIDTH = 140
+"""Columns of the tables in a log file."""
 
 
 class Cell(NamedTuple):
@@ -34,7 +38,8 @@ def run(config: AblateConfig) -> None:
 
     results = ablate(config)
     report = build_report(config.folder)
-    console = Console()
+    # Where the output goes to a file there is no width to fit; 80 columns would cut the tables' words.
+    console = Console(width=None if sys.stdout.isatty() else LOG_WIDTH)
     console.print()
     console.print(terminal(results))
     for sentence in verdict_sentences(results):
