@@ -37,15 +37,17 @@ def study(results: dict[str, Any]) -> str:
 
 
 def benchmark(cases: dict[str, Any]) -> str:
-    """One row for each case of the benchmark."""
-    lines = ["", "| case | time ratio (median) | extra memory (MiB) | runs |", "|---|---|---|---|"]
+    """One row for each case of the benchmark, beside its rival."""
+    lines = [
+        "| case | time ratio (median) | extra memory (MiB) | plain softmax: ratio | MiB | runs |",
+        "|---|---:|---:|---:|---:|---:|",
+    ]
     for name, case in cases.items():
-        if isinstance(case, dict) and "ratio" in case:
-            lines.append(
-                f"| `{name}` | {case['ratio']:.3f} | {case['extra_mib']:.1f} | {case['runs']} |"
-            )
-    if "machine" in cases:
-        lines += ["", f"Machine: {cases['machine']}."]
+        rival = case["rivals"].get("plain_softmax")
+        other = f"{rival['ratio']:.3f} | {rival['extra_mib']:.1f}" if rival else "– | –"
+        lines.append(
+            f"| `{name}` | {case['ratio']:.3f} | {case['extra_mib']:.1f} | {other} | {case['runs']} |"
+        )
     return "\n".join(lines)
 
 
