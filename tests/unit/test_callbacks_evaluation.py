@@ -3,6 +3,7 @@
 import csv
 import json
 import struct
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -62,14 +63,23 @@ def wandb_records(file: Path) -> Iterator[bytes]:
             parts = b""
 
 
+def finished_records(file: Path) -> list[Record]:
+    """All records; W&B's service process may still be writing the last ones when the run has been finished."""
+    deadline = time.monotonic() + 60
+    while True:
+        records = [Record.FromString(data) for data in wandb_records(file)]
+        if records and records[-1].WhichOneof("record_type") == "exit":
+            return records
+        assert time.monotonic() < deadline, "W&B did not finish its file"
+        time.sleep(0.2)
+
+
 @pytest.fixture(scope="module")
 def from_wandb(run: Path) -> dict[str, Any]:
     """The last value of every key in the offline run's own file."""
     (file,) = (run / "wandb").glob("offline-run-*/*.wandb")
     last: dict[str, Any] = {}
-    for data in wandb_records(file):
-        record = Record()
-        record.ParseFromString(data)
+    for record in finished_records(file):
         for item in record.history.item:
             last[item.key or "/".join(item.nested_key)] = json.loads(item.value_json)
     return last
