@@ -15,7 +15,7 @@ from jaxtyping import Bool, Float, UInt8
 from torch import Tensor
 from torchmetrics import MetricCollection
 
-from i2am_train.attribution.maps import AttributionMaps, HeatMap
+from i2am_train.attribution.maps import AttributionMaps, HeatMap, threshold
 from i2am_train.attribution.trace import trace
 from i2am_train.config.schema import AttributionConfig, SamplingConfig
 from i2am_train.datasets.sample import TryOnBatch
@@ -140,8 +140,8 @@ def attention_scores(
 ) -> dict[str, Float[Tensor, " batch"]]:
     """Every attention metric of each sample; NaN where a sample has no value (empty mask, no truth)."""
     thresholded = {
-        "g": _thresholded(explained.map_generated, options.delta),
-        "r": _thresholded(explained.map_reference, options.delta),
+        "g": threshold(explained.map_generated, options.delta),
+        "r": threshold(explained.map_reference, options.delta),
     }
     masks = {"g": batch["inpaint_mask"], "r": batch["garment_mask"]}
     penalties = [options.penalty, *options.penalties]
@@ -152,10 +152,6 @@ def attention_scores(
         for penalty, value in zip(options.penalties, values[1:], strict=True):
             scores[f"imacs_{side}@{penalty:g}"] = value
     return scores | _correspondence_scores(explained, batch)
-
-
-def _thresholded(heat_map: Tensor, delta: float) -> Tensor:
-    return torch.where(heat_map > delta, heat_map, 0.0)
 
 
 def _correspondence_scores(explained: Explained, batch: TryOnBatch) -> dict[str, Tensor]:
