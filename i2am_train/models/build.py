@@ -21,12 +21,14 @@ class Architecture:
 
     ``heads`` is the number of heads per U-Net level: 8 where the width gives them 16 channels each, since fewer than
     16 channels a head cost more time than they are worth (measured: attention at 32x24 was 2 to 4 times slower).
+    ``norm_groups`` are few, as the narrowest levels need: a group of two channels loses a picture's mean colour.
     """
 
     unet_widths: tuple[int, ...] = (32, 64, 128, 128)
     heads: tuple[int, ...] = (2, 4, 8, 8)
     context_width: int = 128
     vae_widths: tuple[int, ...] = (16, 32, 64)
+    norm_groups: int = 4
     encoder_width: int = 128
     encoder_layers: int = 4
     encoder_heads: int = 4
@@ -82,7 +84,7 @@ def _unet(size: GridSize, sizes: Architecture) -> UNet2DConditionModel:
         layers_per_block=2,
         attention_head_dim=sizes.heads,  # diffusers' historical name for the number of heads
         cross_attention_dim=sizes.context_width,
-        norm_num_groups=16,
+        norm_num_groups=sizes.norm_groups,
     )
 
 
@@ -94,7 +96,7 @@ def _vae(size: GridSize, sizes: Architecture) -> AutoencoderKL:
         block_out_channels=sizes.vae_widths,
         layers_per_block=1,
         latent_channels=4,
-        norm_num_groups=8,
+        norm_num_groups=sizes.norm_groups,
         sample_size=max(size),
         mid_block_add_attention=False,
     )

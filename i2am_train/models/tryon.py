@@ -9,7 +9,6 @@ garment's patch tokens; nothing else tells it about the garment. A folder in dif
 import json
 import os
 import tempfile
-from copy import deepcopy
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, Self
@@ -19,6 +18,7 @@ from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from diffusers.utils import logging as diffusers_logging
 from jaxtyping import Bool, Float, Int
 from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModel, PreTrainedModel
 from transformers.utils import logging as transformers_logging
@@ -208,10 +208,11 @@ class TryOnModel(nn.Module):
 
         self.schedule.scheduler.save_pretrained(folder / "scheduler")
         for name in COMPONENTS[:-1]:
-            component = getattr(self, name)
-            if half:
-                component = deepcopy(component).half()
-            component.save_pretrained(folder / name)
+            getattr(self, name).save_pretrained(folder / name)
+        if half:
+            for file in folder.rglob("*.safetensors"):
+                weights = {name: value.half() for name, value in load_file(file).items()}
+                save_file(weights, file, metadata={"format": "pt"})
         index = {"_class_name": "TryOnModel", "_i2am_train_version": __version__}
         (folder / INDEX_FILE).write_text(json.dumps(index | asdict(self.config), indent=2) + "\n")
 

@@ -9,6 +9,7 @@ import torch
 from diffusers import UNet2DConditionModel
 
 from i2am_train.attribution.sites import PAPER_LAYERS, paper_number
+from i2am_train.attribution.tap import ScoreTap
 from i2am_train.attribution.trace import trace
 from i2am_train.errors import CheckpointError, ConfigError
 from i2am_train.models.diffusion import ddim_timesteps
@@ -79,6 +80,19 @@ def test_round_trip(make_small_model: Callable[..., Any], tmp_path: Path) -> Non
         again.encode_reference(given["garment"]), model.encode_reference(given["garment"])
     )
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model"]
+
+
+def test_saving_while_a_tap_listens(make_small_model: Callable[..., Any], tmp_path: Path) -> None:
+    """A model is saved in the middle of training, when a score tap holds a graph (deepcopy would fail on it)."""
+    model = make_small_model()
+    latents = torch.zeros(2, 4, *model.latent_size)
+    with ScoreTap(model, layers=[2]) as tap:
+        tokens = model.encode_reference(inputs(2)["garment"])
+        model.denoise(latents, torch.tensor([3, 4]), Conditions(latents, latents, tokens))
+        assert tap.scores(2).requires_grad
+        model.save_pretrained(tmp_path / "model", half=True)
+    loaded = TryOnModel.from_pretrained(tmp_path / "model")
+    torch.testing.assert_close(loaded.unet.conv_in.weight, model.unet.conv_in.weight.half().float())
 
 
 def test_half_precision_files(make_small_model: Callable[..., Any], tmp_path: Path) -> None:
