@@ -8,7 +8,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from jaxtyping import Bool, Float, UInt8
@@ -36,6 +35,7 @@ from i2am_train.models.sampling import sample
 from i2am_train.models.tryon import TryOnModel
 from i2am_train.ops.images import to_uint8
 from i2am_train.ops.masks import mask_on_grid
+from i2am_train.seeds import seed_for
 from i2am_train.types import Direction, GridSize
 
 ATTENTION_METRICS = tuple(name for name, info in METRICS.items() if info.group == "attention")
@@ -81,12 +81,6 @@ class Explained:
     reference_grid: GridSize
 
 
-def sample_seed(seed: int, index: int) -> int:
-    """Seed of one sample's initial noise: a function of the run's sampling seed and the sample's index."""
-    state = np.random.SeedSequence([seed, index]).generate_state(1, np.uint64)[0]
-    return int(state) >> 1
-
-
 def generate_with_attention(
     model: TryOnModel,
     batch: TryOnBatch,
@@ -94,7 +88,7 @@ def generate_with_attention(
     attribution: AttributionConfig,
 ) -> Explained:
     """Samples a batch once and keeps the attention of that very pass."""
-    seeds = [sample_seed(sampling.seed, int(index)) for index in batch["index"]]
+    seeds = [seed_for(sampling.seed, "sampling", int(index)) for index in batch["index"]]
     with trace(
         model,
         layers=attribution.layers,

@@ -21,10 +21,10 @@ from i2am_train.evaluation.evaluator import (
     Evaluator,
     check_settings,
     make_panels,
-    sample_seed,
 )
 from i2am_train.metrics.correspondence import target_on_grid
 from i2am_train.models.sampling import sample
+from i2am_train.seeds import seed_for
 from i2am_train.types import Direction, GridSize, Pairing, Split
 
 SIZE = GridSize(64, 48)
@@ -74,7 +74,7 @@ def captured(model: Any, read_batch: Callable[..., Any]) -> tuple[Any, Any, Any]
             batch["garment"],
             batch["agnostic"],
             batch["densepose"],
-            seeds=[sample_seed(SAMPLING.seed, index) for index in SAMPLES],
+            seeds=[seed_for(SAMPLING.seed, "sampling", index) for index in SAMPLES],
             steps=SAMPLING.steps,
             guidance=SAMPLING.guidance,
         )
