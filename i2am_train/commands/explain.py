@@ -110,8 +110,7 @@ def _images(explained: Explained, batch: TryOnBatch) -> dict[str, Any]:
 
 def _unified_figure(config: ExplainConfig, explained: Explained, batch: TryOnBatch) -> Any:
     """Both directions, whole and above the threshold, beside DAAM's direction, which is constant (paper A.7)."""
-    import torch
-
+    from i2am_train.attribution.maps import threshold
     from i2am_train.reporting.figures import map_grid
     from i2am_train.types import Direction
 
@@ -120,9 +119,9 @@ def _unified_figure(config: ExplainConfig, explained: Explained, batch: TryOnBat
     daam = explained.maps.unified(Direction.REFERENCE_TO_GENERATED, softmax_over="reference")
     maps = [
         generated,
-        torch.where(generated > delta, generated, 0.0),
+        threshold(generated, delta),
         reference,
-        torch.where(reference > delta, reference, 0.0),
+        threshold(reference, delta),
         daam.normalised().values[0].cpu(),
     ]
     titles = [
@@ -243,17 +242,11 @@ def _spread(mask: Any, grid: GridSize) -> list[tuple[int, int]]:
 
 def _center_figure(explained: Explained, batch: TryOnBatch) -> Any:
     """The sample beside the field of its attention centres."""
-    import tempfile
-
     from i2am_train.evaluation.evaluator import make_panels
-    from i2am_train.evaluation.results import PANELS, write_panels
-    from i2am_train.reporting.records import read_panels
+    from i2am_train.evaluation.results import stack_panels
     from i2am_train.reporting.sample_panel import sample_panel
 
-    with tempfile.TemporaryDirectory() as folder:
-        write_panels(Path(folder), make_panels(explained, batch, {int(batch["index"][0])}))
-        panels = read_panels(Path(folder) / PANELS)
-    assert panels is not None
+    panels = stack_panels(make_panels(explained, batch, {int(batch["index"][0])}))
     return sample_panel({"model": panels}, labels={"model": "generated"})
 
 

@@ -206,8 +206,8 @@ def test_panels_of_the_wanted_samples(model: Any, read_batch: Callable[..., Any]
     """Only those, with the pictures of that sample and maps in [0, 1]."""
     batch = read_batch([1, 4, 5])
     explained = Evaluator(settings(), torch.device("cpu")).update(model, batch)
-    (panel,) = make_panels(explained, batch, {4, 9})
-    assert (panel.index, panel.name) == (4, batch["name"][1])
+    ((index, panel),) = make_panels(explained, batch, {4, 9}).items()
+    assert (index, panel.name) == (4, batch["name"][1])
     assert panel.images["garment"].shape == (64, 48, 3)
     original = ((batch["garment"][1] + 1) * 127.5).round().to(torch.uint8).permute(1, 2, 0)
     assert torch.equal(panel.images["garment"], original)
