@@ -29,14 +29,15 @@ def explain(config: ExplainConfig) -> Path:
     """Sample one image, write all its maps, and return their folder.
 
     Raises:
-        I2AMError: checkpoint, data, sample, layer or patch do not fit; nothing is written then.
+        I2AMError: device, checkpoint, data, sample, layer or patch do not fit; nothing is written then.
     """
-    from i2am_train.assembly import load_model, prepare_data
+    from i2am_train.assembly import check_device, load_model, prepare_data
     from i2am_train.attribution.archive import save_maps
     from i2am_train.config.build import plain
     from i2am_train.evaluation.evaluator import attention_scores, generate_with_attention
     from i2am_train.runs import RunFolder, write_json
 
+    check_device(config.device)
     model = load_model(config.checkpoint, config.data).eval().to(_device(config.device))
     batch = _batch(config, prepare_data(config.data), model.device)
     explained = generate_with_attention(model, batch, config.sampling, config.attribution)
