@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
+import torch
 from lightning.pytorch.callbacks import (
     Callback,
     EMAWeightAveraging,
@@ -13,6 +14,7 @@ from lightning.pytorch.callbacks import (
     TQDMProgressBar,
 )
 from lightning.pytorch.loggers import Logger, TensorBoardLogger, WandbLogger
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from i2am_train.callbacks.evaluation import EvaluationCallback
 from i2am_train.callbacks.stopping import StopAfterSteps
@@ -21,6 +23,7 @@ from i2am_train.config.locations import checkpoint_folder, dataset_folder
 from i2am_train.config.schema import (
     AttributionConfig,
     DataConfig,
+    Device,
     EvaluateConfig,
     ObjectiveConfig,
     OptimizationConfig,
@@ -30,7 +33,7 @@ from i2am_train.config.schema import (
 )
 from i2am_train.datasets.datamodule import TryOnDataModule
 from i2am_train.datasets.synthetic import make_dataset
-from i2am_train.errors import CheckpointError
+from i2am_train.errors import CheckpointError, ConfigError
 from i2am_train.evaluation.evaluator import EvaluationSettings
 from i2am_train.losses.base import LossVariant
 from i2am_train.losses.objective import AttentionObjective, TermWeights
@@ -166,6 +169,52 @@ def finish_tracking(trainer: L.Trainer) -> None:
             logger.experiment.finish()
 
 
+def check_trainer(config: TrainConfig) -> None:
+    """Fails as the trainer would on this machine, before anything is written.
+
+    Raises:
+        ConfigError: no such accelerator, strategy or number of devices, or not on this machine.
+    """
+    try:
+        L.Trainer(
+            **_hardware(config), logger=False, enable_checkpointing=False, enable_progress_bar=False
+        )
+    except (ImportError, MisconfigurationException, TypeError, ValueError) as error:
+        trainer = config.trainer
+        raise ConfigError(
+            f"Lightning refuses trainer.accelerator={trainer.accelerator}, trainer.devices={trainer.devices}, "
+            f"trainer.strategy={trainer.strategy}, optimization.precision={config.optimization.precision}: "
+            f"{' '.join(str(error).split())} trainer.accelerator=auto takes what this machine has."
+        ) from error
+
+
+def check_device(name: Device) -> None:
+    """Fails where a command could not compute on ``device``.
+
+    Raises:
+        ConfigError: there is no CUDA device.
+    """
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ConfigError(
+            "device=cuda was asked for, and torch finds no CUDA device on this machine. Set device=cpu, or device=auto "
+            "to take what there is."
+        )
+
+
+def _hardware(config: TrainConfig) -> dict[str, Any]:
+    """Those of the trainer's arguments that a machine may lack."""
+    trainer = config.trainer
+    return {
+        "accelerator": trainer.accelerator,
+        "devices": trainer.devices,
+        "strategy": trainer.strategy,
+        "num_nodes": trainer.num_nodes,
+        "precision": config.optimization.precision,
+        "limit_train_batches": trainer.limit_train_batches,
+        "limit_val_batches": trainer.limit_val_batches,
+    }
+
+
 def make_trainer(config: TrainConfig, folder: Path) -> L.Trainer:
     """Lightning's trainer with loggers, checkpoints, averaging and the evaluation callback."""
     settings = plain(config)
@@ -193,17 +242,14 @@ def make_trainer(config: TrainConfig, folder: Path) -> L.Trainer:
     if config.trainer.progress_bar:
         callbacks.append(TQDMProgressBar(leave=True))
     trainer = config.trainer
+    hardware = _hardware(config)
+    if not config.validation.samples:
+        hardware["limit_val_batches"] = 0
     return L.Trainer(
-        accelerator=trainer.accelerator,
-        devices=trainer.devices,
-        strategy=trainer.strategy,
-        num_nodes=trainer.num_nodes,
-        precision=config.optimization.precision,
+        **hardware,
         max_epochs=-1,  # StopAfterSteps ends it
         accumulate_grad_batches=config.optimization.accumulate,
         gradient_clip_val=config.optimization.gradient_clip,
-        limit_train_batches=trainer.limit_train_batches,
-        limit_val_batches=trainer.limit_val_batches if config.validation.samples else 0,
         check_val_every_n_epoch=config.validation.every_epochs,
         num_sanity_val_steps=0,
         log_every_n_steps=trainer.log_every_n_steps,

@@ -120,16 +120,6 @@ class RunFolder:
         write_json(self.path / MANIFEST_FILE, {**self.manifest, **results, "finished": now()})
 
 
-def seed_for(run_seed: int, *names: str | int) -> int:
-    """A seed for one named purpose of a run, in [0, 2**63); the same on every machine.
-
-    >>> seed_for(0, "sample", 17) == seed_for(0, "sample", 17) != seed_for(1, "sample", 17)
-    True
-    """
-    digest = hashlib.sha256(json.dumps([run_seed, *names]).encode()).digest()
-    return int.from_bytes(digest[:8], "big") >> 1
-
-
 def write_text(path: Path, text: str) -> None:
     """Write a file in one step: readers see the old content or the new, never a part."""
     path.parent.mkdir(parents=True, exist_ok=True)

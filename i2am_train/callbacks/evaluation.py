@@ -10,7 +10,6 @@ from typing import Any
 
 import lightning as L
 import numpy as np
-import torch
 from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
 
 from i2am_train.datasets.sample import TryOnBatch
@@ -19,12 +18,18 @@ from i2am_train.evaluation.evaluator import (
     EvaluationSettings,
     Evaluator,
     Panel,
+    from_all_processes,
     make_panels,
 )
-from i2am_train.evaluation.results import write_evaluation, write_image, write_panels
+from i2am_train.evaluation.results import (
+    stack_panels,
+    write_evaluation,
+    write_image,
+    write_panels,
+)
 from i2am_train.ops.images import to_uint8
 from i2am_train.reporting.canvas import save_figure
-from i2am_train.reporting.records import Panels, read_panels
+from i2am_train.reporting.records import Panels
 from i2am_train.reporting.sample_panel import sample_panel
 from i2am_train.training.module import TryOnModule
 
@@ -52,7 +57,7 @@ class EvaluationCallback(L.Callback):
         self.description = description or {}
         self.result: EvaluationResult | None = None
         self._evaluator: Evaluator | None = None
-        self._panels: list[Panel] = []
+        self._panels: dict[int, Panel] = {}
         self._wanted: set[int] = set()
 
     # -- Lightning's hooks: validation and testing are the same work on other samples ------------------------------
@@ -86,7 +91,8 @@ class EvaluationCallback(L.Callback):
         result = self._finish()
         _log_scores(pl_module, "test", result)
         if trainer.is_global_zero:
-            write_panels(self.folder, self._panels)
+            if self._panels:
+                write_panels(self.folder, stack_panels(self._panels))
             write_evaluation(self.folder, result, self.description)
 
     # -- the work --------------------------------------------------------------------------------------------------
@@ -95,7 +101,7 @@ class EvaluationCallback(L.Callback):
         if self._evaluator is None or self._evaluator.device != module.device:
             self._evaluator = Evaluator(self.settings, module.device)
         self._evaluator.reset()
-        self._panels = []
+        self._panels = {}
         dataset = loader.dataset
         first = min(self.panel_samples, len(dataset))
         self._wanted = {dataset.global_index(position) for position in range(first)}
@@ -104,7 +110,7 @@ class EvaluationCallback(L.Callback):
         assert isinstance(module, TryOnModule) and self._evaluator is not None
         with trainer.precision_plugin.forward_context():
             explained = self._evaluator.update(module.model, batch)
-        self._panels += make_panels(explained, batch, self._wanted)
+        self._panels |= make_panels(explained, batch, self._wanted)
         if self.save_images:
             images = to_uint8(explained.generated).permute(0, 2, 3, 1)
             for name, image in zip(batch["name"], images, strict=True):
@@ -113,13 +119,12 @@ class EvaluationCallback(L.Callback):
     def _finish(self) -> EvaluationResult:
         assert self._evaluator is not None
         self.result = self._evaluator.compute()
-        self._panels = _gathered(self._panels)
+        self._panels = from_all_processes(self._panels)
         return self.result
 
     def _draw(self, trainer: L.Trainer, folder: Path, step: int) -> None:
-        write_panels(folder, self._panels)
-        panels = read_panels(folder / "panels.safetensors")
-        assert panels is not None
+        panels = stack_panels(self._panels)
+        write_panels(folder, panels)
         path = save_figure(sample_panel({"model": panels}), folder / "panel.png", dpi=110)
         _log_picture(trainer, "val/attribution", path, step)
         _log_samples(trainer, panels, step)
@@ -129,16 +134,6 @@ def _log_scores(module: L.LightningModule, stage: str, result: EvaluationResult)
     # Every process has the same values; sync_dist only tells Lightning that this is known.
     scores = {f"{stage}/{name}": value for name, value in result.metrics.items()}
     module.log_dict(scores, sync_dist=True)
-
-
-def _gathered(panels: list[Panel]) -> list[Panel]:
-    """The panels of all processes."""
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-        return panels
-    parts: list[list[Panel]] = [[] for _ in range(torch.distributed.get_world_size())]
-    torch.distributed.all_gather_object(parts, panels)
-    by_index = {panel.index: panel for part in parts for panel in part}
-    return [by_index[index] for index in sorted(by_index)]
 
 
 def _log_picture(trainer: L.Trainer, name: str, path: Path, step: int) -> None:

@@ -39,6 +39,11 @@ MISSING_FILE = re.compile(
 )
 """Hydra's message for a group that has no such file."""
 
+WORKER_TRACEBACK = re.compile(
+    r"Caught \w+ in DataLoader worker process \d+\.\nOriginal Traceback.*\n[\w.]+: ", re.DOTALL
+)
+"""What torch puts before the message of an error that was raised in a process that reads samples."""
+
 EXAMPLES = {
     "train": """
         i2am train experiment=refined seed=1
@@ -101,7 +106,7 @@ def errors_as_text() -> Iterator[None]:
             raise
         # The other processes of a distributed run fail the same way: one paragraph is enough.
         if os.environ.get("LOCAL_RANK", "0") == "0":
-            print(f"i2am: {error}", file=sys.stderr)
+            print(f"i2am: {WORKER_TRACEBACK.sub('', str(error)).strip()}", file=sys.stderr)
         sys.exit(BAD_INPUT)
     except KeyboardInterrupt:
         print("\nInterrupted. The same command continues where possible.", file=sys.stderr)

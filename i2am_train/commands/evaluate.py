@@ -96,11 +96,18 @@ def prepare(config: EvaluateConfig) -> tuple[TryOnModel, EvaluationSettings, Try
     """Model, scores and data of an evaluation, made before its folder: bad input leaves nothing behind.
 
     Raises:
-        I2AMError: checkpoint, data, layers, metrics or number of samples do not fit the configuration.
+        I2AMError: device, checkpoint, data, layers, metrics or number of samples do not fit the configuration.
     """
-    from i2am_train.assembly import load_model, make_datamodule, make_settings, prepare_data
+    from i2am_train.assembly import (
+        check_device,
+        load_model,
+        make_datamodule,
+        make_settings,
+        prepare_data,
+    )
     from i2am_train.evaluation.evaluator import check_settings
 
+    check_device(config.device)
     root = prepare_data(config.data)
     model = load_model(config.checkpoint, config.data)
     settings = make_settings(config.sampling, config.attribution, config.evaluation.metrics)

@@ -29,14 +29,15 @@ def explain(config: ExplainConfig) -> Path:
     """Sample one image, write all its maps, and return their folder.
 
     Raises:
-        I2AMError: checkpoint, data, sample, layer or patch do not fit; nothing is written then.
+        I2AMError: device, checkpoint, data, sample, layer or patch do not fit; nothing is written then.
     """
-    from i2am_train.assembly import load_model, prepare_data
+    from i2am_train.assembly import check_device, load_model, prepare_data
     from i2am_train.attribution.archive import save_maps
     from i2am_train.config.build import plain
     from i2am_train.evaluation.evaluator import attention_scores, generate_with_attention
     from i2am_train.runs import RunFolder, write_json
 
+    check_device(config.device)
     model = load_model(config.checkpoint, config.data).eval().to(_device(config.device))
     batch = _batch(config, prepare_data(config.data), model.device)
     explained = generate_with_attention(model, batch, config.sampling, config.attribution)
@@ -110,8 +111,7 @@ def _images(explained: Explained, batch: TryOnBatch) -> dict[str, Any]:
 
 def _unified_figure(config: ExplainConfig, explained: Explained, batch: TryOnBatch) -> Any:
     """Both directions, whole and above the threshold, beside DAAM's direction, which is constant (paper A.7)."""
-    import torch
-
+    from i2am_train.attribution.maps import threshold
     from i2am_train.reporting.figures import map_grid
     from i2am_train.types import Direction
 
@@ -120,9 +120,9 @@ def _unified_figure(config: ExplainConfig, explained: Explained, batch: TryOnBat
     daam = explained.maps.unified(Direction.REFERENCE_TO_GENERATED, softmax_over="reference")
     maps = [
         generated,
-        torch.where(generated > delta, generated, 0.0),
+        threshold(generated, delta),
         reference,
-        torch.where(reference > delta, reference, 0.0),
+        threshold(reference, delta),
         daam.normalised().values[0].cpu(),
     ]
     titles = [
@@ -243,17 +243,11 @@ def _spread(mask: Any, grid: GridSize) -> list[tuple[int, int]]:
 
 def _center_figure(explained: Explained, batch: TryOnBatch) -> Any:
     """The sample beside the field of its attention centres."""
-    import tempfile
-
     from i2am_train.evaluation.evaluator import make_panels
-    from i2am_train.evaluation.results import PANELS, write_panels
-    from i2am_train.reporting.records import read_panels
+    from i2am_train.evaluation.results import stack_panels
     from i2am_train.reporting.sample_panel import sample_panel
 
-    with tempfile.TemporaryDirectory() as folder:
-        write_panels(Path(folder), make_panels(explained, batch, {int(batch["index"][0])}))
-        panels = read_panels(Path(folder) / PANELS)
-    assert panels is not None
+    panels = stack_panels(make_panels(explained, batch, {int(batch["index"][0])}))
     return sample_panel({"model": panels}, labels={"model": "generated"})
 
 

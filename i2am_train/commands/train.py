@@ -18,7 +18,8 @@ if TYPE_CHECKING:
 def run(config: TrainConfig) -> None:
     """Train and say where the model lies."""
     folder = train(config)
-    print(f"\nModel: {folder / 'model'}\nJudge it with: i2am evaluate checkpoint={folder}")
+    if _first_process():
+        print(f"\nModel: {folder / 'model'}\nJudge it with: i2am evaluate checkpoint={folder}")
 
 
 def train(config: TrainConfig) -> Path:
@@ -32,17 +33,17 @@ def train(config: TrainConfig) -> Path:
     from i2am_train.runs import RunFolder, fingerprint
 
     module, datamodule = prepare(config)
-    first_process = os.environ.get("LOCAL_RANK", "0") == "0"
     folder = RunFolder.open(
         config.folder,
         plain(config),
-        resume=config.resume or not first_process,  # the others find the folder that the first made
+        resume=config.resume
+        or not _first_process(),  # the others find the folder that the first made
         may_differ=WITHOUT_EFFECT_ON_WEIGHTS,
     )
     if folder.finished:
         print(f"{folder.path} is finished already; nothing to train.")
         return folder.path
-    if first_process:
+    if _first_process():
         folder.start(seed=config.seed, data=fingerprint(datamodule.root))
     trainer = make_trainer(config, folder.path)
     checkpoint = folder / "checkpoints" / "last.ckpt"
@@ -57,18 +58,30 @@ def train(config: TrainConfig) -> Path:
     return folder.path
 
 
+def _first_process() -> bool:
+    """False in the processes that Lightning starts beside the one that the user started."""
+    return os.environ.get("LOCAL_RANK", "0") == "0"
+
+
 def prepare(config: TrainConfig) -> tuple[TryOnModule, TryOnDataModule]:
     """Module and data of a run, made before its folder: bad input fails here and leaves nothing behind.
 
     Raises:
-        I2AMError: data, checkpoint, layers, metrics or numbers of samples do not fit the configuration.
+        I2AMError: machine, data, checkpoint, layers, metrics or numbers of samples do not fit the configuration.
     """
     import torch
 
-    from i2am_train.assembly import make_datamodule, make_module, make_settings, prepare_data
+    from i2am_train.assembly import (
+        check_trainer,
+        make_datamodule,
+        make_module,
+        make_settings,
+        prepare_data,
+    )
     from i2am_train.datasets.viton_hd import require_correspondence
     from i2am_train.evaluation.evaluator import check_settings
 
+    check_trainer(config)
     root = prepare_data(config.data)
     torch.manual_seed(config.seed)
     module = make_module(config)

@@ -5,10 +5,11 @@ from __future__ import annotations
 import ast
 import inspect
 from dataclasses import fields
+from enum import Enum
 from functools import cache
 from itertools import pairwise
 from textwrap import fill
-from typing import Any
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from i2am_train.config import schema as schema_module
 from i2am_train.config.build import plain
@@ -62,13 +63,24 @@ def _class_bodies() -> dict[str, list[ast.stmt]]:
 
 def _options(schema: type[Any], prefix: str) -> str:
     """One entry per option of this group, sub-groups left out."""
-    texts, defaults = field_docstrings(schema), plain(schema)
+    texts, defaults, hints = field_docstrings(schema), plain(schema), get_type_hints(schema)
     lines = [
-        _entry(f"{prefix}{item.name}={_shown(defaults[item.name])}", texts[item.name])
+        _entry(
+            f"{prefix}{item.name}={_shown(defaults[item.name])}",
+            texts[item.name] + _choices(hints[item.name]),
+        )
         for item in fields(schema)
         if group_of(item) is None
     ]
     return "\n".join(lines)
+
+
+def _choices(hint: Any) -> str:
+    """The legal values of an option that has only a few."""
+    values: tuple[Any, ...] = get_args(hint) if get_origin(hint) is Literal else ()
+    if isinstance(hint, type) and issubclass(hint, Enum):
+        values = tuple(member.value for member in hint)
+    return f" One of {', '.join(values)}." if values else ""
 
 
 def _groups(schema: type[Any], prefix: str) -> list[str]:

@@ -290,7 +290,7 @@ class TrainerConfig:
     """Lightning's trainer."""
 
     accelerator: str = "auto"
-    """auto, cpu, gpu, mps, ..."""
+    """auto, cpu, gpu (or cuda), mps or tpu."""
     devices: int | str = 1
     """Number of devices (processes), or auto."""
     strategy: str = "auto"
@@ -457,8 +457,6 @@ class ExplainConfig:
     """Cells [y,x] of the reference grid that get a map each; empty: some of the garment."""
     device: Device = "auto"
     """Where to compute."""
-    precision: Precision = "32-true"
-    """Arithmetic of the denoiser (bf16-mixed on a GPU; on a CPU float32 is faster)."""
     data: DataConfig = field(default_factory=DataConfig)
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     attribution: AttributionConfig = field(default_factory=AttributionConfig)

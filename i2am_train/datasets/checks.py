@@ -23,7 +23,8 @@ from numpy.typing import NDArray
 from PIL import Image as PILImage
 from tqdm import tqdm
 
-from i2am_train.datasets.pictures import Mask, what_is_broken
+from i2am_train.datasets.arrays import Mask
+from i2am_train.datasets.pictures import what_is_broken
 from i2am_train.datasets.viton_hd import (
     CORRESPONDENCE,
     GARMENT_FOLDERS,

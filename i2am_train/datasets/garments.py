@@ -14,6 +14,7 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
+from i2am_train.datasets.arrays import Image
 from i2am_train.datasets.meshes import (
     SUBPIXEL_BITS,
     Camera,
@@ -26,8 +27,6 @@ from i2am_train.datasets.meshes import (
     smoothstep,
 )
 
-Image = NDArray[np.uint8]
-Mask = NDArray[np.bool_]
 Colour = NDArray[np.float64]
 
 SHOULDER = 0.150

@@ -9,11 +9,9 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
+from i2am_train.datasets.arrays import Image, Mask
 from i2am_train.errors import DataError
 from i2am_train.types import GridSize
-
-Image = NDArray[np.uint8]
-Mask = NDArray[np.bool_]
 
 JPEG_START, JPEG_END = b"\xff\xd8", b"\xff\xd9"
 PNG_START, PNG_END = b"\x89PNG", b"IEND\xaeB`\x82"

@@ -25,8 +25,9 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from i2am_train.datasets import garments, people
+from i2am_train.datasets.arrays import GREY, Image, Mask, SampleArrays
 from i2am_train.datasets.correspondence_files import encode_correspondence
-from i2am_train.datasets.garments import Garment, Image, Mask
+from i2am_train.datasets.garments import Garment
 from i2am_train.datasets.meshes import (
     FIRST_TRIANGLE_LABEL,
     Camera,
@@ -55,7 +56,6 @@ FIRST_TEST_INDEX = 50_000
 """Index of the first test sample; training samples come before it."""
 
 MAX_SAMPLES = 50_000
-GREY = 128
 
 SKIN, TROUSERS, TROUSERS_SHADE, HAIR, EYE, LIPS, HAND = range(1, 8)
 """Labels of plain colours; 0 is the background, garment triangles start at 64."""
@@ -86,23 +86,12 @@ KEPT_ABOVE_CHIN = _lookup(dict.fromkeys((SKIN, HAIR, EYE, LIPS), 255))
 """Never inpainted: hands, and face and hair as far as they lie above the chin."""
 
 
-@dataclass(frozen=True)
-class SyntheticSample:
-    """One try-on sample; images are RGB uint8 ``[H, W, 3]``, masks bool ``[H, W]`` (True = inside).
-
-    ``correspondence`` is float32 ``[H, W, 2]``: y and x on the flat garment in 0..1, NaN where there is no garment.
-    """
+@dataclass(frozen=True, kw_only=True)
+class SyntheticSample(SampleArrays):
+    """A drawn sample with the file stems that it gets."""
 
     name: str
     garment_name: str
-    person: Image
-    garment: Image
-    agnostic: Image
-    densepose: Image
-    garment_mask: Mask
-    inpaint_mask: Mask
-    warped_garment_mask: Mask
-    correspondence: NDArray[np.float32]
 
 
 def sample_name(index: int) -> str:
@@ -173,16 +162,16 @@ class _Rendering:
         agnostic = person.copy()
         agnostic[inpaint] = GREY
         return SyntheticSample(
-            name,
-            garment_name,
-            person,
-            flat,
-            agnostic,
-            self._densepose(),
-            garment_mask,
-            inpaint,
-            warped,
-            correspondence,
+            name=name,
+            garment_name=garment_name,
+            person=person,
+            garment=flat,
+            agnostic=agnostic,
+            densepose=self._densepose(),
+            garment_mask=garment_mask,
+            inpaint_mask=inpaint,
+            warped_garment_mask=warped,
+            correspondence=correspondence,
         )
 
     # The flat garment

@@ -13,7 +13,7 @@ their time (in version 2 it scales the axes independently, so :class:`albumentat
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import cv2
@@ -25,27 +25,10 @@ os.environ.setdefault(
 )  # importing it would ask a server for the newest version
 import albumentations as A
 
-Image = NDArray[np.uint8]
-Mask = NDArray[np.bool_]
+from i2am_train.datasets.arrays import GREY, Image, SampleArrays
 
-GREY = 128
-"""What the agnostic image shows where the clothes were."""
 SHIFT, SCALE = 0.2, 0.2
 """Largest shift (share of the picture) and change of scale: spec 1.5."""
-
-
-@dataclass(frozen=True)
-class SampleArrays:
-    """A sample before it becomes tensors: uint8 RGB ``[H, W, 3]``, bool ``[H, W]``, float32 ``[H, W, 2]``."""
-
-    person: Image
-    garment: Image
-    agnostic: Image
-    densepose: Image
-    garment_mask: Mask
-    inpaint_mask: Mask
-    warped_garment_mask: Mask
-    correspondence: NDArray[np.float32]
 
 
 GARMENT_SIDE = {"garment": "image", "garment_mask": "mask"}
@@ -74,9 +57,9 @@ class Augmentation:
             COLOURED,
         )
 
-    def __call__(self, sample: SampleArrays, seeds: tuple[int, ...]) -> SampleArrays:
-        """Augment one sample with the randomness of ``seeds`` (run seed, epoch, index)."""
-        flip, garment, person, colour = np.random.SeedSequence(seeds).generate_state(4).tolist()
+    def __call__(self, sample: SampleArrays, seed: int) -> SampleArrays:
+        """Augment one sample; the same seed gives the same result."""
+        flip, garment, person, colour = np.random.SeedSequence(seed).generate_state(4).tolist()
         sample = self._flipped(sample, flip)
         sample = self._garment_moved(sample, garment)
         sample = self._person_moved(sample, person)

@@ -22,10 +22,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from i2am_train.datasets.arrays import Image, Mask, SampleArrays
 from i2am_train.datasets.correspondence_files import decode_correspondence
 from i2am_train.datasets.pictures import (
-    Image,
-    Mask,
     read_colour,
     read_native_mask,
     read_picture,
@@ -33,8 +32,9 @@ from i2am_train.datasets.pictures import (
     resize_nearest,
 )
 from i2am_train.datasets.sample import TryOnSample
-from i2am_train.datasets.transforms import Augmentation, SampleArrays
+from i2am_train.datasets.transforms import Augmentation
 from i2am_train.errors import DataError
+from i2am_train.seeds import seed_for
 from i2am_train.types import GridSize, Pairing, Split
 
 SMALLEST_INPAINT_SHARE = 122_880 / (1024 * 768)
@@ -203,7 +203,7 @@ class VitonHDDataset(Dataset[TryOnSample]):
         garment = person if self.pairing is Pairing.PAIRED else self.pairs[index].garment
         arrays = self._read(person, garment)
         if self._augmentation is not None:
-            arrays = self._augmentation(arrays, (self.seed, epoch, index))
+            arrays = self._augmentation(arrays, seed_for(self.seed, "augmentation", epoch, index))
         return _as_sample(arrays, person, garment, index)
 
     def _read(self, person: str, garment: str) -> SampleArrays:

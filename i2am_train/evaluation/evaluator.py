@@ -6,9 +6,8 @@ It knows nothing of Lightning or files. The callbacks drive it, in validation du
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from jaxtyping import Bool, Float, UInt8
@@ -36,7 +35,10 @@ from i2am_train.models.sampling import sample
 from i2am_train.models.tryon import TryOnModel
 from i2am_train.ops.images import to_uint8
 from i2am_train.ops.masks import mask_on_grid
+from i2am_train.seeds import seed_for
 from i2am_train.types import Direction, GridSize
+
+T = TypeVar("T")
 
 ATTENTION_METRICS = tuple(name for name, info in METRICS.items() if info.group == "attention")
 
@@ -81,12 +83,6 @@ class Explained:
     reference_grid: GridSize
 
 
-def sample_seed(seed: int, index: int) -> int:
-    """Seed of one sample's initial noise: a function of the run's sampling seed and the sample's index."""
-    state = np.random.SeedSequence([seed, index]).generate_state(1, np.uint64)[0]
-    return int(state) >> 1
-
-
 def generate_with_attention(
     model: TryOnModel,
     batch: TryOnBatch,
@@ -94,7 +90,7 @@ def generate_with_attention(
     attribution: AttributionConfig,
 ) -> Explained:
     """Samples a batch once and keeps the attention of that very pass."""
-    seeds = [sample_seed(sampling.seed, int(index)) for index in batch["index"]]
+    seeds = [seed_for(sampling.seed, "sampling", int(index)) for index in batch["index"]]
     with trace(
         model,
         layers=attribution.layers,
@@ -183,7 +179,6 @@ def garment_patches(explained: Explained, batch: TryOnBatch) -> Bool[Tensor, "ba
 class Panel:
     """What the report draws of one sample; images are uint8 [height, width, 3]."""
 
-    index: int
     name: str
     garment_name: str
     images: dict[str, UInt8[Tensor, "height width 3"]]
@@ -261,7 +256,7 @@ class Evaluator:
 
     def compute(self) -> EvaluationResult:
         """The result over all samples of all processes; collective under torch.distributed."""
-        rows = [row for _, row in sorted(self._all_rows().items())]
+        rows = list(from_all_processes(self.rows).values())
         names = [name for name in rows[0] if name not in ("index", "name", "garment_name")]
         columns = {name: [row[name] for row in rows] for name in names}
         metrics = {name: _mean(values) for name, values in columns.items()}
@@ -274,16 +269,19 @@ class Evaluator:
             warnings=_warnings(metrics),
         )
 
-    def _all_rows(self) -> dict[int, dict[str, Any]]:
-        if not (dist.is_available() and dist.is_initialized()):
-            return self.rows
-        gathered: list[dict[int, dict[str, Any]]] = [{} for _ in range(dist.get_world_size())]
-        dist.all_gather_object(gathered, self.rows)
-        return {index: row for part in gathered for index, row in part.items()}
+
+def from_all_processes(own: Mapping[int, T]) -> dict[int, T]:
+    """What all processes have of their samples, by ascending index; collective under torch.distributed."""
+    parts = [own]
+    if dist.is_available() and dist.is_initialized():
+        parts = [{}] * dist.get_world_size()
+        dist.all_gather_object(parts, own)
+    together = {index: item for part in parts for index, item in part.items()}
+    return dict(sorted(together.items()))
 
 
-def make_panels(explained: Explained, batch: TryOnBatch, wanted: set[int]) -> list[Panel]:
-    """Panels of those samples of a batch whose index is wanted."""
+def make_panels(explained: Explained, batch: TryOnBatch, wanted: set[int]) -> dict[int, Panel]:
+    """Panels of those samples of a batch whose index is wanted, by index."""
     target = target_on_grid(
         batch["correspondence"],
         batch["warped_garment_mask"],
@@ -296,9 +294,8 @@ def make_panels(explained: Explained, batch: TryOnBatch, wanted: set[int]) -> li
         for name in ("garment", "agnostic", "densepose", "person")
     }
     images["generated"] = to_uint8(explained.generated).permute(0, 2, 3, 1).cpu()
-    return [
-        Panel(
-            index=int(index),
+    return {
+        int(index): Panel(
             name=batch["name"][row],
             garment_name=batch["garment_name"][row],
             images={name: stack[row] for name, stack in images.items()},
@@ -313,7 +310,7 @@ def make_panels(explained: Explained, batch: TryOnBatch, wanted: set[int]) -> li
         )
         for row, index in enumerate(batch["index"])
         if int(index) in wanted
-    ]
+    }
 
 
 def _finite(value: float) -> float | None:

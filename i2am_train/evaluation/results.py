@@ -2,15 +2,17 @@
 
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from PIL import Image
-from safetensors.torch import save_file
+from safetensors.numpy import save_file
 from torch import Tensor
 
 from i2am_train.evaluation.evaluator import EvaluationResult, Panel
+from i2am_train.reporting.records import PANEL_ARRAYS, Panels
 from i2am_train.runs import write_json, write_text
 
 RESULTS, SAMPLES, PANELS, IMAGES = "results.json", "samples.jsonl", "panels.safetensors", "images"
@@ -42,28 +44,35 @@ def write_image(folder: Path, name: str, image: Tensor) -> None:
     os.replace(temporary, path)
 
 
-def write_panels(folder: Path, panels: list[Panel]) -> None:
-    """Writes the panels, by ascending index, as one archive; nothing if there are none."""
-    if not panels:
-        return
-    panels = sorted(panels, key=lambda panel: panel.index)
-    tensors = {
-        name: torch.stack([panel.images[name] for panel in panels]).contiguous()
-        for name in panels[0].images
-    }
+def stack_panels(panels: Mapping[int, Panel]) -> Panels:
+    """The panels of at least one sample by ascending index, as figures and the report draw them."""
+    rows = [panel for _, panel in sorted(panels.items())]
+    first = rows[0]
+    arrays = {name: [panel.images[name] for panel in rows] for name in first.images}
     for name in ("map_generated", "map_reference", "centers", "target_centers", "mask"):
-        tensors[name] = torch.stack([getattr(panel, name) for panel in panels]).contiguous()
-    first = panels[0]
+        arrays[name] = [getattr(panel, name) for panel in rows]
+    return Panels(
+        names=tuple(panel.name for panel in rows),
+        garment_names=tuple(panel.garment_name for panel in rows),
+        layer=first.layer,
+        generated_grid=first.generated_grid,
+        reference_grid=first.reference_grid,
+        **{name: torch.stack(stack).numpy() for name, stack in arrays.items()},
+    )
+
+
+def write_panels(folder: Path, panels: Panels) -> None:
+    """Writes panels as one archive, which ``reporting.records.read_panels`` reads."""
     metadata = {
-        "layer": first.layer,
-        "generated_grid": str(first.generated_grid),
-        "reference_grid": str(first.reference_grid),
-        "names": json.dumps([panel.name for panel in panels]),
-        "garment_names": json.dumps([panel.garment_name for panel in panels]),
+        "layer": panels.layer,
+        "generated_grid": str(panels.generated_grid),
+        "reference_grid": str(panels.reference_grid),
+        "names": json.dumps(panels.names),
+        "garment_names": json.dumps(panels.garment_names),
     }
     folder.mkdir(parents=True, exist_ok=True)
     temporary = folder / f"{PANELS}.tmp"
-    save_file(tensors, temporary, metadata=metadata)
+    save_file({name: getattr(panels, name) for name in PANEL_ARRAYS}, temporary, metadata)
     os.replace(temporary, folder / PANELS)
 
 

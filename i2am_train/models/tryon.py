@@ -155,8 +155,28 @@ class TryOnModel(nn.Module):
             )
         pixels = ((garment + 1) / 2 - self.reference_mean) / self.reference_std
         tokens = self.reference_encoder(pixel_values=pixels).last_hidden_state
-        projected: Tensor = self.projector(tokens if self.config.class_token else tokens[:, 1:])
+        projected: Tensor = self.projector(self._kept_tokens(tokens))
         return projected
+
+    def _kept_tokens(
+        self, tokens: Float[Tensor, "batch encoder_token width"]
+    ) -> Float[Tensor, "batch token width"]:
+        """The patches, after the class token if it is kept; registers are left out.
+
+        Encoders put their special tokens first: none (SigLIP), a class token (CLIP, DINOv2), or a class token and
+        registers (DINOv2 with registers, DINOv3).
+        """
+        grid = self.reference_grid
+        special = tokens.shape[1] - grid.tokens
+        registers = getattr(self.reference_encoder.config, "num_register_tokens", 0)
+        if special not in (0, 1 + registers) or special < self.special_tokens:
+            raise CheckpointError(
+                f"{type(self.reference_encoder).__name__} gives {tokens.shape[1]} tokens for a garment of "
+                f"{self.config.reference_height}x{self.config.reference_width}; expected the {grid.tokens} patches of "
+                f"a grid of {grid}{', after a class token' if self.config.class_token else ''}. Set class_token, "
+                f"reference_height and reference_width in the model's {INDEX_FILE} to what the encoder gives."
+            )
+        return torch.cat([tokens[:, : self.special_tokens], tokens[:, special:]], dim=1)
 
     def denoise(
         self,

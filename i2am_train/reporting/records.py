@@ -63,6 +63,13 @@ class Panels:
     mask: NDArray[np.bool_]
 
 
+PANEL_ARRAYS = (
+    *("garment", "agnostic", "densepose", "person", "generated"),
+    *("map_generated", "map_reference", "centers", "target_centers", "mask"),
+)
+"""The fields of ``Panels`` that hold an entry per sample, as ``panels.safetensors`` names them."""
+
+
 @dataclass(frozen=True, slots=True)
 class Curve:
     """One logged quantity over optimiser steps."""
@@ -216,7 +223,7 @@ def read_panels(path: Path) -> Panels | None:
     try:
         with safe_open(path, framework="numpy") as file:
             metadata = file.metadata() or {}
-            arrays = {name: file.get_tensor(name) for name in _PANEL_ARRAYS}
+            arrays = {name: file.get_tensor(name) for name in PANEL_ARRAYS}
         return Panels(
             names=tuple(json.loads(metadata["names"])),
             garment_names=tuple(json.loads(metadata["garment_names"])),
@@ -227,12 +234,6 @@ def read_panels(path: Path) -> Panels | None:
         )
     except (SafetensorError, KeyError, TypeError, ValueError) as error:
         raise RunFolderError(f"{path} cannot be read: {error}. Evaluate again.") from None
-
-
-_PANEL_ARRAYS = (
-    *("garment", "agnostic", "densepose", "person", "generated"),
-    *("map_generated", "map_reference", "centers", "target_centers", "mask"),
-)
 
 
 def _grid(text: str) -> GridSize:

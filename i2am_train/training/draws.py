@@ -6,11 +6,11 @@ same on one process or several, in any batch, and after a restart.
 
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from i2am_train.seeds import seed_for
 from i2am_train.types import GridSize
 
 
@@ -44,20 +44,16 @@ def draw(
     True
     """
     rows = [
-        _draw_one(_generator(seed, epoch, index), latent, timesteps, condition_dropout)
+        _draw_one(seed_for(seed, "training", epoch, index), latent, timesteps, condition_dropout)
         for index in indices
     ]
     return Draws(*(torch.stack(column) for column in zip(*rows, strict=True)))
 
 
-def _generator(*key: int) -> torch.Generator:
-    state = np.random.SeedSequence(key).generate_state(1, np.uint64)[0]
-    return torch.Generator().manual_seed(int(state) >> 1)
-
-
 def _draw_one(
-    generator: torch.Generator, latent: GridSize, timesteps: int, condition_dropout: float
+    seed: int, latent: GridSize, timesteps: int, condition_dropout: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
     return (
         torch.randint(timesteps, (), generator=generator),
         torch.randn(4, *latent, generator=generator),

@@ -59,10 +59,10 @@ class TryOnModule(L.LightningModule):
         self.model.reference_encoder.eval()
 
     def training_step(self, batch: TryOnBatch, batch_index: int) -> Tensor:
-        """One step's total loss; every part is logged as ``loss/<name>``."""
+        """One step's total loss; every part is logged as ``loss/<name>``, its mean over the processes."""
         losses = self.objective(self.model, batch, self._draws(batch), self._tap)
         logged = {f"loss/{name}": value.detach() for name, value in losses.items()}
-        self.log_dict(logged, batch_size=len(batch["name"]))
+        self.log_dict(logged, batch_size=len(batch["name"]), sync_dist=True)
         return losses["total"]
 
     def validation_step(self, batch: TryOnBatch, batch_index: int) -> None:

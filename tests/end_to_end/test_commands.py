@@ -242,6 +242,9 @@ def test_bad_input_is_refused_before_anything_is_written(
         (ConfigError, "ssin", ["evaluation.metrics=[ssin]"]),
         (DataError, "validation samples cannot be held out", ["validation.samples=20"]),
         (DataError, "fewer than one batch", ["data.batch_size=17"]),
+        (ConfigError, r"accelerator=gpux.*Available names are", ["trainer.accelerator=gpux"]),
+        (ConfigError, r"devices=two.*int > 0", ["trainer.devices=two"]),
+        (ConfigError, r"strategy=ddpp.*invalid strategy", ["trainer.strategy=ddpp"]),
     ]
     for error, text, options in cases:
         with pytest.raises(error, match=text):
@@ -260,6 +263,12 @@ def test_bad_input_is_refused_before_anything_is_written(
         with pytest.raises(error, match=text):
             evaluate(compose("evaluate", [*judged, *options]), tmp_path / "run")
     assert not (tmp_path / "run").exists()
+    if not torch.cuda.is_available():
+        on_gpu = [*overrides, f"checkpoint={small_checkpoint}", "device=cuda"]
+        for command in ("evaluate", "explain"):
+            config = compose(command, [*on_gpu, f"output={tmp_path / 'x'}"])
+            with pytest.raises(ConfigError, match="no CUDA device"):
+                evaluate(config, tmp_path / "x") if command == "evaluate" else explain(config)
     sample = [*overrides, f"checkpoint={small_checkpoint}", "sample=6", f"output={tmp_path / 'x'}"]
     with pytest.raises(DataError, match="numbered from 0 to 5"):
         explain(compose("explain", sample))

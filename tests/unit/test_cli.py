@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 from hydra.core.global_hydra import GlobalHydra
+from torch.utils.data import DataLoader, Dataset
 
 from i2am_train import cli
 from i2am_train.commands import data
@@ -119,6 +120,28 @@ def test_an_error_of_the_command_is_one_paragraph(capsys: pytest.CaptureFixture[
     """What a command refuses looks the same as what the options refuse."""
     assert run_command("train", [], refuse) == 2
     assert capsys.readouterr().err == "i2am: The folder is empty. Fill it.\n"
+
+
+class CutOff(Dataset[None]):
+    """One sample, which cannot be read."""
+
+    def __len__(self) -> int:
+        return 1
+
+    def __getitem__(self, position: int) -> None:
+        raise DataError("cloth/00001_00.jpg is cut off. Copy it again.")
+
+
+def test_an_error_in_a_reading_process_is_one_paragraph(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """torch wraps a worker's error in its traceback; the user gets the sentence alone."""
+
+    def read(config: TrainConfig) -> None:
+        next(iter(DataLoader(CutOff(), num_workers=1)))
+
+    assert run_command("train", [], read) == 2
+    assert capsys.readouterr().err == "i2am: cloth/00001_00.jpg is cut off. Copy it again.\n"
 
 
 def test_other_processes_of_a_distributed_run_are_silent(

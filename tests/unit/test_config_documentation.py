@@ -44,3 +44,11 @@ def test_help_offers_the_experiments_of_its_command() -> None:
     assert "demo" not in line
     assert "  experiment=demo" in ablate
     assert "  experiment=" not in command_help("evaluate")
+
+
+def test_help_lists_the_legal_values() -> None:
+    """An option with a few legal values names them all, also where they are members of an enum."""
+    train, explain = (" ".join(command_help(name).split()) for name in ("train", "explain"))
+    assert "One of paper, paper_without_factor, authors_v1, authors_v2, hinge, reward," in train
+    assert "One of auto, cpu, cuda." in explain
+    assert "One of paired, unpaired." in explain

@@ -21,10 +21,10 @@ from i2am_train.evaluation.evaluator import (
     Evaluator,
     check_settings,
     make_panels,
-    sample_seed,
 )
 from i2am_train.metrics.correspondence import target_on_grid
 from i2am_train.models.sampling import sample
+from i2am_train.seeds import seed_for
 from i2am_train.types import Direction, GridSize, Pairing, Split
 
 SIZE = GridSize(64, 48)
@@ -74,7 +74,7 @@ def captured(model: Any, read_batch: Callable[..., Any]) -> tuple[Any, Any, Any]
             batch["garment"],
             batch["agnostic"],
             batch["densepose"],
-            seeds=[sample_seed(SAMPLING.seed, index) for index in SAMPLES],
+            seeds=[seed_for(SAMPLING.seed, "sampling", index) for index in SAMPLES],
             steps=SAMPLING.steps,
             guidance=SAMPLING.guidance,
         )
@@ -206,8 +206,8 @@ def test_panels_of_the_wanted_samples(model: Any, read_batch: Callable[..., Any]
     """Only those, with the pictures of that sample and maps in [0, 1]."""
     batch = read_batch([1, 4, 5])
     explained = Evaluator(settings(), torch.device("cpu")).update(model, batch)
-    (panel,) = make_panels(explained, batch, {4, 9})
-    assert (panel.index, panel.name) == (4, batch["name"][1])
+    ((index, panel),) = make_panels(explained, batch, {4, 9}).items()
+    assert (index, panel.name) == (4, batch["name"][1])
     assert panel.images["garment"].shape == (64, 48, 3)
     original = ((batch["garment"][1] + 1) * 127.5).round().to(torch.uint8).permute(1, 2, 0)
     assert torch.equal(panel.images["garment"], original)

@@ -12,11 +12,12 @@ from i2am_train.evaluation import results as results_module
 from i2am_train.evaluation.evaluator import EvaluationResult, Panel
 from i2am_train.evaluation.results import (
     read_results,
+    stack_panels,
     write_evaluation,
     write_image,
     write_panels,
 )
-from i2am_train.reporting.records import read_panels, read_samples
+from i2am_train.reporting.records import Panels, read_panels, read_samples
 from i2am_train.types import GridSize
 
 GENERATED, REFERENCE = GridSize(4, 3), GridSize(8, 6)
@@ -26,7 +27,6 @@ PICTURES = ("garment", "agnostic", "densepose", "person", "generated")
 def panel(index: int) -> Panel:
     draw = torch.Generator().manual_seed(index)
     return Panel(
-        index=index,
         name=f"{index:05d}_00",
         garment_name=f"{index + 1:05d}_00",
         images={
@@ -44,6 +44,10 @@ def panel(index: int) -> Panel:
     )
 
 
+def panels(*indices: int) -> Panels:
+    return stack_panels({index: panel(index) for index in indices})
+
+
 def outcome() -> EvaluationResult:
     rows = [
         {"index": 0, "name": "a", "garment_name": "b", "imacs_g": 0.25, "ssim": None},
@@ -56,7 +60,7 @@ def outcome() -> EvaluationResult:
 
 def test_panels_come_back(tmp_path: Path) -> None:
     """The report reads what was written: by ascending index, names beside their pictures, NaN as NaN."""
-    write_panels(tmp_path / "new", [panel(7), panel(2)])
+    write_panels(tmp_path / "new", panels(7, 2))
     read = read_panels(tmp_path / "new" / "panels.safetensors")
     assert read is not None
     assert read.names == ("00002_00", "00007_00")
@@ -72,16 +76,9 @@ def test_panels_come_back(tmp_path: Path) -> None:
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["panels.safetensors"]
 
 
-def test_no_panels_no_file(tmp_path: Path) -> None:
-    """An evaluation without panels leaves no archive."""
-    write_panels(tmp_path, [])
-    assert read_panels(tmp_path / "panels.safetensors") is None
-    assert list(tmp_path.iterdir()) == []
-
-
 def test_panels_are_never_half_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A full disk leaves the earlier archive readable."""
-    write_panels(tmp_path, [panel(2), panel(5)])
+    write_panels(tmp_path, panels(2, 5))
 
     def disk_full(tensors: Any, path: Path, metadata: Any) -> None:
         path.write_bytes(b"half")
@@ -89,7 +86,7 @@ def test_panels_are_never_half_written(tmp_path: Path, monkeypatch: pytest.Monke
 
     monkeypatch.setattr(results_module, "save_file", disk_full)
     with pytest.raises(OSError, match="no space left"):
-        write_panels(tmp_path, [panel(3)])
+        write_panels(tmp_path, panels(3))
     read = read_panels(tmp_path / "panels.safetensors")
     assert read is not None
     assert read.names == ("00002_00", "00005_00")

@@ -7,6 +7,13 @@ from typing import Any
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
+from transformers import (
+    Dinov2WithRegistersConfig,
+    Dinov2WithRegistersModel,
+    PreTrainedModel,
+    SiglipVisionConfig,
+    SiglipVisionModel,
+)
 
 from i2am_train.attribution.sites import PAPER_LAYERS, paper_number
 from i2am_train.attribution.tap import ScoreTap
@@ -47,6 +54,58 @@ def test_reference_tokens(make_small_model: Callable[..., Any], class_token: boo
     assert model.reference_grid == GridSize(8, 6)
     assert tokens.shape == (3, 48 + class_token, 32)
     assert model.projector.null_tokens.shape == (1, 48 + class_token, 32)
+
+
+def siglip() -> PreTrainedModel:
+    """No special tokens. Its positions are those of a square picture."""
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1}
+    return SiglipVisionModel(
+        SiglipVisionConfig(**sizes, num_attention_heads=2, image_size=48, patch_size=8)
+    ).eval()
+
+
+def dinov2_with_registers() -> PreTrainedModel:
+    """A class token and three registers."""
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "mlp_ratio": 1}
+    return Dinov2WithRegistersModel(
+        Dinov2WithRegistersConfig(**sizes, image_size=48, patch_size=8, num_register_tokens=3)
+    ).eval()
+
+
+@pytest.mark.parametrize(
+    ("make", "class_token", "special"),
+    [(siglip, False, 0), (dinov2_with_registers, False, 4), (dinov2_with_registers, True, 4)],
+)
+def test_other_encoders(
+    make_small_model: Callable[..., Any],
+    make: Callable[[], PreTrainedModel],
+    class_token: bool,
+    special: int,
+) -> None:
+    """Whatever an encoder puts in front, the patches stay whole and in order, and registers are dropped."""
+    model = make_small_model(class_token=class_token)
+    model.config.reference_height = model.config.reference_width = 48
+    model.reference_encoder, model.projector = make(), torch.nn.Identity()
+    garment = inputs()["garment"][..., :48, :]
+    model.reference_mean.fill_(0.5)
+    model.reference_std.fill_(0.5)  # the encoder then sees the garment as it is
+    encoded = model.reference_encoder(pixel_values=garment).last_hidden_state
+    assert encoded.shape[1] == special + 36
+    kept = encoded[:, [*range(class_token), *range(special, special + 36)]]
+    torch.testing.assert_close(model.encode_reference(garment), kept)
+
+
+@pytest.mark.parametrize(("class_token", "patch"), [(True, 8), (False, 16)])
+def test_an_encoder_that_does_not_fit_the_grid(
+    make_small_model: Callable[..., Any], class_token: bool, patch: int
+) -> None:
+    """A class token that the encoder lacks, or a grid of another size, is an error and not a shifted map."""
+    model = make_small_model(class_token=class_token)
+    model.config.reference_height = model.config.reference_width = 48
+    model.reference_encoder = siglip()
+    model.reference_encoder.config.patch_size = patch
+    with pytest.raises(CheckpointError, match="SiglipVisionModel gives 36 tokens"):
+        model.encode_reference(inputs()["garment"])
 
 
 def test_widened_input_changes_nothing_at_the_start() -> None:

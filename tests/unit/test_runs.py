@@ -15,7 +15,6 @@ from i2am_train.runs import (
     command_line,
     fingerprint,
     read_json,
-    seed_for,
     write_json,
     write_text,
 )
@@ -124,15 +123,6 @@ def test_json_is_strict(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "x.json").read_text()) == {"a": [None, 1.5], "b": {"c": None}}
     with pytest.raises(RunFolderError, match="is not the folder of a run"):
         read_json(tmp_path / "missing.json")
-
-
-def test_seeds_are_independent_and_fixed() -> None:
-    """Names and order matter, 1 and "1" differ, and the numbers do not change between versions."""
-    names = [(0,), (1,), (0, "a"), (0, "b"), (0, "a", "b"), (0, "b", "a"), (0, 1), (0, "1")]
-    seeds = {seed_for(*name) for name in names}
-    assert len(seeds) == len(names)
-    assert all(0 <= seed < 2**63 for seed in seeds)
-    assert seed_for(0, "sample", 17) == 6789696623468995921
 
 
 def test_fingerprint_sees_content_that_matters(tmp_path: Path) -> None:
