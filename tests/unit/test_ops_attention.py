@@ -114,6 +114,20 @@ def test_an_empty_mask_gives_zeros_not_nan():
     assert means.to_generated.isfinite().all()
 
 
+@pytest.mark.parametrize("heads_at_a_time", [1, 2, 5])
+def test_weights_follow_their_sample_into_groups_of_heads(heads_at_a_time):
+    # 2 x 3 flattened heads in groups that do and do not end with a sample; weights differ by sample
+    generated, reference = torch.randn(2, 3, 7, 4), torch.randn(2, 3, 5, 4)
+    weights = torch.rand(2, 7)
+    means = column_means(
+        generated, reference, generated_weights=weights, byte_budget=heads_at_a_time * 7 * 5 * 4
+    )
+    shares = weights / weights.sum(1, keepdim=True)
+    scores = attention_logits(generated, reference).softmax(-1)
+    expected = torch.einsum("bn,bhnm->bhm", shares, scores)
+    torch.testing.assert_close(means.to_reference, expected)
+
+
 class LargestTensor(TorchDispatchMode):
     """Notes the number of elements of the largest tensor that any operation returns."""
 
@@ -142,7 +156,10 @@ def test_scores_carry_the_gradient_of_the_softmax():
     assert torch.autograd.gradcheck(lambda tokens: head_mean_scores(tokens, reference), generated)
 
 
-def test_matrices_are_head_means_of_both_softmaxes():
+@pytest.mark.parametrize("cache_block", [2**20, 1])
+def test_matrices_are_head_means_of_both_softmaxes(cache_block, monkeypatch):
+    # all heads at once, and one at a time
+    monkeypatch.setattr("i2am_train.ops.attention._CACHE_BLOCK_BYTES", cache_block)
     generated, reference = random_tokens(dtype=torch.float64)
     matrices = head_mean_matrices(generated, reference)
     logits = attention_logits(generated, reference)
