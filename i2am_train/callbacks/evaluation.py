@@ -82,7 +82,7 @@ class EvaluationCallback(L.Callback):
         result = self._finish()
         _log_scores(pl_module, "val", result)
         for warning in result.warnings:
-            L.pytorch.utilities.rank_zero_warn(warning)
+            trainer.print(f"Warning: {warning}")
         if trainer.is_global_zero and self._panels:
             step = trainer.global_step
             self._draw(trainer, self.folder / f"epoch-{trainer.current_epoch:04d}", step)
