@@ -84,7 +84,7 @@ class DataConfig:
 class ObjectiveConfig:
     """Attention losses added to the denoising loss; a weight of 0 switches a term off."""
 
-    variant: LossVariantName = "mixed"
+    variant: LossVariantName = "reward"
     """Form of the attention losses; i2am_train/losses/base.py says what each does."""
     layer: int | str = 2
     """Layer that is trained: a paper number 1...9 or a name like up_blocks.1.attentions.1."""

@@ -74,7 +74,7 @@ class AttentionObjective:
     """
 
     weights: TermWeights = field(default_factory=TermWeights)
-    variant: LossVariant = LossVariant.MIXED
+    variant: LossVariant = LossVariant.REWARD
     margin: float = 1.0
     sigma: float | None = None
     supervised_sigma: float = 1.0
