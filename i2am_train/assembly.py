@@ -35,6 +35,7 @@ from i2am_train.datasets.datamodule import TryOnDataModule
 from i2am_train.datasets.synthetic import make_dataset
 from i2am_train.errors import CheckpointError, ConfigError
 from i2am_train.evaluation.evaluator import EvaluationSettings
+from i2am_train.evaluation.scoring import ScoringOptions
 from i2am_train.losses.base import LossVariant
 from i2am_train.losses.objective import AttentionObjective, TermWeights
 from i2am_train.models.tryon import INDEX_FILE, TryOnModel
@@ -140,6 +141,20 @@ def make_settings(
 ) -> EvaluationSettings:
     """What an evaluation samples and scores."""
     return EvaluationSettings(sampling=sampling, attribution=attribution, metrics=tuple(metrics))
+
+
+def make_scoring(config: EvaluateConfig) -> ScoringOptions:
+    """How an evaluation scores finished images."""
+    evaluation = config.evaluation
+    use_gpu = config.device != "cpu" and torch.cuda.is_available()
+    return ScoringOptions(
+        metrics=tuple(evaluation.metrics),
+        kernel_subset_size=evaluation.kernel_subset_size,
+        kernel_subsets=evaluation.kernel_subsets,
+        batch_size=evaluation.batch_size,
+        device=torch.device("cuda" if use_gpu else "cpu"),
+        progress=config.progress_bar,
+    )
 
 
 def make_loggers(tracking: TrackingConfig, folder: Path, settings: dict[str, Any]) -> list[Logger]:

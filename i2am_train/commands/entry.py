@@ -48,6 +48,8 @@ EXAMPLES = {
     "evaluate": """
         i2am evaluate checkpoint=tiny
         i2am evaluate checkpoint=runs/refined-seed0 evaluation.pairing=unpaired
+        i2am evaluate images=PATH reference=PATH output=runs/other-model evaluation=paper
+        i2am evaluate images=PATH reference=PATH evaluation.pairing=unpaired resize=[512,384]
     """,
     "ablate": """
         i2am ablate seeds=[0,1,2]

@@ -226,9 +226,10 @@ class EvaluationConfig:
     """What a checkpoint is judged by, on held-out samples."""
 
     samples: int | None = None
-    """Number of held-out samples; null: all."""
+    """Number of held-out samples, or of images from each folder, in order; null: all."""
     pairing: Pairing = Pairing.PAIRED
-    """paired: each person gets the garment that they wear; unpaired: another one."""
+    """paired: each person gets the garment that they wear; unpaired: another one. Of two folders,
+    paired: images of the same name belong together; unpaired: they are compared as sets only."""
     metrics: list[str] = field(
         default_factory=lambda: [
             "ssim",
@@ -238,6 +239,11 @@ class EvaluationConfig:
         ]
     )
     """Image metrics beside the attention scores; also there: lpips, fid, kid."""
+    kernel_subset_size: int | None = None
+    """Images of either set in a subset of the kernel distance (kd, kid); null: all, once, if both
+    sets are equally large and have 1000 images at most, otherwise 1000 or the smaller set."""
+    kernel_subsets: int = 100
+    """Random subsets that the kernel distance is averaged over."""
     batch_size: int = 32
     """Samples per batch."""
     panel_samples: int = 8
@@ -246,6 +252,9 @@ class EvaluationConfig:
     def __post_init__(self) -> None:
         if self.samples is not None:
             _check_at_least("evaluation.samples", self.samples, 2)
+        if self.kernel_subset_size is not None:
+            _check_at_least("evaluation.kernel_subset_size", self.kernel_subset_size, 2)
+        _check_at_least("evaluation.kernel_subsets", self.kernel_subsets, 1)
         _check_at_least("evaluation.batch_size", self.batch_size, 1)
         _check_at_least("evaluation.panel_samples", self.panel_samples, 0)
 
@@ -361,10 +370,18 @@ class TrainConfig:
 
 @dataclass(kw_only=True, slots=True)
 class EvaluateConfig:
-    """Judge a checkpoint on held-out samples."""
+    """Judge a checkpoint on held-out samples, or a folder of finished images of any model."""
 
-    checkpoint: str
+    checkpoint: str | None = None
     """Checkpoint folder, or run folder, to judge; tiny is the shipped one."""
+    images: Path | None = None
+    """Folder of finished images to judge instead of a checkpoint."""
+    reference: Path | None = None
+    """Folder of the real images that `images` is compared with; file names without their ending
+    say which belong together."""
+    resize: tuple[int, int] | None = None
+    """[height,width] in pixels that the images of both folders are resized to, by clean-fid's
+    bicubic filter; null: all must have one size."""
     output: Path | None = None
     """Folder for results; null: evaluation-<pairing> in the run folder, or beside others in runs/."""
     device: Device = "auto"
@@ -379,8 +396,22 @@ class EvaluateConfig:
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
 
     def __post_init__(self) -> None:
-        _check_given("checkpoint", self.checkpoint)
-        self.output = _absolute(self.output)
+        for name in ("output", "images", "reference"):
+            setattr(self, name, _absolute(getattr(self, name)))
+        if self.checkpoint is not None:
+            _check_given("checkpoint", self.checkpoint)
+        judged = ("checkpoint", "images", "reference")
+        given = [name for name in judged if getattr(self, name) is not None]
+        if given not in (["checkpoint"], ["images", "reference"]):
+            raise ConfigError(
+                f"What to judge is not clear: found {' and '.join(given) or 'neither'}. Give "
+                "checkpoint=FOLDER for a model, or images=FOLDER and reference=FOLDER for "
+                "finished images."
+            )
+        if self.resize is not None:
+            if self.checkpoint is not None:
+                _refuse("resize", list(self.resize), "null with a checkpoint (it is for folders)")
+            _check_at_least("resize", min(self.resize), 1)
 
 
 @dataclass(kw_only=True, slots=True)

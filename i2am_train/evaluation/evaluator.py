@@ -4,7 +4,7 @@ It knows nothing of Lightning or files. The callbacks drive it, in validation du
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -39,6 +39,9 @@ from i2am_train.seeds import seed_for
 from i2am_train.types import Direction, GridSize
 
 T = TypeVar("T")
+
+SAMPLE_NAMES = ("index", "name", "garment_name")
+"""Entries of a sample's row that are not scores."""
 
 ATTENTION_METRICS = tuple(name for name, info in METRICS.items() if info.group == "attention")
 
@@ -198,10 +201,39 @@ class EvaluationResult:
 
     metrics: dict[str, float]
     rows: list[dict[str, Any]]
-    """One for each sample, by ascending index: index, name, garment_name and its scores (None: no value)."""
+    """One for each sample, by ascending index: index, names and its scores (None: no value)."""
     skipped: dict[str, int]
     """Samples without a value, by metric, where there are any."""
     warnings: list[str]
+    protocol: dict[str, Any] = field(default_factory=dict)
+    """How the images were compared (``scoring.ImageScores.protocol``)."""
+
+    @classmethod
+    def from_rows(
+        cls,
+        rows: list[dict[str, Any]],
+        set_scores: Mapping[str, float],
+        protocol: dict[str, Any] | None = None,
+    ) -> "EvaluationResult":
+        """Means over at least one sample, joined with the scores that only a whole set has."""
+        columns = score_columns(rows)
+        means = {name: _mean(values) for name, values in columns.items()} | dict(set_scores)
+        metrics = {name: value for name, value in means.items() if not math.isnan(value)}
+        return cls(
+            metrics=metrics,
+            rows=rows,
+            skipped={
+                name: values.count(None) for name, values in columns.items() if None in values
+            },
+            warnings=_warnings(metrics),
+            protocol=protocol or {},
+        )
+
+
+def score_columns(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[float | None]]:
+    """Scores of all samples by metric."""
+    names = [name for name in rows[0] if name not in SAMPLE_NAMES]
+    return {name: [row[name] for row in rows] for name in names}
 
 
 @dataclass
@@ -257,17 +289,8 @@ class Evaluator:
     def compute(self) -> EvaluationResult:
         """The result over all samples of all processes; collective under torch.distributed."""
         rows = list(from_all_processes(self.rows).values())
-        names = [name for name in rows[0] if name not in ("index", "name", "garment_name")]
-        columns = {name: [row[name] for row in rows] for name in names}
-        metrics = {name: _mean(values) for name, values in columns.items()}
-        metrics |= {name: float(value) for name, value in self._set_metrics.compute().items()}
-        skipped = {name: values.count(None) for name, values in columns.items() if None in values}
-        return EvaluationResult(
-            metrics={name: value for name, value in metrics.items() if not math.isnan(value)},
-            rows=rows,
-            skipped=skipped,
-            warnings=_warnings(metrics),
-        )
+        set_scores = {name: float(value) for name, value in self._set_metrics.compute().items()}
+        return EvaluationResult.from_rows(rows, set_scores)
 
 
 def from_all_processes(own: Mapping[int, T]) -> dict[int, T]:
@@ -323,5 +346,7 @@ def _mean(values: list[float | None]) -> float:
 
 
 def _warnings(metrics: Mapping[str, float]) -> list[str]:
+    if "attention_entropy" not in metrics:  # finished images without their model
+        return []
     collapse = collapse_warning(metrics.get("spread_ratio"), metrics["attention_entropy"])
     return [collapse] if collapse else []
