@@ -195,8 +195,10 @@ class AttributionConfig:
     """Threshold of the normalised maps, in [0, 1): smaller values become 0."""
     penalty: float = 3.0
     """IMACS penalty lambda on attention outside the mask."""
+    deltas: list[float] = field(default_factory=list)
+    """More thresholds that IMACS is reported at, from the same maps."""
     penalties: list[float] = field(default_factory=lambda: [1.0, 3.0, 5.0])
-    """More penalties that are reported from the same maps."""
+    """More penalties, likewise; the scores of every delta and lambda are called imacs_g@d0.4_l3."""
     weighting: LayerWeighting = LayerWeighting.PAPER
     """How layers of different grids are summed: paper (plain sum) or density (balanced)."""
     layer: int | str = 2
@@ -212,7 +214,8 @@ class AttributionConfig:
     """Memory that capture may use for intermediate results, in bytes."""
 
     def __post_init__(self) -> None:
-        _check_below_one("attribution.delta", self.delta)
+        for delta in (self.delta, *self.deltas):
+            _check_below_one("attribution.delta", delta)
         for penalty in (self.penalty, *self.penalties):
             _check_at_least("attribution.penalty", penalty, 0.0)
         for layer in (self.layer, *(self.layers or ())):

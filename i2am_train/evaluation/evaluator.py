@@ -29,7 +29,7 @@ from i2am_train.metrics.correspondence import (
     spread_ratio,
     target_on_grid,
 )
-from i2am_train.metrics.imacs import imacs
+from i2am_train.metrics.imacs import imacs, imacs_column
 from i2am_train.metrics.registry import METRICS, image_metrics, image_pair_score, metric_info
 from i2am_train.models.sampling import sample
 from i2am_train.models.tryon import TryOnModel
@@ -138,19 +138,30 @@ def attention_scores(
     explained: Explained, batch: TryOnBatch, options: AttributionConfig
 ) -> dict[str, Float[Tensor, " batch"]]:
     """Every attention metric of each sample; NaN where a sample has no value (empty mask, no truth)."""
-    thresholded = {
-        "g": threshold(explained.map_generated, options.delta),
-        "r": threshold(explained.map_reference, options.delta),
+    sides = {
+        "imacs_g": (explained.map_generated, batch["inpaint_mask"]),
+        "imacs_r": (explained.map_reference, batch["garment_mask"]),
     }
-    masks = {"g": batch["inpaint_mask"], "r": batch["garment_mask"]}
-    penalties = [options.penalty, *options.penalties]
     scores: dict[str, Tensor] = {}
-    for side, heat_map in thresholded.items():
-        values = imacs(heat_map, masks[side], penalties)
-        scores[f"imacs_{side}"] = values[0]
-        for penalty, value in zip(options.penalties, values[1:], strict=True):
-            scores[f"imacs_{side}@{penalty:g}"] = value
+    for name, (heat_map, mask) in sides.items():
+        table = _imacs_table(name, heat_map, mask, options)
+        scores[name] = table[imacs_column(name, options.delta, options.penalty)]
+        scores |= table
     return scores | _correspondence_scores(explained, batch)
+
+
+def _imacs_table(
+    name: str, heat_map: Tensor, mask: Tensor, options: AttributionConfig
+) -> dict[str, Tensor]:
+    """IMACS at every threshold and penalty, from one map."""
+    penalties = list(dict.fromkeys([options.penalty, *options.penalties]))
+    return {
+        imacs_column(name, delta, penalty): values
+        for delta in dict.fromkeys([options.delta, *options.deltas])
+        for penalty, values in zip(
+            penalties, imacs(threshold(heat_map, delta), mask, penalties), strict=True
+        )
+    }
 
 
 def _correspondence_scores(explained: Explained, batch: TryOnBatch) -> dict[str, Tensor]:
