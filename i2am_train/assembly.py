@@ -17,6 +17,7 @@ from lightning.pytorch.loggers import Logger, TensorBoardLogger, WandbLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from i2am_train.callbacks.evaluation import EvaluationCallback
+from i2am_train.callbacks.generation import GenerationCallback
 from i2am_train.callbacks.stopping import StopAfterSteps
 from i2am_train.config.build import plain
 from i2am_train.config.locations import checkpoint_folder, dataset_folder
@@ -279,7 +280,7 @@ def make_trainer(config: TrainConfig, folder: Path) -> L.Trainer:
     )
 
 
-def make_test_trainer(config: EvaluateConfig, callback: EvaluationCallback) -> L.Trainer:
+def make_test_trainer(config: EvaluateConfig, callback: GenerationCallback) -> L.Trainer:
     """A trainer that only tests: no loggers, no checkpoints."""
     callbacks: list[Callback] = [callback]
     if config.progress_bar:

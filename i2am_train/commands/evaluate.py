@@ -10,7 +10,7 @@ from i2am_train.config.schema import EvaluateConfig
 
 if TYPE_CHECKING:
     from i2am_train.datasets.datamodule import TryOnDataModule
-    from i2am_train.evaluation.evaluator import EvaluationSettings
+    from i2am_train.evaluation.generation import GeneratedSamples
     from i2am_train.models.tryon import TryOnModel
 
 
@@ -142,38 +142,70 @@ def evaluate_checkpoint(config: EvaluateConfig, checkpoint: str, folder: Path) -
     Raises:
         I2AMError: checkpoint, data or folder do not fit the configuration.
     """
-    from i2am_train.assembly import make_test_trainer, make_untrained_module, model_folder
-    from i2am_train.callbacks.evaluation import EvaluationCallback
+    from i2am_train.assembly import make_scoring, model_folder
     from i2am_train.config.build import plain
-    from i2am_train.evaluation.results import read_results
+    from i2am_train.evaluation.generation import (
+        GeneratedSamples,
+        person_names,
+        real_images,
+        score_generated,
+    )
+    from i2am_train.evaluation.results import read_results, write_evaluation, write_panels
     from i2am_train.runs import RunFolder, fingerprint
+    from i2am_train.types import Pairing
 
-    model, scored, datamodule = prepare(config, checkpoint)
+    model, datamodule = prepare(config, checkpoint)
     settings = plain(config) | {"checkpoint": str(model_folder(checkpoint))}
     opened = RunFolder.open(folder, settings, may_differ=WITHOUT_EFFECT_ON_SCORES)
     finished = read_results(folder)
     if opened.finished and finished is not None:
         return finished
     opened.start(seed=config.sampling.seed, data=fingerprint(datamodule.root))
-    callback = EvaluationCallback(
-        scored,
-        folder,
+    dataset = datamodule.test_dataset()
+    samples = GeneratedSamples(
+        folder=folder, names=person_names(dataset), batch_size=config.evaluation.batch_size
+    )
+    generate(config, model, datamodule, samples)
+    result = score_generated(
+        samples,
+        real_images(dataset),
+        make_scoring(config),
+        paired=config.evaluation.pairing is Pairing.PAIRED,
+    )
+    if (panels := samples.panels()) is not None:
+        write_panels(folder, panels)
+    write_evaluation(folder, result, settings)
+    opened.finish()
+    samples.clear()
+    return read_results(folder) or {}
+
+
+def generate(
+    config: EvaluateConfig,
+    model: TryOnModel,
+    datamodule: TryOnDataModule,
+    samples: GeneratedSamples,
+) -> None:
+    """Make the batches that are not there yet."""
+    from i2am_train.assembly import make_test_trainer, make_untrained_module
+    from i2am_train.callbacks.generation import GenerationCallback
+
+    pending = samples.pending()
+    if not pending:
+        return
+    datamodule.test_batches = pending
+    callback = GenerationCallback(
+        samples,
+        config.sampling,
+        config.attribution,
         panel_samples=config.evaluation.panel_samples,
-        save_images=True,
-        description=settings,
     )
     trainer = make_test_trainer(config, callback)
     trainer.test(make_untrained_module(model), datamodule, verbose=False)
-    opened.finish()
-    results = read_results(folder)
-    assert results is not None
-    return results
 
 
-def prepare(
-    config: EvaluateConfig, checkpoint: str
-) -> tuple[TryOnModel, EvaluationSettings, TryOnDataModule]:
-    """Model, scores and data of an evaluation, made before its folder: bad input leaves nothing behind.
+def prepare(config: EvaluateConfig, checkpoint: str) -> tuple[TryOnModel, TryOnDataModule]:
+    """Model and data of an evaluation, made before its folder: bad input leaves nothing behind.
 
     Raises:
         I2AMError: device, checkpoint, data, layers, metrics or number of samples do not fit the configuration.
@@ -182,10 +214,13 @@ def prepare(
         check_device,
         load_model,
         make_datamodule,
+        make_scoring,
         make_settings,
         prepare_data,
     )
     from i2am_train.evaluation.evaluator import check_settings
+    from i2am_train.evaluation.generation import real_images
+    from i2am_train.evaluation.scoring import check_scoring
 
     check_device(config.device)
     root = prepare_data(config.data)
@@ -200,8 +235,9 @@ def prepare(
         test_samples=config.evaluation.samples,
         pairing=config.evaluation.pairing,
     )
-    datamodule.test_dataset()
-    return model, settings, datamodule
+    real = real_images(datamodule.test_dataset())
+    check_scoring(real, real, make_scoring(config))
+    return model, datamodule
 
 
 if __name__ == "__main__":

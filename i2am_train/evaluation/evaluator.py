@@ -1,6 +1,7 @@
 """The evaluator: samples images batch by batch, and scores attention and images from the same pass.
 
-It knows nothing of Lightning or files. The callbacks drive it, in validation during training and in ``i2am evaluate``.
+It knows nothing of Lightning or files. The callbacks drive it in validation during training; ``i2am evaluate`` keeps
+what the same functions give batch by batch (``generation``) and scores the images from their files (``scoring``).
 """
 
 import math
@@ -285,23 +286,28 @@ class Evaluator:
             values = score(generated, real)
             scores[name] = torch.where(paired.to(values.device), values, torch.nan)
         self._set_metrics.update(generated, real, torch.as_tensor(batch["index"]))
-        self._remember(batch, scores)
+        self.rows |= sample_rows(batch, scores)
         return explained
-
-    def _remember(self, batch: TryOnBatch, scores: Mapping[str, Tensor]) -> None:
-        columns = {name: values.tolist() for name, values in scores.items()}
-        for position, index in enumerate(int(index) for index in batch["index"]):
-            self.rows[index] = {
-                "index": index,
-                "name": batch["name"][position],
-                "garment_name": batch["garment_name"][position],
-            } | {name: _finite(values[position]) for name, values in columns.items()}
 
     def compute(self) -> EvaluationResult:
         """The result over all samples of all processes; collective under torch.distributed."""
         rows = list(from_all_processes(self.rows).values())
         set_scores = {name: float(value) for name, value in self._set_metrics.compute().items()}
         return EvaluationResult.from_rows(rows, set_scores)
+
+
+def sample_rows(batch: TryOnBatch, scores: Mapping[str, Tensor]) -> dict[int, dict[str, Any]]:
+    """Names and scores of each sample of a batch, by its index; None where a sample has no value."""
+    columns = {name: values.tolist() for name, values in scores.items()}
+    return {
+        int(index): {
+            "index": int(index),
+            "name": batch["name"][position],
+            "garment_name": batch["garment_name"][position],
+        }
+        | {name: _finite(values[position]) for name, values in columns.items()}
+        for position, index in enumerate(batch["index"])
+    }
 
 
 def from_all_processes(own: Mapping[int, T]) -> dict[int, T]:

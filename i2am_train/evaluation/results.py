@@ -57,7 +57,7 @@ def write_image(folder: Path, name: str, image: Tensor) -> None:
     """Writes a uint8 [height, width, 3] image as ``images/<name>.png``."""
     path = folder / IMAGES / f"{name}.png"
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".png.tmp")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     Image.fromarray(image.cpu().numpy()).save(temporary, format="PNG")
     os.replace(temporary, path)
 
@@ -89,7 +89,7 @@ def write_panels(folder: Path, panels: Panels) -> None:
         "garment_names": json.dumps(panels.garment_names),
     }
     folder.mkdir(parents=True, exist_ok=True)
-    temporary = folder / f"{PANELS}.tmp"
+    temporary = folder / f".{PANELS}.{os.getpid()}.tmp"
     save_file({name: getattr(panels, name) for name in PANEL_ARRAYS}, temporary, metadata)
     os.replace(temporary, folder / PANELS)
 
