@@ -110,6 +110,7 @@ def generate_with_attention(
             seeds=seeds,
             steps=sampling.steps,
             guidance=sampling.guidance,
+            sampler=sampling.sampler,
         )
     maps = attention.maps()
     record = maps.store.layer(attribution.layer)
