@@ -19,7 +19,7 @@ from i2am_train.training.module import TryOnModule
 class GenerationCallback(L.Callback):
     """Images, attention scores and the panels of the first ``panel_samples``, into ``samples``.
 
-    Several processes share the folder: each makes its own batches, and nothing is exchanged.
+    Several processes share the folder: each makes its own batches, and they wait for each other at the end.
     """
 
     def __init__(
@@ -49,3 +49,6 @@ class GenerationCallback(L.Callback):
             to_uint8(explained.generated).permute(0, 2, 3, 1),
             make_panels(explained, batch, self.panels),
         )
+
+    def on_test_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        trainer.strategy.barrier()  # the first process will read what all have written

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from i2am_train.commands.entry import entry
+from i2am_train.commands.entry import entry, first_process
 from i2am_train.config.schema import EvaluateConfig
 
 if TYPE_CHECKING:
@@ -14,7 +14,14 @@ if TYPE_CHECKING:
     from i2am_train.models.tryon import TryOnModel
 
 
-WITHOUT_EFFECT_ON_SCORES = ("output", "device", "progress_bar", "data.workers")
+WITHOUT_EFFECT_ON_SCORES = (
+    "output",
+    "device",
+    "devices",
+    "strategy",
+    "progress_bar",
+    "data.workers",
+)
 """Options that may differ when a stopped evaluation goes on, or a finished one is asked for again."""
 
 
@@ -22,8 +29,9 @@ def run(config: EvaluateConfig) -> None:
     """Evaluate, and print the scores and where everything lies."""
     folder = default_output(config)
     results = evaluate(config, folder)
-    print_scores(results)
-    print(f"Everything of this evaluation: {folder}")
+    if first_process():
+        print_scores(results)
+        print(f"Everything of this evaluation: {folder}")
 
 
 def print_scores(results: dict[str, Any]) -> None:
@@ -139,6 +147,8 @@ def _folder_settings(config: EvaluateConfig) -> dict[str, Any]:
 def evaluate_checkpoint(config: EvaluateConfig, checkpoint: str, folder: Path) -> dict[str, Any]:
     """Attention scores and image metrics of a model on held-out samples.
 
+    Images are generated on all devices and scored by the first process; the others return nothing.
+
     Raises:
         I2AMError: checkpoint, data or folder do not fit the configuration.
     """
@@ -160,12 +170,15 @@ def evaluate_checkpoint(config: EvaluateConfig, checkpoint: str, folder: Path) -
     finished = read_results(folder)
     if opened.finished and finished is not None:
         return finished
-    opened.start(seed=config.sampling.seed, data=fingerprint(datamodule.root))
+    if first_process():
+        opened.start(seed=config.sampling.seed, data=fingerprint(datamodule.root))
     dataset = datamodule.test_dataset()
     samples = GeneratedSamples(
         folder=folder, names=person_names(dataset), batch_size=config.evaluation.batch_size
     )
     generate(config, model, datamodule, samples)
+    if not first_process():
+        return {}
     result = score_generated(
         samples,
         real_images(dataset),
@@ -211,7 +224,7 @@ def prepare(config: EvaluateConfig, checkpoint: str) -> tuple[TryOnModel, TryOnD
         I2AMError: device, checkpoint, data, layers, metrics or number of samples do not fit the configuration.
     """
     from i2am_train.assembly import (
-        check_device,
+        check_test_trainer,
         load_model,
         make_datamodule,
         make_scoring,
@@ -222,7 +235,7 @@ def prepare(config: EvaluateConfig, checkpoint: str) -> tuple[TryOnModel, TryOnD
     from i2am_train.evaluation.generation import real_images
     from i2am_train.evaluation.scoring import check_scoring
 
-    check_device(config.device)
+    check_test_trainer(config)
     root = prepare_data(config.data)
     model = load_model(checkpoint, config.data)
     settings = make_settings(config.sampling, config.attribution, config.evaluation.metrics)

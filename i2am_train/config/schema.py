@@ -390,6 +390,10 @@ class EvaluateConfig:
     """Folder for results; null: evaluation-<pairing> in the run folder, or beside others in runs/."""
     device: Device = "auto"
     """Where to compute."""
+    devices: int | str = 1
+    """Devices that generate images (processes), or auto; scores do not depend on their number."""
+    strategy: str = "auto"
+    """Lightning's strategy where there are several devices: auto, ddp, ..."""
     precision: Precision = "32-true"
     """Arithmetic of the denoiser (bf16-mixed on a GPU; on a CPU float32 is faster)."""
     progress_bar: bool = True
@@ -412,10 +416,19 @@ class EvaluateConfig:
                 "checkpoint=FOLDER for a model, or images=FOLDER and reference=FOLDER for "
                 "finished images."
             )
+        if isinstance(self.devices, int):
+            _check_at_least("devices", self.devices, 1)
+        if self.images is not None and self.multi_process:
+            _refuse("devices", self.devices, "1 for finished images")
         if self.resize is not None:
             if self.checkpoint is not None:
                 _refuse("resize", list(self.resize), "null with a checkpoint (it is for folders)")
             _check_at_least("resize", min(self.resize), 1)
+
+    @property
+    def multi_process(self) -> bool:
+        """True if the evaluation may start more than one process."""
+        return self.devices not in (1, "1")
 
 
 @dataclass(kw_only=True, slots=True)
