@@ -17,6 +17,7 @@ from lightning.pytorch.callbacks import (
 from lightning.pytorch.loggers import Logger, TensorBoardLogger, WandbLogger
 
 from i2am_train.callbacks.evaluation import EvaluationCallback
+from i2am_train.callbacks.generation import GenerationCallback
 from i2am_train.callbacks.stopping import StopAfterSteps
 from i2am_train.config.build import plain
 from i2am_train.config.locations import checkpoint_folder, dataset_folder
@@ -35,6 +36,7 @@ from i2am_train.datasets.datamodule import TryOnDataModule
 from i2am_train.datasets.synthetic import make_dataset
 from i2am_train.errors import CheckpointError, ConfigError
 from i2am_train.evaluation.evaluator import EvaluationSettings
+from i2am_train.evaluation.scoring import ScoringOptions
 from i2am_train.losses.base import LossVariant
 from i2am_train.losses.objective import AttentionObjective, TermWeights
 from i2am_train.models.tryon import INDEX_FILE, TryOnModel
@@ -142,6 +144,20 @@ def make_settings(
     return EvaluationSettings(sampling=sampling, attribution=attribution, metrics=tuple(metrics))
 
 
+def make_scoring(config: EvaluateConfig) -> ScoringOptions:
+    """How an evaluation scores finished images."""
+    evaluation = config.evaluation
+    use_gpu = config.device != "cpu" and torch.cuda.is_available()
+    return ScoringOptions(
+        metrics=tuple(evaluation.metrics),
+        kernel_subset_size=evaluation.kernel_subset_size,
+        kernel_subsets=evaluation.kernel_subsets,
+        batch_size=evaluation.batch_size,
+        device=torch.device("cuda" if use_gpu else "cpu"),
+        progress=config.progress_bar,
+    )
+
+
 def make_loggers(tracking: TrackingConfig, folder: Path, settings: dict[str, Any]) -> list[Logger]:
     """CSV, TensorBoard and W&B, all inside the run folder."""
     loggers: list[Logger] = []
@@ -175,16 +191,36 @@ def check_trainer(config: TrainConfig) -> None:
     Raises:
         ConfigError: no such accelerator, strategy or number of devices, or not on this machine.
     """
+    trainer = config.trainer
+    _try_trainer(
+        _hardware(config),
+        f"trainer.accelerator={trainer.accelerator}, trainer.devices={trainer.devices}, "
+        f"trainer.strategy={trainer.strategy}, optimization.precision={config.optimization.precision}",
+        "trainer.accelerator=auto takes what this machine has.",
+    )
+
+
+def check_test_trainer(config: EvaluateConfig) -> None:
+    """Fails as the evaluation's trainer would on this machine, before anything is written.
+
+    Raises:
+        ConfigError: no such device, strategy or number of devices, or not on this machine.
+    """
+    check_device(config.device)
+    _try_trainer(
+        _test_hardware(config),
+        f"device={config.device}, devices={config.devices}, strategy={config.strategy}, "
+        f"precision={config.precision}",
+        "device=auto devices=1 strategy=auto takes what this machine has.",
+    )
+
+
+def _try_trainer(hardware: dict[str, Any], options: str, advice: str) -> None:
     try:
-        L.Trainer(
-            **_hardware(config), logger=False, enable_checkpointing=False, enable_progress_bar=False
-        )
+        L.Trainer(**hardware, logger=False, enable_checkpointing=False, enable_progress_bar=False)
     except (ImportError, MisconfigurationException, TypeError, ValueError) as error:
-        trainer = config.trainer
         raise ConfigError(
-            f"Lightning refuses trainer.accelerator={trainer.accelerator}, trainer.devices={trainer.devices}, "
-            f"trainer.strategy={trainer.strategy}, optimization.precision={config.optimization.precision}: "
-            f"{' '.join(str(error).split())} trainer.accelerator=auto takes what this machine has."
+            f"Lightning refuses {options}: {' '.join(str(error).split())} {advice}"
         ) from error
 
 
@@ -264,15 +300,22 @@ def make_trainer(config: TrainConfig, folder: Path) -> L.Trainer:
     )
 
 
-def make_test_trainer(config: EvaluateConfig, callback: EvaluationCallback) -> L.Trainer:
+def _test_hardware(config: EvaluateConfig) -> dict[str, Any]:
+    return {
+        "accelerator": config.device,
+        "devices": config.devices,
+        "strategy": config.strategy,
+        "precision": config.precision,
+    }
+
+
+def make_test_trainer(config: EvaluateConfig, callback: GenerationCallback) -> L.Trainer:
     """A trainer that only tests: no loggers, no checkpoints."""
     callbacks: list[Callback] = [callback]
     if config.progress_bar:
         callbacks.append(TQDMProgressBar(leave=True))
     return L.Trainer(
-        accelerator=config.device,
-        devices=1,
-        precision=config.precision,
+        **_test_hardware(config),
         logger=False,
         enable_checkpointing=False,
         enable_model_summary=False,

@@ -1,4 +1,4 @@
-"""The callback that judges the model: on a fixed validation subset each epoch, or on a whole split in testing.
+"""The callback that judges the model during training, on a fixed validation subset.
 
 Scores, image metrics and attribution panels come from one sampling pass per batch. The callback draws nothing from the
 training's random streams and puts the module back in training mode (Lightning does), so weights are the same with and
@@ -21,13 +21,7 @@ from i2am_train.evaluation.evaluator import (
     from_all_processes,
     make_panels,
 )
-from i2am_train.evaluation.results import (
-    stack_panels,
-    write_evaluation,
-    write_image,
-    write_panels,
-)
-from i2am_train.ops.images import to_uint8
+from i2am_train.evaluation.results import stack_panels, write_panels
 from i2am_train.reporting.canvas import save_figure
 from i2am_train.reporting.records import Panels
 from i2am_train.reporting.sample_panel import sample_panel
@@ -37,8 +31,7 @@ from i2am_train.training.module import TryOnModule
 class EvaluationCallback(L.Callback):
     """Samples, scores, draws and logs.
 
-    ``folder`` receives the panels of each validation epoch (``epoch-0003/...``), or the finished evaluation of a test
-    run; with ``save_images`` every generated image too. ``result`` is the last finished evaluation.
+    ``folder`` receives the panels of each validation epoch (``epoch-0003/...``). ``result`` is the last evaluation.
     """
 
     def __init__(
@@ -47,53 +40,36 @@ class EvaluationCallback(L.Callback):
         folder: Path,
         *,
         panel_samples: int,
-        save_images: bool = False,
-        description: dict[str, Any] | None = None,
     ) -> None:
         self.settings = settings
         self.folder = folder
         self.panel_samples = panel_samples
-        self.save_images = save_images
-        self.description = description or {}
         self.result: EvaluationResult | None = None
         self._evaluator: Evaluator | None = None
         self._panels: dict[int, Panel] = {}
         self._wanted: set[int] = set()
 
-    # -- Lightning's hooks: validation and testing are the same work on other samples ------------------------------
+    # -- Lightning's hooks -----------------------------------------------------------------------------------------
 
     def on_validation_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._start(trainer.val_dataloaders, pl_module)
-
-    def on_test_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._start(trainer.test_dataloaders, pl_module)
 
     def on_validation_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, *_: Any
     ) -> None:
         self._update(trainer, pl_module, batch)
 
-    def on_test_batch_end(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, *_: Any
-    ) -> None:
-        self._update(trainer, pl_module, batch)
-
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         result = self._finish()
-        _log_scores(pl_module, "val", result)
+        # Every process has the same values; sync_dist only tells Lightning that this is known.
+        pl_module.log_dict(
+            {f"val/{name}": value for name, value in result.metrics.items()}, sync_dist=True
+        )
         for warning in result.warnings:
             trainer.print(f"Warning: {warning}")
         if trainer.is_global_zero and self._panels:
             step = trainer.global_step
             self._draw(trainer, self.folder / f"epoch-{trainer.current_epoch:04d}", step)
-
-    def on_test_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        result = self._finish()
-        _log_scores(pl_module, "test", result)
-        if trainer.is_global_zero:
-            if self._panels:
-                write_panels(self.folder, stack_panels(self._panels))
-            write_evaluation(self.folder, result, self.description)
 
     # -- the work --------------------------------------------------------------------------------------------------
 
@@ -111,10 +87,6 @@ class EvaluationCallback(L.Callback):
         with trainer.precision_plugin.forward_context():
             explained = self._evaluator.update(module.model, batch)
         self._panels |= make_panels(explained, batch, self._wanted)
-        if self.save_images:
-            images = to_uint8(explained.generated).permute(0, 2, 3, 1)
-            for name, image in zip(batch["name"], images, strict=True):
-                write_image(self.folder, name, image)
 
     def _finish(self) -> EvaluationResult:
         assert self._evaluator is not None
@@ -128,12 +100,6 @@ class EvaluationCallback(L.Callback):
         path = save_figure(sample_panel({"model": panels}), folder / "panel.png", dpi=110)
         _log_picture(trainer, "val/attribution", path, step)
         _log_samples(trainer, panels, step)
-
-
-def _log_scores(module: L.LightningModule, stage: str, result: EvaluationResult) -> None:
-    # Every process has the same values; sync_dist only tells Lightning that this is known.
-    scores = {f"{stage}/{name}": value for name, value in result.metrics.items()}
-    module.log_dict(scores, sync_dist=True)
 
 
 def _log_picture(trainer: L.Trainer, name: str, path: Path, step: int) -> None:

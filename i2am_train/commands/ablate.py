@@ -89,7 +89,7 @@ def _check(config: AblateConfig) -> None:
             f"{config.trainer.devices}, trainer.num_nodes={config.trainer.num_nodes}. Set both to 1, or train the "
             "cells with 'i2am train', which can use several processes."
         )
-    evaluate.prepare(_evaluation(config, config.init))
+    evaluate.prepare(_evaluation(config, config.init), config.init)
     for arm in config.arms:
         if arm != BASE_ARM:
             train.prepare(arm_config(config, arm, 0, config.folder))

@@ -53,6 +53,9 @@ EXAMPLES = {
     "evaluate": """
         i2am evaluate checkpoint=tiny
         i2am evaluate checkpoint=runs/refined-seed0 evaluation.pairing=unpaired
+        i2am evaluate checkpoint=runs/refined-seed0 sampling=dpmpp10 devices=2 strategy=ddp
+        i2am evaluate images=PATH reference=PATH output=runs/other-model evaluation=paper
+        i2am evaluate images=PATH reference=PATH evaluation.pairing=unpaired resize=[512,384]
     """,
     "ablate": """
         i2am ablate seeds=[0,1,2]
@@ -105,12 +108,17 @@ def errors_as_text() -> Iterator[None]:
         if os.environ.get(DEBUG_VARIABLE, "0") not in ("", "0"):
             raise
         # The other processes of a distributed run fail the same way: one paragraph is enough.
-        if os.environ.get("LOCAL_RANK", "0") == "0":
+        if first_process():
             print(f"i2am: {WORKER_TRACEBACK.sub('', str(error)).strip()}", file=sys.stderr)
         sys.exit(BAD_INPUT)
     except KeyboardInterrupt:
         print("\nInterrupted. The same command continues where possible.", file=sys.stderr)
         sys.exit(INTERRUPTED)
+
+
+def first_process() -> bool:
+    """False in the processes that Lightning starts beside the one that the user started."""
+    return os.environ.get("LOCAL_RANK", "0") == "0"
 
 
 def command_help(command: str) -> str:
@@ -211,13 +219,15 @@ def _refuse_distributed_sweep(config: Any) -> None:
     from hydra.core.hydra_config import HydraConfig
     from hydra.types import RunMode
 
-    trainer = getattr(config, "trainer", None)
-    if trainer is None or not trainer.multi_process or HydraConfig.get().mode != RunMode.MULTIRUN:
+    group = getattr(config, "trainer", config)
+    if not getattr(group, "multi_process", False) or HydraConfig.get().mode != RunMode.MULTIRUN:
         return
+    prefix = "" if group is config else "trainer."
+    names = [name for name in ("devices", "num_nodes") if hasattr(group, name)]
     raise ConfigError(
-        "A sweep (-m) cannot start jobs of several processes: Hydra's and Lightning's launchers "
-        f"do not work together. Found trainer.devices={trainer.devices}, trainer.num_nodes="
-        f"{trainer.num_nodes}. Set both to 1, or start the jobs one by one in a shell loop."
+        "A sweep (-m) cannot start jobs of several processes: Hydra's and Lightning's launchers do "
+        f"not work together. Found {', '.join(f'{prefix}{n}={getattr(group, n)}' for n in names)}. "
+        "Set each to 1, or start the jobs one by one in a shell loop."
     )
 
 

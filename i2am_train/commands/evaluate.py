@@ -1,25 +1,37 @@
-"""``i2am evaluate``: judge a checkpoint on held-out samples."""
+"""``i2am evaluate``: judge a checkpoint on held-out samples, or a folder of finished images."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from i2am_train.commands.entry import entry
+from i2am_train.commands.entry import entry, first_process
 from i2am_train.config.schema import EvaluateConfig
 
 if TYPE_CHECKING:
     from i2am_train.datasets.datamodule import TryOnDataModule
-    from i2am_train.evaluation.evaluator import EvaluationSettings
+    from i2am_train.evaluation.generation import GeneratedSamples
     from i2am_train.models.tryon import TryOnModel
+
+
+WITHOUT_EFFECT_ON_SCORES = (
+    "output",
+    "device",
+    "devices",
+    "strategy",
+    "progress_bar",
+    "data.workers",
+)
+"""Options that may differ when a stopped evaluation goes on, or a finished one is asked for again."""
 
 
 def run(config: EvaluateConfig) -> None:
     """Evaluate, and print the scores and where everything lies."""
     folder = default_output(config)
     results = evaluate(config, folder)
-    print_scores(results)
-    print(f"Images, scores of each sample and panels: {folder}")
+    if first_process():
+        print_scores(results)
+        print(f"Everything of this evaluation: {folder}")
 
 
 def print_scores(results: dict[str, Any]) -> None:
@@ -30,13 +42,19 @@ def print_scores(results: dict[str, Any]) -> None:
     from i2am_train.metrics.registry import METRICS
 
     table = Table(title=f"{results['samples']} samples")
-    for heading in ("score", "value", "meaning"):
-        table.add_column(heading, justify="right" if heading == "value" else "left")
+    for heading in ("score", "value", "95 % interval", "meaning"):
+        numeric = heading in ("value", "95 % interval")
+        table.add_column(heading, justify="right" if numeric else "left", no_wrap=numeric)
+    arrow = {True: " (higher is better)", False: " (lower is better)", None: ""}
     for name, info in METRICS.items():
         if name in results["metrics"]:
-            arrow = {True: " (higher is better)", False: " (lower is better)", None: ""}
             value = f"{results['metrics'][name]:.{info.digits}f}"
-            table.add_row(info.label, value, info.description + arrow[info.higher_is_better])
+            interval = "–"
+            if name in results["intervals"]:
+                ends = (results["intervals"][name][end] for end in ("low", "high"))
+                interval = f"[{', '.join(f'{end:.{info.digits}f}' for end in ends)}]"
+            meaning = info.description + arrow[info.higher_is_better]
+            table.add_row(info.label, value, interval, meaning)
     console = Console()
     console.print(table)
     for warning in results["warnings"]:
@@ -44,72 +62,182 @@ def print_scores(results: dict[str, Any]) -> None:
 
 
 def default_output(config: EvaluateConfig) -> Path:
-    """``output``, or a folder in the run's, or one in ``runs/`` that is named after the checkpoint."""
+    """``output``, or a folder in the run's, or one in ``runs/`` that is named after what is judged."""
     if config.output is not None:
         return config.output
     from i2am_train.config.locations import checkpoint_folder
 
-    folder = checkpoint_folder(config.checkpoint)
     name = f"evaluation-{config.evaluation.pairing}"
+    if config.images is not None:
+        return Path.cwd() / "runs" / f"{config.images.name}-{name}"
+    folder = checkpoint_folder(config.checkpoint or "")
     if (folder / "settings.json").is_file():
         return folder / name
     return Path.cwd() / "runs" / f"{folder.name}-{name}"
 
 
 def evaluate(config: EvaluateConfig, folder: Path) -> dict[str, Any]:
-    """The results of a checkpoint; computed unless the folder holds them already.
+    """The results of a checkpoint or of finished images; computed unless the folder holds them already.
+
+    Raises:
+        I2AMError: checkpoint, data, images or folder do not fit the configuration.
+    """
+    if config.checkpoint is None:
+        return evaluate_folders(config, folder)
+    return evaluate_checkpoint(config, config.checkpoint, folder)
+
+
+def evaluate_folders(config: EvaluateConfig, folder: Path) -> dict[str, Any]:
+    """Image metrics of the images in one folder against those in another.
+
+    Raises:
+        DataError: the folders or images do not fit each other or the metrics.
+        RunFolderError: the output folder holds another evaluation, or one of images that changed since.
+    """
+    from i2am_train.assembly import check_device, make_scoring
+    from i2am_train.evaluation.evaluator import EvaluationResult
+    from i2am_train.evaluation.folders import open_folders
+    from i2am_train.evaluation.results import read_results, write_evaluation
+    from i2am_train.evaluation.scoring import check_scoring, score_images
+    from i2am_train.runs import RunFolder, fingerprint
+    from i2am_train.types import GridSize, Pairing
+
+    assert config.images is not None  # the schema's check
+    assert config.reference is not None
+    check_device(config.device)
+    paired = config.evaluation.pairing is Pairing.PAIRED
+    images, reference = open_folders(
+        config.images,
+        config.reference,
+        paired=paired,
+        samples=config.evaluation.samples,
+        resize=None if config.resize is None else GridSize(*config.resize),
+    )
+    options = make_scoring(config)
+    check_scoring(images, reference, options)
+    settings = _folder_settings(config)
+    settings["fingerprints"] = {
+        "images": fingerprint(config.images),
+        "reference": fingerprint(config.reference),
+    }
+    opened = RunFolder.open(folder, settings, may_differ=WITHOUT_EFFECT_ON_SCORES)
+    if opened.finished and (finished := read_results(folder)) is not None:
+        return finished
+    opened.start(data=settings["fingerprints"]["reference"])
+    scores = score_images(images, reference, options, paired=paired)
+    rows = [
+        {"index": index, "name": name}
+        | {metric: values[index] for metric, values in scores.pairs.items()}
+        for index, name in enumerate(images.names)
+    ]
+    result = EvaluationResult.from_rows(rows, scores.sets, scores.protocol)
+    write_evaluation(folder, result, settings)
+    opened.finish()
+    return read_results(folder) or {}
+
+
+def _folder_settings(config: EvaluateConfig) -> dict[str, Any]:
+    """The options that mean something for finished images."""
+    from i2am_train.config.build import plain
+
+    unused = ("checkpoint", "data", "sampling", "attribution", "precision")
+    return {name: value for name, value in plain(config).items() if name not in unused}
+
+
+def evaluate_checkpoint(config: EvaluateConfig, checkpoint: str, folder: Path) -> dict[str, Any]:
+    """Attention scores and image metrics of a model on held-out samples.
+
+    Images are generated on all devices and scored by the first process; the others return nothing.
 
     Raises:
         I2AMError: checkpoint, data or folder do not fit the configuration.
     """
-    from i2am_train.assembly import make_test_trainer, make_untrained_module, model_folder
-    from i2am_train.callbacks.evaluation import EvaluationCallback
+    from i2am_train.assembly import make_scoring, model_folder
     from i2am_train.config.build import plain
-    from i2am_train.evaluation.results import read_results
-    from i2am_train.runs import RunFolder, fingerprint
-
-    model, scored, datamodule = prepare(config)
-    settings = plain(config) | {"checkpoint": str(model_folder(config.checkpoint))}
-    opened = RunFolder.open(
-        folder, settings, may_differ=("output", "device", "progress_bar", "data.workers")
+    from i2am_train.evaluation.generation import (
+        GeneratedSamples,
+        person_names,
+        real_images,
+        score_generated,
     )
+    from i2am_train.evaluation.results import read_results, write_evaluation, write_panels
+    from i2am_train.runs import RunFolder, fingerprint
+    from i2am_train.types import Pairing
+
+    model, datamodule = prepare(config, checkpoint)
+    settings = plain(config) | {"checkpoint": str(model_folder(checkpoint))}
+    opened = RunFolder.open(folder, settings, may_differ=WITHOUT_EFFECT_ON_SCORES)
     finished = read_results(folder)
     if opened.finished and finished is not None:
         return finished
-    opened.start(seed=config.sampling.seed, data=fingerprint(datamodule.root))
-    callback = EvaluationCallback(
-        scored,
-        folder,
+    if first_process():
+        opened.start(seed=config.sampling.seed, data=fingerprint(datamodule.root))
+    dataset = datamodule.test_dataset()
+    samples = GeneratedSamples(
+        folder=folder, names=person_names(dataset), batch_size=config.evaluation.batch_size
+    )
+    generate(config, model, datamodule, samples)
+    if not first_process():
+        return {}
+    result = score_generated(
+        samples,
+        real_images(dataset),
+        make_scoring(config),
+        paired=config.evaluation.pairing is Pairing.PAIRED,
+    )
+    if (panels := samples.panels()) is not None:
+        write_panels(folder, panels)
+    write_evaluation(folder, result, settings)
+    opened.finish()
+    samples.clear()
+    return read_results(folder) or {}
+
+
+def generate(
+    config: EvaluateConfig,
+    model: TryOnModel,
+    datamodule: TryOnDataModule,
+    samples: GeneratedSamples,
+) -> None:
+    """Make the batches that are not there yet."""
+    from i2am_train.assembly import make_test_trainer, make_untrained_module
+    from i2am_train.callbacks.generation import GenerationCallback
+
+    pending = samples.pending()
+    if not pending:
+        return
+    datamodule.test_batches = pending
+    callback = GenerationCallback(
+        samples,
+        config.sampling,
+        config.attribution,
         panel_samples=config.evaluation.panel_samples,
-        save_images=True,
-        description=settings,
     )
     trainer = make_test_trainer(config, callback)
     trainer.test(make_untrained_module(model), datamodule, verbose=False)
-    opened.finish()
-    results = read_results(folder)
-    assert results is not None
-    return results
 
 
-def prepare(config: EvaluateConfig) -> tuple[TryOnModel, EvaluationSettings, TryOnDataModule]:
-    """Model, scores and data of an evaluation, made before its folder: bad input leaves nothing behind.
+def prepare(config: EvaluateConfig, checkpoint: str) -> tuple[TryOnModel, TryOnDataModule]:
+    """Model and data of an evaluation, made before its folder: bad input leaves nothing behind.
 
     Raises:
         I2AMError: device, checkpoint, data, layers, metrics or number of samples do not fit the configuration.
     """
     from i2am_train.assembly import (
-        check_device,
+        check_test_trainer,
         load_model,
         make_datamodule,
+        make_scoring,
         make_settings,
         prepare_data,
     )
     from i2am_train.evaluation.evaluator import check_settings
+    from i2am_train.evaluation.generation import real_images
+    from i2am_train.evaluation.scoring import check_scoring
 
-    check_device(config.device)
+    check_test_trainer(config)
     root = prepare_data(config.data)
-    model = load_model(config.checkpoint, config.data)
+    model = load_model(checkpoint, config.data)
     settings = make_settings(config.sampling, config.attribution, config.evaluation.metrics)
     check_settings(model, settings)
     datamodule = make_datamodule(
@@ -120,8 +248,9 @@ def prepare(config: EvaluateConfig) -> tuple[TryOnModel, EvaluationSettings, Try
         test_samples=config.evaluation.samples,
         pairing=config.evaluation.pairing,
     )
-    datamodule.test_dataset()
-    return model, settings, datamodule
+    real = real_images(datamodule.test_dataset())
+    check_scoring(real, real, make_scoring(config))
+    return model, datamodule
 
 
 if __name__ == "__main__":

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import os
 from typing import TYPE_CHECKING
 
-from i2am_train.commands.entry import entry
+from i2am_train.commands.entry import entry, first_process
 from i2am_train.config.schema import WITHOUT_EFFECT_ON_WEIGHTS, TrainConfig
 
 if TYPE_CHECKING:
@@ -18,7 +17,7 @@ if TYPE_CHECKING:
 def run(config: TrainConfig) -> None:
     """Train and say where the model lies."""
     folder = train(config)
-    if _first_process():
+    if first_process():
         print(f"\nModel: {folder / 'model'}\nJudge it with: i2am evaluate checkpoint={folder}")
 
 
@@ -37,13 +36,13 @@ def train(config: TrainConfig) -> Path:
         config.folder,
         plain(config),
         resume=config.resume
-        or not _first_process(),  # the others find the folder that the first made
+        or not first_process(),  # the others find the folder that the first made
         may_differ=WITHOUT_EFFECT_ON_WEIGHTS,
     )
     if folder.finished:
         print(f"{folder.path} is finished already; nothing to train.")
         return folder.path
-    if _first_process():
+    if first_process():
         folder.start(seed=config.seed, data=fingerprint(datamodule.root))
     trainer = make_trainer(config, folder.path)
     checkpoint = folder / "checkpoints" / "last.ckpt"
@@ -56,11 +55,6 @@ def train(config: TrainConfig) -> Path:
         module.model.save_pretrained(folder / MODEL_FOLDER)
         folder.finish()
     return folder.path
-
-
-def _first_process() -> bool:
-    """False in the processes that Lightning starts beside the one that the user started."""
-    return os.environ.get("LOCAL_RANK", "0") == "0"
 
 
 def prepare(config: TrainConfig) -> tuple[TryOnModule, TryOnDataModule]:

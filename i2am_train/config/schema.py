@@ -27,6 +27,7 @@ LossVariantName = Literal[
 ]
 """Names of ``losses.base.LossVariant``, which lies above this layer; a test keeps the two equal."""
 
+SamplerName = Literal["ddim", "dpmpp", "unipc"]
 Precision = Literal["32-true", "bf16-mixed", "16-mixed"]
 Trainable = Literal["all", "decoder", "cross_attention"]
 Device = Literal["auto", "cpu", "cuda"]
@@ -172,8 +173,8 @@ class OptimizationConfig:
 class SamplingConfig:
     """How images are sampled from a model."""
 
-    sampler: Literal["ddim"] = "ddim"
-    """Sampler."""
+    sampler: SamplerName = "ddim"
+    """ddim: the paper's; dpmpp (DPM-Solver++ 2M) and unipc come as near in half as many steps."""
     steps: int = 10
     """Denoising steps per image."""
     guidance: float = 2.0
@@ -195,8 +196,10 @@ class AttributionConfig:
     """Threshold of the normalised maps, in [0, 1): smaller values become 0."""
     penalty: float = 3.0
     """IMACS penalty lambda on attention outside the mask."""
+    deltas: list[float] = field(default_factory=list)
+    """More thresholds that IMACS is reported at, from the same maps."""
     penalties: list[float] = field(default_factory=lambda: [1.0, 3.0, 5.0])
-    """More penalties that are reported from the same maps."""
+    """More penalties, likewise; the scores of every delta and lambda are called imacs_g@d0.4_l3."""
     weighting: LayerWeighting = LayerWeighting.PAPER
     """How layers of different grids are summed: paper (plain sum) or density (balanced)."""
     layer: int | str = 2
@@ -212,7 +215,8 @@ class AttributionConfig:
     """Memory that capture may use for intermediate results, in bytes."""
 
     def __post_init__(self) -> None:
-        _check_below_one("attribution.delta", self.delta)
+        for delta in (self.delta, *self.deltas):
+            _check_below_one("attribution.delta", delta)
         for penalty in (self.penalty, *self.penalties):
             _check_at_least("attribution.penalty", penalty, 0.0)
         for layer in (self.layer, *(self.layers or ())):
@@ -226,9 +230,10 @@ class EvaluationConfig:
     """What a checkpoint is judged by, on held-out samples."""
 
     samples: int | None = None
-    """Number of held-out samples; null: all."""
+    """Number of held-out samples, or of images from each folder, in order; null: all."""
     pairing: Pairing = Pairing.PAIRED
-    """paired: each person gets the garment that they wear; unpaired: another one."""
+    """paired: each person gets the garment that they wear; unpaired: another one. Of two folders,
+    paired: images of the same name belong together; unpaired: they are compared as sets only."""
     metrics: list[str] = field(
         default_factory=lambda: [
             "ssim",
@@ -238,6 +243,11 @@ class EvaluationConfig:
         ]
     )
     """Image metrics beside the attention scores; also there: lpips, fid, kid."""
+    kernel_subset_size: int | None = None
+    """Images of either set in a subset of the kernel distance (kd, kid); null: all, once, if both
+    sets are equally large and have 1000 images at most, otherwise 1000 or the smaller set."""
+    kernel_subsets: int = 100
+    """Random subsets that the kernel distance is averaged over."""
     batch_size: int = 32
     """Samples per batch."""
     panel_samples: int = 8
@@ -246,6 +256,9 @@ class EvaluationConfig:
     def __post_init__(self) -> None:
         if self.samples is not None:
             _check_at_least("evaluation.samples", self.samples, 2)
+        if self.kernel_subset_size is not None:
+            _check_at_least("evaluation.kernel_subset_size", self.kernel_subset_size, 2)
+        _check_at_least("evaluation.kernel_subsets", self.kernel_subsets, 1)
         _check_at_least("evaluation.batch_size", self.batch_size, 1)
         _check_at_least("evaluation.panel_samples", self.panel_samples, 0)
 
@@ -361,14 +374,26 @@ class TrainConfig:
 
 @dataclass(kw_only=True, slots=True)
 class EvaluateConfig:
-    """Judge a checkpoint on held-out samples."""
+    """Judge a checkpoint on held-out samples, or a folder of finished images of any model."""
 
-    checkpoint: str
+    checkpoint: str | None = None
     """Checkpoint folder, or run folder, to judge; tiny is the shipped one."""
+    images: Path | None = None
+    """Folder of finished images to judge instead of a checkpoint."""
+    reference: Path | None = None
+    """Folder of the real images that `images` is compared with; file names without their ending
+    say which belong together."""
+    resize: tuple[int, int] | None = None
+    """[height,width] in pixels that the images of both folders are resized to, by clean-fid's
+    bicubic filter; null: all must have one size."""
     output: Path | None = None
     """Folder for results; null: evaluation-<pairing> in the run folder, or beside others in runs/."""
     device: Device = "auto"
     """Where to compute."""
+    devices: int | str = 1
+    """Devices that generate images (processes), or auto; scores do not depend on their number."""
+    strategy: str = "auto"
+    """Lightning's strategy where there are several devices: auto, ddp, ..."""
     precision: Precision = "32-true"
     """Arithmetic of the denoiser (bf16-mixed on a GPU; on a CPU float32 is faster)."""
     progress_bar: bool = True
@@ -379,8 +404,31 @@ class EvaluateConfig:
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
 
     def __post_init__(self) -> None:
-        _check_given("checkpoint", self.checkpoint)
-        self.output = _absolute(self.output)
+        for name in ("output", "images", "reference"):
+            setattr(self, name, _absolute(getattr(self, name)))
+        if self.checkpoint is not None:
+            _check_given("checkpoint", self.checkpoint)
+        judged = ("checkpoint", "images", "reference")
+        given = [name for name in judged if getattr(self, name) is not None]
+        if given not in (["checkpoint"], ["images", "reference"]):
+            raise ConfigError(
+                f"What to judge is not clear: found {' and '.join(given) or 'neither'}. Give "
+                "checkpoint=FOLDER for a model, or images=FOLDER and reference=FOLDER for "
+                "finished images."
+            )
+        if isinstance(self.devices, int):
+            _check_at_least("devices", self.devices, 1)
+        if self.images is not None and self.multi_process:
+            _refuse("devices", self.devices, "1 for finished images")
+        if self.resize is not None:
+            if self.checkpoint is not None:
+                _refuse("resize", list(self.resize), "null with a checkpoint (it is for folders)")
+            _check_at_least("resize", min(self.resize), 1)
+
+    @property
+    def multi_process(self) -> bool:
+        """True if the evaluation may start more than one process."""
+        return self.devices not in (1, "1")
 
 
 @dataclass(kw_only=True, slots=True)

@@ -9,12 +9,12 @@ DistributedSamplers, so Lightning would keep them anyway). Training gives every 
 interleaves them, so that W processes with batch B see the samples that one process with batch W x B would. Validation
 and test are split without padding: no sample is seen twice and none is left out, so a set's score does not change
 with the number of processes; processes may differ by one sample, hence nothing may synchronise inside an
-evaluation step.
+evaluation step. ``i2am evaluate`` lists its test batches itself; processes take whole batches in turn.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -74,6 +74,10 @@ class TryOnDataModule(L.LightningDataModule):
         validation_samples: how many of the last training samples are held out for validation.
         test_samples: how many of the test samples to use; None for all.
         test_pairing: whether test and prediction give people their own garment.
+
+    Attributes:
+        test_batches: positions in the test dataset that ``test_dataloader`` reads, batch by batch; None for all.
+            Processes take whole batches in turn, so that a batch is the same on any number of them.
     """
 
     def __init__(
@@ -90,6 +94,7 @@ class TryOnDataModule(L.LightningDataModule):
             test_samples,
             test_pairing,
         )
+        self.test_batches: Sequence[Sequence[int]] | None = None
 
     # -- datasets --------------------------------------------------------------------------------------------------
 
@@ -158,7 +163,16 @@ class TryOnDataModule(L.LightningDataModule):
         return self._evaluation_loader(self.validation_dataset())
 
     def test_dataloader(self) -> DataLoader[TryOnSample]:
-        return self._evaluation_loader(self.test_dataset())
+        dataset = self.test_dataset()
+        if self.test_batches is None:
+            return self._evaluation_loader(dataset)
+        # A process without a batch repeats the first: Lightning's processes must all take part.
+        mine = self.test_batches[self._rank() :: self._processes()] or self.test_batches[:1]
+        return DataLoader(
+            dataset, batch_sampler=[list(batch) for batch in mine], num_workers=self.workers,
+            pin_memory=torch.cuda.is_available(),
+            generator=torch.Generator().manual_seed(self.seed),
+        )  # fmt: skip
 
     def predict_dataloader(self) -> DataLoader[TryOnSample]:
         return self._evaluation_loader(self.test_dataset())

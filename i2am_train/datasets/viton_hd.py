@@ -206,6 +206,12 @@ class VitonHDDataset(Dataset[TryOnSample]):
             arrays = self._augmentation(arrays, seed_for(self.seed, "augmentation", epoch, index))
         return _as_sample(arrays, person, garment, index)
 
+    def person_image(self, position: int) -> Tensor:
+        """The photograph of the person at a position, alone: uint8 [3, height, width] at this dataset's size."""
+        person = self.pairs[self.global_index(position)].person
+        picture = read_colour(self.layout.path("image", person), self.size)
+        return torch.from_numpy(np.ascontiguousarray(picture)).permute(2, 0, 1)
+
     def _read(self, person: str, garment: str) -> SampleArrays:
         """All pictures of a sample at this dataset's size."""
         path, size = self.layout.path, self.size

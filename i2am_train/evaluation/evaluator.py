@@ -1,10 +1,11 @@
 """The evaluator: samples images batch by batch, and scores attention and images from the same pass.
 
-It knows nothing of Lightning or files. The callbacks drive it, in validation during training and in ``i2am evaluate``.
+It knows nothing of Lightning or files. The callbacks drive it in validation during training; ``i2am evaluate`` keeps
+what the same functions give batch by batch (``generation``) and scores the images from their files (``scoring``).
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -29,7 +30,7 @@ from i2am_train.metrics.correspondence import (
     spread_ratio,
     target_on_grid,
 )
-from i2am_train.metrics.imacs import imacs
+from i2am_train.metrics.imacs import imacs, imacs_column
 from i2am_train.metrics.registry import METRICS, image_metrics, image_pair_score, metric_info
 from i2am_train.models.sampling import sample
 from i2am_train.models.tryon import TryOnModel
@@ -39,6 +40,9 @@ from i2am_train.seeds import seed_for
 from i2am_train.types import Direction, GridSize
 
 T = TypeVar("T")
+
+SAMPLE_NAMES = ("index", "name", "garment_name")
+"""Entries of a sample's row that are not scores."""
 
 ATTENTION_METRICS = tuple(name for name, info in METRICS.items() if info.group == "attention")
 
@@ -106,6 +110,7 @@ def generate_with_attention(
             seeds=seeds,
             steps=sampling.steps,
             guidance=sampling.guidance,
+            sampler=sampling.sampler,
         )
     maps = attention.maps()
     record = maps.store.layer(attribution.layer)
@@ -135,19 +140,30 @@ def attention_scores(
     explained: Explained, batch: TryOnBatch, options: AttributionConfig
 ) -> dict[str, Float[Tensor, " batch"]]:
     """Every attention metric of each sample; NaN where a sample has no value (empty mask, no truth)."""
-    thresholded = {
-        "g": threshold(explained.map_generated, options.delta),
-        "r": threshold(explained.map_reference, options.delta),
+    sides = {
+        "imacs_g": (explained.map_generated, batch["inpaint_mask"]),
+        "imacs_r": (explained.map_reference, batch["garment_mask"]),
     }
-    masks = {"g": batch["inpaint_mask"], "r": batch["garment_mask"]}
-    penalties = [options.penalty, *options.penalties]
     scores: dict[str, Tensor] = {}
-    for side, heat_map in thresholded.items():
-        values = imacs(heat_map, masks[side], penalties)
-        scores[f"imacs_{side}"] = values[0]
-        for penalty, value in zip(options.penalties, values[1:], strict=True):
-            scores[f"imacs_{side}@{penalty:g}"] = value
+    for name, (heat_map, mask) in sides.items():
+        table = _imacs_table(name, heat_map, mask, options)
+        scores[name] = table[imacs_column(name, options.delta, options.penalty)]
+        scores |= table
     return scores | _correspondence_scores(explained, batch)
+
+
+def _imacs_table(
+    name: str, heat_map: Tensor, mask: Tensor, options: AttributionConfig
+) -> dict[str, Tensor]:
+    """IMACS at every threshold and penalty, from one map."""
+    penalties = list(dict.fromkeys([options.penalty, *options.penalties]))
+    return {
+        imacs_column(name, delta, penalty): values
+        for delta in dict.fromkeys([options.delta, *options.deltas])
+        for penalty, values in zip(
+            penalties, imacs(threshold(heat_map, delta), mask, penalties), strict=True
+        )
+    }
 
 
 def _correspondence_scores(explained: Explained, batch: TryOnBatch) -> dict[str, Tensor]:
@@ -198,10 +214,39 @@ class EvaluationResult:
 
     metrics: dict[str, float]
     rows: list[dict[str, Any]]
-    """One for each sample, by ascending index: index, name, garment_name and its scores (None: no value)."""
+    """One for each sample, by ascending index: index, names and its scores (None: no value)."""
     skipped: dict[str, int]
     """Samples without a value, by metric, where there are any."""
     warnings: list[str]
+    protocol: dict[str, Any] = field(default_factory=dict)
+    """How the images were compared (``scoring.ImageScores.protocol``)."""
+
+    @classmethod
+    def from_rows(
+        cls,
+        rows: list[dict[str, Any]],
+        set_scores: Mapping[str, float],
+        protocol: dict[str, Any] | None = None,
+    ) -> "EvaluationResult":
+        """Means over at least one sample, joined with the scores that only a whole set has."""
+        columns = score_columns(rows)
+        means = {name: _mean(values) for name, values in columns.items()} | dict(set_scores)
+        metrics = {name: value for name, value in means.items() if not math.isnan(value)}
+        return cls(
+            metrics=metrics,
+            rows=rows,
+            skipped={
+                name: values.count(None) for name, values in columns.items() if None in values
+            },
+            warnings=_warnings(metrics),
+            protocol=protocol or {},
+        )
+
+
+def score_columns(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[float | None]]:
+    """Scores of all samples by metric."""
+    names = [name for name in rows[0] if name not in SAMPLE_NAMES]
+    return {name: [row[name] for row in rows] for name in names}
 
 
 @dataclass
@@ -242,32 +287,28 @@ class Evaluator:
             values = score(generated, real)
             scores[name] = torch.where(paired.to(values.device), values, torch.nan)
         self._set_metrics.update(generated, real, torch.as_tensor(batch["index"]))
-        self._remember(batch, scores)
+        self.rows |= sample_rows(batch, scores)
         return explained
-
-    def _remember(self, batch: TryOnBatch, scores: Mapping[str, Tensor]) -> None:
-        columns = {name: values.tolist() for name, values in scores.items()}
-        for position, index in enumerate(int(index) for index in batch["index"]):
-            self.rows[index] = {
-                "index": index,
-                "name": batch["name"][position],
-                "garment_name": batch["garment_name"][position],
-            } | {name: _finite(values[position]) for name, values in columns.items()}
 
     def compute(self) -> EvaluationResult:
         """The result over all samples of all processes; collective under torch.distributed."""
         rows = list(from_all_processes(self.rows).values())
-        names = [name for name in rows[0] if name not in ("index", "name", "garment_name")]
-        columns = {name: [row[name] for row in rows] for name in names}
-        metrics = {name: _mean(values) for name, values in columns.items()}
-        metrics |= {name: float(value) for name, value in self._set_metrics.compute().items()}
-        skipped = {name: values.count(None) for name, values in columns.items() if None in values}
-        return EvaluationResult(
-            metrics={name: value for name, value in metrics.items() if not math.isnan(value)},
-            rows=rows,
-            skipped=skipped,
-            warnings=_warnings(metrics),
-        )
+        set_scores = {name: float(value) for name, value in self._set_metrics.compute().items()}
+        return EvaluationResult.from_rows(rows, set_scores)
+
+
+def sample_rows(batch: TryOnBatch, scores: Mapping[str, Tensor]) -> dict[int, dict[str, Any]]:
+    """Names and scores of each sample of a batch, by its index; None where a sample has no value."""
+    columns = {name: values.tolist() for name, values in scores.items()}
+    return {
+        int(index): {
+            "index": int(index),
+            "name": batch["name"][position],
+            "garment_name": batch["garment_name"][position],
+        }
+        | {name: _finite(values[position]) for name, values in columns.items()}
+        for position, index in enumerate(batch["index"])
+    }
 
 
 def from_all_processes(own: Mapping[int, T]) -> dict[int, T]:
@@ -323,5 +364,7 @@ def _mean(values: list[float | None]) -> float:
 
 
 def _warnings(metrics: Mapping[str, float]) -> list[str]:
+    if "attention_entropy" not in metrics:  # finished images without their model
+        return []
     collapse = collapse_warning(metrics.get("spread_ratio"), metrics["attention_entropy"])
     return [collapse] if collapse else []

@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +11,12 @@ from PIL import Image
 from safetensors.numpy import save_file
 from torch import Tensor
 
-from i2am_train.evaluation.evaluator import EvaluationResult, Panel
+from i2am_train.evaluation.evaluator import EvaluationResult, Panel, score_columns
 from i2am_train.reporting.records import PANEL_ARRAYS, Panels
+from i2am_train.reporting.statistics import mean_interval
 from i2am_train.runs import write_json, write_text
 
+CONFIDENCE = 0.95
 RESULTS, SAMPLES, PANELS, IMAGES = "results.json", "samples.jsonl", "panels.safetensors", "images"
 
 
@@ -27,19 +29,35 @@ def write_evaluation(folder: Path, result: EvaluationResult, settings: dict[str,
         folder / RESULTS,
         {
             "metrics": result.metrics,
+            "intervals": sample_intervals(result.rows),
             "samples": len(result.rows),
             "skipped": result.skipped,
             "warnings": result.warnings,
+            "protocol": result.protocol,
             "settings": settings,
         },
     )
+
+
+def sample_intervals(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, float]]:
+    """Bootstrap interval of each mean: ``low``, ``high``, ``confidence`` and ``n``, the samples with a value.
+
+    Distances between sets have none: resampling images would change the number that they are biased by.
+    """
+    intervals = {}
+    for name, values in score_columns(rows).items():
+        known = [value for value in values if value is not None]
+        low, high = mean_interval(known, CONFIDENCE)
+        if low is not None and high is not None:
+            intervals[name] = {"low": low, "high": high, "confidence": CONFIDENCE, "n": len(known)}
+    return intervals
 
 
 def write_image(folder: Path, name: str, image: Tensor) -> None:
     """Writes a uint8 [height, width, 3] image as ``images/<name>.png``."""
     path = folder / IMAGES / f"{name}.png"
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".png.tmp")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     Image.fromarray(image.cpu().numpy()).save(temporary, format="PNG")
     os.replace(temporary, path)
 
@@ -71,7 +89,7 @@ def write_panels(folder: Path, panels: Panels) -> None:
         "garment_names": json.dumps(panels.garment_names),
     }
     folder.mkdir(parents=True, exist_ok=True)
-    temporary = folder / f"{PANELS}.tmp"
+    temporary = folder / f".{PANELS}.{os.getpid()}.tmp"
     save_file({name: getattr(panels, name) for name in PANEL_ARRAYS}, temporary, metadata)
     os.replace(temporary, folder / PANELS)
 

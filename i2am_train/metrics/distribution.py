@@ -18,6 +18,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import NamedTuple
 
 import cleanfid.fid
 import numpy as np
@@ -36,6 +37,44 @@ KERNEL_SUBSETS = 100
 """clean-fid's defaults: sets of more than a thousand images are compared in 100 random subsets."""
 KERNEL_SEED = 0
 """Seed of those subsets, so that the same features always give the same number."""
+
+
+class KernelSubsets(NamedTuple):
+    """How a kernel distance compares two sets: as the mean over random subsets of each."""
+
+    size: int
+    """Images of either set in a subset."""
+    number: int
+
+
+def kernel_subsets(
+    generated: int, real: int, size: int | None = None, number: int = KERNEL_SUBSETS
+) -> KernelSubsets:
+    """The subsets in which two sets of so many images are compared.
+
+    Args:
+        generated: images of one set.
+        real: images of the other.
+        size: images in a subset. None: all, where the sets are equally large and have 1000 images
+            at most; otherwise clean-fid's rule, 1000 or the size of the smaller set.
+        number: subsets, where they are drawn at random. A subset of all images is drawn once.
+
+    Raises:
+        DataError: a set has fewer images than ``size``.
+
+    >>> kernel_subsets(64, 64), kernel_subsets(64, 500), kernel_subsets(64, 64, size=50)
+    (KernelSubsets(size=64, number=1), KernelSubsets(size=64, number=100), \
+KernelSubsets(size=50, number=100))
+    """
+    smaller = min(generated, real)
+    if size is not None and size > smaller:
+        raise DataError(
+            f"The kernel distance was asked for in subsets of {size} images, and there are "
+            f"{generated} generated and {real} real images. Set evaluation.kernel_subset_size to "
+            f"{smaller} or less, or to null to compare as many as there are."
+        )
+    size = min(smaller, KERNEL_SUBSET_SIZE) if size is None else size
+    return KernelSubsets(size, 1 if generated == real == size else number)
 
 
 def frechet_distance(
@@ -67,26 +106,24 @@ def frechet_distance(
 
 
 def kernel_distance(
-    generated: Float[Tensor, "generated feature"], real: Float[Tensor, "real feature"]
+    generated: Float[Tensor, "generated feature"],
+    real: Float[Tensor, "real feature"],
+    subsets: KernelSubsets | None = None,
 ) -> Float[Tensor, ""]:
     """Squared maximum mean discrepancy with the kernel (x.y / features + 1)^3, clean-fid's KID.
 
-    Unbiased for independent sets, hence also negative. Two sets of equal size up to 1000 are
-    compared whole, once. Otherwise it is the mean over 100 subsets, of 1000 or of the smaller set's
-    size, drawn with a fixed seed; numpy's global random state is left as it was. (Bińkowski et
-    al. 2018; not multiplied by 1000.)
+    Unbiased for independent sets, hence also negative. The subsets (None: as ``kernel_subsets``
+    chooses them) are drawn with a fixed seed; numpy's global random state is left as it was.
+    (Bińkowski et al. 2018; not multiplied by 1000.)
 
     Raises:
         DataError: a set has fewer than two samples.
     """
     first, second = _checked_features(generated, real)
-    whole = len(first) == len(second) <= KERNEL_SUBSET_SIZE
+    size, number = subsets or kernel_subsets(len(first), len(second))
     with _numpy_seed(KERNEL_SEED):
         distance = cleanfid.fid.kernel_distance(
-            second,
-            first,
-            num_subsets=1 if whole else KERNEL_SUBSETS,
-            max_subset_size=KERNEL_SUBSET_SIZE,
+            second, first, num_subsets=number, max_subset_size=size
         )
     return torch.tensor(distance, dtype=torch.float32)
 
@@ -177,4 +214,5 @@ class KernelDistance(SetDistance):
 
     def compute(self) -> Float[Tensor, ""]:
         """Return the distance between the two sets."""
-        return kernel_distance(*self._gathered("generated", "real")).to(self.device)
+        generated, real = self._gathered("generated", "real")
+        return kernel_distance(generated, real).to(self.device)

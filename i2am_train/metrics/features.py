@@ -24,6 +24,10 @@ from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 
 from i2am_train.errors import ConfigError, DataError, WeightsMissingError
+from i2am_train.types import GridSize
+
+RESIZE_FILTER = "bicubic, antialiased, channels in float32 (PIL through clean-fid)"
+"""How ``resized`` and ``resized_image`` change the size of images, in words for a result's file."""
 
 IMAGES_PER_PASS = 16
 """Images that go through a network together; bounds the memory, does not change the result.
@@ -264,6 +268,19 @@ def resized(
     return (
         torch.stack([torch.from_numpy(image) for image in pixels]).movedim(-1, 1).to(images.device)
     )
+
+
+def resized_image(
+    image: UInt8[Tensor, "3 height width"], size: GridSize
+) -> UInt8[Tensor, "3 new_height new_width"]:
+    """Resize one image with the same filter, rounded to bytes again.
+
+    >>> resized_image(torch.full((3, 8, 6), 7, dtype=torch.uint8), GridSize(4, 5)).shape
+    torch.Size([3, 4, 5])
+    """
+    resize = make_resizer("PIL", False, "bicubic", (size.width, size.height))
+    pixels = torch.from_numpy(resize(image.permute(1, 2, 0).numpy()))
+    return pixels.round().to(torch.uint8).movedim(-1, 0)
 
 
 def image_features(

@@ -59,6 +59,18 @@ def imacs(
     return rows if isinstance(penalty, Sequence) else rows[0]
 
 
+def imacs_column(name: str, delta: float, penalty: float) -> str:
+    """Name of a score at one threshold and one penalty, in rows, results and logs.
+
+    ``imacs_g`` and ``imacs_r`` without a suffix are those of the configuration's own delta and
+    lambda; they stand there under both names.
+
+    >>> imacs_column("imacs_g", delta=0.4, penalty=3.0)
+    'imacs_g@d0.4_l3'
+    """
+    return f"{name}@d{delta:g}_l{penalty:g}"
+
+
 def _mean_inside(
     values: Float[Tensor, "batch height width"], mask: Bool[Tensor, "batch height width"]
 ) -> Float[Tensor, " batch"]:

@@ -191,11 +191,11 @@ _PAIR_SCORES: Mapping[str, Callable[[], ImagePairScore]] = {
     "stlpips": lambda: PerceptualDistance("stlpips"),
     "lpips": lambda: PerceptualDistance("lpips"),
 }
-_SET_DISTANCES: Mapping[str, Callable[[], SetDistance]] = {
-    "fd_efficientnet_lite0": lambda: FrechetDistance("efficientnet_lite0"),
-    "kd_efficientnet_lite0": lambda: KernelDistance("efficientnet_lite0"),
-    "fid": lambda: FrechetDistance("inception_v3"),
-    "kid": lambda: KernelDistance("inception_v3"),
+_SET_DISTANCES: Mapping[str, tuple[type[SetDistance], str]] = {
+    "fd_efficientnet_lite0": (FrechetDistance, "efficientnet_lite0"),
+    "kd_efficientnet_lite0": (KernelDistance, "efficientnet_lite0"),
+    "fid": (FrechetDistance, "inception_v3"),
+    "kid": (KernelDistance, "inception_v3"),
 }
 
 
@@ -233,6 +233,21 @@ def image_pair_score(name: str) -> ImagePairScore:
     return _PAIR_SCORES[name]()
 
 
+def set_distance(name: str) -> SetDistance:
+    """Make a distance between sets of images; its ``network`` says whose features it compares.
+
+    Raises:
+        ConfigError: not the name of such a distance.
+        WeightsMissingError: its weights are missing and cannot be downloaded.
+
+    >>> set_distance("kd_efficientnet_lite0").network
+    'efficientnet_lite0'
+    """
+    _require_name(name, _SET_DISTANCES, "distance between sets")
+    kind, network = _SET_DISTANCES[name]
+    return kind(network)
+
+
 def image_metric(name: str) -> Metric:
     """Make an image metric: ``update(generated, real, index)``, ``compute()``, ``reset()``.
 
@@ -248,7 +263,7 @@ lpips, fd_efficientnet_lite0, kd_efficientnet_lite0, fid, kid.
     """
     _require_name(name, available_image_metrics(), "image metric")
     if name in _SET_DISTANCES:
-        return _SET_DISTANCES[name]()
+        return set_distance(name)
     return MeanImageMetric(image_pair_score(name))
 
 

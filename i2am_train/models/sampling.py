@@ -1,4 +1,4 @@
-"""DDIM sampling with classifier-free guidance (spec section 8).
+"""Sampling with classifier-free guidance (spec section 8).
 
 The sampler owns time: around each evaluation it announces the step and the conditional rows, so that listeners such as
 ``trace`` never have to guess them.
@@ -12,7 +12,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from i2am_train.attribution.frames import announce
-from i2am_train.models.diffusion import ddim_timesteps, guided
+from i2am_train.config.schema import SamplerName
+from i2am_train.models.diffusion import guided
+from i2am_train.models.solvers import make_solver
 from i2am_train.models.tryon import Conditions, TryOnModel
 
 
@@ -44,11 +46,13 @@ def sample(
     seeds: Sequence[int],
     steps: int = 50,
     guidance: float = 5.0,
+    sampler: SamplerName = "ddim",
     on_step: Callable[[SamplingStep], None] | None = None,
 ) -> Float[Tensor, "batch 3 height width"]:
     """Images in [-1, 1] of the persons in the garments; all inputs are in [-1, 1].
 
-    ``steps`` and ``guidance`` default to the paper's. With guidance 1 the unconditional half is not computed.
+    ``steps``, ``guidance`` and ``sampler`` default to the paper's. With guidance 1 the unconditional half is not
+    computed. Every sampler evaluates the network once per step, which ``trace`` hears of.
     """
     conditions = Conditions(
         model.encode_latents(agnostic),
@@ -56,17 +60,14 @@ def sample(
         model.encode_reference(garment),
     )
     latents = initial_noise(model, seeds)
-    clean = latents
-    for step_index, (timestep, following) in enumerate(
-        ddim_timesteps(steps, model.schedule.length)
-    ):
+    solver = make_solver(sampler, model.schedule, steps)
+    for step_index, timestep in enumerate(solver.timesteps):
         at = torch.full((len(latents),), timestep, device=latents.device)
         prediction = _predict(model, latents, at, conditions, guidance, step_index)
-        clean, noise = model.schedule.clean_and_noise(prediction, latents, at)
-        latents = model.schedule.noised(clean, noise, torch.full_like(at, following))
+        latents, clean = solver.step(step_index, prediction, latents)
         if on_step is not None:
             on_step(SamplingStep(step_index, timestep, clean))
-    return model.decode_latents(clean)
+    return model.decode_latents(latents)
 
 
 def _predict(

@@ -125,7 +125,7 @@ def paired_difference(
 over=<Over.SEEDS: 'seeds'>)
     """
     differences = _finite_differences(a, b)
-    low, high = _interval(differences, confidence, resamples, seed)
+    low, high = mean_interval(differences, confidence, resamples, seed)
     return PairedDifference(
         mean=float(differences.mean()),
         low=low,
@@ -151,30 +151,39 @@ def _finite_differences(a: ArrayLike, b: ArrayLike) -> NDArray[np.float64]:
     return differences
 
 
-def _interval(
-    differences: NDArray[np.float64], confidence: float, resamples: int, seed: int
-) -> tuple[float | None, float | None]:
-    if differences.size < 2:
+def mean_interval(
+    values: ArrayLike, confidence: float = 0.95, resamples: int = 10_000, seed: int = 0
+) -> tuple[float, float] | tuple[None, None]:
+    """Bias-corrected, accelerated bootstrap interval of the mean of finite ``values``.
+
+    ``(None, None)`` for fewer than two; of no width where all are equal. Arguments and source as
+    for :func:`paired_difference`.
+
+    >>> mean_interval([0.5, 0.5, 0.5])
+    (0.5, 0.5)
+    """
+    values = np.asarray(values, dtype=np.float64)
+    if values.size < 2:
         return None, None
-    if _all_equal(differences):  # the bootstrap distribution is one point; scipy would return NaN
-        value = float(differences.mean())
+    if _all_equal(values):  # the bootstrap distribution is one point; scipy would return NaN
+        value = float(values.mean())
         return value, value
     result = bootstrap(
-        (differences,),
+        (values,),
         np.mean,
         confidence_level=confidence,
         n_resamples=resamples,
         method="BCa",
-        batch=max(1, 2**20 // differences.size),  # resamples at a time: 8 MiB of float64
+        batch=max(1, 2**20 // values.size),  # resamples at a time: 8 MiB of float64
         rng=np.random.default_rng(seed),
     )
     return float(result.confidence_interval.low), float(result.confidence_interval.high)
 
 
-def _all_equal(differences: NDArray[np.float64]) -> bool:
+def _all_equal(values: NDArray[np.float64]) -> bool:
     # Differences of equal gaps differ by rounding only: 0.3 - 0.1 and 0.4 - 0.2.
-    scale = float(np.abs(differences).max())
-    return float(np.ptp(differences)) <= 1e-12 * max(scale, 1e-300)
+    scale = float(np.abs(values).max())
+    return float(np.ptp(values)) <= 1e-12 * max(scale, 1e-300)
 
 
 def paired_over_seeds(

@@ -148,7 +148,7 @@ def test_evaluation(overrides: list[str], small_checkpoint: Path, tmp_path: Path
     assert {
         "imacs_g",
         "imacs_r",
-        "imacs_g@1",
+        "imacs_g@d0.4_l1",
         "correspondence_error",
         "pck_1",
         "ssim",

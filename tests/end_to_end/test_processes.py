@@ -1,12 +1,15 @@
 """Two processes give the metrics of one: real processes with gloo, started by the command line."""
 
 import csv
+import json
 import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from i2am_train.reporting.records import read_panels
 
 
 def logged(folder: Path) -> dict[str, float]:
@@ -21,6 +24,16 @@ def logged(folder: Path) -> dict[str, float]:
         for name in row
         if name.startswith(kind) and row[name]
     }
+
+
+def run(*words: str) -> str:
+    """What a command prints; one thread per process, so that sums have one order."""
+    command, environment = [sys.executable, "-m", "i2am_train", *words], {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        command, capture_output=True, text=True, env=os.environ | environment, timeout=900
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
 
 
 def test_two_processes_equal_one(
@@ -44,19 +57,42 @@ def test_two_processes_equal_one(
     }
     scores = {}
     for name, options in variants.items():
-        command = [
-            sys.executable,
-            "-m",
-            "i2am_train",
-            "train",
-            *common,
-            *options,
-            f"output={tmp_path / name}",
-        ]
-        environment = os.environ | {"OMP_NUM_THREADS": "1"}
-        done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=600)
-        assert done.returncode == 0, done.stderr[-3000:]
+        run("train", *common, *options, f"output={tmp_path / name}")
         scores[name] = logged(tmp_path / name)
     assert scores["one"].keys() == scores["two"].keys() >= {"loss/total", "loss/dcml", "val/ssim"}
     for name, value in scores["one"].items():
         assert scores["two"][name] == pytest.approx(value, rel=2e-3, abs=2e-3), name
+
+
+def test_two_processes_evaluate_as_one(
+    small_dataset: Path, small_checkpoint: Path, tmp_path: Path
+) -> None:
+    """Bit for bit the same images, rows and scores from three batches on one and on two processes."""
+    common = [
+        f"data.root={small_dataset}", f"checkpoint={small_checkpoint}", "data.height=64", "data.width=48",
+        "data.workers=0", "sampling.steps=2", "evaluation.batch_size=2", "evaluation.panel_samples=3",
+        "evaluation.metrics=[ssim,fd_efficientnet_lite0]", "progress_bar=false", "device=cpu",
+    ]  # fmt: skip
+    for name, options in {"one": [], "two": ["devices=2", "strategy=ddp"]}.items():
+        printed = run("evaluate", *common, *options, f"output={tmp_path / name}")
+        assert printed.count("6 samples") == 1, "one table, from one process"
+    one, two = (
+        json.loads((tmp_path / name / "results.json").read_text()) for name in ("one", "two")
+    )
+    for part in ("metrics", "intervals", "protocol", "skipped", "samples"):
+        assert two[part] == one[part], part
+    files = sorted(path.relative_to(tmp_path / "one") for path in (tmp_path / "one").rglob("*.*"))
+    assert files == sorted(
+        path.relative_to(tmp_path / "two") for path in (tmp_path / "two").rglob("*.*")
+    )
+    same = [path for path in files if path.suffix in (".png", ".jsonl")]
+    assert len(same) == 6 + 1
+    for path in same:
+        assert (tmp_path / "one" / path).read_bytes() == (tmp_path / "two" / path).read_bytes(), (
+            path
+        )
+    first, second = (read_panels(tmp_path / name / "panels.safetensors") for name in ("one", "two"))
+    assert first is not None
+    assert second is not None
+    assert first.names == second.names
+    assert first.map_generated.tobytes() == second.map_generated.tobytes()

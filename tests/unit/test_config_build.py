@@ -59,7 +59,9 @@ def test_zero_is_a_value() -> None:
 @pytest.mark.parametrize("schema", COMMANDS.values(), ids=COMMANDS)
 def test_plain_is_the_inverse_of_build(schema: type) -> None:
     """What a configuration says in YAML's types reads back as an equal configuration."""
-    given = {name: "tiny" for name, value in plain(schema).items() if value == "???"}
+    needed = {name for name, value in plain(schema).items() if value == "???"}
+    needed |= {"checkpoint"} & plain(schema).keys()  # evaluate takes two folders instead
+    given = dict.fromkeys(needed, "tiny")
     config = build(schema, given)
     assert build(schema, plain(config)) == config
 
@@ -95,9 +97,34 @@ def test_impossible_values_are_named(values: dict[str, object], message: str) ->
 
 
 def test_a_required_option_is_asked_for() -> None:
-    """Without a checkpoint, evaluate says what to type."""
+    """Without a checkpoint, explain says what to type."""
     with pytest.raises(ConfigError, match=r"checkpoint is required .* checkpoint=VALUE"):
-        build(EvaluateConfig, {"checkpoint": "???"})
+        build(ExplainConfig, {"checkpoint": "???"})
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({}, r"found neither\. Give checkpoint=FOLDER"),
+        ({"images": "a"}, r"found images\. .* images=FOLDER and reference=FOLDER"),
+        ({"checkpoint": "tiny", "images": "a", "reference": "b"}, r"checkpoint and images and ref"),
+        (
+            {"checkpoint": "tiny", "resize": [64, 48]},
+            r"resize=\[64, 48\] .* null with a checkpoint",
+        ),
+        ({"images": "a", "reference": "b", "resize": [64, 0]}, r"resize=0 .* at least 1"),
+        ({"images": "a", "reference": "b", "devices": 2}, r"devices=2 .* 1 for finished images"),
+        ({"checkpoint": "tiny", "devices": 0}, r"devices=0 .* at least 1"),
+        (
+            {"checkpoint": "tiny", "evaluation": {"kernel_subset_size": 1}},
+            r"kernel_subset_size=1 .* at least 2",
+        ),
+    ],
+)
+def test_evaluate_judges_one_thing(values: dict[str, object], message: str) -> None:
+    """Either a checkpoint or two folders; what only belongs to folders is refused with a checkpoint."""
+    with pytest.raises(ConfigError, match=message):
+        build(EvaluateConfig, values)
 
 
 def test_patches_are_pairs() -> None:

@@ -151,3 +151,17 @@ def test_a_process_without_samples_is_refused(
     monkeypatch.setattr(data, "_processes", lambda: 2)
     with pytest.raises(DataError, match="1 samples cannot be evaluated on 2 processes"):
         data.val_dataloader()
+
+
+def test_processes_take_whole_test_batches_in_turn(
+    small_dataset: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Proves that a test batch holds the same samples on any number of processes, and that none has nothing to do.
+    data = module(small_dataset)
+    data.test_batches = [range(2), range(4, 6), range(2, 3)]
+    monkeypatch.setattr(data, "_processes", lambda: 4)
+    seen = []
+    for rank in range(4):
+        monkeypatch.setattr(data, "_rank", lambda rank=rank: rank)
+        seen.append([batch["index"].tolist() for batch in data.test_dataloader()])
+    assert seen == [[[0, 1]], [[4, 5]], [[2]], [[0, 1]]]

@@ -19,7 +19,9 @@ from i2am_train.evaluation.evaluator import (
     EvaluationResult,
     EvaluationSettings,
     Evaluator,
+    attention_scores,
     check_settings,
+    generate_with_attention,
     make_panels,
 )
 from i2am_train.metrics.correspondence import target_on_grid
@@ -96,9 +98,28 @@ def test_imacs_by_hand(
     unified = maps.unified(direction).normalised().resized(SIZE).normalised().values
     for row, heat_map, inside in zip(result.rows, unified, batch[mask], strict=True):
         kept = torch.where(heat_map > 0.4, heat_map, 0.0)
-        for name, penalty in (("", 3.0), ("@1", 1.0), ("@5", 5.0)):
+        for name, penalty in (("", 3.0), ("@d0.4_l1", 1.0), ("@d0.4_l5", 5.0)):
             expected = kept[inside].mean() - penalty * kept[~inside].mean()
             assert row[f"imacs_{side}{name}"] == pytest.approx(float(expected), abs=1e-4)
+
+
+def test_every_delta_and_lambda_from_one_pass(model: Any, read_batch: Callable[..., Any]) -> None:
+    """A sweep gives what single settings give, every column is affine in lambda, and the main score stays its own."""
+    batch = read_batch([1, 4, 5])
+    deltas, penalties = [0.1, 0.4, 0.7], [0.0, 2.0, 7.0]
+    sweep = AttributionConfig(deltas=deltas, penalties=penalties)
+    explained = generate_with_attention(model, batch, SAMPLING, sweep)
+    scores = attention_scores(explained, batch, sweep)
+    for name in ("imacs_g", "imacs_r"):
+        assert torch.equal(scores[name], scores[f"{name}@d0.4_l3"])
+        for delta in deltas:
+            for penalty in penalties:
+                one = AttributionConfig(delta=delta, penalty=penalty, penalties=[])
+                single = attention_scores(explained, batch, one)[name]
+                assert torch.equal(scores[f"{name}@d{delta:g}_l{penalty:g}"], single)
+            zero, two, seven = (scores[f"{name}@d{delta:g}_l{penalty:g}"] for penalty in penalties)
+            torch.testing.assert_close(zero + 3.5 * (two - zero), seven, atol=1e-5, rtol=0)
+        assert not torch.equal(scores[f"{name}@d0.1_l2"], scores[f"{name}@d0.7_l2"])
 
 
 def test_correspondence_by_hand(captured: Any, result: EvaluationResult) -> None:

@@ -12,12 +12,14 @@ from i2am_train.evaluation import results as results_module
 from i2am_train.evaluation.evaluator import EvaluationResult, Panel
 from i2am_train.evaluation.results import (
     read_results,
+    sample_intervals,
     stack_panels,
     write_evaluation,
     write_image,
     write_panels,
 )
 from i2am_train.reporting.records import Panels, read_panels, read_samples
+from i2am_train.reporting.statistics import mean_interval
 from i2am_train.types import GridSize
 
 GENERATED, REFERENCE = GridSize(4, 3), GridSize(8, 6)
@@ -54,8 +56,28 @@ def outcome() -> EvaluationResult:
         {"index": 3, "name": "c", "garment_name": "d", "imacs_g": 0.75, "ssim": None},
     ]
     return EvaluationResult(
-        metrics={"imacs_g": 0.5}, rows=rows, skipped={"ssim": 2}, warnings=["collapsed"]
+        metrics={"imacs_g": 0.5},
+        rows=rows,
+        skipped={"ssim": 2},
+        warnings=["collapsed"],
+        protocol={"image_size": "64x48"},
     )
+
+
+def test_intervals_are_of_means_over_samples() -> None:
+    """The bootstrap that a report uses, over the samples that have a value; one sample has no interval."""
+    values = [0.1, 0.4, None, 0.35, 0.8, 0.2]
+    rows = [
+        {"index": index, "name": str(index), "ssim": value, "pck_1": 0.5 if index == 2 else None}
+        for index, value in enumerate(values)
+    ]
+    intervals = sample_intervals(rows)
+    known = [value for value in values if value is not None]
+    low, high = mean_interval(known, 0.95)
+    assert low is not None
+    assert high is not None
+    assert low < np.mean(known) < high
+    assert intervals == {"ssim": {"low": low, "high": high, "confidence": 0.95, "n": 5}}
 
 
 def test_panels_come_back(tmp_path: Path) -> None:
@@ -93,14 +115,16 @@ def test_panels_are_never_half_written(tmp_path: Path, monkeypatch: pytest.Monke
 
 
 def test_scores_come_back(tmp_path: Path) -> None:
-    """Means, counts and settings in one file, the samples' scores in the other, a missing value as null."""
+    """Means with intervals, counts and settings in one file, the samples' scores in the other, None as null."""
     write_evaluation(tmp_path / "new", outcome(), {"sampling": {"steps": 2}})
     results = read_results(tmp_path / "new")
     assert results == {
         "metrics": {"imacs_g": 0.5},
+        "intervals": {"imacs_g": {"low": 0.25, "high": 0.75, "confidence": 0.95, "n": 2}},
         "samples": 2,
         "skipped": {"ssim": 2},
         "warnings": ["collapsed"],
+        "protocol": {"image_size": "64x48"},
         "settings": {"sampling": {"steps": 2}},
     }
     assert list(read_samples(tmp_path / "new" / "samples.jsonl")) == outcome().rows

@@ -1,0 +1,54 @@
+"""The callback of ``i2am evaluate``: samples the batches of a test run and keeps each as soon as it is made."""
+
+from typing import Any
+
+import lightning as L
+
+from i2am_train.config.schema import AttributionConfig, SamplingConfig
+from i2am_train.evaluation.evaluator import (
+    attention_scores,
+    generate_with_attention,
+    make_panels,
+    sample_rows,
+)
+from i2am_train.evaluation.generation import GeneratedSamples
+from i2am_train.ops.images import to_uint8
+from i2am_train.training.module import TryOnModule
+
+
+class GenerationCallback(L.Callback):
+    """Images, attention scores and the panels of the first ``panel_samples``, into ``samples``.
+
+    Several processes share the folder: each makes its own batches, and they wait for each other at the end.
+    """
+
+    def __init__(
+        self,
+        samples: GeneratedSamples,
+        sampling: SamplingConfig,
+        attribution: AttributionConfig,
+        *,
+        panel_samples: int,
+    ) -> None:
+        self.samples = samples
+        self.sampling = sampling
+        self.attribution = attribution
+        self.panels = set(range(panel_samples))
+
+    def on_test_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, *_: Any
+    ) -> None:
+        assert isinstance(pl_module, TryOnModule)
+        with trainer.precision_plugin.forward_context():
+            explained = generate_with_attention(
+                pl_module.model, batch, self.sampling, self.attribution
+            )
+        scores = attention_scores(explained, batch, self.attribution)
+        self.samples.write(
+            sample_rows(batch, scores),
+            to_uint8(explained.generated).permute(0, 2, 3, 1),
+            make_panels(explained, batch, self.panels),
+        )
+
+    def on_test_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        trainer.strategy.barrier()  # the first process will read what all have written

@@ -1,0 +1,155 @@
+"""The first stage of judging a checkpoint: images, attention scores and panels, kept batch by batch.
+
+A batch is the unit that is kept. Its rows are written last and in one step, so that whatever stops the process leaves
+whole batches and at most one unfinished; the same command goes on with the others. A batch always holds the same
+samples, on any number of processes and after any restart, because the last bits of an image depend on its batch. The
+second stage (``scoring``) reads the finished images from their files.
+"""
+
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import UInt8
+from torch import Tensor
+
+from i2am_train.datasets.viton_hd import VitonHDDataset
+from i2am_train.errors import DataError
+from i2am_train.evaluation.evaluator import EvaluationResult, Panel
+from i2am_train.evaluation.folders import ImageSet, read_image
+from i2am_train.evaluation.results import (
+    IMAGES,
+    PANELS,
+    stack_panels,
+    write_image,
+    write_panels,
+)
+from i2am_train.evaluation.scoring import ImageScores, ScoringOptions, score_images
+from i2am_train.reporting.records import PANEL_ARRAYS, Panels, read_panels
+from i2am_train.runs import read_json, write_json
+
+PARTIAL, ROWS = "partial", "rows.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class GeneratedSamples:
+    """Generated images, their rows and panels, in the folder of an evaluation."""
+
+    folder: Path
+    names: tuple[str, ...]
+    """Names of all samples, by position; an image is called after its person."""
+    batch_size: int
+
+    def batches(self) -> list[range]:
+        """Positions of all samples, batch by batch."""
+        count, size = len(self.names), self.batch_size
+        return [range(start, min(start + size, count)) for start in range(0, count, size)]
+
+    def pending(self) -> list[range]:
+        """Batches that are still to be made."""
+        return [batch for batch in self.batches() if not self._is_finished(batch)]
+
+    def write(
+        self,
+        rows: Mapping[int, dict[str, Any]],
+        images: UInt8[Tensor, "batch height width 3"],
+        panels: Mapping[int, Panel],
+    ) -> None:
+        """Keeps one batch, whose rows are given by position in the order of its images."""
+        positions = list(rows)
+        for position, image in zip(positions, images, strict=True):
+            write_image(self.folder, self.names[position], image)
+        place = self._place(positions[0])
+        if panels:
+            write_panels(place, stack_panels(panels))
+        write_json(place / ROWS, list(rows.values()))
+
+    def rows(self) -> list[dict[str, Any]]:
+        """Rows of all samples, in order."""
+        return [row for batch in self.batches() for row in read_json(self._place(batch[0]) / ROWS)]
+
+    def panels(self) -> Panels | None:
+        """The panels of all batches that have some, in order."""
+        parts = [read_panels(self._place(batch[0]) / PANELS) for batch in self.batches()]
+        return _joined([part for part in parts if part is not None])
+
+    def clear(self) -> None:
+        """Removes what the finished evaluation holds elsewhere."""
+        shutil.rmtree(self.folder / PARTIAL, ignore_errors=True)
+        for half_written in (self.folder / IMAGES).glob(".*.tmp"):
+            half_written.unlink()
+
+    def image_path(self, position: int) -> Path:
+        """Where the image of a sample lies."""
+        return self.folder / IMAGES / f"{self.names[position]}.png"
+
+    def _place(self, first: int) -> Path:
+        return self.folder / PARTIAL / f"batch-{first // self.batch_size:05d}"
+
+    def _is_finished(self, batch: range) -> bool:
+        images = all(self.image_path(position).is_file() for position in batch)
+        return images and (self._place(batch[0]) / ROWS).is_file()
+
+
+def _joined(parts: Sequence[Panels]) -> Panels | None:
+    if not parts:
+        return None
+    first = parts[0]
+    return Panels(
+        names=tuple(name for part in parts for name in part.names),
+        garment_names=tuple(name for part in parts for name in part.garment_names),
+        layer=first.layer,
+        generated_grid=first.generated_grid,
+        reference_grid=first.reference_grid,
+        **{name: np.concatenate([getattr(part, name) for part in parts]) for name in PANEL_ARRAYS},
+    )
+
+
+def person_names(dataset: VitonHDDataset) -> tuple[str, ...]:
+    """Names of the persons of a dataset, by position.
+
+    Raises:
+        DataError: a person comes twice, so that one image would overwrite another.
+    """
+    names = [dataset.pairs[index].person for index in dataset.indices]
+    twice = (
+        sorted({name for name in names if names.count(name) > 1})
+        if len(set(names)) < len(names)
+        else []
+    )
+    if twice:
+        raise DataError(
+            f"{len(twice)} persons come more than once in the {dataset.split} list of {dataset.root} "
+            f"({', '.join(twice[:10])}), and generated images are named after persons. Keep one line of each."
+        )
+    return tuple(names)
+
+
+def real_images(dataset: VitonHDDataset) -> ImageSet:
+    """The photographs of a dataset's persons, at its size."""
+    return ImageSet(names=person_names(dataset), size=dataset.size, read=dataset.person_image)
+
+
+def score_generated(
+    samples: GeneratedSamples, real: ImageSet, options: ScoringOptions, *, paired: bool
+) -> EvaluationResult:
+    """Joins the rows of finished samples with the scores of their images."""
+    generated = ImageSet(
+        names=samples.names,
+        size=real.size,
+        read=lambda position: read_image(samples.image_path(position), real.size),
+    )
+    scores = score_images(generated, real, options, paired=paired)
+    return joined_result(samples.rows(), scores)
+
+
+def joined_result(rows: Sequence[Mapping[str, Any]], scores: ImageScores) -> EvaluationResult:
+    """The result of samples whose image scores come in the order of their rows."""
+    together = [
+        {**row, **{metric: values[position] for metric, values in scores.pairs.items()}}
+        for position, row in enumerate(rows)
+    ]
+    return EvaluationResult.from_rows(together, scores.sets, scores.protocol)

@@ -1,0 +1,182 @@
+"""Image metrics of two sets of finished images, whoever made them: the second stage of every evaluation.
+
+Features of an image are computed once for each network; scores of pairs and features come in batches, whose size does
+not change the result beyond rounding.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from tqdm import tqdm
+
+from i2am_train.errors import DataError
+from i2am_train.evaluation.folders import ImageSet
+from i2am_train.metrics.distribution import (
+    KERNEL_SEED,
+    KERNEL_SUBSETS,
+    KernelDistance,
+    SetDistance,
+    frechet_distance,
+    kernel_distance,
+    kernel_subsets,
+)
+from i2am_train.metrics.features import FEATURE_NETWORKS, RESIZE_FILTER, image_features
+from i2am_train.metrics.image_quality import ImagePairScore
+from i2am_train.metrics.registry import image_metric, image_pair_score, metric_info, set_distance
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoringOptions:
+    """How images are scored."""
+
+    metrics: tuple[str, ...]
+    device: torch.device
+    kernel_subset_size: int | None = None
+    """As in ``metrics.distribution.kernel_subsets``."""
+    kernel_subsets: int = KERNEL_SUBSETS
+    batch_size: int = 32
+    progress: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageScores:
+    """Image metrics of two sets."""
+
+    pairs: dict[str, list[float | None]]
+    """Value of each generated image by metric; None where it has no partner."""
+    sets: dict[str, float]
+    """Distances between the sets by metric."""
+    protocol: dict[str, Any]
+    """What must be the same for two results to be comparable; plain values for the result's file."""
+
+
+def score_images(
+    generated: ImageSet, real: ImageSet, options: ScoringOptions, *, paired: bool
+) -> ImageScores:
+    """Every chosen metric of two sets of images; metrics of pairs only where images pair up by position.
+
+    Raises:
+        I2AMError: as ``check_scoring``; an image cannot be read or is too small for a metric.
+    """
+    check_scoring(generated, real, options)
+    pair_metrics = [name for name in options.metrics if metric_info(name).per_sample]
+    set_metrics = {
+        name: set_distance(name) for name in options.metrics if not metric_info(name).per_sample
+    }
+    pairs: dict[str, list[float | None]] = {name: [None] * len(generated) for name in pair_metrics}
+    if paired and pair_metrics:
+        pairs = dict(_pair_scores(generated, real, pair_metrics, options))
+    return ImageScores(
+        pairs=pairs,
+        sets=_set_scores(generated, real, set_metrics, options),
+        protocol=_protocol(generated, real, set_metrics, options),
+    )
+
+
+def check_scoring(generated: ImageSet, real: ImageSet, options: ScoringOptions) -> None:
+    """Fails as scoring would, without reading an image.
+
+    Raises:
+        ConfigError: there is no image metric of a name.
+        DataError: too few images for a distance between sets, or for the kernel distance's subsets; sizes differ.
+        WeightsMissingError: a metric's network is not on this machine.
+    """
+    metrics = [image_metric(name) for name in options.metrics]
+    if generated.size != real.size:
+        raise DataError(
+            f"The generated images are {generated.size} and the real ones {real.size}. Resize both to one size."
+        )
+    if (
+        any(isinstance(metric, SetDistance) for metric in metrics)
+        and min(len(generated), len(real)) < 2
+    ):
+        raise DataError(
+            f"A distance between sets needs at least 2 images in each, found {len(generated)} generated and "
+            f"{len(real)} real. Evaluate more samples, or leave the distances out of evaluation.metrics."
+        )
+    if any(isinstance(metric, KernelDistance) for metric in metrics):
+        kernel_subsets(
+            len(generated), len(real), options.kernel_subset_size, options.kernel_subsets
+        )
+
+
+def _pair_scores(
+    generated: ImageSet, real: ImageSet, names: Iterable[str], options: ScoringOptions
+) -> Iterator[tuple[str, list[float | None]]]:
+    scores: Mapping[str, ImagePairScore] = {name: image_pair_score(name) for name in names}
+    values: dict[str, list[Tensor]] = {name: [] for name in scores}
+    for positions in _batches(len(generated), options, "pairs"):
+        first, second = (images.batch(positions).to(options.device) for images in (generated, real))
+        for name, score in scores.items():
+            values[name].append(score(first, second).cpu())
+    for name, parts in values.items():
+        yield name, torch.cat(parts).tolist()
+
+
+def _set_scores(
+    generated: ImageSet, real: ImageSet, metrics: Mapping[str, SetDistance], options: ScoringOptions
+) -> dict[str, float]:
+    features = {
+        network: (
+            set_features(generated, network, options, "generated"),
+            set_features(real, network, options, "real"),
+        )
+        for network in {metric.network: None for metric in metrics.values()}
+    }
+    subsets = (options.kernel_subset_size, options.kernel_subsets)
+    sizes = (len(generated), len(real))
+    return {
+        name: float(
+            kernel_distance(*features[metric.network], kernel_subsets(*sizes, *subsets))
+            if isinstance(metric, KernelDistance)
+            else frechet_distance(*features[metric.network])
+        )
+        for name, metric in metrics.items()
+    }
+
+
+def set_features(
+    images: ImageSet, network: str, options: ScoringOptions, description: str = "images"
+) -> Float[Tensor, "images feature"]:
+    """Features of all images of a set, on the CPU."""
+    return torch.cat(
+        [
+            image_features(images.batch(positions).to(options.device), network).cpu()
+            for positions in _batches(len(images), options, f"features of {description}")
+        ]
+    )
+
+
+def _batches(count: int, options: ScoringOptions, description: str) -> Iterator[range]:
+    with tqdm(total=count, desc=description, unit="image", disable=not options.progress) as bar:
+        for start in range(0, count, options.batch_size):
+            positions = range(start, min(start + options.batch_size, count))
+            yield positions
+            bar.update(len(positions))
+
+
+def _protocol(
+    generated: ImageSet, real: ImageSet, metrics: Mapping[str, SetDistance], options: ScoringOptions
+) -> dict[str, Any]:
+    networks = {name: metric.network for name, metric in metrics.items()}
+    protocol: dict[str, Any] = {
+        "images": {"generated": len(generated), "real": len(real)},
+        "image_size": str(generated.size),
+        "feature_network": networks,
+        "feature_input_size": {name: FEATURE_NETWORKS[name].size for name in networks.values()},
+        "resize_filter": RESIZE_FILTER,
+    }
+    if any(isinstance(metric, KernelDistance) for metric in metrics.values()):
+        subsets = kernel_subsets(
+            len(generated), len(real), options.kernel_subset_size, options.kernel_subsets
+        )
+        protocol["kernel_subsets"] = {
+            "size": subsets.size,
+            "number": subsets.number,
+            "seed": KERNEL_SEED,
+        }
+    return protocol

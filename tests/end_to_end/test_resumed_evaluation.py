@@ -1,0 +1,82 @@
+"""A stopped ``i2am evaluate`` goes on where it was: a real process, killed by the system between two batches."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from i2am_train.commands.evaluate import evaluate
+from i2am_train.config.store import compose
+from i2am_train.reporting.records import PANEL_ARRAYS, read_panels
+
+pytestmark = pytest.mark.filterwarnings("default")  # Lightning's and torch's own deprecations
+
+
+@pytest.fixture
+def options(small_dataset: Path, small_checkpoint: Path) -> list[str]:
+    """Three batches of two samples, with enough steps that the first is not the last at once."""
+    return [
+        f"data.root={small_dataset}", f"checkpoint={small_checkpoint}", "data.height=64", "data.width=48",
+        "data.workers=0", "sampling.steps=60", "evaluation.batch_size=2", "evaluation.panel_samples=3",
+        "evaluation.metrics=[ssim,kd_efficientnet_lite0]", "progress_bar=false", "device=cpu",
+    ]  # fmt: skip
+
+
+def killed_after_a_batch(options: list[str], output: Path) -> None:
+    """Starts the command and kills it as soon as one batch is finished."""
+    command = [sys.executable, "-m", "i2am_train", "evaluate", *options, f"output={output}"]
+    # As many threads as here: sums in another order would change the last bits.
+    environment = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
+    deadline = time.monotonic() + 600
+    while not list(output.glob("partial/*/rows.json")):
+        if process.poll() is not None or time.monotonic() > deadline:
+            process.kill()
+            pytest.fail(f"no batch was finished: {process.communicate()[1][-3000:]}")
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL
+
+
+def contents(folder: Path) -> dict[str, Any]:
+    """What the files of a result hold, by name; an archive's tensors (its header has no fixed order)."""
+    kept = [path for path in folder.rglob("*") if path.suffix in (".png", ".jsonl")]
+    found: dict[str, Any] = {
+        path.relative_to(folder).as_posix(): path.read_bytes() for path in kept
+    }
+    panels = read_panels(folder / "panels.safetensors")
+    assert panels is not None
+    found["names"] = panels.names
+    return found | {name: getattr(panels, name).tobytes() for name in PANEL_ARRAYS}
+
+
+def test_killed_and_continued_equals_uninterrupted(options: list[str], tmp_path: Path) -> None:
+    """Bit for bit the same images, rows, panels and scores; the finished batch is not made again."""
+    stopped, whole = tmp_path / "stopped", tmp_path / "whole"
+    killed_after_a_batch(options, stopped)
+    finished = sorted(path.parent.name for path in stopped.glob("partial/*/rows.json"))
+    assert "batch-00000" in finished
+    assert len(finished) < 3
+    assert not (stopped / "results.json").exists()
+    images = sorted((stopped / "images").glob("*.png"))[: 2 * len(finished)]
+    written = [path.stat().st_mtime_ns for path in images]
+
+    resumed = evaluate(compose("evaluate", [*options, f"output={stopped}"]), stopped)
+    assert [path.stat().st_mtime_ns for path in images] == written
+    uninterrupted = evaluate(compose("evaluate", [*options, f"output={whole}"]), whole)
+
+    for part in ("metrics", "intervals", "protocol", "skipped", "samples"):
+        assert resumed[part] == uninterrupted[part], part
+    assert contents(stopped) == contents(whole)
+    assert len(contents(whole)) == 6 + 1 + 1 + len(PANEL_ARRAYS)
+    manifest = json.loads((stopped / "manifest.json").read_text())
+    assert len(manifest["resumed"]) == 1
+    assert manifest["finished"]

@@ -1,0 +1,100 @@
+"""models/solvers.py: every sampler solves the same equation, and the fast ones need fewer steps."""
+
+from collections.abc import Callable
+from typing import Any, get_args
+
+import pytest
+import torch
+from diffusers import DDIMScheduler
+from torch import Tensor
+
+from i2am_train.attribution.trace import trace
+from i2am_train.config.schema import SamplerName
+from i2am_train.errors import ConfigError
+from i2am_train.models.diffusion import NoiseSchedule
+from i2am_train.models.sampling import SamplingStep, sample
+from i2am_train.models.solvers import make_solver
+
+SAMPLERS = get_args(SamplerName)
+CENTER, SPREAD = 0.3, 0.5
+
+
+def schedule(prediction_type: str, zero_terminal_snr: bool) -> NoiseSchedule:
+    scheduler = DDIMScheduler(
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        prediction_type=prediction_type,
+        rescale_betas_zero_snr=zero_terminal_snr,
+    )
+    return NoiseSchedule(scheduler)
+
+
+def solved(name: SamplerName, of: NoiseSchedule, steps: int, noise: Tensor) -> Tensor:
+    """Data from N(CENTER, SPREAD^2), whose best denoiser is known: what a sampler makes of the noise."""
+    latents, solver = noise, make_solver(name, of, steps)
+    for step_index, timestep in enumerate(solver.timesteps):
+        at = torch.full((len(latents),), timestep)
+        signal, level = of.levels(at)
+        gain = signal * SPREAD**2 / (signal**2 * SPREAD**2 + level**2)
+        clean = CENTER + gain * (latents - signal * CENTER)
+        prediction = of.target(clean, (latents - signal * clean) / level, at)
+        latents = solver.step(step_index, prediction, latents).latents
+    return latents
+
+
+@pytest.mark.parametrize(
+    ("prediction_type", "zero_terminal_snr"),
+    [("v_prediction", True), ("v_prediction", False), ("epsilon", False)],
+)
+def test_samplers_solve_the_equation(prediction_type: str, zero_terminal_snr: bool) -> None:
+    """Noise ends where the exact flow of a Gaussian takes it; the fast ones come as near in half as many steps."""
+    of = schedule(prediction_type, zero_terminal_snr)
+    noise = torch.linspace(-3, 3, 24).reshape(2, 4, 3, 1)
+    # The flow keeps each value's quantile: that of the last marginal becomes that of the data.
+    signal, level = of.signal[-1], of.noise[-1]
+    start = (signal**2 * SPREAD**2 + level**2).sqrt()
+    exact = CENTER + SPREAD * (noise - signal * CENTER) / start
+    error = {
+        (name, steps): float((solved(name, of, steps, noise) - exact).abs().max())
+        for name in SAMPLERS
+        for steps in (10, 50, 100)
+    }
+    for name in SAMPLERS:
+        assert error[name, 100] < 0.06, error
+        assert error[name, 100] < error[name, 50] < error[name, 10]
+    for name in ("dpmpp", "unipc"):
+        assert error[name, 50] < error["ddim", 100], error
+        assert error[name, 10] < error["ddim", 10], error
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_one_evaluation_per_step_is_announced(
+    name: SamplerName, make_small_model: Callable[..., Any]
+) -> None:
+    """Capture sees every step once, from the noisiest; the image is the same without it, alone and in a batch."""
+    model = make_small_model()
+    draw = torch.Generator().manual_seed(0)
+    given = {
+        image: torch.rand(3, 3, 64, 48, generator=draw) * 2 - 1
+        for image in ("garment", "agnostic", "densepose")
+    }
+    options: dict[str, Any] = {"steps": 3, "guidance": 2.0, "sampler": name}
+    seen: list[SamplingStep] = []
+    with trace(model) as attention:
+        captured = sample(model, **given, seeds=[4, 5, 6], on_step=seen.append, **options)
+    assert attention.maps().store.steps == 3
+    assert [step.step_index for step in seen] == [0, 1, 2]
+    assert seen[0].timestep == model.schedule.length - 1
+    assert torch.equal(captured, sample(model, **given, seeds=[4, 5, 6], **options))
+    first = {image: pixels[1:2] for image, pixels in given.items()}
+    alone = sample(model, **first, seeds=[5], **options)
+    torch.testing.assert_close(alone[0], captured[1], atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+@pytest.mark.parametrize("steps", [0, 1001])
+def test_impossible_numbers_of_steps(name: SamplerName, steps: int) -> None:
+    """The message says what is possible."""
+    with pytest.raises(ConfigError, match=rf"sampling\.steps is {steps}; .* from 1 to 1000"):
+        make_solver(name, schedule("epsilon", zero_terminal_snr=False), steps)
