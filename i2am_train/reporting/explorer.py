@@ -14,7 +14,6 @@ from typing import Any, TypeAlias
 import numpy as np
 import torch
 from jaxtyping import Float
-from markupsafe import Markup
 from torch import Tensor
 
 from i2am_train.attribution.maps import AttributionMaps
@@ -39,7 +38,8 @@ from i2am_train.reporting.sample_panel import TEAR
 from i2am_train.types import Direction, GridSize
 
 SIZE_LIMIT = 10_000_000
-"""Bytes of the page per sample, all models together; score matrices take what the rest leaves."""
+"""Bytes of the page per sample, all models together; score matrices take what the rest leaves.
+Only the column means of very large models, or one very large matrix asked for, exceed it."""
 _PAGE_ALLOWANCE = 100_000
 """Bytes kept free for markup, style and script."""
 _LEVELS = 2**16 - 1
@@ -94,7 +94,7 @@ def explorer_page(data: Json, making: Mapping[str, str]) -> str:
     environment = page_environment()
     assert environment.loader is not None
     sources = {
-        name: Markup(environment.loader.get_source(environment, f"explorer_{name}.js")[0])
+        name: environment.loader.get_source(environment, f"explorer_{name}.js")[0]
         for name in ("maps", "page")
     }
     return environment.get_template("explorer.html.j2").render(
@@ -265,7 +265,7 @@ def _group_means(
 
 
 def _matrix_layers(store: AttributionStore, options: AttributionConfig, data: Json) -> list[int]:
-    """Layers whose score matrices fit on the page: that of ``options`` first, then small to large."""
+    """That of ``options`` in any case, then as many others as fit on the page, small to large."""
     models, samples = len(data["models"]), len(data["samples"])
     used = sum(_length(part) for part in (data["samples"], data["captures"])) / samples
     left = SIZE_LIMIT - _PAGE_ALLOWANCE - used
@@ -275,12 +275,12 @@ def _matrix_layers(store: AttributionStore, options: AttributionConfig, data: Js
         if record.scores_over_reference is not None
     ]
     first = store.names.index(store.layer(options.layer).layer)
-    chosen = []
+    chosen = {first}
     for index in sorted(captured, key=lambda at: (at != first, _cells(store.layers[at]))):
         left -= models * _packed_size(store.layers[index])
         if left < 0:
             break
-        chosen.append(index)
+        chosen.add(index)
     return sorted(chosen)
 
 

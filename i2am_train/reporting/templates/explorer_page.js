@@ -10,7 +10,7 @@ const OTHER = { generated: "reference", reference: "generated" };
 const DIRECTION = { generated: "reference_to_generated", reference: "generated_to_reference" };
 const PALE = 0.3; // opacity of values below the threshold, relative to those above
 const steps = page.groups.map((group) => group.steps);
-const palette = bytesOf(page.palette);
+const palette = { full: pixelColors(1), pale: pixelColors(PALE) };
 const form = document.getElementById("controls");
 const byId = (id) => document.getElementById(id);
 
@@ -37,6 +37,13 @@ const LISTS = ["samples", "models"];
 
 let state = { ...DEFAULTS };
 let hovered = null; // a patch under the mouse; it comes before the pinned one
+
+/** The 256 colours of the heat map as pixels, with their opacity times a factor. */
+function pixelColors(opacity) {
+  const bytes = bytesOf(page.palette);
+  for (let i = 3; i < bytes.length; i += 4) bytes[i] *= opacity;
+  return new Uint32Array(bytes.buffer);
+}
 
 // ---- state and address -------------------------------------------------------------------------
 
@@ -249,10 +256,10 @@ function heatPicture(values, [height, width] = page.size) {
   const canvas = new OffscreenCanvas(width, height);
   const context = canvas.getContext("2d");
   const image = context.createImageData(width, height);
+  const pixels = new Uint32Array(image.data.buffer);
   values.forEach((value, i) => {
-    const color = 4 * Math.round(value * 255);
-    image.data.set(palette.subarray(color, color + 4), 4 * i);
-    if (value <= state.delta) image.data[4 * i + 3] *= PALE;
+    const colors = value > state.delta ? palette.full : palette.pale;
+    pixels[i] = colors[Math.round(value * 255)];
   });
   context.putImageData(image, 0, 0);
   return canvas;
@@ -501,10 +508,10 @@ class Card {
   /** The three lines under a picture. */
   write({ side, lines }, view, patch) {
     const own = patch?.side === side;
-    lines.what.textContent = own ? patchTitle(patch) : mapTitle(side, patch);
+    lines.what.textContent = mapTitle(side, own ? null : patch);
     lines.score.replaceChildren(...scoreText(side, view));
     lines.detail.textContent = own
-      ? `map here ${number(valueAt(view.values, patch), 3)}`
+      ? `${patchTitle(patch)}: map ${number(valueAt(view.values, patch), 3)}`
       : this.detail(side, view, patch);
   }
 
