@@ -13,6 +13,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from selenium import webdriver
+from selenium.webdriver.common.action_chains import ActionChains
+from selenium.webdriver.common.keys import Keys
+from selenium.webdriver.support.select import Select
+from selenium.webdriver.support.wait import WebDriverWait
 
 from i2am_train.attribution.archive import load_maps, save_maps
 from i2am_train.attribution.maps import AttributionMaps, HeatMap
@@ -117,8 +122,6 @@ def file(
 @pytest.fixture(scope="module")
 def chromium(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     """A browser window of a desktop's size."""
-    from selenium import webdriver
-
     options = webdriver.ChromeOptions()
     options.binary_location = CHROMIUM
     for flag in (
@@ -171,8 +174,6 @@ def pixels(browser: Any, canvas: Any) -> str:
 
 
 def choose(browser: Any, name: str, value: str) -> None:
-    from selenium.webdriver.support.select import Select
-
     Select(browser.find_element("name", name)).select_by_value(value)
 
 
@@ -323,8 +324,6 @@ def test_the_page_asks_for_nothing(browser: Any) -> None:
 
 def test_pointing_at_a_patch(browser: Any) -> None:
     """Hovering shows the patch's map on the other picture and leaving takes it away; a click keeps it."""
-    from selenium.webdriver.common.action_chains import ActionChains
-
     for side, other in (("generated", "reference"), ("reference", "generated")):
         canvas, shown = picture(browser, side), picture(browser, other)
         at_rest = pixels(browser, shown)
@@ -347,8 +346,6 @@ def test_pointing_at_a_patch(browser: Any) -> None:
 
 def test_keys_alone(browser: Any) -> None:
     """Tab reaches controls and pictures; arrows move the patch and stop at the border; Escape lets it go."""
-    from selenium.webdriver.common.keys import Keys
-
     reached = set()
     browser.find_element("name", "direction").send_keys("")
     for _ in range(30):
@@ -386,7 +383,7 @@ def test_controls(browser: Any) -> None:
         return browser.find_element("name", name).click
 
     def slide(name: str) -> Callable[[], object]:
-        return lambda: browser.find_element("name", name).send_keys("\ue013" * 9)  # arrow up
+        return lambda: browser.find_element("name", name).send_keys(Keys.ARROW_UP * 9)
 
     heads = browser.find_element("name", "head")
     assert not heads.is_enabled()
@@ -435,7 +432,7 @@ def test_a_link_restores_the_view(browser: Any, file: Path) -> None:
     wanted = state(browser)
     assert {name: wanted[name] for name in changes} == changes
     link = browser.find_element("id", "link").get_attribute("href")
-    assert link == browser.current_url
+    WebDriverWait(browser, 20).until(lambda page: page.current_url == link)
     drawn = pixels(browser, picture(browser, "generated", 1, 1))
     visit(browser, file, link.split("#")[1])
     assert state(browser) == wanted
@@ -500,6 +497,7 @@ def test_phone(browser: Any, file: Path) -> None:
             browser.execute_cdp_cmd(
                 "Input.dispatchTouchEvent", {"type": kind, "touchPoints": points}
             )
+        WebDriverWait(browser, 20).until(lambda page: state(page)["patch"])
         assert state(browser)["patch"]["side"] == "generated"
         assert pixels(browser, picture(browser, "reference")) != before
         browser.find_element("css selector", "#fold summary").click()

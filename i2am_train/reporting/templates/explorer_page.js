@@ -36,6 +36,7 @@ const CHOICES = ["direction", "layer", "head", "time", "weighting"];
 const LISTS = ["samples", "models"];
 
 let state = { ...DEFAULTS };
+let writing = 0; // timer of the address
 let hovered = null; // a patch under the mouse; it comes before the pinned one
 
 /** The 256 colours of the heat map as pixels, with their opacity times a factor. */
@@ -98,12 +99,17 @@ function set(changes) {
   for (const name of LISTS) if (!next[name].length) next[name] = state[name];
   if (next.head !== "all" && +next.head >= commonHeads(next)) next.head = "all";
   state = next;
-  const link = `#${toFragment(state)}`;
-  history.replaceState(null, "", link);
-  byId("link").href = link;
+  keepAddress(`#${toFragment(state)}`);
   showControls();
   render();
   byId("status").textContent = spoken();
+}
+
+/** The address follows when the controls rest: browsers refuse to change it many times a second. */
+function keepAddress(link) {
+  byId("link").href = link;
+  clearTimeout(writing);
+  writing = setTimeout(() => history.replaceState(null, "", link), 200);
 }
 
 // ---- layers ------------------------------------------------------------------------------------
