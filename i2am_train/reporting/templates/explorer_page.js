@@ -655,7 +655,9 @@ function start() {
   const fold = () => { byId("fold").open = !narrow.matches; };
   narrow.addEventListener("change", fold);
   fold();
-  form.addEventListener("input", () => set(readControls()));
+  for (const kind of ["input", "change"]) { // some drivers announce a choice by one of them only
+    form.addEventListener(kind, () => set(readControls()));
+  }
   form.addEventListener("submit", (event) => event.preventDefault());
   byId("reset").addEventListener("click", () => set(DEFAULTS));
   window.addEventListener("hashchange", () => set(fromFragment(location.hash.slice(1))));
