@@ -35,7 +35,7 @@ def trace(
     recipe: Recipe | None = None,
     *,
     layers: Sequence[LayerId] | None = None,
-    matrix_layers: Sequence[LayerId] = (),
+    matrix_layers: Sequence[LayerId] | None = (),
     generated_mask: Bool[Tensor, "batch height width"] | None = None,
     byte_budget: int = DEFAULT_BYTE_BUDGET,
 ) -> Trace:
@@ -49,10 +49,11 @@ def trace(
 
     ``recipe`` None asks the model itself (``attention_recipe()``) or looks among the known
     pipelines. ``layers`` restricts the capture (default: all of the recipe's). ``matrix_layers``
-    also keep their head- and step-mean score matrices, which maps of single patches and attention
-    centres need. ``generated_mask`` (one per sample, any size, True = counts) restricts the mean
-    that makes reference-side maps to generated positions inside it, as the authors' hook does with
-    the inpainting mask; the paper averages over all. ``byte_budget`` bounds the scratch memory.
+    (None: all captured ones) also keep their head- and step-mean score matrices, which maps of
+    single patches and attention centres need. ``generated_mask`` (one per sample, any size, True =
+    counts) restricts the mean that makes reference-side maps to generated positions inside it, as
+    the authors' hook does with the inpainting mask; the paper averages over all. ``byte_budget``
+    bounds the scratch memory.
 
     The images are bit-identical with and without; all hooks are gone after the block, also when it
     fails. Raises `CaptureError` for a model that does not fit the recipe.
@@ -61,7 +62,7 @@ def trace(
         target,
         detect_recipe(target) if recipe is None else recipe,
         None if layers is None else tuple(layers),
-        tuple(matrix_layers),
+        None if matrix_layers is None else tuple(matrix_layers),
         generated_mask,
         byte_budget,
     )
@@ -90,7 +91,7 @@ class Trace:
         target: Any,
         recipe: Recipe,
         layers: tuple[LayerId, ...] | None,
-        matrix_layers: tuple[LayerId, ...],
+        matrix_layers: tuple[LayerId, ...] | None,
         generated_mask: Bool[Tensor, "batch height width"] | None,
         byte_budget: int,
     ) -> None:
@@ -116,7 +117,8 @@ class Trace:
         sites = resolve_sites(root, self.recipe)
         if self._layers is not None:
             sites = choose_sites(sites, self._layers)
-        with_matrices = set(choose_sites(sites, self._matrix_layers))
+        matrix_layers = self._matrix_layers
+        with_matrices = set(sites if matrix_layers is None else choose_sites(sites, matrix_layers))
         listener = Listener(root, self.recipe, sites, self._record, "trace", self._open)
         with ExitStack() as stack:
             stack.enter_context(eager_while_listening())

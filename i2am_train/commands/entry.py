@@ -65,6 +65,7 @@ EXAMPLES = {
     "explain": """
         i2am explain checkpoint=tiny sample=17
         i2am explain checkpoint=runs/refined-seed0 sample=17 attribution.layer=5 pairing=unpaired
+        i2am explain checkpoint=[runs/baseline-seed0,runs/refined-seed0] sample=[3,17]
     """,
     "data_make": """
         i2am data make

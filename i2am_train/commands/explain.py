@@ -1,7 +1,8 @@
-"""``i2am explain``: every attribution map of one sample, as pictures and as a safetensors archive."""
+"""``i2am explain``: every attribution map of a sample, as pictures, as an archive and as a page."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,56 +11,148 @@ from i2am_train.config.schema import ExplainConfig
 
 if TYPE_CHECKING:
     from i2am_train.attribution.maps import HeatMap
-    from i2am_train.datasets.sample import TryOnBatch
+    from i2am_train.datasets.sample import TryOnBatch, TryOnSample
     from i2am_train.evaluation.evaluator import Explained
+    from i2am_train.models.tryon import TryOnModel
     from i2am_train.types import GridSize
 
 PATCHES_SHOWN = 6
 """Specific patches that are drawn when the user names none."""
 
 
+PAGE = "explorer.html"
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Case:
+    """One checkpoint on one sample, as a batch of one."""
+
+    folder: str
+    """Where its files go, inside the run folder."""
+    batch: TryOnBatch
+    explained: Explained
+
+
 def run(config: ExplainConfig) -> None:
-    """Explain the sample and say where the pictures lie."""
+    """Explain the samples and say where pictures and page lie."""
     folder = explain(config)
-    pictures = len(list(folder.glob("*.png")))
-    print(f"{pictures} pictures, scores.json and maps.safetensors in {folder}")
+    pictures = len(list(folder.rglob("*.png")))
+    size = (folder / PAGE).stat().st_size / 10**6
+    print(f"{pictures} pictures, scores, maps and {PAGE} ({size:.1f} MB) in {folder}")
 
 
 def explain(config: ExplainConfig) -> Path:
-    """Sample one image, write all its maps, and return their folder.
+    """Sample each image once, write all its maps and the page of them, and return the folder.
 
     Raises:
         I2AMError: device, checkpoint, data, sample, layer or patch do not fit; nothing is written then.
     """
     from i2am_train.assembly import check_device, load_model, prepare_data
-    from i2am_train.attribution.archive import save_maps
     from i2am_train.config.build import plain
-    from i2am_train.evaluation.evaluator import attention_scores, generate_with_attention
-    from i2am_train.runs import RunFolder, write_json
+    from i2am_train.reporting.explorer import explorer_page
+    from i2am_train.runs import RunFolder, fingerprint, write_text
 
     check_device(config.device)
-    model = load_model(config.checkpoint, config.data).eval().to(_device(config.device))
-    batch = _batch(config, prepare_data(config.data), model.device)
-    explained = generate_with_attention(model, batch, config.sampling, config.attribution)
-    pictures = _pictures(config, explained, batch)
+    names = _labels(config.checkpoints)
+    models = {name: load_model(path, config.data) for name, path in names.items()}
+    root = prepare_data(config.data)
+    samples = _samples(config, root)
+    cases = {name: _cases(config, name, model, samples) for name, model in models.items()}
+    flat = [case for made in cases.values() for case in made]
+    pictures = [_pictures(config, case.explained, case.batch) for case in flat]
+    data = _page_data(config, samples, cases)
     folder = RunFolder.open(_folder(config), plain(config), may_differ=("output", "device"))
-    folder.start(seed=config.sampling.seed)
-    for name, figure in pictures.items():
+    folder.start(seed=config.sampling.seed, data=fingerprint(root))
+    for case, figures in zip(flat, pictures, strict=True):
+        _write_case(config, folder / case.folder, case, figures)
+    page = explorer_page(data, _making(config, folder.manifest))
+    write_text(folder / PAGE, page)
+    folder.finish()
+    return folder.path
+
+
+def _labels(checkpoints: list[str]) -> dict[str, str]:
+    """Checkpoints by the last part of their path, or by all of it where that is not unique."""
+    short = [Path(checkpoint).name for checkpoint in checkpoints]
+    unique = len(set(short)) == len(short)
+    return dict(zip(short if unique else checkpoints, checkpoints, strict=True))
+
+
+def _folder(config: ExplainConfig) -> Path:
+    if config.output is not None:
+        return config.output
+    checkpoints = "+".join(Path(checkpoint).name for checkpoint in config.checkpoints)
+    samples = "+".join(map(str, config.samples))
+    name = f"explain-{checkpoints}-{config.split}{samples}-{config.pairing}"
+    return Path.cwd() / "runs" / name
+
+
+def _cases(
+    config: ExplainConfig, name: str, model: TryOnModel, samples: list[TryOnSample]
+) -> list[_Case]:
+    """One model's images and attention, sample by sample."""
+    from torch.utils.data import default_collate
+
+    from i2am_train.evaluation.evaluator import generate_with_attention
+
+    model = model.eval().to(_device(config.device))
+    alone = len(config.checkpoints) == len(samples) == 1
+    cases = []
+    for sample in samples:
+        batch = _on_device(default_collate([sample]), model.device)
+        folder = "" if alone else f"{name.replace('/', '_')}-{config.split}{sample['index']}"
+        explained = generate_with_attention(
+            model, batch, config.sampling, config.attribution, all_matrices=True
+        )
+        cases.append(_Case(folder=folder, batch=batch, explained=explained))
+    return cases
+
+
+def _write_case(config: ExplainConfig, folder: Path, case: _Case, figures: dict[str, Any]) -> None:
+    """Pictures, archive and scores of one explanation."""
+    from i2am_train.attribution.archive import save_maps
+    from i2am_train.evaluation.evaluator import attention_scores
+    from i2am_train.runs import write_json
+
+    explained, batch = case.explained, case.batch
+    for name, figure in figures.items():
         _save(figure, folder / f"{name}.png")
     save_maps(explained.maps, folder / "maps.safetensors", batch["name"])
     scores = attention_scores(explained, batch, config.attribution)
     values = {name: float(value[0]) for name, value in scores.items()}
     sample = {"name": batch["name"][0], "garment_name": batch["garment_name"][0]}
     write_json(folder / "scores.json", sample | {"layer": explained.layer, "scores": values})
-    folder.finish()
-    return folder.path
 
 
-def _folder(config: ExplainConfig) -> Path:
-    if config.output is not None:
-        return config.output
-    sample = f"{config.split}{config.sample}-{config.pairing}"
-    return Path.cwd() / "runs" / f"explain-{Path(config.checkpoint).name}-{sample}"
+def _page_data(
+    config: ExplainConfig, samples: list[TryOnSample], cases: dict[str, list[_Case]]
+) -> dict[str, Any]:
+    from i2am_train.reporting.explorer import Explanation, explorer_data
+
+    models = {
+        name: [
+            Explanation(
+                generated=_images(case.explained, case.batch)["generated"],
+                maps=case.explained.maps,
+            )
+            for case in made
+        ]
+        for name, made in cases.items()
+    }
+    return explorer_data(samples, models, config.attribution)
+
+
+def _making(config: ExplainConfig, manifest: dict[str, Any]) -> dict[str, str]:
+    """What the page says of its origin."""
+    from i2am_train.config.build import plain
+    from i2am_train.reporting.pages import flat, provenance_rows
+
+    return {
+        **dict(provenance_rows(manifest)),
+        "Checkpoints": ", ".join(config.checkpoints),
+        "Sampling": flat(plain(config.sampling)),
+        "Attribution": flat(plain(config.attribution)),
+    }
 
 
 def _device(name: str) -> str:
@@ -70,21 +163,24 @@ def _device(name: str) -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def _batch(config: ExplainConfig, root: Path, device: Any) -> TryOnBatch:
-    """A batch of one: the chosen sample."""
-    import torch
-    from torch.utils.data import default_collate
-
+def _samples(config: ExplainConfig, root: Path) -> list[TryOnSample]:
+    """The chosen samples."""
     from i2am_train.datasets.viton_hd import VitonHDDataset
     from i2am_train.errors import DataError
 
     dataset = VitonHDDataset(root, config.split, config.pairing, config.data.size)
-    if config.sample >= len(dataset):
-        raise DataError(
-            f"sample={config.sample} is out of range: the {config.split} split of {root} has "
-            f"{len(dataset)} samples, numbered from 0 to {len(dataset) - 1}."
-        )
-    batch: Any = default_collate([dataset[config.sample]])
+    for index in config.samples:
+        if index >= len(dataset):
+            raise DataError(
+                f"sample={index} is out of range: the {config.split} split of {root} has "
+                f"{len(dataset)} samples, numbered from 0 to {len(dataset) - 1}."
+            )
+    return [dataset[index] for index in config.samples]
+
+
+def _on_device(batch: Any, device: Any) -> TryOnBatch:
+    import torch
+
     return {
         name: value.to(device) if isinstance(value, torch.Tensor) else value
         for name, value in batch.items()

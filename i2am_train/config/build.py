@@ -138,7 +138,8 @@ def _convert_union(hints: tuple[Any, ...], value: Any, path: str) -> Any:
         return None
     members = [hint for hint in hints if hint is not type(None)]
     exact = [hint for hint in members if type(value) is hint]
-    return _convert((exact or members[-1:])[0], value, path)
+    alike = [m for m in members if (get_origin(m) is list) == isinstance(value, (list, tuple))]
+    return _convert((exact or alike[-1:] or members[-1:])[0], value, path)
 
 
 def _convert_list(element: Any, value: Any, path: str) -> list[Any]:

@@ -8,6 +8,7 @@ or folders are absolute from here on.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import Field, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -487,18 +488,20 @@ class AblateConfig:
 
 @dataclass(kw_only=True, slots=True)
 class ExplainConfig:
-    """Draw every attribution map of one sample."""
+    """Draw every attribution map of a sample, and make a page to explore them."""
 
-    checkpoint: str
-    """Checkpoint folder, or run folder; tiny is the shipped one."""
-    sample: int = 0
-    """Index of the sample in the pair list, from 0."""
+    checkpoint: str | list[str]
+    """Checkpoint folder, or run folder; tiny is the shipped one. Several stand side by side on the
+    page: [tiny,runs/refined-seed0]."""
+    sample: int | list[int] = 0
+    """Index of the sample in the pair list, from 0; or several: [3,17]."""
     split: Split = Split.TEST
     """Half of the dataset that the index counts in."""
     pairing: Pairing = Pairing.PAIRED
     """paired: the garment that the person wears; unpaired: another one."""
     output: Path | None = None
-    """Folder for pictures and archive; null: runs/explain-<checkpoint>-<split><sample>-<pairing>."""
+    """Folder for page, pictures and archives (several explanations: a folder in it for each); null:
+    runs/explain-<checkpoint>-<split><sample>-<pairing>."""
     generated_patches: list[tuple[int, int]] = field(default_factory=list)
     """Cells [y,x] of the layer's generated grid that get a map each; empty: some of the garment."""
     reference_patches: list[tuple[int, int]] = field(default_factory=list)
@@ -510,12 +513,26 @@ class ExplainConfig:
     attribution: AttributionConfig = field(default_factory=AttributionConfig)
 
     def __post_init__(self) -> None:
-        _check_given("checkpoint", self.checkpoint)
+        _check_several("checkpoint", self.checkpoints)
+        for checkpoint in self.checkpoints:
+            _check_given("checkpoint", checkpoint)
         self.output = _absolute(self.output)
-        _check_at_least("sample", self.sample, 0)
+        _check_several("sample", self.samples)
+        for sample in self.samples:
+            _check_at_least("sample", sample, 0)
         for name in ("generated_patches", "reference_patches"):
             for cell in getattr(self, name):
                 _check_at_least(name, min(cell), 0)
+
+    @property
+    def checkpoints(self) -> list[str]:
+        """The checkpoints, one or several."""
+        return self.checkpoint if isinstance(self.checkpoint, list) else [self.checkpoint]
+
+    @property
+    def samples(self) -> list[int]:
+        """The samples' indices, one or several."""
+        return self.sample if isinstance(self.sample, list) else [self.sample]
 
 
 @dataclass(kw_only=True, slots=True)
@@ -679,6 +696,11 @@ def _check_unique(name: str, values: list[Any]) -> None:
 def _check_given(option: str, name: str) -> None:
     if not name.strip():
         _refuse(option, repr(name), "a folder, or tiny for the shipped weights")
+
+
+def _check_several(option: str, values: Sequence[object]) -> None:
+    if not values or len(set(values)) < len(values):
+        _refuse(option, list(values), "one value, or a list of values that are all different")
 
 
 def _check_name(option: str, name: str) -> None:

@@ -92,13 +92,18 @@ def generate_with_attention(
     batch: TryOnBatch,
     sampling: SamplingConfig,
     attribution: AttributionConfig,
+    *,
+    all_matrices: bool = False,
 ) -> Explained:
-    """Samples a batch once and keeps the attention of that very pass."""
+    """Samples a batch once and keeps the attention of that very pass.
+
+    ``all_matrices`` keeps the score matrices of every layer, not only of ``attribution.layer``.
+    """
     seeds = [seed_for(sampling.seed, "sampling", int(index)) for index in batch["index"]]
     with trace(
         model,
         layers=attribution.layers,
-        matrix_layers=[attribution.layer],
+        matrix_layers=None if all_matrices else [attribution.layer],
         generated_mask=batch["inpaint_mask"] if attribution.inpaint_queries else None,
         byte_budget=attribution.byte_budget,
     ) as attention:

@@ -6,7 +6,6 @@ the model or the data.
 
 from __future__ import annotations
 
-import base64
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -15,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jinja2 import Environment, PackageLoader, StrictUndefined
 from matplotlib.figure import Figure
 
 from i2am_train.reporting import table_formats
@@ -26,6 +24,12 @@ from i2am_train.reporting.figures import (
     metric_curves,
     sample_panel,
     save_figure,
+)
+from i2am_train.reporting.pages import (
+    embedded_file,
+    flat,
+    page_environment,
+    provenance_rows,
 )
 from i2am_train.reporting.records import (
     CellRecord,
@@ -43,8 +47,6 @@ from i2am_train.reporting.tables import (
     MetricColumn,
     capitalised,
     collapse_warnings,
-    describe,
-    describe_machine,
     difference_tables,
     main_table,
     metric_columns,
@@ -109,20 +111,10 @@ def build_report(run_folder: Path) -> Path:
         RunFolderError: no ``results.json``, or a file that cannot be read.
     """
     run = read_run(Path(run_folder))
-    page = _environment().get_template("report.html.j2").render(_context(run))
+    page = page_environment().get_template("report.html.j2").render(_context(run))
     _write(run.folder / "results.md", _markdown(run))
     _write(run.folder / "results.tex", table_formats.latex(run.results))
     return _write(run.folder / "report.html", page)
-
-
-def _environment() -> Environment:
-    return Environment(
-        loader=PackageLoader("i2am_train.reporting"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
 
 
 def _write(path: Path, text: str) -> Path:
@@ -196,34 +188,14 @@ def _facts(results: Results) -> Iterator[tuple[str, str]]:
 
 def _making(results: Results) -> Iterator[tuple[str, str]]:
     """How the run was made, as pairs of term and text, present ones only."""
-    seeds = sorted({c["seed"] for c in results["cells"] if c["seed"] is not None})
-    minutes = results.get("minutes")
-    rows = {
-        "Command": results.get("command"),
-        "Started": results.get("started"),
-        "Duration": None if minutes is None else f"{minutes:.1f} minutes in all",
-        "Machine": describe_machine(results.get("machine") or {}),
-        "Commit": _flat(results.get("git")),
-        "Data": _flat(results.get("data")),
-        "Versions": _flat(results.get("versions")),
-        "Training seeds": ", ".join(map(str, seeds)),
-    }
-    yield from ((term, str(text)) for term, text in rows.items() if text)
+    yield from provenance_rows(results)
+    if results.get("minutes") is not None:
+        yield "Duration", f"{results['minutes']:.1f} minutes in all"
+    if seeds := sorted({c["seed"] for c in results["cells"] if c["seed"] is not None}):
+        yield "Training seeds", ", ".join(map(str, seeds))
     for arm in results["arms"]:
         if arm.get("losses"):
-            yield f"Losses of {arm_labels(results)[arm['name']]}", _flat(arm["losses"])
-
-
-def _flat(facts: Mapping[str, Any] | str | None) -> str:
-    """One line for a mapping of any depth, or the text itself.
-
-    >>> _flat({"variant": "reward", "weights": {"dcml": 0.1}})
-    'variant reward, dcml 0.1'
-    """
-    if not isinstance(facts, Mapping):
-        return str(facts or "")
-    nested = (_flat(value) for value in facts.values() if isinstance(value, Mapping))
-    return ", ".join(text for text in (describe(facts), *nested) if text)
+            yield f"Losses of {arm_labels(results)[arm['name']]}", flat(arm["losses"])
 
 
 # ---- figures -----------------------------------------------------------------------------------
@@ -231,12 +203,7 @@ def _flat(facts: Mapping[str, Any] | str | None) -> str:
 
 def _block(run: RunRecord, figure: Figure, name: str, caption: str, alt: str) -> FigureBlock:
     path = save_figure(figure, run.folder / "figures" / name)
-    return FigureBlock(_embedded(path), caption, alt, round(figure.get_figwidth() * 100))
-
-
-def _embedded(path: Path) -> str:
-    kind = {".png": "image/png", ".svg": "image/svg+xml"}[path.suffix]
-    return f"data:{kind};base64,{base64.b64encode(path.read_bytes()).decode('ascii')}"
+    return FigureBlock(embedded_file(path), caption, alt, round(figure.get_figwidth() * 100))
 
 
 def _difference_figure(run: RunRecord) -> FigureBlock | None:
@@ -451,4 +418,4 @@ def _garment_name(run: RunRecord, name: str) -> str:
 def _thumbnail(run: RunRecord, arm: str, name: str) -> str | None:
     paths = (cell.folder / "evaluation" / "images" / f"{name}.png" for cell in run.of_arm(arm))
     path = next((path for path in paths if path.is_file()), None)
-    return None if path is None else _embedded(path)
+    return None if path is None else embedded_file(path)

@@ -57,11 +57,13 @@ def python(installed: Path, folder: Path, *words: str) -> str:
 
 
 def test_the_wheel_carries_everything(wheel: Path) -> None:
-    """Every Python file, every file of conf/ and every shipped weight is inside; no test is."""
+    """Every Python file, template, file of conf/ and shipped weight is inside; no test is."""
     with zipfile.ZipFile(wheel) as archive:
         names = set(archive.namelist())
     expected = {str(path.relative_to(ROOT)) for path in (ROOT / "i2am_train").rglob("*.py")}
     expected |= {f"i2am_train/{path.relative_to(ROOT)}" for path in (ROOT / "conf").rglob("*.yaml")}
+    templates = (ROOT / "i2am_train" / "reporting" / "templates").iterdir()
+    expected |= {str(path.relative_to(ROOT)) for path in templates}
     weights = ROOT / "data" / "weights"
     expected |= {
         f"i2am_train/weights/{path.relative_to(weights)}"

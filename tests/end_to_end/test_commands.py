@@ -1,11 +1,15 @@
 """Train, evaluate, ablate and explain on the embedded data, as a user would, and what bad input does to them."""
 
+import base64
 import json
+import re
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import lightning as L
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -223,6 +227,39 @@ def test_explanation(overrides: list[str], small_checkpoint: Path, tmp_path: Pat
     assert len(archive.maps.layers) == 9
     assert archive.maps.store.steps == 2
     assert json.loads((folder / "scores.json").read_text())["scores"]["imacs_g"] is not None
+    data = page_data(folder)
+    assert all(layer["matrix"] for layer in data["layers"])
+    looks, scores = data["captures"][0][0]["layers"][8]["looks"], archive.maps.scores(9)[0]
+    units, low, step = (
+        np.frombuffer(base64.b64decode(looks[name]), kind)
+        for name, kind in (("units", "<u2"), ("low", "<f4"), ("step", "<f4"))
+    )
+    values = low[:, None] + units.reshape(scores.shape) * step[:, None]
+    np.testing.assert_allclose(values, scores.numpy(), atol=1e-6)
+
+
+def page_data(folder: Path) -> dict[str, Any]:
+    """What the explorer's script reads."""
+    page = (folder / "explorer.html").read_text()
+    found = re.search(r'<script type="application/json" id="page-data">(.*?)</script>', page)
+    assert found is not None
+    data: dict[str, Any] = json.loads(found[1])
+    return data
+
+
+def test_explanations_side_by_side(
+    overrides: list[str], small_checkpoint: Path, tmp_path: Path
+) -> None:
+    """Two checkpoints on one page, each with files of its own; the same weights give the same page data."""
+    other = shutil.copytree(small_checkpoint, tmp_path / "other")
+    options = [f"checkpoint=[{small_checkpoint},{other}]", "sample=3", "device=cpu"]
+    folder = explain(compose("explain", [*overrides, *options, f"output={tmp_path / 'out'}"]))
+    for name in ("model-test3", "other-test3"):
+        assert load_maps(folder / name / "maps.safetensors").names == ("50003_00",)
+        assert (folder / name / "unified.png").is_file()
+    data = page_data(folder)
+    assert data["models"] == ["model", "other"]
+    assert data["captures"][0] == data["captures"][1]
 
 
 def test_bad_input_is_refused_before_anything_is_written(

@@ -45,6 +45,30 @@ def test_nested_values_get_their_types() -> None:
     assert config.seed == 0
 
 
+def test_one_or_several() -> None:
+    """A lone checkpoint or sample and a list of them are both understood; a number can name a folder."""
+    one = build(ExplainConfig, {"checkpoint": 2024, "sample": 3})
+    assert (one.checkpoints, one.samples) == (["2024"], [3])
+    several = build(ExplainConfig, {"checkpoint": ["tiny", "runs/a"], "sample": [3, 17]})
+    assert (several.checkpoints, several.samples) == (["tiny", "runs/a"], [3, 17])
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"checkpoint": []}, r"checkpoint=\[\] .* a list of values that are all different"),
+        ({"checkpoint": "tiny", "sample": [3, 3]}, r"sample=\[3, 3\] .* all different"),
+        ({"checkpoint": "tiny", "sample": [0, -1]}, r"sample=-1 .* at least 0"),
+        ({"checkpoint": "tiny", "sample": ["x"]}, r"sample\[0\]=x .* a whole number"),
+        ({"checkpoint": "tiny", "sample": "x"}, r"sample=x .* a whole number"),
+    ],
+)
+def test_impossible_lists_are_named(values: dict[str, object], message: str) -> None:
+    """Nothing, the same twice, and what a lone value could not be either."""
+    with pytest.raises(ConfigError, match=message):
+        build(ExplainConfig, values)
+
+
 def test_zero_is_a_value() -> None:
     """Seed 0, weight 0.0 and null are kept apart: nothing is replaced because it is falsy."""
     config = build(

@@ -1,0 +1,352 @@
+"""The explorer: one HTML file in which a reader asks captured attention, patch by patch.
+
+The page holds numbers, not pictures of maps: per layer, time group and head the column means of
+both directions, and the score matrices of as many layers as fit. Its script makes every map and
+score from them, as `AttributionMaps` and `imacs` do. It needs no server and asks for nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from i2am_train.attribution.maps import AttributionMaps
+from i2am_train.attribution.rollups import time_groups
+from i2am_train.attribution.sites import paper_number
+from i2am_train.attribution.store import AttributionStore, LayerRecord
+from i2am_train.config.schema import AttributionConfig
+from i2am_train.datasets.sample import TryOnSample
+from i2am_train.errors import ConfigError
+from i2am_train.metrics.correspondence import target_on_grid
+from i2am_train.ops.images import to_uint8
+from i2am_train.ops.masks import mask_on_grid
+from i2am_train.reporting.canvas import (
+    OKABE_ITO,
+    TRUTH_COLOR,
+    Picture,
+    arm_colors,
+    heat_colormap,
+)
+from i2am_train.reporting.pages import as_base64, embedded_picture, page_environment
+from i2am_train.reporting.sample_panel import TEAR
+from i2am_train.types import Direction, GridSize
+
+SIZE_LIMIT = 10_000_000
+"""Bytes of the page per sample, all models together; score matrices take what the rest leaves.
+Only the column means of very large models, or one very large matrix asked for, exceed it."""
+_PAGE_ALLOWANCE = 100_000
+"""Bytes kept free for markup, style and script."""
+_LEVELS = 2**16 - 1
+"""Steps between a map's minimum and maximum: each value is off by half a step at most."""
+
+Json: TypeAlias = dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Explanation:
+    """What one model made of one sample: the image, and the attention of that very pass."""
+
+    generated: Picture
+    maps: AttributionMaps
+    """A capture of one sample, with the score matrices of some layers or of all."""
+
+
+def explorer_data(
+    samples: Sequence[TryOnSample],
+    models: Mapping[str, Sequence[Explanation]],
+    options: AttributionConfig,
+) -> Json:
+    """What the page's script reads, as plain values for JSON.
+
+    Args:
+        samples: in the order of the page, on the CPU.
+        models: by the name that the page shows, one explanation per sample.
+        options: how the page opens (threshold, penalty, weighting, layer of single patches), and
+            the number of time groups.
+
+    Raises:
+        ConfigError: the models' layers differ, so that they cannot be shown side by side, or there
+            are fewer sampling steps than time groups.
+        CaptureError: the layer of single patches was not captured with its matrices, or a layer has
+            no reference grid.
+    """
+    stores = [each.maps.store for made in models.values() for each in made]
+    _check_comparable(stores)
+    groups = time_groups(stores[0].steps, options.time_groups)
+    data = _without_matrices(samples, models, options, groups)
+    _add_matrices(data, models, _matrix_layers(stores[0], options, data))
+    return data
+
+
+def explorer_page(data: Json, making: Mapping[str, str]) -> str:
+    """The page as HTML.
+
+    Args:
+        data: from ``explorer_data``.
+        making: what the page says of its origin, text by term.
+    """
+    environment = page_environment()
+    assert environment.loader is not None
+    sources = {
+        name: environment.loader.get_source(environment, f"explorer_{name}.js")[0]
+        for name in ("maps", "page")
+    }
+    return environment.get_template("explorer.html.j2").render(
+        data=data,
+        making=making,
+        scripts=sources,
+        layer_choices=list(_layer_choices(data["layers"])),
+        head_choices=_numbered("Head {}", max(layer["heads"] for layer in data["layers"])),
+        time_choices=[
+            (str(at), f"Group {at}, {group['label']}") for at, group in enumerate(data["groups"])
+        ],
+        matrix_note=_matrix_note(data["layers"]),
+    )
+
+
+def _layer_choices(layers: Sequence[Json]) -> Iterator[tuple[str, str]]:
+    """Value and text of each choice: all layers, those of one resolution, single layers."""
+    yield "all", f"All {len(layers)} layers"
+    by_grid: dict[GridSize, list[str]] = {}
+    for layer in layers:
+        by_grid.setdefault(GridSize(*layer["grids"]["generated"]), []).append(layer["key"])
+    for grid, keys in by_grid.items():
+        if len(keys) > 1:
+            yield str(grid), f"{grid.height}×{grid.width}: layers {', '.join(keys)}"
+    for layer in layers:
+        grid = GridSize(*layer["grids"]["generated"])
+        yield layer["key"], f"{layer['label']}, {grid.height}×{grid.width}"
+
+
+def _numbered(text: str, count: int) -> list[tuple[str, str]]:
+    return [(str(number), text.format(number)) for number in range(count)]
+
+
+def _matrix_note(layers: Sequence[Json]) -> str:
+    """Which layers have maps of single patches, and why not all."""
+    with_matrix = [layer["label"] for layer in layers if layer["matrix"]]
+    if len(with_matrix) == len(layers):
+        return "All layers have them here."
+    return (
+        f"Layers that have them here: {', '.join(with_matrix) or 'none'}; the others' would take the "
+        f"page over {SIZE_LIMIT // 10**6} MB per sample."
+    )
+
+
+def _check_comparable(stores: Sequence[AttributionStore]) -> None:
+    """One set of controls serves all captures, so their layers, grids, heads and steps agree."""
+    shapes = {
+        tuple(
+            (record.layer, record.heads, record.generated_grid, record.reference_grid)
+            for record in store.layers
+        )
+        + (store.steps,)
+        for store in stores
+    }
+    if len(shapes) > 1:
+        raise ConfigError(
+            "The checkpoints differ in their attention layers, heads, grids or sampling steps, so "
+            "one page cannot show them side by side. Explain them one by one."
+        )
+
+
+def _without_matrices(
+    samples: Sequence[TryOnSample],
+    models: Mapping[str, Sequence[Explanation]],
+    options: AttributionConfig,
+    groups: Sequence[slice],
+) -> Json:
+    """Everything that the script reads, but for the score matrices."""
+    store = next(iter(models.values()))[0].maps.store
+    colors = arm_colors(models, start_arm="")
+    alpha = heat_colormap()(np.arange(256))
+    return {
+        "size": list(samples[0]["garment"].shape[-2:]),
+        "palette": as_base64(np.round(alpha * 255).astype(np.uint8).tobytes()),
+        "colors": {"truth": TRUTH_COLOR, "mask": OKABE_ITO[5], "models": list(colors.values())},
+        "tear": TEAR,
+        "options": {
+            "delta": options.delta,
+            "penalty": options.penalty,
+            "weighting": options.weighting.value,
+            "patch_layer": store.names.index(store.layer(options.layer).layer),
+        },
+        "groups": [_group(group, store) for group in groups],
+        "layers": [_layer(record) for record in store.layers],
+        "models": list(models),
+        "samples": [_sample(sample, store) for sample in samples],
+        "captures": [
+            [_capture(explanation, groups) for explanation in made] for made in models.values()
+        ],
+    }
+
+
+def _group(group: slice, store: AttributionStore) -> Json:
+    """A time group: how many steps it holds, and its name."""
+    first, last = store.timesteps[group.start], store.timesteps[group.stop - 1]
+    times = "" if first is None or last is None else f" (t {first:g} to {last:g})"
+    steps = f"{group.start}" if group.stop - group.start == 1 else f"{group.start}–{group.stop - 1}"
+    return {"steps": group.stop - group.start, "label": f"step {steps}{times}"}
+
+
+def _layer(record: LayerRecord) -> Json:
+    number = paper_number(record.layer)
+    return {
+        "key": record.layer if number is None else str(number),
+        "label": record.layer if number is None else f"Layer {number}",
+        "name": record.layer,
+        "heads": record.heads,
+        "grids": {
+            "generated": list(record.generated_grid),
+            "reference": list(record.grid(Direction.GENERATED_TO_REFERENCE)),
+        },
+        "matrix": False,
+    }
+
+
+def _sample(sample: TryOnSample, store: AttributionStore) -> Json:
+    """Reference, masks, and per layer which generated patches lie on the garment and belong where."""
+    known = bool(sample["warped_garment_mask"].any())
+    on_person = sample["warped_garment_mask"] if known else sample["inpaint_mask"]
+    return {
+        "name": sample["name"],
+        "garment": sample["garment_name"],
+        "index": sample["index"],
+        "picture": embedded_picture(_picture(sample["garment"])),
+        "masks": {
+            "generated": _packed_mask(sample["inpaint_mask"]),
+            "reference": _packed_mask(sample["garment_mask"]),
+        },
+        "layers": [
+            {
+                "on_garment": _packed_mask(mask_on_grid(on_person[None], record.generated_grid)),
+                "target": _packed_floats(_target(sample, record)),
+            }
+            for record in store.layers
+        ],
+    }
+
+
+def _target(sample: TryOnSample, record: LayerRecord) -> Float[Tensor, "1 generated 2"]:
+    """True position of each generated patch, yx in reference patches; NaN where unknown."""
+    grid = record.grid(Direction.GENERATED_TO_REFERENCE)
+    return target_on_grid(
+        sample["correspondence"][None],
+        sample["warped_garment_mask"][None],
+        record.generated_grid,
+        grid,
+    )
+
+
+def _capture(explanation: Explanation, groups: Sequence[slice]) -> Json:
+    """One model's image of one sample and its column means, ``[group, head]`` maps per layer."""
+    return {
+        "picture": embedded_picture(explanation.generated),
+        "layers": [
+            {
+                "generated": _packed_maps(_group_means(record.to_generated, groups)),
+                "reference": _packed_maps(_group_means(record.to_reference, groups)),
+            }
+            for record in explanation.maps.store.layers
+        ],
+    }
+
+
+def _group_means(
+    vectors: Float[Tensor, "1 step head token"], groups: Sequence[slice]
+) -> Float[Tensor, "map token"]:
+    return torch.stack([vectors[0, group].mean(dim=0) for group in groups]).flatten(0, 1)
+
+
+def _matrix_layers(store: AttributionStore, options: AttributionConfig, data: Json) -> list[int]:
+    """That of ``options`` in any case, then as many others as fit on the page, small to large."""
+    models, samples = len(data["models"]), len(data["samples"])
+    used = sum(_length(part) for part in (data["samples"], data["captures"])) / samples
+    left = SIZE_LIMIT - _PAGE_ALLOWANCE - used
+    captured = [
+        index
+        for index, record in enumerate(store.layers)
+        if record.scores_over_reference is not None
+    ]
+    first = store.names.index(store.layer(options.layer).layer)
+    chosen = {first}
+    for index in sorted(captured, key=lambda at: (at != first, _cells(store.layers[at]))):
+        left -= models * _packed_size(store.layers[index])
+        if left < 0:
+            break
+        chosen.add(index)
+    return sorted(chosen)
+
+
+def _cells(record: LayerRecord) -> int:
+    return record.generated_grid.tokens * record.grid(Direction.GENERATED_TO_REFERENCE).tokens
+
+
+def _packed_size(record: LayerRecord) -> float:
+    """Bytes of both matrices in base64: two per score, eight per map."""
+    reference = record.grid(Direction.GENERATED_TO_REFERENCE).tokens
+    maps = record.generated_grid.tokens + reference
+    return (2 * _cells(record) * 2 + maps * 8) * 4 / 3
+
+
+def _length(value: Any) -> int:
+    """Characters of the texts in nested data, which are all but a few of its bytes."""
+    if isinstance(value, str):
+        return len(value)
+    if isinstance(value, dict):
+        return sum(map(_length, value.values()))
+    return sum(map(_length, value)) if isinstance(value, list) else 0
+
+
+def _add_matrices(
+    data: Json, models: Mapping[str, Sequence[Explanation]], layers: Sequence[int]
+) -> None:
+    """``looks``: a map on the reference per generated patch; ``feeds``: the reverse."""
+    for index in layers:
+        data["layers"][index]["matrix"] = True
+    for captures, made in zip(data["captures"], models.values(), strict=True):
+        for capture, explanation in zip(captures, made, strict=True):
+            for index in layers:
+                capture["layers"][index] |= dict(_matrices(explanation.maps, index))
+
+
+def _matrices(maps: AttributionMaps, index: int) -> Iterator[tuple[str, Json]]:
+    layer = maps.layers[index]
+    yield "looks", _packed_maps(maps.scores(layer)[0])
+    yield "feeds", _packed_maps(maps.scores(layer, over="generated")[0].T)
+
+
+def _packed_maps(maps: Float[Tensor, "map token"]) -> dict[str, str]:
+    """Each map in 16 bits between its own minimum and maximum, little-endian, as base64.
+
+    A value is ``low + units * step``; it is off by half a step, i.e. by 1/131070 of the map's
+    range.
+    """
+    values = maps.double()
+    low = values.amin(dim=1, keepdim=True)
+    step = (values.amax(dim=1, keepdim=True) - low) / _LEVELS
+    units = torch.where(step > 0, (values - low) / step, 0.0).round()
+    return {
+        "units": as_base64(units.numpy().astype("<u2").tobytes()),
+        "low": _packed_floats(low),
+        "step": _packed_floats(step),
+    }
+
+
+def _packed_floats(values: Tensor) -> str:
+    return as_base64(values.numpy().astype("<f4").tobytes())
+
+
+def _packed_mask(mask: Tensor) -> str:
+    """Eight pixels per byte, the first one in the highest bit."""
+    return as_base64(np.packbits(mask.numpy().reshape(-1)).tobytes())
+
+
+def _picture(image: Float[Tensor, "3 height width"]) -> Picture:
+    return np.asarray(to_uint8(image).permute(1, 2, 0).contiguous())

@@ -1,0 +1,73 @@
+"""What the HTML pages share: their templates, pictures inside the page, and where they come from."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Iterator, Mapping
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from PIL import Image as PillowImage
+
+from i2am_train.reporting.canvas import Picture
+from i2am_train.reporting.tables import describe, describe_machine
+
+
+def page_environment() -> Environment:
+    """Templates of this package; HTML is escaped and an undefined name is an error."""
+    return Environment(
+        loader=PackageLoader("i2am_train.reporting"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+
+
+def embedded_file(path: Path) -> str:
+    """A PNG or SVG file as a ``data:`` address."""
+    kind = {".png": "image/png", ".svg": "image/svg+xml"}[path.suffix]
+    return f"data:{kind};base64,{as_base64(path.read_bytes())}"
+
+
+def embedded_picture(picture: Picture) -> str:
+    """A picture as a ``data:`` address, without loss (PNG)."""
+    file = BytesIO()
+    PillowImage.fromarray(picture).save(file, format="PNG", optimize=True)
+    return f"data:image/png;base64,{as_base64(file.getvalue())}"
+
+
+def as_base64(content: bytes) -> str:
+    """Base64 as text."""
+    return base64.b64encode(content).decode("ascii")
+
+
+def provenance_rows(facts: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """How something was made, as pairs of term and text, present ones only.
+
+    Args:
+        facts: a run's manifest or ``results.json``.
+    """
+    rows = {
+        "Command": facts.get("command"),
+        "Started": facts.get("started"),
+        "Machine": describe_machine(facts.get("machine") or {}),
+        "Commit": flat(facts.get("git")),
+        "Data": flat(facts.get("data")),
+        "Versions": flat(facts.get("versions")),
+    }
+    yield from ((term, str(text)) for term, text in rows.items() if text)
+
+
+def flat(facts: Mapping[str, Any] | str | None) -> str:
+    """One line for a mapping of any depth, or the text itself.
+
+    >>> flat({"variant": "reward", "weights": {"dcml": 0.1}})
+    'variant reward, dcml 0.1'
+    """
+    if not isinstance(facts, Mapping):
+        return str(facts or "")
+    nested = (flat(value) for value in facts.values() if isinstance(value, Mapping))
+    return ", ".join(text for text in (describe(facts), *nested) if text)
