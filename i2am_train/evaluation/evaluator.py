@@ -4,7 +4,7 @@ It knows nothing of Lightning or files. The callbacks drive it, in validation du
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,6 +16,7 @@ from torch import Tensor
 from torchmetrics import MetricCollection
 
 from i2am_train.attribution.maps import AttributionMaps, HeatMap, threshold
+from i2am_train.attribution.sites import LayerId
 from i2am_train.attribution.trace import trace
 from i2am_train.config.schema import AttributionConfig, SamplingConfig
 from i2am_train.datasets.sample import TryOnBatch
@@ -32,7 +33,7 @@ from i2am_train.metrics.correspondence import (
 )
 from i2am_train.metrics.imacs import imacs
 from i2am_train.metrics.registry import METRICS, image_metrics, image_pair_score, metric_info
-from i2am_train.models.sampling import sample
+from i2am_train.models.sampling import SamplingStep, sample
 from i2am_train.models.tryon import TryOnModel
 from i2am_train.ops.images import to_uint8
 from i2am_train.ops.masks import mask_on_grid
@@ -92,13 +93,19 @@ def generate_with_attention(
     batch: TryOnBatch,
     sampling: SamplingConfig,
     attribution: AttributionConfig,
+    *,
+    matrix_layers: Sequence[LayerId] = (),
+    on_step: Callable[[SamplingStep], None] | None = None,
 ) -> Explained:
-    """Samples a batch once and keeps the attention of that very pass."""
+    """Samples a batch once and keeps the attention of that very pass.
+
+    Score matrices are kept of ``attribution.layer`` and of ``matrix_layers``; ``on_step`` is the sampler's.
+    """
     seeds = [sample_seed(sampling.seed, int(index)) for index in batch["index"]]
     with trace(
         model,
         layers=attribution.layers,
-        matrix_layers=[attribution.layer],
+        matrix_layers=[attribution.layer, *matrix_layers],
         generated_mask=batch["inpaint_mask"] if attribution.inpaint_queries else None,
         byte_budget=attribution.byte_budget,
     ) as attention:
@@ -110,6 +117,7 @@ def generate_with_attention(
             seeds=seeds,
             steps=sampling.steps,
             guidance=sampling.guidance,
+            on_step=on_step,
         )
     maps = attention.maps()
     record = maps.store.layer(attribution.layer)
@@ -128,11 +136,16 @@ def generate_with_attention(
     )
 
 
+def captured_layers(model: TryOnModel, attribution: AttributionConfig) -> tuple[str, ...]:
+    """Names of the layers that a capture with these options sees."""
+    with trace(model, layers=attribution.layers) as attention:
+        return tuple(site.layer for site in attention.sites)
+
+
 def _unified(
     maps: AttributionMaps, direction: Direction, options: AttributionConfig, size: GridSize
 ) -> HeatMap:
-    """Normalised, resized to the image, normalised again: the order that the score is defined on (spec 4 and 5)."""
-    return maps.unified(direction, options.weighting).normalised().resized(size).normalised()
+    return maps.unified(direction, options.weighting).on_picture(size)
 
 
 def attention_scores(
