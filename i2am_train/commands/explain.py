@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from i2am_train.evaluation.evaluator import Explained
     from i2am_train.models.sampling import SamplingStep
     from i2am_train.models.tryon import TryOnModel
-    from i2am_train.reporting.explained import CleanImage, ExplainedSample
+    from i2am_train.reporting.explained import CleanImage, ExplainedSample, Origin
     from i2am_train.types import GridSize
 
 PATCHES_SHOWN = 6
@@ -39,8 +39,8 @@ def explain(config: ExplainConfig) -> Path:
     from i2am_train.assembly import load_model, model_folder, prepare_data
     from i2am_train.config.build import plain
     from i2am_train.evaluation.evaluator import captured_layers, generate_with_attention
-    from i2am_train.reporting.explained import write_explained
-    from i2am_train.runs import RunFolder
+    from i2am_train.reporting.explained import Origin, write_explained
+    from i2am_train.runs import RunFolder, fingerprint
 
     settings = plain(config) | {"checkpoint": str(model_folder(config.checkpoint))}
     model = load_model(config.checkpoint, config.data).eval().to(_device(config.device))
@@ -56,10 +56,17 @@ def explain(config: ExplainConfig) -> Path:
         matrix_layers=captured_layers(model, config.attribution) if kept is None else kept,
         on_step=clean,
     )
-    sample = _sample(config, settings, explained, batch, clean.decoded(model))
+    origin = Origin(
+        checkpoint=settings["checkpoint"],
+        data=fingerprint(root),
+        guidance=config.sampling.guidance,
+        steps=config.sampling.steps,
+        seed=config.sampling.seed,
+    )
+    sample = _sample(config, origin, explained, batch, clean.decoded(model))
     figures = _figures(sample) | {"centers": _center_figure(explained, batch)}
     folder = RunFolder.open(_folder(config), settings, may_differ=("output", "device"))
-    folder.start(seed=config.sampling.seed, data=sample.origin.data)
+    folder.start(seed=config.sampling.seed, data=origin.data)
     write_explained(folder.path, sample)
     for name, figure in figures.items():
         _save(figure, folder / f"{name}.png")
@@ -140,22 +147,19 @@ def _picture(image: Tensor) -> Any:
 
 def _sample(
     config: ExplainConfig,
-    settings: dict[str, Any],
+    origin: Origin,
     explained: Explained,
     batch: TryOnBatch,
     clean: tuple[CleanImage, ...],
 ) -> ExplainedSample:
     """All that figures need, as plain arrays."""
-    from i2am_train.assembly import prepare_data
     from i2am_train.evaluation.evaluator import attention_scores
     from i2am_train.reporting.explained import (
         IMAGES,
         MASKS,
         ExplainedSample,
-        Origin,
         checkpoint_label,
     )
-    from i2am_train.runs import fingerprint
 
     generated, reference = _patches(config, explained, batch)
     scores = attention_scores(explained, batch, config.attribution)
@@ -174,14 +178,8 @@ def _sample(
         scores={name: _finite(float(value[0])) for name, value in scores.items()},
         generated_patches=tuple(generated),
         reference_patches=tuple(reference),
-        model=checkpoint_label(Path(settings["checkpoint"])),
-        origin=Origin(
-            checkpoint=settings["checkpoint"],
-            data=fingerprint(prepare_data(config.data)),
-            guidance=config.sampling.guidance,
-            steps=config.sampling.steps,
-            seed=config.sampling.seed,
-        ),
+        model=checkpoint_label(Path(origin.checkpoint)),
+        origin=origin,
         delta=config.attribution.delta,
         weighting=config.attribution.weighting,
         time_groups=config.attribution.time_groups,
@@ -208,16 +206,16 @@ def _patches(
     from i2am_train.evaluation.evaluator import garment_patches
     from i2am_train.ops.masks import mask_on_grid
 
-    generated = config.generated_patches or _spread(
+    generated = config.generated_patches or spread_patches(
         garment_patches(explained, batch)[0], explained.generated_grid
     )
-    reference = config.reference_patches or _spread(
+    reference = config.reference_patches or spread_patches(
         mask_on_grid(batch["garment_mask"], explained.reference_grid)[0], explained.reference_grid
     )
     return generated, reference
 
 
-def _spread(mask: Any, grid: GridSize) -> list[tuple[int, int]]:
+def spread_patches(mask: Any, grid: GridSize) -> list[tuple[int, int]]:
     """A few of the masked cells (of all, if there are none) that lie far from each other.
 
     The one nearest to their middle, then again and again the one farthest from those chosen.

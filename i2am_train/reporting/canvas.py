@@ -44,6 +44,7 @@ STYLE: RcStyleType = {
     "savefig.facecolor": "white",
     "svg.hashsalt": "i2am_train",  # the same figure is the same file
     "svg.fonttype": "path",
+    "pdf.fonttype": 42,  # TrueType; conferences refuse Type 3
 }
 INK = "#222222"
 GREY = "#777777"

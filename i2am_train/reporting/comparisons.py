@@ -109,10 +109,11 @@ def guidance_effect(
             map_cell(sample, TO_GENERATED, heat, title)
             for heat, title in zip(array(maps), titles, strict=True)
         )
+        note = _score_note(sample, TO_GENERATED).replace(" ", "\n")  # cells may be narrow
         row = (
             plain_cell(sample, TO_GENERATED, "generated"),
             *by_layer,
-            replace(_scored_cell(sample, TO_GENERATED, "$M_g$"), heat=sample.unified(TO_GENERATED)),
+            map_cell(sample, TO_GENERATED, sample.unified(TO_GENERATED), "$M_g$", note),
         )
         rows.append(row if index == 0 else untitled(row))
     section = Section(

@@ -209,7 +209,8 @@ def _head_title(maps: AttributionMaps, heads: int) -> str:
     known = [number for number in numbers if number is not None]
     if len(known) != len(numbers) or known != list(range(known[0], known[0] + len(known))):
         return f"{len(numbers)} layers, {shown}"
-    return f"layers {known[0]}–{known[-1]}, {shown}"
+    which = f"layers {known[0]}–{known[-1]}" if len(known) > 1 else f"layer {known[0]}"
+    return f"{which}, {shown}"
 
 
 def _two_axis_rows(

@@ -312,7 +312,7 @@ class _Pen:
         height, width = cell.picture.shape[:2]
         if cell.frame is not None:
             for spine in axes.spines.values():
-                spine.set(color=cell.frame, linewidth=1.2)
+                spine.set(color=cell.frame, linewidth=0.9)
         for box in cell.boxes:
             _draw_box(axes, box, height, width)
         for mark in cell.marks:
@@ -339,8 +339,10 @@ class _Pen:
 def _draw_box(axes: Axes, box: Box, height: int, width: int) -> None:
     corner = (box.left * width - 0.5, box.top * height - 0.5)
     size = (box.width * width, box.height * height)
-    axes.add_patch(Rectangle(corner, *size, fill=False, edgecolor="white", linewidth=2.0))
-    axes.add_patch(Rectangle(corner, *size, fill=False, edgecolor=box.color, linewidth=1.1))
+    for color, line_width in (("white", 2.0), (box.color, 1.1)):
+        edge = Rectangle(corner, *size, fill=False, edgecolor=color, linewidth=line_width)
+        edge.set_clip_on(False)  # a patch at the picture's edge is drawn whole
+        axes.add_patch(edge)
 
 
 _MARK_STYLE = {MarkKind.PEAK: ("o", 3.6, OKABE_ITO[1]), MarkKind.TRUTH: ("X", 4.2, OKABE_ITO[5])}

@@ -21,6 +21,7 @@ from i2am_train.reporting.comparisons import (
     refinement,
     scores_under_maps,
 )
+from i2am_train.reporting.figure_files import plan_figures
 from i2am_train.reporting.levels import layer_maps, overview, time_and_head_maps, two_axis_maps
 from i2am_train.reporting.paper_figures import PAPER_FIGURES, PlannedFigure, plan
 from i2am_train.reporting.patches import (
@@ -105,7 +106,7 @@ def test_time_groups_and_heads_are_where_their_titles_say(sample):
     sample = replace(sample, maps=sample.maps.select([9]))
     (section,) = time_and_head_maps(sample).sections
     generated, reference = section.rows
-    assert section.group_titles == ("(a) by timestep", "(b) layers 9–9, 2 heads")
+    assert section.group_titles == ("(a) by timestep", "(b) layer 9, 2 heads")
     assert titles(generated) == ["", "999–750", "500–250", "", "head 1", "head 2"]
     assert [cell.heat.argmax() for cell in generated[1:3]] == [10, 20]
     assert [cell.heat.argmax() for cell in reference[4:]] == [3, 7]
@@ -353,3 +354,28 @@ def test_no_word_is_cut_off_or_covers_another(name, make_explained):
         assert not any(box.overlaps(other) for other in extents[:index])
     assert figure.get_figwidth() <= 5.5 + 1e-6
     assert figure.get_figheight() <= 9.0
+
+
+def test_files_of_folders_with_the_same_name_stay_apart(
+    make_explained, write_explained_run, tmp_path
+):
+    folders = [
+        write_explained_run(make_explained(), tmp_path / "baseline" / "sample"),
+        write_explained_run(make_explained(checkpoint="runs/refined/model"), tmp_path / "sample"),
+        write_explained_run(make_explained(name="00002_00"), tmp_path / "other"),
+    ]
+    planned = plan_figures(folders, ["daam", "refinement", "scores"], ["a", "b", "c"])
+    index = planned.write(tmp_path / "report", ["png"], 50)
+    files = [file for entry in index["figures"] for file in entry["files"]]
+    assert files == [
+        "figures/daam-sample-1.png",
+        "figures/daam-sample-2.png",
+        "figures/daam-other.png",
+        "figures/refinement-00001_00.png",
+        "figures/scores.png",
+    ]
+    assert all((tmp_path / "report" / file).is_file() for file in files)
+    refined = index["figures"][3]
+    assert refined["inputs"] == ["sample-1", "sample-2"]
+    assert "00001_00 by a and b" in refined["caption"]
+    assert index["inputs"]["sample-2"]["folder"] == str(tmp_path / "sample")
