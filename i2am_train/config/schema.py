@@ -508,7 +508,7 @@ class ReportConfig:
     layers: list[int | str] | None = field(default_factory=lambda: list[int | str]((2, 5, 8)))
     """Layers in figures by layer; the default is the paper's, one per resolution; null: all."""
     models: list[str] = field(default_factory=list)
-    """How figures call the models of the folders, in the same order; empty: by their folders."""
+    """How figures call the models of the samples, in the same order; empty: by their folders."""
     dpi: int = 300
     """Pixels per inch of PNG files and of pictures in the others."""
     output: Path | None = None

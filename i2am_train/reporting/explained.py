@@ -1,8 +1,9 @@
 """What ``i2am explain`` keeps of one sample, and the way back: all that figures need, no model.
 
-Beside what every run folder has (``settings.json``, ``manifest.json``)::
+In the run folder (beside ``settings.json`` and ``manifest.json``), or in a folder for each sample in
+it where a run explains several::
 
-    scores.json                 names, layer, patches, sampling steps, scores
+    scores.json                 names, layer, patches, origin, options, scores
     maps.safetensors            the capture (attribution/archive.py)
     images/*.png                garment, agnostic, densepose, person, generated, clean-<step>
     masks/*.png                 garment, inpaint, warped_garment; white inside
@@ -12,7 +13,7 @@ Beside what every run folder has (``settings.json``, ``manifest.json``)::
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,12 +30,13 @@ from i2am_train.attribution.maps import AttributionMaps
 from i2am_train.errors import RunFolderError
 from i2am_train.metrics.correspondence import target_on_grid
 from i2am_train.reporting.canvas import Picture
-from i2am_train.runs import MANIFEST_FILE, SETTINGS_FILE, read_json, write_json
+from i2am_train.runs import MANIFEST_FILE, read_json, write_json
 from i2am_train.types import Direction, GridSize, LayerWeighting
 
 SCHEMA = 2
 """Version of the folder; 1 had only maps and scores."""
 
+SCORES = "scores.json"
 IMAGES = ("garment", "agnostic", "densepose", "person", "generated")
 MASKS = ("garment", "inpaint", "warped_garment")
 
@@ -147,7 +149,7 @@ def write_explained(folder: Path, sample: ExplainedSample) -> None:
         save_file({"correspondence": np.ascontiguousarray(sample.correspondence)}, unfinished)
         unfinished.replace(target)
     save_maps(sample.maps, folder / "maps.safetensors", [sample.name])
-    write_json(folder / "scores.json", _description(sample))
+    write_json(folder / SCORES, _description(sample))
 
 
 def _description(sample: ExplainedSample) -> dict[str, Any]:
@@ -162,23 +164,60 @@ def _description(sample: ExplainedSample) -> dict[str, Any]:
         "reference_patches": sample.reference_patches,
         "clean_images": [[image.step_index, image.timestep] for image in sample.clean],
         "has_correspondence": sample.correspondence is not None,
+        "origin": asdict(sample.origin),
+        "delta": sample.delta,
+        "weighting": sample.weighting,
+        "time_groups": sample.time_groups,
     }
 
 
+def sample_folders(run: Path) -> list[Path]:
+    """The folders of the samples that a run of ``i2am explain`` explained: itself, or those in it.
+
+    Raises:
+        RunFolderError: there are none.
+    """
+    folders = (
+        [run] if (run / SCORES).is_file() else sorted(p.parent for p in run.glob(f"*/{SCORES}"))
+    )
+    if not folders:
+        raise RunFolderError(
+            f"{run} is not the folder of explained samples (it has no {SCORES}). Give a folder that "
+            "'i2am explain' wrote."
+        )
+    return folders
+
+
+def manifest_of(folder: Path) -> dict[str, Any]:
+    """The manifest of the run that a sample's folder belongs to.
+
+    Raises:
+        RunFolderError: there is none, or the run did not come to its end.
+    """
+    inside = (folder / MANIFEST_FILE).is_file()
+    manifest = dict(read_json((folder if inside else folder.parent) / MANIFEST_FILE))
+    if manifest.get("finished") is None:
+        raise RunFolderError(
+            f"The run of {folder} did not come to its end. Give its command again: "
+            f"{manifest.get('command')}"
+        )
+    return manifest
+
+
 def read_explained(folder: Path, model: str | None = None) -> ExplainedSample:
-    """Read the folder of a finished ``i2am explain``.
+    """Read one sample of a finished ``i2am explain``.
 
     Args:
-        folder: the run folder.
+        folder: one of ``sample_folders``.
         model: how figures call the checkpoint; by default the name of its folder.
 
     Raises:
         RunFolderError: it is no such folder, unfinished, incomplete, or of another version.
         DataError: the archive of maps cannot be read.
     """
-    settings = _checked_settings(folder)
-    about = _checked_description(folder / "scores.json")
-    attribution = settings["attribution"]
+    manifest_of(folder)
+    about = _checked_description(folder / SCORES)
+    origin = Origin(**about["origin"])
     sample = ExplainedSample(
         name=about["name"],
         garment_name=about["garment_name"],
@@ -192,11 +231,11 @@ def read_explained(folder: Path, model: str | None = None) -> ExplainedSample:
         scores=about["scores"],
         generated_patches=tuple((y, x) for y, x in about["generated_patches"]),
         reference_patches=tuple((y, x) for y, x in about["reference_patches"]),
-        model=model or checkpoint_label(Path(settings["checkpoint"])),
-        origin=_origin(folder, settings),
-        delta=attribution["delta"],
-        weighting=LayerWeighting(attribution["weighting"]),
-        time_groups=attribution["time_groups"],
+        model=model or checkpoint_label(Path(origin.checkpoint)),
+        origin=origin,
+        delta=about["delta"],
+        weighting=LayerWeighting(about["weighting"]),
+        time_groups=about["time_groups"],
     )
     _check_sizes(folder, sample)
     return sample
@@ -209,31 +248,6 @@ def checkpoint_label(checkpoint: Path) -> str:
     ('refined-seed0', 'tiny')
     """
     return checkpoint.parent.name if checkpoint.name == "model" else checkpoint.name
-
-
-def _origin(folder: Path, settings: Mapping[str, Any]) -> Origin:
-    sampling = settings["sampling"]
-    return Origin(
-        checkpoint=settings["checkpoint"],
-        data=read_json(folder / MANIFEST_FILE).get("data"),
-        guidance=sampling["guidance"],
-        steps=sampling["steps"],
-        seed=sampling["seed"],
-    )
-
-
-def _checked_settings(folder: Path) -> dict[str, Any]:
-    if not (folder / SETTINGS_FILE).is_file() or not (folder / "scores.json").is_file():
-        raise RunFolderError(
-            f"{folder} is not the folder of an explained sample (it has no {SETTINGS_FILE} or no "
-            "scores.json). Give a folder that 'i2am explain' wrote."
-        )
-    if read_json(folder / MANIFEST_FILE).get("finished") is None:
-        raise RunFolderError(
-            f"The run in {folder} did not come to its end. Give its command again: "
-            f"{read_json(folder / MANIFEST_FILE).get('command')}"
-        )
-    return dict(read_json(folder / SETTINGS_FILE))
 
 
 def _checked_description(path: Path) -> dict[str, Any]:
@@ -265,7 +279,7 @@ def _read_maps(path: Path, name: str) -> AttributionMaps:
     if archive.names != (name,):
         raise RunFolderError(
             f"{path} holds the maps of {', '.join(archive.names) or 'an unnamed sample'}, and "
-            f"scores.json beside it describes {name}. Run 'i2am explain' again."
+            f"{SCORES} beside it describes {name}. Run 'i2am explain' again."
         )
     return archive.maps
 

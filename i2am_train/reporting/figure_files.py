@@ -3,23 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from i2am_train.errors import ConfigError
 from i2am_train.reporting.canvas import save_figure
-from i2am_train.reporting.explained import ExplainedSample, numbered, read_explained
+from i2am_train.reporting.explained import (
+    ExplainedSample,
+    manifest_of,
+    numbered,
+    read_explained,
+    sample_folders,
+)
 from i2am_train.reporting.paper_figures import PAPER_FIGURES, Layers, PlannedFigure, plan
 from i2am_train.reporting.sheet import draw_sheet
-from i2am_train.runs import MANIFEST_FILE, command_line, git_state, read_json
+from i2am_train.runs import command_line, git_state
 
 FOLDER = "figures"
 
 
 @dataclass(frozen=True, slots=True)
 class Input:
-    """One explained folder: its sample, its name in files, and what made it."""
+    """One explained sample, its name in files, and what made it."""
 
     label: str
     sample: ExplainedSample
@@ -55,7 +61,10 @@ class FigureSet:
         return {
             "figures": entries,
             "left_out": dict(self.left_out),
-            "inputs": {entry.label: entry.origin for entry in self.inputs},
+            "inputs": {
+                entry.label: {**asdict(entry.sample.origin), **entry.origin}
+                for entry in self.inputs
+            },
         }
 
     def _stem(self, figure: PlannedFigure) -> str:
@@ -73,27 +82,29 @@ class FigureSet:
 
 
 def plan_figures(
-    folders: Sequence[Path],
+    runs: Sequence[Path],
     names: Sequence[str] = (),
     models: Sequence[str] = (),
     layers: Layers = None,
 ) -> FigureSet:
-    """Read the folders and decide what can be drawn of them.
+    """Read the runs and decide what can be drawn of them.
 
     Args:
-        folders: of finished ``i2am explain``.
+        runs: folders of finished ``i2am explain``.
         names: kinds of figures, keys of ``PAPER_FIGURES``; all that are possible where empty.
-        models: how figures call the folders' checkpoints, one each; their own names where empty.
+        models: how figures call the checkpoint of each sample, in the order of the runs; by their
+            folders where empty.
         layers: which ones the figures by layer show; all where None.
 
     Raises:
         ConfigError: a figure was asked for by name and cannot be drawn, or ``models`` do not fit.
         RunFolderError: a folder is not one of ``i2am explain``.
     """
+    folders = [folder for run in runs for folder in sample_folders(run)]
     if models and len(models) != len(folders):
         raise ConfigError(
-            f"models names {len(models)} checkpoints for {len(folders)} folders. Give one name per "
-            "folder in explained, in the same order, or none."
+            f"models has {len(models)} names for {len(folders)} explained samples. Give one name "
+            "per sample, in the order of explained, or none."
         )
     given: Sequence[str | None] = models or (None,) * len(folders)
     labels = numbered([folder.name for folder in folders])
@@ -105,30 +116,23 @@ def plan_figures(
     if names and left_out:
         needs = "; ".join(f"{name} needs {need}" for name, need in left_out.items())
         raise ConfigError(
-            f"Not all figures can be drawn of these {len(folders)} folders: {needs}. Add such "
-            "folders to explained, or leave these names out of figures."
+            f"Not all figures can be drawn of these {len(folders)} explained samples: {needs}. Add "
+            "such folders to explained, or leave these names out of figures."
         )
     return FigureSet(inputs, tuple(planned), left_out, layers)
 
 
 def _origin(folder: Path) -> dict[str, Any]:
-    manifest = read_json(folder / MANIFEST_FILE)
-    settings = manifest["settings"]
-    return {
-        "folder": str(folder),
-        "command": manifest["command"],
-        "checkpoint": settings["checkpoint"],
-        "data": manifest["data"],
-        "git": manifest["git"],
-        "finished": manifest["finished"],
-        "settings": settings,
-    }
+    """What the index says of a sample."""
+    manifest = manifest_of(folder)
+    kept = ("command", "data", "git", "finished", "settings")
+    return {"folder": str(folder), **{name: manifest[name] for name in kept}}
 
 
 def _sentence(entry: Input) -> str:
     origin = entry.origin
     return (
-        f"{entry.label}: '{origin['command']}', checkpoint {origin['checkpoint']}, "
+        f"{entry.label}: '{origin['command']}', checkpoint {entry.sample.origin.checkpoint}, "
         f"data {origin['data']}, code {_code(origin['git'])}"
     )
 

@@ -269,7 +269,7 @@ def test_report_of_explained_samples(
     assert index["left_out"] == {}
     with pytest.raises(ConfigError, match="unpaired needs a folder of 'i2am explain' with pairing"):
         report(compose("report", [inputs, "figures=[unpaired]", f"output={tmp_path / 'x'}"]))
-    with pytest.raises(ConfigError, match="1 checkpoints for 2 folders"):
+    with pytest.raises(ConfigError, match="models has 1 names for 2 explained samples"):
         report(compose("report", [inputs, "models=[a]", f"output={tmp_path / 'x'}"]))
     with pytest.raises(ConfigError, match="nothing to report"):
         report(compose("report", [f"output={tmp_path / 'x'}"]))

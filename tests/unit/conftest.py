@@ -99,18 +99,8 @@ def write_explained_run() -> Callable[[ExplainedSample, Path], Path]:
     """Writes a sample as the finished run folder of `i2am explain`."""
 
     def write(sample: ExplainedSample, path: Path) -> Path:
-        origin = sample.origin
-        settings = {
-            "checkpoint": origin.checkpoint,
-            "sampling": {"guidance": origin.guidance, "steps": origin.steps, "seed": origin.seed},
-            "attribution": {
-                "delta": sample.delta,
-                "weighting": sample.weighting.value,
-                "time_groups": sample.time_groups,
-            },
-        }
-        folder = RunFolder.open(path, settings)
-        folder.start(seed=origin.seed, data=origin.data)
+        folder = RunFolder.open(path, {"checkpoint": sample.origin.checkpoint})
+        folder.start(seed=sample.origin.seed, data=sample.origin.data)
         write_explained(path, sample)
         folder.finish()
         return path

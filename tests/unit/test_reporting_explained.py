@@ -9,7 +9,7 @@ from PIL import Image
 from safetensors.numpy import save_file
 
 from i2am_train.errors import DataError, RunFolderError
-from i2am_train.reporting.explained import SCHEMA, read_explained
+from i2am_train.reporting.explained import SCHEMA, read_explained, sample_folders, write_explained
 from i2am_train.types import Direction, GridSize
 
 
@@ -59,6 +59,21 @@ def test_the_unified_map_is_the_one_that_is_scored(make_explained):
     np.testing.assert_array_equal(above, np.where(whole > 0.4, whole, 0.0))
 
 
+def test_a_run_of_several_samples_has_a_folder_for_each(
+    make_explained, write_explained_run, tmp_path
+):
+    run = write_explained_run(make_explained(), tmp_path / "run")
+    one = [run]
+    assert sample_folders(run) == one
+    for name in ("b", "a"):
+        write_explained(run / name, make_explained(name=name))
+    (run / "scores.json").unlink()
+    assert sample_folders(run) == [run / "a", run / "b"]
+    assert read_explained(run / "b").name == "b"  # finished, says the manifest above it
+    with pytest.raises(RunFolderError, match=r"not the folder of explained samples \(it has no"):
+        sample_folders(tmp_path / "nothing")
+
+
 def changed(path, **changes):
     """A JSON file with other values."""
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
@@ -69,7 +84,7 @@ def picture(mode, width):
 
 
 DAMAGE = {
-    "not a run": lambda folder: (folder / "settings.json").unlink(),
+    "not a run": lambda folder: (folder / "manifest.json").unlink(),
     "unfinished": lambda folder: changed(folder / "manifest.json", finished=None),
     "older": lambda folder: (folder / "scores.json").write_text('{"name": "x", "scores": {}}'),
     "no image": lambda folder: (folder / "images" / "person.png").unlink(),
@@ -88,7 +103,7 @@ DAMAGE = {
 @pytest.mark.parametrize(
     ("what", "error", "match"),
     [
-        ("not a run", RunFolderError, r"no settings\.json .* that 'i2am explain' wrote"),
+        ("not a run", RunFolderError, r"manifest\.json is missing"),
         ("unfinished", RunFolderError, "did not come to its end"),
         ("older", RunFolderError, rf"another version \(schema None, this program reads {SCHEMA}\)"),
         ("no image", RunFolderError, r"person\.png cannot be read \(it is missing\)"),
