@@ -274,7 +274,9 @@ def test_report_of_explained_samples(
     with pytest.raises(ConfigError, match="nothing to report"):
         report(compose("report", [f"output={tmp_path / 'x'}"]))
     with pytest.raises(RunFolderError, match="that 'i2am explain' wrote"):
-        report(compose("report", [f"explained=[{tmp_path}]", f"output={tmp_path / 'x'}"]))
+        report(
+            compose("report", [f"explained=[{tmp_path / 'report'}]", f"output={tmp_path / 'x'}"])
+        )
     assert not (tmp_path / "x").exists()
     one = f"explained=[{tmp_path / 'guidance1'}]"
     with pytest.raises(RunFolderError, match="another configuration: explained"):
