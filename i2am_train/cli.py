@@ -18,6 +18,7 @@ COMMANDS = {
     "evaluate": "judge a checkpoint on held-out samples: attention scores and image quality",
     "ablate": "train and judge arms x seeds from one checkpoint, and compare them",
     "explain": "draw every attribution map of one sample",
+    "report": "make the paper's figures from the folders of explained samples",
     "data": "make the embedded dataset, or check a dataset folder",
 }
 BAD_INPUT = 2
@@ -36,6 +37,7 @@ examples:
   i2am evaluate checkpoint=runs/refined-seed1
   i2am ablate arms=[base,baseline,refined] seeds=[0,1,2]
   i2am explain checkpoint=tiny sample=17
+  i2am report explained=[runs/explain-tiny-test17-paired]
 
 `i2am COMMAND --help` lists the options of a command; `i2am --version` prints the version."""
 

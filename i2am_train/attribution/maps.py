@@ -92,6 +92,11 @@ class HeatMap:
             return self
         return replace(self, values=resize_maps(self.values, size, mode), is_normalised=False)
 
+    def on_picture(self, size: GridSize) -> HeatMap:
+        """Normalised, resized to the picture and normalised again: the order that IMACS is defined
+        on (spec 4 and 5)."""
+        return self.normalised().resized(size).normalised()
+
     def normalised(self, *, joint: bool = False) -> HeatMap:
         """Each map to [0, 1] by its own minimum and maximum, or by those of all maps of its sample
         (``joint``)."""

@@ -67,6 +67,10 @@ EXAMPLES = {
         i2am explain checkpoint=runs/refined-seed0 sample=17 attribution.layer=5 pairing=unpaired
         i2am explain checkpoint=[runs/baseline-seed0,runs/refined-seed0] sample=[3,17]
     """,
+    "report": """
+        i2am report explained=[runs/explain-tiny-test17-paired]
+        i2am report explained=[FOLDER,OTHER] models=[baseline,refined] figures=[refinement,scores]
+    """,
     "data_make": """
         i2am data make
         i2am data make root=data/small train=200 test=20 height=64 width=48 seed=1

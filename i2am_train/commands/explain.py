@@ -1,7 +1,8 @@
-"""``i2am explain``: every attribution map of a sample, as pictures, as an archive and as a page."""
+"""``i2am explain``: all attribution maps of a sample: pictures, a folder of data, a page to explore."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,45 +11,52 @@ from i2am_train.commands.entry import entry
 from i2am_train.config.schema import ExplainConfig
 
 if TYPE_CHECKING:
-    from i2am_train.attribution.maps import HeatMap
+    from torch import Tensor
+
     from i2am_train.datasets.sample import TryOnBatch, TryOnSample
     from i2am_train.evaluation.evaluator import Explained
+    from i2am_train.models.sampling import SamplingStep
     from i2am_train.models.tryon import TryOnModel
+    from i2am_train.reporting.explained import CleanImage, ExplainedSample, Origin
     from i2am_train.types import GridSize
 
 PATCHES_SHOWN = 6
 """Specific patches that are drawn when the user names none."""
-
 
 PAGE = "explorer.html"
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Case:
-    """One checkpoint on one sample, as a batch of one."""
+    """One checkpoint on one sample."""
 
     folder: str
     """Where its files go, inside the run folder."""
-    batch: TryOnBatch
-    explained: Explained
+    sample: ExplainedSample
+    figures: dict[str, Any]
 
 
 def run(config: ExplainConfig) -> None:
     """Explain the samples and say where pictures and page lie."""
     folder = explain(config)
-    pictures = len(list(folder.rglob("*.png")))
+    pictures = len([path for path in folder.rglob("*.png") if path.parent.name not in KEPT])
     size = (folder / PAGE).stat().st_size / 10**6
     print(f"{pictures} pictures, scores, maps and {PAGE} ({size:.1f} MB) in {folder}")
 
 
+KEPT = ("images", "masks")
+"""Folders of the sample's own pictures, beside those that are drawn."""
+
+
 def explain(config: ExplainConfig) -> Path:
-    """Sample each image once, write all its maps and the page of them, and return the folder.
+    """Sample each image once, keep and draw its maps, make the page of them, and return the folder.
 
     Raises:
         I2AMError: device, checkpoint, data, sample, layer or patch do not fit; nothing is written then.
     """
-    from i2am_train.assembly import check_device, load_model, prepare_data
+    from i2am_train.assembly import check_device, load_model, model_folder, prepare_data
     from i2am_train.config.build import plain
+    from i2am_train.reporting.explained import write_explained
     from i2am_train.reporting.explorer import explorer_page
     from i2am_train.runs import RunFolder, fingerprint, write_text
 
@@ -56,16 +64,24 @@ def explain(config: ExplainConfig) -> Path:
     names = _labels(config.checkpoints)
     models = {name: load_model(path, config.data) for name, path in names.items()}
     root = prepare_data(config.data)
-    samples = _samples(config, root)
-    cases = {name: _cases(config, name, model, samples) for name, model in models.items()}
-    flat = [case for made in cases.values() for case in made]
-    pictures = [_pictures(config, case.explained, case.batch) for case in flat]
-    data = _page_data(config, samples, cases)
-    folder = RunFolder.open(_folder(config), plain(config), may_differ=("output", "device"))
-    folder.start(seed=config.sampling.seed, data=fingerprint(root))
-    for case, figures in zip(flat, pictures, strict=True):
-        _write_case(config, folder / case.folder, case, figures)
-    page = explorer_page(data, _making(config, folder.manifest))
+    data, samples = fingerprint(root), _samples(config, root)
+    folders = {name: str(model_folder(path)) for name, path in names.items()}
+    cases = {
+        name: [
+            _case(config, name, model, sample, _origin(config, folders[name], data))
+            for sample in samples
+        ]
+        for name, model in models.items()
+    }
+    page_data = _page_data(config, samples, cases)
+    settings = plain(config) | {"checkpoint": ", ".join(folders.values())}
+    folder = RunFolder.open(_folder(config), settings, may_differ=("output", "device"))
+    folder.start(seed=config.sampling.seed, data=data)
+    for case in (case for made in cases.values() for case in made):
+        write_explained(folder / case.folder, case.sample)
+        for name, figure in case.figures.items():
+            _save(figure, folder / case.folder / f"{name}.png")
+    page = explorer_page(page_data, _making(config, folder.manifest))
     write_text(folder / PAGE, page)
     folder.finish()
     return folder.path
@@ -87,41 +103,45 @@ def _folder(config: ExplainConfig) -> Path:
     return Path.cwd() / "runs" / name
 
 
-def _cases(
-    config: ExplainConfig, name: str, model: TryOnModel, samples: list[TryOnSample]
-) -> list[_Case]:
-    """One model's images and attention, sample by sample."""
+def _origin(config: ExplainConfig, checkpoint: str, data: str) -> Origin:
+    from i2am_train.reporting.explained import Origin
+
+    sampling = config.sampling
+    return Origin(
+        checkpoint=checkpoint,
+        data=data,
+        guidance=sampling.guidance,
+        steps=sampling.steps,
+        seed=sampling.seed,
+    )
+
+
+def _case(
+    config: ExplainConfig, name: str, model: TryOnModel, sample: TryOnSample, origin: Origin
+) -> _Case:
+    """Samples one image with its attention, and draws it."""
     from torch.utils.data import default_collate
 
     from i2am_train.evaluation.evaluator import generate_with_attention
 
     model = model.eval().to(_device(config.device))
-    alone = len(config.checkpoints) == len(samples) == 1
-    cases = []
-    for sample in samples:
-        batch = _on_device(default_collate([sample]), model.device)
-        folder = "" if alone else f"{name.replace('/', '_')}-{config.split}{sample['index']}"
-        explained = generate_with_attention(
-            model, batch, config.sampling, config.attribution, all_matrices=True
-        )
-        cases.append(_Case(folder=folder, batch=batch, explained=explained))
-    return cases
-
-
-def _write_case(config: ExplainConfig, folder: Path, case: _Case, figures: dict[str, Any]) -> None:
-    """Pictures, archive and scores of one explanation."""
-    from i2am_train.attribution.archive import save_maps
-    from i2am_train.evaluation.evaluator import attention_scores
-    from i2am_train.runs import write_json
-
-    explained, batch = case.explained, case.batch
-    for name, figure in figures.items():
-        _save(figure, folder / f"{name}.png")
-    save_maps(explained.maps, folder / "maps.safetensors", batch["name"])
-    scores = attention_scores(explained, batch, config.attribution)
-    values = {name: float(value[0]) for name, value in scores.items()}
-    sample = {"name": batch["name"][0], "garment_name": batch["garment_name"][0]}
-    write_json(folder / "scores.json", sample | {"layer": explained.layer, "scores": values})
+    batch = _on_device(default_collate([sample]), model.device)
+    clean = CleanImages(config.sampling.steps, config.attribution.time_groups)
+    explained = generate_with_attention(
+        model,
+        batch,
+        config.sampling,
+        config.attribution,
+        matrix_layers=config.matrix_layers,
+        on_step=clean,
+    )
+    described = _sample(config, origin, explained, batch, clean.decoded(model))
+    alone = len(config.checkpoints) == len(config.samples) == 1
+    return _Case(
+        folder="" if alone else f"{name.replace('/', '_')}-{config.split}{sample['index']}",
+        sample=described,
+        figures=_figures(described) | {"centers": _center_figure(explained, batch)},
+    )
 
 
 def _page_data(
@@ -131,10 +151,7 @@ def _page_data(
 
     models = {
         name: [
-            Explanation(
-                generated=_images(case.explained, case.batch)["generated"],
-                maps=case.explained.maps,
-            )
+            Explanation(generated=case.sample.images["generated"], maps=case.sample.maps)
             for case in made
         ]
         for name, made in cases.items()
@@ -187,154 +204,129 @@ def _on_device(batch: Any, device: Any) -> TryOnBatch:
     }  # type: ignore[return-value]
 
 
-def _pictures(config: ExplainConfig, explained: Explained, batch: TryOnBatch) -> dict[str, Any]:
-    """All figures by file name."""
-    return (
-        {"unified": _unified_figure(config, explained, batch)}
-        | _level_figures(config, explained, batch)
-        | _patch_figures(config, explained, batch)
-        | {"centers": _center_figure(explained, batch)}
-    )
+class CleanImages:
+    """Keeps the clean latent that the model predicts at the end of each time group."""
+
+    def __init__(self, steps: int, groups: int) -> None:
+        from i2am_train.attribution.rollups import time_groups
+
+        self._last = {run.stop - 1 for run in time_groups(steps, groups)}
+        self._kept: list[SamplingStep] = []
+
+    def __call__(self, step: SamplingStep) -> None:
+        """What the sampler calls after each step."""
+        if step.step_index in self._last:
+            self._kept.append(step)
+
+    def decoded(self, model: TryOnModel) -> tuple[CleanImage, ...]:
+        """The first sample's images, noisiest first."""
+        import torch
+
+        from i2am_train.reporting.explained import CleanImage
+
+        with torch.no_grad():
+            images = model.decode_latents(torch.cat([step.clean[:1] for step in self._kept]))
+        return tuple(
+            CleanImage(step.step_index, step.timestep, _picture(image))
+            for step, image in zip(self._kept, images, strict=True)
+        )
 
 
-def _images(explained: Explained, batch: TryOnBatch) -> dict[str, Any]:
+def _picture(image: Tensor) -> Any:
+    """A ``[3, height, width]`` image in [-1, 1] as uint8 ``[height, width, 3]``."""
     from i2am_train.ops.images import to_uint8
 
-    images = {name: to_uint8(batch[name])[0] for name in ("garment", "agnostic", "person")}
-    images["generated"] = to_uint8(explained.generated)[0]
-    return {name: image.permute(1, 2, 0).cpu().numpy() for name, image in images.items()}
+    return to_uint8(image).permute(1, 2, 0).cpu().numpy()
 
 
-def _unified_figure(config: ExplainConfig, explained: Explained, batch: TryOnBatch) -> Any:
-    """Both directions, whole and above the threshold, beside DAAM's direction, which is constant (paper A.7)."""
-    from i2am_train.attribution.maps import threshold
-    from i2am_train.reporting.figures import map_grid
-    from i2am_train.types import Direction
+def _sample(
+    config: ExplainConfig,
+    origin: Origin,
+    explained: Explained,
+    batch: TryOnBatch,
+    clean: tuple[CleanImage, ...],
+) -> ExplainedSample:
+    """All that figures need, as plain arrays."""
+    from i2am_train.evaluation.evaluator import attention_scores
+    from i2am_train.reporting.explained import (
+        IMAGES,
+        MASKS,
+        ExplainedSample,
+        checkpoint_label,
+    )
 
-    images, delta = _images(explained, batch), config.attribution.delta
-    generated, reference = explained.map_generated[0].cpu(), explained.map_reference[0].cpu()
-    daam = explained.maps.unified(Direction.REFERENCE_TO_GENERATED, softmax_over="reference")
-    maps = [
-        generated,
-        threshold(generated, delta),
-        reference,
-        threshold(reference, delta),
-        daam.normalised().values[0].cpu(),
-    ]
-    titles = [
-        "reference to\ngenerated",
-        f"above {delta:g}",
-        "generated to\nreference",
-        f"above {delta:g}",
-        "DAAM's direction\n(constant)",
-    ]
-    underlay = [
-        images[name] for name in ("generated", "generated", "garment", "garment", "generated")
-    ]
-    return map_grid([map_.numpy() for map_ in maps], titles, underlay, title="Unified maps")
-
-
-def _level_figures(
-    config: ExplainConfig, explained: Explained, batch: TryOnBatch
-) -> dict[str, Any]:
-    """Layer-, time- and head-level maps and time x resolution, in both directions."""
-    from i2am_train.types import Direction
-
-    maps, images = explained.maps, _images(explained, batch)
-    weighting, groups = config.attribution.weighting, config.attribution.time_groups
-    figures = {}
-    for direction, short, picture in (
-        (Direction.REFERENCE_TO_GENERATED, "generated", images["generated"]),
-        (Direction.GENERATED_TO_REFERENCE, "reference", images["garment"]),
-    ):
-        figures[f"layers_{short}"] = _grid(
-            maps.layer_level(direction), picture, f"Layer-level maps, {short} side", columns=3
-        )
-        figures[f"time_{short}"] = _grid(
-            maps.time_level(direction, groups, weighting),
-            picture,
-            f"Time-level maps, {short} side (group 0 is the noisiest)",
-        )
-        figures[f"time_resolution_{short}"] = _grid(
-            maps.two_axis(direction, "time", "resolution", groups=groups, weighting=weighting),
-            picture,
-            f"Time (rows) x resolution (columns), {short} side",
-        )
-        for heads, part in maps.by_head_count().items():
-            figures[f"heads{heads}_{short}"] = _grid(
-                part.head_level(direction, weighting),
-                picture,
-                f"Head-level maps of the layers with {heads} heads, {short} side",
-                columns=4,
-            )
-    return figures
-
-
-def _grid(heat_map: HeatMap, picture: Any, title: str, columns: int | None = None) -> Any:
-    """A figure of all maps of the one sample, each scaled by itself."""
-    from i2am_train.attribution.sites import paper_number
-    from i2am_train.reporting.figures import map_grid
-
-    values = heat_map.normalised().values[0].cpu()
-    labels = [
-        [f"layer {paper_number(label)}" if paper_number(label) else label for label in axis]
-        for axis in heat_map.labels
-    ]
-    if values.ndim == 4:
-        rows = [f"{heat_map.axes[0]} {label}" for label in labels[0]]
-        flat = list(values.flatten(0, 1).numpy())
-        return map_grid(
-            flat, labels[1], picture, columns=len(labels[1]), row_titles=rows, title=title,
-            shared_scale=False,
-        )  # fmt: skip
-    titles = [
-        label if label.startswith("layer") else f"{heat_map.axes[0]} {label}" for label in labels[0]
-    ]
-    return map_grid(
-        list(values.numpy()), titles, picture, columns=columns, title=title, shared_scale=False
+    generated, reference = _patches(config, explained, batch)
+    scores = attention_scores(explained, batch, config.attribution)
+    known = batch["correspondence"][0].isfinite().any()
+    pictures: dict[str, Any] = {**batch, "generated": explained.generated}
+    return ExplainedSample(
+        name=batch["name"][0],
+        garment_name=batch["garment_name"][0],
+        paired=bool(batch["paired"][0]),
+        layer=explained.layer,
+        images={name: _picture(pictures[name][0]) for name in IMAGES},
+        masks={name: pictures[f"{name}_mask"][0].cpu().numpy() for name in MASKS},
+        correspondence=batch["correspondence"][0].cpu().numpy() if known else None,
+        clean=clean,
+        maps=explained.maps,
+        scores={name: _finite(float(value[0])) for name, value in scores.items()},
+        generated_patches=tuple(generated),
+        reference_patches=tuple(reference),
+        model=checkpoint_label(Path(origin.checkpoint)),
+        origin=origin,
+        delta=config.attribution.delta,
+        weighting=config.attribution.weighting,
+        time_groups=config.attribution.time_groups,
     )
 
 
-def _patch_figures(
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
+
+
+def _figures(sample: ExplainedSample) -> dict[str, Any]:
+    """The paper's figures that one sample allows, by name."""
+    from i2am_train.reporting.paper_figures import plan
+    from i2am_train.reporting.sheet import draw_sheet
+
+    planned, _ = plan([sample])
+    return {figure.name: draw_sheet(figure.sheet([sample])) for figure in planned}
+
+
+def _patches(
     config: ExplainConfig, explained: Explained, batch: TryOnBatch
-) -> dict[str, Any]:
-    """Specific-reference maps (where a generated patch looks) and reverse ones (what a garment patch feeds)."""
+) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
+    """The generated and the reference patches that get maps: the user's, or some of the garment."""
     from i2am_train.evaluation.evaluator import garment_patches
     from i2am_train.ops.masks import mask_on_grid
 
-    images, layer = _images(explained, batch), explained.layer
-    generated = config.generated_patches or _spread(
+    generated = config.generated_patches or spread_patches(
         garment_patches(explained, batch)[0], explained.generated_grid
     )
-    reference = config.reference_patches or _spread(
+    reference = config.reference_patches or spread_patches(
         mask_on_grid(batch["garment_mask"], explained.reference_grid)[0], explained.reference_grid
     )
-    looks = explained.maps.specific_reference(generated, layer)
-    feeds = explained.maps.reverse_specific_reference(reference, layer)
-    return {
-        "specific_reference": _grid_of_patches(
-            looks, images["garment"], generated, f"Where generated patches look (layer {layer})"
-        ),
-        "reverse_specific_reference": _grid_of_patches(
-            feeds, images["generated"], reference, f"What garment patches feed (layer {layer})"
-        ),
-    }
+    return generated, reference
 
 
-def _grid_of_patches(heat_map: HeatMap, picture: Any, patches: Any, title: str) -> Any:
-    from i2am_train.reporting.figures import map_grid
+def spread_patches(mask: Any, grid: GridSize) -> list[tuple[int, int]]:
+    """A few of the masked cells (of all, if there are none) that lie far from each other.
 
-    titles = [f"patch ({y}, {x})" for y, x in patches]
-    maps = list(heat_map.normalised().values[0].cpu().numpy())
-    return map_grid(maps, titles, picture, title=title, shared_scale=False)
+    The one nearest to their middle, then again and again the one farthest from those chosen.
+    """
+    import torch
 
-
-def _spread(mask: Any, grid: GridSize) -> list[tuple[int, int]]:
-    """A few cells spread evenly over the masked ones; over all of them if the mask is empty."""
-    cells = mask.flatten().nonzero().flatten().tolist() or list(range(grid.tokens))
-    count = min(PATCHES_SHOWN, len(cells))
-    chosen = [cells[(2 * index + 1) * len(cells) // (2 * count)] for index in range(count)]
-    return [divmod(cell, grid.width) for cell in chosen]
+    on_grid = mask.reshape(grid).cpu()
+    cells = (on_grid if on_grid.any() else torch.ones_like(on_grid)).nonzero()
+    places = cells.float()
+    distance = torch.linalg.vector_norm(places - places.mean(dim=0), dim=-1)
+    chosen = [int(distance.argmin())]
+    nearest = torch.full_like(distance, torch.inf)
+    while len(chosen) < min(PATCHES_SHOWN, len(cells)):
+        step = torch.linalg.vector_norm(places - places[chosen[-1]], dim=-1)
+        nearest = torch.minimum(nearest, step)
+        chosen.append(int(nearest.argmax()))
+    return [(int(y), int(x)) for y, x in cells[chosen]]
 
 
 def _center_figure(explained: Explained, batch: TryOnBatch) -> Any:
@@ -350,7 +342,7 @@ def _center_figure(explained: Explained, batch: TryOnBatch) -> Any:
 def _save(figure: Any, path: Path) -> None:
     from i2am_train.reporting.canvas import save_figure
 
-    save_figure(figure, path)
+    save_figure(figure, path, dpi=200)
 
 
 if __name__ == "__main__":

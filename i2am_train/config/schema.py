@@ -32,6 +32,22 @@ SamplerName = Literal["ddim", "dpmpp", "unipc"]
 Precision = Literal["32-true", "bf16-mixed", "16-mixed"]
 Trainable = Literal["all", "decoder", "cross_attention"]
 Device = Literal["auto", "cpu", "cuda"]
+FigureFormat = Literal["png", "svg", "pdf"]
+FigureName = Literal[
+    "layers",
+    "time_heads",
+    "flow",
+    "specific_layers",
+    "reverse_layers",
+    "refinement",
+    "guidance",
+    "specific_reference",
+    "scores",
+    "daam",
+    "two_axis",
+    "unpaired",
+]
+"""Keys of ``reporting.paper_figures.PAPER_FIGURES``, which lies above; a test keeps the two equal."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -506,6 +522,9 @@ class ExplainConfig:
     """Cells [y,x] of the layer's generated grid that get a map each; empty: some of the garment."""
     reference_patches: list[tuple[int, int]] = field(default_factory=list)
     """Cells [y,x] of the reference grid that get a map each; empty: some of the garment."""
+    matrix_layers: list[int | str] | None = None
+    """Layers beside attribution.layer whose score matrices are kept, for maps of single patches;
+    null: all (5 MB per sample at 128x96, 100 MB at 512x384)."""
     device: Device = "auto"
     """Where to compute."""
     data: DataConfig = field(default_factory=DataConfig)
@@ -523,6 +542,46 @@ class ExplainConfig:
         for name in ("generated_patches", "reference_patches"):
             for cell in getattr(self, name):
                 _check_at_least(name, min(cell), 0)
+        for layer in self.matrix_layers or ():
+            _check_layer("matrix_layers", layer)
+
+
+@dataclass(kw_only=True, slots=True)
+class ReportConfig:
+    """Make figures for a paper from the folders of finished commands, without a model or a GPU."""
+
+    explained: list[Path] = field(default_factory=list)
+    """Folders that `i2am explain` wrote. Two of one sample are compared if they differ in their
+    checkpoint (refinement) or in sampling.guidance (guidance)."""
+    figures: list[FigureName] = field(default_factory=list)
+    """Which ones: layers, time_heads, flow, specific_layers, reverse_layers, refinement, guidance,
+    specific_reference, scores, daam, two_axis, unpaired; empty: all that the folders allow."""
+    formats: list[FigureFormat] = field(default_factory=lambda: ["png", "pdf"])
+    """File formats: png, svg, pdf."""
+    layers: list[int | str] | None = field(default_factory=lambda: list[int | str]((2, 5, 8)))
+    """Layers in figures by layer; the default is the paper's, one per resolution; null: all."""
+    models: list[str] = field(default_factory=list)
+    """How figures call the models of the samples, in the same order; empty: by their folders."""
+    dpi: int = 300
+    """Pixels per inch of PNG files and of pictures in the others."""
+    output: Path | None = None
+    """Folder of the report; null: runs/report."""
+
+    def __post_init__(self) -> None:
+        self.output = _absolute(self.output)
+        self.explained = [folder.expanduser().absolute() for folder in self.explained]
+        for name in ("explained", "figures"):
+            if getattr(self, name):
+                _check_unique(name, getattr(self, name))
+        _check_unique("formats", self.formats)
+        for layer in self.layers or ():
+            _check_layer("layers", layer)
+        _check_within("dpi", self.dpi, 50, 1200)
+
+    @property
+    def folder(self) -> Path:
+        """The folder of the report, absolute."""
+        return self.output or Path.cwd() / "runs" / "report"
 
     @property
     def checkpoints(self) -> list[str]:
@@ -604,6 +663,7 @@ COMMANDS: dict[str, type[Any]] = {
     "evaluate": EvaluateConfig,
     "ablate": AblateConfig,
     "explain": ExplainConfig,
+    "report": ReportConfig,
     "data_make": DataMakeConfig,
     "data_check": DataCheckConfig,
 }

@@ -5,7 +5,7 @@ what the same functions give batch by batch (``generation``) and scores the imag
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -16,6 +16,7 @@ from torch import Tensor
 from torchmetrics import MetricCollection
 
 from i2am_train.attribution.maps import AttributionMaps, HeatMap, threshold
+from i2am_train.attribution.sites import LayerId
 from i2am_train.attribution.trace import trace
 from i2am_train.config.schema import AttributionConfig, SamplingConfig
 from i2am_train.datasets.sample import TryOnBatch
@@ -32,7 +33,7 @@ from i2am_train.metrics.correspondence import (
 )
 from i2am_train.metrics.imacs import imacs, imacs_column
 from i2am_train.metrics.registry import METRICS, image_metrics, image_pair_score, metric_info
-from i2am_train.models.sampling import sample
+from i2am_train.models.sampling import SamplingStep, sample
 from i2am_train.models.tryon import TryOnModel
 from i2am_train.ops.images import to_uint8
 from i2am_train.ops.masks import mask_on_grid
@@ -93,17 +94,19 @@ def generate_with_attention(
     sampling: SamplingConfig,
     attribution: AttributionConfig,
     *,
-    all_matrices: bool = False,
+    matrix_layers: Sequence[LayerId] | None = (),
+    on_step: Callable[[SamplingStep], None] | None = None,
 ) -> Explained:
     """Samples a batch once and keeps the attention of that very pass.
 
-    ``all_matrices`` keeps the score matrices of every layer, not only of ``attribution.layer``.
+    Score matrices are kept of ``attribution.layer`` and of ``matrix_layers`` (None: of every layer); ``on_step`` is the
+    sampler's.
     """
     seeds = [seed_for(sampling.seed, "sampling", int(index)) for index in batch["index"]]
     with trace(
         model,
         layers=attribution.layers,
-        matrix_layers=None if all_matrices else [attribution.layer],
+        matrix_layers=None if matrix_layers is None else [attribution.layer, *matrix_layers],
         generated_mask=batch["inpaint_mask"] if attribution.inpaint_queries else None,
         byte_budget=attribution.byte_budget,
     ) as attention:
@@ -116,6 +119,7 @@ def generate_with_attention(
             steps=sampling.steps,
             guidance=sampling.guidance,
             sampler=sampling.sampler,
+            on_step=on_step,
         )
     maps = attention.maps()
     record = maps.store.layer(attribution.layer)
@@ -137,8 +141,7 @@ def generate_with_attention(
 def _unified(
     maps: AttributionMaps, direction: Direction, options: AttributionConfig, size: GridSize
 ) -> HeatMap:
-    """Normalised, resized to the image, normalised again: the order that the score is defined on (spec 4 and 5)."""
-    return maps.unified(direction, options.weighting).normalised().resized(size).normalised()
+    return maps.unified(direction, options.weighting).on_picture(size)
 
 
 def attention_scores(

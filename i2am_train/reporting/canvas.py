@@ -44,6 +44,7 @@ STYLE: RcStyleType = {
     "savefig.facecolor": "white",
     "svg.hashsalt": "i2am_train",  # the same figure is the same file
     "svg.fonttype": "path",
+    "pdf.fonttype": 42,  # TrueType; conferences refuse Type 3
 }
 INK = "#222222"
 GREY = "#777777"
@@ -55,6 +56,9 @@ OKABE_ITO = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 BETTER, WORSE = OKABE_ITO[2], OKABE_ITO[1]
 
 HEAT = "inferno"
+"""Perceptually uniform, and readable for colour-blind people and in grey."""
+COLOR_BAR_LEVEL = 0.285
+"""Inches from the lower edge of a figure to the middle of its colour bar."""
 OVERLAY_ALPHA = 0.88
 _ALPHA_POWER = 0.75
 """Opacity grows as value ** 0.75: low values leave the picture visible. Chosen by us, by eye."""
@@ -178,17 +182,36 @@ class ImageGrid:
 
     def color_bar(self, mappable: ScalarMappable, label: str, width: float = 1.8) -> Axes:
         """A horizontal colour bar below the pictures, at the right; needs a bottom margin."""
-        inches = float(self.figure.get_figwidth())
-        left = (inches - self.margins.right - 0.1 - width) / inches  # room for the last number
-        box = (left, 0.24 / self.height, width / inches, 0.09 / self.height)
-        bar_axes = self.figure.add_axes(box)
-        bar = self.figure.colorbar(mappable, cax=bar_axes, orientation="horizontal")
-        bar.outline.set_visible(False)
-        bar_axes.tick_params(length=2, pad=1, labelsize=7)
-        self.figure.text(
-            left - 0.08 / inches, 0.285 / self.height, label, ha="right", va="center", fontsize=8
-        )
-        return bar_axes
+        return add_color_bar(self.figure, mappable, label, width, self.margins.right, size=8)
+
+
+def add_color_bar(
+    figure: Figure,
+    mappable: ScalarMappable,
+    label: str,
+    width: float,
+    right: float = 0.04,
+    size: float = 6.5,
+) -> Axes:
+    """A horizontal colour bar in the lowest 0.4 inches of a figure, at the right.
+
+    Args:
+        figure: with room there.
+        mappable: the scale.
+        label: stands left of the bar.
+        width: of the bar, in inches.
+        right: margin, in inches.
+        size: of the label, in points.
+    """
+    inches, height = (float(value) for value in figure.get_size_inches())
+    left = (inches - right - 0.1 - width) / inches  # room for the last number
+    bar_axes = figure.add_axes((left, 0.24 / height, width / inches, 0.09 / height))
+    bar = figure.colorbar(mappable, cax=bar_axes, orientation="horizontal")
+    bar.outline.set_visible(False)
+    bar_axes.tick_params(length=2, pad=1, labelsize=size - 1)
+    at = (left - 0.08 / inches, COLOR_BAR_LEVEL / height)
+    figure.text(*at, label, ha="right", va="center", fontsize=size)
+    return bar_axes
 
 
 def image_grid(
@@ -218,7 +241,7 @@ def image_grid(
     bottoms = [height - m.top - (r + 1) * cell_height - r * m.gap for r in range(rows)]
     size = (cell_width / width, cell_height / height)
     axes = tuple(
-        tuple(_bare(figure.add_axes((left / width, bottom / height, *size))) for left in lefts)
+        tuple(add_bare_axes(figure, (left / width, bottom / height, *size)) for left in lefts)
         for bottom in bottoms
     )
     return ImageGrid(figure, axes, _ranges(group_sizes), m)
@@ -239,7 +262,9 @@ def _ranges(sizes: Sequence[int]) -> tuple[range, ...]:
     return tuple(range(int(end) - size, int(end)) for end, size in zip(ends, sizes, strict=True))
 
 
-def _bare(axes: Axes) -> Axes:
+def add_bare_axes(figure: Figure, box: tuple[float, float, float, float]) -> Axes:
+    """Axes for a picture, without ticks: left, bottom, width, height in fractions of the figure."""
+    axes = figure.add_axes(box)
     axes.set_xticks([])
     axes.set_yticks([])
     for spine in axes.spines.values():
@@ -280,6 +305,20 @@ def show_heat(
     )
 
 
+def draw_outline(axes: Axes, mask: NDArray[np.bool_]) -> None:
+    """Draw the border of a mask ``[height, width]`` over its picture, seen on dark and on light.
+
+    The mask is taken as surrounded by nothing, so that its border is closed at the picture's edge.
+    """
+    if not mask.any():
+        return
+    padded = np.pad(mask.astype(np.float64), 1)
+    y, x = (np.arange(size) - 1.0 for size in padded.shape)
+    axes.set_autoscale_on(False)
+    for color, width, style in (("white", 1.3, "solid"), (INK, 0.65, (0, (3, 1.5)))):
+        axes.contour(x, y, padded, [0.5], colors=[color], linewidths=width, linestyles=[style])
+
+
 def heat_scale(
     limits: tuple[float, float] = (0.0, 1.0), over_picture: bool = True
 ) -> ScalarMappable:
@@ -288,26 +327,28 @@ def heat_scale(
     return ScalarMappable(Normalize(*limits), colors)
 
 
-def save_figure(figure: Figure, path: Path, dpi: int = 160) -> Path:
+def save_figure(figure: Figure, path: Path, dpi: int = 160, description: str = "") -> Path:
     """Write a figure as PNG, SVG or PDF, by the suffix of ``path``; all or nothing.
 
-    The file says what wrote it and carries no date, so the same figure gives the same bytes.
+    The file says what wrote it and, in ``description``, from what; it carries no date, so the same
+    figure gives the same bytes.
     """
     path = Path(path)
     file_format = path.suffix.lower().lstrip(".")
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(f".{path.name}.unfinished")
     with mpl.rc_context(STYLE):
-        figure.savefig(unfinished, format=file_format, dpi=dpi, metadata=_metadata(file_format))
+        metadata = _metadata(file_format, description)
+        figure.savefig(unfinished, format=file_format, dpi=dpi, metadata=metadata)
     unfinished.replace(path)
     return path
 
 
-def _metadata(file_format: str) -> Mapping[str, Any]:
+def _metadata(file_format: str, description: str) -> Mapping[str, Any]:
     by_format: dict[str, dict[str, Any]] = {
-        "png": {"Software": "i2am_train"},
-        "svg": {"Creator": "i2am_train", "Date": None},
-        "pdf": {"Creator": "i2am_train", "CreationDate": None},
+        "png": {"Software": "i2am_train", "Description": description or None},
+        "svg": {"Creator": "i2am_train", "Date": None, "Description": description or None},
+        "pdf": {"Creator": "i2am_train", "CreationDate": None, "Subject": description or None},
     }
     if file_format not in by_format:
         known = ", ".join(f".{name}" for name in by_format)

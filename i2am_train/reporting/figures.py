@@ -1,4 +1,4 @@
-"""Figures of a run: grids of maps and samples, curves of training, paired differences.
+"""Figures of a run: samples, curves of training, paired differences.
 
 Every function takes arrays or plain records and returns a ``Figure``; ``save_figure`` writes it.
 Nothing here knows a model or computes a score.
@@ -16,25 +16,17 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
 
 from i2am_train.reporting.canvas import (
     BETTER,
     GREY,
-    INK,
     STYLE,
     WORSE,
-    ImageGrid,
-    Margins,
-    Picture,
     arm_colors,
-    heat_scale,
-    image_grid,
     new_figure,
     overlay,
     save_figure,
-    show_heat,
-    show_picture,
 )
 from i2am_train.reporting.records import Curve, History, Results, arm_labels
 from i2am_train.reporting.sample_panel import PanelPart, sample_panel
@@ -44,152 +36,13 @@ __all__ = [
     "PanelPart",
     "arm_colors",
     "difference_plot",
-    "map_grid",
     "metric_curves",
     "overlay",
-    "sample_grid",
     "sample_panel",
     "save_figure",
 ]
 
 _VERDICT_COLORS = {Verdict.BETTER: BETTER, Verdict.WORSE: WORSE}
-
-
-@mpl.rc_context(STYLE)
-def map_grid(
-    maps: Sequence[ArrayLike],
-    titles: Sequence[str] = (),
-    underlay: Picture | Sequence[Picture] | None = None,
-    *,
-    columns: int | None = None,
-    row_titles: Sequence[str] = (),
-    shared_scale: bool = True,
-    title: str | None = None,
-    label: str = "attribution",
-    width: float | None = None,
-) -> Figure:
-    """Maps in a labelled grid: one per layer, time group or head, or two axes as rows x columns.
-
-    Args:
-        maps: two-dimensional arrays, row-major; sizes may differ (layers on their own grids).
-        titles: one per map, or one per column if there are rows; none by default.
-        underlay: a picture to lay all maps over, or one picture per map.
-        columns: maps per row; all in one row by default.
-        row_titles: one per row.
-        shared_scale: one colour scale for all maps (from the smallest to the largest value), or
-            each map on its own from its smallest to its largest value.
-        title: heading of the figure.
-        label: what the colour bar says.
-        width: of the figure in inches; grows with the columns by default.
-
-    Raises:
-        ValueError: if there is no map, or as many titles or pictures as neither maps nor columns.
-    """
-    arrays = [np.asarray(values, dtype=np.float64) for values in maps]
-    if not arrays or any(values.ndim != 2 for values in arrays):
-        shapes = ", ".join(str(values.shape) for values in arrays) or "nothing"
-        raise ValueError(f"Expected two-dimensional maps, found {shapes}.")
-    columns = min(columns or len(arrays), len(arrays))
-    if titles and len(titles) not in {len(arrays), columns}:
-        raise ValueError(f"Found {len(titles)} titles for {len(arrays)} maps in {columns} columns.")
-    pictures = _per_map(underlay, len(arrays))
-    limits = _limits(arrays)
-    spans = [limits if shared_scale else _limits([values]) for values in arrays]
-    grid = _map_cells(arrays, pictures, columns, len(titles), bool(title), width)
-    for axes, values, picture, span in zip(grid.cells, arrays, pictures, spans, strict=False):
-        show_heat(axes, values, picture, span)
-    for axes, text in zip(grid.cells, titles, strict=False):
-        axes.set_title(text, fontsize=8, pad=3, color=INK)
-    for axes in grid.cells[len(arrays) :]:
-        axes.set_axis_off()
-    if row_titles:
-        grid.row_titles(row_titles)
-    if title:
-        grid.figure.text(0.5, 1 - 0.04 / grid.height, title, ha="center", va="top", weight="bold")
-    scale = heat_scale(limits if shared_scale else (0.0, 1.0), over_picture=underlay is not None)
-    note = label if shared_scale else f"{label}, each map on its own scale"
-    grid.color_bar(scale, note, width=min(1.8, 0.4 * float(grid.figure.get_figwidth())))
-    return grid.figure
-
-
-def _map_cells(
-    arrays: Sequence[NDArray[np.float64]],
-    pictures: Sequence[Picture | None],
-    columns: int,
-    titles: int,
-    has_title: bool,
-    width: float | None,
-) -> ImageGrid:
-    rows = -(-len(arrays) // columns)
-    titled_rows = rows > 1 and titles == len(arrays)
-    margins = Margins(
-        top=(0.3 if titles else 0.08) + (0.25 if has_title else 0.0),
-        bottom=0.42,
-        gap=0.24 if titled_rows else 0.05,
-    )
-    width = width or float(np.clip(1.35 * columns + 0.4, 3.4, 14.0))
-    return image_grid(rows, [columns], _aspect(pictures[0], arrays[0]), width, margins)
-
-
-def _per_map(
-    underlay: Picture | Sequence[Picture] | None, count: int
-) -> list[Picture] | list[None]:
-    if underlay is None:
-        return [None] * count
-    pictures = np.asarray(underlay)
-    if pictures.ndim == 3:
-        return [pictures] * count
-    if len(pictures) != count:
-        raise ValueError(f"Found {len(pictures)} pictures for {count} maps; give one, or one each.")
-    return list(pictures)
-
-
-def _aspect(picture: Picture | None, values: NDArray[np.float64]) -> float:
-    height, width = values.shape if picture is None else picture.shape[:2]
-    return float(height / width)
-
-
-def _limits(arrays: Sequence[NDArray[np.float64]]) -> tuple[float, float]:
-    finite = np.concatenate([values[np.isfinite(values)] for values in arrays])
-    if finite.size == 0:
-        return 0.0, 1.0
-    low, high = float(finite.min()), float(finite.max())
-    return (low, high) if high > low else (low, low + 1.0)  # a constant map is drawn dark
-
-
-@mpl.rc_context(STYLE)
-def sample_grid(
-    images: ArrayLike,
-    labels: Sequence[str] = (),
-    row_labels: Sequence[str] = (),
-    width: float | None = None,
-) -> Figure:
-    """Pictures in rows and columns.
-
-    Args:
-        images: uint8 ``[row, column, height, width, 3]`` (or ``[column, height, width, 3]``).
-        labels: one title per column.
-        row_labels: one title per row.
-        width: of the figure in inches; grows with the columns by default.
-    """
-    pictures = np.asarray(images)
-    pictures = pictures[None] if pictures.ndim == 4 else pictures
-    if pictures.ndim != 5 or pictures.shape[-1] != 3 or pictures.dtype != np.uint8:
-        raise ValueError(
-            f"Expected uint8 pictures [row, column, height, width, 3], "
-            f"found {pictures.dtype} {pictures.shape}."
-        )
-    rows, columns, height, wide = pictures.shape[:4]
-    margins = Margins(top=0.3 if labels else 0.06)
-    width = width or float(np.clip(1.35 * columns + 0.3, 2.0, 14.0))
-    grid = image_grid(rows, [columns], height / wide, width, margins)
-    for axes, picture in zip(grid.cells, pictures.reshape(-1, height, wide, 3), strict=True):
-        show_picture(axes, picture)
-    if labels:
-        grid.column_titles(labels)
-    if row_labels:
-        grid.row_titles(row_labels)
-    return grid.figure
 
 
 # ---- curves ------------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ import lightning as L
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 
 from i2am_train import assembly
@@ -19,10 +20,16 @@ from i2am_train.attribution.archive import load_maps
 from i2am_train.commands.ablate import ablate
 from i2am_train.commands.evaluate import evaluate
 from i2am_train.commands.explain import explain
+from i2am_train.commands.report import report
+from i2am_train.commands.report import run as run_report
 from i2am_train.commands.train import train
 from i2am_train.config.store import compose
 from i2am_train.errors import CaptureError, CheckpointError, ConfigError, DataError, RunFolderError
+from i2am_train.metrics.imacs import imacs
+from i2am_train.reporting.explained import read_explained
+from i2am_train.reporting.paper_figures import PAPER_FIGURES
 from i2am_train.reporting.report import build_report
+from i2am_train.types import Direction
 
 pytestmark = pytest.mark.filterwarnings("default")  # Lightning's and torch's own deprecations
 
@@ -209,7 +216,7 @@ def test_ablation(training: list[str], tmp_path: Path) -> None:
 
 
 def test_explanation(overrides: list[str], small_checkpoint: Path, tmp_path: Path) -> None:
-    """Every kind of map as a picture, and an archive from which the maps come back."""
+    """Every kind of map as a picture, an archive from which the maps come back, and all that was scored."""
     options = [
         *overrides,
         f"checkpoint={small_checkpoint}",
@@ -220,13 +227,21 @@ def test_explanation(overrides: list[str], small_checkpoint: Path, tmp_path: Pat
         compose("explain", [*options, "device=cpu", "generated_patches=[[1,2],[3,0]]"])
     )
     pictures = {path.stem for path in folder.glob("*.png")}
-    assert {"unified", "centers", "specific_reference", "reverse_specific_reference"} <= pictures
-    for side in ("generated", "reference"):
-        assert {f"layers_{side}", f"time_{side}", f"time_resolution_{side}"} <= pictures
+    assert pictures == {"centers"} | {
+        name for name, figure in PAPER_FIGURES.items() if figure.single and name != "unpaired"
+    } | {"scores"}
     archive = load_maps(folder / "maps.safetensors")
     assert len(archive.maps.layers) == 9
     assert archive.maps.store.steps == 2
-    assert json.loads((folder / "scores.json").read_text())["scores"]["imacs_g"] is not None
+    sample = read_explained(folder)
+    assert sample.generated_patches == ((1, 2), (3, 0))
+    assert all(sample.maps.scores(layer).shape[0] == 1 for layer in sample.maps.layers)
+    assert np.array_equal(sample.clean[-1].picture, sample.images["generated"])
+    assert [image.step_index for image in sample.clean] == [0, 1]
+    for side, direction, mask in zip("gr", Direction, ("inpaint", "garment"), strict=True):
+        heat = torch.from_numpy(sample.unified(direction, thresholded=True))[None]
+        score = imacs(heat, torch.from_numpy(sample.masks[mask])[None])
+        assert sample.scores[f"imacs_{side}"] == pytest.approx(float(score), abs=1e-6)
     data = page_data(folder)
     assert all(layer["matrix"] for layer in data["layers"])
     looks, scores = data["captures"][0][0]["layers"][8]["looks"], archive.maps.scores(9)[0]
@@ -256,10 +271,52 @@ def test_explanations_side_by_side(
     folder = explain(compose("explain", [*overrides, *options, f"output={tmp_path / 'out'}"]))
     for name in ("model-test3", "other-test3"):
         assert load_maps(folder / name / "maps.safetensors").names == ("50003_00",)
-        assert (folder / name / "unified.png").is_file()
+        assert (folder / name / "scores.png").is_file()
     data = page_data(folder)
     assert data["models"] == ["model", "other"]
     assert data["captures"][0] == data["captures"][1]
+
+
+def test_report_of_explained_samples(
+    overrides: list[str], small_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Figures of two folders, with an index that says what made them; what is impossible is named."""
+    options = [*overrides, f"checkpoint={small_checkpoint}", "device=cpu"]
+    for guidance in (1, 2):
+        name = tmp_path / f"guidance{guidance}"
+        explain(compose("explain", [*options, f"sampling.guidance={guidance}", f"output={name}"]))
+    inputs = f"explained=[{tmp_path / 'guidance1'},{tmp_path / 'guidance2'}]"
+    asked = [inputs, f"output={tmp_path / 'report'}", "formats=[png,svg]", "dpi=60"]
+    run_report(compose("report", [*asked, "figures=[guidance,daam]"]))
+    assert "3 figures and index.json" in capsys.readouterr().out
+    index = json.loads((tmp_path / "report" / "index.json").read_text())
+    files = {file for entry in index["figures"] for file in entry["files"]}
+    stems = ("guidance", "daam-guidance1", "daam-guidance2")
+    assert files == {f"figures/{stem}.{kind}" for stem in stems for kind in ("png", "svg")}
+    made_by = index["inputs"]["guidance1"]
+    assert made_by["settings"]["sampling"]["guidance"] == 1
+    assert made_by["checkpoint"] == str(small_checkpoint)
+    assert made_by["data"]
+    assert made_by["git"]
+    with Image.open(tmp_path / "report" / "figures" / "guidance.png") as picture:
+        assert (
+            f"checkpoint {small_checkpoint}, data {made_by['data']}" in picture.text["Description"]
+        )
+    assert index["left_out"] == {}
+    with pytest.raises(ConfigError, match="unpaired needs a folder of 'i2am explain' with pairing"):
+        report(compose("report", [inputs, "figures=[unpaired]", f"output={tmp_path / 'x'}"]))
+    with pytest.raises(ConfigError, match="models has 1 names for 2 explained samples"):
+        report(compose("report", [inputs, "models=[a]", f"output={tmp_path / 'x'}"]))
+    with pytest.raises(ConfigError, match="nothing to report"):
+        report(compose("report", [f"output={tmp_path / 'x'}"]))
+    with pytest.raises(RunFolderError, match="that 'i2am explain' wrote"):
+        report(
+            compose("report", [f"explained=[{tmp_path / 'report'}]", f"output={tmp_path / 'x'}"])
+        )
+    assert not (tmp_path / "x").exists()
+    one = f"explained=[{tmp_path / 'guidance1'}]"
+    with pytest.raises(RunFolderError, match="another configuration: explained"):
+        report(compose("report", [one, f"output={tmp_path / 'report'}"]))
 
 
 def test_bad_input_is_refused_before_anything_is_written(

@@ -204,6 +204,7 @@ def test_data_has_two_sub_commands(capsys: pytest.CaptureFixture[str]) -> None:
         ["evaluate", "--cfg", "job"],
         ["ablate", "--cfg", "job"],
         ["explain", "--cfg", "job"],
+        ["report", "--cfg", "job"],
     ],
     ids=" ".join,
 )

@@ -12,15 +12,14 @@ from i2am_train.reporting.canvas import arm_colors, image_grid
 from i2am_train.reporting.figures import (
     PanelPart,
     difference_plot,
-    map_grid,
     metric_curves,
     overlay,
-    sample_grid,
     sample_panel,
     save_figure,
 )
 from i2am_train.reporting.records import Curve, History, Panels
 from i2am_train.reporting.sample_panel import mesh
+from i2am_train.reporting.sheet import Cell, Section, Sheet, draw_sheet
 from i2am_train.types import GridSize
 
 SIZE = (16, 12)
@@ -85,53 +84,6 @@ def test_cells_of_a_grid_have_the_shape_of_the_picture():
         box = axes.get_position()
         assert box.height * height / (box.width * width) == pytest.approx(4 / 3)
     assert [list(group) for group in grid.groups] == [[0, 1], [2]]
-
-
-def test_map_grid_draws_maps_of_several_sizes_on_one_scale():
-    # Layers keep their own grids; the shared scale spans all maps.
-    maps = [np.full((2, 3), 0.5), np.arange(12.0).reshape(4, 3), np.full((2, 3), 2.0)]
-    figure = map_grid(maps, titles=("1", "2", "3"), columns=2)
-    images = [axes.images[0] for axes in figure.axes if axes.images]
-    assert [image.get_array().shape for image in images[:3]] == [(2, 3), (4, 3), (2, 3)]
-    assert {(image.norm.vmin, image.norm.vmax) for image in images[:3]} == {(0.0, 11.0)}
-    assert [axes.get_title() for axes in figure.axes[:3]] == ["1", "2", "3"]
-    assert not figure.axes[3].axison  # the cell without a map
-
-
-def test_map_grid_with_own_scales_and_underlay_keeps_the_values():
-    maps = [np.array([[0.0, 4.0]]), np.array([[1.0, 3.0]]), np.array([[np.nan, 3.0]])]
-    pictures = [picture(0), picture(100), picture(200)]
-    figure = map_grid(maps, underlay=pictures, shared_scale=False, row_titles=("row",), title="T")
-    heat = [axes.images[1] for axes in figure.axes[:3]]
-    assert [(h.norm.vmin, h.norm.vmax) for h in heat] == [(0.0, 4.0), (1.0, 3.0), (3.0, 4.0)]
-    np.testing.assert_array_equal(heat[1].get_array(), maps[1])
-    assert heat[0].get_extent() == [-0.5, 11.5, 15.5, -0.5]
-    assert figure.axes[0].get_ylabel() == "row"
-
-
-@pytest.mark.parametrize(
-    ("maps", "titles", "underlay", "match"),
-    [
-        ([], (), None, "found nothing"),
-        ([np.zeros((2, 3, 4))], (), None, r"found \(2, 3, 4\)"),
-        ([np.zeros((2, 3))] * 3, ("a", "b"), None, "2 titles for 3 maps"),
-        ([np.zeros((2, 3))] * 3, (), [picture()] * 2, "2 pictures for 3 maps"),
-    ],
-)
-def test_map_grid_refuses_what_does_not_fit(maps, titles, underlay, match):
-    with pytest.raises(ValueError, match=match):
-        map_grid(maps, titles, underlay)
-
-
-def test_sample_grid_shows_every_picture_in_its_place():
-    images = np.arange(6, dtype=np.uint8).reshape(2, 3, 1, 1, 1) * np.ones(
-        (1, 1, 4, 5, 3), np.uint8
-    )
-    figure = sample_grid(images, labels=("x", "y", "z"), row_labels=("p", "q"))
-    shown = [int(axes.images[0].get_array()[0, 0, 0]) for axes in figure.axes]
-    assert shown == [0, 1, 2, 3, 4, 5]
-    with pytest.raises(ValueError, match="found float64"):
-        sample_grid(np.zeros((2, 3, 4, 5, 3)))
 
 
 def test_sample_panel_has_all_columns_in_order(panels):
@@ -243,13 +195,19 @@ def test_arms_have_different_colours_and_the_same_in_every_subset():
     assert arm_colors(["baseline", "refined"])["refined"] == colors["refined"]
 
 
+def small_figure():
+    """A new figure with one map."""
+    cell = Cell(picture=picture(), heat=np.eye(3))
+    return draw_sheet(Sheet(sections=(Section(rows=((cell,),)),), caption=""))
+
+
 @pytest.mark.parametrize("suffix", [".png", ".svg", ".pdf"])
 def test_saved_figure_is_whole_reproducible_and_says_what_wrote_it(tmp_path, suffix):
-    figure = map_grid([np.eye(3)])
-    first = save_figure(figure, tmp_path / "deep" / f"map{suffix}", dpi=50)
+    first = save_figure(small_figure(), tmp_path / "deep" / f"map{suffix}", 50, "from tiny")
     content = first.read_bytes()
     assert b"i2am_train" in content
-    assert save_figure(map_grid([np.eye(3)]), first, dpi=50).read_bytes() == content
+    assert b"from tiny" in content
+    assert save_figure(small_figure(), first, 50, "from tiny").read_bytes() == content
     assert [path.name for path in first.parent.iterdir()] == [f"map{suffix}"]
     if suffix == ".png":
         with Image.open(first) as image:
@@ -258,10 +216,10 @@ def test_saved_figure_is_whole_reproducible_and_says_what_wrote_it(tmp_path, suf
 
 def test_unknown_suffix_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"use one of \.png"):
-        save_figure(map_grid([np.eye(3)]), tmp_path / "map.bmp")
+        save_figure(small_figure(), tmp_path / "map.bmp")
 
 
 def test_drawing_leaves_global_style_alone():
     before = json.dumps({k: str(v) for k, v in mpl.rcParams.items()})
-    map_grid([np.eye(3)])
+    small_figure()
     assert json.dumps({k: str(v) for k, v in mpl.rcParams.items()}) == before
