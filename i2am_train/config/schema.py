@@ -545,6 +545,16 @@ class ExplainConfig:
         for layer in self.matrix_layers or ():
             _check_layer("matrix_layers", layer)
 
+    @property
+    def checkpoints(self) -> list[str]:
+        """The checkpoints, one or several."""
+        return self.checkpoint if isinstance(self.checkpoint, list) else [self.checkpoint]
+
+    @property
+    def samples(self) -> list[int]:
+        """The samples' indices, one or several."""
+        return self.sample if isinstance(self.sample, list) else [self.sample]
+
 
 @dataclass(kw_only=True, slots=True)
 class ReportConfig:
@@ -582,16 +592,6 @@ class ReportConfig:
     def folder(self) -> Path:
         """The folder of the report, absolute."""
         return self.output or Path.cwd() / "runs" / "report"
-
-    @property
-    def checkpoints(self) -> list[str]:
-        """The checkpoints, one or several."""
-        return self.checkpoint if isinstance(self.checkpoint, list) else [self.checkpoint]
-
-    @property
-    def samples(self) -> list[int]:
-        """The samples' indices, one or several."""
-        return self.sample if isinstance(self.sample, list) else [self.sample]
 
 
 @dataclass(kw_only=True, slots=True)
