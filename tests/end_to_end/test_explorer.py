@@ -5,6 +5,8 @@ The captures are drawn at random in the shape of a model's; test_commands.py mak
 
 from __future__ import annotations
 
+import base64
+import io
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -13,7 +15,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
+from PIL import Image
 from selenium import webdriver
+from selenium.common.exceptions import JavascriptException, StaleElementReferenceException
 from selenium.webdriver.common.action_chains import ActionChains
 from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.support.select import Select
@@ -156,7 +161,11 @@ def browser(chromium: Any, file: Path) -> Iterator[Any]:
 def visit(browser: Any, file: Path, fragment: str = "") -> None:
     browser.get("about:blank")  # else a new fragment alone would not load the page again
     browser.get(f"{file.as_uri()}#{fragment}")
-    browser.execute_async_script("i2am.ready.then(arguments[0])")
+    # A script that is sent while the blank page makes way for the file is lost, and asked for again.
+    lost = [StaleElementReferenceException, JavascriptException]
+    WebDriverWait(browser, 20, ignored_exceptions=lost).until(
+        lambda _: browser.execute_async_script("i2am.ready.then(() => arguments[0](true))")
+    )
 
 
 def state(browser: Any) -> dict[str, Any]:
@@ -169,10 +178,16 @@ def picture(browser: Any, side: str, sample: int = 0, model: int = 0) -> Any:
     return browser.find_element("css selector", f"{card} .{side} canvas")
 
 
-def pixels(browser: Any, canvas: Any) -> str:
-    """What a canvas shows, as text."""
-    text: str = browser.execute_script("return arguments[0].toDataURL()", canvas)
-    return text
+def pixels(browser: Any, canvas: Any) -> NDArray[np.int16]:
+    """What a canvas shows, RGBA ``[height, width, 4]``."""
+    url = browser.execute_script("return arguments[0].toDataURL()", canvas)
+    with Image.open(io.BytesIO(base64.b64decode(url.partition(",")[2]))) as shown:
+        return np.asarray(shown.convert("RGBA"), dtype=np.int16)
+
+
+def same(first: NDArray[np.int16], second: NDArray[np.int16]) -> bool:
+    """Whether two pictures are one; Chromium's rasteriser may round a pixel by one level differently."""
+    return first.shape == second.shape and int(np.abs(first - second).max()) <= 1
 
 
 def eventually(browser: Any, condition: Callable[[], object]) -> None:
@@ -289,7 +304,9 @@ def test_maps_of_patches_are_the_archive_s(
     other = "reference" if side == "generated" else "generated"
     assert_shown(browser, expected, mask_of(samples[1], other), (1, 0, other))
     shown = browser.execute_script("return i2am.numbers(1, 0, arguments[0]).map", other)
-    np.testing.assert_allclose(shown, of_patch.values[0, 0].flatten().numpy(), atol=1e-6, rtol=1e-4)
+    scores = of_patch.values[0, 0].flatten().numpy()
+    half_step = np.ptp(scores) / (2 * 65535)  # of 16 bits between the map's own ends
+    np.testing.assert_allclose(shown, scores, atol=1.01 * half_step, rtol=0)
 
 
 def test_centres_are_python_s(
@@ -349,14 +366,14 @@ def test_pointing_at_a_patch(browser: Any, side: str) -> None:
     point_at(browser, canvas).perform()
     eventually(browser, lambda: caption.text.startswith(words))
     hovered = pixels(browser, shown)
-    assert hovered != at_rest
+    assert not same(hovered, at_rest)
     assert state(browser)["patch"] is None
     ActionChains(browser).move_to_element(heading).perform()
-    eventually(browser, lambda: pixels(browser, shown) == at_rest)
+    eventually(browser, lambda: same(pixels(browser, shown), at_rest))
     point_at(browser, canvas).click().perform()
     assert state(browser)["patch"]["side"] == side
     ActionChains(browser).move_to_element(heading).perform()
-    eventually(browser, lambda: pixels(browser, shown) == hovered)
+    eventually(browser, lambda: same(pixels(browser, shown), hovered))
     point_at(browser, canvas).click().perform()
     assert state(browser)["patch"] is None
 
@@ -395,7 +412,8 @@ def test_controls(browser: Any) -> None:
         before = [pixels(browser, canvas) for canvas in canvases]
         action()
         generated, reference = (
-            old != pixels(browser, canvas) for old, canvas in zip(before, canvases, strict=True)
+            not same(old, pixels(browser, canvas))
+            for old, canvas in zip(before, canvases, strict=True)
         )
         return generated, reference
 
@@ -456,7 +474,7 @@ def test_a_link_restores_the_view(browser: Any, file: Path) -> None:
     drawn = pixels(browser, picture(browser, "generated", 1, 1))
     visit(browser, file, link.split("#")[1])
     assert state(browser) == wanted
-    assert pixels(browser, picture(browser, "generated", 1, 1)) == drawn
+    assert same(pixels(browser, picture(browser, "generated", 1, 1)), drawn)
     visit(browser, file, "layer=77&head=x&delta=7&lambda=&samples=9&patch=sky,1,2&foo=bar&time=")
     broken = state(browser)
     visit(browser, file)
@@ -485,8 +503,8 @@ def test_samples_and_models_side_by_side(browser: Any) -> None:
     before = [pixels(browser, picture(browser, "reference", 1, model)) for model in (0, 1)]
     picture(browser, "generated").click()
     after = [pixels(browser, picture(browser, "reference", 1, model)) for model in (0, 1)]
-    assert before[0] != after[0]
-    assert before[1] != after[1]
+    assert not same(before[0], after[0])
+    assert not same(before[1], after[1])
     box("models", 0).click()
     box("samples", 0).click()
     assert shown() == {(1, 1)}
@@ -519,7 +537,7 @@ def test_phone(browser: Any, file: Path) -> None:
             )
         eventually(browser, lambda: state(browser)["patch"])
         assert state(browser)["patch"]["side"] == "generated"
-        assert pixels(browser, picture(browser, "reference")) != before
+        assert not same(pixels(browser, picture(browser, "reference")), before)
         browser.find_element("css selector", "#fold summary").click()
         assert browser.find_element("name", "layer").is_displayed()
     finally:
