@@ -17,7 +17,7 @@ COMMANDS = {
     "train": "train a model from a checkpoint, with or without attention losses",
     "evaluate": "judge a checkpoint on held-out samples: attention scores and image quality",
     "ablate": "train and judge arms x seeds from one checkpoint, and compare them",
-    "explain": "draw every attribution map of one sample",
+    "explain": "draw every attribution map of a sample, and a page to explore them",
     "report": "make the paper's figures from the folders of explained samples",
     "data": "make the embedded dataset, or check a dataset folder",
 }

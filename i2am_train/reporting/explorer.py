@@ -134,8 +134,8 @@ def _matrix_note(layers: Sequence[Json]) -> str:
     if len(with_matrix) == len(layers):
         return "All layers have them here."
     return (
-        f"Layers that have them here: {', '.join(with_matrix) or 'none'}; the others' would take the "
-        f"page over {SIZE_LIMIT // 10**6} MB per sample."
+        f"Layers that have them here: {', '.join(with_matrix) or 'none'}; the others' were not kept, "
+        f"or would take the page over {SIZE_LIMIT // 10**6} MB per sample."
     )
 
 

@@ -60,7 +60,7 @@ _HEADINGS = {
 _SHORT_HEADINGS = {
     PanelPart.GENERATED_MAPS: "Map on image",
     PanelPart.REFERENCE_MAPS: "Map on garment",
-    PanelPart.CENTERS: "Attention centres",
+    PanelPart.CENTERS: "Centres",
 }
 
 Draw = Callable[[Axes, int], None]
