@@ -25,6 +25,9 @@ PATCHES_SHOWN = 6
 
 PAGE = "explorer.html"
 
+KEPT = ("images", "masks")
+"""Folders of the sample's own pictures, beside those that are drawn."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class _Case:
@@ -34,6 +37,7 @@ class _Case:
     """Where its files go, inside the run folder."""
     sample: ExplainedSample
     figures: dict[str, Any]
+    """Drawn pictures by name."""
 
 
 def run(config: ExplainConfig) -> None:
@@ -42,10 +46,6 @@ def run(config: ExplainConfig) -> None:
     pictures = len([path for path in folder.rglob("*.png") if path.parent.name not in KEPT])
     size = (folder / PAGE).stat().st_size / 10**6
     print(f"{pictures} pictures, scores, maps and {PAGE} ({size:.1f} MB) in {folder}")
-
-
-KEPT = ("images", "masks")
-"""Folders of the sample's own pictures, beside those that are drawn."""
 
 
 def explain(config: ExplainConfig) -> Path:
@@ -74,7 +74,8 @@ def explain(config: ExplainConfig) -> Path:
         for name, model in models.items()
     }
     page_data = _page_data(config, samples, cases)
-    settings = plain(config) | {"checkpoint": ", ".join(folders.values())}
+    where = list(folders.values())
+    settings = plain(config) | {"checkpoint": where if len(where) > 1 else where[0]}
     folder = RunFolder.open(_folder(config), settings, may_differ=("output", "device"))
     folder.start(seed=config.sampling.seed, data=data)
     for case in (case for made in cases.values() for case in made):

@@ -177,8 +177,8 @@ def collapse_warning(ratio: float | None, entropy: float) -> str | None:
     return (
         f"Attention has collapsed {where}: the spread of its centres is {ratio:.2f} of the truth's "
         f"(limit {MINIMUM_SPREAD_RATIO}), its entropy {entropy:.2f} of the largest possible. IMACS "
-        "does not see this. Lower the weights of tv and cwg, or use a variant that keeps centres "
-        "apart (reward, mixed)."
+        "does not see this. Training with attention losses: lower the weights of tv and cwg, or use "
+        "a variant that keeps centres apart (reward, mixed)."
     )
 
 
