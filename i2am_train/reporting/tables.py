@@ -169,17 +169,28 @@ def main_table(results: Results) -> MainTable:
 def _ranks(
     column: MetricColumn, summary: Mapping[str, Any], competing: Sequence[str]
 ) -> dict[str, int]:
-    if column.higher_is_better is None or len(competing) < 2:
-        return {}
-    printed = {
-        arm: round(summary[arm][column.name]["mean"], column.digits)
-        for arm in competing
-        if column.name in summary[arm]
+    means = {
+        arm: summary[arm][column.name]["mean"] for arm in competing if column.name in summary[arm]
     }
-    order = sorted(set(printed.values()), reverse=column.higher_is_better)
-    if len(order) < 2:  # all equal in print: nothing is best
+    return printed_ranks(means, column.digits, column.higher_is_better)
+
+
+def printed_ranks(
+    means: Mapping[str, float], digits: int, higher_is_better: bool | None
+) -> dict[str, int]:
+    """1 for the best and 2 for the second by name, among numbers as they are printed.
+
+    Equal print is equal rank. Nothing is best where there is one number only, where all are equal,
+    or where neither direction is better.
+
+    >>> printed_ranks({"a": 0.701, "b": 0.702, "c": 0.6}, 2, True)
+    {'a': 1, 'b': 1, 'c': 2}
+    """
+    printed = {name: round(mean, digits) for name, mean in means.items()}
+    order = sorted(set(printed.values()), reverse=bool(higher_is_better))
+    if higher_is_better is None or len(order) < 2:
         return {}
-    return {arm: order.index(value) + 1 for arm, value in printed.items() if value in order[:2]}
+    return {name: order.index(value) + 1 for name, value in printed.items() if value in order[:2]}
 
 
 def _value(column: MetricColumn, entry: Mapping[str, Any] | None, rank: int) -> Value | None:
