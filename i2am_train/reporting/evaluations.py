@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from i2am_train.errors import ConfigError, RunFolderError
+from i2am_train.reporting.explained import checkpoint_label
 from i2am_train.reporting.records import read_samples, uses_truth
 from i2am_train.runs import MANIFEST_FILE, SETTINGS_FILE, read_json
 from i2am_train.types import Pairing
@@ -152,9 +153,8 @@ def _origin(settings: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     # A run that was moved still holds its evaluation.
     training = _training_settings(run) or _training_settings(folder.parent)
     if training is None or (judged.name != "model" and not of_snapshot):
-        label = judged.parent.name if judged.name == "model" else judged.name
         return {
-            "label": label, "model": str(judged), "run": str(judged),
+            "label": checkpoint_label(judged), "model": str(judged), "run": str(judged),
             "seed": None, "step": None, "snapshot": False, "truth": False,
         }  # fmt: skip
     steps = training["optimization"]["steps"]

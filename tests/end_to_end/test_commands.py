@@ -26,7 +26,7 @@ from i2am_train.commands.train import train
 from i2am_train.config.store import compose
 from i2am_train.errors import CaptureError, CheckpointError, ConfigError, DataError, RunFolderError
 from i2am_train.metrics.imacs import imacs
-from i2am_train.reporting.explained import read_explained
+from i2am_train.reporting.explained import read_explained, sample_folders
 from i2am_train.reporting.paper_figures import PAPER_FIGURES
 from i2am_train.reporting.report import build_report
 from i2am_train.types import Direction
@@ -233,15 +233,21 @@ def page_data(folder: Path) -> dict[str, Any]:
 def test_explanations_side_by_side(
     overrides: list[str], small_checkpoint: Path, tmp_path: Path
 ) -> None:
-    """Two checkpoints on one page, each with files of its own; the same weights give the same page data."""
-    other = shutil.copytree(small_checkpoint, tmp_path / "other")
+    """Two checkpoints on one page, each with files of its own; the same weights give the same page data.
+
+    Their order is the one they were given in, on the page and for reports.
+    """
+    other = shutil.copytree(small_checkpoint, tmp_path / "a")
     options = [f"checkpoint=[{small_checkpoint},{other}]", "sample=3", "device=cpu"]
     folder = explain(compose("explain", [*overrides, *options, f"output={tmp_path / 'out'}"]))
-    for name in ("model-test3", "other-test3"):
-        assert load_maps(folder / name / "maps.safetensors").names == ("50003_00",)
-        assert (folder / name / "scores.png").is_file()
+    first = small_checkpoint.parent.name
+    folders = [folder / f"{name}-test3" for name in (first, "a")]
+    assert sample_folders(folder) == folders
+    for name in folders:
+        assert load_maps(name / "maps.safetensors").names == ("50003_00",)
+        assert (name / "scores.png").is_file()
     data = page_data(folder)
-    assert data["models"] == ["model", "other"]
+    assert data["models"] == [first, "a"]
     assert data["captures"][0] == data["captures"][1]
 
 
