@@ -7,6 +7,7 @@ Markdown, HTML and LaTeX. ``verdict_sentences`` says the same in words, ``notes`
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
@@ -385,14 +386,24 @@ def describe_machine(machine: Mapping[str, Any]) -> str:
 
 
 def collapse_warnings(results: Results) -> tuple[str, ...]:
-    """Warnings of the cells ("attention has collapsed ..."), each said once, with arm and seeds."""
-    labels, seeds = arm_labels(results), dict[tuple[str, str], list[str]]()
+    """Warnings of the cells ("attention has collapsed ..."), each said once, with arm and seeds.
+
+    Those that differ in numbers only are one warning, with the numbers of the first seed.
+    """
+    labels, found = arm_labels(results), dict[tuple[str, str], list[tuple[str, str]]]()
     for cell in results["cells"]:
         for warning in cell.get("warnings") or ():
-            seeds.setdefault((cell["arm"], warning), []).append(str(cell["seed"]))
+            kind = (cell["arm"], re.sub(r"\d+(\.\d+)?", "#", warning))
+            found.setdefault(kind, []).append((str(cell["seed"]), warning))
     return tuple(
-        f"{labels.get(arm, arm)}{_seed_list(of)}: {warning}" for (arm, warning), of in seeds.items()
+        f"{labels.get(arm, arm)}{_seed_list([seed for seed, _ in of])}{_whose_numbers(of)}: {of[0][1]}"
+        for (arm, _), of in found.items()
     )
+
+
+def _whose_numbers(found: Sequence[tuple[str, str]]) -> str:
+    differ = len({warning for _, warning in found}) > 1
+    return f", with the numbers of seed {found[0][0]}" if differ else ""
 
 
 def _seed_list(seeds: Sequence[str]) -> str:
