@@ -1,6 +1,9 @@
 """From a configuration to objects: the one place where everything meets. It holds no logic of its own."""
 
 import logging
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -10,15 +13,23 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import (
     Callback,
     LearningRateMonitor,
-    ModelCheckpoint,
     TQDMProgressBar,
 )
 from lightning.pytorch.loggers import Logger, TensorBoardLogger, WandbLogger
 
+from i2am_train.callbacks.checkpoints import FOLDER as CHECKPOINTS
+from i2am_train.callbacks.checkpoints import CheckpointCallback
 from i2am_train.callbacks.evaluation import EvaluationCallback
 from i2am_train.callbacks.generation import GenerationCallback
+from i2am_train.callbacks.guard import FiniteGuard
+from i2am_train.callbacks.interruption import InterruptionCallback
+from i2am_train.callbacks.snapshots import (
+    BEST,
+    AveragedWeights,
+    BestModelCallback,
+    SnapshotCallback,
+)
 from i2am_train.callbacks.snapshots import FOLDER as SNAPSHOTS
-from i2am_train.callbacks.snapshots import AveragedWeights, SnapshotCallback
 from i2am_train.callbacks.stopping import StopAfterSteps
 from i2am_train.config.build import plain
 from i2am_train.config.locations import checkpoint_folder, dataset_folder
@@ -35,15 +46,18 @@ from i2am_train.config.schema import (
 )
 from i2am_train.datasets.datamodule import TryOnDataModule
 from i2am_train.datasets.synthetic import make_dataset
-from i2am_train.errors import CheckpointError, ConfigError
+from i2am_train.errors import CheckpointError, ConfigError, TrainingError
 from i2am_train.evaluation.evaluator import EvaluationSettings
 from i2am_train.evaluation.scoring import ScoringOptions
 from i2am_train.losses.base import LossVariant
 from i2am_train.losses.objective import AttentionObjective, TermWeights
+from i2am_train.metrics.registry import METRICS, metric_info
 from i2am_train.models.tryon import INDEX_FILE, TryOnModel
 from i2am_train.training.checkpoint_io import AtomicCheckpointIO
 from i2am_train.training.csv_history import ContinuedCSVLogger
 from i2am_train.training.module import TryOnModule
+from i2am_train.training.optimization import eight_bit_adamw
+from i2am_train.training.rehearsal import Measured, StepTimer, checkpoint_bytes, weight_bytes
 from i2am_train.training.step import TrainingObjective
 from i2am_train.types import Pairing
 
@@ -190,15 +204,19 @@ def check_trainer(config: TrainConfig) -> None:
     """Fails as the trainer would on this machine, before anything is written.
 
     Raises:
-        ConfigError: no such accelerator, strategy or number of devices, or not on this machine.
+        ConfigError: no such accelerator, strategy, number of devices or optimizer, or not on this machine; the global
+            batch does not fit the number of devices.
     """
     trainer = config.trainer
-    _try_trainer(
+    if config.optimization.optimizer == "adamw8bit":
+        eight_bit_adamw()
+    tried = _try_trainer(
         _hardware(config),
         f"trainer.accelerator={trainer.accelerator}, trainer.devices={trainer.devices}, "
         f"trainer.strategy={trainer.strategy}, optimization.precision={config.optimization.precision}",
         "trainer.accelerator=auto takes what this machine has.",
     )
+    accumulation(config, tried.world_size)
 
 
 def check_test_trainer(config: EvaluateConfig) -> None:
@@ -216,9 +234,11 @@ def check_test_trainer(config: EvaluateConfig) -> None:
     )
 
 
-def _try_trainer(hardware: dict[str, Any], options: str, advice: str) -> None:
+def _try_trainer(hardware: dict[str, Any], options: str, advice: str) -> L.Trainer:
     try:
-        L.Trainer(**hardware, logger=False, enable_checkpointing=False, enable_progress_bar=False)
+        return L.Trainer(
+            **hardware, logger=False, enable_checkpointing=False, enable_progress_bar=False
+        )
     except (ImportError, MisconfigurationException, TypeError, ValueError) as error:
         raise ConfigError(
             f"Lightning refuses {options}: {' '.join(str(error).split())} {advice}"
@@ -252,17 +272,134 @@ def _hardware(config: TrainConfig) -> dict[str, Any]:
     }
 
 
+def check_best(config: TrainConfig) -> None:
+    """Fails where the best model was asked for by a score that validation does not make.
+
+    Raises:
+        ConfigError: no such score, neither end of it is better, or there is no validation.
+    """
+    best = config.trainer.keep_best
+    if best is None:
+        return
+    scores = [
+        name
+        for name, info in METRICS.items()
+        if info.higher_is_better is not None
+        and (info.group == "attention" or name in config.evaluation.metrics)
+    ]
+    if best not in scores or not config.validation.samples:
+        raise ConfigError(
+            f"trainer.keep_best={best} needs a score that validation makes: one of {', '.join(scores)}, and "
+            f"validation.samples above 0 (it is {config.validation.samples})."
+        )
+
+
+def check_disk(config: TrainConfig, module: TryOnModule) -> None:
+    """Fails where the disk is too full for what the run will keep, before hours are lost.
+
+    Raises:
+        ConfigError: less space is free than models and checkpoints will take.
+    """
+    trainer, optimization = config.trainer, config.optimization
+    snapshots = optimization.steps // (trainer.snapshot_every_n_steps or optimization.steps + 1)
+    models = 1 + snapshots + (trainer.keep_best is not None)
+    averaged = optimization.ema_decay is not None
+    needed = models * weight_bytes(module.model)
+    # One more than is kept: a checkpoint is whole before the oldest goes.
+    needed += (trainer.keep_checkpoints + 1) * checkpoint_bytes(module.model, averaged=averaged)
+    existing = next(path for path in (config.folder, *config.folder.parents) if path.is_dir())
+    free = shutil.disk_usage(existing).free
+    if needed > free:
+        raise ConfigError(
+            f"{existing} has {free / 2**30:.1f} GiB free, and this run will keep about {needed / 2**30:.1f} GiB "
+            f"({models} models, {trainer.keep_checkpoints + 1} checkpoints). Give output=FOLDER on another disk, keep "
+            "fewer (trainer.snapshot_every_n_steps, trainer.keep_checkpoints), or make room."
+        )
+
+
+def release_signals(trainer: L.Trainer) -> None:
+    """Gives Ctrl-C and other signals back to whoever had them before training."""
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(callback, InterruptionCallback):
+            callback.restore()
+
+
+@contextmanager
+def memory_advice(trainer: L.Trainer) -> Iterator[None]:
+    """Says which options need less memory where there was too little.
+
+    Raises:
+        TrainingError: in place of torch's error.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(
+            error
+        ):
+            raise
+        raise TrainingError(
+            f"Out of memory in step {trainer.global_step + 1}: {str(error).splitlines()[0]} Lower data.batch_size "
+            "(with optimization.global_batch the result stays the same), set optimization.gradient_checkpointing=true, "
+            "or train fewer or smaller numbers (optimization.precision=bf16-mixed, optimization.optimizer=adamw8bit, "
+            "optimization.trainable=cross_attention). The same command goes on from the last checkpoint."
+        ) from error
+
+
+def measure_steps(
+    config: TrainConfig, module: TryOnModule, datamodule: TryOnDataModule
+) -> Measured:
+    """Takes a few steps of a training run and writes nothing."""
+    timer = StepTimer()
+    trainer = L.Trainer(
+        **_hardware(config) | {"limit_val_batches": 0},
+        max_epochs=-1,
+        gradient_clip_val=config.optimization.gradient_clip,
+        callbacks=[timer],
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        use_distributed_sampler=False,
+    )
+    trainer.accumulate_grad_batches = accumulation(config, trainer.world_size)
+    try:
+        with memory_advice(trainer):
+            trainer.fit(module, datamodule)
+    finally:
+        module.teardown("fit")
+    return timer.measured(trainer)
+
+
+def accumulation(config: TrainConfig, processes: int) -> int:
+    """Batches per optimizer step and process.
+
+    Raises:
+        ConfigError: the global batch is not a multiple of what all processes read at once.
+    """
+    wanted, at_once = config.optimization.global_batch, config.data.batch_size * processes
+    if wanted is None:
+        return config.optimization.accumulate
+    if wanted % at_once:
+        raise ConfigError(
+            f"optimization.global_batch={wanted} is not a multiple of data.batch_size={config.data.batch_size} times "
+            f"{processes} processes. Set data.batch_size to a divisor of {wanted / processes:g}, or change the number "
+            "of devices."
+        )
+    return wanted // at_once
+
+
 def make_trainer(config: TrainConfig, folder: Path) -> L.Trainer:
     """Lightning's trainer with loggers, checkpoints, averaging and the evaluation callback."""
     settings = plain(config)
     callbacks: list[Callback] = [
         StopAfterSteps(config.optimization.steps),
-        ModelCheckpoint(
-            folder / "checkpoints",
-            filename="last",
-            save_on_train_epoch_end=True,
-            enable_version_counter=False,
+        CheckpointCallback(
+            folder / CHECKPOINTS,
+            config.trainer.checkpoint_every_n_steps,
+            config.trainer.keep_checkpoints,
         ),
+        FiniteGuard(folder, gradients=config.optimization.precision != "16-mixed"),
     ]
     loggers = make_loggers(config.tracking, folder, settings)
     if loggers:
@@ -274,6 +411,9 @@ def make_trainer(config: TrainConfig, folder: Path) -> L.Trainer:
                 metrics, folder / "validation", panel_samples=config.validation.panel_samples
             )
         )
+    if (best := config.trainer.keep_best) is not None:
+        better = bool(metric_info(best).higher_is_better)
+        callbacks.append(BestModelCallback(folder / BEST, best, higher_is_better=better))
     averaging = None
     if config.optimization.ema_decay is not None:
         averaging = AveragedWeights(decay=config.optimization.ema_decay)
@@ -289,14 +429,15 @@ def make_trainer(config: TrainConfig, folder: Path) -> L.Trainer:
         )
     if config.trainer.progress_bar:
         callbacks.append(TQDMProgressBar(leave=True))
+    # After all that have a state, so that it saves what they made of the step.
+    callbacks.append(InterruptionCallback(folder / CHECKPOINTS))
     trainer = config.trainer
     hardware = _hardware(config)
     if not config.validation.samples:
         hardware["limit_val_batches"] = 0
-    return L.Trainer(
+    made = L.Trainer(
         **hardware,
         max_epochs=-1,  # StopAfterSteps ends it
-        accumulate_grad_batches=config.optimization.accumulate,
         gradient_clip_val=config.optimization.gradient_clip,
         check_val_every_n_epoch=config.validation.every_epochs,
         num_sanity_val_steps=0,
@@ -310,6 +451,8 @@ def make_trainer(config: TrainConfig, folder: Path) -> L.Trainer:
         logger=loggers or False,
         plugins=[AtomicCheckpointIO()],
     )
+    made.accumulate_grad_batches = accumulation(config, made.world_size)
+    return made
 
 
 def _test_hardware(config: EvaluateConfig) -> dict[str, Any]:

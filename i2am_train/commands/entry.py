@@ -117,7 +117,7 @@ def errors_as_text() -> Iterator[None]:
         # The other processes of a distributed run fail the same way: one paragraph is enough.
         if first_process():
             print(f"i2am: {WORKER_TRACEBACK.sub('', str(error)).strip()}", file=sys.stderr)
-        sys.exit(BAD_INPUT)
+        sys.exit(error.status)
     except KeyboardInterrupt:
         print("\nInterrupted. The same command continues where possible.", file=sys.stderr)
         sys.exit(INTERRUPTED)

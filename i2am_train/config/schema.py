@@ -30,6 +30,7 @@ LossVariantName = Literal[
 
 SamplerName = Literal["ddim", "dpmpp", "unipc"]
 Precision = Literal["32-true", "bf16-mixed", "16-mixed"]
+OptimizerName = Literal["adamw", "adamw8bit"]
 Trainable = Literal["all", "decoder", "cross_attention"]
 Device = Literal["auto", "cpu", "cuda"]
 FigureFormat = Literal["png", "svg", "pdf"]
@@ -159,12 +160,23 @@ class OptimizationConfig:
     """Largest norm of the gradient; null: no clipping."""
     accumulate: int = 1
     """Batches per optimizer step."""
+    global_batch: int | None = None
+    """Samples per optimizer step over all devices, a multiple of data.batch_size times devices:
+    accumulate is worked out from it. null: data.batch_size times devices times accumulate."""
     ema_decay: float | None = None
     """Decay of the exponential moving average of the weights; null: none."""
     snr_gamma: float | None = None
     """Min-SNR-gamma weighting of the denoising loss (5 is usual); null: uniform."""
     precision: Precision = "32-true"
     """Arithmetic of the denoiser: bf16-mixed suits a GPU, float32 is faster on many CPUs."""
+    optimizer: OptimizerName = "adamw"
+    """adamw, or adamw8bit (bitsandbytes; a quarter of the memory for its state, GPU only)."""
+    gradient_checkpointing: bool = False
+    """Compute activations of the U-Net again in the backward pass instead of keeping them."""
+    channels_last: bool = False
+    """Memory layout of the convolutions; faster on GPUs with bf16-mixed."""
+    compile: bool = False
+    """Compile the U-Net with torch.compile (a minute at the start; needs a C++ compiler on a CPU)."""
     trainable: Trainable = "all"
     """Which weights of the denoiser train; projector and null tokens always do."""
     from_scratch: bool = False
@@ -182,6 +194,10 @@ class OptimizationConfig:
         _check_within("optimization.condition_dropout", self.condition_dropout, 0.0, 1.0)
         for name in ("gradient_clip", "snr_gamma"):
             _check_optional_above(f"optimization.{name}", getattr(self, name), 0.0)
+        if self.global_batch is not None:
+            _check_at_least("optimization.global_batch", self.global_batch, 1)
+            if self.accumulate != 1:
+                _refuse("optimization.accumulate", self.accumulate, "1 beside global_batch")
         for beta in self.betas:
             _check_below_one("optimization.betas", beta)
         if self.ema_decay is not None:
@@ -331,6 +347,13 @@ class TrainerConfig:
     """Number of machines."""
     log_every_n_steps: int = 10
     """Steps between two logged values of the training losses."""
+    checkpoint_every_n_steps: int | None = None
+    """Optimizer steps between two checkpoints, from which a stopped run goes on; null: one at the
+    end of each epoch. A run that is told to stop (Ctrl-C, SIGTERM) saves one in any case."""
+    keep_checkpoints: int = 1
+    """Latest checkpoints that are kept."""
+    keep_best: str | None = None
+    """Validation score by which the best model so far is kept in best/, e.g. imacs_g; null: none."""
     snapshot_every_n_steps: int | None = None
     """Optimizer steps between two copies of the model that are kept on the way, in
     snapshots/step-000100, ...; null: only the finished model is kept."""
@@ -348,8 +371,10 @@ class TrainerConfig:
             _check_at_least("trainer.devices", self.devices, 1)
         _check_at_least("trainer.num_nodes", self.num_nodes, 1)
         _check_at_least("trainer.log_every_n_steps", self.log_every_n_steps, 1)
-        if self.snapshot_every_n_steps is not None:
-            _check_at_least("trainer.snapshot_every_n_steps", self.snapshot_every_n_steps, 1)
+        for name in ("checkpoint_every_n_steps", "snapshot_every_n_steps"):
+            if getattr(self, name) is not None:
+                _check_at_least(f"trainer.{name}", getattr(self, name), 1)
+        _check_at_least("trainer.keep_checkpoints", self.keep_checkpoints, 1)
 
     @property
     def multi_process(self) -> bool:
@@ -373,6 +398,8 @@ class TrainConfig:
     """Seed of initialisation, order, noise and dropout of training."""
     resume: bool = True
     """Continue a stopped run of the same configuration; false refuses a used folder."""
+    dry_run: bool = False
+    """Check everything, take a few steps, print sizes, memory and time, and write nothing."""
     data: DataConfig = field(default_factory=DataConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     optimization: OptimizationConfig = field(default_factory=OptimizationConfig)
@@ -697,7 +724,11 @@ WITHOUT_EFFECT_ON_WEIGHTS: tuple[str, ...] = (
     "tracking",
     "trainer.progress_bar",
     "trainer.log_every_n_steps",
+    "trainer.checkpoint_every_n_steps",
+    "trainer.keep_checkpoints",
+    "trainer.keep_best",
     "trainer.snapshot_every_n_steps",
+    "dry_run",
 )
 """Options (or whole groups) that may differ when a stopped training run is resumed."""
 

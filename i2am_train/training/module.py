@@ -11,7 +11,12 @@ from i2am_train.config.schema import OptimizationConfig
 from i2am_train.datasets.sample import TryOnBatch
 from i2am_train.models.tryon import TryOnModel
 from i2am_train.training.draws import Draws, draw
-from i2am_train.training.optimization import make_optimizer, make_schedule, set_trainable
+from i2am_train.training.optimization import (
+    make_optimizer,
+    make_schedule,
+    prepare_networks,
+    set_trainable,
+)
 from i2am_train.training.step import TrainingObjective
 
 FROZEN = ("model.vae.", "model.reference_encoder.")
@@ -35,6 +40,7 @@ class TryOnModule(L.LightningModule):
         self.seed = seed
         self._tap: ScoreTap | None = None
         set_trainable(model, options.trainable)
+        prepare_networks(model, options)
         model.train()  # loading leaves networks in evaluation mode, where diffusers checkpoints no gradients
         if objective.needs_attention:
             ScoreTap(
