@@ -1,6 +1,7 @@
 """From a configuration to objects: the one place where everything meets. It holds no logic of its own."""
 
 import logging
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +15,12 @@ from lightning.pytorch.callbacks import (
     ModelCheckpoint,
     TQDMProgressBar,
 )
-from lightning.pytorch.loggers import Logger, TensorBoardLogger, WandbLogger
+from lightning.pytorch.loggers import Logger, TensorBoardLogger
 
 from i2am_train.callbacks.evaluation import EvaluationCallback
 from i2am_train.callbacks.generation import GenerationCallback
 from i2am_train.callbacks.stopping import StopAfterSteps
+from i2am_train.callbacks.wandb_logger import TrackedLogger
 from i2am_train.config.build import plain
 from i2am_train.config.locations import checkpoint_folder, dataset_folder
 from i2am_train.config.schema import (
@@ -29,7 +31,6 @@ from i2am_train.config.schema import (
     ObjectiveConfig,
     OptimizationConfig,
     SamplingConfig,
-    TrackingConfig,
     TrainConfig,
 )
 from i2am_train.datasets.datamodule import TryOnDataModule
@@ -40,6 +41,10 @@ from i2am_train.evaluation.scoring import ScoringOptions
 from i2am_train.losses.base import LossVariant
 from i2am_train.losses.objective import AttentionObjective, TermWeights
 from i2am_train.models.tryon import INDEX_FILE, TryOnModel
+from i2am_train.runs import RunFolder
+from i2am_train.tracking.artifacts import log_model, use_dataset
+from i2am_train.tracking.names import TRAIN_JOB
+from i2am_train.tracking.session import open_run
 from i2am_train.training.checkpoint_io import AtomicCheckpointIO
 from i2am_train.training.csv_history import ContinuedCSVLogger
 from i2am_train.training.module import TryOnModule
@@ -158,31 +163,61 @@ def make_scoring(config: EvaluateConfig) -> ScoringOptions:
     )
 
 
-def make_loggers(tracking: TrackingConfig, folder: Path, settings: dict[str, Any]) -> list[Logger]:
-    """CSV, TensorBoard and W&B, all inside the run folder."""
+def make_loggers(config: TrainConfig, folder: Path) -> list[Logger]:
+    """CSV, TensorBoard and W&B; files lie in the run folder."""
+    tracking = config.tracking
     loggers: list[Logger] = []
     if tracking.csv:
         loggers.append(ContinuedCSVLogger(folder))
     if tracking.tensorboard:
         loggers.append(TensorBoardLogger(folder, name="tensorboard", version=""))
     if tracking.wandb != "disabled":
-        wandb = WandbLogger(
-            name=tracking.name or folder.name,
-            project=tracking.project,
-            group=tracking.group,
-            save_dir=folder,
-            offline=tracking.wandb == "offline",
-        )
-        wandb.log_hyperparams(settings)
-        loggers.append(wandb)
+        loggers.append(TrackedLogger(folder, tracking.project, partial(start_run, config, folder)))
     return loggers
 
 
-def finish_tracking(trainer: L.Trainer) -> None:
+def start_run(config: TrainConfig, folder: Path) -> Any:
+    """The W&B run of a training, with configuration, provenance and dataset."""
+    manifest = RunFolder(folder, resumed=False).manifest
+    manifest.pop("settings", None)
+    run = open_run(
+        config.tracking,
+        folder,
+        name=folder.name,
+        job_type=TRAIN_JOB,
+        config={**plain(config), "provenance": manifest},
+        tags=[config.name, f"seed{config.seed}"],
+    )
+    use_dataset(run, prepare_data(config.data), manifest["data"])
+    return run
+
+
+def record_model(trainer: L.Trainer, config: TrainConfig, folder: Path) -> None:
+    """Logs the finished model as an artifact of the W&B run."""
+    manifest = RunFolder(folder, resumed=False).manifest
+    results = [c.result for c in trainer.callbacks if isinstance(c, EvaluationCallback)]  # type: ignore[attr-defined]
+    metadata = {
+        "metrics": results[0].metrics if results and results[0] else {},
+        "step": trainer.global_step,
+        "data": manifest["data"],
+        "git": manifest["git"],
+    }
+    for logger in trainer.loggers:
+        if isinstance(logger, TrackedLogger):
+            log_model(
+                logger.experiment,
+                folder,
+                folder / MODEL_FOLDER,
+                metadata,
+                upload=config.tracking.upload_model,
+            )
+
+
+def finish_tracking(trainer: L.Trainer, *, failed: bool = False) -> None:
     """Ends the W&B run; the next training in this process would otherwise be written into it."""
     for logger in trainer.loggers:
-        if isinstance(logger, WandbLogger) and trainer.is_global_zero:
-            logger.experiment.finish()
+        if isinstance(logger, TrackedLogger):
+            logger.end(failed=failed)
 
 
 def check_trainer(config: TrainConfig) -> None:
@@ -253,7 +288,6 @@ def _hardware(config: TrainConfig) -> dict[str, Any]:
 
 def make_trainer(config: TrainConfig, folder: Path) -> L.Trainer:
     """Lightning's trainer with loggers, checkpoints, averaging and the evaluation callback."""
-    settings = plain(config)
     callbacks: list[Callback] = [
         StopAfterSteps(config.optimization.steps),
         ModelCheckpoint(
@@ -263,14 +297,19 @@ def make_trainer(config: TrainConfig, folder: Path) -> L.Trainer:
             enable_version_counter=False,
         ),
     ]
-    loggers = make_loggers(config.tracking, folder, settings)
+    loggers = make_loggers(config, folder)
     if loggers:
         callbacks.append(LearningRateMonitor("step"))
     if config.validation.samples:
         metrics = make_settings(config.sampling, config.attribution, config.evaluation.metrics)
         callbacks.append(
             EvaluationCallback(
-                metrics, folder / "validation", panel_samples=config.validation.panel_samples
+                metrics,
+                folder / "validation",
+                panel_samples=config.validation.panel_samples,
+                table_samples=config.tracking.table_samples
+                if config.tracking.wandb != "disabled"
+                else 0,
             )
         )
     if config.optimization.ema_decay is not None:

@@ -16,9 +16,13 @@ if TYPE_CHECKING:
 
 def run(config: TrainConfig) -> None:
     """Train and say where the model lies."""
+    from i2am_train.tracking.session import sync_advice
+
     folder = train(config)
     if first_process():
         print(f"\nModel: {folder / 'model'}\nJudge it with: i2am evaluate checkpoint={folder}")
+        if advice := sync_advice(config.tracking, folder):
+            print(advice)
 
 
 def train(config: TrainConfig) -> Path:
@@ -27,7 +31,7 @@ def train(config: TrainConfig) -> Path:
     Raises:
         I2AMError: data, checkpoint, layer or run folder do not fit the configuration.
     """
-    from i2am_train.assembly import MODEL_FOLDER, finish_tracking, make_trainer
+    from i2am_train.assembly import MODEL_FOLDER, finish_tracking, make_trainer, record_model
     from i2am_train.config.build import plain
     from i2am_train.runs import RunFolder, fingerprint
 
@@ -48,11 +52,16 @@ def train(config: TrainConfig) -> Path:
     checkpoint = folder / "checkpoints" / "last.ckpt"
     try:
         trainer.fit(module, datamodule, ckpt_path=str(checkpoint) if checkpoint.is_file() else None)
+        if trainer.is_global_zero:
+            module.model.save_pretrained(folder / MODEL_FOLDER)
+            record_model(trainer, config, folder.path)
+    except BaseException:
+        finish_tracking(trainer, failed=True)
+        raise
     finally:
         module.teardown("fit")
-        finish_tracking(trainer)
+    finish_tracking(trainer)
     if trainer.is_global_zero:
-        module.model.save_pretrained(folder / MODEL_FOLDER)
         folder.finish()
     return folder.path
 
