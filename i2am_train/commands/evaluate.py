@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -32,13 +33,44 @@ def run(config: EvaluateConfig) -> None:
     """Evaluate, and print the scores and where everything lies."""
     from i2am_train.tracking.session import sync_advice
 
-    folder = default_output(config)
-    results = evaluate(config, folder)
-    if first_process():
-        print_scores(results)
-        print(f"Everything of this evaluation: {folder}")
-        if advice := sync_advice(config.tracking, folder):
-            print(advice)
+    for one in with_snapshots(config):
+        folder = default_output(one)
+        results = evaluate(one, folder)
+        if first_process():
+            print_scores(results)
+            print(f"Everything of this evaluation: {folder}")
+            if advice := sync_advice(one.tracking, folder):
+                print(advice)
+
+
+def with_snapshots(config: EvaluateConfig) -> list[EvaluateConfig]:
+    """The evaluation itself, after those of the run's snapshots if they were asked for.
+
+    Raises:
+        CheckpointError: snapshots were asked for, and the checkpoint is not a run that kept any.
+    """
+    from i2am_train.callbacks.snapshots import snapshot_folders
+    from i2am_train.config.locations import checkpoint_folder
+    from i2am_train.errors import CheckpointError
+
+    if not config.snapshots:
+        return [config]
+    run = checkpoint_folder(config.checkpoint or "")
+    folders = snapshot_folders(run)
+    if not folders:
+        raise CheckpointError(
+            f"{run} holds no snapshots. Give the folder of a run that was trained with "
+            "trainer.snapshot_every_n_steps=N, or leave out snapshots=true."
+        )
+    output = default_output(config)
+    one = replace(config, snapshots=False)
+    return [*(of_snapshot(one, folder, output) for folder in folders), one]
+
+
+def of_snapshot(config: EvaluateConfig, snapshot: Path, output: Path) -> EvaluateConfig:
+    """The evaluation of a run's snapshot as that of the run, in a folder beside its ``output``."""
+    folder = output.with_name(f"{output.name}-{snapshot.name}")
+    return replace(config, checkpoint=str(snapshot), output=folder)
 
 
 def print_scores(results: dict[str, Any]) -> None:
@@ -72,12 +104,15 @@ def default_output(config: EvaluateConfig) -> Path:
     """``output``, or a folder in the run's, or one in ``runs/`` that is named after what is judged."""
     if config.output is not None:
         return config.output
+    from i2am_train.callbacks.snapshots import FOLDER as SNAPSHOTS
     from i2am_train.config.locations import checkpoint_folder
 
     name = f"evaluation-{config.evaluation.pairing}"
     if config.images is not None:
         return Path.cwd() / "runs" / f"{config.images.name}-{name}"
     folder = checkpoint_folder(config.checkpoint or "")
+    if folder.parent.name == SNAPSHOTS:
+        return folder.parents[1] / f"{name}-{folder.name}"
     if (folder / "settings.json").is_file():
         return folder / name
     return Path.cwd() / "runs" / f"{folder.name}-{name}"

@@ -167,6 +167,8 @@ class OptimizationConfig:
     """Arithmetic of the denoiser: bf16-mixed suits a GPU, float32 is faster on many CPUs."""
     trainable: Trainable = "all"
     """Which weights of the denoiser train; projector and null tokens always do."""
+    from_scratch: bool = False
+    """Draw the denoiser's and the projector's weights anew; only VAE and encoder come from init."""
     condition_dropout: float = 0.2
     """Share of training samples whose garment is replaced by the null tokens."""
 
@@ -346,6 +348,9 @@ class TrainerConfig:
     """Number of machines."""
     log_every_n_steps: int = 10
     """Steps between two logged values of the training losses."""
+    snapshot_every_n_steps: int | None = None
+    """Optimizer steps between two copies of the model that are kept, in snapshots/step-000100, ...;
+    null: only the last model is kept."""
     limit_train_batches: int | float | None = None
     """Batches (whole number) or share of batches (fraction) per epoch; null: all."""
     limit_val_batches: int | float | None = None
@@ -360,6 +365,8 @@ class TrainerConfig:
             _check_at_least("trainer.devices", self.devices, 1)
         _check_at_least("trainer.num_nodes", self.num_nodes, 1)
         _check_at_least("trainer.log_every_n_steps", self.log_every_n_steps, 1)
+        if self.snapshot_every_n_steps is not None:
+            _check_at_least("trainer.snapshot_every_n_steps", self.snapshot_every_n_steps, 1)
 
     @property
     def multi_process(self) -> bool:
@@ -417,6 +424,9 @@ class EvaluateConfig:
     reference: Path | None = None
     """Folder of the real images that `images` is compared with; file names without their ending
     say which belong together."""
+    snapshots: bool = False
+    """Also judge the copies of the model that a run kept while it trained
+    (trainer.snapshot_every_n_steps), each in a folder of its own."""
     resize: tuple[int, int] | None = None
     """[height,width] in pixels that the images of both folders are resized to, by clean-fid's
     bicubic filter; null: all must have one size."""
@@ -455,6 +465,8 @@ class EvaluateConfig:
             _check_at_least("devices", self.devices, 1)
         if self.images is not None and self.multi_process:
             _refuse("devices", self.devices, "1 for finished images")
+        if self.images is not None and self.snapshots:
+            _refuse("snapshots", self.snapshots, "false for finished images")
         if self.resize is not None:
             if self.checkpoint is not None:
                 _refuse("resize", list(self.resize), "null with a checkpoint (it is for folders)")
@@ -695,6 +707,7 @@ WITHOUT_EFFECT_ON_WEIGHTS: tuple[str, ...] = (
     "tracking",
     "trainer.progress_bar",
     "trainer.log_every_n_steps",
+    "trainer.snapshot_every_n_steps",
 )
 """Options (or whole groups) that may differ when a stopped training run is resumed."""
 

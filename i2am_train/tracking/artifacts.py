@@ -77,16 +77,28 @@ def log_model(
 
 def use_model(run: Any, model: Path, *, upload: bool) -> None:
     """Say that a run judges a model: the one that its training logged, or a folder of weights."""
-    of_run = model.name == MODEL_FILE
-    folder = model.parent if of_run else model
-    known = read_record(folder).get(MODEL) if of_run else None
+    known = read_record(model.parent).get(MODEL) if model.name == MODEL_FILE else None
     entry = known or {
-        "name": artifact_name(MODEL, folder.name),
+        "name": artifact_name(MODEL, model_name(model)),
         "metadata": {"folder": str(model)},
         "uploaded": upload,
     }
     artifact = _model_artifact(entry["name"], model, entry["metadata"], upload=entry["uploaded"])
     _use(run, artifact, MODEL)
+
+
+def model_name(model: Path) -> str:
+    """How a folder of weights is called: after its run, with the step if it is a snapshot.
+
+    >>> model_name(Path("runs/refined-seed0/model")), model_name(Path("data/weights/tiny"))
+    ('refined-seed0', 'tiny')
+    >>> model_name(Path("runs/refined-seed0/snapshots/step-000100"))
+    'refined-seed0-step-000100'
+    """
+    if model.name == MODEL_FILE:
+        return model.parent.name
+    of_run = model.parent.name == "snapshots"
+    return f"{model.parent.parent.name}-{model.name}" if of_run else model.name
 
 
 def log_results(run: Any, kind: str, folder: Path, files: Mapping[str, Path]) -> None:

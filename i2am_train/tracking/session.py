@@ -105,6 +105,7 @@ def _start(arguments: dict[str, Any], *, online: bool) -> Any:
             return wandb.init(**arguments, mode="online")
         except (CommError, UsageError) as error:
             _gone_offline = True
+            wandb.teardown()  # W&B's service still holds the failed run, and would refuse another of its id
             reason = " ".join(str(error).split())
             wandb.termwarn(
                 f"Weights & Biases cannot be used now ({reason}). This run goes on offline, as do later ones of "

@@ -216,6 +216,9 @@ class StandIn:
     def on_ServerFeaturesQuery(self, _: Any) -> Any:
         return {"serverInfo": {"features": []}}
 
+    def on_ArtifactType(self, _: Any) -> Any:
+        return {"project": {"artifact": None}}
+
     def on_RunResumeStatus(self, v: Any) -> Any:
         run, bucket = self.runs.get(v["name"]), None
         if run:
@@ -274,11 +277,24 @@ class StandIn:
 
 
 @pytest.fixture
-def wandb_server(monkeypatch: pytest.MonkeyPatch) -> Iterator[StandIn]:
-    """The stand-in, with this process logged in to it."""
-    server = StandIn()
+def make_server() -> Iterator[Callable[[], StandIn]]:
+    """Starts stand-ins, which end with the test."""
+    servers: list[StandIn] = []
+
+    def make() -> StandIn:
+        servers.append(StandIn())
+        return servers[-1]
+
+    yield make
+    for server in servers:
+        server.stop()
+
+
+@pytest.fixture
+def wandb_server(make_server: Callable[[], StandIn], monkeypatch: pytest.MonkeyPatch) -> StandIn:
+    """A stand-in, with this process logged in to it."""
+    server = make_server()
     monkeypatch.setenv("WANDB_BASE_URL", server.url)
     monkeypatch.setenv("WANDB_API_KEY", "a" * 40)
     monkeypatch.delenv("WANDB_MODE", raising=False)
-    yield server
-    server.stop()
+    return server
