@@ -102,7 +102,7 @@ def _start(arguments: dict[str, Any], *, online: bool) -> Any:
     global _gone_offline
     if online and not _gone_offline:
         try:
-            return wandb.init(**arguments, mode="online")
+            return _with_recorded_artifacts(wandb.init(**arguments, mode="online"))
         except (CommError, UsageError) as error:
             _gone_offline = True
             wandb.teardown()  # W&B's service still holds the failed run, and would refuse another of its id
@@ -113,6 +113,23 @@ def _start(arguments: dict[str, Any], *, online: bool) -> Any:
                 f"{sync_command(Path(arguments['dir']))}"
             )
     return wandb.init(**arguments, mode="offline")
+
+
+def _with_recorded_artifacts(run: Any) -> Any:
+    """The run, whose artifacts go through its log on disk as those of an offline run do.
+
+    W&B's own way online is a request that is written nowhere: with the server gone, tables and models would be missing
+    from what ``wandb sync`` sends later. There is no setting for it, so the one method that differs is replaced.
+    """
+    interface = run._interface
+
+    def deliver_artifact(
+        run: Any, artifact: Any, aliases: Any, tags: Any, history_step: int, **options: Any
+    ) -> None:
+        interface.publish_artifact(run, artifact, aliases, tags, **options)
+
+    interface.deliver_artifact = deliver_artifact
+    return run
 
 
 def finish_run(run: Any, *, failed: bool = False) -> None:

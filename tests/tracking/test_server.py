@@ -44,13 +44,13 @@ def losses(rows: list[dict[str, Any]]) -> dict[int, float]:
     return {row["trainer/global_step"]: row["loss/total"] for row in rows if "loss/total" in row}
 
 
-def sync(url: str, *paths: Path | str) -> str:
+def sync(url: str, folder: Path, *paths: Path | str) -> str:
     """`wandb sync`, as a user types it."""
     environment = {**os.environ, "WANDB_BASE_URL": url, "WANDB_API_KEY": "a" * 40}
     environment.pop("WANDB_MODE", None)
     done = subprocess.run(
         [sys.executable, "-m", "wandb", "sync", *map(str, paths)],
-        env=environment, capture_output=True, text=True, check=True, timeout=120,
+        env=environment, cwd=folder, capture_output=True, text=True, check=True, timeout=120,
     )  # fmt: skip
     return done.stderr
 
@@ -81,7 +81,7 @@ def test_without_a_server_the_run_goes_on_offline(
     stored = [one for one in read_runs(run) if one.folder.name.startswith("offline-")]
     assert sorted(stored[0].scalars("loss/total")) == [0, 1, 2, 3]
     assert {"model", "dataset", "run_table"} <= {artifact.type for artifact in stored[0].artifacts}
-    sync(wandb_server.url, run / "wandb")
+    sync(wandb_server.url, tmp_path, run / "wandb")
     run_id = json.loads((run / "wandb.json").read_text())["id"]
     assert losses(wandb_server.history(run_id)) == pytest.approx(stored[0].scalars("loss/total"))
     assert {name for _, name in wandb_server.inputs} == {stored[0].of_type("dataset")[0].name}
@@ -135,7 +135,7 @@ def test_a_server_that_dies_loses_nothing(
     (folder,) = (run / "wandb").glob("run-*")
     assert f"wandb sync --include-online {folder}" in printed
     later = make_server()
-    sync(later.url, "--include-online", folder)
+    sync(later.url, tmp_path, "--include-online", folder)
     run_id = json.loads((run / "wandb.json").read_text())["id"]
     assert sorted(losses(later.history(run_id))) == [0, 1, 2, 3]
     assert {one["type"] for one in later.artifacts.values()} >= {"dataset", "model", "run_table"}
@@ -164,7 +164,7 @@ def test_resumed_offline_parts_become_one_run(
         with pytest.raises(RuntimeError, match="went down"):
             train(config)
     run = train(config)
-    sync(wandb_server.url, run / "wandb")
+    sync(wandb_server.url, tmp_path, run / "wandb")
     ((_, record),) = wandb_server.runs.items()
     rows = [json.loads(record["history"][number]) for number in sorted(record["history"])]
     assert sorted(losses(rows)) == [0, 1, 2, 3]
