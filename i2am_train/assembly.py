@@ -186,6 +186,7 @@ def start_run(config: TrainConfig, folder: Path) -> Any:
         folder,
         name=folder.name,
         job_type=TRAIN_JOB,
+        arm=config.name,
         config={**plain(config), "provenance": manifest},
         tags=[config.name, f"seed{config.seed}"],
     )

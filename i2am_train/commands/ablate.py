@@ -70,7 +70,10 @@ def ablate(config: AblateConfig) -> dict[str, Any]:
         config.folder,
         plain(config),
         # More arms and seeds may be added to a study; its other cells stay as they are.
-        may_differ=("output", "arms", "seeds", "data.workers", "device", "trainer.progress_bar"),
+        may_differ=(
+            *("output", "arms", "seeds", "data.workers", "device", "trainer.progress_bar"),
+            "tracking",
+        ),
     )
     folder.start(data=fingerprint(root))
     entries = []
@@ -86,13 +89,14 @@ def ablate(config: AblateConfig) -> dict[str, Any]:
     return results
 
 
-def tracked(config: AblateConfig, *tags: str) -> AblateConfig:
+def tracked(config: AblateConfig, arm: str | None = None, *tags: str) -> AblateConfig:
     """The study with its runs in one W&B group and folder, named after their cells and tagged."""
     tracking = replace(
         config.tracking,
         name=None,
+        arm=arm,
         group=config.tracking.group or config.name,
-        tags=[*tags, *config.tracking.tags],
+        tags=[*([] if arm is None else [arm]), *tags, *config.tracking.tags],
         folder=config.tracking.folder or config.folder,
     )
     return replace(config, tracking=tracking)

@@ -179,6 +179,7 @@ def evaluate_folders(config: EvaluateConfig, folder: Path) -> dict[str, Any]:
         config.tracking,
         folder,
         result,
+        arm=config.images.name,
         panels=None,
         use_inputs=partial(_use_folders, config, settings["fingerprints"]),
     )
@@ -220,6 +221,7 @@ def evaluate_checkpoint(config: EvaluateConfig, checkpoint: str, folder: Path) -
     )
     from i2am_train.evaluation.results import read_results, write_evaluation, write_panels
     from i2am_train.runs import RunFolder, fingerprint
+    from i2am_train.tracking.artifacts import arm_name
     from i2am_train.tracking.evaluation import track_evaluation
     from i2am_train.types import Pairing
 
@@ -252,6 +254,7 @@ def evaluate_checkpoint(config: EvaluateConfig, checkpoint: str, folder: Path) -
         config.tracking,
         folder,
         result,
+        arm=arm_name(model_folder(checkpoint)),
         panels=panels,
         use_inputs=partial(_use_data_and_model, config, datamodule.root, opened.manifest["data"]),
     )

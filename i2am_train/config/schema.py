@@ -317,6 +317,9 @@ class TrackingConfig:
     """Name of the run in Weights & Biases; null: the name of the run folder."""
     group: str | None = None
     """Group of runs in Weights & Biases; an ablation sets its name."""
+    arm: str | None = None
+    """Under which name charts put runs of several seeds together; null: the name of the training
+    run, or of the folder that is judged."""
     tags: list[str] = field(default_factory=list)
     """More tags of the run in Weights & Biases."""
     folder: Path | None = None
@@ -625,6 +628,23 @@ class ReportConfig:
 
 
 @dataclass(kw_only=True, slots=True)
+class DashboardConfig:
+    """Make a workspace and a report for the project's runs in Weights & Biases."""
+
+    entity: str | None = None
+    """User or team that owns the project; null: the default of whoever is logged in."""
+    project: str = "i2am-train"
+    """Weights & Biases project."""
+    group: str | None = None
+    """Show the runs of this group only, for example of one ablation; null: all of the project."""
+    output: Path | None = None
+    """JSON file for the definition; nothing is sent then, and no login or network is needed."""
+
+    def __post_init__(self) -> None:
+        self.output = _absolute(self.output)
+
+
+@dataclass(kw_only=True, slots=True)
 class DataMakeConfig:
     """Make a synthetic try-on dataset with exact correspondence."""
 
@@ -694,6 +714,7 @@ COMMANDS: dict[str, type[Any]] = {
     "ablate": AblateConfig,
     "explain": ExplainConfig,
     "report": ReportConfig,
+    "dashboard": DashboardConfig,
     "data_make": DataMakeConfig,
     "data_check": DataCheckConfig,
 }

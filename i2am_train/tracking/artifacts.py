@@ -14,7 +14,7 @@ from typing import Any
 import wandb
 
 from i2am_train.datasets.viton_hd import read_pairs
-from i2am_train.runs import write_json
+from i2am_train.runs import SETTINGS_FILE, read_json, write_json
 from i2am_train.tracking.names import EVALUATION_JOB, STUDY_JOB
 from i2am_train.tracking.session import RUN_FILE, read_record
 from i2am_train.types import Split
@@ -99,6 +99,14 @@ def model_name(model: Path) -> str:
         return model.parent.name
     of_run = model.parent.name == "snapshots"
     return f"{model.parent.parent.name}-{model.name}" if of_run else model.name
+
+
+def arm_name(model: Path) -> str:
+    """The name of the training run that a folder of weights belongs to, else of the folder."""
+    for folder in (model.parent, model.parent.parent):  # of a run's model, of a snapshot
+        if (folder / SETTINGS_FILE).is_file():
+            return str(read_json(folder / SETTINGS_FILE)["name"])
+    return model_name(model)
 
 
 def log_results(run: Any, kind: str, folder: Path, files: Mapping[str, Path]) -> None:

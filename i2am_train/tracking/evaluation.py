@@ -21,6 +21,7 @@ def track_evaluation(
     folder: Path,
     result: EvaluationResult,
     *,
+    arm: str,
     panels: Panels | None,
     use_inputs: Callable[[Any], None],
 ) -> None:
@@ -30,6 +31,7 @@ def track_evaluation(
         tracking: mode, project, group, tags.
         folder: of the evaluation, with its manifest and its written results.
         result: the scores.
+        arm: of the model, unless ``tracking.arm`` is set.
         panels: pictures and maps of the first samples, if there are any.
         use_inputs: says of a run what it reads (``artifacts.use_dataset``, ``artifacts.use_model``).
     """
@@ -41,6 +43,7 @@ def track_evaluation(
         folder,
         name=results_name(folder),
         job_type=EVALUATION_JOB,
+        arm=arm,
         config={**manifest.pop("settings"), "provenance": manifest},
     )
     try:

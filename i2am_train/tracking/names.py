@@ -37,6 +37,10 @@ STUDY_ARMS, STUDY_DIFFERENCES = STUDY + "arms", STUDY + "differences"
 TRAIN_JOB, EVALUATION_JOB, STUDY_JOB = "train", "evaluation", "study"
 
 
+ARM = "arm"
+"""Key of a run's configuration that names its arm, on trainings and evaluations."""
+
+
 def summary_of(metric: str) -> str:
     """What W&B keeps of a metric's curve, for ``define_metric``: its last value, and its best where one end is good.
 

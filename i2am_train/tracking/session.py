@@ -21,7 +21,7 @@ from wandb.errors import CommError, UsageError
 from i2am_train.config.schema import TrackingConfig
 from i2am_train.metrics.registry import METRICS
 from i2am_train.runs import read_json, write_json
-from i2am_train.tracking.names import STEP, TRAIN_JOB, VALIDATION, summary_of
+from i2am_train.tracking.names import ARM, STEP, TRAIN_JOB, VALIDATION, summary_of
 
 RUN_FILE = "wandb.json"
 """File of a run folder: id of its run in W&B, and how its model is called there."""
@@ -42,6 +42,7 @@ def open_run(
     *,
     name: str,
     job_type: str,
+    arm: str,
     config: Mapping[str, Any],
     tags: Sequence[str] = (),
 ) -> Any:
@@ -52,6 +53,7 @@ def open_run(
         folder: the run folder; keeps the run's id.
         name: shown in W&B unless ``tracking.name`` is set.
         job_type: one of ``names.TRAIN_JOB``, ``names.EVALUATION_JOB``, ``names.STUDY_JOB``.
+        arm: of the study, or the like, unless ``tracking.arm`` is set.
         config: nested plain values.
         tags: of the run, beside ``tracking.tags``.
 
@@ -67,7 +69,7 @@ def open_run(
         "group": tracking.group,
         "job_type": job_type,
         "tags": list(dict.fromkeys([*tags, *tracking.tags])),
-        "config": dict(config),
+        "config": {**config, ARM: tracking.arm or arm},
         "dir": str(place),
         "id": run_id(folder),
         "resume": "allow",

@@ -43,6 +43,7 @@ def track_study(tracking: TrackingConfig, folder: Path, results: Mapping[str, An
         folder,
         name=results["name"],
         job_type=STUDY_JOB,
+        arm=STUDY_JOB,
         config={
             **results["settings"],
             "provenance": {name: results[name] for name in named},
