@@ -11,6 +11,7 @@ import wandb
 import wandb_workspaces.reports.v2 as reports
 import wandb_workspaces.workspaces as workspaces
 from wandb.errors import CommError, UsageError
+from wandb.sdk.lib.service.service_connection import WandbApiFailedError  # public nowhere
 
 from i2am_train.config.schema import EvaluationConfig
 from i2am_train.errors import TrackingError
@@ -162,13 +163,15 @@ def save_dashboard(entity: str | None, project: str, group: str | None) -> tuple
     Raises:
         TrackingError: not logged in, or the server cannot be reached or refuses.
     """
-    owner = entity or _asked(lambda: wandb.Api().default_entity)
+    api = _asked(wandb.Api)  # checks the login
+    owner = entity or _asked(lambda: api.default_entity)
     if not owner:
         raise TrackingError(
             "Weights & Biases knows no default entity for this login. Give entity=USER_OR_TEAM."
         )
-    workspace = _asked(lambda: make_workspace(owner, project, group).save())
+    # The report first: it fails where there is no such project.
     report = _asked(lambda: make_report(owner, project, group).save())
+    workspace = _asked(lambda: make_workspace(owner, project, group).save())
     return str(workspace.url), str(report.url)
 
 
@@ -176,18 +179,20 @@ def _asked(ask: Callable[[], T]) -> T:
     """The answer of the server, or an error that says what to do."""
     try:
         return ask()
-    except (CommError, UsageError) as error:
-        reason = " ".join(str(error).split())
-    except (
-        Exception
-    ) as error:  # wandb_workspaces raises bare exceptions for what a user can put right
-        if type(error) is not Exception and not type(error).__module__.startswith("wandb"):
-            raise
-        reason = " ".join(str(error).split())
-    raise TrackingError(
-        f"Weights & Biases did not make the dashboard: {reason} Run 'wandb login' and check the network (and "
-        "WANDB_BASE_URL for a server of your own), or write the definition to a file with output=dashboard.json."
-    )
+    except (CommError, UsageError, WandbApiFailedError) as error:
+        raise TrackingError(
+            f"Weights & Biases cannot be used now: {_one_line(error)} Run 'wandb login' and check the network (and "
+            "WANDB_BASE_URL for a server of your own), or write the definition to a file with output=dashboard.json."
+        ) from error
+    except ValueError as error:  # of wandb_workspaces, where the server knows no such project
+        raise TrackingError(
+            f"Weights & Biases refuses the dashboard: {_one_line(error)} A project appears with the first run that is "
+            "sent to it: give project=NAME, or send a run with 'wandb sync'."
+        ) from error
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
 
 
 def _metrics(group: str) -> list[str]:
@@ -218,8 +223,8 @@ def _media(title: str, name: str) -> Any:
     return reports.MediaBrowser(title=title, media_keys=[VALIDATION + name], num_columns=4)
 
 
-def _filters(group: str | None) -> list[Any]:
-    return [] if group is None else [workspaces.Metric("Group") == group]
+def _filters(group: str | None) -> Any:
+    return "" if group is None else workspaces.And(workspaces.Metric("Group") == group)
 
 
 def _title(group: str | None) -> str:

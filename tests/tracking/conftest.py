@@ -216,6 +216,34 @@ class StandIn:
     def on_ServerFeaturesQuery(self, _: Any) -> Any:
         return {"serverInfo": {"features": []}}
 
+    def on_GetDefaultEntity(self, _: Any) -> Any:
+        return self.on_Viewer(_)
+
+    def on_ProjectInternalId(self, v: Any) -> Any:
+        known = {run["project"] for run in self.runs.values()}
+        name = v["projectName"]
+        return {"project": {"id": name, "internalId": f"id of {name}"} if name in known else None}
+
+    def on_GetProjects(self, v: Any) -> Any:
+        nodes = [
+            {"id": name, "name": name, "entityName": USER, "createdAt": "2026-01-01", "isBenchmark": False,
+             "user": None}
+            for name in {run["project"] for run in self.runs.values()}
+        ]  # fmt: skip
+        page = {"hasNextPage": False, "endCursor": None}
+        return {"models": {"pageInfo": page, "edges": [{"node": node} for node in nodes]}}
+
+    def on_upsertView(self, v: Any) -> Any:
+        answer = self.on_UpsertView2(v)
+        project = {"id": "p", "name": v["projectName"], "entityName": USER}
+        answer["upsertView"]["view"] |= {"displayName": v["displayName"], "description": "", "project": project,
+                                         "spec": v["spec"], "type": "runs", "updatedAt": None}  # fmt: skip
+        return answer
+
+    def on_UpsertView2(self, v: Any) -> Any:
+        self.views.append({**v, "spec": json.loads(v["spec"])})
+        return {"upsertView": {"view": {"id": str(len(self.views)), "name": v["name"]}, "inserted": True}}  # fmt: skip
+
     def on_ArtifactType(self, _: Any) -> Any:
         return {"project": {"artifact": None}}
 
