@@ -320,7 +320,12 @@ def make_trainer(config: TrainConfig, folder: Path) -> L.Trainer:
         callbacks.append(averaging)
     if config.trainer.snapshot_every_n_steps is not None:
         callbacks.append(
-            SnapshotCallback(folder / SNAPSHOTS, config.trainer.snapshot_every_n_steps, averaging)
+            SnapshotCallback(
+                folder / SNAPSHOTS,
+                config.trainer.snapshot_every_n_steps,
+                config.optimization.steps,
+                averaging,
+            )
         )
     if config.trainer.progress_bar:
         callbacks.append(TQDMProgressBar(leave=True))

@@ -21,23 +21,27 @@ class AveragedWeights(EMAWeightAveraging):
 
 
 class SnapshotCallback(L.Callback):
-    """Keeps ``snapshots/step-000100``, ... every ``every`` optimizer steps; the averaged weights where there are such.
+    """Keeps ``snapshots/step-000100``, ... every ``every`` optimizer steps before the last of ``steps``.
 
-    A folder appears complete or not at all. A run that is continued writes the same folders again.
+    The last is the finished model itself. Where weights are averaged, the average is kept. A folder appears complete
+    or not at all; a run that is continued writes the same folders again.
     """
 
-    def __init__(self, folder: Path, every: int, averaging: AveragedWeights | None = None) -> None:
+    def __init__(
+        self, folder: Path, every: int, steps: int, averaging: AveragedWeights | None = None
+    ) -> None:
         self.folder = folder
         self.every = every
+        self.steps = steps
         self.averaging = averaging
         self._last = 0
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
         step = trainer.global_step
-        if step == self._last or step % self.every:  # between two steps gradients are accumulated
+        if step == self._last:  # between two steps gradients are accumulated
             return
         self._last = step
-        if not trainer.is_global_zero:
+        if step % self.every or step >= self.steps or not trainer.is_global_zero:
             return
         assert isinstance(pl_module, TryOnModule)
         if self.averaging is not None:

@@ -137,6 +137,7 @@ def evaluate_folders(config: EvaluateConfig, folder: Path) -> dict[str, Any]:
         RunFolderError: the output folder holds another evaluation, or one of images that changed since.
     """
     from i2am_train.assembly import check_device, make_scoring
+    from i2am_train.errors import I2AMError
     from i2am_train.evaluation.evaluator import EvaluationResult
     from i2am_train.evaluation.folders import open_folders
     from i2am_train.evaluation.results import read_results, write_evaluation
@@ -167,7 +168,11 @@ def evaluate_folders(config: EvaluateConfig, folder: Path) -> dict[str, Any]:
     if opened.finished and (finished := read_results(folder)) is not None:
         return finished
     opened.start(data=settings["fingerprints"]["reference"])
-    scores = score_images(images, reference, options, paired=paired)
+    try:
+        scores = score_images(images, reference, options, paired=paired)
+    except I2AMError:
+        opened.discard()  # once the image at fault is replaced, the folders are others
+        raise
     rows = [
         {"index": index, "name": name}
         | {metric: values[index] for metric, values in scores.pairs.items()}

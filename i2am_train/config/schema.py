@@ -352,8 +352,8 @@ class TrainerConfig:
     log_every_n_steps: int = 10
     """Steps between two logged values of the training losses."""
     snapshot_every_n_steps: int | None = None
-    """Optimizer steps between two copies of the model that are kept, in snapshots/step-000100, ...;
-    null: only the last model is kept."""
+    """Optimizer steps between two copies of the model that are kept on the way, in
+    snapshots/step-000100, ...; null: only the finished model is kept."""
     limit_train_batches: int | float | None = None
     """Batches (whole number) or share of batches (fraction) per epoch; null: all."""
     limit_val_batches: int | float | None = None
@@ -591,8 +591,15 @@ class ExplainConfig:
 
 @dataclass(kw_only=True, slots=True)
 class ReportConfig:
-    """Make figures for a paper from the folders of finished commands, without a model or a GPU."""
+    """Make tables and figures for a paper from the folders of finished commands, without a model."""
 
+    runs: list[Path] = field(default_factory=list)
+    """Folders with finished evaluations: of `i2am evaluate`, of a training run, or of a study."""
+    names: list[str] = field(default_factory=list)
+    """How tables call the model of each folder in runs; empty: by its label, or its folder."""
+    mixed: bool = False
+    """Report evaluations of different data, samples, sampling or protocol beside each other; they
+    are refused otherwise."""
     explained: list[Path] = field(default_factory=list)
     """Folders that `i2am explain` wrote. Two of one sample are compared if they differ in their
     checkpoint (refinement) or in sampling.guidance (guidance)."""
@@ -612,8 +619,9 @@ class ReportConfig:
 
     def __post_init__(self) -> None:
         self.output = _absolute(self.output)
+        self.runs = [folder.expanduser().absolute() for folder in self.runs]
         self.explained = [folder.expanduser().absolute() for folder in self.explained]
-        for name in ("explained", "figures"):
+        for name in ("runs", "explained", "figures"):
             if getattr(self, name):
                 _check_unique(name, getattr(self, name))
         _check_unique("formats", self.formats)

@@ -26,7 +26,8 @@ def fill(folder: Path, count: int, seed: int, size: tuple[int, int] = (40, 32)) 
 @pytest.fixture
 def options(tmp_path: Path) -> list[str]:
     images, reference = fill(tmp_path / "images", 5, seed=0), fill(tmp_path / "real", 5, seed=1)
-    return [f"images={images}", f"reference={reference}", "device=cpu", "progress_bar=false"]
+    return [f"images={images}", f"reference={reference}", "device=cpu", "progress_bar=false",
+            "tracking=files"]  # fmt: skip
 
 
 def scored(options: list[str], output: Path) -> dict[str, Any]:
@@ -110,3 +111,16 @@ def test_bad_input_leaves_nothing(options: list[str], tmp_path: Path) -> None:
         with pytest.raises(error, match=message):
             scored([*options, *more], tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_an_image_that_breaks_off_is_replaced_and_the_same_command_works(
+    options: list[str], tmp_path: Path
+) -> None:
+    """Only reading the pixels shows it, after the output folder was opened: that folder is given up."""
+    whole = (tmp_path / "images" / "3.png").read_bytes()
+    (tmp_path / "images" / "3.png").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(DataError, match=r"3\.png"):
+        scored(options, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    (tmp_path / "images" / "3.png").write_bytes(whole)
+    assert scored(options, tmp_path / "out")["samples"] == 5
