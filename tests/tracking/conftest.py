@@ -117,6 +117,44 @@ def read_runs() -> Callable[[Path], list[StoredRun]]:
     return read
 
 
+# -- the dashboard's definition -------------------------------------------------------------------------------------
+
+
+def dashboard_panels(definition: Any) -> Iterator[dict[str, Any]]:
+    """Every panel in a specification, wherever it lies."""
+    if isinstance(definition, dict):
+        if "viewType" in definition:
+            yield definition
+        for value in definition.values():
+            yield from dashboard_panels(value)
+    elif isinstance(definition, list):
+        for value in definition:
+            yield from dashboard_panels(value)
+
+
+def shown_names(definition: Any) -> set[str]:
+    """Names of scalars, media and tables that the panels show."""
+    found: set[str] = set()
+    for panel in dashboard_panels(definition):
+        config = panel["config"]
+        found |= {*config.get("metrics", ()), *config.get("mediaKeys", ())}
+        if panel["viewType"] == "Weave":
+            found.add(config["panel2Config"]["exp"]["fromOp"]["inputs"]["key"]["val"])
+    return found
+
+
+@pytest.fixture(scope="session")
+def panels() -> Callable[[Any], Iterator[dict[str, Any]]]:
+    """Lists the panels of a definition."""
+    return dashboard_panels
+
+
+@pytest.fixture(scope="session")
+def shown() -> Callable[[Any], set[str]]:
+    """Lists the names that a definition shows."""
+    return shown_names
+
+
 # -- the server --------------------------------------------------------------------------------------------------------
 
 USER = "tester"

@@ -1,7 +1,7 @@
 """`i2am dashboard`: what its panels refer to is logged, and it reaches a stand-in server."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,36 +17,19 @@ from i2am_train.tracking import dashboard, names
 pytestmark = pytest.mark.filterwarnings("default")  # wandb_workspaces' own deprecations
 
 
+Panels = Callable[[Any], Iterator[dict[str, Any]]]
+Shown = Callable[[Any], set[str]]
+
+
 @pytest.fixture(autouse=True)
 def _as_a_fresh_process() -> None:
     """W&B remembers server and login for the life of a process."""
     wandb.teardown()
 
 
-def panels(definition: Any) -> Iterator[dict[str, Any]]:
-    """Every panel in a specification, wherever it lies."""
-    if isinstance(definition, dict):
-        if "viewType" in definition:
-            yield definition
-        for value in definition.values():
-            yield from panels(value)
-    elif isinstance(definition, list):
-        for value in definition:
-            yield from panels(value)
-
-
-def shown(definition: Any) -> set[str]:
-    """Names of scalars, media and tables that the panels show."""
-    found: set[str] = set()
-    for panel in panels(definition):
-        config = panel["config"]
-        found |= {*config.get("metrics", ()), *config.get("mediaKeys", ())}
-        if panel["viewType"] == "Weave":
-            found.add(config["panel2Config"]["exp"]["fromOp"]["inputs"]["key"]["val"])
-    return found
-
-
-def test_the_definition_is_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_definition_is_a_file(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], shown: Shown, panels: Panels
+) -> None:
     """Without login or network: both parts with the same panels, of the group only."""
     file = tmp_path / "dashboard.json"
     run(compose("dashboard", [f"output={file}", "group=study"]))
@@ -60,7 +43,7 @@ def test_the_definition_is_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert '"value": "study"' in json.dumps(written["report"])
 
 
-def test_panels_show_what_is_documented() -> None:
+def test_panels_show_what_is_documented(shown: Shown, panels: Panels) -> None:
     """Every loss, every attention score and every default image metric has its curve; nothing else is referred to."""
     found = shown(dashboard.dashboard_json("p", None))
     scalars = {name for name in found if name.split("/")[-1] in METRICS}
@@ -77,7 +60,7 @@ def test_panels_show_what_is_documented() -> None:
     assert axes == {names.STEP}
 
 
-def test_bars_are_grouped_by_arm() -> None:
+def test_bars_are_grouped_by_arm(panels: Panels) -> None:
     """Mean and standard deviation over the runs of an arm."""
     bars = [p["config"] for p in panels(dashboard.dashboard_json("p", None)["workspace"])
             if p["viewType"] == "Bar Chart"]  # fmt: skip
@@ -86,7 +69,7 @@ def test_bars_are_grouped_by_arm() -> None:
     }
 
 
-def test_saving(wandb_server: Any, capsys: pytest.CaptureFixture[str]) -> None:
+def test_saving(wandb_server: Any, capsys: pytest.CaptureFixture[str], shown: Shown) -> None:
     """Report and workspace arrive as they are defined, and their addresses are printed."""
     wandb_server.runs["x"] = {"project": "there"}
     run(compose("dashboard", ["project=there", "group=study"]))

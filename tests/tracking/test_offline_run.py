@@ -19,6 +19,7 @@ from i2am_train.config.store import compose
 from i2am_train.reporting.records import read_panels, read_samples
 from i2am_train.runs import fingerprint, read_json
 from i2am_train.tracking import media, names
+from i2am_train.tracking.dashboard import dashboard_json
 
 pytestmark = pytest.mark.filterwarnings("default")  # Lightning's, TensorBoard's and W&B's own
 
@@ -188,6 +189,17 @@ def test_masks_of_the_overlays(run: Path, stored: Any) -> None:
             assert set(np.unique(pixels[region])) == {0, 1 if region == media.INPAINTED else 2}
 
 
+def test_pictures(run: Path, stored: Any) -> None:
+    """The panel of each validation, and its samples with their names: garment, truth, generated."""
+    panels = read_panels(run / "validation" / "epoch-0001" / "panels.safetensors")
+    assert panels is not None
+    assert sum("val/attribution/count" in row for row in stored.history) == 2
+    samples = [row for row in stored.history if "val/samples/count" in row][-1]
+    assert samples["val/samples/captions"] == list(panels.names)
+    assert (samples["val/samples/height"], samples["val/samples/width"]) == (64, 3 * 48)
+    assert samples[names.STEP] == 3  # beside the scores
+
+
 def test_configuration_and_provenance(run: Path, stored: Any, small_dataset: Path) -> None:
     """All options, commit, versions, command and data; group, job type and tags."""
     manifest = read_json(run / "manifest.json")
@@ -224,6 +236,18 @@ def test_lineage(run: Path, stored: Any, judged: Any, small_dataset: Path) -> No
     files = {entry.path for entry in results.manifest.contents}
     assert files == {"results.json", "samples.jsonl", "panels.safetensors"}
     assert judged.config["inputs"] == {"dataset": data[0].name, "model": model.name}
+
+
+def test_the_dashboard_shows_what_is_logged(
+    stored: Any, judged: Any, shown: Callable[[Any], set[str]]
+) -> None:
+    """Everything but the terms and image metrics that these runs left out, and an ablation's tables."""
+    logged = {key for one in (stored, judged) for row in one.history for key in row}
+    logged |= {key.rsplit("/", 1)[0] for key in logged}  # pictures and tables have several keys
+    metrics = ("stlpips", "fd_efficientnet_lite0", "kd_efficientnet_lite0")
+    left_out = {f"{prefix}{name}" for prefix in ("val/", "eval/") for name in metrics}
+    left_out |= {"loss/supervised", names.STUDY_ARMS, names.STUDY_DIFFERENCES}
+    assert shown(dashboard_json("unit", None)) - logged == left_out
 
 
 def test_the_run_folder_is_enough(run: Path, stored: Any, judged: Any) -> None:
