@@ -1,9 +1,7 @@
 """From a configuration to objects: the one place where everything meets. It holds no logic of its own."""
 
 import logging
-import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +13,7 @@ from lightning.pytorch.callbacks import (
     LearningRateMonitor,
     TQDMProgressBar,
 )
-from lightning.pytorch.loggers import Logger, TensorBoardLogger, WandbLogger
+from lightning.pytorch.loggers import Logger, TensorBoardLogger
 
 from i2am_train.callbacks.checkpoints import FOLDER as CHECKPOINTS
 from i2am_train.callbacks.checkpoints import CheckpointCallback
@@ -31,6 +29,7 @@ from i2am_train.callbacks.snapshots import (
 )
 from i2am_train.callbacks.snapshots import FOLDER as SNAPSHOTS
 from i2am_train.callbacks.stopping import StopAfterSteps
+from i2am_train.callbacks.wandb_logger import TrackedLogger
 from i2am_train.config.build import plain
 from i2am_train.config.locations import checkpoint_folder, dataset_folder
 from i2am_train.config.schema import (
@@ -41,23 +40,27 @@ from i2am_train.config.schema import (
     ObjectiveConfig,
     OptimizationConfig,
     SamplingConfig,
-    TrackingConfig,
     TrainConfig,
 )
 from i2am_train.datasets.datamodule import TryOnDataModule
 from i2am_train.datasets.synthetic import make_dataset
-from i2am_train.errors import CheckpointError, ConfigError, TrainingError
+from i2am_train.errors import CheckpointError, ConfigError
 from i2am_train.evaluation.evaluator import EvaluationSettings
 from i2am_train.evaluation.scoring import ScoringOptions
 from i2am_train.losses.base import LossVariant
 from i2am_train.losses.objective import AttentionObjective, TermWeights
-from i2am_train.metrics.registry import METRICS, metric_info
+from i2am_train.metrics.registry import metric_info
 from i2am_train.models.tryon import INDEX_FILE, TryOnModel
+from i2am_train.runs import RunFolder
+from i2am_train.tracking.artifacts import log_model, use_dataset
+from i2am_train.tracking.names import TRAIN_JOB
+from i2am_train.tracking.session import open_run
 from i2am_train.training.checkpoint_io import AtomicCheckpointIO
 from i2am_train.training.csv_history import ContinuedCSVLogger
 from i2am_train.training.module import TryOnModule
 from i2am_train.training.optimization import eight_bit_adamw
-from i2am_train.training.rehearsal import Measured, StepTimer, checkpoint_bytes, weight_bytes
+from i2am_train.training.preflight import accumulation, memory_advice
+from i2am_train.training.rehearsal import Measured, StepTimer
 from i2am_train.training.step import TrainingObjective
 from i2am_train.types import Pairing
 
@@ -173,31 +176,62 @@ def make_scoring(config: EvaluateConfig) -> ScoringOptions:
     )
 
 
-def make_loggers(tracking: TrackingConfig, folder: Path, settings: dict[str, Any]) -> list[Logger]:
-    """CSV, TensorBoard and W&B, all inside the run folder."""
+def make_loggers(config: TrainConfig, folder: Path) -> list[Logger]:
+    """CSV, TensorBoard and W&B; files lie in the run folder."""
+    tracking = config.tracking
     loggers: list[Logger] = []
     if tracking.csv:
         loggers.append(ContinuedCSVLogger(folder))
     if tracking.tensorboard:
         loggers.append(TensorBoardLogger(folder, name="tensorboard", version=""))
     if tracking.wandb != "disabled":
-        wandb = WandbLogger(
-            name=tracking.name or folder.name,
-            project=tracking.project,
-            group=tracking.group,
-            save_dir=folder,
-            offline=tracking.wandb == "offline",
-        )
-        wandb.log_hyperparams(settings)
-        loggers.append(wandb)
+        loggers.append(TrackedLogger(folder, tracking.project, partial(start_run, config, folder)))
     return loggers
 
 
-def finish_tracking(trainer: L.Trainer) -> None:
+def start_run(config: TrainConfig, folder: Path) -> Any:
+    """The W&B run of a training, with configuration, provenance and dataset."""
+    manifest = RunFolder(folder, resumed=False).manifest
+    manifest.pop("settings", None)
+    run = open_run(
+        config.tracking,
+        folder,
+        name=folder.name,
+        job_type=TRAIN_JOB,
+        arm=config.name,
+        config={**plain(config), "provenance": manifest},
+        tags=[config.name, f"seed{config.seed}"],
+    )
+    use_dataset(run, prepare_data(config.data), manifest["data"])
+    return run
+
+
+def record_model(trainer: L.Trainer, config: TrainConfig, folder: Path) -> None:
+    """Logs the finished model as an artifact of the W&B run."""
+    manifest = RunFolder(folder, resumed=False).manifest
+    results = [c.result for c in trainer.callbacks if isinstance(c, EvaluationCallback)]  # type: ignore[attr-defined]
+    metadata = {
+        "metrics": results[0].metrics if results and results[0] else {},
+        "step": trainer.global_step,
+        "data": manifest["data"],
+        "git": manifest["git"],
+    }
+    for logger in trainer.loggers:
+        if isinstance(logger, TrackedLogger):
+            log_model(
+                logger.experiment,
+                folder,
+                folder / MODEL_FOLDER,
+                metadata,
+                upload=config.tracking.upload_model,
+            )
+
+
+def finish_tracking(trainer: L.Trainer, *, failed: bool = False) -> None:
     """Ends the W&B run; the next training in this process would otherwise be written into it."""
     for logger in trainer.loggers:
-        if isinstance(logger, WandbLogger) and trainer.is_global_zero:
-            logger.experiment.finish()
+        if isinstance(logger, TrackedLogger):
+            logger.end(failed=failed)
 
 
 def check_trainer(config: TrainConfig) -> None:
@@ -272,78 +306,11 @@ def _hardware(config: TrainConfig) -> dict[str, Any]:
     }
 
 
-def check_best(config: TrainConfig) -> None:
-    """Fails where the best model was asked for by a score that validation does not make.
-
-    Raises:
-        ConfigError: no such score, neither end of it is better, or there is no validation.
-    """
-    best = config.trainer.keep_best
-    if best is None:
-        return
-    scores = [
-        name
-        for name, info in METRICS.items()
-        if info.higher_is_better is not None
-        and (info.group == "attention" or name in config.evaluation.metrics)
-    ]
-    if best not in scores or not config.validation.samples:
-        raise ConfigError(
-            f"trainer.keep_best={best} needs a score that validation makes: one of {', '.join(scores)}, and "
-            f"validation.samples above 0 (it is {config.validation.samples})."
-        )
-
-
-def check_disk(config: TrainConfig, module: TryOnModule) -> None:
-    """Fails where the disk is too full for what the run will keep, before hours are lost.
-
-    Raises:
-        ConfigError: less space is free than models and checkpoints will take.
-    """
-    trainer, optimization = config.trainer, config.optimization
-    snapshots = optimization.steps // (trainer.snapshot_every_n_steps or optimization.steps + 1)
-    models = 1 + snapshots + (trainer.keep_best is not None)
-    averaged = optimization.ema_decay is not None
-    needed = models * weight_bytes(module.model)
-    # One more than is kept: a checkpoint is whole before the oldest goes.
-    needed += (trainer.keep_checkpoints + 1) * checkpoint_bytes(module.model, averaged=averaged)
-    existing = next(path for path in (config.folder, *config.folder.parents) if path.is_dir())
-    free = shutil.disk_usage(existing).free
-    if needed > free:
-        raise ConfigError(
-            f"{existing} has {free / 2**30:.1f} GiB free, and this run will keep about {needed / 2**30:.1f} GiB "
-            f"({models} models, {trainer.keep_checkpoints + 1} checkpoints). Give output=FOLDER on another disk, keep "
-            "fewer (trainer.snapshot_every_n_steps, trainer.keep_checkpoints), or make room."
-        )
-
-
 def release_signals(trainer: L.Trainer) -> None:
     """Gives Ctrl-C and other signals back to whoever had them before training."""
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         if isinstance(callback, InterruptionCallback):
             callback.restore()
-
-
-@contextmanager
-def memory_advice(trainer: L.Trainer) -> Iterator[None]:
-    """Says which options need less memory where there was too little.
-
-    Raises:
-        TrainingError: in place of torch's error.
-    """
-    try:
-        yield
-    except RuntimeError as error:
-        if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(
-            error
-        ):
-            raise
-        raise TrainingError(
-            f"Out of memory in step {trainer.global_step + 1}: {str(error).splitlines()[0]} Lower data.batch_size "
-            "(with optimization.global_batch the result stays the same), set optimization.gradient_checkpointing=true, "
-            "or train fewer or smaller numbers (optimization.precision=bf16-mixed, optimization.optimizer=adamw8bit, "
-            "optimization.trainable=cross_attention). The same command goes on from the last checkpoint."
-        ) from error
 
 
 def measure_steps(
@@ -371,27 +338,8 @@ def measure_steps(
     return timer.measured(trainer)
 
 
-def accumulation(config: TrainConfig, processes: int) -> int:
-    """Batches per optimizer step and process.
-
-    Raises:
-        ConfigError: the global batch is not a multiple of what all processes read at once.
-    """
-    wanted, at_once = config.optimization.global_batch, config.data.batch_size * processes
-    if wanted is None:
-        return config.optimization.accumulate
-    if wanted % at_once:
-        raise ConfigError(
-            f"optimization.global_batch={wanted} is not a multiple of data.batch_size={config.data.batch_size} times "
-            f"{processes} processes. Set data.batch_size to a divisor of {wanted / processes:g}, or change the number "
-            "of devices."
-        )
-    return wanted // at_once
-
-
 def make_trainer(config: TrainConfig, folder: Path) -> L.Trainer:
     """Lightning's trainer with loggers, checkpoints, averaging and the evaluation callback."""
-    settings = plain(config)
     callbacks: list[Callback] = [
         StopAfterSteps(config.optimization.steps),
         CheckpointCallback(
@@ -401,14 +349,19 @@ def make_trainer(config: TrainConfig, folder: Path) -> L.Trainer:
         ),
         FiniteGuard(folder, gradients=config.optimization.precision != "16-mixed"),
     ]
-    loggers = make_loggers(config.tracking, folder, settings)
+    loggers = make_loggers(config, folder)
     if loggers:
         callbacks.append(LearningRateMonitor("step"))
     if config.validation.samples:
         metrics = make_settings(config.sampling, config.attribution, config.evaluation.metrics)
         callbacks.append(
             EvaluationCallback(
-                metrics, folder / "validation", panel_samples=config.validation.panel_samples
+                metrics,
+                folder / "validation",
+                panel_samples=config.validation.panel_samples,
+                table_samples=config.tracking.table_samples
+                if config.tracking.wandb != "disabled"
+                else 0,
             )
         )
     if (best := config.trainer.keep_best) is not None:

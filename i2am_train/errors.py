@@ -33,6 +33,10 @@ class WeightsMissingError(I2AMError):
     """A metric needs network weights that are not on this machine and cannot be fetched."""
 
 
+class TrackingError(I2AMError):
+    """Weights & Biases cannot be reached, or refuses what it is asked for."""
+
+
 class RunFolderError(I2AMError):
     """A run folder already holds something that this run would overwrite."""
 

@@ -16,12 +16,16 @@ if TYPE_CHECKING:
 
 def run(config: TrainConfig) -> None:
     """Train and say where the model lies; or only try whether it would work."""
+    from i2am_train.tracking.session import sync_advice
+
     if config.dry_run:
         rehearse(config)
         return
     folder = train(config)
     if first_process():
         print(f"\nModel: {folder / 'model'}\nJudge it with: i2am evaluate checkpoint={folder}")
+        if advice := sync_advice(config.tracking, folder):
+            print(advice)
 
 
 def train(config: TrainConfig) -> Path:
@@ -34,12 +38,13 @@ def train(config: TrainConfig) -> Path:
         MODEL_FOLDER,
         finish_tracking,
         make_trainer,
-        memory_advice,
+        record_model,
         release_signals,
     )
     from i2am_train.callbacks.checkpoints import latest_checkpoint
     from i2am_train.config.build import plain
     from i2am_train.runs import RunFolder, fingerprint
+    from i2am_train.training.preflight import memory_advice
 
     module, datamodule = prepare(config)
     folder = RunFolder.open(
@@ -61,12 +66,17 @@ def train(config: TrainConfig) -> Path:
             trainer.fit(
                 module, datamodule, ckpt_path=None if checkpoint is None else str(checkpoint)
             )
+        if trainer.is_global_zero:
+            module.model.save_pretrained(folder / MODEL_FOLDER)
+            record_model(trainer, config, folder.path)
+    except BaseException:
+        finish_tracking(trainer, failed=True)
+        raise
     finally:
         module.teardown("fit")
         release_signals(trainer)
-        finish_tracking(trainer)
+    finish_tracking(trainer)
     if trainer.is_global_zero:
-        module.model.save_pretrained(folder / MODEL_FOLDER)
         folder.finish()
     return folder.path
 
@@ -101,8 +111,6 @@ def prepare(config: TrainConfig) -> tuple[TryOnModule, TryOnDataModule]:
     import torch
 
     from i2am_train.assembly import (
-        check_best,
-        check_disk,
         check_trainer,
         make_datamodule,
         make_module,
@@ -111,6 +119,7 @@ def prepare(config: TrainConfig) -> tuple[TryOnModule, TryOnDataModule]:
     )
     from i2am_train.datasets.viton_hd import require_correspondence
     from i2am_train.evaluation.evaluator import check_settings
+    from i2am_train.training.preflight import check_best, check_disk
 
     check_trainer(config)
     root = prepare_data(config.data)
@@ -132,7 +141,7 @@ def prepare(config: TrainConfig) -> tuple[TryOnModule, TryOnDataModule]:
         validation_samples=config.validation.samples,
     )
     datamodule.train_dataset()
-    check_disk(config, module)
+    check_disk(config, module.model)
     return module, datamodule
 
 

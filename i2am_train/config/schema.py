@@ -317,20 +317,40 @@ class ValidationConfig:
 
 @dataclass(kw_only=True, slots=True)
 class TrackingConfig:
-    """Where curves and pictures are logged."""
+    """Where curves, tables, pictures and models are logged."""
 
     csv: bool = True
     """Write metrics.csv into the run folder (the report reads it)."""
     tensorboard: bool = True
     """Write TensorBoard events into the run folder."""
     wandb: Literal["offline", "online", "disabled"] = "offline"
-    """Weights & Biases mode."""
+    """Weights & Biases mode; online goes on offline where the server cannot be reached."""
     project: str = "i2am-train"
     """Weights & Biases project."""
+    entity: str | None = None
+    """User or team that owns the project; null: the default of whoever is logged in."""
     name: str | None = None
     """Name of the run in Weights & Biases; null: the name of the run folder."""
     group: str | None = None
-    """Group of runs in Weights & Biases."""
+    """Group of runs in Weights & Biases; an ablation sets its name."""
+    arm: str | None = None
+    """Under which name charts put runs of several seeds together; null: the name of the training
+    run, or of the folder that is judged."""
+    tags: list[str] = field(default_factory=list)
+    """More tags of the run in Weights & Biases."""
+    folder: Path | None = None
+    """Folder that gets `wandb/`; null: the run folder (an ablation collects its runs in its own)."""
+    table_samples: int = 16
+    """Samples in the table of each validation, with pictures and scores; 0: no table."""
+    upload_model: bool = True
+    """Send the weights as an artifact; false: only names, sizes and digests of their files."""
+    finish_timeout: float = 60.0
+    """Seconds to wait for uploads at the end; what is not sent by then can be synced later."""
+
+    def __post_init__(self) -> None:
+        self.folder = _absolute(self.folder)
+        _check_at_least("tracking.table_samples", self.table_samples, 0)
+        _check_above("tracking.finish_timeout", self.finish_timeout, 0.0)
 
 
 @dataclass(kw_only=True, slots=True)
@@ -456,6 +476,7 @@ class EvaluateConfig:
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     attribution: AttributionConfig = field(default_factory=AttributionConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
 
     def __post_init__(self) -> None:
         for name in ("output", "images", "reference"):
@@ -642,6 +663,23 @@ class ReportConfig:
 
 
 @dataclass(kw_only=True, slots=True)
+class DashboardConfig:
+    """Make a workspace and a report for the project's runs in Weights & Biases."""
+
+    entity: str | None = None
+    """User or team that owns the project; null: the default of whoever is logged in."""
+    project: str = "i2am-train"
+    """Weights & Biases project."""
+    group: str | None = None
+    """Show the runs of this group only, for example of one ablation; null: all of the project."""
+    output: Path | None = None
+    """JSON file for the definition; nothing is sent then, and no login or network is needed."""
+
+    def __post_init__(self) -> None:
+        self.output = _absolute(self.output)
+
+
+@dataclass(kw_only=True, slots=True)
 class DataMakeConfig:
     """Make a synthetic try-on dataset with exact correspondence."""
 
@@ -711,6 +749,7 @@ COMMANDS: dict[str, type[Any]] = {
     "ablate": AblateConfig,
     "explain": ExplainConfig,
     "report": ReportConfig,
+    "dashboard": DashboardConfig,
     "data_make": DataMakeConfig,
     "data_check": DataCheckConfig,
 }

@@ -19,6 +19,9 @@ from i2am_train.training.optimization import (
 )
 from i2am_train.training.step import TrainingObjective
 
+LEARNING_RATE = "lr"
+"""What the learning rate is logged as."""
+
 FROZEN = ("model.vae.", "model.reference_encoder.")
 """Networks that never train, as prefixes of their weights' names."""
 
@@ -82,7 +85,11 @@ class TryOnModule(L.LightningModule):
         trained = [parameter for parameter in self.parameters() if parameter.requires_grad]
         optimizer = make_optimizer(trained, self.options)
         schedule = make_schedule(optimizer, self.options)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+        # The name is what the learning rate is logged as.
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {"scheduler": schedule, "interval": "step", "name": LEARNING_RATE},
+        }
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Leaves the frozen networks out of the file; they come with the checkpoint that training started from."""

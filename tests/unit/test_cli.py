@@ -205,6 +205,7 @@ def test_data_has_two_sub_commands(capsys: pytest.CaptureFixture[str]) -> None:
         ["ablate", "--cfg", "job"],
         ["explain", "--cfg", "job"],
         ["report", "--cfg", "job"],
+        ["dashboard", "--cfg", "job"],
     ],
     ids=" ".join,
 )
