@@ -141,6 +141,7 @@ def test_a_server_that_dies_loses_nothing(
     assert {one["type"] for one in later.artifacts.values()} >= {"dataset", "model", "run_table"}
 
 
+@pytest.mark.slow
 def test_resumed_offline_parts_become_one_run(
     wandb_server: Any, training: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
