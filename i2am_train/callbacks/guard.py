@@ -11,6 +11,7 @@ from torch.nn.utils import get_total_norm
 
 from i2am_train.errors import TrainingError
 from i2am_train.runs import write_json
+from i2am_train.tracking.names import GRADIENT_NORM
 
 CHECKPOINT, DIAGNOSIS = "not-finite.ckpt", "diagnosis.json"
 
@@ -50,7 +51,7 @@ class FiniteGuard(L.Callback):
             if parameter.grad is not None
         }
         norm = float(get_total_norm(list(gradients.values())))
-        pl_module.log("grad_norm", norm)
+        pl_module.log(GRADIENT_NORM, norm)
         if not math.isfinite(norm):
             at_fault = [name for name, grad in gradients.items() if not bool(grad.isfinite().all())]
             self._stop(trainer, "gradient", norm, {"parameters": at_fault})

@@ -4,7 +4,8 @@ Scalars of a training run, the same in ``metrics.csv``, TensorBoard and W&B:
 
 - ``loss/total``, ``loss/denoising`` and one of ``loss/dcml``, ``loss/tv``, ``loss/cwg``, ``loss/supervised`` for each
   term that is on (unweighted), every ``trainer.log_every_n_steps`` steps;
-- ``lr``: the learning rate, at the same steps;
+- ``lr``: the learning rate, and ``grad_norm``: the norm of the gradient before it is clipped (not with float16), at
+  the same steps;
 - ``val/<metric>``: each metric of ``metrics.registry.METRICS`` that was asked for, and IMACS at every threshold and
   penalty (``val/imacs_g@d0.4_l3``), once for each validation;
 - ``epoch``: beside losses and validation scores.
@@ -23,6 +24,7 @@ STEP = "trainer/global_step"
 """W&B's name of the optimiser step, as Lightning's logger writes it."""
 EPOCH = "epoch"
 LEARNING_RATE = "lr"
+GRADIENT_NORM = "grad_norm"
 LOSS, VALIDATION, EVALUATION, STUDY = "loss/", "val/", "eval/", "study/"
 
 LOSSES = tuple(LOSS + term for term in ("total", "denoising", "dcml", "tv", "cwg", "supervised"))
