@@ -15,6 +15,7 @@ LIGHTNING_REMARKS = (
     r".*Checkpoint directory .* exists and is not empty.*",  # a resumed run
     r".*You are using a CUDA device.*",
     r".*resuming from a checkpoint that ended before the epoch ended.*",
+    r"IProgress not found.*",  # in notebooks: bars are drawn as text all the same
 )
 
 
