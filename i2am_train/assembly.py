@@ -9,7 +9,6 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import (
     Callback,
-    EMAWeightAveraging,
     LearningRateMonitor,
     ModelCheckpoint,
     TQDMProgressBar,
@@ -18,6 +17,8 @@ from lightning.pytorch.loggers import Logger, TensorBoardLogger, WandbLogger
 
 from i2am_train.callbacks.evaluation import EvaluationCallback
 from i2am_train.callbacks.generation import GenerationCallback
+from i2am_train.callbacks.snapshots import FOLDER as SNAPSHOTS
+from i2am_train.callbacks.snapshots import AveragedWeights, SnapshotCallback
 from i2am_train.callbacks.stopping import StopAfterSteps
 from i2am_train.config.build import plain
 from i2am_train.config.locations import checkpoint_folder, dataset_folder
@@ -273,8 +274,19 @@ def make_trainer(config: TrainConfig, folder: Path) -> L.Trainer:
                 metrics, folder / "validation", panel_samples=config.validation.panel_samples
             )
         )
+    averaging = None
     if config.optimization.ema_decay is not None:
-        callbacks.append(EMAWeightAveraging(decay=config.optimization.ema_decay))
+        averaging = AveragedWeights(decay=config.optimization.ema_decay)
+        callbacks.append(averaging)
+    if config.trainer.snapshot_every_n_steps is not None:
+        callbacks.append(
+            SnapshotCallback(
+                folder / SNAPSHOTS,
+                config.trainer.snapshot_every_n_steps,
+                config.optimization.steps,
+                averaging,
+            )
+        )
     if config.trainer.progress_bar:
         callbacks.append(TQDMProgressBar(leave=True))
     trainer = config.trainer
@@ -333,8 +345,11 @@ def make_untrained_module(model: TryOnModel) -> TryOnModule:
 
 def make_module(config: TrainConfig) -> TryOnModule:
     """The model of ``init`` with its objective."""
+    model = load_model(config.init, config.data)
+    if config.optimization.from_scratch:
+        model.redraw_denoiser()
     return TryOnModule(
-        load_model(config.init, config.data),
+        model,
         make_objective(config.objective, config.optimization),
         config.optimization,
         config.seed,

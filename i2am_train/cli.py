@@ -18,7 +18,7 @@ COMMANDS = {
     "evaluate": "judge a checkpoint on held-out samples: attention scores and image quality",
     "ablate": "train and judge arms x seeds from one checkpoint, and compare them",
     "explain": "draw every attribution map of a sample, and a page to explore them",
-    "report": "make the paper's figures from the folders of explained samples",
+    "report": "make the paper's tables and figures from the folders of finished commands",
     "data": "make the embedded dataset, or check a dataset folder",
 }
 BAD_INPUT = 2

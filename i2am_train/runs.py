@@ -115,6 +115,18 @@ class RunFolder:
             manifest |= {"started": now(), "resumed": [], "finished": None}
         write_json(self.path / MANIFEST_FILE, manifest)
 
+    def discard(self) -> None:
+        """Remove a folder that was made for this run and holds nothing of it yet.
+
+        A folder that held the run already, or that holds more than its settings, is left alone.
+        """
+        own = {SETTINGS_FILE, MANIFEST_FILE}
+        if self.resumed or not {entry.name for entry in self.path.iterdir()} <= own:
+            return
+        for name in own:
+            (self.path / name).unlink(missing_ok=True)
+        self.path.rmdir()
+
     def finish(self, **results: Any) -> None:
         """Note in the manifest that the run came to its end, with what else is worth noting."""
         write_json(self.path / MANIFEST_FILE, {**self.manifest, **results, "finished": now()})

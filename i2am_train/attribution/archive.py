@@ -20,7 +20,8 @@ from i2am_train.attribution.store import AttributionStore, LayerRecord
 from i2am_train.errors import DataError
 from i2am_train.types import GridSize
 
-_FORMAT = "i2am-attribution-1"
+_NAME = "i2am-attribution-"
+_FORMAT = f"{_NAME}1"
 _MATRICES = ("scores_over_reference", "scores_over_generated")
 
 
@@ -71,6 +72,12 @@ def load_maps(path: str | os.PathLike[str]) -> Archive:
             f"'{source}' cannot be read as an attribution archive ({error}). Make it again with "
             "'i2am explain'."
         ) from error
+    if metadata.get("format", "").startswith(_NAME) and metadata["format"] != _FORMAT:
+        raise DataError(
+            f"'{source}' is an attribution archive of another version (its format is "
+            f"{metadata['format']!r}, this program reads {_FORMAT!r}). Make it again with "
+            "'i2am explain'."
+        )
     if metadata.get("format") != _FORMAT:
         raise DataError(
             f"'{source}' is not an attribution archive (its format is {metadata.get('format')!r}, "

@@ -118,7 +118,8 @@ def _with_time_left(cells: Sequence[Cell]) -> Iterator[tuple[Cell, str]]:
 
 
 def _run_cell(config: AblateConfig, cell: Cell, root: Path) -> dict[str, Any]:
-    from i2am_train.commands.evaluate import evaluate
+    from i2am_train.callbacks.snapshots import snapshot_folders
+    from i2am_train.commands.evaluate import evaluate, of_snapshot
     from i2am_train.commands.train import train
     from i2am_train.config.store import arm_config
 
@@ -127,8 +128,13 @@ def _run_cell(config: AblateConfig, cell: Cell, root: Path) -> dict[str, Any]:
     if cell.seed is not None:
         training = arm_config(config, cell.arm, cell.seed, root / cell.folder)
         checkpoint = str(train(training))
+    judged = _evaluation(config, checkpoint)
     evaluation = root / cell.folder / "evaluation"
-    results = evaluate(_evaluation(config, checkpoint), evaluation)
+    results = evaluate(judged, evaluation)
+    for snapshot in snapshot_folders(root / cell.folder):
+        one = of_snapshot(judged, snapshot, evaluation)
+        assert one.output is not None
+        evaluate(one, one.output)
     return {
         "arm": cell.arm,
         "seed": cell.seed,

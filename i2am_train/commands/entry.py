@@ -68,6 +68,8 @@ EXAMPLES = {
         i2am explain checkpoint=[runs/baseline-seed0,runs/refined-seed0] sample=[3,17]
     """,
     "report": """
+        i2am report runs=[runs/study]
+        i2am report runs=[runs/baseline-seed0,runs/refined-seed0] explained=[FOLDER]
         i2am report explained=[runs/explain-tiny-test17-paired]
         i2am report explained=[FOLDER,OTHER] models=[baseline,refined] figures=[refinement,scores]
     """,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,11 +28,42 @@ WITHOUT_EFFECT_ON_SCORES = (
 
 def run(config: EvaluateConfig) -> None:
     """Evaluate, and print the scores and where everything lies."""
-    folder = default_output(config)
-    results = evaluate(config, folder)
-    if first_process():
-        print_scores(results)
-        print(f"Everything of this evaluation: {folder}")
+    for one in with_snapshots(config):
+        folder = default_output(one)
+        results = evaluate(one, folder)
+        if first_process():
+            print_scores(results)
+            print(f"Everything of this evaluation: {folder}")
+
+
+def with_snapshots(config: EvaluateConfig) -> list[EvaluateConfig]:
+    """The evaluation itself, after those of the run's snapshots if they were asked for.
+
+    Raises:
+        CheckpointError: snapshots were asked for, and the checkpoint is not a run that kept any.
+    """
+    from i2am_train.callbacks.snapshots import snapshot_folders
+    from i2am_train.config.locations import checkpoint_folder
+    from i2am_train.errors import CheckpointError
+
+    if not config.snapshots:
+        return [config]
+    run = checkpoint_folder(config.checkpoint or "")
+    folders = snapshot_folders(run)
+    if not folders:
+        raise CheckpointError(
+            f"{run} holds no snapshots. Give the folder of a run that was trained with "
+            "trainer.snapshot_every_n_steps=N, or leave out snapshots=true."
+        )
+    output = default_output(config)
+    one = replace(config, snapshots=False)
+    return [*(of_snapshot(one, folder, output) for folder in folders), one]
+
+
+def of_snapshot(config: EvaluateConfig, snapshot: Path, output: Path) -> EvaluateConfig:
+    """The evaluation of a run's snapshot as that of the run, in a folder beside its ``output``."""
+    folder = output.with_name(f"{output.name}-{snapshot.name}")
+    return replace(config, checkpoint=str(snapshot), output=folder)
 
 
 def print_scores(results: dict[str, Any]) -> None:
@@ -65,12 +97,15 @@ def default_output(config: EvaluateConfig) -> Path:
     """``output``, or a folder in the run's, or one in ``runs/`` that is named after what is judged."""
     if config.output is not None:
         return config.output
+    from i2am_train.callbacks.snapshots import FOLDER as SNAPSHOTS
     from i2am_train.config.locations import checkpoint_folder
 
     name = f"evaluation-{config.evaluation.pairing}"
     if config.images is not None:
         return Path.cwd() / "runs" / f"{config.images.name}-{name}"
     folder = checkpoint_folder(config.checkpoint or "")
+    if folder.parent.name == SNAPSHOTS:
+        return folder.parents[1] / f"{name}-{folder.name}"
     if (folder / "settings.json").is_file():
         return folder / name
     return Path.cwd() / "runs" / f"{folder.name}-{name}"
@@ -95,6 +130,7 @@ def evaluate_folders(config: EvaluateConfig, folder: Path) -> dict[str, Any]:
         RunFolderError: the output folder holds another evaluation, or one of images that changed since.
     """
     from i2am_train.assembly import check_device, make_scoring
+    from i2am_train.errors import I2AMError
     from i2am_train.evaluation.evaluator import EvaluationResult
     from i2am_train.evaluation.folders import open_folders
     from i2am_train.evaluation.results import read_results, write_evaluation
@@ -124,7 +160,11 @@ def evaluate_folders(config: EvaluateConfig, folder: Path) -> dict[str, Any]:
     if opened.finished and (finished := read_results(folder)) is not None:
         return finished
     opened.start(data=settings["fingerprints"]["reference"])
-    scores = score_images(images, reference, options, paired=paired)
+    try:
+        scores = score_images(images, reference, options, paired=paired)
+    except I2AMError:
+        opened.discard()  # once the image at fault is replaced, the folders are others
+        raise
     rows = [
         {"index": index, "name": name}
         | {metric: values[index] for metric, values in scores.pairs.items()}

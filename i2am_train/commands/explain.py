@@ -89,8 +89,10 @@ def explain(config: ExplainConfig) -> Path:
 
 
 def _labels(checkpoints: list[str]) -> dict[str, str]:
-    """Checkpoints by the last part of their path, or by all of it where that is not unique."""
-    short = [Path(checkpoint).name for checkpoint in checkpoints]
+    """Checkpoints by their short name, or by all of their path where that is not unique."""
+    from i2am_train.reporting.explained import checkpoint_label
+
+    short = [checkpoint_label(Path(checkpoint)) for checkpoint in checkpoints]
     unique = len(set(short)) == len(short)
     return dict(zip(short if unique else checkpoints, checkpoints, strict=True))
 

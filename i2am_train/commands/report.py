@@ -1,31 +1,38 @@
-"""``i2am report``: figures for a paper from the folders of finished commands, without a model or a GPU."""
+"""``i2am report``: tables and figures for a paper from the folders of finished commands, without a model or a GPU."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from i2am_train.commands.entry import entry
 from i2am_train.config.schema import ReportConfig
 
-INDEX, SCHEMA = "index.json", 1
+if TYPE_CHECKING:
+    from i2am_train.reporting.pages import Section
 
-Write = Callable[[Path], dict[str, Any]]
-"""Writes one part of a report into its folder and returns what the index says of it."""
+INDEX, PAGE, SCHEMA = "index.json", "report.html", 1
+
+Write = Callable[[Path], "tuple[dict[str, Any], list[Section]]"]
+"""Writes one part of a report into its folder; returns what the index says of it, and what the page shows."""
 
 
 def run(config: ReportConfig) -> None:
     """Make the report, and say what was made, what was left out and why."""
+    from i2am_train.reporting.paper_page import left_out
     from i2am_train.runs import read_json
 
     folder = report(config)
     index = read_json(folder / INDEX)
-    for figure in index["figures"]:
-        print(f"{figure['paper']:<9} {figure['figure']:<19} {', '.join(figure['files'])}")
-    for name, need in index["left_out"].items():
+    for table in index.get("tables", ()):
+        print(f"{table['paper']:<12} {table['table']:<19} {', '.join(table['files'])}")
+    for figure in index.get("figures", ()):
+        print(f"{figure['paper']:<12} {figure['figure']:<19} {', '.join(figure['files'])}")
+    for name, need in left_out(index).items():
         print(f"Left out: {name}, which needs {need}.")
-    print(f"{len(index['figures'])} figures and {INDEX} in {folder}")
+    made = [f"{len(index[kind])} {kind}" for kind in ("tables", "figures") if kind in index]
+    print(f"{' and '.join(made)}, listed in {folder / INDEX}\nPage: {folder / PAGE}")
 
 
 def report(config: ReportConfig) -> Path:
@@ -38,22 +45,38 @@ def report(config: ReportConfig) -> Path:
     """
     from i2am_train.config.build import plain
     from i2am_train.errors import ConfigError
-    from i2am_train.runs import RunFolder, provenance, write_json
+    from i2am_train.reporting.paper_page import paper_page
+    from i2am_train.runs import RunFolder, now, provenance, write_json, write_text
 
     parts = [part for prepare in PARTS if (part := prepare(config)) is not None]
     if not parts:
         raise ConfigError(
-            "There is nothing to report. Give explained=[FOLDER,...] with folders that "
-            "'i2am explain' wrote."
+            "There is nothing to report. Give runs=[FOLDER,...] with folders of evaluated models, or "
+            "explained=[FOLDER,...] with folders that 'i2am explain' wrote."
         )
     folder = RunFolder.open(config.folder, plain(config), may_differ=APPEARANCE)
     folder.start()
-    index = {"schema": SCHEMA, **provenance(), "settings": plain(config)}
+    index: dict[str, Any] = {"schema": SCHEMA, **provenance(), "started": now()}
+    index["settings"] = plain(config)
+    sections: list[Section] = []
     for write in parts:
-        index |= write(folder.path)
+        entries, shown = write(folder.path)
+        index |= entries
+        sections += shown
     write_json(folder / INDEX, index)
+    write_text(folder / PAGE, paper_page(index, sections))
     folder.finish()
     return folder.path
+
+
+def tables(config: ReportConfig) -> Write | None:
+    """The tables over evaluated models; None without such folders."""
+    if not config.runs:
+        return None
+    from i2am_train.reporting.score_report import plan_tables
+
+    planned = plan_tables(config.runs, config.names, mixed=config.mixed)
+    return lambda folder: planned.write(folder, config.formats, config.dpi)
 
 
 def figures(config: ReportConfig) -> Write | None:
@@ -66,10 +89,10 @@ def figures(config: ReportConfig) -> Write | None:
     return lambda folder: planned.write(folder, config.formats, config.dpi)
 
 
-PARTS: tuple[Callable[[ReportConfig], Write | None], ...] = (figures,)
+PARTS: tuple[Callable[[ReportConfig], Write | None], ...] = (tables, figures)
 """The parts of a report, in order; each checks its inputs and returns what writes it."""
 
-APPEARANCE = ("output", "figures", "formats", "layers", "models", "dpi")
+APPEARANCE = ("output", "figures", "formats", "layers", "models", "names", "dpi")
 """Options that may change when a report of the same inputs is made again in its folder."""
 
 

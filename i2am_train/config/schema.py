@@ -167,6 +167,8 @@ class OptimizationConfig:
     """Arithmetic of the denoiser: bf16-mixed suits a GPU, float32 is faster on many CPUs."""
     trainable: Trainable = "all"
     """Which weights of the denoiser train; projector and null tokens always do."""
+    from_scratch: bool = False
+    """Draw the denoiser's and the projector's weights anew; only VAE and encoder come from init."""
     condition_dropout: float = 0.2
     """Share of training samples whose garment is replaced by the null tokens."""
 
@@ -329,6 +331,9 @@ class TrainerConfig:
     """Number of machines."""
     log_every_n_steps: int = 10
     """Steps between two logged values of the training losses."""
+    snapshot_every_n_steps: int | None = None
+    """Optimizer steps between two copies of the model that are kept on the way, in
+    snapshots/step-000100, ...; null: only the finished model is kept."""
     limit_train_batches: int | float | None = None
     """Batches (whole number) or share of batches (fraction) per epoch; null: all."""
     limit_val_batches: int | float | None = None
@@ -343,6 +348,8 @@ class TrainerConfig:
             _check_at_least("trainer.devices", self.devices, 1)
         _check_at_least("trainer.num_nodes", self.num_nodes, 1)
         _check_at_least("trainer.log_every_n_steps", self.log_every_n_steps, 1)
+        if self.snapshot_every_n_steps is not None:
+            _check_at_least("trainer.snapshot_every_n_steps", self.snapshot_every_n_steps, 1)
 
     @property
     def multi_process(self) -> bool:
@@ -400,6 +407,9 @@ class EvaluateConfig:
     reference: Path | None = None
     """Folder of the real images that `images` is compared with; file names without their ending
     say which belong together."""
+    snapshots: bool = False
+    """Also judge the copies of the model that a run kept while it trained
+    (trainer.snapshot_every_n_steps), each in a folder of its own."""
     resize: tuple[int, int] | None = None
     """[height,width] in pixels that the images of both folders are resized to, by clean-fid's
     bicubic filter; null: all must have one size."""
@@ -437,6 +447,8 @@ class EvaluateConfig:
             _check_at_least("devices", self.devices, 1)
         if self.images is not None and self.multi_process:
             _refuse("devices", self.devices, "1 for finished images")
+        if self.images is not None and self.snapshots:
+            _refuse("snapshots", self.snapshots, "false for finished images")
         if self.resize is not None:
             if self.checkpoint is not None:
                 _refuse("resize", list(self.resize), "null with a checkpoint (it is for folders)")
@@ -558,8 +570,15 @@ class ExplainConfig:
 
 @dataclass(kw_only=True, slots=True)
 class ReportConfig:
-    """Make figures for a paper from the folders of finished commands, without a model or a GPU."""
+    """Make tables and figures for a paper from the folders of finished commands, without a model."""
 
+    runs: list[Path] = field(default_factory=list)
+    """Folders with finished evaluations: of `i2am evaluate`, of a training run, or of a study."""
+    names: list[str] = field(default_factory=list)
+    """How tables call the model of each folder in runs; empty: by its label, or its folder."""
+    mixed: bool = False
+    """Report evaluations of different data, samples, sampling or protocol beside each other; they
+    are refused otherwise."""
     explained: list[Path] = field(default_factory=list)
     """Folders that `i2am explain` wrote. Two of one sample are compared if they differ in their
     checkpoint (refinement) or in sampling.guidance (guidance)."""
@@ -579,8 +598,9 @@ class ReportConfig:
 
     def __post_init__(self) -> None:
         self.output = _absolute(self.output)
+        self.runs = [folder.expanduser().absolute() for folder in self.runs]
         self.explained = [folder.expanduser().absolute() for folder in self.explained]
-        for name in ("explained", "figures"):
+        for name in ("runs", "explained", "figures"):
             if getattr(self, name):
                 _check_unique(name, getattr(self, name))
         _check_unique("formats", self.formats)
@@ -677,6 +697,7 @@ WITHOUT_EFFECT_ON_WEIGHTS: tuple[str, ...] = (
     "tracking",
     "trainer.progress_bar",
     "trainer.log_every_n_steps",
+    "trainer.snapshot_every_n_steps",
 )
 """Options (or whole groups) that may differ when a stopped training run is resumed."""
 

@@ -202,6 +202,14 @@ class TryOnModel(nn.Module):
         tokens = self.projector.drop(self.encode_reference(garment), dropped)
         return self.denoise(noisy, timesteps, Conditions(agnostic, pose, tokens))
 
+    def redraw_denoiser(self) -> None:
+        """Draws the weights of U-Net and projector anew, as for a model that was never trained.
+
+        VAE and reference encoder stay. Uses torch's global random stream.
+        """
+        self.unet = UNet2DConditionModel.from_config(self.unet.config).to(self.device)
+        self.projector = ReferenceProjector.from_config(self.projector.config).to(self.device)
+
     # -- files ------------------------------------------------------------------------------------------------
 
     def save_pretrained(self, folder: str | Path, *, half: bool = False) -> None:

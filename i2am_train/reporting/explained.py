@@ -174,18 +174,28 @@ def _description(sample: ExplainedSample) -> dict[str, Any]:
 def sample_folders(run: Path) -> list[Path]:
     """The folders of the samples that a run of ``i2am explain`` explained: itself, or those in it.
 
+    Those of several checkpoints come in the order in which the checkpoints were given.
+
     Raises:
         RunFolderError: there are none.
     """
-    folders = (
-        [run] if (run / SCORES).is_file() else sorted(p.parent for p in run.glob(f"*/{SCORES}"))
-    )
+    if (run / SCORES).is_file():
+        return [run]
+    folders = sorted((p.parent for p in run.glob(f"*/{SCORES}")), key=_place)
     if not folders:
         raise RunFolderError(
             f"{run} is not the folder of explained samples (it has no {SCORES}). Give a folder that "
             "'i2am explain' wrote."
         )
     return folders
+
+
+def _place(folder: Path) -> tuple[int, str]:
+    """Position of a sample's checkpoint among those of its run, and its own name."""
+    checkpoints = manifest_of(folder)["settings"]["checkpoint"]
+    own = read_json(folder / SCORES).get("origin", {}).get("checkpoint")
+    known = isinstance(checkpoints, list) and own in checkpoints
+    return (checkpoints.index(own) if known else 0, folder.name)
 
 
 def manifest_of(folder: Path) -> dict[str, Any]:
@@ -246,7 +256,11 @@ def checkpoint_label(checkpoint: Path) -> str:
 
     >>> checkpoint_label(Path("runs/refined-seed0/model")), checkpoint_label(Path("weights/tiny"))
     ('refined-seed0', 'tiny')
+    >>> checkpoint_label(Path("runs/refined-seed0/snapshots/step-000100"))
+    'refined-seed0-step-000100'
     """
+    if checkpoint.parent.name == "snapshots":
+        return f"{checkpoint.parents[1].name}-{checkpoint.name}"
     return checkpoint.parent.name if checkpoint.name == "model" else checkpoint.name
 
 

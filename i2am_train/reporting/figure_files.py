@@ -16,6 +16,7 @@ from i2am_train.reporting.explained import (
     read_explained,
     sample_folders,
 )
+from i2am_train.reporting.pages import Picture, Section, code_state, embedded_figure
 from i2am_train.reporting.paper_figures import PAPER_FIGURES, Layers, PlannedFigure, plan
 from i2am_train.reporting.sheet import draw_sheet
 from i2am_train.runs import command_line, git_state
@@ -42,11 +43,13 @@ class FigureSet:
     """What each kind of figure that is not drawn would need."""
     layers: Layers
 
-    def write(self, folder: Path, formats: Sequence[str], dpi: int) -> dict[str, Any]:
-        """Write all figures into ``folder/figures``; the index of what was written and from what."""
+    def write(
+        self, folder: Path, formats: Sequence[str], dpi: int
+    ) -> tuple[dict[str, Any], list[Section]]:
+        """Write all figures into ``folder/figures``; the index of them, and the page's sections."""
         samples = [entry.sample for entry in self.inputs]
         stems = numbered([self._stem(figure) for figure in self.planned])
-        entries = []
+        entries, sections = [], []
         for figure, stem in zip(self.planned, stems, strict=True):
             sheet = figure.sheet(samples, self.layers)
             drawing = draw_sheet(sheet)
@@ -58,7 +61,9 @@ class FigureSet:
                 {"figure": figure.name, "paper": kind.source, "caption": sheet.caption}
                 | {"files": files, "inputs": [self.inputs[index].label for index in figure.group]}
             )
-        return {
+            picture = Picture(embedded_figure(drawing), sheet.caption, kind.about)
+            sections.append(Section(f"{stem} ({kind.source})", pictures=[picture]))
+        index = {
             "figures": entries,
             "left_out": dict(self.left_out),
             "inputs": {
@@ -66,6 +71,7 @@ class FigureSet:
                 for entry in self.inputs
             },
         }
+        return index, sections
 
     def _stem(self, figure: PlannedFigure) -> str:
         """Kind of figure, and the folder or the sample that it shows unless it shows all."""
@@ -76,7 +82,7 @@ class FigureSet:
         return figure.name if shows_all else f"{figure.name}-{first.sample.name}"
 
     def _description(self, figure: PlannedFigure, caption: str) -> str:
-        lines = [caption, f"Made by '{command_line()}', code {_code(git_state())}, from"]
+        lines = [caption, f"Made by '{command_line()}', code {code_state(git_state())}, from"]
         lines += [_sentence(self.inputs[index]) for index in figure.group]
         return "\n".join(lines)
 
@@ -133,12 +139,5 @@ def _sentence(entry: Input) -> str:
     origin = entry.origin
     return (
         f"{entry.label}: '{origin['command']}', checkpoint {entry.sample.origin.checkpoint}, "
-        f"data {origin['data']}, code {_code(origin['git'])}"
+        f"data {origin['data']}, code {code_state(origin['git'])}"
     )
-
-
-def _code(git: Mapping[str, Any] | None) -> str:
-    """The commit, and whether files differed from it."""
-    if git is None:
-        return "of an installed package"
-    return f"{git['commit'][:12]}{' with changes' if git['dirty'] else ''}"

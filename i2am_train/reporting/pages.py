@@ -4,15 +4,50 @@ from __future__ import annotations
 
 import base64
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from io import BytesIO
 from pathlib import Path
 from typing import Any
 
+import matplotlib as mpl
 from jinja2 import Environment, PackageLoader, StrictUndefined
+from matplotlib.figure import Figure
 from PIL import Image as PillowImage
 
-from i2am_train.reporting.canvas import Picture
+from i2am_train.reporting.canvas import STYLE
+from i2am_train.reporting.canvas import Picture as PictureArray
 from i2am_train.reporting.tables import describe, describe_machine
+
+
+@dataclass(frozen=True, slots=True)
+class Picture:
+    """A figure of a page: embedded file, caption, and text for those who cannot see it."""
+
+    source: str
+    caption: str
+    alt: str
+
+
+@dataclass(frozen=True, slots=True)
+class Section:
+    """A part of a page."""
+
+    title: str
+    html: str = ""
+    """A table, escaped where it was made."""
+    notes: list[str] = field(default_factory=list)
+    pictures: list[Picture] = field(default_factory=list)
+
+
+def code_state(git: Mapping[str, Any] | None) -> str:
+    """The commit, and whether files differed from it.
+
+    >>> code_state({"commit": "0123456789abcdef", "dirty": True})
+    '0123456789ab with changes'
+    """
+    if git is None:
+        return "of an installed package"
+    return f"{git['commit'][:12]}{' with changes' if git['dirty'] else ''}"
 
 
 def page_environment() -> Environment:
@@ -32,7 +67,15 @@ def embedded_file(path: Path) -> str:
     return f"data:{kind};base64,{as_base64(path.read_bytes())}"
 
 
-def embedded_picture(picture: Picture) -> str:
+def embedded_figure(figure: Figure, dpi: int = 130) -> str:
+    """A figure as a ``data:`` address (PNG)."""
+    file = BytesIO()
+    with mpl.rc_context(STYLE):
+        figure.savefig(file, format="png", dpi=dpi)
+    return f"data:image/png;base64,{as_base64(file.getvalue())}"
+
+
+def embedded_picture(picture: PictureArray) -> str:
     """A picture as a ``data:`` address, without loss (PNG)."""
     file = BytesIO()
     PillowImage.fromarray(picture).save(file, format="PNG", optimize=True)

@@ -17,7 +17,8 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy.stats import bootstrap
+from scipy.stats import bootstrap, rankdata
+from scipy.stats import t as student_t
 
 SampleRecords = Sequence[Mapping[str, Any]]
 """Lines of ``samples.jsonl``: ``name`` and one number per per-sample metric."""
@@ -178,6 +179,94 @@ def mean_interval(
         rng=np.random.default_rng(seed),
     )
     return float(result.confidence_interval.low), float(result.confidence_interval.high)
+
+
+def seed_interval(
+    values: ArrayLike, confidence: float = 0.95
+) -> tuple[float, float] | tuple[None, None]:
+    """Student's t interval of the mean over a few training seeds; ``(None, None)`` for fewer than two.
+
+    Not the bootstrap: of three to five values it is too narrow (``tables.BOOTSTRAP_COVERAGE``).
+
+    >>> low, high = seed_interval([1.0, 2.0, 3.0])
+    >>> round(low, 2), round(high, 2)
+    (-0.48, 4.48)
+    """
+    values = np.asarray(values, dtype=np.float64)
+    if values.size < 2:
+        return None, None
+    half = student_t.ppf((1 + confidence) / 2, values.size - 1) * values.std(ddof=1)
+    half /= math.sqrt(values.size)
+    return float(values.mean() - half), float(values.mean() + half)
+
+
+@dataclass(frozen=True, slots=True)
+class Correlation:
+    """Linear (Pearson) and rank (Spearman) correlation with their intervals, where there are any."""
+
+    pearson: float
+    pearson_interval: tuple[float, float] | None
+    spearman: float
+    spearman_interval: tuple[float, float] | None
+    n: int
+    clusters: int
+    """What was resampled: training runs, of which each brings all its points."""
+
+
+def correlation(
+    x: ArrayLike,
+    y: ArrayLike,
+    clusters: Sequence[str],
+    confidence: float = 0.95,
+    resamples: int = 2000,
+    seed: int = 0,
+) -> Correlation | None:
+    """Correlation over points that come in clusters, with a percentile bootstrap over the clusters.
+
+    Args:
+        x: one value per point.
+        y: the other value of each point.
+        clusters: the training run that each point comes from. Checkpoints of one run resemble each
+            other; resampled one by one they would promise too much.
+        confidence: nominal coverage of the intervals.
+        resamples: number of bootstrap resamples.
+        seed: of the resampling.
+
+    No interval with fewer than four clusters. ``None`` for fewer than three points, or where one of
+    the two does not vary.
+
+    >>> found = correlation([1, 2, 3, 4], [1, 2, 3, 5], ["a", "b", "c", "d"])
+    >>> round(found.pearson, 3), found.spearman
+    (0.983, 1.0)
+    """
+    points = np.stack([np.asarray(x, np.float64), np.asarray(y, np.float64)])
+    whole = _coefficients(points)
+    if points.shape[1] < 3 or whole is None:
+        return None
+    names = sorted(set(clusters))
+    of_cluster = [np.flatnonzero(np.asarray(clusters) == name) for name in names]
+    intervals: list[tuple[float, float] | None] = [None, None]
+    if len(names) >= 4:
+        rng = np.random.default_rng(seed)
+        drawn = [
+            found
+            for chosen in rng.integers(len(names), size=(resamples, len(names)))
+            if (found := _coefficients(points[:, np.concatenate([of_cluster[i] for i in chosen])]))
+        ]
+        ends = ((1 - confidence) / 2, (1 + confidence) / 2)
+        intervals = [
+            (float(np.quantile(values, ends[0])), float(np.quantile(values, ends[1])))
+            for values in np.array(drawn).T
+        ]
+    return Correlation(whole[0], intervals[0], whole[1], intervals[1], points.shape[1], len(names))
+
+
+def _coefficients(points: NDArray[np.float64]) -> tuple[float, float] | None:
+    """Pearson's and Spearman's coefficient of ``[2, point]``; None where they are not defined."""
+    if any(_all_equal(values) for values in points):
+        return None
+    pearson, spearman = (np.asarray(np.corrcoef(of)) for of in (points, rankdata(points, axis=1)))
+    return float(pearson[0, 1]), float(spearman[0, 1])
 
 
 def _all_equal(values: NDArray[np.float64]) -> bool:

@@ -108,7 +108,7 @@ def markdown(results: Results) -> str:
 def _markdown_main(table: MainTable) -> str:
     header = ["Arm", *(column.heading for column in table.columns)]
     rows = [[row.label, *map(_markdown_value, row.values)] for row in table.rows]
-    return _markdown_table(header, rows, right=range(1, len(header)))
+    return markdown_table(header, rows, right=range(1, len(header)))
 
 
 def _markdown_value(value: Value | None) -> str:
@@ -123,12 +123,13 @@ def _markdown_differences(table: DifferenceTable) -> str:
         [r.column.heading, r.difference, r.interval or "–", r.in_favour or "–", str(r.n), r.verdict]
         for r in table.rows
     ]
-    return _markdown_table(_difference_headings(table), rows, right=range(1, 5))
+    return markdown_table(_difference_headings(table), rows, right=range(1, 5))
 
 
-def _markdown_table(
+def markdown_table(
     header: Sequence[str], rows: Iterable[Sequence[str]], right: Iterable[int]
 ) -> str:
+    """A GitHub-flavoured table; ``right`` numbers the columns that are aligned to the right."""
     right = set(right)
     rule = ["---:" if index in right else "---" for index in range(len(header))]
     lines = ([*header], rule, *rows)
@@ -251,6 +252,9 @@ _LATEX_ESCAPES = {
     "†": r"$\dagger$",
     "±": r"$\pm$",
     "−": r"$-$",
+    "δ": r"$\delta$",
+    "λ": r"$\lambda$",
+    "ρ": r"$\rho$",
     "“": "``",
     "”": "''",
 }
@@ -292,12 +296,12 @@ def _latex_main(table: MainTable) -> Iterator[str]:
     yield rf"\begin{{tabular}}{{l{'r' * len(table.columns)}}}"
     yield r"\toprule"
     groups = (rf"\multicolumn{{{len(of)}}}{{c}}{{{title}}}" for title, of in table.groups)
-    yield _latex_line(["", *groups])
+    yield latex_line(["", *groups])
     yield " ".join(rf"\cmidrule(lr){{{of[0] + 2}-{of[-1] + 2}}}" for _, of in table.groups)
-    yield _latex_line(["Arm", *(latex_label(column.heading) for column in table.columns)])
+    yield latex_line(["Arm", *(latex_label(column.heading) for column in table.columns)])
     yield r"\midrule"
     for row in table.rows:
-        yield _latex_line([latex_text(row.label), *map(_latex_value, row.values)])
+        yield latex_line([latex_text(row.label), *map(_latex_value, row.values)])
     yield r"\bottomrule"
     yield r"\end{tabular}"
 
@@ -317,15 +321,16 @@ def _latex_differences(table: DifferenceTable) -> Iterator[str]:
     yield f"% {table.title}, paired over {table.over}"
     yield r"\begin{tabular}{lrrrrl}"
     yield r"\toprule"
-    yield _latex_line(map(latex_text, _difference_headings(table)))
+    yield latex_line(map(latex_text, _difference_headings(table)))
     yield r"\midrule"
     for row in table.rows:
         interval = f"${row.interval}$" if row.interval else "--"
         name, favour = latex_label(row.column.heading), row.in_favour or "--"
-        yield _latex_line([name, f"${row.difference}$", interval, favour, str(row.n), row.verdict])
+        yield latex_line([name, f"${row.difference}$", interval, favour, str(row.n), row.verdict])
     yield r"\bottomrule"
     yield r"\end{tabular}"
 
 
-def _latex_line(cells: Iterable[str]) -> str:
+def latex_line(cells: Iterable[str]) -> str:
+    """One row of a ``tabular``."""
     return " & ".join(cells) + r" \\"

@@ -7,6 +7,7 @@ Markdown, HTML and LaTeX. ``verdict_sentences`` says the same in words, ``notes`
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
@@ -169,17 +170,28 @@ def main_table(results: Results) -> MainTable:
 def _ranks(
     column: MetricColumn, summary: Mapping[str, Any], competing: Sequence[str]
 ) -> dict[str, int]:
-    if column.higher_is_better is None or len(competing) < 2:
-        return {}
-    printed = {
-        arm: round(summary[arm][column.name]["mean"], column.digits)
-        for arm in competing
-        if column.name in summary[arm]
+    means = {
+        arm: summary[arm][column.name]["mean"] for arm in competing if column.name in summary[arm]
     }
-    order = sorted(set(printed.values()), reverse=column.higher_is_better)
-    if len(order) < 2:  # all equal in print: nothing is best
+    return printed_ranks(means, column.digits, column.higher_is_better)
+
+
+def printed_ranks(
+    means: Mapping[str, float], digits: int, higher_is_better: bool | None
+) -> dict[str, int]:
+    """1 for the best and 2 for the second by name, among numbers as they are printed.
+
+    Equal print is equal rank. Nothing is best where there is one number only, where all are equal,
+    or where neither direction is better.
+
+    >>> printed_ranks({"a": 0.701, "b": 0.702, "c": 0.6}, 2, True)
+    {'a': 1, 'b': 1, 'c': 2}
+    """
+    printed = {name: round(mean, digits) for name, mean in means.items()}
+    order = sorted(set(printed.values()), reverse=bool(higher_is_better))
+    if higher_is_better is None or len(order) < 2:
         return {}
-    return {arm: order.index(value) + 1 for arm, value in printed.items() if value in order[:2]}
+    return {name: order.index(value) + 1 for name, value in printed.items() if value in order[:2]}
 
 
 def _value(column: MetricColumn, entry: Mapping[str, Any] | None, rank: int) -> Value | None:
@@ -374,14 +386,24 @@ def describe_machine(machine: Mapping[str, Any]) -> str:
 
 
 def collapse_warnings(results: Results) -> tuple[str, ...]:
-    """Warnings of the cells ("attention has collapsed ..."), each said once, with arm and seeds."""
-    labels, seeds = arm_labels(results), dict[tuple[str, str], list[str]]()
+    """Warnings of the cells ("attention has collapsed ..."), each said once, with arm and seeds.
+
+    Those that differ in numbers only are one warning, with the numbers of the first seed.
+    """
+    labels, found = arm_labels(results), dict[tuple[str, str], list[tuple[str, str]]]()
     for cell in results["cells"]:
         for warning in cell.get("warnings") or ():
-            seeds.setdefault((cell["arm"], warning), []).append(str(cell["seed"]))
+            kind = (cell["arm"], re.sub(r"\d+(\.\d+)?", "#", warning))
+            found.setdefault(kind, []).append((str(cell["seed"]), warning))
     return tuple(
-        f"{labels.get(arm, arm)}{_seed_list(of)}: {warning}" for (arm, warning), of in seeds.items()
+        f"{labels.get(arm, arm)}{_seed_list([seed for seed, _ in of])}{_whose_numbers(of)}: {of[0][1]}"
+        for (arm, _), of in found.items()
     )
+
+
+def _whose_numbers(found: Sequence[tuple[str, str]]) -> str:
+    differ = len({warning for _, warning in found}) > 1
+    return f", with the numbers of seed {found[0][0]}" if differ else ""
 
 
 def _seed_list(seeds: Sequence[str]) -> str:

@@ -26,44 +26,12 @@ from i2am_train.commands.train import train
 from i2am_train.config.store import compose
 from i2am_train.errors import CaptureError, CheckpointError, ConfigError, DataError, RunFolderError
 from i2am_train.metrics.imacs import imacs
-from i2am_train.reporting.explained import read_explained
+from i2am_train.reporting.explained import read_explained, sample_folders
 from i2am_train.reporting.paper_figures import PAPER_FIGURES
 from i2am_train.reporting.report import build_report
 from i2am_train.types import Direction
 
 pytestmark = pytest.mark.filterwarnings("default")  # Lightning's and torch's own deprecations
-
-
-@pytest.fixture
-def overrides(small_dataset: Path, small_checkpoint: Path) -> list[str]:
-    """Options of every command: small data, few steps, few samples."""
-    return [
-        f"data.root={small_dataset}",
-        "data.height=64",
-        "data.width=48",
-        "data.workers=0",
-        "sampling.steps=2",
-        "attribution.time_groups=2",
-    ]
-
-
-@pytest.fixture
-def training(overrides: list[str], small_checkpoint: Path) -> list[str]:
-    """Options of a training run: two epochs of two steps, four validation samples."""
-    return [
-        *overrides,
-        f"init={small_checkpoint}",
-        "data.batch_size=8",
-        "optimization.steps=4",
-        "validation.samples=4",
-        "validation.panel_samples=2",
-        "evaluation.metrics=[ssim]",
-        "evaluation.batch_size=3",
-        "trainer.progress_bar=false",
-        "trainer.log_every_n_steps=1",
-        "trainer.accelerator=cpu",
-        "tracking.wandb=disabled",
-    ]
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
@@ -265,15 +233,21 @@ def page_data(folder: Path) -> dict[str, Any]:
 def test_explanations_side_by_side(
     overrides: list[str], small_checkpoint: Path, tmp_path: Path
 ) -> None:
-    """Two checkpoints on one page, each with files of its own; the same weights give the same page data."""
-    other = shutil.copytree(small_checkpoint, tmp_path / "other")
+    """Two checkpoints on one page, each with files of its own; the same weights give the same page data.
+
+    Their order is the one they were given in, on the page and for reports.
+    """
+    other = shutil.copytree(small_checkpoint, tmp_path / "a")
     options = [f"checkpoint=[{small_checkpoint},{other}]", "sample=3", "device=cpu"]
     folder = explain(compose("explain", [*overrides, *options, f"output={tmp_path / 'out'}"]))
-    for name in ("model-test3", "other-test3"):
-        assert load_maps(folder / name / "maps.safetensors").names == ("50003_00",)
-        assert (folder / name / "scores.png").is_file()
+    first = small_checkpoint.parent.name
+    folders = [folder / f"{name}-test3" for name in (first, "a")]
+    assert sample_folders(folder) == folders
+    for name in folders:
+        assert load_maps(name / "maps.safetensors").names == ("50003_00",)
+        assert (name / "scores.png").is_file()
     data = page_data(folder)
-    assert data["models"] == ["model", "other"]
+    assert data["models"] == [first, "a"]
     assert data["captures"][0] == data["captures"][1]
 
 
@@ -288,7 +262,7 @@ def test_report_of_explained_samples(
     inputs = f"explained=[{tmp_path / 'guidance1'},{tmp_path / 'guidance2'}]"
     asked = [inputs, f"output={tmp_path / 'report'}", "formats=[png,svg]", "dpi=60"]
     run_report(compose("report", [*asked, "figures=[guidance,daam]"]))
-    assert "3 figures and index.json" in capsys.readouterr().out
+    assert "3 figures, listed in" in capsys.readouterr().out
     index = json.loads((tmp_path / "report" / "index.json").read_text())
     files = {file for entry in index["figures"] for file in entry["files"]}
     stems = ("guidance", "daam-guidance1", "daam-guidance2")

@@ -110,3 +110,16 @@ def test_bad_input_leaves_nothing(options: list[str], tmp_path: Path) -> None:
         with pytest.raises(error, match=message):
             scored([*options, *more], tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_an_image_that_breaks_off_is_replaced_and_the_same_command_works(
+    options: list[str], tmp_path: Path
+) -> None:
+    """Only reading the pixels shows it, after the output folder was opened: that folder is given up."""
+    whole = (tmp_path / "images" / "3.png").read_bytes()
+    (tmp_path / "images" / "3.png").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(DataError, match=r"3\.png"):
+        scored(options, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    (tmp_path / "images" / "3.png").write_bytes(whole)
+    assert scored(options, tmp_path / "out")["samples"] == 5

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import save_file
 
 from i2am_train.attribution import (
@@ -88,3 +89,14 @@ def test_other_files_are_refused(tmp_path):
         load_maps(tmp_path / "missing")
     with pytest.raises(DataError, match="is not an attribution archive"):
         load_maps(weights)
+
+
+def test_an_archive_of_another_version_is_called_that(maps, tmp_path):
+    path = tmp_path / "maps.safetensors"
+    save_maps(maps, path, ["a", "b"])
+    with safe_open(path, framework="pt") as file:
+        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a dict
+        metadata = file.metadata() | {"format": "i2am-attribution-9"}
+    save_file(tensors, path, metadata)
+    with pytest.raises(DataError, match=r"of another version \(its format is 'i2am-attribution-9'"):
+        load_maps(path)

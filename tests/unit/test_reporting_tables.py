@@ -187,6 +187,15 @@ def test_warnings_are_said_once_with_their_seeds(results):
     assert collapse_warnings(results) == ("refined (seeds 0, 2): spread fell",)
 
 
+def test_warnings_that_differ_in_numbers_only_are_said_once(results):
+    for cell, ratio in zip(results["cells"][1:], ("0.25", "0.17"), strict=False):
+        cell |= {"arm": "baseline", "warnings": [f"spread is {ratio} of the truth's"]}
+    first, second = (cell["seed"] for cell in results["cells"][1:3])
+    assert collapse_warnings(results)[0] == (
+        f"baseline (seeds {first}, {second}), with the numbers of seed {first}: spread is 0.25 of the truth's"
+    )
+
+
 @pytest.mark.parametrize(
     ("value", "signed", "expected"),
     [(-0.004, True, "0.00"), (0.126, True, "+0.13"), (-1.0, False, "-1.00"), (0.0, True, "0.00")],

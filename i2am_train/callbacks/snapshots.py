@@ -1,0 +1,60 @@
+"""Copies of the model that a training run keeps on its way, each a folder that every command reads."""
+
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.callbacks import EMAWeightAveraging
+
+from i2am_train.training.module import TryOnModule
+
+FOLDER = "snapshots"
+"""Where a run keeps them, inside the run folder."""
+
+
+class AveragedWeights(EMAWeightAveraging):
+    """Lightning's moving average of the weights, which others may also write down while training goes on."""
+
+    def swap(self, module: L.LightningModule) -> None:
+        """Exchanges the weights in training and their average; a second call puts them back."""
+        self._swap_models(module)
+
+
+class SnapshotCallback(L.Callback):
+    """Keeps ``snapshots/step-000100``, ... every ``every`` optimizer steps before the last of ``steps``.
+
+    The last is the finished model itself. Where weights are averaged, the average is kept. A folder appears complete
+    or not at all; a run that is continued writes the same folders again.
+    """
+
+    def __init__(
+        self, folder: Path, every: int, steps: int, averaging: AveragedWeights | None = None
+    ) -> None:
+        self.folder = folder
+        self.every = every
+        self.steps = steps
+        self.averaging = averaging
+        self._last = 0
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
+        step = trainer.global_step
+        if step == self._last:  # between two steps gradients are accumulated
+            return
+        self._last = step
+        if step % self.every or step >= self.steps or not trainer.is_global_zero:
+            return
+        assert isinstance(pl_module, TryOnModule)
+        if self.averaging is not None:
+            self.averaging.swap(pl_module)
+        pl_module.model.save_pretrained(self.folder / f"step-{step:06d}")
+        if self.averaging is not None:
+            self.averaging.swap(pl_module)
+
+
+def snapshot_folders(run: Path) -> list[Path]:
+    """The snapshots of a run folder, earliest first.
+
+    >>> snapshot_folders(Path("no_such_run"))
+    []
+    """
+    return sorted((run / FOLDER).glob("step-*"))
