@@ -18,21 +18,22 @@ PATHS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 PICTURES = {
     "01_explain_a_model": {"unified_maps", "specific_reference", "attention_centres"},
     "02_refine_your_model": {"loss_curves", "refined_centres", "paired_samples"},
+    "03_read_the_report": {"differences", "changed_samples", "sweep", "correlation"},
 }
 TINY = {
-    "02_refine_your_model": {
-        "training_samples": 32,
-        "test_samples": 4,
-        "training_steps": 2,
-        "sampling_steps": 2,
-    },
+    "training_samples": 32,
+    "test_samples": 4,
+    "training_steps": 2,
+    "sampling_steps": 2,
 }
+TIME_LIMIT = 300
+"""Seconds for each cell, so that a notebook that hangs ends."""
 
 
 def run(name: str, folder: Path, parameters: dict[str, Any] | None = None) -> str:
     """Execute a notebook and return its text; its pictures are those that it promises, as PNG."""
     notebook = RENDER["read"](ROOT / "notebooks" / f"{name}.ipynb")
-    done = RENDER["executed"](notebook, folder, parameters)
+    done = RENDER["executed"](notebook, folder, parameters, TIME_LIMIT)
     pictures = dict(RENDER["pictures"](done))
     assert set(pictures) == PICTURES[name]
     assert all(content.startswith(b"\x89PNG") for content in pictures.values())
@@ -93,7 +94,7 @@ def test_explain_a_model(tmp_path: Path) -> None:
 
 def test_refine_your_model(tmp_path: Path) -> None:
     """Both arms train and are judged on the same samples, in two steps."""
-    text = run("02_refine_your_model", tmp_path, TINY["02_refine_your_model"])
+    text = run("02_refine_your_model", tmp_path, TINY)
     for name in ("base", "baseline", "refined"):
         (error,) = numbers(text, rf"{name}: attention is ([\d.]+) patches")
         assert 0 < error < 20  # the grid has a diagonal of 20
@@ -109,3 +110,24 @@ def test_refine_your_model_in_full(tmp_path: Path) -> None:
     (refined,) = numbers(text, r"refined: attention is ([\d.]+) patches")
     assert refined < 0.75 * baseline
     assert re.search(r"Correspondence error ↓ .*\| better \|", text)
+
+
+def test_read_the_report(tmp_path: Path) -> None:
+    """A study in two steps an arm: all tables are there, and the small simulation shows what the text says."""
+    text = run("03_read_the_report", tmp_path, TINY)
+    for title in ("**Refined − Baseline**", "(Table 2)", "(Table 3)", "Correlation of IMACS"):
+        assert title in text
+    gained, count, lost = numbers(text, r"(\d+) of (\d+) samples gained, (\d+) lost")
+    assert gained + lost <= count == 4
+    (few,) = numbers(text, r" 2 seeds: .* in (\d+)%")
+    (many,) = numbers(text, r"30 seeds: .* in (\d+)%")
+    assert few < 75
+    assert many > 88
+    assert len(list(tmp_path.rglob("report.html"))) == 2  # of the study, and of i2am report
+
+
+@pytest.mark.slow
+def test_read_the_report_in_full(tmp_path: Path) -> None:
+    """As the reader runs it: both seeds favour the refined arm's attention."""
+    text = run("03_read_the_report", tmp_path)
+    assert re.search(r"Correspondence error ↓ \| -[\d.]+ \| \[.*\] \| 2/2 \|", text)
