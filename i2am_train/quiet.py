@@ -15,6 +15,7 @@ LIGHTNING_REMARKS = (
     r".*Checkpoint directory .* exists and is not empty.*",  # a resumed run
     r".*You are using a CUDA device.*",
     r".*'set_vital' is deprecated.*",  # torchdata's own use of torch
+    r"IProgress not found.*",  # in notebooks: bars are drawn as text all the same
 )
 
 
