@@ -30,9 +30,11 @@ def make(config: DataMakeConfig) -> None:
 def check(config: DataCheckConfig) -> int:
     """Print the report on a dataset folder; status 1 if training would fail."""
     from i2am_train.datasets.checks import check_dataset
+    from i2am_train.datasets.opening import Reading
     from i2am_train.runs import write_text
 
-    report = check_dataset(config.root, config.size)
+    reading = Reading(config.layout, tuple(config.categories))
+    report = check_dataset(config.root, config.size, reading=reading)
     print(report.table())
     if config.json is not None:
         write_text(config.json, report.to_json())

@@ -32,6 +32,9 @@ SamplerName = Literal["ddim", "dpmpp", "unipc"]
 Precision = Literal["32-true", "bf16-mixed", "16-mixed"]
 Trainable = Literal["all", "decoder", "cross_attention"]
 Device = Literal["auto", "cpu", "cuda"]
+LayoutName = Literal["auto", "viton_hd", "dresscode"]
+CategoryName = Literal["upper_body", "lower_body", "dresses"]
+FitName = Literal["stretch", "pad", "crop"]
 FigureFormat = Literal["png", "svg", "pdf"]
 FigureName = Literal[
     "layers",
@@ -72,7 +75,14 @@ class DataConfig:
     """Where the samples come from and how they are batched."""
 
     root: Path | None = None
-    """Folder in VITON-HD layout; null: the embedded synthetic dataset, made when missing."""
+    """Folder in VITON-HD or DressCode layout; null: the embedded dataset, made when missing."""
+    layout: LayoutName = "auto"
+    """How the folder is laid out; auto: dresscode where it has folders of categories."""
+    categories: list[CategoryName] = field(default_factory=list)
+    """Categories of DressCode to read: upper_body, lower_body, dresses; empty: all that exist."""
+    fit: FitName = "stretch"
+    """Pictures of another aspect: stretch changes the proportions, pad adds margins (white, around
+    body parts black), crop keeps the largest centred part."""
     height: int = 128
     """Image height in pixels; must be what the checkpoint was trained at."""
     width: int = 96
@@ -88,6 +98,8 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         self.root = _absolute(self.root)
+        if self.categories:
+            _check_unique("data.categories", self.categories)
         _check_size("data", self.height, self.width)
         _check_at_least("data.batch_size", self.batch_size, 1)
         _check_at_least("data.workers", self.workers, 0)
@@ -653,9 +665,13 @@ class DataCheckConfig:
     """Report everything that is wrong with a dataset folder."""
 
     root: Path
-    """Dataset folder in VITON-HD layout."""
+    """Dataset folder in VITON-HD or DressCode layout."""
+    layout: LayoutName = "auto"
+    """How the folder is laid out; auto: dresscode where it has folders of categories."""
+    categories: list[CategoryName] = field(default_factory=list)
+    """Categories of DressCode to check; empty: all that exist."""
     height: int | None = None
-    """Height that every image must have, in pixels; null: images must agree with each other."""
+    """Height that every image must have, in pixels; null: the pictures of a person must agree."""
     width: int | None = None
     """Width that every image must have, in pixels."""
     json: Path | None = None
@@ -664,6 +680,8 @@ class DataCheckConfig:
     def __post_init__(self) -> None:
         self.root = self.root.expanduser().absolute()
         self.json = _absolute(self.json)
+        if self.categories:
+            _check_unique("categories", self.categories)
         if (self.height is None) != (self.width is None):
             raise ConfigError(
                 f"Only one of height={self.height} and width={self.width} is set. "

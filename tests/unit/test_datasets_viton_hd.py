@@ -9,11 +9,10 @@ import pytest
 import torch
 from torch.utils.data import default_collate
 
+from i2am_train.datasets.reading import EpochPosition
 from i2am_train.datasets.synthetic import FIRST_TEST_INDEX, render_sample
 from i2am_train.datasets.viton_hd import (
-    EpochPosition,
     VitonHDDataset,
-    read_pairs,
     require_correspondence,
 )
 from i2am_train.errors import DataError
@@ -134,7 +133,8 @@ def test_missing_folders_are_named_with_what_was_found(copy: Path) -> None:
     # Proves the message of design rule 10.
     shutil.rmtree(copy / "train/cloth-mask")
     with pytest.raises(
-        DataError, match=r"no folder 'cloth-mask' \(found: .*cloth.*i2am data check"
+        DataError,
+        match=r"no folder 'cloth-mask' \(or cloth_mask\) \(found: .*i2am data derive.*i2am data check",
     ):
         VitonHDDataset(copy, "train", "paired", SIZE)
     with pytest.raises(DataError, match=r"no pair list train_pairs\.txt .*i2am data make"):
@@ -148,7 +148,7 @@ def test_broken_pair_lists_are_refused(copy: Path, text: str, match: str) -> Non
     # Proves that a list is checked before any picture is read.
     (copy / "test_pairs.txt").write_text(text)
     with pytest.raises(DataError, match=match):
-        read_pairs(copy, Split.TEST)
+        VitonHDDataset(copy, "test", "paired", SIZE)
 
 
 @pytest.mark.parametrize(
