@@ -19,7 +19,7 @@ COMMANDS = {
     "ablate": "train and judge arms x seeds from one checkpoint, and compare them",
     "explain": "draw every attribution map of a sample, and a page to explore them",
     "report": "make the paper's tables and figures from the folders of finished commands",
-    "data": "make the embedded dataset, or check a dataset folder",
+    "data": "make the embedded dataset, derive what a dataset lacks, or check one",
 }
 BAD_INPUT = 2
 

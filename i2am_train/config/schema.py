@@ -642,6 +642,9 @@ class DataMakeConfig:
     """Image height in pixels."""
     width: int = 96
     """Image width in pixels."""
+    annotations: bool = False
+    """Also write human-parsing maps (image-parse-v3) and keypoints (openpose_json), which
+    `i2am data derive` starts from."""
     workers: int | None = None
     """Processes that draw; null: one per core."""
 
@@ -658,6 +661,49 @@ class DataMakeConfig:
     def size(self) -> GridSize:
         """Image size, height first."""
         return GridSize(self.height, self.width)
+
+
+@dataclass(kw_only=True, slots=True)
+class DataDeriveConfig:
+    """Make what a dataset lacks: masks and agnostic pictures, from parsing maps and poses."""
+
+    root: Path
+    """Dataset folder in VITON-HD or DressCode layout: pair lists, people and flat garments."""
+    layout: LayoutName = "auto"
+    """How the folder is laid out; auto: dresscode where it has folders of categories."""
+    categories: list[CategoryName] = field(default_factory=list)
+    """Categories of DressCode to work on; empty: all that exist."""
+    category: CategoryName = "upper_body"
+    """What the garments cover, in VITON-HD layout (DressCode's folders say it)."""
+    labels: Literal["auto", "viton_hd", "dresscode"] = "auto"
+    """Labels of the parsing maps: the 20 of image-parse-v3 or the 18 of label_maps; auto: those
+    that are usual in the layout."""
+    parser: str | None = None
+    """Folder or hub name of a transformers segmentation model that makes missing parsing maps,
+    such as mattmdjaga/segformer_b2_clothes; null: the maps must be there."""
+    pose: Literal["auto", "keypoints", "densepose", "none"] = "auto"
+    """Where bodies come from; auto: keypoints where there are any, else DensePose; none: from the
+    parsing map alone, which tells the model the garment's outline."""
+    overwrite: bool = False
+    """Make files anew that exist."""
+    preview: bool = False
+    """Draw every step of every person into <root>/previews."""
+    device: Device = "auto"
+    """Where the parser computes."""
+    workers: int | None = None
+    """Threads; null: one per core."""
+    json: Path | None = None
+    """File for the report; null: <root>/derived.json."""
+
+    def __post_init__(self) -> None:
+        self.root = self.root.expanduser().absolute()
+        self.json = _absolute(self.json)
+        if self.categories:
+            _check_unique("categories", self.categories)
+        if self.parser is not None and not self.parser.strip():
+            _refuse("parser", repr(self.parser), "a folder or a hub name, or null")
+        if self.workers is not None:
+            _check_at_least("workers", self.workers, 1)
 
 
 @dataclass(kw_only=True, slots=True)
@@ -704,6 +750,7 @@ COMMANDS: dict[str, type[Any]] = {
     "report": ReportConfig,
     "data_make": DataMakeConfig,
     "data_check": DataCheckConfig,
+    "data_derive": DataDeriveConfig,
 }
 """Schema of each file ``conf/<command>.yaml``."""
 

@@ -495,7 +495,9 @@ def _center_share(mask: Mask) -> float:
     return float(mask[3 * height // 8 : 5 * height // 8, 3 * width // 8 : 5 * width // 8].mean())
 
 
-def _run(jobs: Sequence[Callable[[], _Checked]], threads: int | None, progress: bool) -> list[_Checked]:
+def _run(
+    jobs: Sequence[Callable[[], _Checked]], threads: int | None, progress: bool
+) -> list[_Checked]:
     """Run all jobs on threads (reading and decoding leave Python's lock)."""
     count = threads or 2 * (os.cpu_count() or 1)
     with ThreadPoolExecutor(count) as pool:

@@ -8,7 +8,6 @@ stores the labels themselves.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import cast
 
 import cv2
 import numpy as np
@@ -31,7 +30,8 @@ LARGEST_UNSURE_SHARE = 0.1
 def _palette() -> Image:
     """RGB of the labels 0...24."""
     levels = (np.arange(PARTS + 1) * 255 / PARTS).astype(np.uint8)
-    colours: Image = cv2.applyColorMap(levels[:, None], cv2.COLORMAP_PARULA)[:, 0, ::-1].copy()
+    shown = cv2.applyColorMap(levels[:, None], cv2.COLORMAP_PARULA)
+    colours = np.array(shown[:, 0, ::-1], np.uint8)
     colours[0] = 0
     return colours
 
@@ -41,7 +41,7 @@ PALETTE = _palette()
 
 def coloured(labels: NDArray[np.uint8]) -> Image:
     """Labels ``[H, W]`` as RGB ``[H, W, 3]``."""
-    return cast(Image, PALETTE[labels])
+    return PALETTE[labels]
 
 
 def read_pose_picture(path: Path) -> Image:

@@ -23,6 +23,7 @@ from i2am_train.datasets.layouts import (
     CATEGORIES,
     CORRESPONDENCE,
     DERIVED_ROLES,
+    DRAWN_POSE,
     GARMENT,
     GARMENT_MASK,
     INPAINT_MASK,
@@ -55,7 +56,10 @@ class DressCodeLayout(Layout):
         ),
         AGNOSTIC: (Place("agnostic-v3.2", "{}_0.jpg"), Place("agnostic", "{}_0.jpg")),
         INPAINT_MASK: (Place("agnostic-mask", "{}_0_mask.png"), Place("agnostic-mask", "{}_0.png")),
-        POSE_PICTURE: (Place("dense", "{}_5.png"), Place("image-densepose", "{}_0.jpg")),
+        POSE_PICTURE: (
+            Place("dense", "{}_5.png"), Place("image-densepose", "{}_0.jpg"), Place(DRAWN_POSE, "{}_0.jpg"),
+        ),
+        DRAWN_POSE: (Place(DRAWN_POSE, "{}_0.jpg"),),
         WARPED_MASK: (
             Place("gt_cloth_warped_mask", "{}_0.png"), Place("gt_cloth_warped_mask", "{}_0.jpg"),
         ),

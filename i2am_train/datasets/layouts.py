@@ -21,6 +21,8 @@ PERSON, GARMENT = "image", "cloth"
 AGNOSTIC, INPAINT_MASK, POSE_PICTURE = "agnostic-v3.2", "agnostic-mask", "image-densepose"
 GARMENT_MASK, WARPED_MASK, CORRESPONDENCE = "cloth-mask", "gt_cloth_warped_mask", "correspondence"
 PARSING, KEYPOINTS = "image-parse-v3", "openpose_json"
+DRAWN_POSE = "pose-drawn"
+"""Pose pictures that ``i2am data derive`` drew from keypoints, in a folder of their own: DensePose never mixes in."""
 
 PERSON_ROLES = (PERSON, AGNOSTIC, INPAINT_MASK, POSE_PICTURE)
 """What every person needs."""

@@ -14,6 +14,7 @@ from i2am_train.datasets.layouts import (
     AGNOSTIC,
     CORRESPONDENCE,
     DERIVED_ROLES,
+    DRAWN_POSE,
     GARMENT,
     GARMENT_MASK,
     INPAINT_MASK,
@@ -59,7 +60,10 @@ class VitonHDLayout(Layout):
         INPAINT_MASK: _spelled(
             ["agnostic-mask", "agnostic_mask"], ["{}_mask.png", "{}.png", "{}.jpg"]
         ),
-        POSE_PICTURE: _spelled(["image-densepose", "image_densepose"], ["{}.jpg", "{}.png"]),
+        POSE_PICTURE: _spelled(
+            ["image-densepose", "image_densepose", DRAWN_POSE], ["{}.jpg", "{}.png"]
+        ),
+        DRAWN_POSE: _spelled([DRAWN_POSE], ["{}.jpg"]),
         WARPED_MASK: _spelled(
             ["gt_cloth_warped_mask", "gt-cloth-warped-mask"], ["{}.jpg", "{}.png"]
         ),
