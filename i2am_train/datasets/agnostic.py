@@ -8,13 +8,14 @@ coat, dress; lower body: skirt, pants; dresses: dress.
 **The region to paint** (``agnostic-mask``) is the union of
 
 - the worn garment, grown by 0.1 units;
+- bare arms (legs) and the bare neck of the parsing map;
 - where any other garment of the category could be, from the body alone, so that the region does not tell the
   garment's outline. From keypoints: upper bodies get a torso a quarter unit wider than the shoulders on each side and
   0.35 units longer than to the hips, a neck 0.5 units wide, and arms 0.6 units wide from shoulder to wrist; lower
-  bodies get the convex hull of hips, knees and ankles with legs 0.6 units wide; dresses get both. From DensePose:
-  torso and arms (legs), grown by 0.15 units. Without either (``pose=none``): the bare arms (legs) and the neck of the
-  parsing map, grown likewise; such a region follows the garment's outline, which lets a model guess lengths, and hands
-  are painted as well;
+  bodies get the convex hull of hips, knees and ankles with legs 0.6 units wide; dresses get both, as far as it is in
+  the picture. From DensePose: torso and arms (legs), grown by 0.15 units. Without either (``pose=none``): the bare
+  limbs, grown likewise; such a region follows the garment's outline, which lets a model guess lengths, and hands are
+  painted as well;
 
 without what is kept:
 
@@ -106,16 +107,20 @@ def person_masks(labels: LabelMap, names: LabelSet, category: Category, pose: Po
 def _body(labels: LabelMap, names: LabelSet, category: Category, pose: Pose) -> tuple[Mask, float]:
     """Where a garment of the category could be, and the unit of length in pixels."""
     upper, lower = category != "lower_body", category != "upper_body"
+    limbs = (ARMS | {"neck"} if upper else frozenset()) | (LEGS if lower else frozenset())
+    bare = names.inside(labels, limbs)
     if isinstance(pose, dict):
-        return _drawn_body(pose, labels, upper, lower), _unit(pose, category)
+        chin = _chin(labels, names, pose)
+        drawn = _drawn_body(pose, labels.shape, chin, upper, lower)
+        return bare | drawn, _unit(pose, category)
     if pose is not None:
         parts = (*densepose.TORSO, *densepose.ARMS) if upper else ()
         parts = (*parts, *densepose.LEGS) if lower else parts
-        return _dense_body(pose, parts, lower)
-    limbs = (ARMS | {"neck"} if upper else frozenset()) | (LEGS if lower else frozenset())
+        dense, unit = _dense_body(pose, parts, lower)
+        return bare | dense, unit
     columns = np.flatnonzero(names.inside(labels, WORN[category]).any(axis=0))
     unit = 0.6 * float(columns[-1] - columns[0] + 1)
-    return _grown(names.inside(labels, limbs), BODY_GROWTH * unit), unit
+    return _grown(bare, BODY_GROWTH * unit), unit
 
 
 def _unit(joints: Joints, category: Category) -> float:
@@ -126,21 +131,26 @@ def _unit(joints: Joints, category: Category) -> float:
     return body_unit(joints)
 
 
-def _drawn_body(joints: Joints, labels: LabelMap, upper: bool, lower: bool) -> Mask:
-    """Torso and arms, and hips and legs, drawn from keypoints."""
-    canvas = np.zeros(labels.shape, np.uint8)
+def _drawn_body(
+    joints: Joints, shape: tuple[int, ...], chin: int, upper: bool, lower: bool
+) -> Mask:
+    """Torso, neck below the chin and arms, and hips and legs, drawn from keypoints."""
+    canvas = np.zeros(shape, np.uint8)
     if upper:
         unit = body_unit(joints)
         draw_hull(canvas, torso_corners(joints, TORSO_WIDER, TORSO_LONGER), 1)
         if "nose" in joints:
-            draw_limb(canvas, [shoulders_middle(joints), joints["nose"]], NECK_WIDTH * unit, 1)
+            neck = np.zeros_like(canvas)
+            draw_limb(neck, [shoulders_middle(joints), joints["nose"]], NECK_WIDTH * unit, 1)
+            canvas[chin:] |= neck[chin:]
         for side in SIDES:
             points = chain(joints, side, ("shoulder", "elbow", "wrist"))
             draw_limb(canvas, points, ARM_WIDTH * unit, 1)
-    if lower:
+    if lower and not upper:
         require(joints, ("right_hip", "left_hip"))
+    if lower:
         unit = _unit(joints, "lower_body")
-        legs = np.zeros(labels.shape, np.uint8)
+        legs = np.zeros(shape, np.uint8)
         for side in SIDES:
             points = chain(joints, side, ("hip", "knee", "ankle"))
             draw_limb(legs, points, LEG_WIDTH * unit, 1)
@@ -183,12 +193,12 @@ def _kept(labels: LabelMap, names: LabelSet, category: Category, pose: Pose) -> 
     return kept
 
 
-def _chin(labels: LabelMap, names: LabelSet, pose: Pose) -> float:
+def _chin(labels: LabelMap, names: LabelSet, pose: Pose) -> int:
     """The row of the chin; without a face, below the picture."""
     if "neck" not in names.names and isinstance(pose, dict) and {"nose", "neck"} <= set(pose):
-        return float(pose["nose"][1] + pose["neck"][1]) / 2
+        return round(float(pose["nose"][1] + pose["neck"][1]) / 2)
     rows = np.flatnonzero(names.inside(labels, {"face"}).any(axis=1))
-    return float(rows[-1]) if len(rows) else float(labels.shape[0])
+    return int(rows[-1]) if len(rows) else labels.shape[0]
 
 
 def _grown(mask: Mask, radius: float) -> Mask:

@@ -8,6 +8,7 @@ the whole picture and adds equal margins on two sides, ``crop`` keeps the larges
 from __future__ import annotations
 
 import os
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -110,7 +111,8 @@ def write_bytes(path: Path, content: bytes) -> None:
         temporary.write_bytes(content)
         temporary.replace(path)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink()
         raise DataError(
             f"Could not write {path}: {error.strerror or error}. "
             "Check that the disk has room and the folder is writable."
