@@ -62,13 +62,17 @@ def derive(config: DataDeriveConfig) -> int:
         preview=config.preview,
         workers=config.workers,
     )
-    parser = None
+    parser = estimator = None
     if config.parser is not None:
         from i2am_train.models.parsing import HumanParser
 
         parser = HumanParser.from_pretrained(config.parser, config.device)
+    if config.estimator is not None:
+        from i2am_train.models.poses import ViTPoseEstimator
+
+        estimator = ViTPoseEstimator.from_pretrained(config.estimator, config.device)
     reading = Reading(config.layout, tuple(config.categories))
-    report = derive_dataset(config.root, reading, options, parser)
+    report = derive_dataset(config.root, reading, options, parser, estimator)
     file = config.json or config.root / DERIVED_REPORT
     write_json(file, report.to_dict())
     print(f"{report.summary()}\nReport: {file}")

@@ -80,6 +80,7 @@ EXAMPLES = {
     "data_derive": """
         i2am data derive root=data/zalando-hd-resized
         i2am data derive root=/data/DressCode categories=[upper_body,dresses] preview=true
+        i2am data derive root=my_photographs parser=FOLDER estimator=FOLDER preview=true
         i2am data derive root=my_photographs parser=mattmdjaga/segformer_b2_clothes pose=none
     """,
     "data_check": """

@@ -681,6 +681,9 @@ class DataDeriveConfig:
     parser: str | None = None
     """Folder or hub name of a transformers segmentation model that makes missing parsing maps,
     such as mattmdjaga/segformer_b2_clothes; null: the maps must be there."""
+    estimator: str | None = None
+    """Folder or hub name of a ViTPose model of transformers that makes missing keypoints, such as
+    usyd-community/vitpose-base-simple; null: keypoints (or DensePose) must be there."""
     pose: Literal["auto", "keypoints", "densepose", "none"] = "auto"
     """Where bodies come from; auto: keypoints where there are any, else DensePose; none: from the
     parsing map alone, which tells the model the garment's outline."""
@@ -689,7 +692,7 @@ class DataDeriveConfig:
     preview: bool = False
     """Draw every step of every person into <root>/previews."""
     device: Device = "auto"
-    """Where the parser computes."""
+    """Where parser and estimator compute."""
     workers: int | None = None
     """Threads; null: one per core."""
     json: Path | None = None
@@ -700,8 +703,11 @@ class DataDeriveConfig:
         self.json = _absolute(self.json)
         if self.categories:
             _check_unique("categories", self.categories)
-        if self.parser is not None and not self.parser.strip():
-            _refuse("parser", repr(self.parser), "a folder or a hub name, or null")
+        for name in ("parser", "estimator"):
+            if getattr(self, name) is not None and not getattr(self, name).strip():
+                _refuse(name, repr(getattr(self, name)), "a folder or a hub name, or null")
+        if self.estimator is not None and self.pose in ("densepose", "none"):
+            _refuse("pose", self.pose, "auto or keypoints with an estimator")
         if self.workers is not None:
             _check_at_least("workers", self.workers, 1)
 

@@ -19,8 +19,8 @@ coat, dress; lower body: skirt, pants; dresses: dress.
 
 without what is kept:
 
-- face, hat, glasses and hair above the chin, which is the lowest row of the face; where the label set has no neck and
-  counts it as face, the chin lies half-way from nose to neck;
+- face, hat, glasses and hair above the chin, which is the lowest row of the face; in maps without a neck (ATR's labels
+  count it as face) at most half-way from the nose to the neck of the keypoints;
 - hands: bare arm beyond its wrist (keypoints) or in DensePose's hands; for lower bodies both arms; shoes, bags, gloves;
 - clothes and legs that do not belong to the category, but only against the growth of the worn garment.
 
@@ -195,10 +195,12 @@ def _kept(labels: LabelMap, names: LabelSet, category: Category, pose: Pose) -> 
 
 def _chin(labels: LabelMap, names: LabelSet, pose: Pose) -> int:
     """The row of the chin; without a face, below the picture."""
-    if "neck" not in names.names and isinstance(pose, dict) and {"nose", "neck"} <= set(pose):
-        return round(float(pose["nose"][1] + pose["neck"][1]) / 2)
     rows = np.flatnonzero(names.inside(labels, {"face"}).any(axis=1))
-    return int(rows[-1]) if len(rows) else labels.shape[0]
+    chin = int(rows[-1]) if len(rows) else labels.shape[0]
+    no_neck = not names.inside(labels, {"neck"}).any()
+    if no_neck and isinstance(pose, dict) and {"nose", "neck"} <= set(pose):
+        return min(chin, round(float(pose["nose"][1] + pose["neck"][1]) / 2))
+    return chin
 
 
 def _grown(mask: Mask, radius: float) -> Mask:

@@ -1,8 +1,9 @@
 """``i2am data derive``: masks and agnostic pictures from photographs, parsing maps and poses.
 
-Order of work: parsing maps that are missing (through a parser, if there is one), masks of flat garments, then the
-people. Files that exist are kept unless told otherwise, every file is written in one step, and what cannot be made is
-refused sample by sample with its reason, so a stopped run goes on where it was and one bad picture stops nothing.
+Order of work: parsing maps and keypoints that are missing (through models, if there are any), masks of flat garments,
+then the people. Files that exist are kept unless told otherwise, every file is written in one step, and what cannot be
+made is refused sample by sample with its reason, so a stopped run goes on where it was and one bad picture stops
+nothing.
 The rules are those of :mod:`~i2am_train.datasets.agnostic` and :mod:`~i2am_train.datasets.flat_garments`.
 """
 
@@ -12,10 +13,11 @@ import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 from tqdm import tqdm
@@ -25,7 +27,7 @@ from i2am_train.datasets.agnostic import Pose, person_masks
 from i2am_train.datasets.arrays import Image
 from i2am_train.datasets.bodies import drawn_parts
 from i2am_train.datasets.flat_garments import garment_mask
-from i2am_train.datasets.keypoints import read_keypoints
+from i2am_train.datasets.keypoints import Joints, openpose_json, read_keypoints
 from i2am_train.datasets.layouts import (
     AGNOSTIC,
     DRAWN_POSE,
@@ -51,17 +53,25 @@ from i2am_train.datasets.parsing import (
     read_labels,
     write_labels,
 )
-from i2am_train.datasets.pictures import read_colour, write_picture
+from i2am_train.datasets.pictures import read_colour, write_bytes, write_picture
 from i2am_train.datasets.previews import write_sheet
 from i2am_train.errors import DataError
 from i2am_train.types import GridSize, Pairing, Split
+
+T = TypeVar("T")
 
 PoseSource = Literal["auto", "keypoints", "densepose", "none"]
 Parser = Callable[[Sequence[Image], LabelSet], list[LabelMap]]
 """Parsing maps of photographs, in the labels of a set; the photographs' sizes are kept."""
 
+Box = tuple[float, float, float, float]
+"""Left, top, width and height in pixels."""
+PoseEstimator = Callable[[Sequence[Image], Sequence[Box]], list[Joints]]
+"""Keypoints of the people in photographs, each in a box."""
+
 PERSON_FILES = (INPAINT_MASK, AGNOSTIC, WARPED_MASK)
-PARSER_BATCH = 4
+MODEL_BATCH = 4
+"""Photographs that a model sees at a time."""
 
 
 @dataclass(frozen=True)
@@ -127,8 +137,9 @@ class DeriveReport:
 
 
 def derive_dataset(
-    root: Path, reading: Reading, options: DeriveOptions, parser: Parser | None = None
-) -> DeriveReport:
+    root: Path, reading: Reading, options: DeriveOptions, parser: Parser | None = None,
+    estimator: PoseEstimator | None = None,
+) -> DeriveReport:  # fmt: skip
     """Make what a dataset lacks.
 
     Args:
@@ -136,20 +147,21 @@ def derive_dataset(
         reading: layout and categories.
         options: what to make and from what.
         parser: makes missing parsing maps.
+        estimator: makes missing keypoints.
 
     Raises:
         DataError: before anything is written: there is no list, no photographs, and nothing to derive from.
     """
     parts = [
-        _Part(layout, options, parser is not None)
+        _Part(layout, options, parser, estimator)
         for split in Split
         for layout in split_layouts(root, split, reading)
         if layout.list_file(Pairing.PAIRED).is_file() or split is Split.TRAIN
     ]
     report = DeriveReport(root, {part.layout.label: part.pose_source for part in parts})
     for part in parts:
-        if parser is not None:
-            _parse(part, parser, report)
+        for role, make in part.models.items():
+            _run_model(part, role, make, report)
         _run(part, part.garments, part.derive_garment, "garments", report)
         _run(part, part.people, part.derive_person, "people", report)
     return report
@@ -158,7 +170,13 @@ def derive_dataset(
 class _Part:
     """A split (of a category): what is there, checked before anything is written."""
 
-    def __init__(self, layout: Layout, options: DeriveOptions, has_parser: bool) -> None:
+    def __init__(
+        self,
+        layout: Layout,
+        options: DeriveOptions,
+        parser: Parser | None,
+        estimator: PoseEstimator | None,
+    ) -> None:
         self.layout, self.options = layout, options
         pairs = layout.pairs(Pairing.PAIRED)
         unpaired = layout.listed(Pairing.UNPAIRED) if layout.split is Split.TEST else []
@@ -167,13 +185,19 @@ class _Part:
         usual = VITON_HD if layout.category is None else DRESS_CODE
         self.labels = options.labels or usual
         self.category: Category = layout.category or options.category
-        self._check_inputs(has_parser)
+        self.parser, self.estimator = parser, estimator
+        self.models: dict[str, Callable[[list[str]], set[str]]] = {}
+        if parser is not None:
+            self.models[PARSING] = self.parse
+        if estimator is not None:
+            self.models[KEYPOINTS] = self.estimate
+        self._check_inputs()
         self.pose_source = self._pose_source()
         has_densepose = layout.has(POSE_PICTURE) and layout.place(POSE_PICTURE).folder != DRAWN_POSE
         self.draws_pose = self.pose_source == "keypoints" and not has_densepose
 
-    def _check_inputs(self, has_parser: bool) -> None:
-        needed = [PERSON, GARMENT] + ([] if has_parser else [PARSING])
+    def _check_inputs(self) -> None:
+        needed = [PERSON, GARMENT] + ([] if self.parser is not None else [PARSING])
         missing = [role for role in needed if not self.layout.has(role)]
         if missing:
             folders = ", ".join(self.layout.folder_names(role) for role in missing)
@@ -191,16 +215,51 @@ class _Part:
         wanted = self.options.pose
         if wanted == "none":
             return wanted
+        if self.estimator is not None and wanted != "densepose":
+            return "keypoints"
         names = [*roles] if wanted == "auto" else [wanted]
         there = [name for name in names if self.layout.has(roles[name])]
         if not there:
             folders = " or ".join(self.layout.folder_names(roles[name]) for name in names)
             raise DataError(
                 f"{self.layout.folder} has no folder {folders} (found: {entries(self.layout.folder)}): where bodies "
-                "are is not known. Nothing was written. Add keypoints or DensePose pictures (data/README.md), or use "
-                "pose=none for regions from the parsing map alone."
+                "are is not known. Nothing was written. Add keypoints or DensePose pictures (data/README.md), give "
+                "estimator=FOLDER_OR_NAME to make keypoints, or use pose=none for regions from the parsing map alone."
             )
         return there[0]
+
+    # -- models ----------------------------------------------------------------------------------------------------
+
+    def parse(self, stems: list[str]) -> set[str]:
+        """Write parsing maps; returns the people that cannot be read (who are refused when they are derived)."""
+        assert self.parser is not None
+        pictures, refused = _all(stems, self._photograph)
+        found = self.parser(list(pictures.values()), self.labels)
+        for stem, labels in zip(pictures, found, strict=True):
+            write_labels(self.layout.path(PARSING, stem), labels, self.labels)
+        return refused
+
+    def estimate(self, stems: list[str]) -> set[str]:
+        """Write keypoints of the person in the parsing map's box; returns the people that cannot be read."""
+        assert self.estimator is not None
+        boxes, refused = _all(stems, self._box)
+        pictures, unreadable = _all(list(boxes), self._photograph)
+        found = self.estimator(list(pictures.values()), [boxes[stem] for stem in pictures])
+        for stem, joints in zip(pictures, found, strict=True):
+            content = openpose_json(joints).encode()
+            write_bytes(self.layout.path(KEYPOINTS, stem), content)
+        return refused | unreadable
+
+    def _photograph(self, stem: str) -> Image:
+        return read_colour(self.layout.path(PERSON, stem))
+
+    def _box(self, stem: str) -> Box:
+        path = self.layout.path(PARSING, stem)
+        rows, columns = np.nonzero(read_labels(path, self.labels))
+        if not len(rows):
+            raise DataError(f"{path} shows nobody: all of it is background. Make it again.")
+        left, top = float(columns.min()), float(rows.min())
+        return left, top, float(columns.max()) - left + 1, float(rows.max()) - top + 1
 
     # -- one garment, one person -----------------------------------------------------------------------------------
 
@@ -302,25 +361,27 @@ def _attempt(work: Callable[[str], _Files], stem: str) -> _Files | str:
         return str(error)
 
 
-def _parse(part: _Part, parser: Parser, report: DeriveReport) -> None:
-    """Parsing maps that are missing, in batches."""
-    paths = {stem: part.layout.path(PARSING, stem) for stem in part.people}
-    kept = [] if part.options.overwrite else [stem for stem in paths if paths[stem].is_file()]
-    report.kept[PARSING] += len(kept)
-    todo = [stem for stem in part.people if stem not in set(kept)]
-    batches = [todo[first : first + PARSER_BATCH] for first in range(0, len(todo), PARSER_BATCH)]
-    for batch in _bar(batches, len(batches), part, f"{part.layout.label} parsing maps"):
-        pictures = {}
-        for stem in batch:
-            try:
-                pictures[stem] = read_colour(part.layout.path(PERSON, stem))
-            except DataError:
-                continue  # refused with its reason when the person is derived
-        for stem, labels in zip(
-            pictures, parser(list(pictures.values()), part.labels), strict=True
-        ):
-            write_labels(paths[stem], labels, part.labels)
-            report.made[PARSING] += 1
+def _run_model(
+    part: _Part, role: str, make: Callable[[list[str]], set[str]], report: DeriveReport
+) -> None:
+    """Make the files of a role that are missing, in batches."""
+    there = {stem for stem in part.people if part.layout.path(role, stem).is_file()}
+    kept = set() if part.options.overwrite else there
+    report.kept[role] += len(kept)
+    todo = [stem for stem in part.people if stem not in kept]
+    batches = [todo[first : first + MODEL_BATCH] for first in range(0, len(todo), MODEL_BATCH)]
+    for batch in _bar(batches, len(batches), part, f"{part.layout.label} {role}"):
+        refused = make(batch)
+        report.made[role] += len(batch) - len(refused)
+
+
+def _all(stems: list[str], read: Callable[[str], T]) -> tuple[dict[str, T], set[str]]:
+    """What can be read, and whose cannot."""
+    found: dict[str, T] = {}
+    for stem in stems:
+        with suppress(DataError):
+            found[stem] = read(stem)
+    return found, set(stems) - set(found)
 
 
 def _bar(items: Iterable[Any], total: int, part: _Part, what: str) -> tqdm[Any]:

@@ -69,20 +69,9 @@ class HumanParser:
         Raises:
             CheckpointError: there is no such model, or it is of another kind.
         """
-        folder = Path(name).expanduser()
-        source = str(folder) if folder.is_dir() else name
-        try:
-            processor = AutoImageProcessor.from_pretrained(source)
-            model = AutoModelForSemanticSegmentation.from_pretrained(source)
-        except (OSError, ValueError) as error:
-            what = " ".join(str(error).split())[:300]
-            raise CheckpointError(
-                f"No segmentation model could be loaded from parser={name} ({what}). Give a folder with config.json, "
-                "preprocessor_config.json and the weights, or a name on the hub that this machine can reach."
-            ) from error
-        if device == "auto":
-            device = "cuda" if torch.cuda.is_available() else "cpu"
-        return cls(model.to(device), processor, name)
+        return cls(
+            *load_with_processor("parser", name, AutoModelForSemanticSegmentation, device), name
+        )
 
     @torch.inference_mode()
     def __call__(self, pictures: Sequence[Image], labels: LabelSet) -> list[LabelMap]:
@@ -99,6 +88,34 @@ class HumanParser:
             )
             maps.append(table[sized[0].argmax(dim=0).cpu().numpy()])
         return maps
+
+
+def load_with_processor(option: str, name: str, kind: Any, device: str) -> tuple[Any, Any]:
+    """A model of transformers and its image processor, from a folder or from the hub.
+
+    Args:
+        option: that named the model, for messages.
+        name: folder or hub name.
+        kind: transformers' class to load.
+        device: cpu, cuda or auto.
+
+    Raises:
+        CheckpointError: there is no such model, or it is of another kind.
+    """
+    folder = Path(name).expanduser()
+    source = str(folder) if folder.is_dir() else name
+    try:
+        processor = AutoImageProcessor.from_pretrained(source)
+        model = kind.from_pretrained(source)
+    except (OSError, ValueError) as error:
+        what = " ".join(str(error).split())[:300]
+        raise CheckpointError(
+            f"No model for {option} could be loaded from {option}={name} ({what}). Give a folder with config.json, "
+            "preprocessor_config.json and the weights, or a name on the hub that this machine can reach."
+        ) from error
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    return model.to(device), processor
 
 
 def _our_name(label: str) -> str | None:

@@ -13,6 +13,8 @@ from i2am_train.config.store import compose
 from i2am_train.datasets.synthetic import make_dataset
 from i2am_train.types import GridSize
 
+pytestmark = pytest.mark.filterwarnings("default")  # Lightning's and torch's own deprecations
+
 
 @pytest.fixture
 def photographs(tmp_path: Path) -> Path:

@@ -17,7 +17,7 @@ from i2am_train.datasets.bodies import drawn_parts
 from i2am_train.datasets.checks import check_dataset
 from i2am_train.datasets.derive import DeriveOptions, DeriveReport, derive_dataset
 from i2am_train.datasets.flat_garments import garment_mask
-from i2am_train.datasets.keypoints import openpose_json, read_keypoints
+from i2am_train.datasets.keypoints import Joints, openpose_json, read_keypoints
 from i2am_train.datasets.opening import AS_IT_LIES
 from i2am_train.datasets.parsing import DRESS_CODE, VITON_HD, read_labels, write_labels
 from i2am_train.datasets.pictures import read_native_mask
@@ -319,6 +319,36 @@ def test_a_parser_makes_missing_maps(photographs: Path) -> None:
     assert kept.read_bytes() == before
     restored = read_labels(photographs / "train/image-parse-v3/00001_00.png", VITON_HD)
     np.testing.assert_array_equal(restored, maps["train"]["00001_00"])
+
+
+def test_an_estimator_makes_missing_keypoints(photographs: Path) -> None:
+    # Proves boxes from the parsing maps, files that read back, and that the estimator goes before DensePose.
+    files = sorted(photographs.glob("*/openpose_json/*.json"))
+    joints = {file.name: read_keypoints(file, SIZE) for file in files}
+    order = [*joints][2:] + [*joints][:2]  # training comes first
+    for split in ("train", "test"):
+        shutil.rmtree(photographs / split / "openpose_json")
+    boxes: list[tuple[float, ...]] = []
+
+    def estimator(pictures: list[np.ndarray], around: list[tuple[float, ...]]) -> list[Joints]:
+        boxes.extend(around)
+        return [joints[order.pop(0)] for _ in pictures]
+
+    options = DeriveOptions(progress=False, workers=1)
+    report = derive_dataset(photographs, AS_IT_LIES, options, None, estimator)  # type: ignore[arg-type]
+    assert report.pose == {"train": "keypoints", "test": "keypoints"}
+    assert (report.made["openpose_json"], report.refused) == (6, [])
+    for file in files:
+        again = read_keypoints(file, SIZE)
+        assert again.keys() == joints[file.name].keys()
+        assert all(
+            np.allclose(again[name], place, atol=0.01) for name, place in joints[file.name].items()
+        )
+    labels = read_labels(photographs / "train/image-parse-v3/00000_00.png", VITON_HD)
+    rows, columns = np.nonzero(labels)
+    assert boxes[0] == (
+        columns.min(), rows.min(), np.ptp(columns) + 1, np.ptp(rows) + 1,
+    )  # fmt: skip
 
 
 def test_both_label_sets_agree(tmp_path: Path) -> None:
