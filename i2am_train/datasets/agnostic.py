@@ -204,10 +204,12 @@ def _chin(labels: LabelMap, names: LabelSet, pose: Pose) -> int:
 
 
 def _grown(mask: Mask, radius: float) -> Mask:
-    """A mask dilated by a disc."""
-    size = 2 * max(1, round(radius)) + 1
-    kernel = cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (size, size))
-    return cv2.dilate(mask.astype(np.uint8), kernel) > 0
+    """Everything within a distance of a mask."""
+    outside = (~mask).astype(np.uint8)
+    if outside.all():
+        return mask
+    distance = cv2.distanceTransform(outside, cv2.DIST_L2, cv2.DIST_MASK_PRECISE)
+    return np.asarray(distance <= max(1.0, radius))
 
 
 def _hull(mask: Mask) -> Mask:
