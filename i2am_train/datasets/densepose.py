@@ -82,7 +82,7 @@ def parts_of(picture: Image, path: Path) -> NDArray[np.uint8]:
     nearest, distances = _nearest()
     cells = (picture >> CELL_BITS).astype(np.int32)
     index = (cells[..., 0] << 2 * GRID_BITS) | (cells[..., 1] << GRID_BITS) | cells[..., 2]
-    labels = nearest[index]
+    labels: NDArray[np.uint8] = nearest[index]
     foreground = picture.max(axis=-1) > SURE
     unsure = foreground & (distances[index] > SURE)
     if unsure.sum() > LARGEST_UNSURE_SHARE * max(1, foreground.sum()):

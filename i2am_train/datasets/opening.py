@@ -73,6 +73,16 @@ def list_length(root: Path, split: Split, pairing: Pairing, reading: Reading) ->
     return sum(len(layout.listed(pairing)) for layout in split_layouts(root, split, reading))
 
 
+def list_lengths(root: Path, reading: Reading) -> dict[str, int]:
+    """How many people each list that exists holds, by split (and category)."""
+    return {
+        layout.label: len(layout.listed(Pairing.PAIRED))
+        for split in Split
+        for layout in split_layouts(root, split, reading)
+        if layout.list_file(Pairing.PAIRED).is_file()
+    }
+
+
 def open_dataset(
     root: Path, split: Split, pairing: Pairing, size: GridSize, reading: Reading, *,
     augment: bool = False, seed: int = 0, indices: Sequence[int] | None = None, small_mask_rule: bool | None = None,
