@@ -20,7 +20,7 @@ COMMANDS = {
     "explain": "draw every attribution map of a sample, and a page to explore them",
     "report": "make the paper's tables and figures from the folders of finished commands",
     "dashboard": "make a workspace and a report of the runs in Weights & Biases",
-    "data": "make the embedded dataset, or check a dataset folder",
+    "data": "make the embedded dataset, derive what a dataset lacks, or check one",
 }
 BAD_INPUT = 2
 
