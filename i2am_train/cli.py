@@ -19,6 +19,7 @@ COMMANDS = {
     "ablate": "train and judge arms x seeds from one checkpoint, and compare them",
     "explain": "draw every attribution map of a sample, and a page to explore them",
     "report": "make the paper's tables and figures from the folders of finished commands",
+    "init": "make a model to train from Stable Diffusion 1.5 and an image encoder",
     "data": "make the embedded dataset, or check a dataset folder",
 }
 BAD_INPUT = 2
@@ -38,6 +39,7 @@ examples:
   i2am ablate arms=[base,baseline,refined] seeds=[0,1,2]
   i2am explain checkpoint=tiny sample=17
   i2am report explained=[runs/explain-tiny-test17-paired]
+  i2am init unet=v1-5-pruned.safetensors encoder=facebook/dinov2-giant output=models/start
 
 `i2am COMMAND --help` lists the options of a command; `i2am --version` prints the version."""
 

@@ -73,6 +73,11 @@ EXAMPLES = {
         i2am report explained=[runs/explain-tiny-test17-paired]
         i2am report explained=[FOLDER,OTHER] models=[baseline,refined] figures=[refinement,scores]
     """,
+    "init": """
+        i2am init unet=v1-5-pruned.safetensors encoder=facebook/dinov2-giant output=models/start
+        i2am init unet=FOLDER vae=VITONHD_VAE_finetuning.ckpt encoder=FOLDER output=models/start
+        i2am init custom=FILE.safetensors encoder=facebook/dinov2-giant output=models/custom
+    """,
     "data_make": """
         i2am data make
         i2am data make root=data/small train=200 test=20 height=64 width=48 seed=1
