@@ -677,6 +677,8 @@ class InitConfig:
                 f"What to start from is not clear: found {' and '.join(given) or 'neither unet nor custom'}. "
                 "Give unet=SOURCE for Stable Diffusion, or custom=FILE for the authors' model."
             )
+        if self.custom is not None and self.ema:
+            _refuse("ema", "true", "false with custom: the authors kept no average")
         _check_size("", self.height, self.width)
         for name in ("reference_height", "reference_width"):
             if getattr(self, name) is not None:

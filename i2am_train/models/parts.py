@@ -75,7 +75,6 @@ def assemble(options: InitConfig) -> Assembled:
         KeyMismatchError: a single file lacks weights or has them in other shapes.
         ConfigError: image, reference and patch sizes do not go together.
     """
-    torch.manual_seed(options.seed)
     read = _read_custom(options) if options.custom else _read_parts(options)
     _check_image_size(options, read.unet, read.vae)
     encoder = load_encoder(options.encoder)
@@ -102,9 +101,8 @@ def assemble(options: InitConfig) -> Assembled:
         unet = widen_input(unet)
     scheduler = make_scheduler(options.prediction_type)
     model = TryOnModel(config, unet, read.vae, encoder, projector, scheduler).eval()
-    with (
-        torch.no_grad()
-    ):  # the encoder's tokens must be those of the grid: better now than after writing gigabytes
+    # The encoder's tokens must be those of the grid: better found out here than after gigabytes were written.
+    with torch.no_grad():
         model.encode_reference(torch.zeros(1, 3, *reference_size))
     return Assembled(model, read.reports)
 
@@ -122,6 +120,11 @@ def _read_parts(options: InitConfig) -> _Networks:
         unet, report = unet_from_weights(unet_weights, file.name, ema=options.ema)
         check_unet(unet, options.unet)
         reports.append(report)
+    elif options.ema:
+        raise ConfigError(
+            f"ema=true chooses among the weights of a single file, and unet='{options.unet}' is none. Leave it out, or "
+            "give the folder of the averaged weights."
+        )
     else:
         unet = load_network(UNet2DConditionModel, options.unet, "unet", check_unet)
     source = options.vae or options.unet
@@ -311,6 +314,7 @@ def _new_projector(
             f"projector_heads={options.projector_heads} does not divide the encoder's width {width}. Set another "
             "number; the authors have 1."
         )
+    torch.manual_seed(options.seed)  # here: reading parts may draw numbers, or not
     projector: ReferenceProjector = ReferenceProjector(
         encoder_width=width,
         context_width=unet.config["cross_attention_dim"],

@@ -1,5 +1,6 @@
 """Networks from folders of diffusers and transformers and from the hub; no weight is quietly drawn anew."""
 
+import pickle
 import re
 import warnings
 from collections.abc import Callable
@@ -7,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import hf_hub_download
+from huggingface_hub import hf_hub_download, try_to_load_from_cache
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModel, CLIPVisionModel, PreTrainedModel, SiglipVisionModel
@@ -18,6 +19,7 @@ from i2am_train.models.weight_files import SUFFIXES
 VISION_MODELS = {"clip": CLIPVisionModel, "siglip": SiglipVisionModel}
 """Encoders whose folders hold a text model, too."""
 
+_READING = (OSError, ValueError, RuntimeError, KeyError, SafetensorError, pickle.UnpicklingError)
 HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
@@ -27,11 +29,12 @@ def load_encoder(source: str) -> PreTrainedModel:
     Raises:
         CheckpointError: it cannot be read, or gives no patch tokens.
     """
-    config = _hub(source, lambda: AutoConfig.from_pretrained(source))
+    name = _place(source)
+    config = _hub(source, lambda: AutoConfig.from_pretrained(name))
     loader = VISION_MODELS.get(config.model_type, AutoModel)
     encoder, info = _hub(
         source,
-        lambda: loader.from_pretrained(source, dtype=torch.float32, output_loading_info=True),
+        lambda: loader.from_pretrained(name, dtype=torch.float32, output_loading_info=True),
     )
     _check_loaded(info, source)
     if not isinstance(getattr(encoder.config, "patch_size", None), int):
@@ -49,11 +52,20 @@ def as_file(source: str) -> Path | None:
 
 
 def load_network(kind: Any, source: str, part: str, check: Callable[[Any, str], None]) -> Any:
-    """A network of diffusers from its own folder or a pipeline's, or such a name on the hub; checked before its weights
-    are read."""
+    """A network of diffusers in float32, from its own folder or a pipeline's, or such a name on the hub.
+
+    Args:
+        kind: class of the network.
+        source: folder or name.
+        part: option that the source was given as, and subfolder of a pipeline.
+        check: refuses a network (on the meta device) by its configuration, before weights are read.
+
+    Raises:
+        CheckpointError: it cannot be read, is of another class, or lacks weights.
+    """
     subfolder = _subfolder(source, part)
     where = {"subfolder": subfolder} if subfolder else {}
-    name = str(Path(source).expanduser()) if Path(source).expanduser().is_dir() else source
+    name = _place(source)
     config = _hub(source, lambda: kind.load_config(name, **where))
     if (found := config.get("_class_name", kind.__name__)) != kind.__name__:
         raise CheckpointError(
@@ -69,6 +81,12 @@ def load_network(kind: Any, source: str, part: str, check: Callable[[Any, str], 
     )
     _check_loaded(info, source)
     return network.eval()
+
+
+def _place(source: str) -> str:
+    """The folder that a source names, or the name on the hub as it stands."""
+    folder = Path(source).expanduser()
+    return str(folder) if folder.is_dir() else source
 
 
 def _subfolder(source: str, part: str) -> str:
@@ -88,10 +106,13 @@ def _subfolder(source: str, part: str) -> str:
 
 
 def _hub_subfolder(name: str, part: str) -> str:
+    """``part`` for a pipeline on the hub, empty for a network's own repository."""
     try:
         hf_hub_download(name, f"{part}/config.json")
-    except LocalEntryNotFoundError:
-        raise  # without network there is no telling
+    except LocalEntryNotFoundError:  # no network: only what was fetched before
+        if not isinstance(try_to_load_from_cache(name, "config.json"), str):
+            raise
+        return ""
     except EntryNotFoundError:
         return ""
     return part
@@ -108,7 +129,7 @@ def _hub(source: str, read: Callable[[], Any]) -> Any:
         with warnings.catch_warnings():  # diffusers' own use of the hub's library
             warnings.filterwarnings("ignore", "The `local_dir_use_symlinks` argument")
             return read()
-    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
+    except _READING as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         if path.exists():
             raise CheckpointError(

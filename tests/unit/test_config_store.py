@@ -22,7 +22,12 @@ from i2am_train.config.store import (
 )
 from i2am_train.errors import ConfigError
 
-REQUIRED = {"evaluate": ["checkpoint=x"], "explain": ["checkpoint=x"], "data_check": ["root=x"], "init": ["unet=x", "output=y"]}
+REQUIRED = {
+    "evaluate": ["checkpoint=x"],
+    "explain": ["checkpoint=x"],
+    "data_check": ["root=x"],
+    "init": ["unet=x", "output=y"],
+}
 ARMS = experiment_names(option_names(TrainConfig))
 STUDIES = sorted(set(experiment_names(option_names(AblateConfig))) - set(ARMS))
 FILES = sorted(

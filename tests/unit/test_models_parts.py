@@ -367,6 +367,36 @@ def test_a_folder_without_some_weights(pipeline: Path, tmp_path: Path) -> None:
             assemble(options(tmp_path / part, tmp_path / "m"))
 
 
+def test_pickles_in_folders(pipeline: Path, make_parts: Callable[..., Any], tmp_path: Path) -> None:
+    """Tensors alone are read; anything else is refused, and nothing in it runs."""
+    marker = tmp_path / "ran"
+
+    class Harmful:
+        def __reduce__(self) -> Any:
+            return (Path.touch, (marker,))
+
+    for part, kind, file in (
+        ("unet", "unet", "diffusion_pytorch_model.bin"),
+        ("encoder", "dinov2", "pytorch_model.bin"),
+    ):
+        folder = tmp_path / part
+        network = make_parts(kind)
+        network.config.save_pretrained(folder) if part == "encoder" else network.save_config(folder)
+        torch.save(network.state_dict(), folder / file)
+        model, _ = assemble(
+            options(pipeline, tmp_path / "m", **{part: str(folder)}, **own_vae(pipeline))
+        )
+        assert_same(model.unet if part == "unet" else model.reference_encoder, network)
+        torch.save(network.state_dict() | {"x": Harmful()}, folder / file)
+        with pytest.raises(CheckpointError, match=r"cannot be read: .* a pickle with more than"):
+            assemble(options(pipeline, tmp_path / "m", **{part: str(folder)}, **own_vae(pipeline)))
+    assert not marker.exists()
+
+
+def own_vae(pipeline: Path) -> dict[str, str]:
+    return {"vae": str(pipeline / "sd")}
+
+
 @pytest.mark.parametrize(
     ("part", "changes", "message"),
     [
@@ -412,6 +442,10 @@ def test_sizes_that_do_not_fit(pipeline: Path, tmp_path: Path) -> None:
     ):
         with pytest.raises(ConfigError, match=message):
             assemble(options(pipeline, tmp_path / "m", **changes))
+    with pytest.raises(ConfigError, match=r"ema=true chooses among the weights of a single file"):
+        assemble(options(pipeline, tmp_path / "m", ema=True))
+    with pytest.raises(ConfigError, match=r"ema=true is not possible: .* false with custom"):
+        InitConfig(output=tmp_path / "m", custom=Path("y"), ema=True)
     for changes in ({}, {"unet": "x", "custom": Path("y")}):
         with pytest.raises(ConfigError, match="What to start from is not clear"):
             InitConfig(output=tmp_path / "m", **changes)
