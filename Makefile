@@ -6,7 +6,7 @@ STAMP := .venv/.installed
 # Two workers, each on one core: torch would otherwise start a thread per core in each of them.
 TEST_WORKERS ?= 2
 
-.PHONY: help demo test test-slow check format install wheel clean
+.PHONY: help demo test test-slow check format notebooks install wheel clean
 .DEFAULT_GOAL := help
 
 help:  ## list what there is to make
@@ -29,6 +29,9 @@ check: $(STAMP)  ## lint, formatting, types, direction of imports
 
 format: $(STAMP)  ## put the code into the project's form
 	@$(BIN)/ruff format --quiet . && $(BIN)/ruff check --quiet --fix .
+
+notebooks: $(STAMP)  ## run the notebooks (about 8 minutes) and keep their pictures: data/figures/notebooks
+	@$(BIN)/python scripts/render_notebooks.py
 
 install: $(STAMP)  ## the virtual environment alone
 

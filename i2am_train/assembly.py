@@ -1,6 +1,7 @@
 """From a configuration to objects: the one place where everything meets. It holds no logic of its own."""
 
 import logging
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,16 +11,25 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import (
     Callback,
     LearningRateMonitor,
-    ModelCheckpoint,
     TQDMProgressBar,
 )
-from lightning.pytorch.loggers import Logger, TensorBoardLogger, WandbLogger
+from lightning.pytorch.loggers import Logger, TensorBoardLogger
 
+from i2am_train.callbacks.checkpoints import FOLDER as CHECKPOINTS
+from i2am_train.callbacks.checkpoints import CheckpointCallback
 from i2am_train.callbacks.evaluation import EvaluationCallback
 from i2am_train.callbacks.generation import GenerationCallback
+from i2am_train.callbacks.guard import FiniteGuard
+from i2am_train.callbacks.interruption import InterruptionCallback
+from i2am_train.callbacks.snapshots import (
+    BEST,
+    AveragedWeights,
+    BestModelCallback,
+    SnapshotCallback,
+)
 from i2am_train.callbacks.snapshots import FOLDER as SNAPSHOTS
-from i2am_train.callbacks.snapshots import AveragedWeights, SnapshotCallback
 from i2am_train.callbacks.stopping import StopAfterSteps
+from i2am_train.callbacks.wandb_logger import TrackedLogger
 from i2am_train.config.build import plain
 from i2am_train.config.locations import checkpoint_folder, dataset_folder
 from i2am_train.config.schema import (
@@ -30,7 +40,6 @@ from i2am_train.config.schema import (
     ObjectiveConfig,
     OptimizationConfig,
     SamplingConfig,
-    TrackingConfig,
     TrainConfig,
 )
 from i2am_train.datasets.datamodule import TryOnDataModule
@@ -40,10 +49,18 @@ from i2am_train.evaluation.evaluator import EvaluationSettings
 from i2am_train.evaluation.scoring import ScoringOptions
 from i2am_train.losses.base import LossVariant
 from i2am_train.losses.objective import AttentionObjective, TermWeights
+from i2am_train.metrics.registry import metric_info
 from i2am_train.models.tryon import INDEX_FILE, TryOnModel
+from i2am_train.runs import RunFolder
+from i2am_train.tracking.artifacts import log_model, use_dataset
+from i2am_train.tracking.names import TRAIN_JOB
+from i2am_train.tracking.session import open_run
 from i2am_train.training.checkpoint_io import AtomicCheckpointIO
 from i2am_train.training.csv_history import ContinuedCSVLogger
 from i2am_train.training.module import TryOnModule
+from i2am_train.training.optimization import eight_bit_adamw
+from i2am_train.training.preflight import accumulation, memory_advice
+from i2am_train.training.rehearsal import Measured, StepTimer
 from i2am_train.training.step import TrainingObjective
 from i2am_train.types import Pairing
 
@@ -159,46 +176,81 @@ def make_scoring(config: EvaluateConfig) -> ScoringOptions:
     )
 
 
-def make_loggers(tracking: TrackingConfig, folder: Path, settings: dict[str, Any]) -> list[Logger]:
-    """CSV, TensorBoard and W&B, all inside the run folder."""
+def make_loggers(config: TrainConfig, folder: Path) -> list[Logger]:
+    """CSV, TensorBoard and W&B; files lie in the run folder."""
+    tracking = config.tracking
     loggers: list[Logger] = []
     if tracking.csv:
         loggers.append(ContinuedCSVLogger(folder))
     if tracking.tensorboard:
         loggers.append(TensorBoardLogger(folder, name="tensorboard", version=""))
     if tracking.wandb != "disabled":
-        wandb = WandbLogger(
-            name=tracking.name or folder.name,
-            project=tracking.project,
-            group=tracking.group,
-            save_dir=folder,
-            offline=tracking.wandb == "offline",
-        )
-        wandb.log_hyperparams(settings)
-        loggers.append(wandb)
+        loggers.append(TrackedLogger(folder, tracking.project, partial(start_run, config, folder)))
     return loggers
 
 
-def finish_tracking(trainer: L.Trainer) -> None:
+def start_run(config: TrainConfig, folder: Path) -> Any:
+    """The W&B run of a training, with configuration, provenance and dataset."""
+    manifest = RunFolder(folder, resumed=False).manifest
+    manifest.pop("settings", None)
+    run = open_run(
+        config.tracking,
+        folder,
+        name=folder.name,
+        job_type=TRAIN_JOB,
+        arm=config.name,
+        config={**plain(config), "provenance": manifest},
+        tags=[config.name, f"seed{config.seed}"],
+    )
+    use_dataset(run, prepare_data(config.data), manifest["data"])
+    return run
+
+
+def record_model(trainer: L.Trainer, config: TrainConfig, folder: Path) -> None:
+    """Logs the finished model as an artifact of the W&B run."""
+    manifest = RunFolder(folder, resumed=False).manifest
+    results = [c.result for c in trainer.callbacks if isinstance(c, EvaluationCallback)]  # type: ignore[attr-defined]
+    metadata = {
+        "metrics": results[0].metrics if results and results[0] else {},
+        "step": trainer.global_step,
+        "data": manifest["data"],
+        "git": manifest["git"],
+    }
+    for logger in trainer.loggers:
+        if isinstance(logger, TrackedLogger):
+            log_model(
+                logger.experiment,
+                folder,
+                folder / MODEL_FOLDER,
+                metadata,
+                upload=config.tracking.upload_model,
+            )
+
+
+def finish_tracking(trainer: L.Trainer, *, failed: bool = False) -> None:
     """Ends the W&B run; the next training in this process would otherwise be written into it."""
     for logger in trainer.loggers:
-        if isinstance(logger, WandbLogger) and trainer.is_global_zero:
-            logger.experiment.finish()
+        if isinstance(logger, TrackedLogger):
+            logger.end(failed=failed)
 
 
 def check_trainer(config: TrainConfig) -> None:
     """Fails as the trainer would on this machine, before anything is written.
 
     Raises:
-        ConfigError: no such accelerator, strategy or number of devices, or not on this machine.
+        ConfigError: no such accelerator, strategy, number of devices or optimizer, or not on this machine; the global
+            batch does not fit the number of devices.
     """
     trainer = config.trainer
-    _try_trainer(
+    if config.optimization.optimizer == "adamw8bit":
+        eight_bit_adamw()
+    tried = _try_trainer(
         _hardware(config),
         f"trainer.accelerator={trainer.accelerator}, trainer.devices={trainer.devices}, "
         f"trainer.strategy={trainer.strategy}, optimization.precision={config.optimization.precision}",
         "trainer.accelerator=auto takes what this machine has.",
     )
+    accumulation(config, tried.world_size)
 
 
 def check_test_trainer(config: EvaluateConfig) -> None:
@@ -216,9 +268,11 @@ def check_test_trainer(config: EvaluateConfig) -> None:
     )
 
 
-def _try_trainer(hardware: dict[str, Any], options: str, advice: str) -> None:
+def _try_trainer(hardware: dict[str, Any], options: str, advice: str) -> L.Trainer:
     try:
-        L.Trainer(**hardware, logger=False, enable_checkpointing=False, enable_progress_bar=False)
+        return L.Trainer(
+            **hardware, logger=False, enable_checkpointing=False, enable_progress_bar=False
+        )
     except (ImportError, MisconfigurationException, TypeError, ValueError) as error:
         raise ConfigError(
             f"Lightning refuses {options}: {' '.join(str(error).split())} {advice}"
@@ -252,28 +306,67 @@ def _hardware(config: TrainConfig) -> dict[str, Any]:
     }
 
 
+def release_signals(trainer: L.Trainer) -> None:
+    """Gives Ctrl-C and other signals back to whoever had them before training."""
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(callback, InterruptionCallback):
+            callback.restore()
+
+
+def measure_steps(
+    config: TrainConfig, module: TryOnModule, datamodule: TryOnDataModule
+) -> Measured:
+    """Takes a few steps of a training run and writes nothing."""
+    timer = StepTimer()
+    trainer = L.Trainer(
+        **_hardware(config) | {"limit_val_batches": 0},
+        max_epochs=-1,
+        gradient_clip_val=config.optimization.gradient_clip,
+        callbacks=[timer],
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        use_distributed_sampler=False,
+    )
+    trainer.accumulate_grad_batches = accumulation(config, trainer.world_size)
+    try:
+        with memory_advice(trainer):
+            trainer.fit(module, datamodule)
+    finally:
+        module.teardown("fit")
+    return timer.measured(trainer)
+
+
 def make_trainer(config: TrainConfig, folder: Path) -> L.Trainer:
     """Lightning's trainer with loggers, checkpoints, averaging and the evaluation callback."""
-    settings = plain(config)
     callbacks: list[Callback] = [
         StopAfterSteps(config.optimization.steps),
-        ModelCheckpoint(
-            folder / "checkpoints",
-            filename="last",
-            save_on_train_epoch_end=True,
-            enable_version_counter=False,
+        CheckpointCallback(
+            folder / CHECKPOINTS,
+            config.trainer.checkpoint_every_n_steps,
+            config.trainer.keep_checkpoints,
         ),
+        FiniteGuard(folder, gradients=config.optimization.precision != "16-mixed"),
     ]
-    loggers = make_loggers(config.tracking, folder, settings)
+    loggers = make_loggers(config, folder)
     if loggers:
         callbacks.append(LearningRateMonitor("step"))
     if config.validation.samples:
         metrics = make_settings(config.sampling, config.attribution, config.evaluation.metrics)
         callbacks.append(
             EvaluationCallback(
-                metrics, folder / "validation", panel_samples=config.validation.panel_samples
+                metrics,
+                folder / "validation",
+                panel_samples=config.validation.panel_samples,
+                table_samples=config.tracking.table_samples
+                if config.tracking.wandb != "disabled"
+                else 0,
             )
         )
+    if (best := config.trainer.keep_best) is not None:
+        better = bool(metric_info(best).higher_is_better)
+        callbacks.append(BestModelCallback(folder / BEST, best, higher_is_better=better))
     averaging = None
     if config.optimization.ema_decay is not None:
         averaging = AveragedWeights(decay=config.optimization.ema_decay)
@@ -289,14 +382,15 @@ def make_trainer(config: TrainConfig, folder: Path) -> L.Trainer:
         )
     if config.trainer.progress_bar:
         callbacks.append(TQDMProgressBar(leave=True))
+    # After all that have a state, so that it saves what they made of the step.
+    callbacks.append(InterruptionCallback(folder / CHECKPOINTS))
     trainer = config.trainer
     hardware = _hardware(config)
     if not config.validation.samples:
         hardware["limit_val_batches"] = 0
-    return L.Trainer(
+    made = L.Trainer(
         **hardware,
         max_epochs=-1,  # StopAfterSteps ends it
-        accumulate_grad_batches=config.optimization.accumulate,
         gradient_clip_val=config.optimization.gradient_clip,
         check_val_every_n_epoch=config.validation.every_epochs,
         num_sanity_val_steps=0,
@@ -310,6 +404,8 @@ def make_trainer(config: TrainConfig, folder: Path) -> L.Trainer:
         logger=loggers or False,
         plugins=[AtomicCheckpointIO()],
     )
+    made.accumulate_grad_batches = accumulation(config, made.world_size)
+    return made
 
 
 def _test_hardware(config: EvaluateConfig) -> dict[str, Any]:

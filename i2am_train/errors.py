@@ -3,9 +3,14 @@
 Each message says what was found, what was expected, and what to do.
 """
 
+import signal
+
 
 class I2AMError(Exception):
     """Base of every error that is the input's fault and not the program's."""
+
+    status = 2
+    """Exit status of a command that ends with it."""
 
 
 class ConfigError(I2AMError):
@@ -28,5 +33,24 @@ class WeightsMissingError(I2AMError):
     """A metric needs network weights that are not on this machine and cannot be fetched."""
 
 
+class TrackingError(I2AMError):
+    """Weights & Biases cannot be reached, or refuses what it is asked for."""
+
+
 class RunFolderError(I2AMError):
     """A run folder already holds something that this run would overwrite."""
+
+
+class TrainingError(I2AMError):
+    """Training cannot go on: a loss or gradient that is not finite, or too little memory."""
+
+
+class TrainingInterruptedError(I2AMError):
+    """Training was told to stop, saved its state and can be continued."""
+
+    def __init__(self, number: int, step: int) -> None:
+        name = signal.Signals(number).name
+        super().__init__(
+            f"{name} received: training stopped after step {step}, its state is saved. The same command continues it."
+        )
+        self.status = 128 + number

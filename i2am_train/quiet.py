@@ -14,7 +14,8 @@ LIGHTNING_REMARKS = (
     r".*`isinstance\(treespec, LeafSpec\)` is deprecated.*",  # Lightning's own use of torch
     r".*Checkpoint directory .* exists and is not empty.*",  # a resumed run
     r".*You are using a CUDA device.*",
-    r".*resuming from a checkpoint that ended before the epoch ended.*",
+    r".*'set_vital' is deprecated.*",  # torchdata's own use of torch
+    r"IProgress not found.*",  # in notebooks: bars are drawn as text all the same
 )
 
 

@@ -23,7 +23,7 @@ def rendered(readme: str) -> str:
         ("benchmark", RESULTS / "benchmark.json", benchmark),
     ):
         if file.is_file():
-            text = render(json.loads(file.read_text()))
+            text = render(file.read_text())
             pattern = rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)"
             readme = re.sub(
                 pattern, lambda m, t=text: f"{m[1]}{t}\n{m[2]}", readme, flags=re.DOTALL
@@ -31,13 +31,14 @@ def rendered(readme: str) -> str:
     return readme
 
 
-def study(results: dict[str, Any]) -> str:
-    """Tables and notes of an ablation, as its own ``results.md`` has them."""
-    return markdown(results).strip()
+def study(text: str) -> str:
+    """Tables and notes of an ablation, as its own ``results.md`` has them, for the arm that it is about."""
+    return markdown(json.loads(text), compared=["refined"]).strip()
 
 
-def benchmark(cases: dict[str, Any]) -> str:
+def benchmark(text: str) -> str:
     """One row for each case of the benchmark, beside its rival."""
+    cases: dict[str, Any] = json.loads(text)
     lines = [
         "| case | time ratio (median) | extra memory (MiB) | plain softmax: ratio | MiB | runs |",
         "|---|---:|---:|---:|---:|---:|",

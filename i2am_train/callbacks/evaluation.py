@@ -5,6 +5,7 @@ training's random streams and puts the module back in training mode (Lightning d
 without it.
 """
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,13 +26,22 @@ from i2am_train.evaluation.results import stack_panels, write_panels
 from i2am_train.reporting.canvas import save_figure
 from i2am_train.reporting.records import Panels
 from i2am_train.reporting.sample_panel import sample_panel
+from i2am_train.tracking.media import generated_overlays, reference_overlays, sample_table
+from i2am_train.tracking.names import (
+    ATTRIBUTION_GENERATED,
+    ATTRIBUTION_REFERENCE,
+    EPOCH,
+    TABLE,
+    VALIDATION,
+)
 from i2am_train.training.module import TryOnModule
 
 
 class EvaluationCallback(L.Callback):
     """Samples, scores, draws and logs.
 
-    ``folder`` receives the panels of each validation epoch (``epoch-0003/...``). ``result`` is the last evaluation.
+    ``folder`` receives the panels of the first ``panel_samples`` of each validation epoch (``epoch-0003/...``), W&B
+    also a table of the first ``table_samples``. ``result`` is the last evaluation.
     """
 
     def __init__(
@@ -40,10 +50,12 @@ class EvaluationCallback(L.Callback):
         folder: Path,
         *,
         panel_samples: int,
+        table_samples: int = 0,
     ) -> None:
         self.settings = settings
         self.folder = folder
         self.panel_samples = panel_samples
+        self.table_samples = table_samples
         self.result: EvaluationResult | None = None
         self._evaluator: Evaluator | None = None
         self._panels: dict[int, Panel] = {}
@@ -68,8 +80,11 @@ class EvaluationCallback(L.Callback):
         for warning in result.warnings:
             trainer.print(f"Warning: {warning}")
         if trainer.is_global_zero and self._panels:
-            step = trainer.global_step
+            step = (
+                trainer.global_step - 1
+            )  # where Lightning puts the scores: after this step, counted from 0
             self._draw(trainer, self.folder / f"epoch-{trainer.current_epoch:04d}", step)
+            self._tabulate(trainer, result, step)
 
     # -- the work --------------------------------------------------------------------------------------------------
 
@@ -79,7 +94,7 @@ class EvaluationCallback(L.Callback):
         self._evaluator.reset()
         self._panels = {}
         dataset = loader.dataset
-        first = min(self.panel_samples, len(dataset))
+        first = min(max(self.panel_samples, self.table_samples), len(dataset))
         self._wanted = {dataset.global_index(position) for position in range(first)}
 
     def _update(self, trainer: L.Trainer, module: L.LightningModule, batch: TryOnBatch) -> None:
@@ -94,12 +109,39 @@ class EvaluationCallback(L.Callback):
         self._panels = from_all_processes(self._panels)
         return self.result
 
+    def _first_panels(self, count: int) -> dict[int, Panel]:
+        return dict(sorted(self._panels.items())[:count])
+
     def _draw(self, trainer: L.Trainer, folder: Path, step: int) -> None:
-        panels = stack_panels(self._panels)
+        drawn = self._first_panels(self.panel_samples)
+        if not drawn:
+            return
+        panels = stack_panels(drawn)
         write_panels(folder, panels)
         path = save_figure(sample_panel({"model": panels}), folder / "panel.png", dpi=110)
         _log_picture(trainer, "val/attribution", path, step)
         _log_samples(trainer, panels, step)
+        delta = self.settings.attribution.delta
+        overlays = {
+            ATTRIBUTION_GENERATED: generated_overlays(drawn.values(), delta),
+            ATTRIBUTION_REFERENCE: reference_overlays(drawn.values(), delta),
+        }
+        _log_to_wandb(trainer, overlays, step)
+
+    def _tabulate(self, trainer: L.Trainer, result: EvaluationResult, step: int) -> None:
+        if self.table_samples and any(isinstance(one, WandbLogger) for one in trainer.loggers):
+            panels = stack_panels(self._panels)
+            table = sample_table(
+                result.rows, panels, self.table_samples, epoch=trainer.current_epoch, step=step
+            )
+            _log_to_wandb(trainer, {TABLE: table}, step)
+
+
+def _log_to_wandb(trainer: L.Trainer, values: Mapping[str, Any], step: int) -> None:
+    for logger in trainer.loggers:
+        if isinstance(logger, WandbLogger):
+            named = {VALIDATION + name: value for name, value in values.items()}
+            logger.log_metrics({**named, EPOCH: trainer.current_epoch}, step=step)
 
 
 def _log_picture(trainer: L.Trainer, name: str, path: Path, step: int) -> None:

@@ -10,6 +10,8 @@ from i2am_train.training.module import TryOnModule
 
 FOLDER = "snapshots"
 """Where a run keeps them, inside the run folder."""
+BEST = "best"
+"""Where it keeps the best model by a validation score."""
 
 
 class AveragedWeights(EMAWeightAveraging):
@@ -49,6 +51,35 @@ class SnapshotCallback(L.Callback):
         pl_module.model.save_pretrained(self.folder / f"step-{step:06d}")
         if self.averaging is not None:
             self.averaging.swap(pl_module)
+
+
+class BestModelCallback(L.Callback):
+    """Keeps the model with the best value of one validation score in ``folder``.
+
+    Stands before ``AveragedWeights`` among the callbacks, so that the averaged weights, which were judged, are kept.
+    """
+
+    def __init__(self, folder: Path, score: str, *, higher_is_better: bool) -> None:
+        self.folder = folder
+        self.score = score
+        self.higher_is_better = higher_is_better
+        self.best: float | None = None
+
+    def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        value = float(trainer.callback_metrics[f"val/{self.score}"])
+        if self.best is not None and (value <= self.best) == self.higher_is_better:
+            return
+        self.best = value
+        if trainer.is_global_zero:
+            assert isinstance(pl_module, TryOnModule)
+            pl_module.model.save_pretrained(self.folder)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The best value so far, for a run that is continued."""
+        return {"best": self.best}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.best = state_dict["best"]
 
 
 def snapshot_folders(run: Path) -> list[Path]:

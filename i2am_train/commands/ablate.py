@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -35,6 +36,7 @@ def run(config: AblateConfig) -> None:
     from i2am_train.reporting.report import build_report
     from i2am_train.reporting.table_formats import terminal
     from i2am_train.reporting.tables import verdict_sentences
+    from i2am_train.tracking.session import sync_advice
 
     results = ablate(config)
     report = build_report(config.folder)
@@ -46,6 +48,8 @@ def run(config: AblateConfig) -> None:
         console.print(sentence)
     console.print(f"\nReport:  {report}\nTables:  {config.folder / 'results.md'}", soft_wrap=True)
     console.print(f"Numbers: {config.folder / 'results.json'}", soft_wrap=True)
+    if advice := sync_advice(tracked(config).tracking, config.folder):
+        console.print(advice, soft_wrap=True)
 
 
 def ablate(config: AblateConfig) -> dict[str, Any]:
@@ -57,6 +61,7 @@ def ablate(config: AblateConfig) -> dict[str, Any]:
     from i2am_train.assembly import prepare_data
     from i2am_train.config.build import plain
     from i2am_train.runs import RunFolder, fingerprint, write_json
+    from i2am_train.tracking.study import track_study
 
     _check(config)
     root = prepare_data(config.data)
@@ -65,7 +70,10 @@ def ablate(config: AblateConfig) -> dict[str, Any]:
         config.folder,
         plain(config),
         # More arms and seeds may be added to a study; its other cells stay as they are.
-        may_differ=("output", "arms", "seeds", "data.workers", "device", "trainer.progress_bar"),
+        may_differ=(
+            *("output", "arms", "seeds", "data.workers", "device", "trainer.progress_bar"),
+            "tracking",
+        ),
     )
     folder.start(data=fingerprint(root))
     entries = []
@@ -74,8 +82,30 @@ def ablate(config: AblateConfig) -> dict[str, Any]:
         entries.append(_run_cell(config, cell, folder.path))
     folder.finish()
     results = _results(config, folder.path, arms, entries, folder.manifest)
+    changed = not _holds(folder / "results.json", entries)
     write_json(folder / "results.json", results)
+    if changed:
+        track_study(tracked(config).tracking, folder.path, results)
     return results
+
+
+def tracked(config: AblateConfig, arm: str | None = None, *tags: str) -> AblateConfig:
+    """The study with its runs in one W&B group and folder, named after their cells and tagged."""
+    tracking = replace(
+        config.tracking,
+        name=None,
+        arm=arm,
+        group=config.tracking.group or config.name,
+        tags=[*([] if arm is None else [arm]), *tags, *config.tracking.tags],
+        folder=config.tracking.folder or config.folder,
+    )
+    return replace(config, tracking=tracking)
+
+
+def _holds(results: Path, entries: list[dict[str, Any]]) -> bool:
+    from i2am_train.runs import read_json
+
+    return results.is_file() and read_json(results).get("cells") == entries
 
 
 def _check(config: AblateConfig) -> None:
@@ -124,6 +154,7 @@ def _run_cell(config: AblateConfig, cell: Cell, root: Path) -> dict[str, Any]:
     from i2am_train.config.store import arm_config
 
     started = time.monotonic()
+    config = tracked(config, cell.arm, *([] if cell.seed is None else [f"seed{cell.seed}"]))
     checkpoint = config.init
     if cell.seed is not None:
         training = arm_config(config, cell.arm, cell.seed, root / cell.folder)
@@ -167,6 +198,7 @@ def _evaluation(config: AblateConfig, checkpoint: str) -> EvaluateConfig:
         sampling=config.sampling,
         attribution=config.attribution,
         evaluation=config.evaluation,
+        tracking=config.tracking,
     )
 
 

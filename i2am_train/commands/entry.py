@@ -78,6 +78,11 @@ EXAMPLES = {
         i2am init unet=FOLDER vae=VITONHD_VAE_finetuning.ckpt encoder=FOLDER output=models/start
         i2am init custom=FILE.safetensors encoder=facebook/dinov2-giant output=models/custom
     """,
+    "dashboard": """
+        i2am dashboard
+        i2am dashboard entity=my-team project=i2am-train group=study
+        i2am dashboard output=dashboard.json
+    """,
     "data_make": """
         i2am data make
         i2am data make root=data/small train=200 test=20 height=64 width=48 seed=1
@@ -122,7 +127,7 @@ def errors_as_text() -> Iterator[None]:
         # The other processes of a distributed run fail the same way: one paragraph is enough.
         if first_process():
             print(f"i2am: {WORKER_TRACEBACK.sub('', str(error)).strip()}", file=sys.stderr)
-        sys.exit(BAD_INPUT)
+        sys.exit(error.status)
     except KeyboardInterrupt:
         print("\nInterrupted. The same command continues where possible.", file=sys.stderr)
         sys.exit(INTERRUPTED)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,18 +25,23 @@ WITHOUT_EFFECT_ON_SCORES = (
     "progress_bar",
     "expected",
     "data.workers",
+    "tracking",
 )
 """Options that may differ when a stopped evaluation goes on, or a finished one is asked for again."""
 
 
 def run(config: EvaluateConfig) -> None:
     """Evaluate, and print the scores and where everything lies."""
+    from i2am_train.tracking.session import sync_advice
+
     for one in with_snapshots(config):
         folder = default_output(one)
         results = evaluate(one, folder)
         if first_process():
             print_scores(results, expected_values(one))
             print(f"Everything of this evaluation: {folder}")
+            if advice := sync_advice(one.tracking, folder):
+                print(advice)
 
 
 def with_snapshots(config: EvaluateConfig) -> list[EvaluateConfig]:
@@ -162,6 +169,7 @@ def evaluate_folders(config: EvaluateConfig, folder: Path) -> dict[str, Any]:
     from i2am_train.evaluation.results import read_results, write_evaluation
     from i2am_train.evaluation.scoring import check_scoring, score_images
     from i2am_train.runs import RunFolder, fingerprint
+    from i2am_train.tracking.evaluation import track_evaluation
     from i2am_train.types import GridSize, Pairing
 
     assert config.images is not None  # the schema's check
@@ -198,8 +206,24 @@ def evaluate_folders(config: EvaluateConfig, folder: Path) -> dict[str, Any]:
     ]
     result = EvaluationResult.from_rows(rows, scores.sets, scores.protocol)
     write_evaluation(folder, result, settings)
+    track_evaluation(
+        config.tracking,
+        folder,
+        result,
+        arm=config.images.name,
+        panels=None,
+        use_inputs=partial(_use_folders, config, settings["fingerprints"]),
+    )
     opened.finish()
     return read_results(folder) or {}
+
+
+def _use_folders(config: EvaluateConfig, fingerprints: Mapping[str, str], run: Any) -> None:
+    from i2am_train.tracking.artifacts import use_images
+
+    for role, root in (("images", config.images), ("reference", config.reference)):
+        assert root is not None  # the schema's check
+        use_images(run, role, root, fingerprints[role])
 
 
 def _folder_settings(config: EvaluateConfig) -> dict[str, Any]:
@@ -228,6 +252,8 @@ def evaluate_checkpoint(config: EvaluateConfig, checkpoint: str, folder: Path) -
     )
     from i2am_train.evaluation.results import read_results, write_evaluation, write_panels
     from i2am_train.runs import RunFolder, fingerprint
+    from i2am_train.tracking.artifacts import arm_name
+    from i2am_train.tracking.evaluation import track_evaluation
     from i2am_train.types import Pairing
 
     model, datamodule = prepare(config, checkpoint)
@@ -251,12 +277,29 @@ def evaluate_checkpoint(config: EvaluateConfig, checkpoint: str, folder: Path) -
         make_scoring(config),
         paired=config.evaluation.pairing is Pairing.PAIRED,
     )
-    if (panels := samples.panels()) is not None:
+    panels = samples.panels()
+    if panels is not None:
         write_panels(folder, panels)
     write_evaluation(folder, result, settings)
+    track_evaluation(
+        config.tracking,
+        folder,
+        result,
+        arm=arm_name(model_folder(checkpoint)),
+        panels=panels,
+        use_inputs=partial(_use_data_and_model, config, datamodule.root, opened.manifest["data"]),
+    )
     opened.finish()
     samples.clear()
     return read_results(folder) or {}
+
+
+def _use_data_and_model(config: EvaluateConfig, root: Path, data: str, run: Any) -> None:
+    from i2am_train.assembly import model_folder
+    from i2am_train.tracking.artifacts import use_dataset, use_model
+
+    use_dataset(run, root, data)
+    use_model(run, model_folder(config.checkpoint or ""), upload=config.tracking.upload_model)
 
 
 def generate(

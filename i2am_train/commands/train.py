@@ -15,7 +15,12 @@ if TYPE_CHECKING:
 
 
 def run(config: TrainConfig) -> None:
-    """Train and say where the model lies."""
+    """Train and say where the model lies; or only try whether it would work."""
+    from i2am_train.tracking.session import sync_advice
+
+    if config.dry_run:
+        rehearse(config)
+        return
     folder = train(config)
     if first_process():
         print(f"\nModel: {folder / 'model'}\nJudge it with: i2am evaluate checkpoint={folder}")
@@ -27,6 +32,8 @@ def run(config: TrainConfig) -> None:
                 f"{config.data.root} sampling=ddim50 sampling.guidance=5 evaluation=paper, and then again "
                 "evaluation.pairing=unpaired."
             )
+        if advice := sync_advice(config.tracking, folder):
+            print(advice)
 
 
 def train(config: TrainConfig) -> Path:
@@ -35,10 +42,18 @@ def train(config: TrainConfig) -> Path:
     Raises:
         I2AMError: data, checkpoint, layer or run folder do not fit the configuration.
     """
-    from i2am_train.assembly import MODEL_FOLDER, finish_tracking, make_trainer
+    from i2am_train.assembly import (
+        MODEL_FOLDER,
+        finish_tracking,
+        make_trainer,
+        record_model,
+        release_signals,
+    )
+    from i2am_train.callbacks.checkpoints import latest_checkpoint
     from i2am_train.config.build import plain
     from i2am_train.runs import RunFolder, fingerprint
     from i2am_train.training.optimization import trained_weights
+    from i2am_train.training.preflight import memory_advice
 
     module, datamodule = prepare(config)
     folder = RunFolder.open(
@@ -55,16 +70,46 @@ def train(config: TrainConfig) -> Path:
         folder.start(seed=config.seed, data=fingerprint(datamodule.root))
         print(trained_weights(module.model))
     trainer = make_trainer(config, folder.path)
-    checkpoint = folder / "checkpoints" / "last.ckpt"
+    checkpoint = latest_checkpoint(folder.path)
     try:
-        trainer.fit(module, datamodule, ckpt_path=str(checkpoint) if checkpoint.is_file() else None)
+        with memory_advice(trainer):
+            trainer.fit(
+                module, datamodule, ckpt_path=None if checkpoint is None else str(checkpoint)
+            )
+        if trainer.is_global_zero:
+            module.model.save_pretrained(folder / MODEL_FOLDER)
+            record_model(trainer, config, folder.path)
+    except BaseException:
+        finish_tracking(trainer, failed=True)
+        raise
     finally:
         module.teardown("fit")
-        finish_tracking(trainer)
+        release_signals(trainer)
+    finish_tracking(trainer)
     if trainer.is_global_zero:
-        module.model.save_pretrained(folder / MODEL_FOLDER)
         folder.finish()
     return folder.path
+
+
+def rehearse(config: TrainConfig) -> None:
+    """Print the configuration, then what a few steps of it cost, and what the whole will."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from i2am_train.assembly import measure_steps
+    from i2am_train.config.store import to_yaml
+    from i2am_train.training.rehearsal import describe
+
+    module, datamodule = prepare(config)
+    measured = measure_steps(config, module, datamodule)
+    if not first_process():
+        return
+    print(to_yaml(config))
+    table = Table(title=f"{config.label}: what it takes", title_justify="left", show_header=False)
+    for term, text in describe(config, module.model, measured):
+        table.add_row(term, text)
+    Console().print(table)
+    print(f"Nothing was written. Without dry_run=true this would train {config.folder}.")
 
 
 def prepare(config: TrainConfig) -> tuple[TryOnModule, TryOnDataModule]:
@@ -84,6 +129,7 @@ def prepare(config: TrainConfig) -> tuple[TryOnModule, TryOnDataModule]:
     )
     from i2am_train.datasets.viton_hd import require_correspondence
     from i2am_train.evaluation.evaluator import check_settings
+    from i2am_train.training.preflight import check_best, check_disk
 
     check_trainer(config)
     root = prepare_data(config.data)
@@ -91,6 +137,7 @@ def prepare(config: TrainConfig) -> tuple[TryOnModule, TryOnDataModule]:
     module = make_module(config)
     if config.objective.supervised:
         require_correspondence(root)
+    check_best(config)
     if config.validation.samples:
         check_settings(
             module.model,
@@ -104,6 +151,7 @@ def prepare(config: TrainConfig) -> tuple[TryOnModule, TryOnDataModule]:
         validation_samples=config.validation.samples,
     )
     datamodule.train_dataset()
+    check_disk(config, module.model)
     return module, datamodule
 
 

@@ -30,6 +30,7 @@ LossVariantName = Literal[
 
 SamplerName = Literal["ddim", "dpmpp", "unipc"]
 Precision = Literal["32-true", "bf16-mixed", "16-mixed"]
+OptimizerName = Literal["adamw", "adamw8bit"]
 Trainable = Literal["all", "v1", "v2", "cross_attention"]
 Device = Literal["auto", "cpu", "cuda"]
 Normalisation = Literal["imagenet", "clip", "authors"]
@@ -162,12 +163,23 @@ class OptimizationConfig:
     """Largest norm of the gradient; null: no clipping."""
     accumulate: int = 1
     """Batches per optimizer step."""
+    global_batch: int | None = None
+    """Samples per optimizer step over all devices, a multiple of data.batch_size times devices:
+    accumulate is worked out from it. null: data.batch_size times devices times accumulate."""
     ema_decay: float | None = None
     """Decay of the exponential moving average of the weights; null: none."""
     snr_gamma: float | None = None
     """Min-SNR-gamma weighting of the denoising loss (5 is usual); null: uniform."""
     precision: Precision = "32-true"
     """Arithmetic of the denoiser: bf16-mixed suits a GPU, float32 is faster on many CPUs."""
+    optimizer: OptimizerName = "adamw"
+    """adamw, or adamw8bit (bitsandbytes; a quarter of the memory for its state, GPU only)."""
+    gradient_checkpointing: bool = False
+    """Compute activations of the U-Net again in the backward pass instead of keeping them."""
+    channels_last: bool = False
+    """Memory layout of the convolutions; faster on GPUs with bf16-mixed."""
+    compile: bool = False
+    """Compile the U-Net with torch.compile (a minute at the start; needs a C++ compiler on a CPU)."""
     trainable: Trainable = "all"
     """Which weights of the U-Net train: v1 (the authors' first code: decoder, output, first convolution
     and the encoder's cross-attention), v2 (their later one: all but the time embedding),
@@ -187,6 +199,10 @@ class OptimizationConfig:
         _check_within("optimization.condition_dropout", self.condition_dropout, 0.0, 1.0)
         for name in ("gradient_clip", "snr_gamma"):
             _check_optional_above(f"optimization.{name}", getattr(self, name), 0.0)
+        if self.global_batch is not None:
+            _check_at_least("optimization.global_batch", self.global_batch, 1)
+            if self.accumulate != 1:
+                _refuse("optimization.accumulate", self.accumulate, "1 beside global_batch")
         for beta in self.betas:
             _check_below_one("optimization.betas", beta)
         if self.ema_decay is not None:
@@ -306,20 +322,40 @@ class ValidationConfig:
 
 @dataclass(kw_only=True, slots=True)
 class TrackingConfig:
-    """Where curves and pictures are logged."""
+    """Where curves, tables, pictures and models are logged."""
 
     csv: bool = True
     """Write metrics.csv into the run folder (the report reads it)."""
     tensorboard: bool = True
     """Write TensorBoard events into the run folder."""
     wandb: Literal["offline", "online", "disabled"] = "offline"
-    """Weights & Biases mode."""
+    """Weights & Biases mode; online goes on offline where the server cannot be reached."""
     project: str = "i2am-train"
     """Weights & Biases project."""
+    entity: str | None = None
+    """User or team that owns the project; null: the default of whoever is logged in."""
     name: str | None = None
     """Name of the run in Weights & Biases; null: the name of the run folder."""
     group: str | None = None
-    """Group of runs in Weights & Biases."""
+    """Group of runs in Weights & Biases; an ablation sets its name."""
+    arm: str | None = None
+    """Under which name charts put runs of several seeds together; null: the name of the training
+    run, or of the folder that is judged."""
+    tags: list[str] = field(default_factory=list)
+    """More tags of the run in Weights & Biases."""
+    folder: Path | None = None
+    """Folder that gets `wandb/`; null: the run folder (an ablation collects its runs in its own)."""
+    table_samples: int = 16
+    """Samples in the table of each validation, with pictures and scores; 0: no table."""
+    upload_model: bool = True
+    """Send the weights as an artifact; false: only names, sizes and digests of their files."""
+    finish_timeout: float = 60.0
+    """Seconds to wait for uploads at the end; what is not sent by then can be synced later."""
+
+    def __post_init__(self) -> None:
+        self.folder = _absolute(self.folder)
+        _check_at_least("tracking.table_samples", self.table_samples, 0)
+        _check_above("tracking.finish_timeout", self.finish_timeout, 0.0)
 
 
 @dataclass(kw_only=True, slots=True)
@@ -336,6 +372,13 @@ class TrainerConfig:
     """Number of machines."""
     log_every_n_steps: int = 10
     """Steps between two logged values of the training losses."""
+    checkpoint_every_n_steps: int | None = None
+    """Optimizer steps between two checkpoints, from which a stopped run goes on; null: one at the
+    end of each epoch. A run that is told to stop (Ctrl-C, SIGTERM) saves one in any case."""
+    keep_checkpoints: int = 1
+    """Latest checkpoints that are kept."""
+    keep_best: str | None = None
+    """Validation score by which the best model so far is kept in best/, e.g. imacs_g; null: none."""
     snapshot_every_n_steps: int | None = None
     """Optimizer steps between two copies of the model that are kept on the way, in
     snapshots/step-000100, ...; null: only the finished model is kept."""
@@ -353,8 +396,10 @@ class TrainerConfig:
             _check_at_least("trainer.devices", self.devices, 1)
         _check_at_least("trainer.num_nodes", self.num_nodes, 1)
         _check_at_least("trainer.log_every_n_steps", self.log_every_n_steps, 1)
-        if self.snapshot_every_n_steps is not None:
-            _check_at_least("trainer.snapshot_every_n_steps", self.snapshot_every_n_steps, 1)
+        for name in ("checkpoint_every_n_steps", "snapshot_every_n_steps"):
+            if getattr(self, name) is not None:
+                _check_at_least(f"trainer.{name}", getattr(self, name), 1)
+        _check_at_least("trainer.keep_checkpoints", self.keep_checkpoints, 1)
 
     @property
     def multi_process(self) -> bool:
@@ -381,6 +426,8 @@ class TrainConfig:
     expected: PublishedModel | None = None
     """Row of the paper's Table 2 that `i2am evaluate` prints beside the run's scores: dci_vton,
     stableviton, custom or refined_custom; the experiments that repeat the paper set it."""
+    dry_run: bool = False
+    """Check everything, take a few steps, print sizes, memory and time, and write nothing."""
     data: DataConfig = field(default_factory=DataConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     optimization: OptimizationConfig = field(default_factory=OptimizationConfig)
@@ -440,6 +487,7 @@ class EvaluateConfig:
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     attribution: AttributionConfig = field(default_factory=AttributionConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
 
     def __post_init__(self) -> None:
         for name in ("output", "images", "reference"):
@@ -689,6 +737,23 @@ class InitConfig:
 
 
 @dataclass(kw_only=True, slots=True)
+class DashboardConfig:
+    """Make a workspace and a report for the project's runs in Weights & Biases."""
+
+    entity: str | None = None
+    """User or team that owns the project; null: the default of whoever is logged in."""
+    project: str = "i2am-train"
+    """Weights & Biases project."""
+    group: str | None = None
+    """Show the runs of this group only, for example of one ablation; null: all of the project."""
+    output: Path | None = None
+    """JSON file for the definition; nothing is sent then, and no login or network is needed."""
+
+    def __post_init__(self) -> None:
+        self.output = _absolute(self.output)
+
+
+@dataclass(kw_only=True, slots=True)
 class DataMakeConfig:
     """Make a synthetic try-on dataset with exact correspondence."""
 
@@ -759,6 +824,7 @@ COMMANDS: dict[str, type[Any]] = {
     "explain": ExplainConfig,
     "report": ReportConfig,
     "init": InitConfig,
+    "dashboard": DashboardConfig,
     "data_make": DataMakeConfig,
     "data_check": DataCheckConfig,
 }
@@ -773,7 +839,11 @@ WITHOUT_EFFECT_ON_WEIGHTS: tuple[str, ...] = (
     "tracking",
     "trainer.progress_bar",
     "trainer.log_every_n_steps",
+    "trainer.checkpoint_every_n_steps",
+    "trainer.keep_checkpoints",
+    "trainer.keep_best",
     "trainer.snapshot_every_n_steps",
+    "dry_run",
 )
 """Options (or whole groups) that may differ when a stopped training run is resumed."""
 

@@ -1,8 +1,8 @@
 """Loaders of training, validation, test and prediction samples for Lightning.
 
 Validation is the last ``validation_samples`` of the training list, which training then leaves out; testing and
-prediction use the test list. The order of an epoch is a function of (seed, epoch), so a run that was stopped at the
-border of an epoch goes on exactly as an uninterrupted one.
+prediction use the test list. The order of an epoch is a function of (seed, epoch), and the loader of training
+(torchdata's) knows its position in it, so a run that was stopped anywhere goes on exactly as an uninterrupted one.
 
 Several processes: the samplers here split the data themselves (``Trainer(use_distributed_sampler=False)``; they are
 DistributedSamplers, so Lightning would keep them anyway). Training gives every process equally many samples and
@@ -21,6 +21,7 @@ from typing import Any, cast
 import lightning as L
 import torch
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
+from torchdata.stateful_dataloader import StatefulDataLoader
 
 from i2am_train.datasets.sample import TryOnSample
 from i2am_train.datasets.viton_hd import EpochPosition, VitonHDDataset, read_pairs
@@ -155,7 +156,10 @@ class TryOnDataModule(L.LightningDataModule):
     def train_dataloader(self) -> DataLoader[TryOnSample]:
         dataset = self.train_dataset()
         sampler = EpochSampler(dataset, self.seed, self._epoch(), self._processes(), self._rank())
-        return self._loader(dataset, sampler, self.batch_size, drop_last=True)
+        loader: DataLoader[TryOnSample] = StatefulDataLoader(
+            dataset, batch_size=self.batch_size, sampler=sampler, drop_last=True, **self._reading()
+        )
+        return loader
 
     def val_dataloader(self) -> DataLoader[TryOnSample] | list[Any]:
         if self.validation_samples == 0:
@@ -184,22 +188,19 @@ class TryOnDataModule(L.LightningDataModule):
                 f"or evaluation.samples to {self._processes()} or more."
             )
         sampler = ExactSampler(dataset, self._processes(), self._rank())
-        return self._loader(dataset, sampler, self.eval_batch_size, drop_last=False)
-
-    def _loader(
-        self,
-        dataset: VitonHDDataset,
-        sampler: DistributedSampler[Any],
-        batch_size: int,
-        *,
-        drop_last: bool,
-    ) -> DataLoader[TryOnSample]:
         return DataLoader(
-            dataset, batch_size=batch_size, sampler=sampler, drop_last=drop_last, num_workers=self.workers,
-            persistent_workers=self.workers > 0, pin_memory=torch.cuda.is_available(),
-            # Loaders would otherwise draw a seed from the global stream, and so change what training draws next.
-            generator=torch.Generator().manual_seed(self.seed),
-        )  # fmt: skip
+            dataset, batch_size=self.eval_batch_size, sampler=sampler, **self._reading()
+        )
+
+    def _reading(self) -> dict[str, Any]:
+        """How loaders read, whatever they read."""
+        return {
+            "num_workers": self.workers,
+            "persistent_workers": self.workers > 0,
+            "pin_memory": torch.cuda.is_available(),
+            # They would otherwise draw a seed from the global stream, and so change what training draws next.
+            "generator": torch.Generator().manual_seed(self.seed),
+        }
 
     # -- the trainer that this belongs to --------------------------------------------------------------------------
 

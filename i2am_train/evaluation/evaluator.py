@@ -211,6 +211,8 @@ class Panel:
     centers: Float[Tensor, "generated 2"]
     target_centers: Float[Tensor, "generated 2"]
     mask: Bool[Tensor, " generated"]
+    inpaint_mask: Bool[Tensor, "height width"]
+    garment_mask: Bool[Tensor, "height width"]
     layer: str
     generated_grid: GridSize
     reference_grid: GridSize
@@ -353,6 +355,8 @@ def make_panels(explained: Explained, batch: TryOnBatch, wanted: set[int]) -> di
             centers=explained.centers[row].cpu(),
             target_centers=target[row].cpu(),
             mask=mask[row].cpu(),
+            inpaint_mask=batch["inpaint_mask"][row].cpu(),
+            garment_mask=batch["garment_mask"][row].cpu(),
             layer=explained.layer,
             generated_grid=explained.generated_grid,
             reference_grid=explained.reference_grid,

@@ -15,6 +15,7 @@ import matplotlib as mpl
 import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
 from i2am_train.metrics.registry import METRICS
@@ -200,6 +201,7 @@ def correlation_figure(evaluations: Sequence[Evaluation]) -> Figure | None:
                 axes.set_title(text, fontsize=8, color=GREY)
             axes.set_xlabel(f"{with_index(METRICS[side].label)} ↑")
             axes.tick_params(labelleft=True)
+            axes.xaxis.set_major_locator(MaxNLocator(4))  # more numbers would touch each other
             axes.set_ylabel(f"{METRICS[metric].label} {_arrow(metric)}")
     handles = [
         Line2D([], [], color=colors[m], marker="o", markersize=4, linewidth=0.8, label=m)

@@ -7,7 +7,7 @@ only put into the words of each format. HTML escapes every text that comes from 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from html import escape
 
 from rich.console import Group, JustifyMethod, RenderableType
@@ -93,11 +93,13 @@ def _difference_headings(table: DifferenceTable) -> tuple[str, ...]:
 # ---- Markdown ----------------------------------------------------------------------------------
 
 
-def markdown(results: Results) -> str:
-    """Main table, differences and notes as GitHub-flavoured Markdown."""
+def markdown(results: Results, compared: Collection[str] | None = None) -> str:
+    """Main table, differences (of the arms ``compared``; None for all) and notes as GitHub-flavoured Markdown."""
     table = main_table(results)
     parts = [_markdown_main(table)]
     for of_arm in difference_tables(results):
+        if compared is not None and of_arm.arm not in compared:
+            continue
         parts.append(f"**{of_arm.title}**, paired over {of_arm.over}:")
         parts.append(_markdown_differences(of_arm))
     parts += [f"> **Warning.** {text}" for text in collapse_warnings(results)]

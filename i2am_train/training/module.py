@@ -11,8 +11,16 @@ from i2am_train.config.schema import OptimizationConfig
 from i2am_train.datasets.sample import TryOnBatch
 from i2am_train.models.tryon import TryOnModel
 from i2am_train.training.draws import Draws, draw
-from i2am_train.training.optimization import make_optimizer, make_schedule, set_trainable
+from i2am_train.training.optimization import (
+    make_optimizer,
+    make_schedule,
+    prepare_networks,
+    set_trainable,
+)
 from i2am_train.training.step import TrainingObjective
+
+LEARNING_RATE = "lr"
+"""What the learning rate is logged as."""
 
 FROZEN = ("model.vae.", "model.reference_encoder.")
 """Networks that never train, as prefixes of their weights' names."""
@@ -35,6 +43,7 @@ class TryOnModule(L.LightningModule):
         self.seed = seed
         self._tap: ScoreTap | None = None
         set_trainable(model, options.trainable)
+        prepare_networks(model, options)
         model.train()  # loading leaves networks in evaluation mode, where diffusers checkpoints no gradients
         if objective.needs_attention:
             ScoreTap(
@@ -76,7 +85,11 @@ class TryOnModule(L.LightningModule):
         trained = [parameter for parameter in self.parameters() if parameter.requires_grad]
         optimizer = make_optimizer(trained, self.options)
         schedule = make_schedule(optimizer, self.options)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+        # The name is what the learning rate is logged as.
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {"scheduler": schedule, "interval": "step", "name": LEARNING_RATE},
+        }
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Leaves the frozen networks out of the file; they come with the checkpoint that training started from."""

@@ -2,9 +2,11 @@
 
 import math
 from collections.abc import Callable, Mapping
+from typing import Any
 
+import torch
 from torch import nn
-from torch.optim import AdamW
+from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from i2am_train.config.schema import OptimizationConfig
@@ -61,8 +63,19 @@ def _millions(count: int) -> str:
     return f"{count / 1e6:,.1f} M"
 
 
-def make_optimizer(parameters: list[nn.Parameter], options: OptimizationConfig) -> AdamW:
-    """AdamW over the given parameters; one fused kernel where that goes together with gradient clipping."""
+def make_optimizer(parameters: list[nn.Parameter], options: OptimizationConfig) -> Optimizer:
+    """AdamW over the given parameters; one fused kernel where that goes together with gradient clipping.
+
+    ``adamw8bit`` is bitsandbytes', whose two moments take a byte each.
+    """
+    if options.optimizer == "adamw8bit":
+        made: Optimizer = eight_bit_adamw()(
+            parameters,
+            lr=options.learning_rate,
+            betas=options.betas,
+            weight_decay=options.weight_decay,
+        )
+        return made
     return AdamW(
         parameters,
         lr=options.learning_rate,
@@ -71,6 +84,35 @@ def make_optimizer(parameters: list[nn.Parameter], options: OptimizationConfig) 
         # Fused kernels undo float16's loss scale themselves, after which Lightning refuses to clip.
         fused=options.precision != "16-mixed",
     )
+
+
+def eight_bit_adamw() -> Any:
+    """The optimizer's class.
+
+    Raises:
+        ConfigError: bitsandbytes is not installed, or there is no GPU for it.
+    """
+    if not torch.cuda.is_available():
+        raise ConfigError(
+            "optimization.optimizer=adamw8bit needs a CUDA device, and torch finds none. Set it to adamw."
+        )
+    try:
+        from bitsandbytes.optim import AdamW8bit
+    except ImportError as error:
+        raise ConfigError(
+            "optimization.optimizer=adamw8bit needs bitsandbytes: pip install bitsandbytes, or set it to adamw."
+        ) from error
+    return AdamW8bit
+
+
+def prepare_networks(model: TryOnModel, options: OptimizationConfig) -> None:
+    """Gradient checkpointing, memory layout and compilation of the U-Net."""
+    if options.gradient_checkpointing:
+        model.unet.enable_gradient_checkpointing()
+    if options.channels_last:
+        model.to(memory_format=torch.channels_last)
+    if options.compile:
+        model.unet.compile()
 
 
 def learning_rate_factor(step: int, options: OptimizationConfig) -> float:
@@ -87,6 +129,6 @@ def learning_rate_factor(step: int, options: OptimizationConfig) -> float:
     return options.final_lr_fraction + (1 - options.final_lr_fraction) * cosine
 
 
-def make_schedule(optimizer: AdamW, options: OptimizationConfig) -> LambdaLR:
+def make_schedule(optimizer: Optimizer, options: OptimizationConfig) -> LambdaLR:
     """The schedule of :func:`learning_rate_factor`, advanced once a step."""
     return LambdaLR(optimizer, lambda step: learning_rate_factor(step, options))

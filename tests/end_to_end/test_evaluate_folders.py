@@ -26,7 +26,8 @@ def fill(folder: Path, count: int, seed: int, size: tuple[int, int] = (40, 32)) 
 @pytest.fixture
 def options(tmp_path: Path) -> list[str]:
     images, reference = fill(tmp_path / "images", 5, seed=0), fill(tmp_path / "real", 5, seed=1)
-    return [f"images={images}", f"reference={reference}", "device=cpu", "progress_bar=false"]
+    return [f"images={images}", f"reference={reference}", "device=cpu", "progress_bar=false",
+            "tracking=files"]  # fmt: skip
 
 
 def scored(options: list[str], output: Path) -> dict[str, Any]:

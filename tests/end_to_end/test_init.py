@@ -57,7 +57,7 @@ def training(data: Path, size: tuple[int, int]) -> list[str]:
 TWO_STEPS = [
     "experiment=paper_refined",
     "optimization.steps=2",
-    "optimization.accumulate=1",
+    "optimization.global_batch=1",
     "optimization.precision=32-true",
     "optimization.condition_dropout=0.0",
     "optimization.trainable=cross_attention",

@@ -72,6 +72,7 @@ def test_two_processes_evaluate_as_one(
         f"data.root={small_dataset}", f"checkpoint={small_checkpoint}", "data.height=64", "data.width=48",
         "data.workers=0", "sampling.steps=2", "evaluation.batch_size=2", "evaluation.panel_samples=3",
         "evaluation.metrics=[ssim,fd_efficientnet_lite0]", "progress_bar=false", "device=cpu",
+        "tracking.wandb=disabled",
     ]  # fmt: skip
     for name, options in {"one": [], "two": ["devices=2", "strategy=ddp"]}.items():
         printed = run("evaluate", *common, *options, f"output={tmp_path / name}")

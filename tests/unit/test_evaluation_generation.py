@@ -37,6 +37,8 @@ def panel(index: int) -> Panel:
         centers=torch.rand(12, 2, generator=draw),
         target_centers=torch.rand(12, 2, generator=draw),
         mask=torch.rand(12, generator=draw) > 0.5,
+        inpaint_mask=torch.rand(16, 12, generator=draw) > 0.5,
+        garment_mask=torch.rand(16, 12, generator=draw) > 0.5,
         layer="up_blocks.1.attentions.1",
         generated_grid=GridSize(4, 3),
         reference_grid=GridSize(8, 6),

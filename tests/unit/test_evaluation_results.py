@@ -40,6 +40,8 @@ def panel(index: int) -> Panel:
         centers=torch.rand(GENERATED.tokens, 2, generator=draw),
         target_centers=torch.full((GENERATED.tokens, 2), torch.nan),
         mask=torch.rand(GENERATED.tokens, generator=draw) > 0.5,
+        inpaint_mask=torch.rand(16, 12, generator=draw) > 0.5,
+        garment_mask=torch.rand(16, 12, generator=draw) > 0.5,
         layer="up_blocks.1.attentions.1",
         generated_grid=GENERATED,
         reference_grid=REFERENCE,

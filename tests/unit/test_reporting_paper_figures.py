@@ -365,7 +365,7 @@ def test_files_of_folders_with_the_same_name_stay_apart(
         write_explained_run(make_explained(name="00002_00"), tmp_path / "other"),
     ]
     planned = plan_figures(folders, ["daam", "refinement", "scores"], ["a", "b", "c"])
-    index = planned.write(tmp_path / "report", ["png"], 50)
+    index, _ = planned.write(tmp_path / "report", ["png"], 50)
     files = [file for entry in index["figures"] for file in entry["files"]]
     assert files == [
         "figures/daam-sample-1.png",

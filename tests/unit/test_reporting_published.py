@@ -12,6 +12,7 @@ from i2am_train.config.store import arm_config, compose
 from i2am_train.errors import ConfigError
 from i2am_train.metrics.registry import METRICS
 from i2am_train.reporting.published import TABLE_2, UNPAIRED, published_row, published_values
+from i2am_train.training.preflight import accumulation
 from i2am_train.types import Pairing
 
 
@@ -76,7 +77,8 @@ def test_experiments_say_the_paper_s_hyperparameters(name: str) -> None:
     config = compose("train", [f"experiment={name}", "output=cell"])
     assert arm_config(compose("ablate"), name, seed=0, output=Path("cell").absolute()) == config
     optimization = config.optimization
-    assert config.data.batch_size * optimization.accumulate == 64
+    assert optimization.global_batch == 64
+    assert accumulation(config, processes=2) * config.data.batch_size * 2 == 64
     assert (config.data.height, config.data.width, config.data.augment) == (512, 384, True)
     assert optimization.learning_rate == 1e-5
     assert (optimization.final_lr_fraction, optimization.warmup_steps) == (1.0, 0)

@@ -1,0 +1,81 @@
+"""Stops a training run between two optimizer steps when it is told to, after saving its state.
+
+Ctrl-C, SIGTERM (schedulers, preemption) and SLURM's SIGUSR1 wait for the end of the step, so that no accumulated
+gradient is lost and the same command goes on bit by bit. A second Ctrl-C does not wait.
+"""
+
+import signal
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import lightning as L
+
+from i2am_train.errors import TrainingInterruptedError
+
+WAITED_FOR = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+STEM = "interrupted-step"
+Handler = Callable[[int, FrameType | None], Any]
+
+
+class InterruptionCallback(L.Callback):
+    """Saves ``interrupted-step-000123.ckpt`` into ``folder`` and raises ``TrainingInterruptedError``."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._originals: dict[int, Any] = {}
+        self._received: int | None = None
+        self._step = 0
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._received = None
+        self._step = trainer.global_step
+        if threading.current_thread() is not threading.main_thread():  # the others cannot
+            return
+        for number in WAITED_FOR:
+            original = signal.getsignal(number)
+            if number != signal.SIGUSR1 or callable(original):  # SIGUSR1 only where SLURM sends it
+                self._originals[number] = original
+                signal.signal(number, self._receive)
+
+    def _receive(self, number: int, frame: FrameType | None) -> None:
+        if self._received == signal.SIGINT == number:
+            raise KeyboardInterrupt
+        self._received = number
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
+        # Not while gradients are accumulated; after an epoch's last step the epoch ends first (callbacks.checkpoints).
+        if trainer.global_step > self._step and not trainer.is_last_batch:
+            self._stop_if_told(trainer)
+
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._stop_if_told(trainer)
+
+    def _stop_if_told(self, trainer: L.Trainer) -> None:
+        self._step = trainer.global_step
+        # One process may have been told earlier than another; all save and stop at the same step.
+        if not trainer.strategy.reduce_boolean_decision(self._received is not None, all=False):
+            return
+        trainer.save_checkpoint(self.folder / f"{STEM}-{self._step:06d}.ckpt")
+        if (
+            self._received == signal.SIGUSR1
+        ):  # Lightning's handler asks SLURM to start the job again
+            self._originals[signal.SIGUSR1](self._received, None)
+        raise TrainingInterruptedError(self._received or signal.SIGTERM, self._step)
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """The finished run needs none of these checkpoints."""
+        if trainer.is_global_zero:
+            for file in self.folder.glob(f"{STEM}-*.ckpt"):
+                file.unlink()
+
+    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        self.restore()
+
+    def restore(self) -> None:
+        """Puts the signals' handlers back; Lightning leaves ``teardown`` out after an error."""
+        for number, original in self._originals.items():
+            signal.signal(number, original)
+        self._originals.clear()

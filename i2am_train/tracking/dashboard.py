@@ -1,0 +1,231 @@
+"""The dashboard of a project, in code: a workspace of live charts and a report to read, from one list of sections.
+
+Panels refer to what the other modules of this package log, by the names in ``names``.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import wandb
+import wandb_workspaces.reports.v2 as reports
+import wandb_workspaces.workspaces as workspaces
+from wandb.errors import CommError, UsageError
+from wandb.sdk.lib.service.service_connection import WandbApiFailedError  # public nowhere
+
+from i2am_train.config.schema import EvaluationConfig
+from i2am_train.errors import TrackingError
+from i2am_train.metrics.registry import METRICS
+from i2am_train.tracking.names import (
+    ARM,
+    ATTRIBUTION,
+    ATTRIBUTION_GENERATED,
+    ATTRIBUTION_REFERENCE,
+    EVALUATION,
+    LEARNING_RATE,
+    LOSSES,
+    STEP,
+    STUDY_ARMS,
+    STUDY_DIFFERENCES,
+    TABLE,
+    VALIDATION,
+)
+
+TITLE = "i2am_train"
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DashboardSection:
+    """Panels under one heading, and what the report says above them."""
+
+    name: str
+    text: str
+    panels: Sequence[Any]
+    by_arm: bool = False
+    """Runs of one arm count together in the report."""
+
+
+def sections() -> list[DashboardSection]:
+    """What workspace and report show, in order."""
+    chosen = [*_metrics("attention"), *_metrics("image")]
+    return [
+        DashboardSection(
+            name="Attention scores",
+            text="On the validation samples. A small spread ratio is collapse, which IMACS does not see.",
+            panels=[
+                _curve(VALIDATION + name, METRICS[name].label) for name in _metrics("attention")
+            ],
+        ),
+        DashboardSection(
+            name="Image quality",
+            text="Of the validation samples; distances between sets mean little for so few.",
+            panels=[_curve(VALIDATION + name, METRICS[name].label) for name in _metrics("image")],
+        ),
+        DashboardSection(
+            name="Losses",
+            text="Each term without its weight, and the learning rate.",
+            panels=[_curve(name, name) for name in (*LOSSES, LEARNING_RATE)],
+        ),
+        DashboardSection(
+            name="Attribution and samples",
+            text=(
+                "Masks can be switched on and off: the inpainted region or the garment, and where the attribution is "
+                "above delta. The table begins with the worst samples."
+            ),
+            panels=[
+                _media("Attribution on generated images", ATTRIBUTION_GENERATED),
+                _media("Attribution on garments", ATTRIBUTION_REFERENCE),
+                _media("Both directions and centres", ATTRIBUTION),
+                reports.WeavePanelSummaryTable(table_name=VALIDATION + TABLE),
+            ],
+        ),
+        DashboardSection(
+            name="Ablation",
+            text="Held-out samples, mean over the seeds of each arm; bars span the standard deviation.",
+            panels=[
+                *(_bars(EVALUATION + name, METRICS[name].label) for name in chosen),
+                reports.WeavePanelSummaryTable(table_name=STUDY_ARMS),
+                reports.WeavePanelSummaryTable(table_name=STUDY_DIFFERENCES),
+                reports.WeavePanelSummaryTable(table_name=EVALUATION + TABLE),
+                reports.RunComparer(diff_only="split"),
+            ],
+            by_arm=True,
+        ),
+    ]
+
+
+def make_workspace(entity: str, project: str, group: str | None) -> Any:
+    """The workspace, not saved: all sections over the runs of a project or of one group."""
+    return workspaces.Workspace(
+        entity=entity,
+        project=project,
+        name=_title(group),
+        sections=[
+            workspaces.Section(name=section.name, panels=list(section.panels), is_open=True)
+            for section in sections()
+        ],
+        settings=workspaces.WorkspaceSettings(x_axis=STEP),
+        runset_settings=workspaces.RunsetSettings(
+            filters=_filters(group),
+            pinned_columns=[f"summary:{EVALUATION}{name}" for name in _metrics("attention")[:2]],
+        ),
+    )
+
+
+def make_report(entity: str, project: str, group: str | None) -> Any:
+    """The report, not saved. With a nameless entity it is made without asking the server for the project's number."""
+    blocks: list[Any] = []
+    for section in sections():
+        runs = reports.Runset(
+            entity=entity,
+            project=project,
+            name=group or project,
+            filters=_filters(group),
+            groupby=[f"config.{ARM}"] if section.by_arm else [],
+        )
+        blocks += [
+            reports.H2(section.name),
+            reports.P(section.text),
+            reports.PanelGrid(runsets=[runs], panels=list(section.panels)),
+        ]
+    return reports.Report(
+        entity=entity,
+        project=project,
+        title=_title(group),
+        description="Attention, images, losses and the comparison of arms.",
+        blocks=blocks,
+        width="fluid",
+    )
+
+
+def dashboard_json(project: str, group: str | None) -> dict[str, Any]:
+    """Both as W&B's own specifications, made without network."""
+    # The only way to see them without saving; their public methods all talk to the server.
+    parts = {
+        "workspace": make_workspace("", project, group)._to_model(),
+        "report": make_report("", project, group)._to_model(),
+    }
+    return {
+        "project": project,
+        "group": group,
+        **{
+            name: part.spec.model_dump(mode="json", by_alias=True, exclude_none=True)
+            for name, part in parts.items()
+        },
+    }
+
+
+def save_dashboard(entity: str | None, project: str, group: str | None) -> tuple[str, str]:
+    """Make both in W&B, anew at each call; their addresses.
+
+    Raises:
+        TrackingError: not logged in, or the server cannot be reached or refuses.
+    """
+    api = _asked(wandb.Api)  # checks the login
+    owner = entity or _asked(lambda: api.default_entity)
+    if not owner:
+        raise TrackingError(
+            "Weights & Biases knows no default entity for this login. Give entity=USER_OR_TEAM."
+        )
+    # The report first: it fails where there is no such project.
+    report = _asked(lambda: make_report(owner, project, group).save())
+    workspace = _asked(lambda: make_workspace(owner, project, group).save())
+    return str(workspace.url), str(report.url)
+
+
+def _asked(ask: Callable[[], T]) -> T:
+    """The answer of the server, or an error that says what to do."""
+    try:
+        return ask()
+    except (CommError, UsageError, WandbApiFailedError) as error:
+        raise TrackingError(
+            f"Weights & Biases cannot be used now: {_one_line(error)} Run 'wandb login' and check the network (and "
+            "WANDB_BASE_URL for a server of your own), or write the definition to a file with output=dashboard.json."
+        ) from error
+    except ValueError as error:  # of wandb_workspaces, where the server knows no such project
+        raise TrackingError(
+            f"Weights & Biases refuses the dashboard: {_one_line(error)} A project appears with the first run that is "
+            "sent to it: give project=NAME, or send a run with 'wandb sync'."
+        ) from error
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
+
+
+def _metrics(group: str) -> list[str]:
+    """Names of metrics that are logged with the default options."""
+    image = EvaluationConfig().metrics
+    return [
+        name
+        for name, info in METRICS.items()
+        if info.group == group and (group == "attention" or name in image)
+    ]
+
+
+def _curve(name: str, title: str) -> Any:
+    return reports.LinePlot(title=title, x=STEP, y=[name], max_runs_to_show=20)
+
+
+def _bars(name: str, title: str) -> Any:
+    return reports.BarPlot(
+        title=title,
+        metrics=[name],
+        groupby=f"config.{ARM}",
+        groupby_aggfunc="mean",
+        groupby_rangefunc="stddev",
+    )
+
+
+def _media(title: str, name: str) -> Any:
+    return reports.MediaBrowser(title=title, media_keys=[VALIDATION + name], num_columns=4)
+
+
+def _filters(group: str | None) -> Any:
+    return "" if group is None else workspaces.And(workspaces.Metric("Group") == group)
+
+
+def _title(group: str | None) -> str:
+    return TITLE if group is None else f"{TITLE}: {group}"

@@ -1,0 +1,53 @@
+"""The names under which things are logged; they do not change between versions.
+
+Scalars of a training run, the same in ``metrics.csv``, TensorBoard and W&B:
+
+- ``loss/total``, ``loss/denoising`` and one of ``loss/dcml``, ``loss/tv``, ``loss/cwg``, ``loss/supervised`` for each
+  term that is on (unweighted), every ``trainer.log_every_n_steps`` steps;
+- ``lr``: the learning rate, and ``grad_norm``: the norm of the gradient before it is clipped (not with float16), at
+  the same steps;
+- ``val/<metric>``: each metric of ``metrics.registry.METRICS`` that was asked for, and IMACS at every threshold and
+  penalty (``val/imacs_g@d0.4_l3``), once for each validation;
+- ``epoch``: beside losses and validation scores.
+
+Their axis is the 0-based optimiser step after which they were taken: ``step`` in CSV and TensorBoard, ``STEP`` in W&B.
+
+Beside them W&B has, for each validation, ``val/table`` (a row per sample), ``val/attribution_generated`` and
+``val/attribution_reference`` (pictures with mask overlays), ``val/attribution`` (the panel) and ``val/samples``. A run
+of job type "evaluation" has ``eval/<metric>``, ``eval/table`` and ``eval/samples``; one of job type "study" has
+``study/arms`` and ``study/differences``.
+"""
+
+from i2am_train.metrics.registry import METRICS
+
+STEP = "trainer/global_step"
+"""W&B's name of the optimiser step, as Lightning's logger writes it."""
+EPOCH = "epoch"
+LEARNING_RATE = "lr"
+GRADIENT_NORM = "grad_norm"
+LOSS, VALIDATION, EVALUATION, STUDY = "loss/", "val/", "eval/", "study/"
+
+LOSSES = tuple(LOSS + term for term in ("total", "denoising", "dcml", "tv", "cwg", "supervised"))
+
+TABLE = "table"
+SAMPLES = "samples"
+ATTRIBUTION = "attribution"
+ATTRIBUTION_GENERATED = "attribution_generated"
+ATTRIBUTION_REFERENCE = "attribution_reference"
+STUDY_ARMS, STUDY_DIFFERENCES = STUDY + "arms", STUDY + "differences"
+
+TRAIN_JOB, EVALUATION_JOB, STUDY_JOB = "train", "evaluation", "study"
+
+
+ARM = "arm"
+"""Key of a run's configuration that names its arm, on trainings and evaluations."""
+
+
+def summary_of(metric: str) -> str:
+    """What W&B keeps of a metric's curve, for ``define_metric``: its last value, and its best where one end is good.
+
+    >>> summary_of("imacs_g"), summary_of("correspondence_error"), summary_of("spread_ratio")
+    ('last,max', 'last,min', 'last')
+    """
+    better = METRICS[metric].higher_is_better
+    return "last" if better is None else f"last,{'max' if better else 'min'}"

@@ -1,0 +1,99 @@
+"""What is checked before a training run begins, and said when the machine turns out too small after all."""
+
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import lightning as L
+import torch
+
+from i2am_train.config.schema import TrainConfig
+from i2am_train.errors import ConfigError, TrainingError
+from i2am_train.metrics.registry import METRICS
+from i2am_train.models.tryon import TryOnModel
+from i2am_train.training.rehearsal import checkpoint_bytes, weight_bytes
+
+
+def check_best(config: TrainConfig) -> None:
+    """Fails where the best model was asked for by a score that validation does not make.
+
+    Raises:
+        ConfigError: no such score, neither end of it is better, or there is no validation.
+    """
+    best = config.trainer.keep_best
+    if best is None:
+        return
+    scores = [
+        name
+        for name, info in METRICS.items()
+        if info.higher_is_better is not None
+        and (info.group == "attention" or name in config.evaluation.metrics)
+    ]
+    if best not in scores or not config.validation.samples:
+        raise ConfigError(
+            f"trainer.keep_best={best} needs a score that validation makes: one of {', '.join(scores)}, and "
+            f"validation.samples above 0 (it is {config.validation.samples})."
+        )
+
+
+def check_disk(config: TrainConfig, model: TryOnModel) -> None:
+    """Fails where the disk is too full for what the run will keep, before hours are lost.
+
+    Raises:
+        ConfigError: less space is free than models and checkpoints will take.
+    """
+    trainer, optimization = config.trainer, config.optimization
+    snapshots = optimization.steps // (trainer.snapshot_every_n_steps or optimization.steps + 1)
+    models = 1 + snapshots + (trainer.keep_best is not None)
+    averaged = optimization.ema_decay is not None
+    needed = models * weight_bytes(model)
+    # One more than is kept: a checkpoint is whole before the oldest goes.
+    needed += (trainer.keep_checkpoints + 1) * checkpoint_bytes(model, averaged=averaged)
+    existing = next(path for path in (config.folder, *config.folder.parents) if path.is_dir())
+    free = shutil.disk_usage(existing).free
+    if needed > free:
+        raise ConfigError(
+            f"{existing} has {free / 2**30:.1f} GiB free, and this run will keep about {needed / 2**30:.1f} GiB "
+            f"({models} models, {trainer.keep_checkpoints + 1} checkpoints). Give output=FOLDER on another disk, keep "
+            "fewer (trainer.snapshot_every_n_steps, trainer.keep_checkpoints), or make room."
+        )
+
+
+def accumulation(config: TrainConfig, processes: int) -> int:
+    """Batches per optimizer step and process.
+
+    Raises:
+        ConfigError: the global batch is not a multiple of what all processes read at once.
+    """
+    wanted, at_once = config.optimization.global_batch, config.data.batch_size * processes
+    if wanted is None:
+        return config.optimization.accumulate
+    if wanted % at_once:
+        raise ConfigError(
+            f"optimization.global_batch={wanted} is not a multiple of data.batch_size={config.data.batch_size} times "
+            f"{processes} processes. Set data.batch_size to a divisor of {wanted / processes:g}, or change the number "
+            "of devices."
+        )
+    return wanted // at_once
+
+
+@contextmanager
+def memory_advice(trainer: L.Trainer) -> Iterator[None]:
+    """Says which options need less memory where there was too little.
+
+    Raises:
+        TrainingError: in place of torch's error.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(
+            error
+        ):
+            raise
+        raise TrainingError(
+            f"Out of memory in step {trainer.global_step + 1}: {str(error).splitlines()[0]} Lower data.batch_size "
+            "(with optimization.global_batch the result stays the same), set optimization.gradient_checkpointing=true, "
+            "or train fewer or smaller numbers (optimization.precision=bf16-mixed, optimization.optimizer=adamw8bit, "
+            "optimization.trainable=cross_attention). The same command goes on from the last checkpoint."
+        ) from error

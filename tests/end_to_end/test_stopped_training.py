@@ -1,0 +1,286 @@
+"""Training that is killed, told to stop, or goes wrong: nothing is lost, and the same command goes on bit by bit.
+
+Real processes, stopped where a user or a scheduler would stop them.
+"""
+
+import csv
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from i2am_train import assembly
+from i2am_train.commands.train import train
+from i2am_train.config.store import compose
+from i2am_train.errors import ConfigError, TrainingError
+
+pytestmark = pytest.mark.filterwarnings("default")  # Lightning's and torch's own deprecations
+LONG = ("optimization.steps=12", "validation.samples=0", "data.batch_size=4")
+"""Twenty samples, four a step: five steps an epoch."""
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "model/unet/diffusion_pytorch_model.safetensors")
+
+
+def same_weights(first: Path, second: Path) -> bool:
+    other = weights(second)
+    return all(torch.equal(value, other[name]) for name, value in weights(first).items())
+
+
+def rows(folder: Path) -> list[dict[str, str]]:
+    file = folder / "metrics.csv"
+    if not file.is_file():
+        return []
+    with file.open(newline="") as lines:
+        return list(csv.DictReader(lines))
+
+
+def steps(folder: Path) -> list[int]:
+    """Steps that the curves show, counted from 1; 0 before the first."""
+    return sorted({0, *(int(row["step"]) + 1 for row in rows(folder) if row.get("step"))})
+
+
+class Run:
+    """One attempt at a training run, as a process of its own."""
+
+    def __init__(self, options: Sequence[str], output: Path) -> None:
+        words = [sys.executable, "-m", "i2am_train", "train", *options, f"output={output}"]
+        self.output = output
+        self.process = subprocess.Popen(
+            words, env=os.environ | {"OMP_NUM_THREADS": "1"}, text=True,
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        )  # fmt: skip
+
+    def wait_for_step(self, step: int) -> None:
+        """Until the curves show a step, or the process has ended."""
+        ended = time.monotonic() + 120
+        while self.process.poll() is None and time.monotonic() < ended:
+            if steps(self.output)[-1] >= step:
+                return
+            time.sleep(0.02)
+
+    def stop(self, number: int) -> tuple[int, str]:
+        self.process.send_signal(number)
+        _, errors = self.process.communicate(timeout=120)
+        return self.process.returncode, errors
+
+    def finish(self) -> None:
+        _, errors = self.process.communicate(timeout=300)
+        assert self.process.returncode == 0, errors[-3000:]
+
+
+@pytest.fixture
+def options(training: list[str]) -> list[str]:
+    """A refined run with everything that has a state: averages, accumulation, readers, a checkpoint at every step."""
+    return [
+        *training, *LONG, "experiment=refined", "optimization.ema_decay=0.9", "data.batch_size=2",
+        "optimization.global_batch=4", "data.workers=2", "data.augment=true", "trainer.checkpoint_every_n_steps=1",
+        "tracking.tensorboard=false",
+    ]  # fmt: skip
+
+
+def test_a_killed_run_ends_as_if_it_had_not_been(options: list[str], tmp_path: Path) -> None:
+    """SIGKILL at three random moments, most of them inside an epoch; weights and curves equal the whole run's."""
+    whole = train(compose("train", [*options, f"output={tmp_path / 'whole'}"]))
+    moments = random.Random(0)
+    for step in sorted(moments.sample(range(1, 11), 3)):
+        attempt = Run(options, tmp_path / "killed")
+        attempt.wait_for_step(step)
+        time.sleep(moments.random() * 0.3)
+        attempt.stop(signal.SIGKILL)
+    Run(options, tmp_path / "killed").finish()
+    assert same_weights(whole, tmp_path / "killed")
+    assert steps(tmp_path / "killed") == steps(whole) == list(range(13))
+
+
+class Fault(L.Callback):
+    """Ends the process's work as a crash would, before a step."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_train_batch_start(self, trainer: L.Trainer, *_: Any) -> None:
+        if trainer.global_step == self.step:
+            raise RuntimeError("the machine went down")
+
+
+def test_it_goes_on_from_any_step(
+    options: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the middle of an epoch, at its last step and at the first of the next."""
+    options = [*options, "data.workers=0"]
+    whole = train(compose("train", [*options, f"output={tmp_path / 'whole'}"]))
+    make = assembly.make_trainer
+    for step in (2, 5, 6):  # an epoch has five steps
+        output = tmp_path / str(step)
+
+        def make_failing(*arguments: Any, at: int = step) -> L.Trainer:
+            trainer = make(*arguments)
+            trainer.callbacks.insert(0, Fault(at))
+            return trainer
+
+        with monkeypatch.context() as patch:
+            patch.setattr(assembly, "make_trainer", make_failing)
+            with pytest.raises(RuntimeError, match="went down"):
+                train(compose("train", [*options, f"output={output}"]))
+        assert same_weights(whole, train(compose("train", [*options, f"output={output}"])))
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_told_to_stop_it_saves_and_goes_on(
+    options: list[str], tmp_path: Path, number: int, status: int
+) -> None:
+    """Without regular checkpoints: the state of the very step is saved, after whole accumulation."""
+    options = [*options, "trainer.checkpoint_every_n_steps=1000"]
+    whole = train(compose("train", [*options, f"output={tmp_path / 'whole'}"]))
+    attempt = Run(options, tmp_path / "stopped")
+    attempt.wait_for_step(5)
+    returned, errors = attempt.stop(number)
+    assert returned == status
+    assert "training stopped after step" in errors
+    assert "The same command continues it." in errors
+    (saved,) = (tmp_path / "stopped/checkpoints").glob("interrupted-step-*.ckpt")
+    assert int(saved.stem.rpartition("-")[2]) >= 5
+    Run(options, tmp_path / "stopped").finish()
+    assert same_weights(whole, tmp_path / "stopped")
+    assert not list((tmp_path / "stopped/checkpoints").glob("interrupted*"))
+
+
+def test_the_latest_checkpoints_and_the_best_model_are_kept(
+    training: list[str], tmp_path: Path
+) -> None:
+    options = [
+        *training,
+        "trainer.checkpoint_every_n_steps=1",
+        "trainer.keep_checkpoints=2",
+        "trainer.keep_best=ssim",
+    ]
+    run = train(compose("train", [*options, f"output={tmp_path / 'run'}"]))
+    names = sorted(path.name for path in (run / "checkpoints").iterdir())
+    assert names == ["step-000003.ckpt", "step-000004.ckpt"]
+    scores = [float(row["val/ssim"]) for row in rows(run) if row["val/ssim"]]
+    assert len(scores) == 2
+    best = load_file(run / "best/unet/diffusion_pytorch_model.safetensors")
+    last = weights(run)
+    assert all(torch.equal(best[name], last[name]) for name in best) == (scores[1] > scores[0])
+
+
+class Poison:
+    """Makes one loss or gradient infinite, at the third step."""
+
+    def __init__(self, where: str) -> None:
+        self.where = where
+
+    def __call__(self, make: Callable[..., Any]) -> Callable[..., Any]:
+        class Callback(L.Callback):
+            def on_train_batch_start(self, trainer: Any, module: Any, batch: Any, _: int) -> None:
+                if trainer.global_step == 2 and where == "loss":
+                    batch["person"][0, 0, 0, 0] = torch.nan
+
+            def on_after_backward(self, trainer: Any, module: Any) -> None:
+                if trainer.global_step == 2 and where == "gradient":
+                    module.model.unet.conv_in.weight.grad[0, 0, 0, 0] = torch.inf
+
+        where = self.where
+
+        def made(*arguments: Any) -> Any:
+            trainer = make(*arguments)
+            trainer.callbacks.insert(0, Callback())
+            return trainer
+
+        return made
+
+
+@pytest.mark.parametrize("where", ["loss", "gradient"])
+def test_what_is_not_finite_stops_before_it_changes_a_weight(
+    training: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    """Said with step and samples; the saved weights are those of the last good step."""
+    options = [*training, "validation.samples=0", "experiment=refined"]
+    with monkeypatch.context() as patch:
+        patch.setattr(assembly, "make_trainer", Poison(where)(assembly.make_trainer))
+        with pytest.raises(
+            TrainingError, match=rf"The {where} became .* in step 3, on samples \d{{5}}"
+        ):
+            train(compose("train", [*options, f"output={tmp_path / 'run'}"]))
+    diagnosis = json.loads((tmp_path / "run/rank0-diagnosis.json").read_text())
+    assert diagnosis["step"] == 2
+    assert len(diagnosis["samples"]) == 8
+    if where == "gradient":
+        assert diagnosis["parameters"] == ["model.unet.conv_in.weight"]
+    kept = torch.load(tmp_path / "run/checkpoints/not-finite.ckpt", weights_only=False)
+    assert kept["global_step"] == 2
+    assert all(bool(value.isfinite().all()) for value in kept["state_dict"].values())
+
+
+def test_too_little_memory_names_what_helps(
+    training: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The error that torch raises on a GPU; none is at hand here."""
+
+    def exhausted(*_: Any, **__: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 MiB")
+
+    monkeypatch.setattr("i2am_train.training.step.TrainingObjective._denoising", exhausted)
+    with pytest.raises(
+        TrainingError,
+        match=r"step 1: CUDA out of memory.*global_batch.*gradient_checkpointing.*bf16",
+    ):
+        train(compose("train", [*training, f"output={tmp_path / 'run'}"]))
+
+
+def test_what_cannot_work_is_refused_before_anything_is_written(
+    training: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cases = [
+        (
+            "global_batch=12 is not a multiple of data.batch_size=8 times 1",
+            ["optimization.global_batch=12"],
+        ),
+        ("keep_best=fid needs a score that validation makes", ["trainer.keep_best=fid"]),
+        ("needs a CUDA device", ["optimization.optimizer=adamw8bit"]),
+    ]
+    for message, more in cases:
+        with pytest.raises(ConfigError, match=message):
+            train(compose("train", [*training, *more, f"output={tmp_path / 'run'}"]))
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=10**5))
+    with pytest.raises(ConfigError, match=r"has 0.0 GiB free, and this run will keep about"):
+        train(compose("train", [*training, f"output={tmp_path / 'run'}"]))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_dry_run_measures_and_writes_nothing(
+    training: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from i2am_train.commands.train import run
+
+    more = [
+        "dry_run=true",
+        "optimization.global_batch=16",
+        "optimization.trainable=cross_attention",
+    ]
+    run(compose("train", [*training, *more, f"output={tmp_path / 'run'}"]))
+    printed = capsys.readouterr().out
+    for part in (
+        "global_batch: 16",
+        "16 = 8 x 1 processes x 2 accumulated",
+        "0.0 M of them trained",
+        "s a step",
+        "GiB at most on CPU",
+    ):
+        assert part in printed
+    assert not (tmp_path / "run").exists()
