@@ -43,6 +43,7 @@ from i2am_train.config.schema import (
     TrainConfig,
 )
 from i2am_train.datasets.datamodule import TryOnDataModule
+from i2am_train.datasets.opening import Reading
 from i2am_train.datasets.synthetic import make_dataset
 from i2am_train.errors import CheckpointError, ConfigError
 from i2am_train.evaluation.evaluator import EvaluationSettings
@@ -112,6 +113,11 @@ def prepare_data(data: DataConfig) -> Path:
     return root
 
 
+def reading_of(data: DataConfig) -> Reading:
+    """How the dataset folder is read."""
+    return Reading(data.layout, tuple(data.categories), data.fit)
+
+
 def make_datamodule(
     data: DataConfig,
     root: Path,
@@ -134,6 +140,7 @@ def make_datamodule(
         validation_samples=validation_samples,
         test_samples=test_samples,
         test_pairing=pairing,
+        reading=reading_of(data),
     )
 
 

@@ -21,7 +21,7 @@ COMMANDS = {
     "report": "make the paper's tables and figures from the folders of finished commands",
     "init": "make a model to train from Stable Diffusion 1.5 and an image encoder",
     "dashboard": "make a workspace and a report of the runs in Weights & Biases",
-    "data": "make the embedded dataset, or check a dataset folder",
+    "data": "make the embedded dataset, derive what a dataset lacks, or check one",
 }
 BAD_INPUT = 2
 

@@ -87,6 +87,12 @@ EXAMPLES = {
         i2am data make
         i2am data make root=data/small train=200 test=20 height=64 width=48 seed=1
     """,
+    "data_derive": """
+        i2am data derive root=data/zalando-hd-resized
+        i2am data derive root=/data/DressCode categories=[upper_body,dresses] preview=true
+        i2am data derive root=my_photographs parser=FOLDER estimator=FOLDER preview=true
+        i2am data derive root=my_photographs parser=mattmdjaga/segformer_b2_clothes pose=none
+    """,
     "data_check": """
         i2am data check root=data/zalando-hd-resized height=1024 width=768
         i2am data check root=PATH json=report.json

@@ -36,6 +36,9 @@ Device = Literal["auto", "cpu", "cuda"]
 Normalisation = Literal["imagenet", "clip", "authors"]
 PublishedModel = Literal["dci_vton", "stableviton", "custom", "refined_custom"]
 """Keys of ``reporting.published.TABLE_2``, which lies above; a test keeps the two equal."""
+LayoutName = Literal["auto", "viton_hd", "dresscode"]
+CategoryName = Literal["upper_body", "lower_body", "dresses"]
+FitName = Literal["stretch", "pad", "crop"]
 FigureFormat = Literal["png", "svg", "pdf"]
 FigureName = Literal[
     "layers",
@@ -76,7 +79,14 @@ class DataConfig:
     """Where the samples come from and how they are batched."""
 
     root: Path | None = None
-    """Folder in VITON-HD layout; null: the embedded synthetic dataset, made when missing."""
+    """Folder in VITON-HD or DressCode layout; null: the embedded dataset, made when missing."""
+    layout: LayoutName = "auto"
+    """How the folder is laid out; auto: dresscode where it has folders of categories."""
+    categories: list[CategoryName] = field(default_factory=list)
+    """Categories of DressCode to read: upper_body, lower_body, dresses; empty: all that exist."""
+    fit: FitName = "stretch"
+    """Pictures of another aspect: stretch changes the proportions, pad adds margins (white, around
+    body parts black), crop keeps the largest centred part."""
     height: int = 128
     """Image height in pixels; must be what the checkpoint was trained at."""
     width: int = 96
@@ -92,6 +102,8 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         self.root = _absolute(self.root)
+        if self.categories:
+            _check_unique("data.categories", self.categories)
         _check_size("data", self.height, self.width)
         _check_at_least("data.batch_size", self.batch_size, 1)
         _check_at_least("data.workers", self.workers, 0)
@@ -769,6 +781,9 @@ class DataMakeConfig:
     """Image height in pixels."""
     width: int = 96
     """Image width in pixels."""
+    annotations: bool = False
+    """Also write human-parsing maps (image-parse-v3) and keypoints (openpose_json), which
+    `i2am data derive` starts from."""
     workers: int | None = None
     """Processes that draw; null: one per core."""
 
@@ -788,13 +803,66 @@ class DataMakeConfig:
 
 
 @dataclass(kw_only=True, slots=True)
+class DataDeriveConfig:
+    """Make what a dataset lacks: masks and agnostic pictures, from parsing maps and poses."""
+
+    root: Path
+    """Dataset folder in VITON-HD or DressCode layout: pair lists, people and flat garments."""
+    layout: LayoutName = "auto"
+    """How the folder is laid out; auto: dresscode where it has folders of categories."""
+    categories: list[CategoryName] = field(default_factory=list)
+    """Categories of DressCode to work on; empty: all that exist."""
+    category: CategoryName = "upper_body"
+    """What the garments cover, in VITON-HD layout (DressCode's folders say it)."""
+    labels: Literal["auto", "viton_hd", "dresscode"] = "auto"
+    """Labels of the parsing maps: the 20 of image-parse-v3 or the 18 of label_maps; auto: those
+    that are usual in the layout."""
+    parser: str | None = None
+    """Folder or hub name of a transformers segmentation model that makes missing parsing maps,
+    such as mattmdjaga/segformer_b2_clothes; null: the maps must be there."""
+    estimator: str | None = None
+    """Folder or hub name of a ViTPose model of transformers that makes missing keypoints, such as
+    usyd-community/vitpose-base-simple; null: keypoints (or DensePose) must be there."""
+    pose: Literal["auto", "keypoints", "densepose", "none"] = "auto"
+    """Where bodies come from; auto: keypoints where there are any, else DensePose; none: from the
+    parsing map alone, which tells the model the garment's outline."""
+    overwrite: bool = False
+    """Make files anew that exist."""
+    preview: bool = False
+    """Draw every step of every person into <root>/previews."""
+    device: Device = "auto"
+    """Where parser and estimator compute."""
+    workers: int | None = None
+    """Threads; null: one per core."""
+    json: Path | None = None
+    """File for the report; null: <root>/derived.json."""
+
+    def __post_init__(self) -> None:
+        self.root = self.root.expanduser().absolute()
+        self.json = _absolute(self.json)
+        if self.categories:
+            _check_unique("categories", self.categories)
+        for name in ("parser", "estimator"):
+            if getattr(self, name) is not None and not getattr(self, name).strip():
+                _refuse(name, repr(getattr(self, name)), "a folder or a hub name, or null")
+        if self.estimator is not None and self.pose in ("densepose", "none"):
+            _refuse("pose", self.pose, "auto or keypoints with an estimator")
+        if self.workers is not None:
+            _check_at_least("workers", self.workers, 1)
+
+
+@dataclass(kw_only=True, slots=True)
 class DataCheckConfig:
     """Report everything that is wrong with a dataset folder."""
 
     root: Path
-    """Dataset folder in VITON-HD layout."""
+    """Dataset folder in VITON-HD or DressCode layout."""
+    layout: LayoutName = "auto"
+    """How the folder is laid out; auto: dresscode where it has folders of categories."""
+    categories: list[CategoryName] = field(default_factory=list)
+    """Categories of DressCode to check; empty: all that exist."""
     height: int | None = None
-    """Height that every image must have, in pixels; null: images must agree with each other."""
+    """Height that every image must have, in pixels; null: the pictures of a person must agree."""
     width: int | None = None
     """Width that every image must have, in pixels."""
     json: Path | None = None
@@ -803,6 +871,8 @@ class DataCheckConfig:
     def __post_init__(self) -> None:
         self.root = self.root.expanduser().absolute()
         self.json = _absolute(self.json)
+        if self.categories:
+            _check_unique("categories", self.categories)
         if (self.height is None) != (self.width is None):
             raise ConfigError(
                 f"Only one of height={self.height} and width={self.width} is set. "
@@ -827,6 +897,7 @@ COMMANDS: dict[str, type[Any]] = {
     "dashboard": DashboardConfig,
     "data_make": DataMakeConfig,
     "data_check": DataCheckConfig,
+    "data_derive": DataDeriveConfig,
 }
 """Schema of each file ``conf/<command>.yaml``."""
 

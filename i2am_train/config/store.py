@@ -52,7 +52,7 @@ def compose(command: str, overrides: Sequence[str] = ()) -> Any:
     """The configuration of a command, as the command line would compose it.
 
     Args:
-        command: train, evaluate, ablate, explain, report, dashboard, data_make or data_check.
+        command: train, evaluate, ablate, explain, report, dashboard, data_make, data_derive or data_check.
         overrides: as on the command line, for example ``["experiment=refined", "seed=1"]``.
 
     Returns:

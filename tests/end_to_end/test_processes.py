@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file
 
 from i2am_train.reporting.records import read_panels
 
@@ -39,17 +40,16 @@ def run(*words: str) -> str:
 def test_two_processes_equal_one(
     small_dataset: Path, small_checkpoint: Path, tmp_path: Path
 ) -> None:
-    """The same global batch on one and on two processes: equal scores of every kind, each sample counted once.
+    """The same global batch on one and on two processes: equal losses, weights and scores, each sample counted once.
 
-    The losses are logged as means over the processes: no condition is dropped here, so that these are the means over
-    the samples.
+    Half of the conditions are dropped, so that the processes have unequally many samples with attention losses.
     """
     common = [
         f"data.root={small_dataset}", f"init={small_checkpoint}", "data.height=64", "data.width=48",
         "data.workers=0", "sampling.steps=2", "optimization.steps=2", "validation.samples=5",
         "validation.panel_samples=2", "evaluation.batch_size=2", "trainer.progress_bar=false",
         "trainer.accelerator=cpu", "tracking.wandb=disabled", "tracking.tensorboard=false", "experiment=refined",
-        "trainer.log_every_n_steps=1", "optimization.condition_dropout=0",
+        "trainer.log_every_n_steps=1", "optimization.condition_dropout=0.5", "optimization.global_batch=4",
     ]  # fmt: skip
     variants = {
         "one": ["data.batch_size=4"],
@@ -62,6 +62,14 @@ def test_two_processes_equal_one(
     assert scores["one"].keys() == scores["two"].keys() >= {"loss/total", "loss/dcml", "val/ssim"}
     for name, value in scores["one"].items():
         assert scores["two"][name] == pytest.approx(value, rel=2e-3, abs=2e-3), name
+    one, two = (
+        load_file(tmp_path / name / "model/unet/diffusion_pytorch_model.safetensors")
+        for name in ("one", "two")
+    )
+    start = load_file(small_checkpoint / "unet/diffusion_pytorch_model.safetensors")
+    moved = max(float((one[name] - start[name]).abs().max()) for name in one)
+    apart = max(float((one[name] - two[name]).abs().max()) for name in one)
+    assert apart < 0.02 * moved, (apart, moved)
 
 
 def test_two_processes_evaluate_as_one(

@@ -27,6 +27,7 @@ REQUIRED = {
     "explain": ["checkpoint=x"],
     "data_check": ["root=x"],
     "init": ["unet=x", "output=y"],
+    "data_derive": ["root=x"],
 }
 ARMS = experiment_names(option_names(TrainConfig))
 STUDIES = sorted(set(experiment_names(option_names(AblateConfig))) - set(ARMS))
