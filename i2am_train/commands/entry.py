@@ -73,6 +73,11 @@ EXAMPLES = {
         i2am report explained=[runs/explain-tiny-test17-paired]
         i2am report explained=[FOLDER,OTHER] models=[baseline,refined] figures=[refinement,scores]
     """,
+    "init": """
+        i2am init unet=v1-5-pruned.safetensors encoder=facebook/dinov2-giant output=models/start
+        i2am init unet=FOLDER vae=VITONHD_VAE_finetuning.ckpt encoder=FOLDER output=models/start
+        i2am init custom=FILE.safetensors encoder=facebook/dinov2-giant output=models/custom
+    """,
     "dashboard": """
         i2am dashboard
         i2am dashboard entity=my-team project=i2am-train group=study

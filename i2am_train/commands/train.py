@@ -24,6 +24,14 @@ def run(config: TrainConfig) -> None:
     folder = train(config)
     if first_process():
         print(f"\nModel: {folder / 'model'}\nJudge it with: i2am evaluate checkpoint={folder}")
+        if config.expected is not None:
+            from i2am_train.reporting.published import published_row
+
+            print(
+                f"{published_row(config.expected)}\nFor numbers beside it, add data=viton_hd data.root="
+                f"{config.data.root} sampling=ddim50 sampling.guidance=5 evaluation=paper, and then again "
+                "evaluation.pairing=unpaired."
+            )
         if advice := sync_advice(config.tracking, folder):
             print(advice)
 
@@ -44,6 +52,7 @@ def train(config: TrainConfig) -> Path:
     from i2am_train.callbacks.checkpoints import latest_checkpoint
     from i2am_train.config.build import plain
     from i2am_train.runs import RunFolder, fingerprint
+    from i2am_train.training.optimization import trained_weights
     from i2am_train.training.preflight import memory_advice
 
     module, datamodule = prepare(config)
@@ -59,6 +68,7 @@ def train(config: TrainConfig) -> Path:
         return folder.path
     if first_process():
         folder.start(seed=config.seed, data=fingerprint(datamodule.root))
+        print(trained_weights(module.model))
     trainer = make_trainer(config, folder.path)
     checkpoint = latest_checkpoint(folder.path)
     try:
