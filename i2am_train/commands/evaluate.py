@@ -8,8 +8,9 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from i2am_train.commands.entry import entry, first_process
+from i2am_train.commands.entry import entry
 from i2am_train.config.schema import EvaluateConfig
+from i2am_train.processes import first_process, wait_for
 
 if TYPE_CHECKING:
     from i2am_train.datasets.datamodule import TryOnDataModule
@@ -251,13 +252,15 @@ def evaluate_checkpoint(config: EvaluateConfig, checkpoint: str, folder: Path) -
         score_generated,
     )
     from i2am_train.evaluation.results import read_results, write_evaluation, write_panels
-    from i2am_train.runs import RunFolder, fingerprint
+    from i2am_train.runs import MANIFEST_FILE, RunFolder, fingerprint
     from i2am_train.tracking.artifacts import arm_name
     from i2am_train.tracking.evaluation import track_evaluation
     from i2am_train.types import Pairing
 
     model, datamodule = prepare(config, checkpoint)
     settings = plain(config) | {"checkpoint": str(model_folder(checkpoint))}
+    if not first_process():
+        wait_for(folder / MANIFEST_FILE)
     opened = RunFolder.open(folder, settings, may_differ=WITHOUT_EFFECT_ON_SCORES)
     finished = read_results(folder)
     if opened.finished and finished is not None:

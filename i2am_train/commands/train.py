@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from i2am_train.commands.entry import entry, first_process
+from i2am_train.commands.entry import entry
 from i2am_train.config.schema import WITHOUT_EFFECT_ON_WEIGHTS, TrainConfig
+from i2am_train.processes import first_process, wait_for
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -51,11 +52,13 @@ def train(config: TrainConfig) -> Path:
     )
     from i2am_train.callbacks.checkpoints import latest_checkpoint
     from i2am_train.config.build import plain
-    from i2am_train.runs import RunFolder, fingerprint
+    from i2am_train.runs import MANIFEST_FILE, RunFolder, fingerprint
     from i2am_train.training.optimization import trained_weights
     from i2am_train.training.preflight import memory_advice
 
     module, datamodule = prepare(config)
+    if not first_process():
+        wait_for(config.folder / MANIFEST_FILE)
     folder = RunFolder.open(
         config.folder,
         plain(config),
