@@ -167,7 +167,7 @@ def test_the_command_line(
     words = ["cache", f"root={small_dataset}", f"init={small_checkpoint}", "splits=[train,test]"]
     more = [f"output={tmp_path / 'cache'}", "workers=1", "shard_samples=15", "progress_bar=false"]
     monkeypatch.setattr(sys, "argv", ["i2am data", *words, *more])
-    with pytest.raises(SystemExit, match="^0$"):
+    with pytest.raises(SystemExit, match=r"^0$"):
         main()
     printed = capsys.readouterr().out
     assert "20 train and 6 test samples in 3 shards" in printed
