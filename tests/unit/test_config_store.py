@@ -27,6 +27,7 @@ REQUIRED = {
     "explain": ["checkpoint=x"],
     "data_check": ["root=x"],
     "data_derive": ["root=x"],
+    "data_cache": ["root=x", "output=y"],
 }
 ARMS = experiment_names(option_names(TrainConfig))
 STUDIES = sorted(set(experiment_names(option_names(AblateConfig))) - set(ARMS))

@@ -253,7 +253,7 @@ def test_a_full_disk_is_noticed_before_anything_is_written(
 ) -> None:
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=2**18))
-    with pytest.raises(DataError, match=r"and the cache takes 1\.\d MiB \(20 rows\)"):
+    with pytest.raises(DataError, match=r"and the cache takes 0\.\d MiB \(20 rows\)"):
         make_cache(model, small_dataset, tmp_path / "cache")
     assert not (tmp_path / "cache").exists()
 
