@@ -28,6 +28,7 @@ REQUIRED = {
     "data_check": ["root=x"],
     "init": ["unet=x", "output=y"],
     "data_derive": ["root=x"],
+    "data_cache": ["root=x", "output=y"],
 }
 ARMS = experiment_names(option_names(TrainConfig))
 STUDIES = sorted(set(experiment_names(option_names(AblateConfig))) - set(ARMS))
