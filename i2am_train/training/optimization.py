@@ -19,10 +19,10 @@ def set_trainable(model: TryOnModel, trainable: str) -> None:
 
     ``all``: the whole U-Net. ``decoder``: the authors' V1 set (spec 1.4): first convolution, decoder, output layers and
     every cross-attention. ``cross_attention``: first convolution and cross-attention. The VAE and the reference encoder
-    are always frozen, as in the paper.
+    are always frozen, as in the paper. ``lora``: the adapters alone, the projector stays, too.
     """
     model.requires_grad_(False)
-    model.projector.requires_grad_(True)
+    model.projector.requires_grad_(trainable != "lora")
     for parameter in _chosen(model.unet, trainable):
         parameter.requires_grad_(True)
 
@@ -32,13 +32,15 @@ def _chosen(unet: nn.Module, trainable: str) -> Iterator[nn.Parameter]:
         "all": ("",),
         "decoder": ("conv_in.", "up_blocks.", "conv_norm_out.", "conv_out."),
         "cross_attention": ("conv_in.",),
+        "lora": (),
     }
     if trainable not in prefixes:
         raise ConfigError(
             f"optimization.trainable is '{trainable}'; expected one of {', '.join(prefixes)}."
         )
     for name, parameter in unet.named_parameters():
-        if name.startswith(prefixes[trainable]) or ".attn2." in name:
+        chosen = name.startswith(prefixes[trainable]) or ".attn2." in name
+        if ".lora_" in name if trainable == "lora" else chosen:
             yield parameter
 
 
