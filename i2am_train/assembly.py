@@ -43,6 +43,7 @@ from i2am_train.config.schema import (
     TrainConfig,
 )
 from i2am_train.datasets.datamodule import TryOnDataModule
+from i2am_train.datasets.opening import Reading
 from i2am_train.datasets.synthetic import make_dataset
 from i2am_train.errors import CheckpointError, ConfigError
 from i2am_train.evaluation.evaluator import EvaluationSettings
@@ -51,6 +52,7 @@ from i2am_train.losses.base import LossVariant
 from i2am_train.losses.objective import AttentionObjective, TermWeights
 from i2am_train.metrics.registry import metric_info
 from i2am_train.models.tryon import INDEX_FILE, TryOnModel
+from i2am_train.processes import first_process, wait_for
 from i2am_train.runs import RunFolder
 from i2am_train.tracking.artifacts import log_model, use_dataset
 from i2am_train.tracking.names import TRAIN_JOB
@@ -107,11 +109,18 @@ def prepare_data(data: DataConfig) -> Path:
         return data.root
     synthetic = data.synthetic
     root = dataset_folder(data.size, synthetic.train, synthetic.test, synthetic.seed)
-    if not root.is_dir():
+    if not first_process():
+        wait_for(root)
+    elif not root.is_dir():
         make_dataset(
             root, synthetic.train, synthetic.test, data.size, synthetic.seed, progress=True
         )
     return root
+
+
+def reading_of(data: DataConfig) -> Reading:
+    """How the dataset folder is read."""
+    return Reading(data.layout, tuple(data.categories), data.fit)
 
 
 def make_datamodule(
@@ -136,6 +145,7 @@ def make_datamodule(
         validation_samples=validation_samples,
         test_samples=test_samples,
         test_pairing=pairing,
+        reading=reading_of(data),
     )
 
 

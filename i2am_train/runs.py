@@ -25,6 +25,8 @@ from i2am_train.errors import RunFolderError
 
 SETTINGS_FILE = "settings.json"
 MANIFEST_FILE = "manifest.json"
+DERIVED_REPORT, PREVIEWS = "derived.json", "previews"
+"""What ``i2am data derive`` leaves in a dataset folder beside the dataset."""
 
 REPORTED_PACKAGES = (
     "i2am-train",
@@ -170,12 +172,16 @@ def read_json(path: Path) -> Any:
 def fingerprint(root: Path) -> str:
     """A digest of a dataset folder: names and sizes of all files, and content of the pair lists.
 
-    16 hexadecimal digits. Fast (no picture is read); the folder's place and times do not matter.
+    16 hexadecimal digits. Fast (no picture is read); the folder's place and times do not matter, and neither do the
+    report and the previews of ``i2am data derive``.
     """
     digest = hashlib.sha256()
     for file in sorted(path for path in root.rglob("*") if path.is_file()):
-        digest.update(f"{file.relative_to(root).as_posix()}\t{file.stat().st_size}\n".encode())
-        if file.name.endswith("_pairs.txt"):
+        name = file.relative_to(root)
+        if name.parts[0] in (DERIVED_REPORT, PREVIEWS):
+            continue
+        digest.update(f"{name.as_posix()}\t{file.stat().st_size}\n".encode())
+        if file.suffix == ".txt" and "_pairs" in file.name:
             digest.update(file.read_bytes())
     return digest.hexdigest()[:16]
 

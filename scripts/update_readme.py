@@ -1,8 +1,7 @@
 """Puts the committed results into the README: ``python scripts/update_readme.py``.
 
-``data/results/study.json`` is the ``results.json`` of ``i2am ablate experiment=study``,
-``data/results/benchmark.json`` the last line of ``scripts/benchmark_capture.py``, and ``correlation.md`` the table
-that ``i2am report`` makes of ``i2am ablate experiment=trajectory``. The text between the markers
+``data/results/study.json`` is the ``results.json`` of ``i2am ablate experiment=study``, and
+``data/results/benchmark.json`` the last line of ``scripts/benchmark_capture.py``. The text between the markers
 ``<!-- name -->`` and ``<!-- /name -->`` is replaced; a test checks that the README is what this script makes of it.
 """
 
@@ -22,7 +21,6 @@ def rendered(readme: str) -> str:
     for name, file, render in (
         ("results", RESULTS / "study.json", study),
         ("benchmark", RESULTS / "benchmark.json", benchmark),
-        ("correlation", RESULTS / "correlation.md", table),
     ):
         if file.is_file():
             text = render(file.read_text())
@@ -36,11 +34,6 @@ def rendered(readme: str) -> str:
 def study(text: str) -> str:
     """Tables and notes of an ablation, as its own ``results.md`` has them, for the arm that it is about."""
     return markdown(json.loads(text), compared=["refined"]).strip()
-
-
-def table(text: str) -> str:
-    """The table and its notes, without the title."""
-    return text.partition("\n")[2].strip()
 
 
 def benchmark(text: str) -> str:

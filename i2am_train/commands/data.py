@@ -1,4 +1,4 @@
-"""``i2am data make``: the embedded dataset. ``i2am data check``: what is wrong with a folder."""
+"""``i2am data make``: the embedded dataset. ``derive``: what a dataset lacks. ``check``: what is wrong with it."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import sys
 
 from i2am_train.commands.entry import FAILED_CHECK, HELP_FLAGS, entry, errors_as_text
 from i2am_train.config.locations import dataset_folder
-from i2am_train.config.schema import DataCheckConfig, DataMakeConfig
+from i2am_train.config.schema import DataCheckConfig, DataDeriveConfig, DataMakeConfig
 from i2am_train.errors import ConfigError
 
 
@@ -15,12 +15,18 @@ def make(config: DataMakeConfig) -> None:
     from i2am_train.datasets.synthetic import make_dataset
 
     root = config.root or dataset_folder(config.size, config.train, config.test, config.seed)
+    if config.root is None and config.annotations:
+        raise ConfigError(
+            "annotations=true makes a dataset that `i2am train` does not look for by itself. "
+            "Add root=FOLDER, and give it as data.root later."
+        )
     make_dataset(
         root,
         config.train,
         config.test,
         config.size,
         config.seed,
+        annotations=config.annotations,
         workers=config.workers,
         progress=True,
     )
@@ -30,23 +36,59 @@ def make(config: DataMakeConfig) -> None:
 def check(config: DataCheckConfig) -> int:
     """Print the report on a dataset folder; status 1 if training would fail."""
     from i2am_train.datasets.checks import check_dataset
+    from i2am_train.datasets.opening import Reading
     from i2am_train.runs import write_text
 
-    report = check_dataset(config.root, config.size)
+    reading = Reading(config.layout, tuple(config.categories))
+    report = check_dataset(config.root, config.size, reading=reading)
     print(report.table())
     if config.json is not None:
         write_text(config.json, report.to_json())
     return 0 if report.ok else FAILED_CHECK
 
 
+def derive(config: DataDeriveConfig) -> int:
+    """Make masks and agnostic pictures; status 1 if a picture was refused."""
+    from i2am_train.datasets.derive import DeriveOptions, derive_dataset
+    from i2am_train.datasets.opening import Reading
+    from i2am_train.datasets.parsing import LABEL_SETS
+    from i2am_train.runs import DERIVED_REPORT, write_json
+
+    options = DeriveOptions(
+        category=config.category,
+        labels=LABEL_SETS.get(config.labels),
+        pose=config.pose,
+        overwrite=config.overwrite,
+        preview=config.preview,
+        workers=config.workers,
+    )
+    parser = estimator = None
+    if config.parser is not None:
+        from i2am_train.models.parsing import HumanParser
+
+        parser = HumanParser.from_pretrained(config.parser, config.device)
+    if config.estimator is not None:
+        from i2am_train.models.poses import ViTPoseEstimator
+
+        estimator = ViTPoseEstimator.from_pretrained(config.estimator, config.device)
+    reading = Reading(config.layout, tuple(config.categories))
+    report = derive_dataset(config.root, reading, options, parser, estimator)
+    file = config.json or config.root / DERIVED_REPORT
+    write_json(file, report.to_dict())
+    print(f"{report.summary()}\nReport: {file}")
+    return FAILED_CHECK if report.refused else 0
+
+
 HELP = """\
-usage: i2am data make|check [name=value ...]
+usage: i2am data make|derive|check [name=value ...]
 
   make    make a synthetic try-on dataset with exact correspondence, in VITON-HD layout
+  derive  make what a dataset lacks: masks and agnostic pictures from parsing maps and poses
+          (exit status 1 if a picture was refused)
   check   report everything that is wrong with a dataset folder
           (exit status 1 if training would fail)
 
-`i2am data make --help` and `i2am data check --help` list the options."""
+`i2am data make --help`, and likewise for the others, lists the options."""
 
 
 def main() -> None:
@@ -58,10 +100,14 @@ def main() -> None:
     del sys.argv[1]  # Hydra reads what is left
     if action == "make":
         entry("data_make", make)
+    if action == "derive":
+        entry("data_derive", derive)
     if action == "check":
         entry("data_check", check)
     with errors_as_text():
-        raise ConfigError(f"There is no command 'i2am data {action}'. There are make and check.")
+        raise ConfigError(
+            f"There is no command 'i2am data {action}'. There are make, derive and check."
+        )
 
 
 if __name__ == "__main__":

@@ -185,10 +185,13 @@ def _device(name: str) -> str:
 
 def _samples(config: ExplainConfig, root: Path) -> list[TryOnSample]:
     """The chosen samples."""
-    from i2am_train.datasets.viton_hd import VitonHDDataset
+    from i2am_train.assembly import reading_of
+    from i2am_train.datasets.opening import open_dataset
     from i2am_train.errors import DataError
 
-    dataset = VitonHDDataset(root, config.split, config.pairing, config.data.size)
+    dataset = open_dataset(
+        root, config.split, config.pairing, config.data.size, reading_of(config.data)
+    )
     for index in config.samples:
         if index >= len(dataset):
             raise DataError(

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from i2am_train.errors import ConfigError
-from i2am_train.types import GridSize, LayerWeighting, Pairing, Split
+from i2am_train.types import GridSize, LayerWeighting, Pairing, PredictionType, Split
 
 LossVariantName = Literal[
     "paper",
@@ -31,8 +31,14 @@ LossVariantName = Literal[
 SamplerName = Literal["ddim", "dpmpp", "unipc"]
 Precision = Literal["32-true", "bf16-mixed", "16-mixed"]
 OptimizerName = Literal["adamw", "adamw8bit"]
-Trainable = Literal["all", "decoder", "cross_attention", "lora"]
+Trainable = Literal["all", "v1", "v2", "cross_attention", "lora"]
 Device = Literal["auto", "cpu", "cuda"]
+Normalisation = Literal["imagenet", "clip", "authors"]
+PublishedModel = Literal["dci_vton", "stableviton", "custom", "refined_custom"]
+"""Keys of ``reporting.published.TABLE_2``, which lies above; a test keeps the two equal."""
+LayoutName = Literal["auto", "viton_hd", "dresscode"]
+CategoryName = Literal["upper_body", "lower_body", "dresses"]
+FitName = Literal["stretch", "pad", "crop"]
 FigureFormat = Literal["png", "svg", "pdf"]
 FigureName = Literal[
     "layers",
@@ -73,7 +79,14 @@ class DataConfig:
     """Where the samples come from and how they are batched."""
 
     root: Path | None = None
-    """Folder in VITON-HD layout; null: the embedded synthetic dataset, made when missing."""
+    """Folder in VITON-HD or DressCode layout; null: the embedded dataset, made when missing."""
+    layout: LayoutName = "auto"
+    """How the folder is laid out; auto: dresscode where it has folders of categories."""
+    categories: list[CategoryName] = field(default_factory=list)
+    """Categories of DressCode to read: upper_body, lower_body, dresses; empty: all that exist."""
+    fit: FitName = "stretch"
+    """Pictures of another aspect: stretch changes the proportions, pad adds margins (white, around
+    body parts black), crop keeps the largest centred part."""
     height: int = 128
     """Image height in pixels; must be what the checkpoint was trained at."""
     width: int = 96
@@ -89,6 +102,8 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         self.root = _absolute(self.root)
+        if self.categories:
+            _check_unique("data.categories", self.categories)
         _check_size("data", self.height, self.width)
         _check_at_least("data.batch_size", self.batch_size, 1)
         _check_at_least("data.workers", self.workers, 0)
@@ -178,8 +193,10 @@ class OptimizationConfig:
     compile: bool = False
     """Compile the U-Net with torch.compile (a minute at the start; needs a C++ compiler on a CPU)."""
     trainable: Trainable = "all"
-    """Which weights of the denoiser train; projector and null tokens always do, but with lora:
-    low-rank adapters beside the attention projections, and nothing else."""
+    """Which weights of the U-Net train: v1 (the authors' first code: decoder, output, first convolution
+    and the encoder's cross-attention), v2 (their later one: all but the time embedding),
+    cross_attention (and the first convolution), or all; projector and null tokens do, too. lora:
+    low-rank adapters beside its attention projections, and nothing else."""
     lora_rank: int = 16
     """Rank of the adapters of trainable=lora."""
     lora_alpha: float | None = None
@@ -432,6 +449,9 @@ class TrainConfig:
     """Seed of initialisation, order, noise and dropout of training."""
     resume: bool = True
     """Continue a stopped run of the same configuration; false refuses a used folder."""
+    expected: PublishedModel | None = None
+    """Row of the paper's Table 2 that `i2am evaluate` prints beside the run's scores: dci_vton,
+    stableviton, custom or refined_custom; the experiments that repeat the paper set it."""
     dry_run: bool = False
     """Check everything, take a few steps, print sizes, memory and time, and write nothing."""
     data: DataConfig = field(default_factory=DataConfig)
@@ -486,6 +506,9 @@ class EvaluateConfig:
     """Arithmetic of the denoiser (bf16-mixed on a GPU; on a CPU float32 is faster)."""
     progress_bar: bool = True
     """Show progress with the time left."""
+    expected: PublishedModel | None = None
+    """Row of the paper's Table 2 to print beside the scores: dci_vton, stableviton, custom or
+    refined_custom; null: the one that the run's experiment names, if any."""
     data: DataConfig = field(default_factory=DataConfig)
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     attribution: AttributionConfig = field(default_factory=AttributionConfig)
@@ -677,6 +700,69 @@ class ReportConfig:
 
 
 @dataclass(kw_only=True, slots=True)
+class InitConfig:
+    """Make a model folder for `i2am train` from Stable Diffusion 1.5, a VAE and an image encoder."""
+
+    output: Path
+    """Folder of the new model; must not exist yet."""
+    unet: str | None = None
+    """Stable Diffusion 1.5's U-Net: diffusers folder of it or of a pipeline, such a name on the hub,
+    or a file in the original layout (v1-5-pruned.ckpt or .safetensors)."""
+    custom: Path | None = None
+    """Instead of unet: a checkpoint of the authors' custom model (VITON-v1), with its projector."""
+    vae: str | None = None
+    """VAE: folder, name or file as for unet, also fine-tuned alone (VITONHD_VAE_finetuning.ckpt);
+    null: the one that comes with unet or custom."""
+    encoder: str = "facebook/dinov2-giant"
+    """Reference encoder: folder of transformers or name on the hub, DINOv2 or CLIP of any size."""
+    ema: bool = False
+    """Take the averaged weights of a file that has both; the authors started from the others."""
+    height: int = 512
+    """Image height in pixels."""
+    width: int = 384
+    """Image width in pixels."""
+    reference_height: int | None = None
+    """Height that the garment is resized to for the encoder, a multiple of its patch; null: the
+    smallest that covers height (518 for 512 and patches of 14)."""
+    reference_width: int | None = None
+    """Width likewise (392 for 384)."""
+    normalisation: Normalisation | None = None
+    """Scale of the encoder's input: imagenet, clip, or authors (values from -1 to 1); null: the
+    encoder's own, with custom the authors'."""
+    class_token: bool | None = None
+    """Keep the encoder's class token before the patches; null: no, with custom as it was trained."""
+    projector_blocks: int = 3
+    """Transformer blocks of the new projector (with custom: as in the file)."""
+    projector_heads: int = 1
+    """Attention heads of these blocks."""
+    prediction_type: PredictionType = PredictionType.EPSILON
+    """What the U-Net predicts; v_prediction also ends the noise schedule in pure noise."""
+    half: bool = False
+    """Store the weights as float16: half the size, and too coarse to continue a training from."""
+    seed: int = 0
+    """Seed of the new projector and null tokens."""
+
+    def __post_init__(self) -> None:
+        self.output = self.output.expanduser().absolute()
+        self.custom = _absolute(self.custom)
+        given = [name for name in ("unet", "custom") if getattr(self, name) is not None]
+        if len(given) != 1:
+            raise ConfigError(
+                f"What to start from is not clear: found {' and '.join(given) or 'neither unet nor custom'}. "
+                "Give unet=SOURCE for Stable Diffusion, or custom=FILE for the authors' model."
+            )
+        if self.custom is not None and self.ema:
+            _refuse("ema", "true", "false with custom: the authors kept no average")
+        _check_size("", self.height, self.width)
+        for name in ("reference_height", "reference_width"):
+            if getattr(self, name) is not None:
+                _check_at_least(name, getattr(self, name), 1)
+        _check_at_least("projector_blocks", self.projector_blocks, 0)
+        _check_at_least("projector_heads", self.projector_heads, 1)
+        _check_at_least("seed", self.seed, 0)
+
+
+@dataclass(kw_only=True, slots=True)
 class DashboardConfig:
     """Make a workspace and a report for the project's runs in Weights & Biases."""
 
@@ -709,6 +795,9 @@ class DataMakeConfig:
     """Image height in pixels."""
     width: int = 96
     """Image width in pixels."""
+    annotations: bool = False
+    """Also write human-parsing maps (image-parse-v3) and keypoints (openpose_json), which
+    `i2am data derive` starts from."""
     workers: int | None = None
     """Processes that draw; null: one per core."""
 
@@ -728,13 +817,66 @@ class DataMakeConfig:
 
 
 @dataclass(kw_only=True, slots=True)
+class DataDeriveConfig:
+    """Make what a dataset lacks: masks and agnostic pictures, from parsing maps and poses."""
+
+    root: Path
+    """Dataset folder in VITON-HD or DressCode layout: pair lists, people and flat garments."""
+    layout: LayoutName = "auto"
+    """How the folder is laid out; auto: dresscode where it has folders of categories."""
+    categories: list[CategoryName] = field(default_factory=list)
+    """Categories of DressCode to work on; empty: all that exist."""
+    category: CategoryName = "upper_body"
+    """What the garments cover, in VITON-HD layout (DressCode's folders say it)."""
+    labels: Literal["auto", "viton_hd", "dresscode"] = "auto"
+    """Labels of the parsing maps: the 20 of image-parse-v3 or the 18 of label_maps; auto: those
+    that are usual in the layout."""
+    parser: str | None = None
+    """Folder or hub name of a transformers segmentation model that makes missing parsing maps,
+    such as mattmdjaga/segformer_b2_clothes; null: the maps must be there."""
+    estimator: str | None = None
+    """Folder or hub name of a ViTPose model of transformers that makes missing keypoints, such as
+    usyd-community/vitpose-base-simple; null: keypoints (or DensePose) must be there."""
+    pose: Literal["auto", "keypoints", "densepose", "none"] = "auto"
+    """Where bodies come from; auto: keypoints where there are any, else DensePose; none: from the
+    parsing map alone, which tells the model the garment's outline."""
+    overwrite: bool = False
+    """Make files anew that exist."""
+    preview: bool = False
+    """Draw every step of every person into <root>/previews."""
+    device: Device = "auto"
+    """Where parser and estimator compute."""
+    workers: int | None = None
+    """Threads; null: one per core."""
+    json: Path | None = None
+    """File for the report; null: <root>/derived.json."""
+
+    def __post_init__(self) -> None:
+        self.root = self.root.expanduser().absolute()
+        self.json = _absolute(self.json)
+        if self.categories:
+            _check_unique("categories", self.categories)
+        for name in ("parser", "estimator"):
+            if getattr(self, name) is not None and not getattr(self, name).strip():
+                _refuse(name, repr(getattr(self, name)), "a folder or a hub name, or null")
+        if self.estimator is not None and self.pose in ("densepose", "none"):
+            _refuse("pose", self.pose, "auto or keypoints with an estimator")
+        if self.workers is not None:
+            _check_at_least("workers", self.workers, 1)
+
+
+@dataclass(kw_only=True, slots=True)
 class DataCheckConfig:
     """Report everything that is wrong with a dataset folder."""
 
     root: Path
-    """Dataset folder in VITON-HD layout."""
+    """Dataset folder in VITON-HD or DressCode layout."""
+    layout: LayoutName = "auto"
+    """How the folder is laid out; auto: dresscode where it has folders of categories."""
+    categories: list[CategoryName] = field(default_factory=list)
+    """Categories of DressCode to check; empty: all that exist."""
     height: int | None = None
-    """Height that every image must have, in pixels; null: images must agree with each other."""
+    """Height that every image must have, in pixels; null: the pictures of a person must agree."""
     width: int | None = None
     """Width that every image must have, in pixels."""
     json: Path | None = None
@@ -743,6 +885,8 @@ class DataCheckConfig:
     def __post_init__(self) -> None:
         self.root = self.root.expanduser().absolute()
         self.json = _absolute(self.json)
+        if self.categories:
+            _check_unique("categories", self.categories)
         if (self.height is None) != (self.width is None):
             raise ConfigError(
                 f"Only one of height={self.height} and width={self.width} is set. "
@@ -763,9 +907,11 @@ COMMANDS: dict[str, type[Any]] = {
     "ablate": AblateConfig,
     "explain": ExplainConfig,
     "report": ReportConfig,
+    "init": InitConfig,
     "dashboard": DashboardConfig,
     "data_make": DataMakeConfig,
     "data_check": DataCheckConfig,
+    "data_derive": DataDeriveConfig,
 }
 """Schema of each file ``conf/<command>.yaml``."""
 
@@ -773,6 +919,7 @@ WITHOUT_EFFECT_ON_WEIGHTS: tuple[str, ...] = (
     "output",
     "resume",
     "label",
+    "expected",
     "data.workers",
     "tracking",
     "trainer.progress_bar",

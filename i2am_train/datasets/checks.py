@@ -1,4 +1,4 @@
-"""Everything that is wrong with a dataset folder in VITON-HD layout, found before training does.
+"""Everything that is wrong with a dataset folder, in VITON-HD or DressCode layout, found before training does.
 
 An *error* means that training or evaluation would fail or learn from wrong pictures; a *warning* is worth a look.
 Masks are judged by simple rules that hold for shop pictures: the garment's mask does not touch most of the
@@ -11,7 +11,7 @@ import io
 import json
 import os
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -24,19 +24,25 @@ from PIL import Image as PILImage
 from tqdm import tqdm
 
 from i2am_train.datasets.arrays import Mask
-from i2am_train.datasets.pictures import what_is_broken
-from i2am_train.datasets.viton_hd import (
+from i2am_train.datasets.layouts import (
+    AGNOSTIC,
     CORRESPONDENCE,
-    GARMENT_FOLDERS,
-    OPTIONAL_FOLDERS,
-    PERSON_FOLDERS,
+    GARMENT,
+    GARMENT_MASK,
+    GARMENT_ROLES,
+    INPAINT_MASK,
+    MASK_ROLES,
+    OPTIONAL_ROLES,
+    PERSON,
+    PERSON_ROLES,
     WARPED_MASK,
     Layout,
     Pair,
-    read_pairs,
 )
+from i2am_train.datasets.opening import AS_IT_LIES, Reading, split_layouts
+from i2am_train.datasets.pictures import what_is_broken
 from i2am_train.errors import DataError
-from i2am_train.types import GridSize, Split
+from i2am_train.types import GridSize, Pairing, Split
 
 Level = Literal["error", "warning"]
 
@@ -138,6 +144,7 @@ def check_dataset(
     root: Path | str,
     size: GridSize | None = None,
     *,
+    reading: Reading = AS_IT_LIES,
     threads: int | None = None,
     progress: bool = True,
 ) -> DatasetReport:
@@ -145,7 +152,8 @@ def check_dataset(
 
     Args:
         root: the dataset folder.
-        size: size that every picture must have; None: pictures must agree with the most frequent size.
+        size: size that every picture must have; None: the pictures of a person or garment must agree.
+        reading: layout and categories.
         threads: readers at a time; None: two per core.
         progress: show a bar with the time left.
     """
@@ -155,90 +163,144 @@ def check_dataset(
             "error", "missing_folder", "", "", "", f"There is no folder {root}. Check root=."
         )
         return DatasetReport(root, [missing], {}, 0, size)
+    try:
+        layouts = [layout for split in Split for layout in split_layouts(root, split, reading)]
+    except DataError as error:
+        refused = Finding("error", "missing_folder", "", "", "", str(error))
+        return DatasetReport(root, [refused], {}, 0, size)
     findings: list[Finding] = []
-    pairs = {split: _check_list(root, split, findings) for split in Split}
-    findings += _check_overlap(pairs)
-    jobs: list[Callable[[], _Checked]] = []
-    for split in Split:
-        folders = _check_folders(Layout(root, split), findings)
-        findings += _check_unlisted(Layout(root, split), folders, pairs[split])
-        jobs += _jobs(Layout(root, split), folders, pairs[split])
+    parts = [_Part(layout, *_check_lists(layout, findings)) for layout in layouts]
+    findings += _check_overlap(parts)
+    for part in parts:
+        findings += _check_folders(part.layout)
+    findings += _check_unlisted(parts)
+    jobs = [job for part in parts for job in part.jobs()]
     checked = _run(jobs, threads, progress)
-    sizes = [entry for part in checked for entry in part.sizes]
-    findings += [finding for part in checked for finding in part.findings]
-    expected, wrong = _check_sizes(sizes, size)
-    counts = {str(split): len(found) for split, found in pairs.items() if found}
+    sizes = [entry for result in checked for entry in result.sizes]
+    findings += [finding for result in checked for finding in result.findings]
+    expected, wrong = _check_sizes(checked, size)
+    counts = {part.layout.label: part.samples for part in parts if part.samples}
     return DatasetReport(root, findings + wrong, counts, len(sizes), expected)
 
 
 # -- lists and folders ---------------------------------------------------------------------------------------------
 
 
-def _check_list(root: Path, split: Split, findings: list[Finding]) -> list[Pair]:
-    """The pair list, with findings on the list itself."""
-    file = f"{split}_pairs.txt"
+@dataclass(frozen=True)
+class _Part:
+    """A split (of a category) and its lists."""
+
+    layout: Layout
+    paired: list[Pair]
+    """People with their own garments."""
+    unpaired: list[Pair]
+    """The test list of other garments; of training, empty."""
+
+    @property
+    def samples(self) -> int:
+        return len(self.paired)
+
+    @property
+    def roles(self) -> list[str]:
+        """Roles whose folders exist."""
+        known = [*PERSON_ROLES, *GARMENT_ROLES, *OPTIONAL_ROLES]
+        return [role for role in known if self.layout.has(role)]
+
+    def stems(self, role: str) -> set[str]:
+        """People or garments whose file a folder must hold."""
+        pairs = [*self.paired, *self.unpaired]
+        if role in GARMENT_ROLES:
+            return {pair.garment for pair in pairs}
+        return {pair.person for pair in pairs}
+
+    def jobs(self) -> list[_Job]:
+        """One job per person and one per garment."""
+        person_roles = [role for role in self.roles if role not in GARMENT_ROLES]
+        garment_roles = [role for role in self.roles if role in GARMENT_ROLES]
+        people, garments = sorted(self.stems(PERSON)), sorted(self.stems(GARMENT))
+        return [
+            *(_Job(self.layout, person_roles, stem, _judge_person) for stem in people),
+            *(_Job(self.layout, garment_roles, stem, _judge_garment) for stem in garments),
+        ]
+
+
+def _check_lists(layout: Layout, findings: list[Finding]) -> tuple[list[Pair], list[Pair]]:
+    """Pairs of people and their own garments, and the unpaired tests, with findings on the lists."""
+    file = layout.list_file(Pairing.UNPAIRED).name
     try:
-        pairs = read_pairs(root, split)
+        paired = layout.pairs(Pairing.PAIRED)
+        unpaired = layout.listed(Pairing.UNPAIRED) if layout.split is Split.TEST else []
     except DataError as error:
-        findings.append(Finding("error", "pair_list", split, "", file, str(error)))
-        return []
-    repeated = [name for name, count in Counter(pair.person for pair in pairs).items() if count > 1]
+        findings.append(Finding("error", "pair_list", layout.label, "", file, str(error)))
+        return [], []
+    repeated = [
+        name for name, count in Counter(pair.person for pair in paired).items() if count > 1
+    ]
     if repeated:
-        text = f"names {len(repeated)} people more than once, for example {repeated[0]}; remove the extra lines."
-        findings.append(Finding("warning", "repeated_name", split, "", file, text))
-    same = sum(pair.person == pair.garment for pair in pairs)
-    if split is Split.TEST and same:
-        text = f"{same} of {len(pairs)} unpaired tests give people their own garment; use another one in column 2."
-        findings.append(Finding("warning", "not_unpaired", split, "", file, text))
-    return pairs
+        text = f"lists {len(repeated)} people more than once, for example {repeated[0]}; remove the extra lines."
+        findings.append(Finding("warning", "repeated_name", layout.label, "", file, text))
+    same = sum(layout.worn(pair) for pair in unpaired)
+    if same:
+        text = f"{same} of {len(unpaired)} unpaired tests give people their own garment; use another one in column 2."
+        findings.append(Finding("warning", "not_unpaired", layout.label, "", file, text))
+    return paired, unpaired
 
 
-def _check_overlap(pairs: dict[Split, list[Pair]]) -> list[Finding]:
-    """People who are in both lists."""
-    train, test = ({pair.person for pair in pairs[split]} for split in (Split.TRAIN, Split.TEST))
-    both = sorted(train & test)
+def _check_overlap(parts: list[_Part]) -> list[Finding]:
+    """People who are in a training and in a test list of the same folder or category."""
+    people = {
+        split: {
+            (part.layout.category, pair.person)
+            for part in parts
+            if part.layout.split is split
+            for pair in part.paired
+        }
+        for split in Split
+    }
+    both = sorted(name for _, name in people[Split.TRAIN] & people[Split.TEST])
     if not both:
         return []
     text = f"{len(both)} people are in both lists, for example {both[0]}: test scores would be too good."
     return [Finding("warning", "split_overlap", "", "", "", text)]
 
 
-def _check_folders(layout: Layout, findings: list[Finding]) -> list[str]:
-    """The folders that exist, with findings on those that do not."""
-    needed = [*PERSON_FOLDERS, *GARMENT_FOLDERS] + (
-        [WARPED_MASK] if layout.split is Split.TRAIN else []
-    )
-    existing = []
-    for folder in [*PERSON_FOLDERS, *GARMENT_FOLDERS, *OPTIONAL_FOLDERS]:
-        if (layout.folder / folder).is_dir():
-            existing.append(folder)
-        elif folder in needed:
-            text = "is missing; it comes with VITON-HD (zalando-hd-resized), see data/README.md."
-            findings.append(Finding("error", "missing_folder", layout.split, folder, "", text))
-    return existing
+def _check_folders(layout: Layout) -> list[Finding]:
+    """Needed folders that do not exist."""
+    return [
+        Finding(
+            "error",
+            "missing_folder",
+            layout.label,
+            layout.place(role).folder,
+            "",
+            f"is missing. {layout.advice(role)}",
+        )
+        for role in layout.missing
+    ]
 
 
-def _stems(layout: Layout, folder: str, pairs: list[Pair]) -> set[str]:
-    """People or garments whose file a folder must hold: each own garment, and for tests the list's as well."""
-    people = {pair.person for pair in pairs}
-    others = {pair.garment for pair in pairs} if layout.split is Split.TEST else set()
-    return people | others if folder in GARMENT_FOLDERS else people
-
-
-def _check_unlisted(layout: Layout, folders: list[str], pairs: list[Pair]) -> list[Finding]:
-    """Files that no pair uses: one finding per folder."""
+def _check_unlisted(parts: list[_Part]) -> list[Finding]:
+    """Files that no pair uses: one finding per folder (DressCode's splits and roles share folders)."""
+    expected: dict[Path, set[str]] = {}
+    labels: dict[Path, list[str]] = {}
+    for part in parts:
+        for role in part.roles:
+            folder = part.layout.folder / part.layout.place(role).folder
+            names = {part.layout.path(role, stem).name for stem in part.stems(role)}
+            expected.setdefault(folder, set()).update(names)
+            labels.setdefault(folder, []).append(part.layout.label)
     found = []
-    for folder in folders:
-        expected = {layout.path(folder, stem).name for stem in _stems(layout, folder, pairs)}
+    for folder, names in expected.items():
+        # DensePose's UV maps lie beside DressCode's labels
         extra = sorted(
-            entry.name for entry in os.scandir(layout.folder / folder) if entry.name not in expected
+            entry.name
+            for entry in folder.iterdir()
+            if entry.name not in names and entry.suffix != ".npz"
         )
         if extra:
-            text = (
-                f"{len(extra)} files belong to no pair of {layout.split}_pairs.txt: "
-                "the list is too short, or they are left over."
-            )
-            found.append(Finding("warning", "unpaired_file", layout.split, folder, extra[0], text))
+            label = ", ".join(dict.fromkeys(labels[folder]))
+            text = f"{len(extra)} files belong to no pair of the lists: a list is too short, or they are left over."
+            found.append(Finding("warning", "unpaired_file", label, folder.name, extra[0], text))
     return found
 
 
@@ -263,23 +325,9 @@ class _Checked:
     sizes: list[_Sized] = field(default_factory=list)
 
 
-def _jobs(layout: Layout, folders: list[str], pairs: list[Pair]) -> list[Callable[[], _Checked]]:
-    """One job per person and one per garment."""
-    person_folders = [name for name in folders if name not in GARMENT_FOLDERS]
-    garment_folders = [name for name in folders if name in GARMENT_FOLDERS]
-    people, garments = (
-        sorted(_stems(layout, "image", pairs)),
-        sorted(_stems(layout, "cloth", pairs)),
-    )
-    return [
-        *(_Job(layout, person_folders, stem, _judge_person) for stem in people),
-        *(_Job(layout, garment_folders, stem, _judge_garment) for stem in garments),
-    ]
-
-
 Pictures = dict[str, NDArray[Any]]
 Judgement = tuple[Level, str, str, str]
-"""Level, code, folder, message."""
+"""Level, code, role, message."""
 
 
 @dataclass(frozen=True)
@@ -287,92 +335,89 @@ class _Job:
     """Read all pictures of a person or a garment, then judge them together."""
 
     layout: Layout
-    folders: list[str]
+    roles: list[str]
     stem: str
     judge: Callable[[Pictures], Iterable[Judgement]]
 
     def __call__(self) -> _Checked:
         checked = _Checked()
         pictures = {
-            folder: picture
-            for folder in self.folders
-            if (picture := self._read(folder, checked)) is not None
+            role: picture
+            for role in self.roles
+            if (picture := self._read(role, checked)) is not None
         }
-        for level, code, folder, text in self.judge(pictures):
-            checked.findings.append(self._finding(folder, code, text, level))
+        for level, code, role, text in self.judge(pictures):
+            checked.findings.append(self._finding(role, code, text, level))
         return checked
 
-    def _finding(self, folder: str, code: str, text: str, level: Level = "error") -> Finding:
-        return Finding(
-            level, code, self.layout.split, folder, self.layout.path(folder, self.stem).name, text
-        )
+    def _finding(self, role: str, code: str, text: str, level: Level = "error") -> Finding:
+        path = self.layout.path(role, self.stem)
+        return Finding(level, code, self.layout.label, path.parent.name, path.name, text)
 
-    def _read(self, folder: str, checked: _Checked) -> NDArray[Any] | None:
+    def _read(self, role: str, checked: _Checked) -> NDArray[Any] | None:
         """A picture, reduced where that saves time; its faults and its size go to ``checked``."""
-        path = self.layout.path(folder, self.stem)
+        path = self.layout.path(role, self.stem)
         try:
             content = path.read_bytes()
         except OSError:
             text = "is in the pair list, but there is no such file."
-            checked.findings.append(self._finding(folder, "missing_file", text))
+            checked.findings.append(self._finding(role, "missing_file", text))
             return None
         fault = what_is_broken(content)
-        size, picture = (None, None) if fault else _decode(content, folder)
+        size, picture = (None, None) if fault else _decode(content, role)
         if size is None or picture is None:
             text = f"{fault or 'cannot be decoded'}; copy it again from the source."
-            checked.findings.append(self._finding(folder, "unreadable", text))
+            checked.findings.append(self._finding(role, "unreadable", text))
             return None
-        checked.sizes.append(_Sized(self.layout.split, folder, path.name, size))
+        checked.sizes.append(_Sized(self.layout.label, path.parent.name, path.name, size))
         return picture
 
 
-def _decode(content: bytes, folder: str) -> tuple[GridSize | None, NDArray[Any] | None]:
+def _decode(content: bytes, role: str) -> tuple[GridSize | None, NDArray[Any] | None]:
     """Size and reduced picture of a whole file; (None, None) if it cannot be decoded."""
     try:
         with PILImage.open(io.BytesIO(content)) as opened:
             size = GridSize(opened.height, opened.width)
     except (OSError, ValueError):
         return None, None
-    return size, cv2.imdecode(np.frombuffer(content, np.uint8), _decoding(folder, size.height))
+    return size, cv2.imdecode(np.frombuffer(content, np.uint8), _decoding(role, size.height))
 
 
-def _decoding(folder: str, height: int) -> int:
-    """OpenCV's flag for a folder's pictures: grey for masks, reduced while they are large."""
-    if folder == CORRESPONDENCE:
+def _decoding(role: str, height: int) -> int:
+    """OpenCV's flag for a role's pictures: grey for masks, reduced while they are large."""
+    if role == CORRESPONDENCE:
         return cv2.IMREAD_UNCHANGED
-    reductions = (
-        GREY_READING if folder in ("cloth-mask", "agnostic-mask", WARPED_MASK) else COLOUR_READING
-    )
+    reductions = GREY_READING if role in MASK_ROLES else COLOUR_READING
     fitting = [flag for factor, flag in reductions.items() if height >= factor * CHECK_SIZE]
     return fitting[-1] if fitting else next(iter(reductions.values()))
 
 
 def _judge_garment(pictures: Pictures) -> Iterable[Judgement]:
     """The flat garment's mask: neither empty nor inverted."""
-    if "cloth-mask" not in pictures:
+    if GARMENT_MASK not in pictures:
         return
-    mask = pictures["cloth-mask"] >= 128
+    mask = pictures[GARMENT_MASK] >= 128
     if not mask.any():
         yield (
             "error",
             "empty_mask",
-            "cloth-mask",
+            GARMENT_MASK,
             "has no white pixel: the garment would be ignored.",
         )
     elif _border_share(mask) > 0.5 and _center_share(mask) < 0.5:
         yield (
             "error",
             "inverted_mask",
-            "cloth-mask",
+            GARMENT_MASK,
             "is white around the garment; white must be the garment.",
         )
 
 
 def _judge_person(pictures: Pictures) -> Iterable[Judgement]:
     """The person's masks, against each other and against the agnostic picture."""
-    inpaint = pictures["agnostic-mask"] >= 128 if "agnostic-mask" in pictures else None
+    inpaint = pictures[INPAINT_MASK] >= 128 if INPAINT_MASK in pictures else None
     if inpaint is not None:
-        judgements = list(_judge_inpaint(inpaint, pictures.get("agnostic-v3.2")))
+        judgements = list(_judge_inpaint(inpaint, pictures.get(AGNOSTIC)))
         yield from judgements
         if any(code == "inverted_mask" for _, code, _, _ in judgements):
             inpaint = ~inpaint  # so that the other masks are judged against what was meant
@@ -395,7 +440,7 @@ def _judge_inpaint(inpaint: Mask, agnostic: NDArray[Any] | None) -> Iterable[Jud
         yield (
             "error",
             "empty_mask",
-            "agnostic-mask",
+            INPAINT_MASK,
             "has no white pixel: nothing would be painted.",
         )
         return
@@ -403,7 +448,7 @@ def _judge_inpaint(inpaint: Mask, agnostic: NDArray[Any] | None) -> Iterable[Jud
         yield (
             "warning",
             "full_mask",
-            "agnostic-mask",
+            INPAINT_MASK,
             "is white everywhere: the whole picture would be painted.",
         )
         return
@@ -416,10 +461,10 @@ def _judge_inpaint(inpaint: Mask, agnostic: NDArray[Any] | None) -> Iterable[Jud
             f"is black where the agnostic picture is grey ({outside:.0%} grey outside, {inside:.0%} inside); "
             "white must be the region to paint."
         )
-        yield "error", "inverted_mask", "agnostic-mask", text
+        yield "error", "inverted_mask", INPAINT_MASK, text
     elif inside < 0.25:
         text = f"is grey in only {inside:.0%} of its mask: it may show the clothes."
-        yield "warning", "agnostic_not_grey", "agnostic-v3.2", text
+        yield "warning", "agnostic_not_grey", AGNOSTIC, text
 
 
 def _judge_warped(warped: Mask, inpaint: Mask | None) -> Iterable[Judgement]:
@@ -450,7 +495,9 @@ def _center_share(mask: Mask) -> float:
     return float(mask[3 * height // 8 : 5 * height // 8, 3 * width // 8 : 5 * width // 8].mean())
 
 
-def _run(jobs: list[Callable[[], _Checked]], threads: int | None, progress: bool) -> list[_Checked]:
+def _run(
+    jobs: Sequence[Callable[[], _Checked]], threads: int | None, progress: bool
+) -> list[_Checked]:
     """Run all jobs on threads (reading and decoding leave Python's lock)."""
     count = threads or 2 * (os.cpu_count() or 1)
     with ThreadPoolExecutor(count) as pool:
@@ -467,23 +514,35 @@ def _run(jobs: list[Callable[[], _Checked]], threads: int | None, progress: bool
 
 
 def _check_sizes(
-    sizes: list[_Sized], wanted: GridSize | None
+    checked: list[_Checked], wanted: GridSize | None
 ) -> tuple[GridSize | None, list[Finding]]:
-    """Pictures whose size differs from the wanted or the most frequent one."""
-    if not sizes:
+    """Pictures that differ from the wanted size, or from the others of their person or garment.
+
+    People may differ from each other, as own photographs do: then there is no common size, and a warning.
+    """
+    groups = [result.sizes for result in checked if result.sizes]
+    if not groups:
         return wanted, []
-    expected = wanted or Counter(entry.size for entry in sizes).most_common(1)[0][0]
-    origin = "was asked for" if wanted else "is the size of most"
-    wrong = [
-        Finding(
-            "error",
-            "wrong_size",
-            e.split,
-            e.folder,
-            e.file,
-            f"is {e.size} (height x width); {expected} {origin}.",
-        )
-        for e in sizes
-        if e.size != expected
+    common = [Counter(entry.size for entry in group).most_common(1)[0][0] for group in groups]
+    findings = [
+        _wrong_size(entry, wanted or usual, "was asked for" if wanted else "is the size of most")
+        for group, usual in zip(groups, common, strict=True)
+        for entry in group
+        if entry.size != (wanted or usual)
     ]
-    return expected, wrong
+    usual, number = Counter(common).most_common(1)[0]
+    if wanted is None and number < len(groups):
+        other = next(group[0] for group, size in zip(groups, common, strict=True) if size != usual)
+        text = (
+            f"is {other.size} (height x width), one of {len(groups) - number} people or garments that are not "
+            f"{usual}: data.fit says how they come to one size."
+        )
+        findings.append(
+            Finding("warning", "mixed_sizes", other.split, other.folder, other.file, text)
+        )
+    return wanted or usual, findings
+
+
+def _wrong_size(entry: _Sized, expected: GridSize, origin: str) -> Finding:
+    text = f"is {entry.size} (height x width); {expected} {origin}."
+    return Finding("error", "wrong_size", entry.split, entry.folder, entry.file, text)

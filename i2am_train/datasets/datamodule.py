@@ -23,8 +23,9 @@ import torch
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 from torchdata.stateful_dataloader import StatefulDataLoader
 
+from i2am_train.datasets.opening import AS_IT_LIES, Reading, list_length, open_dataset
+from i2am_train.datasets.reading import EpochPosition, TryOnDataset
 from i2am_train.datasets.sample import TryOnSample
-from i2am_train.datasets.viton_hd import EpochPosition, VitonHDDataset, read_pairs
 from i2am_train.errors import DataError
 from i2am_train.types import GridSize, Pairing, Split
 
@@ -51,7 +52,7 @@ class ExactSampler(DistributedSampler[Any]):
 
     def __init__(self, dataset: Dataset[Any], replicas: int = 1, rank: int = 0) -> None:
         super().__init__(dataset, num_replicas=replicas, rank=rank, shuffle=False)
-        self.positions = range(rank, len(cast(VitonHDDataset, dataset)), replicas)
+        self.positions = range(rank, len(cast(TryOnDataset, dataset)), replicas)
 
     def __iter__(self) -> Iterator[int]:
         """Every ``replicas``-th position, beginning with the rank."""
@@ -65,7 +66,7 @@ class TryOnDataModule(L.LightningDataModule):
     """All loaders of a run.
 
     Args:
-        root: dataset folder in VITON-HD layout.
+        root: dataset folder.
         size: picture size, height first.
         batch_size: training samples per process and step.
         eval_batch_size: samples per process and step elsewhere.
@@ -75,6 +76,7 @@ class TryOnDataModule(L.LightningDataModule):
         validation_samples: how many of the last training samples are held out for validation.
         test_samples: how many of the test samples to use; None for all.
         test_pairing: whether test and prediction give people their own garment.
+        reading: layout, categories, and how other aspects are dealt with.
 
     Attributes:
         test_batches: positions in the test dataset that ``test_dataloader`` reads, batch by batch; None for all.
@@ -84,12 +86,12 @@ class TryOnDataModule(L.LightningDataModule):
     def __init__(
         self, root: Path | str, size: GridSize, *, batch_size: int = 16, eval_batch_size: int = 16, workers: int = 0,
         augment: bool = True, seed: int = 0, validation_samples: int = 0, test_samples: int | None = None,
-        test_pairing: Pairing = Pairing.PAIRED,
+        test_pairing: Pairing = Pairing.PAIRED, reading: Reading = AS_IT_LIES,
     ) -> None:  # fmt: skip
         super().__init__()
         self.root, self.size = Path(root), GridSize(*size)
         self.batch_size, self.eval_batch_size, self.workers = batch_size, eval_batch_size, workers
-        self.augment, self.seed = augment, seed
+        self.augment, self.seed, self.reading = augment, seed, reading
         self.validation_samples, self.test_samples, self.test_pairing = (
             validation_samples,
             test_samples,
@@ -99,7 +101,7 @@ class TryOnDataModule(L.LightningDataModule):
 
     # -- datasets --------------------------------------------------------------------------------------------------
 
-    def train_dataset(self) -> VitonHDDataset:
+    def train_dataset(self) -> TryOnDataset:
         """The training list without the samples held out for validation."""
         indices = range(self._train_total() - self.validation_samples)
         if len(indices) < self.batch_size * self._processes():
@@ -108,42 +110,34 @@ class TryOnDataModule(L.LightningDataModule):
                 f"validation, {len(indices)} are left, fewer than one batch of {self.batch_size * self._processes()}. "
                 "Use more samples, or lower data.batch_size or validation.samples."
             )
-        return VitonHDDataset(
-            self.root,
-            Split.TRAIN,
-            Pairing.PAIRED,
-            self.size,
-            augment=self.augment,
-            seed=self.seed,
+        return open_dataset(
+            self.root, Split.TRAIN, Pairing.PAIRED, self.size, self.reading, augment=self.augment, seed=self.seed,
             indices=indices,
-        )
+        )  # fmt: skip
 
-    def validation_dataset(self) -> VitonHDDataset:
+    def validation_dataset(self) -> TryOnDataset:
         """The held-out end of the training list, never augmented and read like test samples."""
         total = self._train_total()
         indices = range(total - self.validation_samples, total)
-        return VitonHDDataset(
-            self.root,
-            Split.TRAIN,
-            Pairing.PAIRED,
-            self.size,
-            indices=indices,
-            small_mask_rule=False,
-        )
+        return open_dataset(
+            self.root, Split.TRAIN, Pairing.PAIRED, self.size, self.reading, indices=indices, small_mask_rule=False
+        )  # fmt: skip
 
-    def test_dataset(self) -> VitonHDDataset:
+    def test_dataset(self) -> TryOnDataset:
         """The test list, or its first ``test_samples``."""
-        total = len(read_pairs(self.root, Split.TEST))
+        total = list_length(self.root, Split.TEST, self.test_pairing, self.reading)
         if self.test_samples is not None and self.test_samples > total:
             raise DataError(
                 f"{self.test_samples} test samples were asked for, but {self.root} has {total}. "
                 f"Ask for {total} or fewer."
             )
         indices = range(total if self.test_samples is None else self.test_samples)
-        return VitonHDDataset(self.root, Split.TEST, self.test_pairing, self.size, indices=indices)
+        return open_dataset(
+            self.root, Split.TEST, self.test_pairing, self.size, self.reading, indices=indices
+        )
 
     def _train_total(self) -> int:
-        total = len(read_pairs(self.root, Split.TRAIN))
+        total = list_length(self.root, Split.TRAIN, Pairing.PAIRED, self.reading)
         if not 0 <= self.validation_samples < total:
             raise DataError(
                 f"{self.validation_samples} validation samples cannot be held out of the {total} training samples in "
@@ -181,7 +175,7 @@ class TryOnDataModule(L.LightningDataModule):
     def predict_dataloader(self) -> DataLoader[TryOnSample]:
         return self._evaluation_loader(self.test_dataset())
 
-    def _evaluation_loader(self, dataset: VitonHDDataset) -> DataLoader[TryOnSample]:
+    def _evaluation_loader(self, dataset: TryOnDataset) -> DataLoader[TryOnSample]:
         if len(dataset) < self._processes():  # an idle process would never join the others' scores
             raise DataError(
                 f"{len(dataset)} samples cannot be evaluated on {self._processes()} processes. Set validation.samples "

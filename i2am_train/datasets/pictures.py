@@ -1,9 +1,17 @@
-"""Reading the pictures of a try-on dataset: whole files only, one size, masks as booleans."""
+"""Pictures of a try-on dataset: whole files only, one size, masks as booleans.
+
+Pictures of another size than the one asked for are resized. Where the aspect differs, too, ``Fit`` says how:
+``stretch`` changes the proportions (what the authors do, and harmless where the aspect is the same), ``pad`` keeps
+the whole picture and adds equal margins on two sides, ``crop`` keeps the largest centred part and loses the rest.
+"""
 
 from __future__ import annotations
 
+import os
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import cv2
 import numpy as np
@@ -13,10 +21,19 @@ from i2am_train.datasets.arrays import Image, Mask
 from i2am_train.errors import DataError
 from i2am_train.types import GridSize
 
+Fit = Literal["stretch", "pad", "crop"]
+"""How a picture of another aspect comes to the size that is asked for."""
+
 JPEG_START, JPEG_END = b"\xff\xd8", b"\xff\xd9"
 PNG_START, PNG_END = b"\x89PNG", b"IEND\xaeB`\x82"
 TAIL = 4096
 """Bytes at the end of a file in which its end mark is looked for (some writers append padding)."""
+
+WRITING = {
+    ".jpg": [cv2.IMWRITE_JPEG_QUALITY, 97, cv2.IMWRITE_JPEG_SAMPLING_FACTOR, cv2.IMWRITE_JPEG_SAMPLING_FACTOR_444],
+    ".png": [cv2.IMWRITE_PNG_COMPRESSION, 3],
+}  # fmt: skip
+"""OpenCV's options by file name ending."""
 
 
 def read_picture(path: Path, flags: int) -> NDArray[Any]:
@@ -58,16 +75,151 @@ def _advice(path: Path) -> str:
     return f"Run 'i2am data check root={path.parents[2]}' to list everything that is wrong with the dataset."
 
 
-def read_colour(path: Path, size: GridSize) -> Image:
-    """RGB ``[H, W, 3]``, resized as :func:`resize_picture` does."""
-    return resize_picture(
-        cv2.cvtColor(read_picture(path, cv2.IMREAD_COLOR), cv2.COLOR_BGR2RGB), size
-    )
+def read_colour(path: Path) -> Image:
+    """RGB ``[H, W, 3]`` at the picture's own size."""
+    return cast(Image, cv2.cvtColor(read_picture(path, cv2.IMREAD_COLOR), cv2.COLOR_BGR2RGB))
 
 
 def read_native_mask(path: Path) -> Mask:
     """A mask at its own size: grey value at least 128."""
     return np.asarray(read_picture(path, cv2.IMREAD_GRAYSCALE) >= 128)
+
+
+def write_picture(path: Path, picture: NDArray[Any]) -> None:
+    """Write RGB, grey or a mask (True as 255) in one step: readers see a whole picture or none.
+
+    Raises:
+        DataError: the folder cannot be written.
+    """
+    if picture.dtype == np.bool_:
+        picture = picture.astype(np.uint8) * np.uint8(255)
+    if picture.ndim == 3:
+        picture = cv2.cvtColor(picture, cv2.COLOR_RGB2BGR)
+    _, content = cv2.imencode(path.suffix, np.ascontiguousarray(picture), WRITING[path.suffix])
+    write_bytes(path, content.tobytes())
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write a file in one step.
+
+    Raises:
+        DataError: the folder cannot be written.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_bytes(content)
+        temporary.replace(path)
+    except OSError as error:
+        with suppress(OSError):
+            temporary.unlink()
+        raise DataError(
+            f"Could not write {path}: {error.strerror or error}. "
+            "Check that the disk has room and the folder is writable."
+        ) from error
+
+
+# -- one size ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Window:
+    """The part of a picture that fills the whole result, in shares of the picture: it may reach beyond it."""
+
+    top: float
+    left: float
+    height: float
+    width: float
+
+    def carried(self, places: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Places ``[..., 2]`` (yx, 0..1) of the picture as places of the result; NaN where they left it."""
+        if self == WHOLE:
+            return places
+        origin, extent = np.array([self.top, self.left]), np.array([self.height, self.width])
+        moved = (places - origin) / extent
+        inside = ((moved >= 0.0) & (moved <= 1.0)).all(axis=-1, keepdims=True)
+        return np.where(inside, moved, np.nan).astype(np.float32)
+
+
+WHOLE = Window(0.0, 0.0, 1.0, 1.0)
+
+
+def window(native: GridSize, size: GridSize, fit: Fit) -> Window:
+    """What of a picture of one size is seen in a result of another size.
+
+    >>> window(GridSize(100, 100), GridSize(64, 48), "crop")
+    Window(top=0.0, left=0.12, height=1.0, width=0.75)
+    >>> window(GridSize(100, 100), GridSize(64, 48), "pad")
+    Window(top=-0.1666..., left=0.0, height=1.333..., width=1.0)
+    """
+    if fit == "crop":
+        top, left, height, width = _cut(native, size)
+        whole = native
+    elif fit == "pad":
+        top, left, whole = _margins(native, size)
+        top, left, (height, width) = -top, -left, size
+    else:
+        return WHOLE
+    return Window(
+        top / whole.height, left / whole.width, height / whole.height, width / whole.width
+    )
+
+
+def fit_picture(picture: Image, size: GridSize, fit: Fit, fill: int) -> Image:
+    """A picture ``[H, W, 3]`` of any size at another; ``fill`` is the grey value beside a padded one."""
+    part, inner = _part(picture, size, fit)
+    return cast(Image, _padded(resize_picture(part, inner), size, fill))
+
+
+def fit_mask(mask: Mask, size: GridSize, fit: Fit) -> Mask:
+    """A mask of any size at another; False beside a padded one."""
+    part, inner = _part(mask, size, fit)
+    resized = resize_mask(part, inner)
+    if resized.shape == tuple(size):
+        return resized
+    return np.asarray(_padded(resized.astype(np.uint8), size, 0) > 0)
+
+
+def fit_nearest(
+    array: NDArray[np.float32], size: GridSize, fit: Fit, fill: float
+) -> NDArray[np.float32]:
+    """Values that must not be mixed, at another size."""
+    part, inner = _part(array, size, fit)
+    return cast("NDArray[np.float32]", _padded(resize_nearest(part, inner), size, fill))
+
+
+def _cut(native: GridSize, size: GridSize) -> tuple[int, int, int, int]:
+    """Top, left, height and width of the largest centred part with the aspect of ``size``."""
+    height = min(native.height, round(native.width * size.height / size.width))
+    width = min(native.width, round(native.height * size.width / size.height))
+    return (native.height - height) // 2, (native.width - width) // 2, height, width
+
+
+def _margins(native: GridSize, size: GridSize) -> tuple[int, int, GridSize]:
+    """Top and left margin, and the size of the whole picture between the margins."""
+    scale = min(size.height / native.height, size.width / native.width)
+    height, width = max(1, round(native.height * scale)), max(1, round(native.width * scale))
+    return (size.height - height) // 2, (size.width - width) // 2, GridSize(height, width)
+
+
+def _part(array: NDArray[Any], size: GridSize, fit: Fit) -> tuple[NDArray[Any], GridSize]:
+    """What is kept of a picture, and the size that it gets."""
+    native = GridSize(*array.shape[:2])
+    if fit == "crop":
+        top, left, height, width = _cut(native, size)
+        return array[top : top + height, left : left + width], size
+    return array, _margins(native, size)[2] if fit == "pad" else size
+
+
+def _padded(array: NDArray[Any], size: GridSize, fill: float) -> NDArray[Any]:
+    """Margins around a picture, equal on opposite sides."""
+    height, width = array.shape[:2]
+    if (height, width) == tuple(size):
+        return array
+    top, left = (size.height - height) // 2, (size.width - width) // 2
+    result = np.full((*size, *array.shape[2:]), fill, array.dtype)
+    result[top : top + height, left : left + width] = array
+    return result
 
 
 def resize_picture(picture: NDArray[Any], size: GridSize) -> Image:

@@ -12,7 +12,7 @@ import math
 import multiprocessing
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -28,6 +28,8 @@ from i2am_train.datasets import garments, people
 from i2am_train.datasets.arrays import GREY, Image, Mask, SampleArrays
 from i2am_train.datasets.correspondence_files import encode_correspondence
 from i2am_train.datasets.garments import Garment
+from i2am_train.datasets.keypoints import Joints, openpose_json
+from i2am_train.datasets.layouts import KEYPOINTS, PARSING
 from i2am_train.datasets.meshes import (
     FIRST_TRIANGLE_LABEL,
     Camera,
@@ -36,8 +38,10 @@ from i2am_train.datasets.meshes import (
     ellipse,
     fill,
 )
+from i2am_train.datasets.parsing import VITON_HD, LabelMap, write_labels
 from i2am_train.datasets.people import SIDES, Body, Person
 from i2am_train.errors import DataError
+from i2am_train.runs import write_text
 from i2am_train.types import GridSize, Split
 
 GENERATOR_VERSION = 1
@@ -81,6 +85,16 @@ def _lookup(values: dict[int, tuple[int, ...] | int]) -> Image:
 
 
 POSE_PALETTE = _lookup(dict(enumerate(POSE_COLOURS.values(), start=1)))
+PARSED = _lookup(
+    {
+        label: VITON_HD.names.index(name)
+        for label, name in {
+            NECK: "neck", TROUSERS: "pants", TROUSERS_SHADE: "pants", HAIR: "hair", EYE: "face", LIPS: "face",
+            FIRST_TRIANGLE_LABEL: "upper_clothes",
+        }.items()
+    }
+)  # fmt: skip
+"""Label of a human-parsing map for each kind; skin needs its place, too."""
 KEPT = _lookup({HAND: 255})
 KEPT_ABOVE_CHIN = _lookup(dict.fromkeys((SKIN, HAIR, EYE, LIPS), 255))
 """Never inpainted: hands, and face and hair as far as they lie above the chin."""
@@ -127,6 +141,18 @@ def iterate(seed: int, indices: Iterator[int] | range, size: GridSize) -> Iterat
     """Samples one after the other, without files."""
     for index in indices:
         yield render_sample(seed, index, size)
+
+
+def render_annotations(seed: int, index: int, size: GridSize) -> tuple[LabelMap, Joints]:
+    """What a human parser and a pose estimator would say about person ``index``: exact, as the drawing knows it.
+
+    The parsing map has the labels of :data:`~i2am_train.datasets.parsing.VITON_HD`; its upper_clothes are exactly the
+    sample's ``warped_garment_mask``.
+    """
+    person = people.draw_person(np.random.default_rng([seed, index, 0]))
+    garment = garments.draw_garment(np.random.default_rng([seed, index, 1]))
+    rendering = _Rendering(person, garment, size, shading=False)
+    return rendering.parsing(), rendering.joints()
 
 
 class _Rendering:
@@ -419,6 +445,49 @@ class _Rendering:
             part(f"hand_{word}", body.hands[side])
         return self._reduced(_looked_up(POSE_PALETTE, canvas))
 
+    # What parsers and pose estimators would say
+
+    def parsing(self) -> LabelMap:
+        """Human-parsing map ``[H, W]``: the visible part at the centre of each pixel."""
+        labels, _ = self._labels()
+        first = OVERSAMPLING // 2
+        centers = labels[first::OVERSAMPLING, first::OVERSAMPLING]
+        skin = self._skin_parts()[first::OVERSAMPLING, first::OVERSAMPLING]
+        kinds = np.minimum(centers, FIRST_TRIANGLE_LABEL).astype(np.uint8)
+        bare = np.isin(kinds, (SKIN, HAND))
+        return np.where(bare, skin, _looked_up(PARSED, kinds)).astype(np.uint8)
+
+    def _skin_parts(self) -> Image:
+        """Whose skin a fine pixel would show: of the neck where nothing else is."""
+        canvas = np.full(self.fine, VITON_HD.names.index("neck"), np.uint8)
+        fill(
+            canvas, ellipse(self.body.head, 0.055, 0.070), VITON_HD.names.index("face"), self.camera
+        )
+        for side in (-self.person.front_arm, self.person.front_arm):
+            arm = VITON_HD.names.index("right_arm" if side < 0 else "left_arm")
+            fill(canvas, self.body.arms[side].outline(0.0, 1.0, (0.046, 0.030)), arm, self.camera)
+            joint = self.body.shoulder_joint(side)
+            fill(canvas, ellipse(joint, 0.046, 0.046), arm, self.camera)
+            fill(canvas, self.body.hands[side], arm, self.camera)
+        return canvas
+
+    def joints(self) -> Joints:
+        """Keypoints in pixels of the picture; those outside are left out. The viewer's left is the person's right."""
+        body = self.body
+        width, length = self.person.shoulder, self.person.torso
+        points = {"nose": body.head + [0.0, 0.016], "neck": body.carry(np.array([0.0, 0.04]))}
+        for side, word in zip(SIDES, ("right", "left"), strict=True):
+            centers, _ = body.arms[side].at(np.array([0.0, people.UPPER_ARM_SHARE, 1.0]))
+            hip = body.carry(np.array([side * 0.55 * width, 0.42 * length]))
+            names = (f"{word}_shoulder", f"{word}_elbow", f"{word}_wrist", f"{word}_hip")
+            points |= dict(zip(names, (*centers, hip), strict=True))
+        seen = {name: self.camera.project(point) / OVERSAMPLING for name, point in points.items()}
+        return {
+            name: point
+            for name, point in seen.items()
+            if 0 <= point[0] < self.size.width and 0 <= point[1] < self.size.height
+        }
+
 
 def _looked_up(table: Image, labels: Image) -> Image:
     """Table rows at labels: ``[H, W]`` for a table ``[256]``, ``[H, W, 3]`` for one ``[256, 3]``."""
@@ -470,11 +539,14 @@ PNG = [cv2.IMWRITE_PNG_COMPRESSION, 1]
 DESCRIPTION_FILE = "dataset.json"
 
 
-def describe_dataset(train: int, test: int, size: GridSize, seed: int) -> dict[str, Any]:
+def describe_dataset(
+    train: int, test: int, size: GridSize, seed: int, annotations: bool = False
+) -> dict[str, Any]:
     """The contents of ``dataset.json``: all that decides the files."""
+    extra = {"annotations": True} if annotations else {}
     return {
         "generator": "i2am_train.datasets.synthetic", "version": GENERATOR_VERSION, "seed": seed,
-        "height": size.height, "width": size.width, "train": train, "test": test,
+        "height": size.height, "width": size.width, "train": train, "test": test, **extra,
     }  # fmt: skip
 
 
@@ -485,20 +557,22 @@ def make_dataset(
     size: GridSize,
     seed: int,
     *,
+    annotations: bool = False,
     workers: int | None = None,
     progress: bool = True,
 ) -> Path:
     """Write a dataset in VITON-HD layout; a complete one of the same description is kept as it is.
 
     The files go to ``<root>.partial`` first, so that ``root`` exists only when it is complete. The unpaired
-    garment of test sample i is that of sample i + 1 (the last takes the first).
+    garment of test sample i is that of sample i + 1 (the last takes the first). ``annotations`` adds human-parsing
+    maps (``image-parse-v3``) and keypoints (``openpose_json``).
 
     Raises:
         DataError: ``root`` exists and is something else, or the counts are impossible.
     """
     root = Path(root).absolute()
     size = GridSize(*size)
-    description = describe_dataset(train, test, size, seed)
+    description = describe_dataset(train, test, size, seed, annotations)
     _check_request(train, test, size)
     if root.exists():
         _check_same(root, description)
@@ -506,9 +580,10 @@ def make_dataset(
     partial_root = root.with_name(root.name + ".partial")
     shutil.rmtree(partial_root, ignore_errors=True)
     _make_folders(partial_root)
+    write = partial(_render_and_write, partial_root, size, seed, annotations)
     jobs = [(Split.TRAIN, index) for index in range(train)]
     jobs += [(Split.TEST, FIRST_TEST_INDEX + index) for index in range(test)]
-    _write_samples(partial_root, jobs, size, seed, workers, progress)
+    _write_samples(write, jobs, workers, progress)
     _write_pairs(partial_root, train, test)
     (partial_root / DESCRIPTION_FILE).write_text(json.dumps(description, indent=2) + "\n")
     os.replace(partial_root, root)
@@ -555,16 +630,13 @@ def _make_folders(root: Path) -> None:
 
 
 def _write_samples(
-    root: Path,
+    write: Callable[[tuple[Split, int]], None],
     jobs: list[tuple[Split, int]],
-    size: GridSize,
-    seed: int,
     workers: int | None,
     progress: bool,
 ) -> None:
     """Render and write, in processes where there is enough to do."""
     count = max(1, (os.cpu_count() or 1) if workers is None else workers)
-    write = partial(_render_and_write, root, size, seed)
     bar = partial(
         tqdm, total=len(jobs), desc="drawing samples", unit="sample", disable=not progress
     )
@@ -579,10 +651,16 @@ def _write_samples(
             pass
 
 
-def _render_and_write(root: Path, size: GridSize, seed: int, job: tuple[Split, int]) -> None:
+def _render_and_write(
+    root: Path, size: GridSize, seed: int, annotations: bool, job: tuple[Split, int]
+) -> None:
     """One sample of a process pool."""
     split, index = job
     write_sample(root / split, render_sample(seed, index, size))
+    if annotations:
+        name, (parsed, joints) = sample_name(index), render_annotations(seed, index, size)
+        write_labels(root / split / PARSING / f"{name}.png", parsed, VITON_HD)
+        write_text(root / split / KEYPOINTS / f"{name}_keypoints.json", openpose_json(joints))
 
 
 def write_sample(folder: Path, sample: SyntheticSample) -> None:

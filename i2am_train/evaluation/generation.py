@@ -16,7 +16,7 @@ import numpy as np
 from jaxtyping import UInt8
 from torch import Tensor
 
-from i2am_train.datasets.viton_hd import VitonHDDataset
+from i2am_train.datasets.reading import TryOnDataset
 from i2am_train.errors import DataError
 from i2am_train.evaluation.evaluator import EvaluationResult, Panel
 from i2am_train.evaluation.folders import ImageSet, read_image
@@ -108,7 +108,7 @@ def _joined(parts: Sequence[Panels]) -> Panels | None:
     )
 
 
-def person_names(dataset: VitonHDDataset) -> tuple[str, ...]:
+def person_names(dataset: TryOnDataset) -> tuple[str, ...]:
     """Names of the persons of a dataset, by position.
 
     Raises:
@@ -128,7 +128,7 @@ def person_names(dataset: VitonHDDataset) -> tuple[str, ...]:
     return tuple(names)
 
 
-def real_images(dataset: VitonHDDataset) -> ImageSet:
+def real_images(dataset: TryOnDataset) -> ImageSet:
     """The photographs of a dataset's persons, at its size."""
     return ImageSet(names=person_names(dataset), size=dataset.size, read=dataset.person_image)
 

@@ -89,8 +89,12 @@ class AttentionObjective:
         reference_grid: GridSize,
         target: Float[Tensor, "batch generated 2"] | None = None,
         conditioned: Bool[Tensor, " batch"] | None = None,
+        count: Float[Tensor, ""] | None = None,
     ) -> ObjectiveValue:
         """Weighted sum of the terms' means over the conditioned samples of the batch.
+
+        ``count`` divides the sums instead of their number: with several processes the mean of it
+        over all, so that the mean of the processes' losses is that over all conditioned samples.
 
         A sample with a dropped condition takes no part: no value, no gradient, not counted. One
         with an empty mask counts with the value 0, so that the pull on a sample does not depend on
@@ -104,8 +108,10 @@ class AttentionObjective:
             target=target,
             conditioned=conditioned,
         )
-        count = len(scores) if conditioned is None else conditioned.sum().clamp(min=1)
-        means = {name: values.sum() / count for name, values in samples.items()}
+        if count is None:
+            count = torch.full((), len(scores)) if conditioned is None else conditioned.sum()
+        divisor = count.to(scores.device).clamp(min=1e-6)  # all dropped: 0 / 1e-6
+        means = {name: values.sum() / divisor for name, values in samples.items()}
         total = at_least_float32(scores).new_zeros(())
         for name, weight in self.weights.active.items():
             total = total + weight * means[name]

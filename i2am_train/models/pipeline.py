@@ -31,7 +31,7 @@ class TryOnPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin):  # type:
     """Dresses persons in reference garments. The options are those of ``model_index.json`` in the model's folder."""
 
     model_cpu_offload_seq = "reference_encoder->projector->unet->vae"
-    _lora_loadable_modules = ["unet"]  # noqa: RUF012 (diffusers reads a list)
+    _lora_loadable_modules = ["unet"]
     text_encoder = None
 
     def __init__(

@@ -13,11 +13,10 @@ from typing import Any
 
 import wandb
 
-from i2am_train.datasets.viton_hd import read_pairs
+from i2am_train.datasets.opening import AS_IT_LIES, list_lengths
 from i2am_train.runs import SETTINGS_FILE, read_json, write_json
 from i2am_train.tracking.names import EVALUATION_JOB, STUDY_JOB
 from i2am_train.tracking.session import RUN_FILE, read_record
-from i2am_train.types import Split
 
 DATASET, IMAGES, MODEL, EVALUATION, STUDY = "dataset", "images", "model", EVALUATION_JOB, STUDY_JOB
 """Types of artifacts, and what their names begin with."""
@@ -37,12 +36,7 @@ def artifact_name(kind: str, name: str) -> str:
 
 def use_dataset(run: Any, root: Path, fingerprint: str) -> None:
     """Say that a run reads a dataset; only its fingerprint and the lengths of its lists are sent, no picture."""
-    counts = {
-        split.value: len(read_pairs(root, split))
-        for split in Split
-        if (root / f"{split}_pairs.txt").is_file()
-    }
-    _use_fingerprint(run, DATASET, fingerprint, root, counts)
+    _use_fingerprint(run, DATASET, fingerprint, root, list_lengths(root, AS_IT_LIES))
 
 
 def use_images(run: Any, role: str, root: Path, fingerprint: str) -> None:

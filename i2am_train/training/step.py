@@ -3,7 +3,8 @@
 from dataclasses import dataclass, field
 
 import torch
-from jaxtyping import Float
+import torch.distributed as dist
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from i2am_train.attribution.sites import LayerId
@@ -85,4 +86,18 @@ class TrainingObjective:
             reference_grid=reference,
             target=target,
             conditioned=~draws.dropped,
+            count=mean_over_processes((~draws.dropped).sum()),
         )
+
+
+def mean_over_processes(count: Int[Tensor, ""]) -> Float[Tensor, ""]:
+    """The mean of a number over all processes; collective under torch.distributed.
+
+    >>> mean_over_processes(torch.tensor(3))
+    tensor(3.)
+    """
+    mean = count.float()
+    if dist.is_available() and dist.is_initialized():
+        dist.all_reduce(mean)
+        mean /= dist.get_world_size()
+    return mean

@@ -22,7 +22,13 @@ from i2am_train.config.store import (
 )
 from i2am_train.errors import ConfigError
 
-REQUIRED = {"evaluate": ["checkpoint=x"], "explain": ["checkpoint=x"], "data_check": ["root=x"]}
+REQUIRED = {
+    "evaluate": ["checkpoint=x"],
+    "explain": ["checkpoint=x"],
+    "data_check": ["root=x"],
+    "init": ["unet=x", "output=y"],
+    "data_derive": ["root=x"],
+}
 ARMS = experiment_names(option_names(TrainConfig))
 STUDIES = sorted(set(experiment_names(option_names(AblateConfig))) - set(ARMS))
 FILES = sorted(

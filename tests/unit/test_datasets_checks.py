@@ -134,3 +134,15 @@ def test_the_size_that_is_asked_for_is_demanded(small_dataset: Path) -> None:
     assert not report.ok
     assert "and 12 more" in report.table()
     assert len(json.loads(report.to_json())["findings"]) == 26 * 8
+
+
+def test_people_of_different_sizes_are_a_warning(copy: Path) -> None:
+    # Proves that own photographs may differ from each other, as long as one person's pictures agree.
+    for file in copy.glob("train/*/00004_00*"):
+        picture = cv2.imread(str(file), cv2.IMREAD_UNCHANGED)
+        cv2.imwrite(str(file), cv2.resize(picture, (60, 64), interpolation=cv2.INTER_NEAREST))
+    report = check(copy)
+    assert [(f.level, f.code) for f in report.findings] == [("warning", "mixed_sizes")]
+    assert "is 64x60" in report.findings[0].message
+    assert "2 people or garments that are not 64x48" in report.findings[0].message
+    assert report.ok

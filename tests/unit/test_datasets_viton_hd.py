@@ -9,11 +9,10 @@ import pytest
 import torch
 from torch.utils.data import default_collate
 
+from i2am_train.datasets.reading import EpochPosition
 from i2am_train.datasets.synthetic import FIRST_TEST_INDEX, render_sample
 from i2am_train.datasets.viton_hd import (
-    EpochPosition,
     VitonHDDataset,
-    read_pairs,
     require_correspondence,
 )
 from i2am_train.errors import DataError
@@ -134,7 +133,8 @@ def test_missing_folders_are_named_with_what_was_found(copy: Path) -> None:
     # Proves the message of design rule 10.
     shutil.rmtree(copy / "train/cloth-mask")
     with pytest.raises(
-        DataError, match=r"no folder 'cloth-mask' \(found: .*cloth.*i2am data check"
+        DataError,
+        match=r"no folder 'cloth-mask' \(or cloth_mask\) \(found: .*i2am data derive.*i2am data check",
     ):
         VitonHDDataset(copy, "train", "paired", SIZE)
     with pytest.raises(DataError, match=r"no pair list train_pairs\.txt .*i2am data make"):
@@ -148,7 +148,7 @@ def test_broken_pair_lists_are_refused(copy: Path, text: str, match: str) -> Non
     # Proves that a list is checked before any picture is read.
     (copy / "test_pairs.txt").write_text(text)
     with pytest.raises(DataError, match=match):
-        read_pairs(copy, Split.TEST)
+        VitonHDDataset(copy, "test", "paired", SIZE)
 
 
 @pytest.mark.parametrize(
@@ -202,3 +202,51 @@ def test_truth_is_required_where_it_is_taught(copy: Path) -> None:
     shutil.rmtree(copy / "train" / "correspondence")
     with pytest.raises(DataError, match=r"has none.*set objective\.supervised=0"):
         require_correspondence(copy)
+
+
+SPELLINGS = {
+    "cloth-mask": "cloth_mask",
+    "agnostic-v3.2": "agnostic",
+    "agnostic-mask": "agnostic_mask",
+    "image-densepose": "image_densepose",
+}
+
+
+def test_other_spellings_of_folders_and_names_are_read(small_dataset: Path, copy: Path) -> None:
+    # Proves the second distribution: other folder names, masks named after the photograph, PNG pictures.
+    for split in ("train", "test"):
+        for usual, other in SPELLINGS.items():
+            (copy / split / usual).rename(copy / split / other)
+        for mask in (copy / split / "agnostic_mask").iterdir():
+            mask.rename(mask.with_name(mask.name.replace("_mask", "")))
+        for cloth in [*(copy / split / "cloth").iterdir()]:
+            cv2.imwrite(str(cloth.with_suffix(".png")), cv2.imread(str(cloth)))
+            cloth.unlink()
+    usual, other = (
+        VitonHDDataset(root, "train", "paired", SIZE)[3] for root in (small_dataset, copy)
+    )
+    for name, value in usual.items():
+        if isinstance(value, torch.Tensor):
+            assert torch.equal(value.nan_to_num(), other[name].nan_to_num()), name  # type: ignore[literal-required]
+
+
+def test_what_is_missing_says_where_it_comes_from(copy: Path) -> None:
+    # Proves the advice for masks, for pose pictures and for photographs.
+    shutil.rmtree(copy / "train/gt_cloth_warped_mask")
+    with pytest.raises(
+        DataError,
+        match=rf"no folder 'gt_cloth_warped_mask'.*'i2am data derive root={copy}' makes it",
+    ):
+        VitonHDDataset(copy, "train", "paired", SIZE)
+    assert len(VitonHDDataset(copy, "test", "paired", SIZE)) == 6
+    shutil.rmtree(copy / "test/image-densepose")
+    with pytest.raises(
+        DataError, match=r"no folder 'image-densepose' .*DensePose pictures come with VITON-HD's"
+    ):
+        VitonHDDataset(copy, "test", "paired", SIZE)
+
+
+def test_a_dataset_one_folder_deeper_is_pointed_at(copy: Path) -> None:
+    # Proves the hint for an archive that was unpacked into a folder of its own.
+    with pytest.raises(DataError, match=rf"no pair list train_pairs\.txt .*Did you mean {copy}\?"):
+        VitonHDDataset(copy.parent, "train", "paired", SIZE)

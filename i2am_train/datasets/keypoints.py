@@ -1,0 +1,99 @@
+"""Pose keypoints: OpenPose's JSON as VITON-HD has it, and DressCode's.
+
+VITON-HD: ``{"people": [{"pose_keypoints_2d": [x, y, confidence, ...]}]}``, 25 or 18 joints, pixels of the photograph.
+DressCode: ``{"keypoints": [[x, y, ...], ...]}``, 18 joints, pixels of a picture of 512 x 384 whatever the photograph's
+size. Joints that were not seen are 0 or negative. "Left" is the person's own.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from i2am_train.errors import DataError
+from i2am_train.types import GridSize
+
+Point = NDArray[np.float64]
+"""x, y in pixels."""
+Joints = dict[str, Point]
+"""The joints that were seen."""
+
+# fmt: off
+_UPPER = (
+    "nose", "neck", "right_shoulder", "right_elbow", "right_wrist", "left_shoulder", "left_elbow", "left_wrist",
+)
+_LOWER = ("right_hip", "right_knee", "right_ankle", "left_hip", "left_knee", "left_ankle")
+# fmt: on
+COCO_18 = (*_UPPER, *_LOWER, "right_eye", "left_eye", "right_ear", "left_ear")
+BODY_25 = (*_UPPER, "middle_hip", *_LOWER, "right_eye", "left_eye", "right_ear", "left_ear")
+"""The 6 joints of the feet, which follow, are not used."""
+
+DRESS_CODE_SIZE = GridSize(512, 384)
+SMALLEST_CONFIDENCE = 0.05
+
+
+def read_keypoints(path: Path, size: GridSize) -> Joints:
+    """The joints of the person in a photograph of a size; of several people, the most certain one.
+
+    Raises:
+        DataError: the file is missing, broken, of another format, or shows nobody.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise DataError(f"{path} is missing: keypoints are needed for every person.") from None
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path} is not readable JSON ({error}). Make it again.") from error
+    table = _table(content, path, size)
+    names = BODY_25 if len(table) == 25 else COCO_18
+    joints = {
+        name: row for name, row in zip(names, table, strict=False) if row[0] > 1 and row[1] > 1
+    }
+    if not joints:
+        raise DataError(f"{path} shows nobody: no joint was seen. Make it again, or use pose=none.")
+    return joints
+
+
+def openpose_json(joints: Joints) -> str:
+    """Joints as OpenPose writes them, 25 of them.
+
+    >>> openpose_json({"nose": np.array([3.0, 4.0])})[48:90]
+    '"pose_keypoints_2d": [3.0, 4.0, 1.0, 0.0, '
+    """
+    values: list[float] = []
+    for name in BODY_25:
+        seen = name in joints
+        values += [*np.round(joints[name], 2).tolist(), 1.0] if seen else [0.0, 0.0, 0.0]
+    values += [0.0] * (75 - len(values))
+    people = [{"person_id": [-1], "pose_keypoints_2d": values}]
+    return json.dumps({"version": 1.3, "people": people})
+
+
+def _table(content: Any, path: Path, size: GridSize) -> NDArray[np.float64]:
+    """x and y of every joint in pixels of the photograph, one row each; zero where it was not seen."""
+    try:
+        if "keypoints" in content:
+            table = np.asarray([row[:2] for row in content["keypoints"]], np.float64).reshape(18, 2)
+            return table * [
+                size.width / DRESS_CODE_SIZE.width,
+                size.height / DRESS_CODE_SIZE.height,
+            ]
+        people = [
+            np.asarray(person["pose_keypoints_2d"], np.float64).reshape(-1, 3)
+            for person in content["people"]
+        ]
+        if any(len(person) not in (18, 25) for person in people):
+            raise ValueError("neither 18 nor 25 joints")
+    except (KeyError, TypeError, ValueError):
+        raise DataError(
+            f"{path} is in another format; expected OpenPose's people[].pose_keypoints_2d with 25 or 18 joints, or "
+            "DressCode's 18 keypoints."
+        ) from None
+    if not people:
+        raise DataError(f"{path} shows nobody: people is empty. Make it again, or use pose=none.")
+    best = max(people, key=lambda person: float(person[:, 2].sum()))
+    return np.where(best[:, 2:] >= SMALLEST_CONFIDENCE, best[:, :2], 0.0)

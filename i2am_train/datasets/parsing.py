@@ -1,0 +1,144 @@
+"""Human-parsing maps: which pixel of a photograph is hair, face, arm, or which garment.
+
+Two label sets are read. ``VITON_HD`` is that of ``image-parse-v3``: the 20 labels of CIHP, stored as a PNG with
+palette. ``DRESS_CODE`` is that of ``label_maps``: the 18 labels of ATR, stored as grey values; models such as
+segformer_b2_clothes predict it. Rules speak of labels by the names here, which both sets share.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Collection
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image as PILImage
+from PIL import UnidentifiedImageError
+
+from i2am_train.datasets.arrays import Image, Mask
+from i2am_train.datasets.layouts import Category
+from i2am_train.datasets.pictures import write_bytes
+from i2am_train.errors import DataError
+
+LabelMap = NDArray[np.uint8]
+
+
+@dataclass(frozen=True)
+class LabelSet:
+    """Names of labels, by value, and the colours that they are shown in."""
+
+    title: str
+    names: tuple[str, ...]
+    colours: tuple[tuple[int, int, int], ...]
+
+    def inside(self, labels: LabelMap, names: Collection[str]) -> Mask:
+        """Where any of the named labels is; names that the set lacks are nowhere."""
+        values = [value for value, name in enumerate(self.names) if name in names]
+        return np.isin(labels, values)
+
+    def coloured(self, labels: LabelMap) -> Image:
+        """A map in the set's colours, RGB."""
+        return np.asarray(self.colours, np.uint8)[labels]
+
+    def found(self, labels: LabelMap) -> str:
+        """The labels of a map by name, for messages."""
+        return ", ".join(self.names[value] for value in np.unique(labels))
+
+
+# fmt: off
+_CIHP_COLOURS = (
+    (0, 0, 0), (128, 0, 0), (255, 0, 0), (0, 85, 0), (170, 0, 51), (255, 85, 0), (0, 0, 85), (0, 119, 221),
+    (85, 85, 0), (0, 85, 85), (85, 51, 0), (52, 86, 128), (0, 128, 0), (0, 0, 255), (51, 170, 221), (0, 255, 255),
+    (85, 255, 170), (170, 255, 85), (255, 255, 0), (255, 170, 0),
+)
+VITON_HD = LabelSet(
+    "VITON-HD's image-parse-v3 (20 labels)",
+    (
+        "background", "hat", "hair", "glove", "sunglasses", "upper_clothes", "dress", "coat", "socks", "pants", "neck",
+        "scarf", "skirt", "face", "left_arm", "right_arm", "left_leg", "right_leg", "left_shoe", "right_shoe",
+    ),
+    _CIHP_COLOURS,
+)
+DRESS_CODE_NAMES = (
+    "background", "hat", "hair", "sunglasses", "upper_clothes", "skirt", "pants", "dress", "belt", "left_shoe",
+    "right_shoe", "face", "left_leg", "right_leg", "left_arm", "right_arm", "bag", "scarf",
+)
+_BY_NAME = dict(zip(VITON_HD.names, _CIHP_COLOURS, strict=True)) | {"belt": (85, 85, 0), "bag": (0, 119, 221)}
+DRESS_CODE = LabelSet(
+    "DressCode's label_maps (18 labels)", DRESS_CODE_NAMES, tuple(_BY_NAME[name] for name in DRESS_CODE_NAMES)
+)
+# fmt: on
+LABEL_SETS = {"viton_hd": VITON_HD, "dresscode": DRESS_CODE}
+
+WORN: dict[Category, frozenset[str]] = {
+    "upper_body": frozenset({"upper_clothes", "coat", "dress"}),
+    "lower_body": frozenset({"skirt", "pants"}),
+    "dresses": frozenset({"dress"}),
+}
+"""Labels of the garment that is tried on."""
+
+ARMS, LEGS = frozenset({"left_arm", "right_arm"}), frozenset({"left_leg", "right_leg"})
+SHOES = frozenset({"left_shoe", "right_shoe"})
+HEAD = frozenset({"face", "hat", "sunglasses"})
+LOWER_CLOTHES = frozenset({"skirt", "pants", "belt", "socks"})
+HELD = frozenset({"bag", "glove"})
+
+
+def read_labels(path: Path, labels: LabelSet) -> LabelMap:
+    """A parsing map ``[H, W]``: values, a palette's indices, or the set's colours.
+
+    Raises:
+        DataError: the file is missing or broken, or holds values or colours that are not of the set.
+    """
+    try:
+        with PILImage.open(path) as opened:
+            mode = opened.mode
+            values = np.asarray(opened if mode in ("L", "P") else opened.convert("RGB"))
+    except FileNotFoundError:
+        raise DataError(f"{path} is missing: a parsing map is needed for every person.") from None
+    except (OSError, UnidentifiedImageError, SyntaxError) as error:
+        raise DataError(
+            f"{path} cannot be read ({error}). Copy it again from the source."
+        ) from error
+    if values.ndim == 3:
+        values = _from_colours(values, path, labels)
+    unknown = np.unique(values[values >= len(labels.names)])
+    if len(unknown):
+        raise DataError(
+            f"{path} holds unknown labels {', '.join(map(str, unknown[:5]))}; expected 0...{len(labels.names) - 1}, "
+            f"those of {labels.title}. Choose the other set with labels={_other(labels)}, or make the map again."
+        )
+    return np.asarray(values, np.uint8)
+
+
+def write_labels(path: Path, values: LabelMap, labels: LabelSet) -> None:
+    """A parsing map as a PNG with the set's palette, in one step."""
+    picture = PILImage.fromarray(values)
+    picture.putpalette(np.asarray(labels.colours, np.uint8).tobytes())
+    buffer = io.BytesIO()
+    picture.save(buffer, format="PNG", optimize=True)
+    write_bytes(path, buffer.getvalue())
+
+
+def _from_colours(picture: Image, path: Path, labels: LabelSet) -> LabelMap:
+    """Values of exact colours."""
+    weights = np.array([65536, 256, 1])
+    codes = picture.astype(np.int64) @ weights
+    known = np.asarray(labels.colours, np.int64) @ weights
+    order = np.argsort(known)
+    places = np.clip(np.searchsorted(known[order], codes), 0, len(known) - 1)
+    values = order[places]
+    strange = known[values] != codes
+    if strange.any():
+        colour = tuple(int(level) for level in picture[strange][0])
+        raise DataError(
+            f"{path} holds the colour {colour}, which is none of {labels.title}; expected a PNG of labels. "
+            f"Choose the other set with labels={_other(labels)}, or save the map with its palette (mode P)."
+        )
+    return np.asarray(values, np.uint8)
+
+
+def _other(labels: LabelSet) -> str:
+    return next(name for name, other in LABEL_SETS.items() if other is not labels)
