@@ -53,6 +53,7 @@ from i2am_train.losses.base import LossVariant
 from i2am_train.losses.objective import AttentionObjective, TermWeights
 from i2am_train.metrics.registry import metric_info
 from i2am_train.models.tryon import INDEX_FILE, TryOnModel
+from i2am_train.processes import first_process, wait_for
 from i2am_train.runs import RunFolder
 from i2am_train.tracking.artifacts import log_model, use_dataset
 from i2am_train.tracking.names import TRAIN_JOB
@@ -108,7 +109,9 @@ def prepare_data(data: DataConfig) -> Path:
         return data.root
     synthetic = data.synthetic
     root = dataset_folder(data.size, synthetic.train, synthetic.test, synthetic.seed)
-    if not root.is_dir():
+    if not first_process():
+        wait_for(root)
+    elif not root.is_dir():
         make_dataset(
             root, synthetic.train, synthetic.test, data.size, synthetic.seed, progress=True
         )

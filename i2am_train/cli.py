@@ -19,6 +19,7 @@ COMMANDS = {
     "ablate": "train and judge arms x seeds from one checkpoint, and compare them",
     "explain": "draw every attribution map of a sample, and a page to explore them",
     "report": "make the paper's tables and figures from the folders of finished commands",
+    "init": "make a model to train from Stable Diffusion 1.5 and an image encoder",
     "dashboard": "make a workspace and a report of the runs in Weights & Biases",
     "data": "make the embedded dataset, derive what a dataset lacks, or check one",
 }
@@ -39,6 +40,7 @@ examples:
   i2am ablate arms=[base,baseline,refined] seeds=[0,1,2]
   i2am explain checkpoint=tiny sample=17
   i2am report explained=[runs/explain-tiny-test17-paired]
+  i2am init unet=v1-5-pruned.safetensors encoder=facebook/dinov2-giant output=models/start
   i2am dashboard group=ablation
 
 `i2am COMMAND --help` lists the options of a command; `i2am --version` prints the version."""

@@ -20,6 +20,7 @@ from i2am_train.config.build import unknown_option
 from i2am_train.config.documentation import help_text
 from i2am_train.config.schema import COMMANDS, option_names
 from i2am_train.errors import ConfigError, I2AMError
+from i2am_train.processes import first_process
 from i2am_train.quiet import quiet_libraries
 
 FAILED_CHECK = 1
@@ -72,6 +73,11 @@ EXAMPLES = {
         i2am report runs=[runs/baseline-seed0,runs/refined-seed0] explained=[FOLDER]
         i2am report explained=[runs/explain-tiny-test17-paired]
         i2am report explained=[FOLDER,OTHER] models=[baseline,refined] figures=[refinement,scores]
+    """,
+    "init": """
+        i2am init unet=v1-5-pruned.safetensors encoder=facebook/dinov2-giant output=models/start
+        i2am init unet=FOLDER vae=VITONHD_VAE_finetuning.ckpt encoder=FOLDER output=models/start
+        i2am init custom=FILE.safetensors encoder=facebook/dinov2-giant output=models/custom
     """,
     "dashboard": """
         i2am dashboard
@@ -136,11 +142,6 @@ def errors_as_text() -> Iterator[None]:
     except KeyboardInterrupt:
         print("\nInterrupted. The same command continues where possible.", file=sys.stderr)
         sys.exit(INTERRUPTED)
-
-
-def first_process() -> bool:
-    """False in the processes that Lightning starts beside the one that the user started."""
-    return os.environ.get("LOCAL_RANK", "0") == "0"
 
 
 def command_help(command: str) -> str:

@@ -8,8 +8,9 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from i2am_train.commands.entry import entry, first_process
+from i2am_train.commands.entry import entry
 from i2am_train.config.schema import EvaluateConfig
+from i2am_train.processes import first_process, wait_for
 
 if TYPE_CHECKING:
     from i2am_train.datasets.datamodule import TryOnDataModule
@@ -23,6 +24,7 @@ WITHOUT_EFFECT_ON_SCORES = (
     "devices",
     "strategy",
     "progress_bar",
+    "expected",
     "data.workers",
     "tracking",
 )
@@ -37,7 +39,7 @@ def run(config: EvaluateConfig) -> None:
         folder = default_output(one)
         results = evaluate(one, folder)
         if first_process():
-            print_scores(results)
+            print_scores(results, expected_values(one))
             print(f"Everything of this evaluation: {folder}")
             if advice := sync_advice(one.tracking, folder):
                 print(advice)
@@ -73,16 +75,38 @@ def of_snapshot(config: EvaluateConfig, snapshot: Path, output: Path) -> Evaluat
     return replace(config, checkpoint=str(snapshot), output=folder)
 
 
-def print_scores(results: dict[str, Any]) -> None:
-    """The scores as a table, with the number of samples and any warning."""
+def expected_values(config: EvaluateConfig) -> dict[str, float]:
+    """What the paper reports for the model that is judged, or that its run was to repeat; empty if nothing.
+
+    Raises:
+        RunFolderError: the run's settings cannot be read.
+    """
+    from i2am_train.config.locations import checkpoint_folder
+    from i2am_train.reporting.published import TABLE_2, published_values
+    from i2am_train.runs import SETTINGS_FILE, read_json
+    from i2am_train.types import Pairing
+
+    model = config.expected
+    if model is None and config.checkpoint is not None:
+        settings = checkpoint_folder(config.checkpoint) / SETTINGS_FILE
+        model = read_json(settings).get("expected") if settings.is_file() else None
+    if model is None or model not in TABLE_2:
+        return {}
+    return published_values(model, paired=config.evaluation.pairing is Pairing.PAIRED)
+
+
+def print_scores(results: dict[str, Any], expected: dict[str, float] | None = None) -> None:
+    """The scores as a table, with the paper's beside them if given, the number of samples and any warning."""
     from rich.console import Console
     from rich.table import Table
 
     from i2am_train.metrics.registry import METRICS
+    from i2am_train.reporting.published import CAUTION
 
     table = Table(title=f"{results['samples']} samples")
-    for heading in ("score", "value", "95 % interval", "meaning"):
-        numeric = heading in ("value", "95 % interval")
+    paper = ["paper"] if expected else []
+    for heading in ("score", "value", "95 % interval", *paper, "meaning"):
+        numeric = heading not in ("score", "meaning")
         table.add_column(heading, justify="right" if numeric else "left", no_wrap=numeric)
     arrow = {True: " (higher is better)", False: " (lower is better)", None: ""}
     for name, info in METRICS.items():
@@ -93,9 +117,12 @@ def print_scores(results: dict[str, Any]) -> None:
                 ends = (results["intervals"][name][end] for end in ("low", "high"))
                 interval = f"[{', '.join(f'{end:.{info.digits}f}' for end in ends)}]"
             meaning = info.description + arrow[info.higher_is_better]
-            table.add_row(info.label, value, interval, meaning)
+            published = [str(expected.get(name, "–"))] if expected else []
+            table.add_row(info.label, value, interval, *published, meaning)
     console = Console()
     console.print(table)
+    if expected:
+        console.print(CAUTION)
     for warning in results["warnings"]:
         console.print(f"Warning: {warning}", style="bold yellow")
 
@@ -225,13 +252,15 @@ def evaluate_checkpoint(config: EvaluateConfig, checkpoint: str, folder: Path) -
         score_generated,
     )
     from i2am_train.evaluation.results import read_results, write_evaluation, write_panels
-    from i2am_train.runs import RunFolder, fingerprint
+    from i2am_train.runs import MANIFEST_FILE, RunFolder, fingerprint
     from i2am_train.tracking.artifacts import arm_name
     from i2am_train.tracking.evaluation import track_evaluation
     from i2am_train.types import Pairing
 
     model, datamodule = prepare(config, checkpoint)
     settings = plain(config) | {"checkpoint": str(model_folder(checkpoint))}
+    if not first_process():
+        wait_for(folder / MANIFEST_FILE)
     opened = RunFolder.open(folder, settings, may_differ=WITHOUT_EFFECT_ON_SCORES)
     finished = read_results(folder)
     if opened.finished and finished is not None:

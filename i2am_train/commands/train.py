@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from i2am_train.commands.entry import entry, first_process
+from i2am_train.commands.entry import entry
 from i2am_train.config.schema import WITHOUT_EFFECT_ON_WEIGHTS, TrainConfig
+from i2am_train.processes import first_process, wait_for
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -24,6 +25,14 @@ def run(config: TrainConfig) -> None:
     folder = train(config)
     if first_process():
         print(f"\nModel: {folder / 'model'}\nJudge it with: i2am evaluate checkpoint={folder}")
+        if config.expected is not None:
+            from i2am_train.reporting.published import published_row
+
+            print(
+                f"{published_row(config.expected)}\nFor numbers beside it, add data=viton_hd data.root="
+                f"{config.data.root} sampling=ddim50 sampling.guidance=5 evaluation=paper, and then again "
+                "evaluation.pairing=unpaired."
+            )
         if advice := sync_advice(config.tracking, folder):
             print(advice)
 
@@ -43,10 +52,13 @@ def train(config: TrainConfig) -> Path:
     )
     from i2am_train.callbacks.checkpoints import latest_checkpoint
     from i2am_train.config.build import plain
-    from i2am_train.runs import RunFolder, fingerprint
+    from i2am_train.runs import MANIFEST_FILE, RunFolder, fingerprint
+    from i2am_train.training.optimization import trained_weights
     from i2am_train.training.preflight import memory_advice
 
     module, datamodule = prepare(config)
+    if not first_process():
+        wait_for(config.folder / MANIFEST_FILE)
     folder = RunFolder.open(
         config.folder,
         plain(config),
@@ -59,6 +71,7 @@ def train(config: TrainConfig) -> Path:
         return folder.path
     if first_process():
         folder.start(seed=config.seed, data=fingerprint(datamodule.root))
+        print(trained_weights(module.model))
     trainer = make_trainer(config, folder.path)
     checkpoint = latest_checkpoint(folder.path)
     try:

@@ -32,7 +32,7 @@ def experiment_names(options: Collection[str]) -> list[str]:
     for path in sorted((conf_folder() / "experiment").glob("*.yaml")):
         # The top-level keys, without the cost of a YAML reader: --help lists these names.
         keys = re.findall(r"^(\w+):", path.read_text(encoding="utf-8"), re.MULTILINE)
-        if set(keys) <= set(options):
+        if set(keys) <= {"defaults", *options}:
             names.append(path.stem)
     return names
 

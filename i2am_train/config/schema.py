@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from i2am_train.errors import ConfigError
-from i2am_train.types import GridSize, LayerWeighting, Pairing, Split
+from i2am_train.types import GridSize, LayerWeighting, Pairing, PredictionType, Split
 
 LossVariantName = Literal[
     "paper",
@@ -31,8 +31,11 @@ LossVariantName = Literal[
 SamplerName = Literal["ddim", "dpmpp", "unipc"]
 Precision = Literal["32-true", "bf16-mixed", "16-mixed"]
 OptimizerName = Literal["adamw", "adamw8bit"]
-Trainable = Literal["all", "decoder", "cross_attention"]
+Trainable = Literal["all", "v1", "v2", "cross_attention"]
 Device = Literal["auto", "cpu", "cuda"]
+Normalisation = Literal["imagenet", "clip", "authors"]
+PublishedModel = Literal["dci_vton", "stableviton", "custom", "refined_custom"]
+"""Keys of ``reporting.published.TABLE_2``, which lies above; a test keeps the two equal."""
 LayoutName = Literal["auto", "viton_hd", "dresscode"]
 CategoryName = Literal["upper_body", "lower_body", "dresses"]
 FitName = Literal["stretch", "pad", "crop"]
@@ -197,7 +200,9 @@ class OptimizationConfig:
     compile: bool = False
     """Compile the U-Net with torch.compile (a minute at the start; needs a C++ compiler on a CPU)."""
     trainable: Trainable = "all"
-    """Which weights of the denoiser train; projector and null tokens always do."""
+    """Which weights of the U-Net train: v1 (the authors' first code: decoder, output, first convolution
+    and the encoder's cross-attention), v2 (their later one: all but the time embedding),
+    cross_attention (and the first convolution), or all. Projector and null tokens always do."""
     from_scratch: bool = False
     """Draw the denoiser's and the projector's weights anew; only VAE and encoder come from init."""
     condition_dropout: float = 0.2
@@ -437,6 +442,9 @@ class TrainConfig:
     """Seed of initialisation, order, noise and dropout of training."""
     resume: bool = True
     """Continue a stopped run of the same configuration; false refuses a used folder."""
+    expected: PublishedModel | None = None
+    """Row of the paper's Table 2 that `i2am evaluate` prints beside the run's scores: dci_vton,
+    stableviton, custom or refined_custom; the experiments that repeat the paper set it."""
     dry_run: bool = False
     """Check everything, take a few steps, print sizes, memory and time, and write nothing."""
     data: DataConfig = field(default_factory=DataConfig)
@@ -491,6 +499,9 @@ class EvaluateConfig:
     """Arithmetic of the denoiser (bf16-mixed on a GPU; on a CPU float32 is faster)."""
     progress_bar: bool = True
     """Show progress with the time left."""
+    expected: PublishedModel | None = None
+    """Row of the paper's Table 2 to print beside the scores: dci_vton, stableviton, custom or
+    refined_custom; null: the one that the run's experiment names, if any."""
     data: DataConfig = field(default_factory=DataConfig)
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     attribution: AttributionConfig = field(default_factory=AttributionConfig)
@@ -679,6 +690,69 @@ class ReportConfig:
     def folder(self) -> Path:
         """The folder of the report, absolute."""
         return self.output or Path.cwd() / "runs" / "report"
+
+
+@dataclass(kw_only=True, slots=True)
+class InitConfig:
+    """Make a model folder for `i2am train` from Stable Diffusion 1.5, a VAE and an image encoder."""
+
+    output: Path
+    """Folder of the new model; must not exist yet."""
+    unet: str | None = None
+    """Stable Diffusion 1.5's U-Net: diffusers folder of it or of a pipeline, such a name on the hub,
+    or a file in the original layout (v1-5-pruned.ckpt or .safetensors)."""
+    custom: Path | None = None
+    """Instead of unet: a checkpoint of the authors' custom model (VITON-v1), with its projector."""
+    vae: str | None = None
+    """VAE: folder, name or file as for unet, also fine-tuned alone (VITONHD_VAE_finetuning.ckpt);
+    null: the one that comes with unet or custom."""
+    encoder: str = "facebook/dinov2-giant"
+    """Reference encoder: folder of transformers or name on the hub, DINOv2 or CLIP of any size."""
+    ema: bool = False
+    """Take the averaged weights of a file that has both; the authors started from the others."""
+    height: int = 512
+    """Image height in pixels."""
+    width: int = 384
+    """Image width in pixels."""
+    reference_height: int | None = None
+    """Height that the garment is resized to for the encoder, a multiple of its patch; null: the
+    smallest that covers height (518 for 512 and patches of 14)."""
+    reference_width: int | None = None
+    """Width likewise (392 for 384)."""
+    normalisation: Normalisation | None = None
+    """Scale of the encoder's input: imagenet, clip, or authors (values from -1 to 1); null: the
+    encoder's own, with custom the authors'."""
+    class_token: bool | None = None
+    """Keep the encoder's class token before the patches; null: no, with custom as it was trained."""
+    projector_blocks: int = 3
+    """Transformer blocks of the new projector (with custom: as in the file)."""
+    projector_heads: int = 1
+    """Attention heads of these blocks."""
+    prediction_type: PredictionType = PredictionType.EPSILON
+    """What the U-Net predicts; v_prediction also ends the noise schedule in pure noise."""
+    half: bool = False
+    """Store the weights as float16: half the size, and too coarse to continue a training from."""
+    seed: int = 0
+    """Seed of the new projector and null tokens."""
+
+    def __post_init__(self) -> None:
+        self.output = self.output.expanduser().absolute()
+        self.custom = _absolute(self.custom)
+        given = [name for name in ("unet", "custom") if getattr(self, name) is not None]
+        if len(given) != 1:
+            raise ConfigError(
+                f"What to start from is not clear: found {' and '.join(given) or 'neither unet nor custom'}. "
+                "Give unet=SOURCE for Stable Diffusion, or custom=FILE for the authors' model."
+            )
+        if self.custom is not None and self.ema:
+            _refuse("ema", "true", "false with custom: the authors kept no average")
+        _check_size("", self.height, self.width)
+        for name in ("reference_height", "reference_width"):
+            if getattr(self, name) is not None:
+                _check_at_least(name, getattr(self, name), 1)
+        _check_at_least("projector_blocks", self.projector_blocks, 0)
+        _check_at_least("projector_heads", self.projector_heads, 1)
+        _check_at_least("seed", self.seed, 0)
 
 
 @dataclass(kw_only=True, slots=True)
@@ -877,6 +951,7 @@ COMMANDS: dict[str, type[Any]] = {
     "ablate": AblateConfig,
     "explain": ExplainConfig,
     "report": ReportConfig,
+    "init": InitConfig,
     "dashboard": DashboardConfig,
     "data_make": DataMakeConfig,
     "data_check": DataCheckConfig,
@@ -889,6 +964,7 @@ WITHOUT_EFFECT_ON_WEIGHTS: tuple[str, ...] = (
     "output",
     "resume",
     "label",
+    "expected",
     "data.workers",
     "data.cache_copies",
     "tracking",

@@ -116,6 +116,28 @@ def arm_values(arm: str) -> dict[str, Any]:
             f"There is no arm '{arm}' ({path} is missing). Arms are {known}, or the path of a "
             "YAML file that sets options of `i2am train`."
         )
+    values = _read_yaml(path)
+    below: dict[str, Any] = {}
+    for entry in values.pop("defaults", []):
+        below = _overlaid(below, _default(entry, path))
+    return _overlaid(below, values)
+
+
+def _default(entry: Any, path: Path) -> dict[str, Any]:
+    """What an entry of an experiment's ``defaults`` stands for: another experiment, or a file of a group."""
+    match entry:
+        case str(name):
+            return arm_values(name)
+        case dict() if len(entry) == 1 and (word := next(iter(entry))).startswith("override /"):
+            group = word.removeprefix("override /")
+            return {group: _read_yaml(conf_folder() / group / f"{entry[word]}.yaml")}
+    raise ConfigError(
+        f"The entry '{entry}' under defaults in {path} is not possible: expected the name of another experiment, or "
+        "'override /GROUP: FILE'."
+    )
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
     values = OmegaConf.to_container(OmegaConf.load(path))
     return {str(name): value for name, value in values.items()} if isinstance(values, dict) else {}
 

@@ -61,8 +61,8 @@ def read_keypoints(path: Path, size: GridSize) -> Joints:
 def openpose_json(joints: Joints) -> str:
     """Joints as OpenPose writes them, 25 of them.
 
-    >>> openpose_json({"nose": np.array([3.0, 4.0])})[:70]
-    '{"version": 1.3, "people": [{"person_id": [-1], "pose_keypoints_2d": [3'
+    >>> openpose_json({"nose": np.array([3.0, 4.0])})[48:90]
+    '"pose_keypoints_2d": [3.0, 4.0, 1.0, 0.0, '
     """
     values: list[float] = []
     for name in BODY_25:

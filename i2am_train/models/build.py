@@ -65,7 +65,7 @@ def build_model(size: GridSize, architecture: Architecture | None = None) -> Try
         _vae(size, sizes),
         _reference_encoder(size, sizes),
         projector,
-        _scheduler(sizes),
+        make_scheduler(sizes.prediction_type),
     )
 
 
@@ -115,13 +115,13 @@ def _reference_encoder(size: GridSize, sizes: Architecture) -> Dinov2Model:
     return Dinov2Model(config)
 
 
-def _scheduler(sizes: Architecture) -> DDIMScheduler:
+def make_scheduler(prediction_type: PredictionType) -> DDIMScheduler:
     """SD's schedule; with v-prediction it ends in pure noise, so that colours must come from the garment."""
     return DDIMScheduler(
         beta_start=BETA_START,
         beta_end=BETA_END,
         beta_schedule="scaled_linear",
         clip_sample=False,
-        prediction_type=str(sizes.prediction_type),
-        rescale_betas_zero_snr=sizes.prediction_type is PredictionType.V_PREDICTION,
+        prediction_type=str(prediction_type),
+        rescale_betas_zero_snr=prediction_type is PredictionType.V_PREDICTION,
     )

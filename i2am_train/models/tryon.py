@@ -6,8 +6,10 @@ garment's patch tokens; nothing else tells it about the garment. A folder in dif
     model_index.json  unet/  vae/  reference_encoder/  projector/  scheduler/
 """
 
+import inspect
 import json
 import os
+import shutil
 import tempfile
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -34,6 +36,8 @@ transformers_logging.disable_progress_bar()
 
 INDEX_FILE = "model_index.json"
 COMPONENTS = ("unet", "vae", "reference_encoder", "projector", "scheduler")
+INPUT_CHANNELS = 12
+"""Of the U-Net: the noisy latent, the agnostic latent and the pose latent."""
 IMAGENET_MEAN = [0.485, 0.456, 0.406]
 IMAGENET_STD = [0.229, 0.224, 0.225]
 
@@ -179,7 +183,9 @@ class TryOnModel(nn.Module):
                 garment, size, mode="bilinear", antialias=True, align_corners=False
             )
         pixels = ((garment + 1) / 2 - self.reference_mean) / self.reference_std
-        tokens: Tensor = self.reference_encoder(pixel_values=pixels).last_hidden_state
+        tokens: Tensor = self.reference_encoder(
+            pixel_values=pixels, **self._any_size()
+        ).last_hidden_state
         return tokens
 
     def project_reference(
@@ -188,6 +194,12 @@ class TryOnModel(nn.Module):
         """Context tokens from the encoder's: what is trained of the way from garment to U-Net."""
         projected: Tensor = self.projector(self._kept_tokens(tokens))
         return projected
+
+    def _any_size(self) -> dict[str, bool]:
+        """CLIP and SigLIP must be told to stretch their positions over another size than they were trained at."""
+        name = "interpolate_pos_encoding"
+        taken = inspect.signature(self.reference_encoder.forward).parameters
+        return {name: True} if name in taken else {}
 
     def _kept_tokens(
         self, tokens: Float[Tensor, "batch encoder_token width"]
@@ -253,7 +265,8 @@ class TryOnModel(nn.Module):
     def save_pretrained(self, folder: str | Path, *, half: bool = False) -> None:
         """Writes the model's folder; it appears complete or not at all.
 
-        ``half`` stores the weights as float16. Raises ``CheckpointError`` when the folder exists and is not a model.
+        ``half`` stores the weights as float16. Raises ``CheckpointError`` when the folder exists and is not a model, or
+        when the disk has not enough space for it.
         """
         folder = Path(folder)
         if folder.exists() and any(folder.iterdir()) and not (folder / INDEX_FILE).is_file():
@@ -262,12 +275,22 @@ class TryOnModel(nn.Module):
                 "Nothing was written. Choose another folder."
             )
         folder.parent.mkdir(parents=True, exist_ok=True)
+        self._check_space(folder.parent)
         with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as temporary:
             staged = Path(temporary) / "model"
             self._write(staged, half)
             if folder.exists():
                 os.replace(folder, Path(temporary) / "previous")
             os.replace(staged, folder)
+
+    def _check_space(self, folder: Path) -> None:
+        needed = sum(value.numel() * value.element_size() for value in self.state_dict().values())
+        free = shutil.disk_usage(folder).free
+        if free < needed:
+            raise CheckpointError(
+                f"The model needs {needed / 2**30:.1f} GiB in '{folder}', and {free / 2**30:.1f} GiB are free there. "
+                "Nothing was written. Make room, or choose a folder on another disk."
+            )
 
     def _write(self, folder: Path, half: bool) -> None:
         from i2am_train import __version__
@@ -331,7 +354,7 @@ def _read_index(folder: Path) -> TryOnConfig:
         ) from error
 
 
-def widen_input(unet: UNet2DConditionModel, channels: int = 12) -> UNet2DConditionModel:
+def widen_input(unet: UNet2DConditionModel, channels: int = INPUT_CHANNELS) -> UNet2DConditionModel:
     """Gives the first convolution more input channels, the new ones zero (paper A.4), and returns the U-Net.
 
     At the start the network then equals the one that it was on the noisy latent alone.

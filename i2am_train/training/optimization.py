@@ -1,7 +1,7 @@
 """Optimizer, learning-rate schedule, and which weights train."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -13,33 +13,54 @@ from i2am_train.config.schema import OptimizationConfig
 from i2am_train.errors import ConfigError
 from i2am_train.models.tryon import TryOnModel
 
+V1 = ("conv_in.", "up_blocks.", "conv_norm_out.", "conv_out.")
+SETS: Mapping[str, Callable[[str], bool]] = {
+    "all": lambda name: True,
+    "v1": lambda name: (
+        name.startswith(V1) or (name.startswith("down_blocks.") and ".attn2." in name)
+    ),
+    "v2": lambda name: not name.startswith("time_embedding."),
+    "cross_attention": lambda name: name.startswith("conv_in.") or ".attn2." in name,
+}
+"""Whether a U-Net weight of this name trains, by the name of the set; ``schema.Trainable`` lists the names."""
+
 
 def set_trainable(model: TryOnModel, trainable: str) -> None:
-    """Freezes everything but the projector, the null tokens and the chosen part of the U-Net.
+    """Freezes everything but the projector, the null tokens and the chosen part of the U-Net (spec 1.4).
 
-    ``all``: the whole U-Net. ``decoder``: the authors' V1 set (spec 1.4): first convolution, decoder, output layers and
-    every cross-attention. ``cross_attention``: first convolution and cross-attention. The VAE and the reference encoder
-    are always frozen, as in the paper.
+    ``v1``: the set of the authors' first code: first convolution, decoder, output layers and the encoder's
+    cross-attention; the bottleneck stays, its cross-attention included. ``v2``: that of their later code, all but the
+    time embedding. ``cross_attention``: the first convolution and every cross-attention (their ``sd_locked``).
+    ``all``: the whole U-Net. The VAE and the reference encoder are always frozen.
     """
+    if trainable not in SETS:
+        raise ConfigError(
+            f"optimization.trainable is '{trainable}'; expected one of {', '.join(SETS)}."
+        )
     model.requires_grad_(False)
     model.projector.requires_grad_(True)
-    for parameter in _chosen(model.unet, trainable):
-        parameter.requires_grad_(True)
+    for name, parameter in model.unet.named_parameters():
+        if SETS[trainable](name):
+            parameter.requires_grad_(True)
 
 
-def _chosen(unet: nn.Module, trainable: str) -> Iterator[nn.Parameter]:
-    prefixes = {
-        "all": ("",),
-        "decoder": ("conv_in.", "up_blocks.", "conv_norm_out.", "conv_out."),
-        "cross_attention": ("conv_in.",),
+def trained_weights(model: TryOnModel) -> str:
+    """How many weights train, by network, in one line.
+
+    ``Training 123.4 M of 1,073.5 M weights: U-Net 105.1 M, projector 18.3 M``
+    """
+    networks = {"U-Net": model.unet, "projector": model.projector}
+    counts = {
+        name: sum(value.numel() for value in network.parameters() if value.requires_grad)
+        for name, network in networks.items()
     }
-    if trainable not in prefixes:
-        raise ConfigError(
-            f"optimization.trainable is '{trainable}'; expected one of {', '.join(prefixes)}."
-        )
-    for name, parameter in unet.named_parameters():
-        if name.startswith(prefixes[trainable]) or ".attn2." in name:
-            yield parameter
+    total = sum(value.numel() for value in model.parameters())
+    parts = ", ".join(f"{name} {_millions(count)}" for name, count in counts.items())
+    return f"Training {_millions(sum(counts.values()))} of {_millions(total)} weights: {parts}"
+
+
+def _millions(count: int) -> str:
+    return f"{count / 1e6:,.1f} M"
 
 
 def make_optimizer(parameters: list[nn.Parameter], options: OptimizationConfig) -> Optimizer:

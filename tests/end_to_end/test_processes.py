@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import load_file
 
 from i2am_train.reporting.records import read_panels
@@ -27,9 +28,10 @@ def logged(folder: Path) -> dict[str, float]:
     }
 
 
-def run(*words: str) -> str:
+def run(*words: str, launcher: tuple[str, ...] = ()) -> str:
     """What a command prints; one thread per process, so that sums have one order."""
-    command, environment = [sys.executable, "-m", "i2am_train", *words], {"OMP_NUM_THREADS": "1"}
+    command = [sys.executable, *launcher, "-m", "i2am_train", *words]
+    environment = {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         command, capture_output=True, text=True, env=os.environ | environment, timeout=900
     )
@@ -51,21 +53,26 @@ def test_two_processes_equal_one(
         "trainer.accelerator=cpu", "tracking.wandb=disabled", "tracking.tensorboard=false", "experiment=refined",
         "trainer.log_every_n_steps=1", "optimization.condition_dropout=0.5", "optimization.global_batch=4",
     ]  # fmt: skip
-    variants = {
-        "one": ["data.batch_size=4"],
-        "two": ["data.batch_size=2", "trainer.devices=2", "trainer.strategy=ddp", "resume=false"],
+    two = ["data.batch_size=2", "trainer.devices=2", "trainer.strategy=ddp"]
+    torchrun = ("-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone")
+    variants: dict[str, tuple[list[str], tuple[str, ...]]] = {
+        "one": (["data.batch_size=4"], ()),
+        "two": ([*two, "resume=false"], ()),
+        "torchrun": (two, torchrun),
     }
     scores = {}
-    for name, options in variants.items():
-        run("train", *common, *options, f"output={tmp_path / name}")
+    for name, (options, launcher) in variants.items():
+        run("train", *common, *options, f"output={tmp_path / name}", launcher=launcher)
         scores[name] = logged(tmp_path / name)
     assert scores["one"].keys() == scores["two"].keys() >= {"loss/total", "loss/dcml", "val/ssim"}
+    assert scores["torchrun"] == scores["two"]
     for name, value in scores["one"].items():
         assert scores["two"][name] == pytest.approx(value, rel=2e-3, abs=2e-3), name
-    one, two = (
+    one, two, launched = (
         load_file(tmp_path / name / "model/unet/diffusion_pytorch_model.safetensors")
-        for name in ("one", "two")
+        for name in ("one", "two", "torchrun")
     )
+    assert all(torch.equal(two[name], launched[name]) for name in two)
     start = load_file(small_checkpoint / "unet/diffusion_pytorch_model.safetensors")
     moved = max(float((one[name] - start[name]).abs().max()) for name in one)
     apart = max(float((one[name] - two[name]).abs().max()) for name in one)

@@ -1,52 +1,122 @@
 """training/optimization.py: which weights train, and how fast."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
+from diffusers import UNet2DConditionModel
 from torch import nn
 
-from i2am_train.config.schema import OptimizationConfig
+from i2am_train.config.schema import OptimizationConfig, Trainable
 from i2am_train.errors import ConfigError
+from i2am_train.models.build import make_scheduler
+from i2am_train.models.projector import ReferenceProjector
+from i2am_train.models.tryon import TryOnConfig, TryOnModel
 from i2am_train.training.optimization import (
+    SETS,
     learning_rate_factor,
     make_optimizer,
     make_schedule,
     set_trainable,
+    trained_weights,
 )
+from i2am_train.types import PredictionType
 
 
 def trained(model: nn.Module) -> set[str]:
     return {name for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
-def test_sets_of_trained_weights(make_small_model: Callable[..., Any]) -> None:
-    """Each set is what its name says; projector and null tokens always train, VAE and encoder never."""
-    model = make_small_model()
-    sets = {}
-    for name in ("all", "decoder", "cross_attention"):
-        set_trainable(model, name)
-        sets[name] = trained(model)
-        assert {n for n in sets[name] if n.startswith("projector.")} == {
-            f"projector.{n}" for n, _ in model.projector.named_parameters()
-        }
-        assert not [n for n in sets[name] if n.startswith(("vae.", "reference_encoder."))]
-    unet = {f"unet.{name}" for name, _ in model.unet.named_parameters()}
-    assert unet <= sets["all"]
-    assert sets["cross_attention"] < sets["decoder"] < sets["all"]
-    rest = {n for n in unet & sets["cross_attention"] if ".attn2." not in n}
-    assert rest == {"unet.conv_in.weight", "unet.conv_in.bias"}
-    assert {n for n in unet if ".attn2." in n} <= sets["cross_attention"]
-    frozen = unet - sets["decoder"]
-    assert frozen
-    assert all(n.split(".")[1] in ("down_blocks", "mid_block", "time_embedding") for n in frozen)
-    assert any(n.startswith("unet.mid_block") and ".attn2." in n for n in sets["decoder"])
+def attention(width: int, context: int = 768) -> int:
+    """Weights of a cross-attention: query and output, key and value, the output's bias."""
+    return 2 * width * width + 2 * context * width + width
+
+
+def transformer(width: int) -> int:
+    """Weights of an attention block: two 1x1 convolutions, both attentions, GEGLU feed-forward, four norms."""
+    convolutions = 2 * (width * width + width)
+    own = 4 * width * width + width
+    feed_forward = (8 * width * width + 8 * width) + (4 * width * width + width)
+    return convolutions + own + attention(width) + feed_forward + 4 * 2 * width
+
+
+def residual(before: int, after: int) -> int:
+    """Weights of a residual block: two norms, two convolutions, the time's layer, a 1x1 convolution if needed."""
+    convolutions = 9 * (before * after + after * after) + 2 * after
+    shortcut = 0 if before == after else before * after + after
+    return 2 * (before + after) + convolutions + 1280 * after + after + shortcut
+
+
+CONV_IN = 9 * 12 * 320 + 320
+TIME = 320 * 1280 + 1280 + 1280 * 1280 + 1280
+ENCODER_ATTENTION = 2 * (attention(320) + attention(640) + attention(1280))
+DECODER_ATTENTION = 3 * (attention(320) + attention(640) + attention(1280))
+DECODER = (
+    3 * residual(2560, 1280)
+    + (2 * residual(2560, 1280) + residual(1920, 1280) + 3 * transformer(1280))
+    + (residual(1920, 640) + residual(1280, 640) + residual(960, 640) + 3 * transformer(640))
+    + (residual(960, 320) + 2 * residual(640, 320) + 3 * transformer(320))
+    + sum(9 * width * width + width for width in (1280, 1280, 640))  # after upsampling
+)
+OUTPUT = 2 * 320 + 9 * 320 * 4 + 4
+ALL = 859_520_964 + 9 * 8 * 320  # Stable Diffusion 1.5 and eight more input channels
+
+
+@pytest.fixture(scope="module")
+def true_size(make_parts: Callable[..., Any]) -> TryOnModel:
+    """Stable Diffusion 1.5's U-Net and the authors' projector, without memory; the frozen networks are small."""
+    with torch.device("meta"):
+        unet = UNet2DConditionModel(in_channels=12, cross_attention_dim=768)
+        projector = ReferenceProjector(1536, 768, 1036)
+    config = TryOnConfig(height=512, width=384, reference_height=518, reference_width=392)
+    scheduler = make_scheduler(PredictionType.EPSILON)
+    return TryOnModel(config, unet, make_parts("vae"), make_parts("dinov2"), projector, scheduler)
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("all", ALL),
+        ("v2", ALL - TIME),
+        ("v1", CONV_IN + ENCODER_ATTENTION + DECODER + OUTPUT),
+        ("cross_attention", CONV_IN + ENCODER_ATTENTION + attention(1280) + DECODER_ATTENTION),
+    ],
+)
+def test_sets_of_trained_weights(true_size: TryOnModel, name: str, expected: int) -> None:
+    """Each set counts what spec 1.4 lists; projector and null tokens always train, VAE and encoder never."""
+    set_trainable(true_size, name)
+    counted = sum(p.numel() for p in true_size.unet.parameters() if p.requires_grad)
+    assert counted == expected
+    names = trained(true_size)
+    assert {n for n in names if n.startswith("projector.")} == {
+        f"projector.{n}" for n, _ in true_size.projector.named_parameters()
+    }
+    assert not [n for n in names if n.startswith(("vae.", "reference_encoder."))]
+    projector = sum(p.numel() for p in true_size.projector.parameters())
+    line = trained_weights(true_size)
+    assert line.startswith(f"Training {(expected + projector) / 1e6:,.1f} M of ")
+    assert line.endswith(f": U-Net {expected / 1e6:,.1f} M, projector {projector / 1e6:,.1f} M")
+
+
+def test_v1_leaves_the_bottleneck(true_size: TryOnModel) -> None:
+    """Its cross-attention keeps the weights of text, as in the authors' first code (spec 9.21)."""
+    set_trainable(true_size, "v1")
+    names = trained(true_size)
+    assert not [n for n in names if n.startswith(("unet.mid_block.", "unet.time_embedding."))]
+    encoder = {n for n in names if n.startswith("unet.down_blocks.")}
+    assert len(encoder) == 6 * 5
+    assert all(".attn2." in n for n in encoder)
+
+
+def test_the_sets_are_the_schema_s() -> None:
+    """Every name that an option can have is a set."""
+    assert set(SETS) == set(get_args(Trainable))
 
 
 def test_unknown_set(make_small_model: Callable[..., Any]) -> None:
     """The error names the option, what was found and what is possible."""
-    with pytest.raises(ConfigError, match="'encoder'; expected one of all, decoder, cross_att"):
+    with pytest.raises(ConfigError, match="'encoder'; expected one of all, v1, v2, cross_att"):
         set_trainable(make_small_model(), "encoder")
 
 
