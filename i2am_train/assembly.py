@@ -74,6 +74,8 @@ logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
 
 MODEL_FOLDER = "model"
 """Where a finished run keeps its model, inside the run folder."""
+ADAPTER_FOLDER = "lora"
+"""Where it keeps the adapters alone, if it trained any."""
 
 
 def model_folder(name: str) -> Path:

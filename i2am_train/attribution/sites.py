@@ -252,12 +252,28 @@ class HasAttentionRecipe(Protocol):
         ...
 
 
+def _is_tryon_pipeline(target: Any) -> bool:
+    return type(target).__name__ == "TryOnPipeline"
+
+
+def _tryon_pipeline(pipeline: Any) -> Recipe:
+    """Recipe of ``models.pipeline``, whose copies in exported folders know nothing of recipes."""
+
+    def rows(frame: Frame) -> slice:
+        first = frame.batch // 2 if pipeline.do_classifier_free_guidance else 0
+        return slice(first, frame.batch)
+
+    grid = GridSize(*pipeline.reference_grid)
+    return diffusers_decoder(grid, int(pipeline.config.class_token), rows=rows)
+
+
 def _is_paint_by_example(target: Any) -> bool:
     return type(target).__name__ == "PaintByExamplePipeline"
 
 
-_KNOWN_TARGETS: tuple[tuple[Callable[[Any], bool], Callable[[], Recipe]], ...] = (
-    (_is_paint_by_example, lambda: diffusers_decoder(reference_grid=None)),
+_KNOWN_TARGETS: tuple[tuple[Callable[[Any], bool], Callable[[Any], Recipe]], ...] = (
+    (_is_paint_by_example, lambda _: diffusers_decoder(reference_grid=None)),
+    (_is_tryon_pipeline, _tryon_pipeline),
 )
 
 
@@ -268,7 +284,7 @@ def detect_recipe(target: Any) -> Recipe:
         return target.attention_recipe()
     for is_known, make in _KNOWN_TARGETS:
         if is_known(target):
-            return make()
+            return make(target)
     raise CaptureError(
         f"No recipe is known for {type(target).__name__}. Pass one: for a U-Net of diffusers, "
         "diffusers_decoder(reference_grid=GridSize(height, width), special_tokens=...), with "

@@ -4,7 +4,8 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
-from lightning.pytorch.callbacks import EMAWeightAveraging
+from lightning.pytorch.callbacks import WeightAveraging
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from i2am_train.training.module import TryOnModule
 
@@ -14,8 +15,14 @@ BEST = "best"
 """Where it keeps the best model by a validation score."""
 
 
-class AveragedWeights(EMAWeightAveraging):
-    """Lightning's moving average of the weights, which others may also write down while training goes on."""
+class AveragedWeights(WeightAveraging):
+    """Lightning's moving average of the weights, which others may also write down while training goes on.
+
+    Averages are interpolations, so that those of frozen weights are the weights themselves to the last bit.
+    """
+
+    def __init__(self, decay: float) -> None:
+        super().__init__(multi_avg_fn=get_ema_multi_avg_fn(decay))  # type: ignore[no-untyped-call]
 
     def swap(self, module: L.LightningModule) -> None:
         """Exchanges the weights in training and their average; a second call puts them back."""

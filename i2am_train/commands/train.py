@@ -44,6 +44,7 @@ def train(config: TrainConfig) -> Path:
         I2AMError: data, checkpoint, layer or run folder do not fit the configuration.
     """
     from i2am_train.assembly import (
+        ADAPTER_FOLDER,
         MODEL_FOLDER,
         finish_tracking,
         make_trainer,
@@ -52,6 +53,7 @@ def train(config: TrainConfig) -> Path:
     )
     from i2am_train.callbacks.checkpoints import latest_checkpoint
     from i2am_train.config.build import plain
+    from i2am_train.models.lora import has_adapters, save_adapters
     from i2am_train.runs import MANIFEST_FILE, RunFolder, fingerprint
     from i2am_train.training.optimization import trained_weights
     from i2am_train.training.preflight import memory_advice
@@ -81,6 +83,8 @@ def train(config: TrainConfig) -> Path:
             )
         if trainer.is_global_zero:
             module.model.save_pretrained(folder / MODEL_FOLDER)
+            if has_adapters(module.model.unet):
+                save_adapters(module.model.unet, folder / ADAPTER_FOLDER)
             record_model(trainer, config, folder.path)
     except BaseException:
         finish_tracking(trainer, failed=True)

@@ -7,6 +7,7 @@ import re
 from collections.abc import Collection
 from pathlib import Path
 
+from i2am_train.config.hub import HUB, pull
 from i2am_train.errors import CheckpointError
 from i2am_train.types import GridSize
 
@@ -47,19 +48,21 @@ def dataset_folder(size: GridSize, train: int, test: int, seed: int) -> Path:
 
 
 def checkpoint_folder(name: str) -> Path:
-    """The folder that ``init`` or ``checkpoint`` means: a shipped name, or a path.
+    """The folder that ``init`` or ``checkpoint`` means: a shipped name, a path, or ``hub:USER/NAME[@REVISION]``.
 
     Raises:
-        CheckpointError: there is no such folder.
+        CheckpointError: there is no such folder, or no such model on the hub.
     """
     shipped = weights_folder() / name
     if name == SHIPPED_CHECKPOINT:
         return shipped
+    if name.startswith(HUB):
+        return pull(name)
     folder = Path(name).expanduser().absolute()
     if not folder.is_dir():
         raise CheckpointError(
             f"There is no checkpoint folder {folder}. Give the folder of a saved model or of "
-            f"a run, or '{SHIPPED_CHECKPOINT}' for the shipped weights."
+            f"a run, '{SHIPPED_CHECKPOINT}' for the shipped weights, or {HUB}USER/NAME."
         )
     return folder
 

@@ -31,7 +31,7 @@ LossVariantName = Literal[
 SamplerName = Literal["ddim", "dpmpp", "unipc"]
 Precision = Literal["32-true", "bf16-mixed", "16-mixed"]
 OptimizerName = Literal["adamw", "adamw8bit"]
-Trainable = Literal["all", "v1", "v2", "cross_attention"]
+Trainable = Literal["all", "v1", "v2", "cross_attention", "lora"]
 Device = Literal["auto", "cpu", "cuda"]
 Normalisation = Literal["imagenet", "clip", "authors"]
 PublishedModel = Literal["dci_vton", "stableviton", "custom", "refined_custom"]
@@ -202,7 +202,12 @@ class OptimizationConfig:
     trainable: Trainable = "all"
     """Which weights of the U-Net train: v1 (the authors' first code: decoder, output, first convolution
     and the encoder's cross-attention), v2 (their later one: all but the time embedding),
-    cross_attention (and the first convolution), or all. Projector and null tokens always do."""
+    cross_attention (and the first convolution), or all; projector and null tokens do, too. lora:
+    low-rank adapters beside its attention projections, and nothing else."""
+    lora_rank: int = 16
+    """Rank of the adapters of trainable=lora."""
+    lora_alpha: float | None = None
+    """Scale of the adapters, times the rank; null: the rank, that is a scale of 1."""
     from_scratch: bool = False
     """Draw the denoiser's and the projector's weights anew; only VAE and encoder come from init."""
     condition_dropout: float = 0.2
@@ -226,6 +231,15 @@ class OptimizationConfig:
             _check_below_one("optimization.betas", beta)
         if self.ema_decay is not None:
             _check_below_one("optimization.ema_decay", self.ema_decay)
+        _check_at_least("optimization.lora_rank", self.lora_rank, 1)
+        _check_optional_above("optimization.lora_alpha", self.lora_alpha, 0.0)
+        if self.trainable == "lora" and self.from_scratch:
+            _refuse("optimization.from_scratch", True, "false with trainable=lora")
+
+    @property
+    def adapter_alpha(self) -> float:
+        """``lora_alpha``, or the rank where it is null."""
+        return self.lora_rank if self.lora_alpha is None else self.lora_alpha
 
 
 @dataclass(kw_only=True, slots=True)

@@ -1,10 +1,12 @@
-"""The trainable part between a frozen image encoder and the U-Net's cross-attention (paper A.4, spec 1.1)."""
+"""The trainable part between a frozen image encoder and the U-Net's cross-attention (paper A.4, spec 1.1).
+
+This file is copied into exported models, so it imports nothing that diffusers does not.
+"""
 
 import torch
 from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from diffusers.models.attention import BasicTransformerBlock
-from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 
@@ -31,20 +33,17 @@ class ReferenceProjector(ModelMixin, ConfigMixin):
         self.output = nn.Linear(encoder_width, context_width)
         self.null_tokens = nn.Parameter(torch.randn(1, tokens, context_width))
 
-    def forward(
-        self, tokens: Float[Tensor, "batch token encoder_width"]
-    ) -> Float[Tensor, "batch token context_width"]:
-        """Context tokens of the reference."""
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Context tokens ``[batch, token, context_width]`` of encoder tokens ``[batch, token, encoder_width]``."""
         hidden = self.norm(tokens)
         for block in self.blocks:
             hidden = block(hidden)
         projected: Tensor = self.output(hidden)
         return projected
 
-    def drop(
-        self,
-        tokens: Float[Tensor, "batch token context_width"],
-        dropped: Bool[Tensor, " batch"],
-    ) -> Float[Tensor, "batch token context_width"]:
-        """Replaces the tokens of the dropped samples by the null tokens; other inputs stay (spec 1.3)."""
+    def drop(self, tokens: Tensor, dropped: Tensor) -> Tensor:
+        """Replaces the context tokens of samples by the null tokens where ``dropped`` (bool ``[batch]``) is true.
+
+        Other inputs stay (spec 1.3).
+        """
         return torch.where(dropped[:, None, None], self.null_tokens.to(tokens.dtype), tokens)

@@ -28,6 +28,7 @@ from transformers.utils import logging as transformers_logging
 from i2am_train.attribution.sites import Recipe, diffusers_decoder
 from i2am_train.errors import CheckpointError
 from i2am_train.models.diffusion import NoiseSchedule
+from i2am_train.models.lora import merged
 from i2am_train.models.projector import ReferenceProjector
 from i2am_train.types import GridSize
 
@@ -263,7 +264,7 @@ class TryOnModel(nn.Module):
     # -- files ------------------------------------------------------------------------------------------------
 
     def save_pretrained(self, folder: str | Path, *, half: bool = False) -> None:
-        """Writes the model's folder; it appears complete or not at all.
+        """Writes the model's folder; it appears complete or not at all. Adapters are merged into the U-Net's weights.
 
         ``half`` stores the weights as float16. Raises ``CheckpointError`` when the folder exists and is not a model, or
         when the disk has not enough space for it.
@@ -296,7 +297,8 @@ class TryOnModel(nn.Module):
         from i2am_train import __version__
 
         self.schedule.scheduler.save_pretrained(folder / "scheduler")
-        for name in COMPONENTS[:-1]:
+        merged(self.unet).save_pretrained(folder / "unet")
+        for name in ("vae", "reference_encoder", "projector"):
             getattr(self, name).save_pretrained(folder / name)
         if half:
             for file in folder.rglob("*.safetensors"):
@@ -347,7 +349,8 @@ def _read_index(folder: Path) -> TryOnConfig:
         )
     try:
         index: dict[str, Any] = json.loads(index_file.read_text())
-        return TryOnConfig(**{k: v for k, v in index.items() if not k.startswith("_")})
+        options = {k: v for k, v in index.items() if k not in COMPONENTS and not k.startswith("_")}
+        return TryOnConfig(**options)
     except (ValueError, TypeError) as error:
         raise CheckpointError(
             f"'{index_file}' is not a try-on model's index ({error}). Export the model again."

@@ -11,6 +11,7 @@ from torch import Tensor
 from i2am_train.attribution.tap import ScoreTap
 from i2am_train.config.schema import OptimizationConfig
 from i2am_train.datasets.sample import TryOnBatch
+from i2am_train.models.lora import add_adapters
 from i2am_train.models.tryon import TryOnModel
 from i2am_train.training.draws import Draws, draw
 from i2am_train.training.optimization import (
@@ -50,6 +51,8 @@ class TryOnModule(L.LightningModule):
         self.seed = seed
         self.cached = cached
         self._tap: ScoreTap | None = None
+        if options.trainable == "lora":
+            add_adapters(model.unet, options.lora_rank, options.adapter_alpha)
         set_trainable(model, options.trainable)
         prepare_networks(model, options)
         model.train()  # loading leaves networks in evaluation mode, where diffusers checkpoints no gradients
@@ -119,15 +122,19 @@ class TryOnModule(L.LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Leaves the frozen networks out of the file; they come with the checkpoint that training started from."""
         checkpoint["state_dict"] = {
-            name: value
-            for name, value in checkpoint["state_dict"].items()
-            if not name.startswith(FROZEN)
+            name: value for name, value in checkpoint["state_dict"].items() if self._trains(name)
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Puts the frozen networks back, so that Lightning's strict loading still checks every trained weight."""
-        frozen = {name: v for name, v in self.state_dict().items() if name.startswith(FROZEN)}
+        frozen = {name: v for name, v in self.state_dict().items() if not self._trains(name)}
         checkpoint["state_dict"] = frozen | checkpoint["state_dict"]
+
+    def _trains(self, name: str) -> bool:
+        """Whether a weight may differ from the one in the model that training started from."""
+        if self.options.trainable == "lora":
+            return ".lora_" in name
+        return not name.startswith(FROZEN)
 
     def _draws(self, batch: TrainingBatch) -> Draws:
         draws = draw(

@@ -21,6 +21,7 @@ SETS: Mapping[str, Callable[[str], bool]] = {
     ),
     "v2": lambda name: not name.startswith("time_embedding."),
     "cross_attention": lambda name: name.startswith("conv_in.") or ".attn2." in name,
+    "lora": lambda name: ".lora_" in name,
 }
 """Whether a U-Net weight of this name trains, by the name of the set; ``schema.Trainable`` lists the names."""
 
@@ -32,13 +33,14 @@ def set_trainable(model: TryOnModel, trainable: str) -> None:
     cross-attention; the bottleneck stays, its cross-attention included. ``v2``: that of their later code, all but the
     time embedding. ``cross_attention``: the first convolution and every cross-attention (their ``sd_locked``).
     ``all``: the whole U-Net. The VAE and the reference encoder are always frozen.
+    ``lora``: adapters alone (``models.lora``); the projector is frozen, too.
     """
     if trainable not in SETS:
         raise ConfigError(
             f"optimization.trainable is '{trainable}'; expected one of {', '.join(SETS)}."
         )
     model.requires_grad_(False)
-    model.projector.requires_grad_(True)
+    model.projector.requires_grad_(trainable != "lora")
     for name, parameter in model.unet.named_parameters():
         if SETS[trainable](name):
             parameter.requires_grad_(True)

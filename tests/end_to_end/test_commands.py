@@ -33,6 +33,8 @@ from i2am_train.types import Direction
 
 pytestmark = pytest.mark.filterwarnings("default")  # Lightning's and torch's own deprecations
 
+LORA = ["optimization.trainable=lora", "optimization.lora_rank=2"]
+
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
     return load_file(folder / "model" / "unet" / "diffusion_pytorch_model.safetensors")
@@ -68,6 +70,22 @@ def test_observers_do_not_change_the_weights(training: list[str], tmp_path: Path
     assert all(weights(without)[name].equal(value) for name, value in weights(with_all).items())
 
 
+def test_training_of_adapters(training: list[str], small_checkpoint: Path, tmp_path: Path) -> None:
+    """The model holds them merged, under the names that every command reads; lora/ holds them alone."""
+    options = [*training, *LORA, "experiment=refined", "trainer.snapshot_every_n_steps=2"]
+    folder = run_training(options, tmp_path / "run")
+    before = load_file(small_checkpoint / "unet" / "diffusion_pytorch_model.safetensors")
+    after = weights(folder)
+    assert after.keys() == before.keys()
+    changed = {name for name, value in after.items() if not before[name].equal(value)}
+    attention = {n for n in before if re.search(r"attn[12]\.to_(q|k|v|out\.0)\.weight", n)}
+    assert changed == attention
+    snapshot = load_file(folder / "snapshots/step-000002/unet/diffusion_pytorch_model.safetensors")
+    assert snapshot.keys() == before.keys()
+    adapters = load_file(folder / "lora" / "pytorch_lora_weights.safetensors")
+    assert len(adapters) == 2 * len(attention)
+
+
 class Stop(L.Callback):
     """Ends the process's work as a crash would, at the beginning of the second epoch."""
 
@@ -76,7 +94,10 @@ class Stop(L.Callback):
             raise RuntimeError("the machine went down")
 
 
-@pytest.mark.parametrize("extra", [[], ["optimization.ema_decay=0.9"]])
+@pytest.mark.parametrize(
+    "extra",
+    [[], ["optimization.ema_decay=0.9"], LORA, [*LORA, "optimization.ema_decay=0.9"]],
+)
 def test_resumed_equals_uninterrupted(
     training: list[str], extra: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

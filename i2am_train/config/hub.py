@@ -1,0 +1,89 @@
+"""Models on the Hugging Face hub: fetched by name where a checkpoint is asked for, and pushed by ``i2am export``.
+
+Where the hub is, and who asks, huggingface_hub knows (``hf auth login``, HF_TOKEN, HF_ENDPOINT, HF_HUB_OFFLINE).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from i2am_train.errors import CheckpointError, ConfigError
+
+HUB = "hub:"
+"""Begin of a checkpoint's name that means a model on the hub."""
+NAME = re.compile(r"[\w.-]+/[\w.-]+")
+
+
+def pull(name: str) -> Path:
+    """The folder of ``hub:USER/NAME`` or ``hub:USER/NAME@REVISION`` in the hub's cache, downloaded if it is not there.
+
+    Raises:
+        CheckpointError: the name is none, there is no such model, or it can be neither reached nor found in the cache.
+    """
+    from huggingface_hub import snapshot_download
+
+    repository, _, revision = name.removeprefix(HUB).partition("@")
+    if not NAME.fullmatch(repository):
+        raise CheckpointError(
+            f"'{name}' names no model on the hub. Write {HUB}USER/NAME[@REVISION]."
+        )
+    with _hub_errors(f"fetched ({name})"):
+        return Path(snapshot_download(repository, revision=revision or None))
+
+
+def check_repository(name: str) -> None:
+    """Fails where ``name`` is not of the form USER/NAME."""
+    if not NAME.fullmatch(name):
+        raise ConfigError(f"push={name} is not possible: expected USER/NAME.")
+
+
+def push(folder: Path, name: str, *, private: bool) -> str:
+    """Uploads a folder as the model ``name``, made if it does not exist; the address of the commit.
+
+    Raises:
+        CheckpointError: nobody is logged in, the hub cannot be reached, or it refuses.
+    """
+    from huggingface_hub import HfApi
+
+    api = HfApi()
+    with _hub_errors(f"pushed to {name} (it lies in {folder})"):
+        api.create_repo(name, private=private, exist_ok=True)
+        commit = api.upload_folder(
+            repo_id=name, folder_path=folder, commit_message="Model exported by i2am_train"
+        )
+    return str(commit.commit_url)
+
+
+@contextmanager
+def _hub_errors(what: str) -> Iterator[None]:
+    from huggingface_hub.errors import (
+        HfHubHTTPError,
+        LocalTokenNotFoundError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    try:
+        yield
+    except RevisionNotFoundError as error:
+        reason, advice = "there is no such revision", "Give a branch, tag or commit of it after @."
+        raise _failed(what, reason, advice) from error
+    except (RepositoryNotFoundError, LocalTokenNotFoundError) as error:
+        reason = "there is no such model, or it is private and whoever is logged in may not see it"
+        raise _failed(what, reason, "Check the name, and log in with 'hf auth login'.") from error
+    except HfHubHTTPError as error:
+        status = error.response.status_code
+        reason = f"the hub answered {status} ({' '.join(str(error).split())[:200]})"
+        advice = "Log in with 'hf auth login'." if status in (401, 403) else "Try again later."
+        raise _failed(what, reason, advice) from error
+    except Exception as error:  # connections fail in the words of whichever library makes them
+        first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
+        advice = "Check the network, HF_ENDPOINT and HF_HUB_OFFLINE; a model in the hub's cache needs no network."
+        raise _failed(what, f"{type(error).__name__}: {first_line}", advice) from error
+
+
+def _failed(what: str, reason: str, advice: str) -> CheckpointError:
+    return CheckpointError(f"The model could not be {what}: {reason}. {advice}")

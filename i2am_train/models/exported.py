@@ -1,0 +1,72 @@
+"""Writes a model as a pipeline folder of diffusers, with the code that it needs, for people without i2am_train."""
+
+import json
+import os
+import shutil
+import tempfile
+from dataclasses import asdict
+from pathlib import Path
+
+import diffusers
+import torch
+from safetensors.torch import load_file, save_file
+
+from i2am_train.errors import CheckpointError
+from i2am_train.models import pipeline, projector
+from i2am_train.models.tryon import INDEX_FILE, TryOnModel
+
+CARD_FILE = "README.md"
+
+
+def export_pipeline(model: TryOnModel, folder: Path, *, dtype: torch.dtype, card: str) -> None:
+    """Writes ``model_index.json``, weights, the code of pipeline and projector, and the card; all or nothing.
+
+    ``DiffusionPipeline.from_pretrained(folder, custom_pipeline=folder, trust_remote_code=True)`` reads it, and so does
+    :meth:`TryOnModel.from_pretrained`.
+
+    Raises:
+        CheckpointError: the folder exists and is not empty.
+    """
+    check_free(folder)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as temporary:
+        staged = Path(temporary) / "model"
+        model.save_pretrained(staged)
+        _convert(staged, dtype)
+        (staged / INDEX_FILE).write_text(json.dumps(_index(model), indent=2) + "\n")
+        shutil.copyfile(pipeline.__file__, staged / "pipeline.py")
+        shutil.copyfile(projector.__file__, staged / "projector" / "projector.py")
+        (staged / CARD_FILE).write_text(card, encoding="utf-8")
+        if folder.is_dir():
+            folder.rmdir()
+        os.replace(staged, folder)
+
+
+def check_free(folder: Path) -> None:
+    """Fails where the folder of an export is in use.
+
+    Raises:
+        CheckpointError: the folder exists and is not empty.
+    """
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise CheckpointError(
+            f"'{folder}' exists and is not an empty folder. Nothing was written. Give output=FOLDER a new name."
+        )
+
+
+def _convert(folder: Path, dtype: torch.dtype) -> None:
+    for file in folder.rglob("*.safetensors"):
+        weights = {name: value.to(dtype) for name, value in load_file(file).items()}
+        save_file(weights, file, metadata={"format": "pt"})
+
+
+def _index(model: TryOnModel) -> dict[str, object]:
+    return {
+        "_class_name": ["pipeline", "TryOnPipeline"],
+        "_diffusers_version": diffusers.__version__,
+        "unet": ["diffusers", "UNet2DConditionModel"],
+        "vae": ["diffusers", "AutoencoderKL"],
+        "reference_encoder": ["transformers", type(model.reference_encoder).__name__],
+        "projector": ["projector", "ReferenceProjector"],
+        "scheduler": ["diffusers", "DDIMScheduler"],
+    } | asdict(model.config)
