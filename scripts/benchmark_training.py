@@ -403,6 +403,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         for variant in variants if number % 2 else reversed(variants):
             times[variant].append(bench.seconds(variant))
         say(f"round {number + 1} of {options.runs}")
+    say(f"ratios: {ratios(times)}")
     rows = {
         variant: {
             "seconds": round(statistics.median(seconds), 4),
