@@ -39,6 +39,7 @@ PublishedModel = Literal["dci_vton", "stableviton", "custom", "refined_custom"]
 LayoutName = Literal["auto", "viton_hd", "dresscode"]
 CategoryName = Literal["upper_body", "lower_body", "dresses"]
 FitName = Literal["stretch", "pad", "crop"]
+WeightType = Literal["float32", "float16", "bfloat16"]
 FigureFormat = Literal["png", "svg", "pdf"]
 FigureName = Literal[
     "layers",
@@ -700,6 +701,30 @@ class ReportConfig:
 
 
 @dataclass(kw_only=True, slots=True)
+class ExportConfig:
+    """Write a model as a pipeline folder of diffusers with a model card, and push it to the hub."""
+
+    checkpoint: str
+    """Checkpoint folder, run folder, tiny for the shipped one, or hub:USER/NAME."""
+    output: Path
+    """Folder to make; must be empty or not there."""
+    dtype: WeightType = "float32"
+    """Numbers that the weights are stored as: float32, float16 or bfloat16."""
+    push: str | None = None
+    """Model on the hub, USER/NAME, that the folder is uploaded as; null: nothing is uploaded."""
+    private: bool = True
+    """A model that pushing makes is seen by its owner alone."""
+    license: str | None = None
+    """Licence of the weights, as the hub names it (apache-2.0); null: the card leaves it open."""
+    base_model: str | None = None
+    """Model on the hub that the weights come from; null: none is named."""
+
+    def __post_init__(self) -> None:
+        _check_given("checkpoint", self.checkpoint)
+        self.output = self.output.expanduser().absolute()
+
+
+@dataclass(kw_only=True, slots=True)
 class InitConfig:
     """Make a model folder for `i2am train` from Stable Diffusion 1.5, a VAE and an image encoder."""
 
@@ -907,6 +932,7 @@ COMMANDS: dict[str, type[Any]] = {
     "ablate": AblateConfig,
     "explain": ExplainConfig,
     "report": ReportConfig,
+    "export": ExportConfig,
     "init": InitConfig,
     "dashboard": DashboardConfig,
     "data_make": DataMakeConfig,
