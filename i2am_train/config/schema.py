@@ -200,8 +200,8 @@ class OptimizationConfig:
     low-rank adapters beside its attention projections, and nothing else."""
     lora_rank: int = 16
     """Rank of the adapters of trainable=lora."""
-    lora_alpha: float | None = None
-    """Scale of the adapters, times the rank; null: the rank, that is a scale of 1."""
+    lora_alpha: int | None = None
+    """Scale of the adapters times their rank; null: the rank, that is a scale of 1."""
     from_scratch: bool = False
     """Draw the denoiser's and the projector's weights anew; only VAE and encoder come from init."""
     condition_dropout: float = 0.2
@@ -226,12 +226,12 @@ class OptimizationConfig:
         if self.ema_decay is not None:
             _check_below_one("optimization.ema_decay", self.ema_decay)
         _check_at_least("optimization.lora_rank", self.lora_rank, 1)
-        _check_optional_above("optimization.lora_alpha", self.lora_alpha, 0.0)
+        _check_at_least("optimization.lora_alpha", self.adapter_alpha, 1)
         if self.trainable == "lora" and self.from_scratch:
             _refuse("optimization.from_scratch", True, "false with trainable=lora")
 
     @property
-    def adapter_alpha(self) -> float:
+    def adapter_alpha(self) -> int:
         """``lora_alpha``, or the rank where it is null."""
         return self.lora_rank if self.lora_alpha is None else self.lora_alpha
 

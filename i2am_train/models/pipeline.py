@@ -21,13 +21,13 @@ from torch.nn.functional import interpolate
 
 
 @dataclass
-class TryOnOutput(BaseOutput):  # type: ignore[misc]
+class TryOnOutput(BaseOutput):
     """Images as asked for by ``output_type``."""
 
     images: Any
 
 
-class TryOnPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin):  # type: ignore[misc]
+class TryOnPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin):
     """Dresses persons in reference garments. The options are those of ``model_index.json`` in the model's folder."""
 
     model_cpu_offload_seq = "reference_encoder->projector->unet->vae"
@@ -217,7 +217,8 @@ class TryOnPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin):  # type:
         else:
             clean = signal * latents - level * prediction
             noise = level * latents + signal * prediction
-        return clean if following == 0 else signals[following] * clean + levels[following] * noise
+        noised: Tensor = signals[following] * clean + levels[following] * noise
+        return noised if following else clean
 
     @classmethod
     def load_lora_into_text_encoder(cls, *_: Any, **__: Any) -> None:

@@ -136,7 +136,8 @@ import sys
 sys.modules["i2am_train"] = None
 from PIL import Image
 from diffusers import DiffusionPipeline
-pipeline = DiffusionPipeline.from_pretrained({str(exported)!r}, custom_pipeline={str(exported)!r}, trust_remote_code=True)
+name = {str(exported)!r}
+pipeline = DiffusionPipeline.from_pretrained(name, custom_pipeline=name, trust_remote_code=True)
 grey = Image.new("RGB", (60, 90), (90, 120, 150))
 images = pipeline(grey, [grey], grey, num_inference_steps=2).images
 print(len(images), images[0].size)
@@ -152,7 +153,7 @@ def test_adapters_go_on_the_pipeline(
 ) -> None:
     """``load_lora_weights`` reads what a training of adapters leaves in lora/."""
     adapted = make_small_model()
-    add_adapters(adapted.unet, rank=2, alpha=2.0)
+    add_adapters(adapted.unet, rank=2, alpha=2)
     for name, weight in adapted.unet.named_parameters():
         if ".lora_B." in name:
             torch.nn.init.normal_(weight, std=0.5)
