@@ -19,6 +19,7 @@ COMMANDS = {
     "ablate": "train and judge arms x seeds from one checkpoint, and compare them",
     "explain": "draw every attribution map of a sample, and a page to explore them",
     "report": "make the paper's tables and figures from the folders of finished commands",
+    "export": "write a model as a pipeline of diffusers with a model card, for the hub",
     "init": "make a model to train from Stable Diffusion 1.5 and an image encoder",
     "dashboard": "make a workspace and a report of the runs in Weights & Biases",
     "data": "make the embedded dataset, derive what a dataset lacks, or check one",

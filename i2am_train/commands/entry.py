@@ -74,6 +74,10 @@ EXAMPLES = {
         i2am report explained=[runs/explain-tiny-test17-paired]
         i2am report explained=[FOLDER,OTHER] models=[baseline,refined] figures=[refinement,scores]
     """,
+    "export": """
+        i2am export checkpoint=runs/refined-seed0 output=exported/refined
+        i2am export checkpoint=runs/refined-seed0 output=PATH dtype=float16 push=USER/NAME
+    """,
     "init": """
         i2am init unet=v1-5-pruned.safetensors encoder=facebook/dinov2-giant output=models/start
         i2am init unet=FOLDER vae=VITONHD_VAE_finetuning.ckpt encoder=FOLDER output=models/start

@@ -39,6 +39,7 @@ PublishedModel = Literal["dci_vton", "stableviton", "custom", "refined_custom"]
 LayoutName = Literal["auto", "viton_hd", "dresscode"]
 CategoryName = Literal["upper_body", "lower_body", "dresses"]
 FitName = Literal["stretch", "pad", "crop"]
+WeightType = Literal["float32", "float16", "bfloat16"]
 FigureFormat = Literal["png", "svg", "pdf"]
 FigureName = Literal[
     "layers",
@@ -206,8 +207,8 @@ class OptimizationConfig:
     low-rank adapters beside its attention projections, and nothing else."""
     lora_rank: int = 16
     """Rank of the adapters of trainable=lora."""
-    lora_alpha: float | None = None
-    """Scale of the adapters, times the rank; null: the rank, that is a scale of 1."""
+    lora_alpha: int | None = None
+    """Scale of the adapters times their rank; null: the rank, that is a scale of 1."""
     from_scratch: bool = False
     """Draw the denoiser's and the projector's weights anew; only VAE and encoder come from init."""
     condition_dropout: float = 0.2
@@ -232,12 +233,12 @@ class OptimizationConfig:
         if self.ema_decay is not None:
             _check_below_one("optimization.ema_decay", self.ema_decay)
         _check_at_least("optimization.lora_rank", self.lora_rank, 1)
-        _check_optional_above("optimization.lora_alpha", self.lora_alpha, 0.0)
+        _check_at_least("optimization.lora_alpha", self.adapter_alpha, 1)
         if self.trainable == "lora" and self.from_scratch:
             _refuse("optimization.from_scratch", True, "false with trainable=lora")
 
     @property
-    def adapter_alpha(self) -> float:
+    def adapter_alpha(self) -> int:
         """``lora_alpha``, or the rank where it is null."""
         return self.lora_rank if self.lora_alpha is None else self.lora_alpha
 
@@ -707,6 +708,30 @@ class ReportConfig:
 
 
 @dataclass(kw_only=True, slots=True)
+class ExportConfig:
+    """Write a model as a pipeline folder of diffusers with a model card, and push it to the hub."""
+
+    checkpoint: str
+    """Checkpoint folder, run folder, tiny for the shipped one, or hub:USER/NAME."""
+    output: Path
+    """Folder to make; must be empty or not there."""
+    dtype: WeightType = "float32"
+    """Numbers that the weights are stored as: float32, float16 or bfloat16."""
+    push: str | None = None
+    """Model on the hub, USER/NAME, that the folder is uploaded as; null: nothing is uploaded."""
+    private: bool = True
+    """A model that pushing makes is seen by its owner alone."""
+    license: str | None = None
+    """Licence of the weights, as the hub names it (apache-2.0); null: the card leaves it open."""
+    base_model: str | None = None
+    """Model on the hub that the weights come from; null: none is named."""
+
+    def __post_init__(self) -> None:
+        _check_given("checkpoint", self.checkpoint)
+        self.output = self.output.expanduser().absolute()
+
+
+@dataclass(kw_only=True, slots=True)
 class InitConfig:
     """Make a model folder for `i2am train` from Stable Diffusion 1.5, a VAE and an image encoder."""
 
@@ -965,6 +990,7 @@ COMMANDS: dict[str, type[Any]] = {
     "ablate": AblateConfig,
     "explain": ExplainConfig,
     "report": ReportConfig,
+    "export": ExportConfig,
     "init": InitConfig,
     "dashboard": DashboardConfig,
     "data_make": DataMakeConfig,

@@ -17,7 +17,7 @@ ADAPTER = "default"
 """peft's name for the one adapter that a model has here."""
 
 
-def add_adapters(unet: UNet2DConditionModel, rank: int, alpha: float) -> None:
+def add_adapters(unet: UNet2DConditionModel, rank: int, alpha: int) -> None:
     """Puts an adapter of the given rank beside every attention projection, and freezes all other weights of the U-Net.
 
     An adapter's output is scaled by ``alpha / rank`` and is zero at first, so that nothing changes until it is trained.
@@ -49,7 +49,7 @@ def merged(unet: UNet2DConditionModel) -> UNet2DConditionModel:
 
 @torch.no_grad()
 def _merged_weights(unet: UNet2DConditionModel) -> dict[str, Tensor]:
-    from peft.tuners.lora import LoraLayer
+    from peft.tuners.lora import Linear
 
     weights = {
         name.replace(".base_layer.", "."): value
@@ -57,7 +57,7 @@ def _merged_weights(unet: UNet2DConditionModel) -> dict[str, Tensor]:
         if ".lora_" not in name
     }
     for path, layer in unet.named_modules():
-        if isinstance(layer, LoraLayer):
+        if isinstance(layer, Linear):
             weights[f"{path}.weight"] = weights[f"{path}.weight"] + layer.get_delta_weight(ADAPTER)
     return weights
 

@@ -217,9 +217,8 @@ class TryOnPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin):
         else:
             clean = signal * latents - level * prediction
             noise = level * latents + signal * prediction
-        if following == 0:
-            return torch.as_tensor(clean)
-        return torch.as_tensor(signals[following] * clean + levels[following] * noise)
+        noised: Tensor = signals[following] * clean + levels[following] * noise
+        return noised if following else clean
 
     @classmethod
     def load_lora_into_text_encoder(cls, *_: Any, **__: Any) -> None:

@@ -23,7 +23,7 @@ from i2am_train.training.module import TryOnModule
 from i2am_train.training.step import TrainingObjective
 from i2am_train.types import Direction, GridSize, Pairing, Split
 
-LORA = OptimizationConfig(trainable="lora", lora_rank=3, lora_alpha=6.0)
+LORA = OptimizationConfig(trainable="lora", lora_rank=3, lora_alpha=6)
 
 
 @pytest.fixture
@@ -32,7 +32,7 @@ def adapted(make_small_model: Callable[..., Any]) -> Any:
     model = make_small_model()
     with torch.random.fork_rng():
         torch.manual_seed(1)
-        add_adapters(model.unet, rank=3, alpha=6.0)
+        add_adapters(model.unet, rank=3, alpha=6)
         for name, weight in model.unet.named_parameters():
             if ".lora_B." in name:
                 torch.nn.init.normal_(weight, std=0.5)
@@ -51,7 +51,7 @@ def test_new_adapters_change_nothing(make_small_model: Callable[..., Any]) -> No
     """The same images, bit by bit, from a model whose adapters were never trained."""
     model = make_small_model()
     before = sample(model, **inputs(model.image_size), seeds=[0, 1], steps=2)
-    add_adapters(model.unet, rank=2, alpha=2.0)
+    add_adapters(model.unet, rank=2, alpha=2)
     assert has_adapters(model.unet)
     assert sample(model, **inputs(model.image_size), seeds=[0, 1], steps=2).equal(before)
 
