@@ -43,6 +43,7 @@ from i2am_train.config.schema import (
     TrainConfig,
 )
 from i2am_train.datasets.datamodule import TryOnDataModule
+from i2am_train.datasets.latent_cache import LatentCache
 from i2am_train.datasets.opening import Reading
 from i2am_train.datasets.synthetic import make_dataset
 from i2am_train.errors import CheckpointError, ConfigError
@@ -57,6 +58,7 @@ from i2am_train.runs import RunFolder
 from i2am_train.tracking.artifacts import log_model, use_dataset
 from i2am_train.tracking.names import TRAIN_JOB
 from i2am_train.tracking.session import open_run
+from i2am_train.training.caching import cache_key
 from i2am_train.training.checkpoint_io import AtomicCheckpointIO
 from i2am_train.training.csv_history import ContinuedCSVLogger
 from i2am_train.training.module import TryOnModule
@@ -123,6 +125,15 @@ def reading_of(data: DataConfig) -> Reading:
     return Reading(data.layout, tuple(data.categories), data.fit)
 
 
+def open_cache(data: DataConfig, root: Path, model: TryOnModel) -> LatentCache | None:
+    """The cache of ``data.cache``, checked to be what this model would make of this dataset; None without one."""
+    if data.cache is None:
+        return None
+    cache = LatentCache(data.cache, data.cache_copies)
+    cache.require(cache_key(model, root, reading_of(data)), augment=data.augment)
+    return cache
+
+
 def make_datamodule(
     data: DataConfig,
     root: Path,
@@ -132,6 +143,7 @@ def make_datamodule(
     validation_samples: int = 0,
     test_samples: int | None = None,
     pairing: Pairing = Pairing.PAIRED,
+    cache: LatentCache | None = None,
 ) -> TryOnDataModule:
     """Loaders of training, validation and test samples."""
     return TryOnDataModule(
@@ -146,6 +158,7 @@ def make_datamodule(
         test_samples=test_samples,
         test_pairing=pairing,
         reading=reading_of(data),
+        cache=cache,
     )
 
 
@@ -302,6 +315,17 @@ def check_device(name: Device) -> None:
             "device=cuda was asked for, and torch finds no CUDA device on this machine. Set device=cpu, or device=auto "
             "to take what there is."
         )
+
+
+def chosen_device(name: Device) -> torch.device:
+    """The device that a command without a trainer computes on.
+
+    Raises:
+        ConfigError: there is no CUDA device.
+    """
+    check_device(name)
+    use_gpu = name != "cpu" and torch.cuda.is_available()
+    return torch.device("cuda" if use_gpu else "cpu")
 
 
 def _hardware(config: TrainConfig) -> dict[str, Any]:
@@ -461,4 +485,5 @@ def make_module(config: TrainConfig) -> TryOnModule:
         make_objective(config.objective, config.optimization),
         config.optimization,
         config.seed,
+        cached=config.data.cache is not None,
     )

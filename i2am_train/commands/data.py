@@ -1,4 +1,7 @@
-"""``i2am data make``: the embedded dataset. ``derive``: what a dataset lacks. ``check``: what is wrong with it."""
+"""``i2am data make``: the embedded dataset. ``derive``: what a dataset lacks. ``check``: what is wrong with it.
+
+``cache``: what the frozen networks make of it, for training without them.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,12 @@ import sys
 
 from i2am_train.commands.entry import FAILED_CHECK, HELP_FLAGS, entry, errors_as_text
 from i2am_train.config.locations import dataset_folder
-from i2am_train.config.schema import DataCheckConfig, DataDeriveConfig, DataMakeConfig
+from i2am_train.config.schema import (
+    DataCacheConfig,
+    DataCheckConfig,
+    DataDeriveConfig,
+    DataMakeConfig,
+)
 from i2am_train.errors import ConfigError
 
 
@@ -79,14 +87,50 @@ def derive(config: DataDeriveConfig) -> int:
     return FAILED_CHECK if report.refused else 0
 
 
+def cache(config: DataCacheConfig) -> None:
+    """Encode the dataset, or the rest of it."""
+    from i2am_train.assembly import chosen_device, model_folder
+    from i2am_train.datasets.latent_cache import CacheLayout
+    from i2am_train.datasets.opening import Reading
+    from i2am_train.models.tryon import TryOnModel
+    from i2am_train.training.caching import make_cache
+
+    device = chosen_device(config.device)
+    layout = CacheLayout(
+        dtype=config.dtype,
+        variants=config.variants,
+        seed=config.seed,
+        shard_samples=config.shard_samples,
+    )
+    index = make_cache(
+        TryOnModel.from_pretrained(model_folder(config.init)).to(device),
+        config.root,
+        config.output,
+        layout,
+        reading=Reading(config.layout, tuple(config.categories), config.fit),
+        splits=config.splits,
+        batch_size=config.batch_size,
+        workers=config.workers,
+        progress=config.progress_bar,
+    )
+    shards = [shard for made in index.shards.values() for shard in made]
+    counts = " and ".join(f"{total} {split}" for split, total in index.samples.items())
+    print(
+        f"{counts} samples in {len(shards)} shards, {sum(s.bytes for s in shards) / 2**20:.1f} MiB, in "
+        f"{config.output}\nTrain from it with: i2am train data.root={config.root} init={config.init} "
+        f"data.cache={config.output}" + (" data.augment=true" if config.variants else "")
+    )
+
+
 HELP = """\
-usage: i2am data make|derive|check [name=value ...]
+usage: i2am data make|derive|check|cache [name=value ...]
 
   make    make a synthetic try-on dataset with exact correspondence, in VITON-HD layout
   derive  make what a dataset lacks: masks and agnostic pictures from parsing maps and poses
           (exit status 1 if a picture was refused)
   check   report everything that is wrong with a dataset folder
           (exit status 1 if training would fail)
+  cache   encode a dataset by the frozen networks, once for all training runs
 
 `i2am data make --help`, and likewise for the others, lists the options."""
 
@@ -104,9 +148,11 @@ def main() -> None:
         entry("data_derive", derive)
     if action == "check":
         entry("data_check", check)
+    if action == "cache":
+        entry("data_cache", cache)
     with errors_as_text():
         raise ConfigError(
-            f"There is no command 'i2am data {action}'. There are make, derive and check."
+            f"There is no command 'i2am data {action}'. There are make, derive, check and cache."
         )
 
 

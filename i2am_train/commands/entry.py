@@ -98,6 +98,10 @@ EXAMPLES = {
         i2am data derive root=my_photographs parser=FOLDER estimator=FOLDER preview=true
         i2am data derive root=my_photographs parser=mattmdjaga/segformer_b2_clothes pose=none
     """,
+    "data_cache": """
+        i2am data cache root=data/zalando-hd-resized init=PATH output=caches/viton
+        i2am data cache root=PATH init=PATH output=PATH variants=8 dtype=float16
+    """,
     "data_check": """
         i2am data check root=data/zalando-hd-resized height=1024 width=768
         i2am data check root=PATH json=report.json

@@ -132,6 +132,7 @@ def prepare(config: TrainConfig) -> tuple[TryOnModule, TryOnDataModule]:
         make_datamodule,
         make_module,
         make_settings,
+        open_cache,
         prepare_data,
     )
     from i2am_train.datasets.viton_hd import require_correspondence
@@ -156,6 +157,7 @@ def prepare(config: TrainConfig) -> tuple[TryOnModule, TryOnDataModule]:
         seed=config.seed,
         eval_batch_size=config.evaluation.batch_size,
         validation_samples=config.validation.samples,
+        cache=open_cache(config.data, root, module.model),
     )
     datamodule.train_dataset()
     check_disk(config, module.model)

@@ -98,11 +98,18 @@ class DataConfig:
     """Processes that read samples; 0 reads in the main process."""
     augment: bool = False
     """Flip, shift, scale and colour augmentation of training samples (the authors' order)."""
+    cache: str | None = None
+    """Folder that `i2am data cache` made, or its copy's URL (s3://...): training samples come from
+    it and the frozen encoders never run; null: they run in every step."""
+    cache_copies: Path | None = None
+    """Folder for copies of the shards where data.cache is a URL; null: in the user's cache."""
     synthetic: SyntheticConfig = field(default_factory=SyntheticConfig)
     """The embedded dataset."""
 
     def __post_init__(self) -> None:
-        self.root = _absolute(self.root)
+        self.root, self.cache_copies = _absolute(self.root), _absolute(self.cache_copies)
+        if self.cache is not None and "://" not in self.cache:
+            self.cache = str(_absolute(Path(self.cache)))
         if self.categories:
             _check_unique("data.categories", self.categories)
         _check_size("data", self.height, self.width)
@@ -926,6 +933,57 @@ class DataCheckConfig:
         return GridSize(self.height, self.width)
 
 
+@dataclass(kw_only=True, slots=True)
+class DataCacheConfig:
+    """Encode a dataset by a model's frozen networks, once for all training runs."""
+
+    root: Path
+    """Dataset folder in VITON-HD or DressCode layout."""
+    layout: LayoutName = "auto"
+    """How the folder is laid out; auto: dresscode where it has folders of categories."""
+    categories: list[CategoryName] = field(default_factory=list)
+    """Categories of DressCode to encode; empty: all that exist."""
+    fit: FitName = "stretch"
+    """Pictures of another aspect, as in data.fit."""
+    init: str = "tiny"
+    """Checkpoint folder whose VAE and reference encoder are used; tiny is the shipped one. Pictures
+    are read at its size."""
+    output: Path
+    """Folder of the cache. The same command again goes on, and makes damaged shards anew."""
+    splits: list[Split] = field(default_factory=lambda: [Split.TRAIN])
+    """Halves of the dataset: train, test."""
+    variants: int = 0
+    """Augmented variants of each training sample, shown in turn from epoch to epoch; 0: the sample
+    as it is, for training with data.augment=false."""
+    seed: int = 0
+    """Seed of the augmentations; a run of the same seed sees what it would see without a cache, for
+    as many epochs as there are variants."""
+    dtype: Literal["float32", "float16"] = "float32"
+    """How numbers are stored: float32 trains as without a cache, float16 takes half the space."""
+    shard_samples: int = 128
+    """Samples in a file."""
+    batch_size: int = 16
+    """Samples that are encoded at once."""
+    workers: int = 2
+    """Processes that read pictures; 0 reads in the main process."""
+    device: Device = "auto"
+    """Where to compute."""
+    progress_bar: bool = True
+    """Show progress with the time left."""
+
+    def __post_init__(self) -> None:
+        self.root = self.root.expanduser().absolute()
+        self.output = self.output.expanduser().absolute()
+        if self.categories:
+            _check_unique("categories", self.categories)
+        _check_given("init", self.init)
+        _check_unique("splits", self.splits)
+        for name in ("variants", "seed", "workers"):
+            _check_at_least(name, getattr(self, name), 0)
+        for name in ("shard_samples", "batch_size"):
+            _check_at_least(name, getattr(self, name), 1)
+
+
 COMMANDS: dict[str, type[Any]] = {
     "train": TrainConfig,
     "evaluate": EvaluateConfig,
@@ -937,6 +995,7 @@ COMMANDS: dict[str, type[Any]] = {
     "dashboard": DashboardConfig,
     "data_make": DataMakeConfig,
     "data_check": DataCheckConfig,
+    "data_cache": DataCacheConfig,
     "data_derive": DataDeriveConfig,
 }
 """Schema of each file ``conf/<command>.yaml``."""
@@ -947,6 +1006,7 @@ WITHOUT_EFFECT_ON_WEIGHTS: tuple[str, ...] = (
     "label",
     "expected",
     "data.workers",
+    "data.cache_copies",
     "tracking",
     "trainer.progress_bar",
     "trainer.log_every_n_steps",

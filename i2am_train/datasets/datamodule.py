@@ -23,6 +23,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 from torchdata.stateful_dataloader import StatefulDataLoader
 
+from i2am_train.datasets.latent_cache import CachedDataset, LatentCache
 from i2am_train.datasets.opening import AS_IT_LIES, Reading, list_length, open_dataset
 from i2am_train.datasets.reading import EpochPosition, TryOnDataset
 from i2am_train.datasets.sample import TryOnSample
@@ -77,6 +78,7 @@ class TryOnDataModule(L.LightningDataModule):
         test_samples: how many of the test samples to use; None for all.
         test_pairing: whether test and prediction give people their own garment.
         reading: layout, categories, and how other aspects are dealt with.
+        cache: where training samples are read from instead, encoded; it was checked to fit.
 
     Attributes:
         test_batches: positions in the test dataset that ``test_dataloader`` reads, batch by batch; None for all.
@@ -87,11 +89,12 @@ class TryOnDataModule(L.LightningDataModule):
         self, root: Path | str, size: GridSize, *, batch_size: int = 16, eval_batch_size: int = 16, workers: int = 0,
         augment: bool = True, seed: int = 0, validation_samples: int = 0, test_samples: int | None = None,
         test_pairing: Pairing = Pairing.PAIRED, reading: Reading = AS_IT_LIES,
+        cache: LatentCache | None = None,
     ) -> None:  # fmt: skip
         super().__init__()
         self.root, self.size = Path(root), GridSize(*size)
         self.batch_size, self.eval_batch_size, self.workers = batch_size, eval_batch_size, workers
-        self.augment, self.seed, self.reading = augment, seed, reading
+        self.augment, self.seed, self.reading, self.cache = augment, seed, reading, cache
         self.validation_samples, self.test_samples, self.test_pairing = (
             validation_samples,
             test_samples,
@@ -101,14 +104,18 @@ class TryOnDataModule(L.LightningDataModule):
 
     # -- datasets --------------------------------------------------------------------------------------------------
 
-    def train_dataset(self) -> TryOnDataset:
-        """The training list without the samples held out for validation."""
+    def train_dataset(self) -> TryOnDataset | CachedDataset:
+        """The training list without the samples held out for validation, as pictures or from the cache."""
         indices = range(self._train_total() - self.validation_samples)
         if len(indices) < self.batch_size * self._processes():
             raise DataError(
                 f"{self.root} has {self._train_total()} training samples; with {self.validation_samples} held out for "
                 f"validation, {len(indices)} are left, fewer than one batch of {self.batch_size * self._processes()}. "
                 "Use more samples, or lower data.batch_size or validation.samples."
+            )
+        if self.cache is not None:
+            return CachedDataset(
+                self.cache, self.root, Split.TRAIN, self.reading, indices, self.seed
             )
         return open_dataset(
             self.root, Split.TRAIN, Pairing.PAIRED, self.size, self.reading, augment=self.augment, seed=self.seed,
@@ -147,10 +154,10 @@ class TryOnDataModule(L.LightningDataModule):
 
     # -- loaders ---------------------------------------------------------------------------------------------------
 
-    def train_dataloader(self) -> DataLoader[TryOnSample]:
+    def train_dataloader(self) -> DataLoader[Any]:
         dataset = self.train_dataset()
         sampler = EpochSampler(dataset, self.seed, self._epoch(), self._processes(), self._rank())
-        loader: DataLoader[TryOnSample] = StatefulDataLoader(
+        loader: DataLoader[Any] = StatefulDataLoader(
             dataset, batch_size=self.batch_size, sampler=sampler, drop_last=True, **self._reading()
         )
         return loader

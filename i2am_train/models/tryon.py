@@ -70,6 +70,13 @@ class Conditions(NamedTuple):
     tokens: Float[Tensor, "batch token context"]
 
 
+class Moments(NamedTuple):
+    """A diagonal Gaussian over latents, before the VAE's scaling factor."""
+
+    mean: Float[Tensor, "batch 4 latent_height latent_width"]
+    std: Float[Tensor, "batch 4 latent_height latent_width"]
+
+
 class TryOnModel(nn.Module):
     """A latent diffusion model that dresses a person in a reference garment."""
 
@@ -137,8 +144,20 @@ class TryOnModel(nn.Module):
         noise: Float[Tensor, "batch 4 latent_height latent_width"] | None = None,
     ) -> Float[Tensor, "batch 4 latent_height latent_width"]:
         """Scaled latents of images in [-1, 1]: the posterior's mean, or a sample of it when noise is given."""
+        return self.sample_latents(self.encode_moments(images), noise)
+
+    def encode_moments(self, images: Float[Tensor, "batch 3 height width"]) -> Moments:
+        """The VAE's posterior of images in [-1, 1], unscaled."""
         posterior = self.vae.encode(images).latent_dist
-        latents = posterior.mean if noise is None else posterior.mean + posterior.std * noise
+        return Moments(posterior.mean, posterior.std)
+
+    def sample_latents(
+        self,
+        moments: Moments,
+        noise: Float[Tensor, "batch 4 latent_height latent_width"] | None = None,
+    ) -> Float[Tensor, "batch 4 latent_height latent_width"]:
+        """Scaled latents of a posterior: its mean, or a sample of it when noise is given."""
+        latents = moments.mean if noise is None else moments.mean + moments.std * noise
         scaled: Tensor = latents * self.vae.config["scaling_factor"]
         return scaled
 
@@ -153,13 +172,27 @@ class TryOnModel(nn.Module):
         self, garment: Float[Tensor, "batch 3 height width"]
     ) -> Float[Tensor, "batch token context"]:
         """Context tokens of garments in [-1, 1]: patches in row-major order, after the class token if kept."""
+        return self.project_reference(self.encode_garment(garment))
+
+    def encode_garment(
+        self, garment: Float[Tensor, "batch 3 height width"]
+    ) -> Float[Tensor, "batch encoder_token width"]:
+        """All tokens of the frozen encoder, special ones included, for garments in [-1, 1]."""
         size = (self.config.reference_height, self.config.reference_width)
         if garment.shape[-2:] != size:
             garment = nn.functional.interpolate(
                 garment, size, mode="bilinear", antialias=True, align_corners=False
             )
         pixels = ((garment + 1) / 2 - self.reference_mean) / self.reference_std
-        tokens = self.reference_encoder(pixel_values=pixels, **self._any_size()).last_hidden_state
+        tokens: Tensor = self.reference_encoder(
+            pixel_values=pixels, **self._any_size()
+        ).last_hidden_state
+        return tokens
+
+    def project_reference(
+        self, tokens: Float[Tensor, "batch encoder_token width"]
+    ) -> Float[Tensor, "batch token context"]:
+        """Context tokens from the encoder's: what is trained of the way from garment to U-Net."""
         projected: Tensor = self.projector(self._kept_tokens(tokens))
         return projected
 
@@ -206,11 +239,18 @@ class TryOnModel(nn.Module):
         timesteps: Int[Tensor, " batch"],
         agnostic: Float[Tensor, "batch 4 latent_height latent_width"],
         pose: Float[Tensor, "batch 4 latent_height latent_width"],
-        garment: Float[Tensor, "batch 3 height width"],
+        garment: Float[Tensor, "batch 3 height width"] | None,
         dropped: Bool[Tensor, " batch"],
+        encoded_garment: Float[Tensor, "batch encoder_token width"] | None = None,
     ) -> Float[Tensor, "batch 4 latent_height latent_width"]:
-        """One training evaluation: everything that is trained runs inside this call, as DDP and FSDP need."""
-        tokens = self.projector.drop(self.encode_reference(garment), dropped)
+        """One training evaluation: everything that is trained runs inside this call, as DDP and FSDP need.
+
+        ``encoded_garment``, the result of :meth:`encode_garment`, stands in for the garment where it is given.
+        """
+        if encoded_garment is None:
+            assert garment is not None
+            encoded_garment = self.encode_garment(garment)
+        tokens = self.projector.drop(self.project_reference(encoded_garment), dropped)
         return self.denoise(noisy, timesteps, Conditions(agnostic, pose, tokens))
 
     def redraw_denoiser(self) -> None:

@@ -3,6 +3,8 @@
 from typing import Any
 
 import lightning as L
+import torch
+from lightning.pytorch.strategies import SingleDeviceStrategy
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor
 
@@ -18,7 +20,7 @@ from i2am_train.training.optimization import (
     prepare_networks,
     set_trainable,
 )
-from i2am_train.training.step import TrainingObjective
+from i2am_train.training.step import TrainingBatch, TrainingObjective
 
 LEARNING_RATE = "lr"
 """What the learning rate is logged as."""
@@ -28,7 +30,10 @@ FROZEN = ("model.vae.", "model.reference_encoder.")
 
 
 class TryOnModule(L.LightningModule):
-    """Trains a :class:`TryOnModel`; validation is done by callbacks, which read ``model``."""
+    """Trains a :class:`TryOnModel`; validation is done by callbacks, which read ``model``.
+
+    ``cached`` says that batches come encoded from a cache.
+    """
 
     def __init__(
         self,
@@ -36,12 +41,15 @@ class TryOnModule(L.LightningModule):
         objective: TrainingObjective,
         options: OptimizationConfig,
         seed: int = 0,
+        *,
+        cached: bool = False,
     ) -> None:
         super().__init__()
         self.model = model
         self.objective = objective
         self.options = options
         self.seed = seed
+        self.cached = cached
         self._tap: ScoreTap | None = None
         if options.trainable == "lora":
             add_adapters(model.unet, options.lora_rank, options.adapter_alpha)
@@ -58,6 +66,23 @@ class TryOnModule(L.LightningModule):
         if self.objective.needs_attention:
             self._tap = ScoreTap(self.model, layers=[self.objective.layer])
             self._tap.attach()
+        self._move_frozen("cpu")
+
+    def on_validation_start(self) -> None:
+        """Validation generates images, for which the frozen networks are needed."""
+        self._move_frozen(self.device)
+
+    def on_validation_end(self) -> None:
+        self._move_frozen("cpu")
+
+    def _move_frozen(self, device: torch.device | str) -> None:
+        """Training from a cache needs no frozen network on the GPU.
+
+        With one device only: the networks of distributed strategies must stay together.
+        """
+        if self.cached and isinstance(self.trainer.strategy, SingleDeviceStrategy):
+            self.model.vae.to(device)
+            self.model.reference_encoder.to(device)
 
     def teardown(self, stage: str) -> None:
         """Detaches the score tap. Lightning leaves this out after an error; whoever calls ``fit`` then does it."""
@@ -70,7 +95,7 @@ class TryOnModule(L.LightningModule):
         self.model.vae.eval()
         self.model.reference_encoder.eval()
 
-    def training_step(self, batch: TryOnBatch, batch_index: int) -> Tensor:
+    def training_step(self, batch: TrainingBatch, batch_index: int) -> Tensor:
         """One step's total loss; every part is logged as ``loss/<name>``, its mean over the processes."""
         losses = self.objective(self.model, batch, self._draws(batch), self._tap)
         logged = {f"loss/{name}": value.detach() for name, value in losses.items()}
@@ -111,7 +136,7 @@ class TryOnModule(L.LightningModule):
             return ".lora_" in name
         return not name.startswith(FROZEN)
 
-    def _draws(self, batch: TryOnBatch) -> Draws:
+    def _draws(self, batch: TrainingBatch) -> Draws:
         draws = draw(
             self.seed,
             self.current_epoch,

@@ -1,6 +1,10 @@
-"""What one training step computes: the denoising loss plus the weighted attention losses of one layer."""
+"""What one training step computes: the denoising loss plus the weighted attention losses of one layer.
+
+A batch holds pictures, or what the frozen encoders made of them (:mod:`i2am_train.datasets.latent_cache`).
+"""
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -9,14 +13,17 @@ from torch import Tensor
 
 from i2am_train.attribution.sites import LayerId
 from i2am_train.attribution.tap import ScoreTap
+from i2am_train.datasets.latent_cache import ENCODED, TOKENS, CachedBatch
 from i2am_train.datasets.sample import TryOnBatch
 from i2am_train.errors import CaptureError
 from i2am_train.losses.denoising import denoising_loss, snr_weights
 from i2am_train.losses.objective import AttentionObjective, ObjectiveValue
 from i2am_train.metrics.correspondence import target_on_grid
-from i2am_train.models.tryon import TryOnModel
+from i2am_train.models.tryon import Moments, TryOnModel
 from i2am_train.ops.masks import mask_on_grid
 from i2am_train.training.draws import Draws
+
+TrainingBatch = TryOnBatch | CachedBatch
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,7 +43,7 @@ class TrainingObjective:
         return bool(self.attention.weights.active)
 
     def __call__(
-        self, model: TryOnModel, batch: TryOnBatch, draws: Draws, tap: ScoreTap | None
+        self, model: TryOnModel, batch: TrainingBatch, draws: Draws, tap: ScoreTap | None
     ) -> dict[str, Float[Tensor, ""]]:
         """Losses by name: ``denoising``, each active attention term (unweighted), and ``total`` with gradient.
 
@@ -57,22 +64,26 @@ class TrainingObjective:
             "total": denoising + attention.total,
         }
 
-    def _denoising(self, model: TryOnModel, batch: TryOnBatch, draws: Draws) -> Float[Tensor, ""]:
+    def _denoising(
+        self, model: TryOnModel, batch: TrainingBatch, draws: Draws
+    ) -> Float[Tensor, ""]:
         with torch.no_grad():
             person, agnostic, pose = (
-                model.encode_latents(batch[name], draws.posterior[:, position])  # type: ignore[literal-required]
-                for position, name in enumerate(("person", "agnostic", "densepose"))
+                model.sample_latents(_moments(model, batch, name), draws.posterior[:, position])
+                for position, name in enumerate(ENCODED)
             )
         schedule = model.schedule
         noisy = schedule.noised(person, draws.noise, draws.timesteps)
-        prediction = model(noisy, draws.timesteps, agnostic, pose, batch["garment"], draws.dropped)
+        prediction = model(
+            noisy, draws.timesteps, agnostic, pose, batch.get("garment"), draws.dropped, batch.get(TOKENS)
+        )  # fmt: skip
         weights = snr_weights(
             schedule.signal.square(), draws.timesteps, schedule.prediction_type, self.snr_gamma
         )
         target = schedule.target(person, draws.noise, draws.timesteps)
         return denoising_loss(prediction, target, weights).mean()
 
-    def _attention(self, batch: TryOnBatch, draws: Draws, tap: ScoreTap) -> ObjectiveValue:
+    def _attention(self, batch: TrainingBatch, draws: Draws, tap: ScoreTap) -> ObjectiveValue:
         generated, reference = tap.generated_grid(self.layer), tap.reference_grid(self.layer)
         target = None
         if self.attention.weights.active.get("supervised"):
@@ -101,3 +112,10 @@ def mean_over_processes(count: Int[Tensor, ""]) -> Float[Tensor, ""]:
         dist.all_reduce(mean)
         mean /= dist.get_world_size()
     return mean
+
+
+def _moments(model: TryOnModel, batch: Any, name: str) -> Moments:
+    """A picture's posterior: as it was cached, or from the encoder."""
+    if TOKENS in batch:
+        return Moments(batch[f"{name}_mean"], batch[f"{name}_std"])
+    return model.encode_moments(batch[name])

@@ -185,12 +185,12 @@ def test_interrupting_is_status_130(capsys: pytest.CaptureFixture[str]) -> None:
 def test_data_has_three_sub_commands(capsys: pytest.CaptureFixture[str]) -> None:
     """`i2am data` explains itself, and a misspelled sub-command names all three."""
     data.main()
-    assert "make|derive|check" in capsys.readouterr().out
+    assert "make|derive|check|cache" in capsys.readouterr().out
     sys.argv = ["i2am data", "chek"]
     with pytest.raises(SystemExit, match="2"):
         data.main()
     assert capsys.readouterr().err == (
-        "i2am: There is no command 'i2am data chek'. There are make, derive and check.\n"
+        "i2am: There is no command 'i2am data chek'. There are make, derive, check and cache.\n"
     )
 
 

@@ -29,6 +29,7 @@ REQUIRED = {
     "export": ["checkpoint=x", "output=y"],
     "init": ["unet=x", "output=y"],
     "data_derive": ["root=x"],
+    "data_cache": ["root=x", "output=y"],
 }
 ARMS = experiment_names(option_names(TrainConfig))
 STUDIES = sorted(set(experiment_names(option_names(AblateConfig))) - set(ARMS))

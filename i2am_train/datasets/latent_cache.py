@@ -1,0 +1,424 @@
+"""What the frozen encoders make of a dataset, on disk: written by ``i2am data cache``, read by ``i2am train``.
+
+A cache is a folder: ``index.json`` and shards, safetensors files of as many samples each. A row of a shard is a sample
+(or one augmented variant of it): mean and standard deviation of the VAE's posterior of person, agnostic image and
+pose, all tokens of the reference encoder before the projector, the warped garment's mask with a bit a pixel, and the
+correspondence where there is one. Masks stay at the pictures' size because the losses reduce them to the grid of
+whichever layer they train, and at a bit a pixel they are nothing beside the tokens.
+
+Why not one of the usual libraries: order, noise and augmentation of a training run here are functions of
+(seed, epoch, index), and the cache must give any sample by its index, so that a run is the same with and without it,
+on any number of processes and after a restart.
+
+- webdataset reads tar files from front to back; access by index is not what it is for.
+- litdata (0.2.76, well kept, Lightning's own) calls access by index "more for debugging than anything else"
+  (its issue 388), owns order, splitting and resuming itself, and keeps no checksums of its chunks.
+- mosaicml-streaming (0.13) has access by index and checksums, but its requirements hold transformers below 5, and it
+  brings four clouds' clients with it.
+
+Plain safetensors give a row by its index from a memory map and are a dependency already; what is left to write is this
+module. What it lacks beside them: shards of a remote cache are copied whole at first use (fsspec: ``s3://``,
+``gs://``, ``file://`` and others, each with its own client) and stay, so the disk must hold the cache; order is
+random over the whole set, so every process would touch every shard in its first minutes anyway.
+
+Every row has a CRC-32 in the index that is checked when it is read; whole shards have a SHA-256 that making checks
+again when it continues.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import zlib
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal, TypedDict
+
+import fsspec
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from i2am_train.datasets.opening import AS_IT_LIES, Reading, split_layouts
+from i2am_train.datasets.reading import EpochPosition, SampleIndexError
+from i2am_train.errors import DataError
+from i2am_train.runs import write_json
+from i2am_train.types import GridSize, Pairing, Split
+
+FORMAT = 1
+INDEX_FILE = "index.json"
+ENCODED = ("person", "agnostic", "densepose")
+"""Pictures that the VAE encodes, in the order of their noise in ``training.draws``."""
+TOKENS = "encoded_garment"
+"""The reference encoder's last hidden state, before the projector."""
+WARPED_MASK, CORRESPONDENCE = "warped_garment_mask", "correspondence"
+REPAIR = "Run 'i2am data cache' again with its options: it checks every shard and makes damaged ones anew."
+
+
+class CachedBatch(TypedDict, total=False):
+    """What training needs of a :class:`~i2am_train.datasets.sample.TryOnBatch`, encoded; moments are unscaled."""
+
+    name: list[str]
+    garment_name: list[str]
+    index: Int[Tensor, " batch"]
+    paired: Bool[Tensor, " batch"]
+    person_mean: Float[Tensor, "batch 4 latent_height latent_width"]
+    person_std: Float[Tensor, "batch 4 latent_height latent_width"]
+    agnostic_mean: Float[Tensor, "batch 4 latent_height latent_width"]
+    agnostic_std: Float[Tensor, "batch 4 latent_height latent_width"]
+    densepose_mean: Float[Tensor, "batch 4 latent_height latent_width"]
+    densepose_std: Float[Tensor, "batch 4 latent_height latent_width"]
+    encoded_garment: Float[Tensor, "batch encoder_token width"]
+    warped_garment_mask: Bool[Tensor, "batch height width"]
+    correspondence: Float[Tensor, "batch height width 2"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class CacheKey:
+    """What a cache was made by and of; training refuses a cache of another key."""
+
+    vae: str
+    """Digest of the VAE's encoder: its class and weights."""
+    reference_encoder: str
+    """The same of the reference encoder."""
+    garment_input: str
+    """Size and normalisation of the garment before the reference encoder."""
+    image_size: str
+    """Height x width."""
+    data: str
+    """Fingerprint of the dataset folder."""
+    reading: str
+    """Categories, and how other aspects were dealt with."""
+
+    def differences(self, other: CacheKey) -> list[str]:
+        """Each entry that is not the same: its name, here, there."""
+        mine, others = asdict(self), asdict(other)
+        return [
+            f"{name.replace('_', ' ')} {mine[name]} instead of {others[name]}"
+            for name in mine
+            if mine[name] != others[name]
+        ]
+
+
+@dataclass(frozen=True, kw_only=True)
+class CacheLayout:
+    """How a cache stores its samples."""
+
+    dtype: Literal["float32", "float16"] = "float32"
+    """Of moments and tokens."""
+    variants: int = 0
+    """Augmented variants of each training sample; 0: the sample as it is."""
+    seed: int = 0
+    """Of the augmentations: variant v is what epoch v of a run with this seed would see."""
+    shard_samples: int = 128
+    """Samples in a shard."""
+
+    def rows_per_sample(self, split: Split) -> int:
+        """Rows that a sample takes: only training samples have variants."""
+        return max(1, self.variants) if split is Split.TRAIN else 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shard:
+    """One file of a cache."""
+
+    file: str
+    first: int
+    """Index of its first sample in the pair list."""
+    samples: int
+    bytes: int
+    sha256: str
+    crc32: list[int]
+    """Of each row: of its tensors' bytes in the order of their names."""
+
+
+@dataclass(kw_only=True)
+class CacheIndex:
+    """Content of ``index.json``."""
+
+    key: CacheKey
+    layout: CacheLayout
+    samples: dict[str, int]
+    """Samples of each split that the cache is to have."""
+    shards: dict[str, list[Shard]] = field(default_factory=dict)
+    """Of each split, in order; fewer than needed while the cache is being made."""
+
+    def write(self, folder: Path) -> None:
+        """Write the file in one step."""
+        write_json(folder / INDEX_FILE, {"format": FORMAT, **asdict(self)})
+
+    @classmethod
+    def parse(cls, text: str, where: str) -> CacheIndex:
+        """Read the file's text.
+
+        Raises:
+            DataError: it is not the index of a cache that this version reads.
+        """
+        try:
+            values = json.loads(text)
+            if (found := values.pop("format")) != FORMAT:
+                raise ValueError(f"format {found}, expected {FORMAT}")
+            return cls(
+                key=CacheKey(**values["key"]),
+                layout=CacheLayout(**values["layout"]),
+                samples=dict(values["samples"]),
+                shards={
+                    split: [Shard(**shard) for shard in shards]
+                    for split, shards in values["shards"].items()
+                },
+            )
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise DataError(
+                f"{where}/{INDEX_FILE} is not the index of a cache ({error}). "
+                "Make the cache anew with 'i2am data cache', in an empty folder."
+            ) from error
+
+
+def pack_row(values: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+    """The tensors of a sample as they are stored: numbers in ``dtype``, the mask in bits.
+
+    The correspondence keeps its 32 bits: half precision would move it by more than a hundredth of a patch.
+    """
+    packed = {
+        name: value.to(dtype).contiguous().cpu()
+        for name, value in values.items()
+        if name not in (WARPED_MASK, CORRESPONDENCE)
+    }
+    mask = values[WARPED_MASK].cpu().numpy()
+    packed[WARPED_MASK] = torch.from_numpy(np.packbits(mask.reshape(-1)))
+    if CORRESPONDENCE in values:
+        packed[CORRESPONDENCE] = values[CORRESPONDENCE].float().contiguous().cpu()
+    return packed
+
+
+def unpack_row(values: Mapping[str, Tensor], size: GridSize) -> dict[str, Tensor]:
+    """Inverse of :func:`pack_row`; numbers become float32."""
+    unpacked = {name: value.float() for name, value in values.items() if name != WARPED_MASK}
+    bits = np.unpackbits(values[WARPED_MASK].numpy(), count=size.tokens)
+    unpacked[WARPED_MASK] = torch.from_numpy(bits.astype(np.bool_)).view(*size)
+    return unpacked
+
+
+def row_checksum(values: Mapping[str, Tensor]) -> int:
+    """CRC-32 of a stored row."""
+    checksum = 0
+    for name in sorted(values):
+        checksum = zlib.crc32(values[name].contiguous().numpy().view(np.uint8).data, checksum)
+    return checksum
+
+
+def write_shard(
+    folder: Path, split: Split, first: int, samples: int, rows: Sequence[Mapping[str, Tensor]]
+) -> Shard:
+    """Write packed rows as one file; it appears complete or not at all."""
+    file = f"{split}-{first:06d}.safetensors"
+    temporary = folder / f".{file}.{os.getpid()}.tmp"
+    try:
+        save_file({name: torch.stack([row[name] for row in rows]) for name in rows[0]}, temporary)
+        shard = Shard(
+            file=file, first=first, samples=samples, bytes=temporary.stat().st_size,
+            sha256=file_digest(temporary), crc32=[row_checksum(row) for row in rows],
+        )  # fmt: skip
+        temporary.replace(folder / file)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return shard
+
+
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+class LatentCache:
+    """A finished cache, opened for reading.
+
+    Args:
+        place: folder, or URL that fsspec understands (``s3://bucket/folder``).
+        copies: where shards of a URL are kept; default a folder in the user's cache.
+
+    Raises:
+        DataError: there is no cache, it is not finished, or a shard is missing or of another size.
+    """
+
+    def __init__(self, place: str | Path, copies: Path | None = None) -> None:
+        self.place = str(place).rstrip("/")
+        self.remote = "://" in self.place
+        digest = hashlib.sha256(self.place.encode()).hexdigest()[:16]
+        home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "i2am_train"
+        self.folder = (
+            (copies or home / "latents") / digest if self.remote else Path(self.place).expanduser()
+        )
+        self.index = CacheIndex.parse(self._read_index(), self.place)
+        self.size = GridSize(*map(int, self.index.key.image_size.split("x")))
+        self._open: dict[str, Any] = {}
+        for split, total in self.index.samples.items():
+            self._check(split, total)
+
+    def _read_index(self) -> str:
+        path = f"{self.place}/{INDEX_FILE}"
+        try:
+            with fsspec.open(path, "rt") as stream:
+                return str(stream.read())
+        except (OSError, ImportError, ValueError) as error:
+            raise DataError(
+                f"{path} cannot be read ({error}): there is no cache in {self.place}. "
+                "Make one with 'i2am data cache root=... init=... output=FOLDER'."
+            ) from error
+
+    def _check(self, split: str, total: int) -> None:
+        shards = self.index.shards.get(split, [])
+        done = sum(shard.samples for shard in shards)
+        if done < total:
+            raise DataError(
+                f"The cache in {self.place} is not finished: {done} of {total} {split} samples are there. "
+                "Run its 'i2am data cache' command again; it goes on where it was."
+            )
+        for shard in shards:
+            if not self.remote:
+                self._check_file(self.folder / shard.file, shard)
+
+    def _check_file(self, path: Path, shard: Shard) -> None:
+        found = path.stat().st_size if path.is_file() else None
+        if found != shard.bytes:
+            state = "is missing" if found is None else f"has {found} bytes instead of {shard.bytes}"
+            raise DataError(f"{path} {state}. {self._advice(path)}")
+
+    def _advice(self, path: Path) -> str:
+        if self.remote:
+            return f"Delete this copy of {self.place}/{path.name}; it is fetched again."
+        return REPAIR
+
+    def require(self, key: CacheKey, *, augment: bool) -> None:
+        """Refuse a cache that would train something else.
+
+        Raises:
+            DataError: it was made by other encoders, at another size, of other data, or with other augmentation.
+        """
+        if differences := self.index.key.differences(key):
+            raise DataError(
+                f"The cache in {self.place} was made by another model or of other data: "
+                f"{'; '.join(differences)}. Make one for this run with 'i2am data cache', or leave data.cache out."
+            )
+        variants = self.index.layout.variants
+        if augment and not variants:
+            raise DataError(
+                f"data.augment=true, and the cache in {self.place} holds each sample once, as it is: encoded samples "
+                "cannot be augmented. Make a cache with variants=N (N augmented variants of each sample, shown in "
+                "turn from epoch to epoch), set data.augment=false, or leave data.cache out."
+            )
+        if variants and not augment:
+            raise DataError(
+                f"data.augment=false, and the cache in {self.place} holds {variants} augmented variants of each "
+                "sample. Set data.augment=true, or make a cache with variants=0."
+            )
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Reading processes open the files themselves."""
+        return self.__dict__ | {"_open": {}}
+
+    def row(self, split: Split, index: int, variant: int = 0) -> dict[str, Tensor]:
+        """The stored tensors of a sample, checked.
+
+        Raises:
+            DataError: the shard is damaged or cannot be fetched.
+        """
+        shard = self.index.shards[split][index // self.index.layout.shard_samples]
+        row = (index - shard.first) * self.index.layout.rows_per_sample(split) + variant
+        path = self.folder / shard.file
+        try:
+            file = self._file(shard)
+            values = {name: file.get_slice(name)[row] for name in file.keys()}  # noqa: SIM118
+            sound = row_checksum(values) == shard.crc32[row]
+        except (SafetensorError, IndexError, OSError) as error:
+            raise DataError(
+                f"{path} is damaged and cannot be read ({error}). {self._advice(path)}"
+            ) from error
+        if not sound:
+            raise DataError(
+                f"{path} is damaged: {split} sample {index} has another checksum than when it was written. "
+                f"{self._advice(path)}"
+            )
+        return unpack_row(values, self.size)
+
+    def _file(self, shard: Shard) -> Any:
+        if shard.file not in self._open:
+            path = self.folder / shard.file
+            if self.remote and not path.is_file():
+                self._fetch(shard, path)
+            self._check_file(path, shard)
+            self._open[shard.file] = safe_open(path, framework="pt")
+        return self._open[shard.file]
+
+    def _fetch(self, shard: Shard, path: Path) -> None:
+        """Copy a shard; processes that want the same one each bring a copy, and the last one stays."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if (free := shutil.disk_usage(path.parent).free) < shard.bytes:
+            raise DataError(
+                f"{path.parent} has {free / 2**20:.0f} MiB free, and the next shard of {self.place} takes "
+                f"{shard.bytes / 2**20:.0f}. Make room, or set data.cache_copies to a folder on another disk."
+            )
+        temporary = path.with_name(f".{shard.file}.{os.getpid()}.tmp")
+        try:
+            with (
+                fsspec.open(f"{self.place}/{shard.file}", "rb") as source,
+                temporary.open("wb") as target,
+            ):
+                shutil.copyfileobj(source, target, 2**20)
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+class CachedDataset(Dataset[dict[str, Any]]):
+    """Training samples from a cache: items of a :class:`CachedBatch`.
+
+    A cache with variants shows them in turn: in epoch e a run of seed s sees variant ``(e + s - cache seed) % N``
+    of each sample. With the cache's own seed, the first N epochs are those of a run that augments without a cache.
+
+    Args:
+        cache: where the samples lie.
+        root: the dataset that the cache was made of; only its pair list is read.
+        split: which half.
+        reading: of the dataset.
+        indices: positions in the pair list; default all.
+        seed: the run's.
+    """
+
+    def __init__(
+        self, cache: LatentCache, root: Path, split: Split, reading: Reading = AS_IT_LIES,
+        indices: Sequence[int] | None = None, seed: int = 0,
+    ) -> None:  # fmt: skip
+        self.cache, self.split = cache, Split(split)
+        if self.split not in cache.index.samples:
+            raise DataError(
+                f"The cache in {cache.place} has no {split} samples; it has {', '.join(cache.index.samples)}. "
+                f"Make it anew with splits=[train,test]."
+            )
+        layouts = split_layouts(root, self.split, reading)
+        self.pairs = [pair for layout in layouts for pair in layout.pairs(Pairing.PAIRED)]
+        self.indices = list(range(len(self.pairs)) if indices is None else indices)
+        self.seed = seed
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, item: int | EpochPosition) -> dict[str, Any]:
+        """Read a sample; an :class:`EpochPosition` says for which epoch."""
+        epoch, position = item if isinstance(item, tuple) else (0, int(item))
+        if not 0 <= position < len(self):
+            raise SampleIndexError(f"Sample {position} is out of range: there are {len(self)}.")
+        index = self.indices[position]
+        layout = self.cache.index.layout
+        variant = (epoch + self.seed - layout.seed) % layout.rows_per_sample(self.split)
+        person, garment = self.pairs[index]
+        about = {"name": person, "garment_name": garment, "index": index, "paired": True}
+        return about | self.cache.row(self.split, index, variant)

@@ -1,0 +1,250 @@
+"""Makes a cache of what the frozen encoders give for a dataset (:mod:`i2am_train.datasets.latent_cache`).
+
+It can be stopped and started again: shards that are whole and sound are kept, others are made anew.
+
+Kernels may round differently for another batch size (by about 1e-6), so every batch has the same one: a short one is
+filled up by its last sample. On a CPU a cache in float32 that was made with a run's ``data.batch_size`` then gives
+that run to the bit; with another size, or on a GPU, to rounding.
+"""
+
+import hashlib
+import shutil
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+from i2am_train.datasets.latent_cache import (
+    CORRESPONDENCE,
+    ENCODED,
+    INDEX_FILE,
+    TOKENS,
+    WARPED_MASK,
+    CacheIndex,
+    CacheKey,
+    CacheLayout,
+    Shard,
+    file_digest,
+    pack_row,
+    write_shard,
+)
+from i2am_train.datasets.opening import (
+    AS_IT_LIES,
+    Reading,
+    list_length,
+    open_dataset,
+)
+from i2am_train.datasets.reading import EpochPosition
+from i2am_train.datasets.sample import TryOnBatch
+from i2am_train.errors import DataError
+from i2am_train.models.tryon import TryOnModel
+from i2am_train.runs import fingerprint
+from i2am_train.types import Pairing, Split
+
+DECODER = ("decoder.", "post_quant_conv.")
+"""Weights of a VAE that encoding does not use; a fine-tuned decoder does not make a cache useless."""
+
+
+def cache_key(model: TryOnModel, root: Path, reading: Reading = AS_IT_LIES) -> CacheKey:
+    """What a cache of this dataset for this model must have been made by and of."""
+    config = model.config
+    size = f"{config.reference_height}x{config.reference_width}"
+    return CacheKey(
+        vae=_digest(model.vae, DECODER),
+        reference_encoder=_digest(model.reference_encoder),
+        garment_input=f"{size} mean {config.reference_mean} std {config.reference_std}",
+        image_size=str(model.image_size),
+        data=fingerprint(root),
+        reading=f"{', '.join(reading.categories) or 'all'}; {reading.fit}",
+    )
+
+
+def _digest(network: nn.Module, without: tuple[str, ...] = ()) -> str:
+    """16 hexadecimal digits of a network's class and weights."""
+    digest = hashlib.sha256(type(network).__name__.encode())
+    for name, value in sorted(network.state_dict().items()):
+        if not name.startswith(without):
+            digest.update(f"{name}\t{value.dtype}\t{tuple(value.shape)}\n".encode())
+            digest.update(value.detach().cpu().contiguous().numpy().data)
+    return digest.hexdigest()[:16]
+
+
+def make_cache(
+    model: TryOnModel,
+    root: Path,
+    output: Path,
+    layout: CacheLayout | None = None,
+    *,
+    reading: Reading = AS_IT_LIES,
+    splits: Sequence[Split] = (Split.TRAIN,),
+    batch_size: int = 16,
+    workers: int = 0,
+    progress: bool = False,
+) -> CacheIndex:
+    """Encode a dataset into a folder, or go on with one that was begun.
+
+    Args:
+        model: its VAE and reference encoder are used, on its device and in float32.
+        root: dataset folder.
+        output: folder of the cache.
+        layout: how to store it.
+        reading: of the dataset.
+        splits: which halves.
+        batch_size: pictures of each kind that are encoded at once.
+        workers: processes that read pictures.
+        progress: show a bar.
+
+    Raises:
+        DataError: the dataset is broken, the folder holds another cache or something else, or the disk is too full.
+    """
+    layout = layout or CacheLayout()
+    samples = {str(s): list_length(root, s, Pairing.PAIRED, reading) for s in splits}
+    index = CacheIndex(key=cache_key(model, root, reading), layout=layout, samples=samples)
+    _keep_shards(root, output, index)
+    model.eval()
+    rows = sum(n * layout.rows_per_sample(Split(name)) for name, n in index.samples.items())
+    with tqdm(total=rows, desc="encoded", unit="sample", disable=not progress) as bar:
+        bar.update(sum(len(shard.crc32) for kept in index.shards.values() for shard in kept))
+        for split, total in index.samples.items():
+            kept = index.shards[split]
+            there = {shard.first for shard in kept}
+            missing = [n for n in range(0, total, layout.shard_samples) if n not in there]
+            source = _Source(model, root, Split(split), layout, reading)
+            for shard in source.shards(output, missing, total, batch_size, workers, bar):
+                kept.append(shard)
+                kept.sort(key=lambda one: one.first)
+                index.write(output)
+    return index
+
+
+def _keep_shards(root: Path, output: Path, index: CacheIndex) -> None:
+    """Adds the sound shards that are there already, and splits that were made before, to a new index."""
+    index.shards |= {split: [] for split in index.samples}
+    if output.resolve().is_relative_to(root.resolve()):
+        raise DataError(
+            f"output={output} lies inside the dataset {root}, which it would change. Give a folder outside."
+        )
+    file = output / INDEX_FILE
+    if not file.is_file():
+        # A first shard may be half made, or whole and not yet in an index.
+        foreign = (
+            [p.name for p in output.iterdir() if ".safetensors" not in p.name]
+            if output.is_dir()
+            else []
+        )
+        if foreign or output.is_file():
+            raise DataError(
+                f"{output} is no cache: it holds {', '.join(sorted(foreign)[:5]) or 'a file'} and no {INDEX_FILE}. "
+                "Nothing was changed. Give another output=FOLDER."
+            )
+        return
+    there = CacheIndex.parse(file.read_text(encoding="utf-8"), str(output))
+    differences = there.key.differences(index.key)
+    mine, others = asdict(index.layout), asdict(there.layout)
+    differences += [f"{n} {others[n]} instead of {mine[n]}" for n in mine if mine[n] != others[n]]
+    if differences:
+        raise DataError(
+            f"{output} already holds another cache: {'; '.join(differences)}. Nothing was changed. Give another "
+            "output=FOLDER, or delete that one."
+        )
+    index.samples = there.samples | index.samples
+    for split in index.samples:
+        index.shards[split] = [
+            shard for shard in there.shards.get(split, []) if _is_sound(output / shard.file, shard)
+        ]
+
+
+def _is_sound(path: Path, shard: Shard) -> bool:
+    return (
+        path.is_file() and path.stat().st_size == shard.bytes and file_digest(path) == shard.sha256
+    )
+
+
+class _Source:
+    """Encodes one split of a dataset."""
+
+    def __init__(
+        self, model: TryOnModel, root: Path, split: Split, layout: CacheLayout, reading: Reading
+    ) -> None:
+        self.model, self.split, self.layout = model, split, layout
+        augment = layout.variants > 0 and split is Split.TRAIN
+        self.dataset = open_dataset(
+            root,
+            split,
+            Pairing.PAIRED,
+            model.image_size,
+            reading,
+            augment=augment,
+            seed=layout.seed,
+        )
+        self.keep = [WARPED_MASK]
+        if any(layout.has(CORRESPONDENCE) for layout in self.dataset.layouts[:1]):
+            self.keep.append(CORRESPONDENCE)
+
+    def shards(
+        self, output: Path, firsts: Sequence[int], total: int, batch_size: int, workers: int, bar: Any
+    ) -> Iterator[Shard]:  # fmt: skip
+        """Writes the shards that begin with the given samples."""
+        variants = self.layout.rows_per_sample(self.split)
+        counts = [min(self.layout.shard_samples, total - first) for first in firsts]
+        batches = []
+        for first, count in zip(
+            firsts, counts, strict=True
+        ):  # no batch crosses the border of a shard
+            rows = [EpochPosition(v, first + i) for i in range(count) for v in range(variants)]
+            for start in range(0, len(rows), batch_size):
+                batch = rows[start : start + batch_size]
+                batches.append(batch + batch[-1:] * (batch_size - len(batch)))
+        encoded = self._encoded(batches, workers)
+        remaining = sum(counts) * variants
+        for first, count in zip(firsts, counts, strict=True):
+            made: list[dict[str, Tensor]] = []
+            while len(made) < count * variants:
+                made += next(encoded)
+            if first == firsts[0]:
+                _check_space(output, made[0], remaining)
+            output.mkdir(parents=True, exist_ok=True)
+            yield write_shard(output, self.split, first, count, made)
+            bar.update(len(made))
+
+    @torch.no_grad()
+    def _encoded(
+        self, batches: list[list[EpochPosition]], workers: int
+    ) -> Iterator[list[dict[str, Tensor]]]:
+        loader: DataLoader[Any] = DataLoader(
+            self.dataset, batch_sampler=batches, num_workers=workers
+        )  # fmt: skip
+        dtype = getattr(torch, self.layout.dtype)
+        for rows, batch in zip(batches, loader, strict=True):
+            values = self._encode(batch)
+            yield [
+                pack_row({name: value[row] for name, value in values.items()}, dtype)
+                for row in range(len(set(rows)))
+            ]
+
+    def _encode(self, batch: TryOnBatch) -> dict[str, Tensor]:
+        device = self.model.device
+        values: dict[str, Tensor] = {name: batch[name] for name in self.keep}  # type: ignore[literal-required]
+        for name in ENCODED:
+            moments = self.model.encode_moments(batch[name].to(device))  # type: ignore[literal-required]
+            values |= {f"{name}_mean": moments.mean, f"{name}_std": moments.std}
+        values[TOKENS] = self.model.encode_garment(batch["garment"].to(device))
+        return values
+
+
+def _check_space(output: Path, row: dict[str, Tensor], rows: int) -> None:
+    """Fails before anything is written where the cache would not fit."""
+    needed = rows * sum(value.numel() * value.element_size() for value in row.values())
+    places = (output.absolute(), *output.absolute().parents)
+    existing = next(path for path in places if path.is_dir())
+    free = shutil.disk_usage(existing).free
+    if needed > free:
+        raise DataError(
+            f"{existing} has {free / 2**20:.1f} MiB free, and the cache takes {needed / 2**20:.1f} MiB "
+            f"({rows} rows). Give an output=FOLDER on another disk, use dtype=float16, or fewer variants."
+        )
