@@ -159,6 +159,7 @@ def same_weights(one: Path, other: Path) -> bool:
     )
 
 
+@pytest.mark.slow
 def test_pushed_and_pulled(hub: Hub, small_checkpoint: Path, tmp_path: Path) -> None:
     """What comes back is what was sent, also without the hub once it is in the cache; revisions are told apart."""
     export = [
