@@ -41,6 +41,7 @@ examples:
   i2am ablate arms=[base,baseline,refined] seeds=[0,1,2]
   i2am explain checkpoint=tiny sample=17
   i2am report explained=[runs/explain-tiny-test17-paired]
+  i2am export checkpoint=runs/refined-seed1 output=exported/refined
   i2am init unet=v1-5-pruned.safetensors encoder=facebook/dinov2-giant output=models/start
   i2am dashboard group=ablation
 

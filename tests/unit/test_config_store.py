@@ -26,6 +26,7 @@ REQUIRED = {
     "evaluate": ["checkpoint=x"],
     "explain": ["checkpoint=x"],
     "data_check": ["root=x"],
+    "export": ["checkpoint=x", "output=y"],
     "init": ["unet=x", "output=y"],
     "data_derive": ["root=x"],
     "data_cache": ["root=x", "output=y"],
