@@ -31,7 +31,8 @@ def help_text(command: str, usage: str, examples: str) -> str:
         *_groups(schema, ""),
         _files(schema),
         "also: --cfg job shows the composed options, --info searchpath where they come from,\n"
-        "      --debug shows the traceback of an error, -m seed=0,1,2 runs a sweep.",
+        "      --debug shows the traceback of an error, -m seed=0,1,2 runs a sweep (as SLURM jobs with\n"
+        "      hydra/launcher=submitit_slurm, after pip install hydra-submitit-launcher).",
     ]
     return "\n\n".join(part for part in parts if part)
 

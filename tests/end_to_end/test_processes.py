@@ -112,3 +112,15 @@ def test_two_processes_evaluate_as_one(
     assert second is not None
     assert first.names == second.names
     assert first.map_generated.tobytes() == second.map_generated.tobytes()
+
+
+def test_a_sweep_runs_as_jobs(tmp_path: Path) -> None:
+    """Through submitit, as on a cluster; its local launcher starts real processes."""
+    run(
+        "data", "make", "-m", "hydra/launcher=submitit_local", "hydra.launcher.timeout_min=5",
+        f"hydra.launcher.submitit_folder={tmp_path / 'jobs'}", f"hydra.sweep.dir={tmp_path / 'sweep'}",
+        "seed=0,1", "train=2", "test=2", "height=32", "width=32", f"root='{tmp_path}/drawn-${{seed}}'",
+    )  # fmt: skip
+    for seed in (0, 1):
+        assert (tmp_path / f"drawn-{seed}" / "test_pairs.txt").is_file()
+    assert list((tmp_path / "jobs").rglob("*_submitted.pkl"))
