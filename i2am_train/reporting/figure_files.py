@@ -62,7 +62,8 @@ class FigureSet:
                 | {"files": files, "inputs": [self.inputs[index].label for index in figure.group]}
             )
             picture = Picture(embedded_figure(drawing), sheet.caption, kind.about)
-            sections.append(Section(f"{stem} ({kind.source})", pictures=[picture]))
+            title = stem.replace("_", " ").replace("-", ", ", 1)
+            sections.append(Section(f"{kind.source}: {title}", pictures=[picture]))
         index = {
             "figures": entries,
             "left_out": dict(self.left_out),
