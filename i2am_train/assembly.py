@@ -27,7 +27,6 @@ from i2am_train.callbacks.snapshots import (
     BestModelCallback,
     SnapshotCallback,
 )
-from i2am_train.callbacks.snapshots import FOLDER as SNAPSHOTS
 from i2am_train.callbacks.stopping import StopAfterSteps
 from i2am_train.callbacks.wandb_logger import TrackedLogger
 from i2am_train.config.build import plain
@@ -54,7 +53,7 @@ from i2am_train.losses.objective import AttentionObjective, TermWeights
 from i2am_train.metrics.registry import metric_info
 from i2am_train.models.tryon import INDEX_FILE, TryOnModel
 from i2am_train.processes import first_process, wait_for
-from i2am_train.runs import RunFolder
+from i2am_train.runs import MODEL_FOLDER, SNAPSHOTS_FOLDER, RunFolder
 from i2am_train.tracking.artifacts import log_model, use_dataset
 from i2am_train.tracking.names import TRAIN_JOB
 from i2am_train.tracking.session import open_run
@@ -72,8 +71,6 @@ from i2am_train.types import Pairing
 # advertisements would bury a command's own output.
 logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
 
-MODEL_FOLDER = "model"
-"""Where a finished run keeps its model, inside the run folder."""
 ADAPTER_FOLDER = "lora"
 """Where it keeps the adapters alone, if it trained any."""
 
@@ -190,13 +187,12 @@ def make_settings(
 def make_scoring(config: EvaluateConfig) -> ScoringOptions:
     """How an evaluation scores finished images."""
     evaluation = config.evaluation
-    use_gpu = config.device != "cpu" and torch.cuda.is_available()
     return ScoringOptions(
         metrics=tuple(evaluation.metrics),
         kernel_subset_size=evaluation.kernel_subset_size,
         kernel_subsets=evaluation.kernel_subsets,
         batch_size=evaluation.batch_size,
-        device=torch.device("cuda" if use_gpu else "cpu"),
+        device=chosen_device(config.device),
         progress=config.progress_bar,
     )
 
@@ -410,7 +406,7 @@ def make_trainer(config: TrainConfig, folder: Path) -> L.Trainer:
     if config.trainer.snapshot_every_n_steps is not None:
         callbacks.append(
             SnapshotCallback(
-                folder / SNAPSHOTS,
+                folder / SNAPSHOTS_FOLDER,
                 config.trainer.snapshot_every_n_steps,
                 config.optimization.steps,
                 averaging,

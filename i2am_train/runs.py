@@ -11,7 +11,9 @@ import hashlib
 import json
 import os
 import platform
+import re
 import shlex
+import shutil
 import subprocess
 import sys
 from collections.abc import Collection, Iterator, Mapping
@@ -25,6 +27,10 @@ from i2am_train.errors import RunFolderError
 
 SETTINGS_FILE = "settings.json"
 MANIFEST_FILE = "manifest.json"
+MODEL_FOLDER = "model"
+"""Where a finished training run keeps its model, inside the run folder."""
+SNAPSHOTS_FOLDER = "snapshots"
+"""Where it keeps copies of the model on its way: ``snapshots/step-000100``, ..."""
 DERIVED_REPORT, PREVIEWS = "derived.json", "previews"
 """What ``i2am data derive`` leaves in a dataset folder beside the dataset."""
 
@@ -132,6 +138,46 @@ class RunFolder:
     def finish(self, **results: Any) -> None:
         """Note in the manifest that the run came to its end, with what else is worth noting."""
         write_json(self.path / MANIFEST_FILE, {**self.manifest, **results, "finished": now()})
+
+
+def run_of(checkpoint: Path) -> tuple[Path, int | None] | None:
+    """The training run that a folder of weights lies in, with the step of a snapshot; None elsewhere.
+
+    Goes by the path alone: the folders need not be there any more.
+
+    >>> run_of(Path("runs/refined-seed0/snapshots/step-000100"))
+    (PosixPath('runs/refined-seed0'), 100)
+    >>> run_of(Path("runs/refined-seed0/model"))
+    (PosixPath('runs/refined-seed0'), None)
+    """
+    if checkpoint.name == MODEL_FOLDER:
+        return checkpoint.parent, None
+    step = re.fullmatch(r"step-(\d+)", checkpoint.name)
+    if checkpoint.parent.name == SNAPSHOTS_FOLDER and step:
+        return checkpoint.parents[1], int(step[1])
+    return None
+
+
+def checkpoint_label(checkpoint: Path) -> str:
+    """A checkpoint's short name: that of its folder, or of the run that it belongs to.
+
+    >>> checkpoint_label(Path("runs/refined-seed0/model")), checkpoint_label(Path("weights/tiny"))
+    ('refined-seed0', 'tiny')
+    >>> checkpoint_label(Path("runs/refined-seed0/snapshots/step-000100"))
+    'refined-seed0-step-000100'
+    """
+    place = run_of(checkpoint)
+    if place is None:
+        return checkpoint.name
+    run, step = place
+    return run.name if step is None else f"{run.name}-{checkpoint.name}"
+
+
+def free_space(folder: Path) -> tuple[Path, int]:
+    """Bytes that are free where a folder lies or will lie, and the nearest folder of it that exists."""
+    folder = folder.absolute()
+    existing = next(path for path in (folder, *folder.parents) if path.is_dir())
+    return existing, shutil.disk_usage(existing).free
 
 
 def write_text(path: Path, text: str) -> None:

@@ -75,14 +75,12 @@ class EvaluationCallback(L.Callback):
         result = self._finish()
         # Every process has the same values; sync_dist only tells Lightning that this is known.
         pl_module.log_dict(
-            {f"val/{name}": value for name, value in result.metrics.items()}, sync_dist=True
+            {VALIDATION + name: value for name, value in result.metrics.items()}, sync_dist=True
         )
         for warning in result.warnings:
             trainer.print(f"Warning: {warning}")
         if trainer.is_global_zero and self._panels:
-            step = (
-                trainer.global_step - 1
-            )  # where Lightning puts the scores: after this step, counted from 0
+            step = trainer.global_step - 1  # Lightning's, counted from 0, as for the scores
             self._draw(trainer, self.folder / f"epoch-{trainer.current_epoch:04d}", step)
             self._tabulate(trainer, result, step)
 

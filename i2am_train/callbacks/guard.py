@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 from torch.nn.utils import get_total_norm
 
+from i2am_train.callbacks.checkpoints import FOLDER as CHECKPOINTS
 from i2am_train.errors import TrainingError
 from i2am_train.runs import write_json
-from i2am_train.tracking.names import GRADIENT_NORM
+from i2am_train.tracking.names import GRADIENT_NORM, LOSS
 
 CHECKPOINT, DIAGNOSIS = "not-finite.ckpt", "diagnosis.json"
 
@@ -69,11 +70,11 @@ class FiniteGuard(L.Callback):
             "logged": {name: str(number) for name, number in logged.items()},
             **facts,
         }
-        path = self.folder / "checkpoints" / CHECKPOINT
+        path = self.folder / CHECKPOINTS / CHECKPOINT
         if trainer.world_size == 1:  # saving takes all processes, and the others may be well
             trainer.save_checkpoint(path)
         write_json(self.folder / f"rank{trainer.global_rank}-{DIAGNOSIS}", diagnosis)
-        terms = {n.removeprefix("loss/"): v for n, v in logged.items() if n.startswith("loss/")}
+        terms = {n.removeprefix(LOSS): v for n, v in logged.items() if n.startswith(LOSS)}
         said = ", ".join(f"{name} {number:g}" for name, number in terms.items())
         others = " and others" if len(names) > 4 else ""
         raise TrainingError(

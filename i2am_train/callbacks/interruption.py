@@ -6,7 +6,6 @@ gradient is lost and the same command goes on bit by bit. A second Ctrl-C does n
 
 import signal
 import threading
-from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -17,7 +16,6 @@ from i2am_train.errors import TrainingInterruptedError
 
 WAITED_FOR = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 STEM = "interrupted-step"
-Handler = Callable[[int, FrameType | None], Any]
 
 
 class InterruptionCallback(L.Callback):
@@ -59,9 +57,8 @@ class InterruptionCallback(L.Callback):
         if not trainer.strategy.reduce_boolean_decision(self._received is not None, all=False):
             return
         trainer.save_checkpoint(self.folder / f"{STEM}-{self._step:06d}.ckpt")
-        if (
-            self._received == signal.SIGUSR1
-        ):  # Lightning's handler asks SLURM to start the job again
+        if self._received == signal.SIGUSR1:
+            # Lightning's handler asks SLURM to start the job again.
             self._originals[signal.SIGUSR1](self._received, None)
         raise TrainingInterruptedError(self._received or signal.SIGTERM, self._step)
 

@@ -7,10 +7,10 @@ import lightning as L
 from lightning.pytorch.callbacks import WeightAveraging
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
+from i2am_train.runs import SNAPSHOTS_FOLDER
+from i2am_train.tracking.names import VALIDATION
 from i2am_train.training.module import TryOnModule
 
-FOLDER = "snapshots"
-"""Where a run keeps them, inside the run folder."""
 BEST = "best"
 """Where it keeps the best model by a validation score."""
 
@@ -74,7 +74,7 @@ class BestModelCallback(L.Callback):
         self.best: float | None = None
 
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        value = float(trainer.callback_metrics[f"val/{self.score}"])
+        value = float(trainer.callback_metrics[VALIDATION + self.score])
         if self.best is not None and (value <= self.best) == self.higher_is_better:
             return
         self.best = value
@@ -96,4 +96,4 @@ def snapshot_folders(run: Path) -> list[Path]:
     >>> snapshot_folders(Path("no_such_run"))
     []
     """
-    return sorted((run / FOLDER).glob("step-*"))
+    return sorted((run / SNAPSHOTS_FOLDER).glob("step-*"))

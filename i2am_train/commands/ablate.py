@@ -149,7 +149,7 @@ def _with_time_left(cells: Sequence[Cell]) -> Iterator[tuple[Cell, str]]:
 
 def _run_cell(config: AblateConfig, cell: Cell, root: Path) -> dict[str, Any]:
     from i2am_train.callbacks.snapshots import snapshot_folders
-    from i2am_train.commands.evaluate import evaluate, of_snapshot
+    from i2am_train.commands.evaluate import default_output, evaluate, of_snapshot
     from i2am_train.commands.train import train
     from i2am_train.config.store import arm_config
 
@@ -164,8 +164,7 @@ def _run_cell(config: AblateConfig, cell: Cell, root: Path) -> dict[str, Any]:
     results = evaluate(judged, evaluation)
     for snapshot in snapshot_folders(root / cell.folder):
         one = of_snapshot(judged, snapshot, evaluation)
-        assert one.output is not None
-        evaluate(one, one.output)
+        evaluate(one, default_output(one))
     return {
         "arm": cell.arm,
         "seed": cell.seed,

@@ -131,14 +131,14 @@ def default_output(config: EvaluateConfig) -> Path:
     """``output``, or a folder in the run's, or one in ``runs/`` that is named after what is judged."""
     if config.output is not None:
         return config.output
-    from i2am_train.callbacks.snapshots import FOLDER as SNAPSHOTS
     from i2am_train.config.locations import checkpoint_folder
+    from i2am_train.runs import SNAPSHOTS_FOLDER
 
     name = f"evaluation-{config.evaluation.pairing}"
     if config.images is not None:
         return Path.cwd() / "runs" / f"{config.images.name}-{name}"
     folder = checkpoint_folder(config.checkpoint or "")
-    if folder.parent.name == SNAPSHOTS:
+    if folder.parent.name == SNAPSHOTS_FOLDER:
         return folder.parents[1] / f"{name}-{folder.name}"
     if (folder / "settings.json").is_file():
         return folder / name

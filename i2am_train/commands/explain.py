@@ -11,6 +11,7 @@ from i2am_train.commands.entry import entry
 from i2am_train.config.schema import ExplainConfig
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
     from i2am_train.datasets.sample import TryOnBatch, TryOnSample
@@ -54,13 +55,13 @@ def explain(config: ExplainConfig) -> Path:
     Raises:
         I2AMError: device, checkpoint, data, sample, layer or patch do not fit; nothing is written then.
     """
-    from i2am_train.assembly import check_device, load_model, model_folder, prepare_data
+    from i2am_train.assembly import chosen_device, load_model, model_folder, prepare_data
     from i2am_train.config.build import plain
     from i2am_train.reporting.explained import write_explained
     from i2am_train.reporting.explorer import explorer_page
     from i2am_train.runs import RunFolder, fingerprint, write_text
 
-    check_device(config.device)
+    device = chosen_device(config.device)
     names = _labels(config.checkpoints)
     models = {name: load_model(path, config.data) for name, path in names.items()}
     root = prepare_data(config.data)
@@ -68,7 +69,7 @@ def explain(config: ExplainConfig) -> Path:
     folders = {name: str(model_folder(path)) for name, path in names.items()}
     cases = {
         name: [
-            _case(config, name, model, sample, _origin(config, folders[name], data))
+            _case(config, name, model, sample, device, _origin(config, folders[name], data))
             for sample in samples
         ]
         for name, model in models.items()
@@ -90,7 +91,7 @@ def explain(config: ExplainConfig) -> Path:
 
 def _labels(checkpoints: list[str]) -> dict[str, str]:
     """Checkpoints by their short name, or by all of their path where that is not unique."""
-    from i2am_train.reporting.explained import checkpoint_label
+    from i2am_train.runs import checkpoint_label
 
     short = [checkpoint_label(Path(checkpoint)) for checkpoint in checkpoints]
     unique = len(set(short)) == len(short)
@@ -120,14 +121,19 @@ def _origin(config: ExplainConfig, checkpoint: str, data: str) -> Origin:
 
 
 def _case(
-    config: ExplainConfig, name: str, model: TryOnModel, sample: TryOnSample, origin: Origin
+    config: ExplainConfig,
+    name: str,
+    model: TryOnModel,
+    sample: TryOnSample,
+    device: torch.device,
+    origin: Origin,
 ) -> _Case:
     """Samples one image with its attention, and draws it."""
     from torch.utils.data import default_collate
 
     from i2am_train.evaluation.evaluator import generate_with_attention
 
-    model = model.eval().to(_device(config.device))
+    model = model.eval().to(device)
     batch = _on_device(default_collate([sample]), model.device)
     clean = CleanImages(config.sampling.steps, config.attribution.time_groups)
     explained = generate_with_attention(
@@ -173,14 +179,6 @@ def _making(config: ExplainConfig, manifest: dict[str, Any]) -> dict[str, str]:
         "Sampling": flat(plain(config.sampling)),
         "Attribution": flat(plain(config.attribution)),
     }
-
-
-def _device(name: str) -> str:
-    import torch
-
-    if name != "auto":
-        return name
-    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def _samples(config: ExplainConfig, root: Path) -> list[TryOnSample]:
@@ -254,12 +252,8 @@ def _sample(
 ) -> ExplainedSample:
     """All that figures need, as plain arrays."""
     from i2am_train.evaluation.evaluator import attention_scores
-    from i2am_train.reporting.explained import (
-        IMAGES,
-        MASKS,
-        ExplainedSample,
-        checkpoint_label,
-    )
+    from i2am_train.reporting.explained import IMAGES, MASKS, ExplainedSample
+    from i2am_train.runs import checkpoint_label
 
     generated, reference = _patches(config, explained, batch)
     scores = attention_scores(explained, batch, config.attribution)

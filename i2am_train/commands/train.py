@@ -45,7 +45,6 @@ def train(config: TrainConfig) -> Path:
     """
     from i2am_train.assembly import (
         ADAPTER_FOLDER,
-        MODEL_FOLDER,
         finish_tracking,
         make_trainer,
         record_model,
@@ -54,7 +53,7 @@ def train(config: TrainConfig) -> Path:
     from i2am_train.callbacks.checkpoints import latest_checkpoint
     from i2am_train.config.build import plain
     from i2am_train.models.lora import has_adapters, save_adapters
-    from i2am_train.runs import MANIFEST_FILE, RunFolder, fingerprint
+    from i2am_train.runs import MANIFEST_FILE, MODEL_FOLDER, RunFolder, fingerprint
     from i2am_train.training.optimization import trained_weights
     from i2am_train.training.preflight import memory_advice
 

@@ -22,13 +22,12 @@ from i2am_train.evaluation.evaluator import EvaluationResult, Panel
 from i2am_train.evaluation.folders import ImageSet, read_image
 from i2am_train.evaluation.results import (
     IMAGES,
-    PANELS,
     stack_panels,
     write_image,
     write_panels,
 )
 from i2am_train.evaluation.scoring import ImageScores, ScoringOptions, score_images
-from i2am_train.reporting.records import PANEL_ARRAYS, Panels, read_panels
+from i2am_train.reporting.records import PANEL_ARRAYS, PANELS, Panels, read_panels
 from i2am_train.runs import read_json, write_json
 
 PARTIAL, ROWS = "partial", "rows.json"

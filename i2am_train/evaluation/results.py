@@ -12,12 +12,12 @@ from safetensors.numpy import save_file
 from torch import Tensor
 
 from i2am_train.evaluation.evaluator import EvaluationResult, Panel, score_columns
-from i2am_train.reporting.records import PANEL_ARRAYS, Panels
+from i2am_train.reporting.records import PANEL_ARRAYS, PANELS, RESULTS, SAMPLES, Panels
 from i2am_train.reporting.statistics import mean_interval
 from i2am_train.runs import write_json, write_text
 
 CONFIDENCE = 0.95
-RESULTS, SAMPLES, PANELS, IMAGES = "results.json", "samples.jsonl", "panels.safetensors", "images"
+IMAGES = "images"
 
 
 def write_evaluation(folder: Path, result: EvaluationResult, settings: dict[str, Any]) -> None:

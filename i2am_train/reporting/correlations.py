@@ -29,11 +29,10 @@ from i2am_train.reporting.score_tables import (
     Heading,
     Row,
     ScoreTable,
-    interval_text,
 )
 from i2am_train.reporting.statistics import Correlation, correlation
 from i2am_train.reporting.table_formats import minus
-from i2am_train.reporting.tables import number
+from i2am_train.reporting.tables import arrow, interval_text, number
 from i2am_train.types import Pairing
 
 DIGITS = 2
@@ -104,7 +103,7 @@ def correlation_table(evaluations: Sequence[Evaluation]) -> ScoreTable | None:
 
 
 def _arrow(metric: str) -> str:
-    return {True: "↑", False: "↓", None: ""}[METRICS[metric].higher_is_better]
+    return arrow(METRICS[metric].higher_is_better)
 
 
 def _measured(points: Sequence[Evaluation]) -> list[str]:
@@ -125,7 +124,9 @@ def _cell(value: float, interval: tuple[float, float] | None, n: int) -> Cell:
     return Cell(number(value, DIGITS), value, interval, interval_text(interval, DIGITS), n=n)
 
 
-def correlate(selection: Selection, side: str, metric: str) -> Correlation | None:
+def correlate(
+    selection: Selection, side: str, metric: str, *, intervals: bool = True
+) -> Correlation | None:
     """Correlation of one IMACS with one metric over a selection; None where it is not defined."""
     points = [p for p in selection.points if side in p.metrics and metric in p.metrics]
     if len(points) < MIN_POINTS:
@@ -134,7 +135,8 @@ def correlate(selection: Selection, side: str, metric: str) -> Correlation | Non
     if selection.at_equal_step:
         steps = [point.step for point in points]
         x, y = (_without_step_means(values, steps) for values in (x, y))
-    return correlation(x, y, [point.run for point in points])
+    runs = [point.run for point in points]
+    return correlation(x, y, runs) if intervals else correlation(x, y, runs, resamples=0)
 
 
 def _without_step_means(values: FloatArray, steps: Sequence[int | None]) -> FloatArray:
@@ -147,10 +149,11 @@ def _without_step_means(values: FloatArray, steps: Sequence[int | None]) -> Floa
 
 
 def _notes(evaluations: Sequence[Evaluation]) -> Iterator[str]:
-    for selection in selections(evaluations):
+    chosen = list(selections(evaluations))
+    for selection in chosen:
         runs = len({point.run for point in selection.points})
         yield f"{selection.title}: {len(selection.points)} checkpoints of {runs} training runs."
-    if any(selection.at_equal_step for selection in selections(evaluations)):
+    if any(selection.at_equal_step for selection in chosen):
         yield (
             "At equal steps: deviations from the mean of the checkpoints of the same step, so that what all runs "
             "gain by training longer counts for nothing."
@@ -195,7 +198,7 @@ def correlation_figure(evaluations: Sequence[Evaluation]) -> Figure | None:
                         linewidths=0.4,
                         zorder=3,
                     )
-            found = correlate(selection, side, metric)
+            found = correlate(selection, side, metric, intervals=False)
             if found is not None:
                 text = minus(f"r = {number(found.pearson, 2)}, ρ = {number(found.spearman, 2)}")
                 axes.set_title(text, fontsize=8, color=GREY)

@@ -7,21 +7,23 @@ training or to a snapshot on the way. Which numbers may stand side by side is de
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from i2am_train.errors import ConfigError, RunFolderError
-from i2am_train.reporting.explained import checkpoint_label
-from i2am_train.reporting.records import read_samples, uses_truth
-from i2am_train.runs import MANIFEST_FILE, SETTINGS_FILE, read_json
+from i2am_train.reporting.records import RESULTS, SAMPLES, read_samples, uses_truth
+from i2am_train.runs import (
+    MANIFEST_FILE,
+    SETTINGS_FILE,
+    checkpoint_label,
+    read_json,
+    run_of,
+)
 from i2am_train.types import Pairing
 
-RESULTS, SAMPLES = "results.json", "samples.jsonl"
 MANIFEST_SCHEMA = 1
-SNAPSHOT = re.compile(r"step-(\d+)")
 
 COMPARED = ("sampling", "attribution")
 """Groups of an evaluation's settings in which compared evaluations must agree."""
@@ -148,24 +150,24 @@ def _read(folder: Path) -> Evaluation:
 def _origin(settings: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     """Model, run, seed and step of what was judged."""
     judged = Path(str(settings.get("checkpoint") or settings.get("images")))
-    of_snapshot = SNAPSHOT.fullmatch(judged.name)
-    run = judged.parents[1] if of_snapshot else judged.parent
-    # A run that was moved still holds its evaluation.
-    training = _training_settings(run) or _training_settings(folder.parent)
-    if training is None or (judged.name != "model" and not of_snapshot):
+    place = run_of(judged)
+    training = None
+    if place is not None:  # a run that was moved still holds its evaluation
+        training = _training_settings(place[0]) or _training_settings(folder.parent)
+    if place is None or training is None:
         return {
             "label": checkpoint_label(judged), "model": str(judged), "run": str(judged),
             "seed": None, "step": None, "snapshot": False, "truth": False,
         }  # fmt: skip
-    steps = training["optimization"]["steps"]
+    (run, step), steps = place, training["optimization"]["steps"]
     identity = {name: training.get(name) for name in MODEL_GROUPS}
     return {
         "label": training.get("label") or training["name"],
         "model": json.dumps([training.get("label"), identity], sort_keys=True),
         "run": str(run),
         "seed": training.get("seed"),
-        "step": int(of_snapshot[1]) if of_snapshot else steps,
-        "snapshot": of_snapshot is not None and int(of_snapshot[1]) < steps,
+        "step": steps if step is None else step,
+        "snapshot": step is not None and step < steps,
         "truth": uses_truth({"losses": training["objective"]}),
     }
 

@@ -30,7 +30,7 @@ from i2am_train.attribution.maps import AttributionMaps
 from i2am_train.errors import RunFolderError
 from i2am_train.metrics.correspondence import target_on_grid
 from i2am_train.reporting.canvas import Picture
-from i2am_train.runs import MANIFEST_FILE, read_json, write_json
+from i2am_train.runs import MANIFEST_FILE, checkpoint_label, read_json, write_json
 from i2am_train.types import Direction, GridSize, LayerWeighting
 
 SCHEMA = 2
@@ -249,19 +249,6 @@ def read_explained(folder: Path, model: str | None = None) -> ExplainedSample:
     )
     _check_sizes(folder, sample)
     return sample
-
-
-def checkpoint_label(checkpoint: Path) -> str:
-    """A checkpoint's short name: that of its folder, or of the run that it belongs to.
-
-    >>> checkpoint_label(Path("runs/refined-seed0/model")), checkpoint_label(Path("weights/tiny"))
-    ('refined-seed0', 'tiny')
-    >>> checkpoint_label(Path("runs/refined-seed0/snapshots/step-000100"))
-    'refined-seed0-step-000100'
-    """
-    if checkpoint.parent.name == "snapshots":
-        return f"{checkpoint.parents[1].name}-{checkpoint.name}"
-    return checkpoint.parent.name if checkpoint.name == "model" else checkpoint.name
 
 
 def _checked_description(path: Path) -> dict[str, Any]:

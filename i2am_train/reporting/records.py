@@ -22,6 +22,9 @@ from i2am_train.errors import RunFolderError
 from i2am_train.reporting.statistics import summarise_results
 from i2am_train.types import GridSize
 
+RESULTS, SAMPLES, PANELS = "results.json", "samples.jsonl", "panels.safetensors"
+"""Files of a finished evaluation; a study has a ``results.json``, too."""
+
 SCHEMA = 1
 """The version of ``results.json`` that this module reads."""
 
@@ -121,7 +124,7 @@ def read_run(folder: Path) -> RunRecord:
     Raises:
         RunFolderError: no ``results.json``, or a file that cannot be read.
     """
-    results = read_results(folder / "results.json")
+    results = read_results(folder / RESULTS)
     cells = tuple(_read_cell(folder, cell) for cell in results["cells"])
     return RunRecord(
         folder=folder,
@@ -191,9 +194,9 @@ def _read_cell(run_folder: Path, cell: Mapping[str, Any]) -> CellRecord:
         arm=arm,
         seed=seed,
         folder=folder,
-        evaluated=_read_count(evaluation / "results.json"),
-        samples=read_samples(evaluation / "samples.jsonl"),
-        panels=read_panels(evaluation / "panels.safetensors"),
+        evaluated=_read_count(evaluation / RESULTS),
+        samples=read_samples(evaluation / SAMPLES),
+        panels=read_panels(evaluation / PANELS),
         history=read_history(folder / "metrics.csv", arm, seed),
     )
 

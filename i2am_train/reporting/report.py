@@ -54,6 +54,7 @@ from i2am_train.reporting.tables import (
     number,
     verdict_sentences,
 )
+from i2am_train.runs import write_text
 
 MAX_ARMS_IN_PANEL = 4
 MAX_CENTER_ROWS = 4
@@ -112,16 +113,10 @@ def build_report(run_folder: Path) -> Path:
     """
     run = read_run(Path(run_folder))
     page = page_environment().get_template("report.html.j2").render(_context(run))
-    _write(run.folder / "results.md", _markdown(run))
-    _write(run.folder / "results.tex", table_formats.latex(run.results))
-    return _write(run.folder / "report.html", page)
-
-
-def _write(path: Path, text: str) -> Path:
-    unfinished = path.with_name(f".{path.name}.unfinished")
-    unfinished.write_text(text, encoding="utf-8")
-    unfinished.replace(path)
-    return path
+    write_text(run.folder / "results.md", _markdown(run))
+    write_text(run.folder / "results.tex", table_formats.latex(run.results))
+    write_text(run.folder / "report.html", page)
+    return run.folder / "report.html"
 
 
 def _markdown(run: RunRecord) -> str:

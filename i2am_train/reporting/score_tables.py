@@ -18,7 +18,7 @@ from i2am_train.metrics.imacs import imacs_column
 from i2am_train.metrics.registry import METRICS, MetricInfo
 from i2am_train.reporting.evaluations import Evaluation
 from i2am_train.reporting.statistics import seed_interval
-from i2am_train.reporting.tables import TRUTH_MARK, number, printed_ranks
+from i2am_train.reporting.tables import TRUTH_MARK, arrow, interval_text, number, printed_ranks
 from i2am_train.types import Pairing
 
 IMAGE_METRICS = (
@@ -161,18 +161,16 @@ def _table3(evaluations: Sequence[Evaluation]) -> ScoreTable | None:
 
 
 def _table4(evaluations: Sequence[Evaluation]) -> ScoreTable | None:
-    """IMACS by penalty, at the evaluations' own threshold, and the two parts that it is made of."""
+    """IMACS by penalty, at the evaluations' own threshold."""
     return _sweep("table4", "IMACS by penalty λ", "Table 4", evaluations, vary=1)
 
 
 def _sweep(
     name: str, title: str, source: str, evaluations: Sequence[Evaluation], vary: int
 ) -> ScoreTable | None:
-    own = [_own_point(evaluation) for evaluation in evaluations if _own_point(evaluation)]
-    if not own:
+    fixed = next((own for e in evaluations if (own := _own_point(e)) is not None), None)
+    if fixed is None:
         return None
-    fixed = own[0]
-    assert fixed is not None
     swept = {
         tuple(map(float, match.groups()))
         for evaluation in evaluations
@@ -198,7 +196,7 @@ def _sweep(
             )
     other = f"{'δλ'[1 - vary]} = {fixed[1 - vary]:g}"
     note = f"All at {other}. {_SWEEP_NOTES[vary]}"
-    return _table(name, f"{title}", source, evaluations, columns, [note])
+    return _table(name, title, source, evaluations, columns, [note])
 
 
 _SWEEP_NOTES = (
@@ -217,8 +215,7 @@ def _column(
     metric: str, column: str, pairing: Pairing, group: str, label: str | None = None
 ) -> _Column:
     info = METRICS[metric]
-    arrow = {True: "↑", False: "↓", None: ""}[info.higher_is_better]
-    heading = Heading(label or info.label, arrow, group, info.description)
+    heading = Heading(label or info.label, arrow(info.higher_is_better), group, info.description)
     return _Column(heading, info, column, pairing)
 
 
@@ -284,17 +281,6 @@ def _cell(evaluations: Sequence[Evaluation], column: _Column) -> Cell | None:
         interval_text=interval_text(interval, digits),
         n=len(values),
     )
-
-
-def interval_text(interval: tuple[float, float] | None, digits: int) -> str:
-    """An interval as tables print it; empty where there is none.
-
-    >>> interval_text((0.12345, 0.5), 3)
-    '[0.123, 0.500]'
-    """
-    if interval is None:
-        return ""
-    return f"[{number(interval[0], digits)}, {number(interval[1], digits)}]"
 
 
 def _with_rank(cell: Cell | None, rank: int) -> Cell | None:

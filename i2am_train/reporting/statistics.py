@@ -229,7 +229,7 @@ def correlation(
         clusters: the training run that each point comes from. Checkpoints of one run resemble each
             other; resampled one by one they would promise too much.
         confidence: nominal coverage of the intervals.
-        resamples: number of bootstrap resamples.
+        resamples: number of bootstrap resamples; 0 for the coefficients alone.
         seed: of the resampling.
 
     No interval with fewer than four clusters. ``None`` for fewer than three points, or where one of
@@ -246,7 +246,7 @@ def correlation(
     names = sorted(set(clusters))
     of_cluster = [np.flatnonzero(np.asarray(clusters) == name) for name in names]
     intervals: list[tuple[float, float] | None] = [None, None]
-    if len(names) >= 4:
+    if len(names) >= 4 and resamples:
         rng = np.random.default_rng(seed)
         drawn = [
             found

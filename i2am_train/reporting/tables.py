@@ -68,7 +68,7 @@ class MetricColumn:
     @property
     def arrow(self) -> str:
         """Where better values lie: up, down, or empty if neither is better."""
-        return {True: "↑", False: "↓", None: ""}[self.higher_is_better]
+        return arrow(self.higher_is_better)
 
     @property
     def heading(self) -> str:
@@ -202,6 +202,22 @@ def _value(column: MetricColumn, entry: Mapping[str, Any] | None, rank: int) -> 
     return Value(number(entry["mean"], column.digits), spread, rank)
 
 
+def arrow(higher_is_better: bool | None) -> str:
+    """Where better values lie: up, down, or empty if neither is better."""
+    return {True: "↑", False: "↓", None: ""}[higher_is_better]
+
+
+def interval_text(interval: tuple[float, float] | None, digits: int) -> str:
+    """An interval as tables print it; empty where there is none.
+
+    >>> interval_text((0.12345, 0.5), 3)
+    '[0.123, 0.500]'
+    """
+    if interval is None:
+        return ""
+    return f"[{number(interval[0], digits)}, {number(interval[1], digits)}]"
+
+
 def number(value: float, digits: int, signed: bool = False) -> str:
     """A number with fixed digits, never "-0.00".
 
@@ -247,7 +263,7 @@ def _difference_row(column: MetricColumn, entry: Mapping[str, Any]) -> Differenc
     low, high = entry.get("low"), entry.get("high")
     interval = None
     if low is not None and high is not None:
-        interval = f"[{number(low, digits)}, {number(high, digits)}]"
+        interval = interval_text((low, high), digits)
     return DifferenceRow(
         column=column,
         difference=number(entry["difference"], digits, signed=True),

@@ -14,15 +14,18 @@ from typing import Any
 import wandb
 
 from i2am_train.datasets.opening import AS_IT_LIES, list_lengths
-from i2am_train.runs import SETTINGS_FILE, read_json, write_json
+from i2am_train.runs import (
+    MODEL_FOLDER,
+    SETTINGS_FILE,
+    checkpoint_label,
+    read_json,
+    write_json,
+)
 from i2am_train.tracking.names import EVALUATION_JOB, STUDY_JOB
 from i2am_train.tracking.session import RUN_FILE, read_record
 
 DATASET, IMAGES, MODEL, EVALUATION, STUDY = "dataset", "images", "model", EVALUATION_JOB, STUDY_JOB
 """Types of artifacts, and what their names begin with."""
-
-MODEL_FILE = "model"
-"""Name of a finished run's model folder, and what a model in it is not called after."""
 
 
 def artifact_name(kind: str, name: str) -> str:
@@ -71,9 +74,9 @@ def log_model(
 
 def use_model(run: Any, model: Path, *, upload: bool) -> None:
     """Say that a run judges a model: the one that its training logged, or a folder of weights."""
-    known = read_record(model.parent).get(MODEL) if model.name == MODEL_FILE else None
+    known = read_record(model.parent).get(MODEL) if model.name == MODEL_FOLDER else None
     entry = known or {
-        "name": artifact_name(MODEL, model_name(model)),
+        "name": artifact_name(MODEL, checkpoint_label(model)),
         "metadata": {"folder": str(model)},
         "uploaded": upload,
     }
@@ -81,26 +84,12 @@ def use_model(run: Any, model: Path, *, upload: bool) -> None:
     _use(run, artifact, MODEL)
 
 
-def model_name(model: Path) -> str:
-    """How a folder of weights is called: after its run, with the step if it is a snapshot.
-
-    >>> model_name(Path("runs/refined-seed0/model")), model_name(Path("data/weights/tiny"))
-    ('refined-seed0', 'tiny')
-    >>> model_name(Path("runs/refined-seed0/snapshots/step-000100"))
-    'refined-seed0-step-000100'
-    """
-    if model.name == MODEL_FILE:
-        return model.parent.name
-    of_run = model.parent.name == "snapshots"
-    return f"{model.parent.parent.name}-{model.name}" if of_run else model.name
-
-
 def arm_name(model: Path) -> str:
     """The name of the training run that a folder of weights belongs to, else of the folder."""
     for folder in (model.parent, model.parent.parent):  # of a run's model, of a snapshot
         if (folder / SETTINGS_FILE).is_file():
             return str(read_json(folder / SETTINGS_FILE)["name"])
-    return model_name(model)
+    return checkpoint_label(model)
 
 
 def log_results(run: Any, kind: str, folder: Path, files: Mapping[str, Path]) -> None:

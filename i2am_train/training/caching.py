@@ -8,7 +8,6 @@ that run to the bit; with another size, or on a GPU, to rounding.
 """
 
 import hashlib
-import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -43,7 +42,7 @@ from i2am_train.datasets.reading import EpochPosition
 from i2am_train.datasets.sample import TryOnBatch
 from i2am_train.errors import DataError
 from i2am_train.models.tryon import TryOnModel
-from i2am_train.runs import fingerprint
+from i2am_train.runs import fingerprint, free_space
 from i2am_train.types import Pairing, Split
 
 DECODER = ("decoder.", "post_quant_conv.")
@@ -240,9 +239,7 @@ class _Source:
 def _check_space(output: Path, row: dict[str, Tensor], rows: int) -> None:
     """Fails before anything is written where the cache would not fit."""
     needed = rows * sum(value.numel() * value.element_size() for value in row.values())
-    places = (output.absolute(), *output.absolute().parents)
-    existing = next(path for path in places if path.is_dir())
-    free = shutil.disk_usage(existing).free
+    existing, free = free_space(output)
     if needed > free:
         raise DataError(
             f"{existing} has {free / 2**20:.1f} MiB free, and the cache takes {needed / 2**20:.1f} MiB "

@@ -1,6 +1,5 @@
 """What is checked before a training run begins, and said when the machine turns out too small after all."""
 
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -11,6 +10,7 @@ from i2am_train.config.schema import TrainConfig
 from i2am_train.errors import ConfigError, TrainingError
 from i2am_train.metrics.registry import METRICS
 from i2am_train.models.tryon import TryOnModel
+from i2am_train.runs import free_space
 from i2am_train.training.rehearsal import checkpoint_bytes, weight_bytes
 
 
@@ -49,8 +49,7 @@ def check_disk(config: TrainConfig, model: TryOnModel) -> None:
     needed = models * weight_bytes(model)
     # One more than is kept: a checkpoint is whole before the oldest goes.
     needed += (trainer.keep_checkpoints + 1) * checkpoint_bytes(model, averaged=averaged)
-    existing = next(path for path in (config.folder, *config.folder.parents) if path.is_dir())
-    free = shutil.disk_usage(existing).free
+    existing, free = free_space(config.folder)
     if needed > free:
         raise ConfigError(
             f"{existing} has {free / 2**30:.1f} GiB free, and this run will keep about {needed / 2**30:.1f} GiB "
