@@ -55,6 +55,17 @@ class LayerWeighting(StrEnum):
     DENSITY = "density"
 
 
+class Canvas(StrEnum):
+    """How a picture was fitted to the canvas that a grid of tokens covers."""
+
+    STRETCH = "stretch"
+    """The grid covers the whole picture, whatever its proportions."""
+    CENTRE_CROP = "centre_crop"
+    """The grid covers the largest part in the middle that has the canvas's proportions."""
+    LETTERBOX = "letterbox"
+    """The whole picture lies in the middle of the grid, with empty borders."""
+
+
 class PredictionType(StrEnum):
     """What the denoiser predicts; the values are diffusers' own."""
 

@@ -4,14 +4,21 @@ training."""
 from i2am_train.attribution.archive import Archive, load_maps, save_maps
 from i2am_train.attribution.frames import Frame, announce
 from i2am_train.attribution.maps import AttributionMaps, HeatMap, normalise, threshold
+from i2am_train.attribution.recipes import (
+    KnownModel,
+    Signature,
+    detect_recipe,
+    diffusers_decoder,
+    known_models,
+    named_recipe,
+    register,
+)
 from i2am_train.attribution.rollups import time_groups
 from i2am_train.attribution.sites import (
     LayerId,
     Recipe,
     Site,
     Tokens,
-    detect_recipe,
-    diffusers_decoder,
     find_layer,
     layer_name,
     paper_number,
@@ -26,10 +33,12 @@ __all__ = [
     "AttributionStore",
     "Frame",
     "HeatMap",
+    "KnownModel",
     "LayerId",
     "LayerRecord",
     "Recipe",
     "ScoreTap",
+    "Signature",
     "Site",
     "Tokens",
     "Trace",
@@ -37,10 +46,13 @@ __all__ = [
     "detect_recipe",
     "diffusers_decoder",
     "find_layer",
+    "known_models",
     "layer_name",
     "load_maps",
+    "named_recipe",
     "normalise",
     "paper_number",
+    "register",
     "save_maps",
     "threshold",
     "time_groups",

@@ -18,11 +18,11 @@ from torch import Tensor
 from i2am_train.attribution.maps import AttributionMaps
 from i2am_train.attribution.store import AttributionStore, LayerRecord
 from i2am_train.errors import DataError
-from i2am_train.types import GridSize
+from i2am_train.types import Canvas, GridSize
 
 _NAME = "i2am-attribution-"
 _FORMAT = f"{_NAME}1"
-_MATRICES = ("scores_over_reference", "scores_over_generated")
+_OPTIONAL = ("mass", "scores_over_reference", "scores_over_generated")
 
 
 @dataclass(frozen=True)
@@ -85,14 +85,17 @@ def load_maps(path: str | os.PathLike[str]) -> Archive:
             f"{_FORMAT!r}). Give a file that 'i2am explain' or save_maps() wrote."
         )
     layers = tuple(_layer(entry, tensors) for entry in json.loads(metadata["layers"]))
-    store = AttributionStore(layers, tuple(json.loads(metadata["timesteps"])))
+    recipe, partial, canvas = json.loads(metadata.get("model", '["", null, "stretch"]'))
+    store = AttributionStore(
+        layers, tuple(json.loads(metadata["timesteps"])), recipe, partial, Canvas(canvas)
+    )
     return Archive(AttributionMaps(store), tuple(json.loads(metadata["names"])))
 
 
 def _tensors(store: AttributionStore) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = {}
     for record in store.layers:
-        kept = ("to_generated", "to_reference", *_MATRICES)
+        kept = ("to_generated", "to_reference", *_OPTIONAL)
         values = {name: getattr(record, name) for name in kept}
         tensors |= {
             f"{record.layer}/{name}": value.contiguous()
@@ -116,6 +119,7 @@ def _metadata(store: AttributionStore, names: Sequence[str]) -> dict[str, str]:
         "format": _FORMAT,
         "layers": json.dumps(layers),
         "timesteps": json.dumps(store.timesteps),
+        "model": json.dumps([store.recipe, store.partial, store.canvas]),
         "names": json.dumps(list(names)),
     }
 
@@ -129,5 +133,5 @@ def _layer(entry: dict[str, Any], tensors: dict[str, Tensor]) -> LayerRecord:
         to_generated=tensors[f"{layer}/to_generated"],
         to_reference=tensors[f"{layer}/to_reference"],
         functional=entry["functional"],
-        **{name: tensors.get(f"{layer}/{name}") for name in _MATRICES},
+        **{name: tensors.get(f"{layer}/{name}") for name in _OPTIONAL},
     )

@@ -7,6 +7,7 @@ network that shares the module, the recomputation of a gradient checkpoint) is d
 from __future__ import annotations
 
 import inspect
+import re
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from i2am_train.attribution.frames import Frame, announced_evaluation
+from i2am_train.attribution.recipes import nearest_recipe
 from i2am_train.attribution.sites import LayerId, Recipe, Site, TokenPlaces, find_layer
 from i2am_train.errors import CaptureError
 from i2am_train.types import GridSize
@@ -95,11 +97,25 @@ def resolve_sites(root: nn.Module, recipe: Recipe) -> tuple[SiteModule, ...]:
     ]
     if not found:
         patterns = ", ".join(repr(site.pattern) for site in recipe.sites)
+        near = nearest_recipe(root)
+        advice = "" if near is None else f"; the nearest known recipe is '{near.name}'"
         raise CaptureError(
             f"No attention layer matches {patterns}. This model has: {_attention_like(root)}. "
-            "Set the recipe's pattern to one of them."
+            f"Set the recipe's pattern to one of them{advice}."
         )
+    _refuse_other_models(root, recipe)
     return tuple(found)
+
+
+def _refuse_other_models(root: nn.Module, recipe: Recipe) -> None:
+    for pattern in recipe.absent:
+        path = next((path for path, _ in root.named_modules() if re.fullmatch(pattern, path)), None)
+        if path is not None:
+            raise CaptureError(
+                f"{type(root).__name__} has a module '{path}', which no model of the recipe "
+                f"'{recipe.name}' has: it is of another kind (SDXL, for one, has several transformer "
+                "blocks in an attention). Choose a recipe for it (i2am explain --recipes)."
+            )
 
 
 def _attention_like(root: nn.Module) -> str:

@@ -18,8 +18,8 @@ from i2am_train.attribution.rollups import Rollup, by_resolution, check_equal_he
 from i2am_train.attribution.sites import LayerId
 from i2am_train.attribution.store import AttributionStore
 from i2am_train.errors import CaptureError, ConfigError
-from i2am_train.ops.images import ResizeMode, resize_maps
-from i2am_train.types import Direction, GridSize, LayerWeighting
+from i2am_train.ops.images import ResizeMode, on_picture, resize_maps
+from i2am_train.types import Canvas, Direction, GridSize, LayerWeighting
 
 MapAxis: TypeAlias = Literal["time", "head", "layer", "resolution", "patch"]
 SoftmaxOver: TypeAlias = Literal["map", "reference"]
@@ -92,6 +92,14 @@ class HeatMap:
             return self
         return replace(self, values=resize_maps(self.values, size, mode), is_normalised=False)
 
+    def on_reference(self, picture: GridSize, canvas: Canvas) -> HeatMap:
+        """A reference-side map, resized to the reference picture as it was before the model fitted
+        it to its own canvas; positions that the model did not see are zero.
+
+        The canvas has the proportions of the map's grid.
+        """
+        return replace(self, values=on_picture(self.values, picture, canvas), is_normalised=False)
+
     def on_picture(self, size: GridSize) -> HeatMap:
         """Normalised, resized to the picture and normalised again: the order that IMACS is defined
         on (spec 4 and 5)."""
@@ -161,6 +169,33 @@ class AttributionMaps:
         common = size or rollup.common_grid(self.store)
         source = self._daam_store(direction) if softmax_over == "reference" else self.store
         return HeatMap(rollup.combine(source.layers, common)[:, 0, 0], direction)
+
+    @property
+    def marks(self) -> tuple[str, ...]:
+        """What a reader must know before trusting the maps: "not functional: ...", "partial:
+        ..."."""
+        return self.store.marks
+
+    def mass(self, size: GridSize | None = None) -> HeatMap:
+        """Share of its attention that a generated position gives to the reference, in [0, 1]:
+        ``[batch, height, width]``, the mean over steps, heads and layers.
+
+        For models whose softmax runs over both pictures' tokens (IDM-VTON, OOTDiffusion, CatVTON);
+        raises `CaptureError` for others, where the reference gets all of it.
+        """
+        shares = tuple(
+            replace(record, to_generated=record.mass)
+            for record in self.store.layers
+            if record.mass is not None
+        )
+        if len(shares) < len(self.store.layers):
+            raise CaptureError(
+                "This model attends to the reference alone, so the reference's share is one "
+                "everywhere. mass() is for self-attention over both pictures (Site(joint=True))."
+            )
+        rollup = Rollup(Direction.REFERENCE_TO_GENERATED, LayerWeighting.PAPER)
+        common = size or rollup.common_grid(self.store)
+        return HeatMap(rollup.combine(shares, common)[:, 0, 0], rollup.direction)
 
     def time_level(
         self,

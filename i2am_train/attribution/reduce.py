@@ -14,7 +14,12 @@ from torch import Tensor
 from i2am_train.attribution.frames import Frame
 from i2am_train.attribution.listening import SiteModule, SitePlaces
 from i2am_train.errors import CaptureError
-from i2am_train.ops.attention import HeadMeanMatrices, column_means, head_mean_matrices
+from i2am_train.ops.attention import (
+    HeadMeanMatrices,
+    column_means,
+    head_mean_matrices,
+    reference_mass,
+)
 from i2am_train.ops.masks import mask_on_grid
 from i2am_train.types import GridSize
 
@@ -34,6 +39,7 @@ class SiteRecorder:
     generated_mask: Bool[Tensor, "batch height width"] | None = None
     to_generated: list[Tensor] = field(default_factory=list)
     to_reference: list[Tensor] = field(default_factory=list)
+    mass: list[Tensor] = field(default_factory=list)
     matrices: HeadMeanMatrices | None = None
     places: SitePlaces | None = None
     key_tokens: int = 0
@@ -49,6 +55,7 @@ class SiteRecorder:
         """Reduce one evaluation's projections ``[row, token, head * channel]`` and keep the
         result."""
         self._check_once_per_frame(frame)
+        self._check_device(generated)
         self.key_tokens = reference.shape[1]
         places = self._places_as_before(self.site.places(generated, reference, frame))
         queries = self.site.split_heads(places.generated.take(generated[rows]))
@@ -62,6 +69,11 @@ class SiteRecorder:
         )
         self.to_generated.append(means.to_generated)
         self.to_reference.append(means.to_reference)
+        if self.site.site.joint:
+            all_keys = self.site.split_heads(reference[rows])
+            self.mass.append(
+                reference_mass(queries, keys, all_keys, self.site.site.scale, self.byte_budget)
+            )
         if self.keeps_matrices:
             self._add(head_mean_matrices(queries, keys, self.site.site.scale))
 
@@ -84,6 +96,14 @@ class SiteRecorder:
                 "tile."
             )
         self._last_call = frame.call
+
+    def _check_device(self, generated: Tensor) -> None:
+        before = self.to_generated[0].device if self.to_generated else generated.device
+        if before != generated.device:
+            raise CaptureError(
+                f"The model moved from {before} to {generated.device} during the trace. Move it "
+                "before entering the trace's block."
+            )
 
     def _row_weights(self, grid: GridSize | None, queries: Tensor) -> Tensor | None:
         if self.generated_mask is None or grid is None:

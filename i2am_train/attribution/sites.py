@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeAlias, runtime_checkable
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -18,7 +18,7 @@ from torch import Tensor
 from i2am_train.attribution.frames import Frame
 from i2am_train.errors import CaptureError
 from i2am_train.ops.grids import solve_grid
-from i2am_train.types import GridSize
+from i2am_train.types import Canvas, GridSize
 
 LayerId: TypeAlias = int | str
 """A layer by its name (``"up_blocks.1.attentions.1"``) or by the paper's number (``2``)."""
@@ -28,9 +28,16 @@ PAPER_LAYERS: tuple[str, ...] = tuple(
 )
 """The paper's decoder layers 1..9 in diffusers' words, coarse to fine (spec 1.2)."""
 
+_NUMBERED: tuple[tuple[str, int], ...] = (
+    (r"(?:.*\.)?(?:output_blocks|decoders)\.(\d+)\.1", 2),
+    (r"(?:.*\.)?warp_flow_blks\.(\d+)", -1),
+)
+"""The same nine layers in other code: a pattern of the layer's name, and what to take from the
+number in it (adapters note 1)."""
+
 
 def layer_name(layer: LayerId) -> str:
-    """Name of a layer; numbers are the paper's, 1..9.
+    """Name of a layer; numbers are the paper's, 1..9, in diffusers' words.
 
     >>> layer_name(2)
     'up_blocks.1.attentions.1'
@@ -51,13 +58,23 @@ def paper_number(name: str) -> int | None:
 
     >>> paper_number("up_blocks.3.attentions.2"), paper_number("mid_block.attentions.0")
     (9, None)
+    >>> paper_number("output_blocks.4.1"), paper_number("warp_flow_blks.4")
+    (2, 5)
     """
-    return PAPER_LAYERS.index(name) + 1 if name in PAPER_LAYERS else None
+    if name in PAPER_LAYERS:
+        return PAPER_LAYERS.index(name) + 1
+    for pattern, before in _NUMBERED:
+        if match := re.fullmatch(pattern, name):
+            number = int(match[1]) - before
+            return number if 1 <= number <= len(PAPER_LAYERS) else None
+    return None
 
 
 def find_layer(layer: LayerId, available: Sequence[str]) -> str:
     """The one of ``available`` that ``layer`` means; an error that lists them if it is none."""
     name = layer_name(layer)
+    if isinstance(layer, int):
+        name = next((known for known in available if paper_number(known) == layer), name)
     if name not in available:
         raise CaptureError(
             f"No attention layer is called {name!r}. This model has: {describe_layers(available)}. "
@@ -94,14 +111,16 @@ class Tokens:
     """Where one picture's tokens sit in the output of a projection.
 
     ``grid`` is a fixed grid, ``"latent"`` (solved from the latent's size at each call), or None for
-    tokens without a place in a picture. ``skip`` leading tokens (class token, pooled token) belong
-    to no cell. ``block=(i, n)`` takes the i-th of n equal parts of the sequence (models that
-    concatenate tokens); ``crop=(top, bottom, left, right)`` takes a part of the grid in fractions
-    (models that concatenate in space).
+    tokens without a place in a picture. ``block=(i, n)`` takes the i-th of n equal parts of the
+    sequence (models that concatenate tokens); of that, ``skip`` and ``stop`` are the bounds of a
+    slice, negative ones from the end: ``skip`` leading tokens (class token, pooled token) belong to
+    no cell. ``crop=(top, bottom, left, right)`` takes a part of the grid in fractions (models that
+    concatenate in space).
     """
 
     grid: GridSize | str | None = "latent"
     skip: int = 0
+    stop: int | None = None
     block: tuple[int, int] = (0, 1)
     crop: tuple[float | int, float | int, float | int, float | int] = (0, 1, 0, 1)
 
@@ -119,12 +138,23 @@ class Tokens:
         TokenPlaces(index=slice(1, 7, None), count=6, grid=GridSize(height=3, width=2))
         """
         part, parts = self.block
-        start = part * length // parts + self.skip
-        count = length // parts - self.skip
+        if length % parts:
+            raise CaptureError(
+                f"{length} tokens cannot be cut into {parts} equal parts, as the recipe says. "
+                "Is the reference part of the sequence in this call?"
+            )
+        first = part * length // parts
+        start, stop, _ = slice(self.skip, self.stop).indices(length // parts)
+        count = stop - start
+        if count < 1:
+            raise CaptureError(
+                f"Of {length // parts} tokens none is left between {self.skip} and {self.stop}. "
+                "Set the recipe's numbers of special tokens."
+            )
         grid = self._grid(count, latent)
         if grid is None or self.crop == (0, 1, 0, 1):
-            return TokenPlaces(slice(start, start + count), count, grid)
-        return self._cropped(start, grid)
+            return TokenPlaces(slice(first + start, first + stop), count, grid)
+        return self._cropped(first + start, grid)
 
     def _grid(self, count: int, latent: GridSize) -> GridSize | None:
         if self.grid is None:
@@ -133,7 +163,7 @@ class Tokens:
             return solve_grid(count, latent)
         if self.grid[0] * self.grid[1] != count:
             raise CaptureError(
-                f"{count} tokens (after {self.skip} special ones) do not fill a grid of "
+                f"{count} tokens (without the special ones) do not fill a grid of "
                 f"{GridSize(*self.grid)}. Set the recipe's grid and number of special tokens."
             )
         return GridSize(*self.grid)
@@ -152,7 +182,10 @@ class Site:
 
     A group called ``layer`` in the pattern names the layer; otherwise its whole path does. The two
     projections are submodules (by path) whose outputs are the projected tokens; ``heads`` is a
-    number or an attribute of the module; ``scale`` defaults to ``head_width ** -0.5``.
+    number or an attribute of the module; ``scale`` defaults to ``head_width ** -0.5``. ``joint``
+    says that the model's own softmax runs over the generated tokens too (self-attention over both
+    pictures): maps then see the reference's keys alone, and the share of attention that they get is
+    kept as well (`AttributionMaps.mass`).
     """
 
     pattern: str
@@ -162,6 +195,7 @@ class Site:
     generated: Tokens = Tokens()
     reference: Tokens = Tokens()
     scale: float | None = None
+    joint: bool = False
 
     def layer_of(self, path: str) -> str | None:
         """Layer name of a module path, or None if the site is not there."""
@@ -198,7 +232,12 @@ class Recipe:
     ``root`` is the path of the denoiser in the traced object (``""``: the object itself);
     ``latent`` and ``timestep`` are names of arguments of its forward. ``rows`` says which rows of
     the batch are conditional whenever the sampler does not announce them itself (see
-    `i2am_train.attribution.frames.announce`).
+    `i2am_train.attribution.frames.announce`). ``absent`` are patterns of module paths that a model
+    of this kind does not have, by which a similar one is refused. ``once_per_step`` refuses a
+    second evaluation of a step: such a sampler cuts large pictures into tiles, whose maps are not
+    those of the picture. ``canvas`` says which part of the reference picture the reference grid covers.
+    ``partial`` says by which other ways the reference reaches the image, so that the maps do not
+    tell all of it; every result repeats it.
     """
 
     root: str
@@ -206,6 +245,11 @@ class Recipe:
     rows: Rows = "second_half"
     latent: str = "sample"
     timestep: str | None = "timestep"
+    name: str = ""
+    absent: tuple[str, ...] = ()
+    once_per_step: bool = False
+    canvas: Canvas = Canvas.STRETCH
+    partial: str | None = None
 
     def __post_init__(self) -> None:
         if isinstance(self.rows, str) and self.rows not in _NAMED_ROWS:
@@ -221,73 +265,3 @@ class Recipe:
         if callable(self.rows):
             return self.rows(frame)
         return _named_rows(self.rows, frame.batch)
-
-
-DIFFUSERS_DECODER = r"(?P<layer>up_blocks\.\d+\.attentions\.\d+)\.transformer_blocks\.0\.attn2"
-"""The decoder's cross-attention of Stable-Diffusion-like networks of diffusers: the paper's layers
-1..9."""
-
-
-def diffusers_decoder(
-    reference_grid: GridSize | None,
-    special_tokens: int = 0,
-    rows: Rows = "second_half",
-    root: str = "unet",
-) -> Recipe:
-    """Recipe for any diffusers U-Net whose decoder cross-attends to reference tokens.
-
-    ``reference_grid`` None means tokens without a place in the picture (pooled vectors, words);
-    ``special_tokens`` counts the class tokens in front of the patches.
-    """
-    site = Site(DIFFUSERS_DECODER, reference=Tokens(reference_grid, skip=special_tokens))
-    return Recipe(root=root, sites=(site,), rows=rows)
-
-
-@runtime_checkable
-class HasAttentionRecipe(Protocol):
-    """A model that declares its own attention."""
-
-    def attention_recipe(self) -> Recipe:
-        """The recipe of this very model."""
-        ...
-
-
-def _is_tryon_pipeline(target: Any) -> bool:
-    return type(target).__name__ == "TryOnPipeline"
-
-
-def _tryon_pipeline(pipeline: Any) -> Recipe:
-    """Recipe of ``models.pipeline``, whose copies in exported folders know nothing of recipes."""
-
-    def rows(frame: Frame) -> slice:
-        first = frame.batch // 2 if pipeline.do_classifier_free_guidance else 0
-        return slice(first, frame.batch)
-
-    grid = GridSize(*pipeline.reference_grid)
-    return diffusers_decoder(grid, int(pipeline.config.class_token), rows=rows)
-
-
-def _is_paint_by_example(target: Any) -> bool:
-    return type(target).__name__ == "PaintByExamplePipeline"
-
-
-_KNOWN_TARGETS: tuple[tuple[Callable[[Any], bool], Callable[[Any], Recipe]], ...] = (
-    (_is_paint_by_example, lambda _: diffusers_decoder(reference_grid=None)),
-    (_is_tryon_pipeline, _tryon_pipeline),
-)
-
-
-def detect_recipe(target: Any) -> Recipe:
-    """The recipe of a model that knows its own, or of a known pipeline; else an error that says how
-    to write one."""
-    if isinstance(target, HasAttentionRecipe):
-        return target.attention_recipe()
-    for is_known, make in _KNOWN_TARGETS:
-        if is_known(target):
-            return make(target)
-    raise CaptureError(
-        f"No recipe is known for {type(target).__name__}. Pass one: for a U-Net of diffusers, "
-        "diffusers_decoder(reference_grid=GridSize(height, width), special_tokens=...), with "
-        "root='' if you trace "
-        "the U-Net itself; for any other model, a Recipe of Sites."
-    )

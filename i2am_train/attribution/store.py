@@ -11,7 +11,7 @@ from torch import Tensor
 
 from i2am_train.attribution.sites import LayerId, find_layer, paper_number
 from i2am_train.errors import CaptureError
-from i2am_train.types import Direction, GridSize
+from i2am_train.types import Canvas, Direction, GridSize
 
 
 @dataclass(frozen=True)
@@ -23,6 +23,9 @@ class LayerRecord:
     that sum to one (who a generated token looks at), ``scores_over_generated`` has columns that do
     (where a reference token goes). ``functional`` is False where a single reference token makes
     queries and keys irrelevant to the picture (a softmax over one key is one whatever they are).
+    ``mass`` is the share of its attention that a generated token gives to the reference, where the
+    model's own softmax runs over both pictures (adapters note 2.7); elsewhere it is one, and None
+    here.
     """
 
     layer: str
@@ -33,6 +36,7 @@ class LayerRecord:
     functional: bool = True
     scores_over_reference: Float[Tensor, "batch generated reference"] | None = None
     scores_over_generated: Float[Tensor, "batch generated reference"] | None = None
+    mass: Float[Tensor, "batch step head generated"] | None = None
 
     @property
     def heads(self) -> int:
@@ -64,11 +68,15 @@ class AttributionStore:
     """All captured layers of one sampling run, in the order in which the model runs them.
 
     ``timesteps`` holds the scheduler's number of each step, noisiest first, or None where the model
-    was not told.
+    was not told. ``recipe``, ``partial`` and ``canvas`` are those of the recipe
+    (`i2am_train.attribution.sites.Recipe`).
     """
 
     layers: tuple[LayerRecord, ...]
     timesteps: tuple[float | int | None, ...]
+    recipe: str = ""
+    partial: str | None = None
+    canvas: Canvas = Canvas.STRETCH
 
     @property
     def batch(self) -> int:
@@ -79,6 +87,21 @@ class AttributionStore:
     def steps(self) -> int:
         """Number of sampling steps."""
         return len(self.timesteps)
+
+    @property
+    def functional(self) -> bool:
+        """Whether queries and keys of any layer can influence the image."""
+        return any(record.functional for record in self.layers)
+
+    @property
+    def marks(self) -> tuple[str, ...]:
+        """What a reader must know before trusting the maps, each a short sentence; empty if
+        nothing."""
+        unmoved = (
+            "not functional: with a single reference token, queries and keys cannot influence "
+        )
+        found = [] if self.functional else [unmoved + "the image"]
+        return (*found, *(() if self.partial is None else (f"partial: {self.partial}",)))
 
     @property
     def names(self) -> tuple[str, ...]:

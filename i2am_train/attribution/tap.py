@@ -20,7 +20,8 @@ from i2am_train.attribution.listening import (
     resolve_root,
     resolve_sites,
 )
-from i2am_train.attribution.sites import LayerId, Recipe, detect_recipe
+from i2am_train.attribution.recipes import chosen_recipe
+from i2am_train.attribution.sites import LayerId, Recipe
 from i2am_train.errors import CaptureError
 from i2am_train.ops.attention import head_mean_scores
 from i2am_train.types import GridSize
@@ -66,9 +67,9 @@ class ScoreTap:
     """
 
     def __init__(
-        self, target: Any, recipe: Recipe | None = None, layers: Sequence[LayerId] = (2,)
+        self, target: Any, recipe: Recipe | str | None = None, layers: Sequence[LayerId] = (2,)
     ) -> None:
-        self.recipe = detect_recipe(target) if recipe is None else recipe
+        self.recipe = chosen_recipe(target, recipe)
         root = resolve_root(target, self.recipe)
         self._sites = choose_sites(resolve_sites(root, self.recipe), layers)
         self._listener = Listener(

@@ -23,8 +23,9 @@ from i2am_train.attribution.listening import (
     resolve_sites,
 )
 from i2am_train.attribution.maps import AttributionMaps
+from i2am_train.attribution.recipes import chosen_recipe
 from i2am_train.attribution.reduce import SiteRecorder, undisturbed
-from i2am_train.attribution.sites import LayerId, Recipe, detect_recipe
+from i2am_train.attribution.sites import LayerId, Recipe
 from i2am_train.attribution.store import AttributionStore, LayerRecord, SiteSummary, SiteTable
 from i2am_train.errors import CaptureError
 from i2am_train.ops.attention import DEFAULT_BYTE_BUDGET
@@ -32,7 +33,7 @@ from i2am_train.ops.attention import DEFAULT_BYTE_BUDGET
 
 def trace(
     target: Any,
-    recipe: Recipe | None = None,
+    recipe: Recipe | str | None = None,
     *,
     layers: Sequence[LayerId] | None = None,
     matrix_layers: Sequence[LayerId] | None = (),
@@ -47,20 +48,20 @@ def trace(
             images = pipeline(...)
         maps = attention.maps()
 
-    ``recipe`` None asks the model itself (``attention_recipe()``) or looks among the known
-    pipelines. ``layers`` restricts the capture (default: all of the recipe's). ``matrix_layers``
-    (None: all captured ones) also keep their head- and step-mean score matrices, which maps of
-    single patches and attention centres need. ``generated_mask`` (one per sample, any size, True =
-    counts) restricts the mean that makes reference-side maps to generated positions inside it, as
-    the authors' hook does with the inpainting mask; the paper averages over all. ``byte_budget``
-    bounds the scratch memory.
+    ``recipe`` None asks the model itself (``attention_recipe()``) or recognises a known one, whose
+    name may also be given (``i2am explain --recipes`` lists them). ``layers`` restricts the capture
+    (default: all of the recipe's). ``matrix_layers`` (None: all captured ones) also keep their
+    head- and step-mean score matrices, which maps of single patches and attention centres need.
+    ``generated_mask`` (one per sample, any size, True = counts) restricts the mean that makes
+    reference-side maps to generated positions inside it, as the authors' hook does with the
+    inpainting mask; the paper averages over all. ``byte_budget`` bounds the scratch memory.
 
     The images are bit-identical with and without; all hooks are gone after the block, also when it
     fails. Raises `CaptureError` for a model that does not fit the recipe.
     """
     return Trace(
         target,
-        detect_recipe(target) if recipe is None else recipe,
+        chosen_recipe(target, recipe),
         None if layers is None else tuple(layers),
         None if matrix_layers is None else tuple(matrix_layers),
         generated_mask,
@@ -154,6 +155,9 @@ class Trace:
             AttributionStore(
                 layers=tuple(_layer_record(recorder, steps) for recorder in self._run_order),
                 timesteps=tuple(self._evaluations[step[0]].timestep for step in steps),
+                recipe=self.recipe.name,
+                partial=self.recipe.partial,
+                canvas=self.recipe.canvas,
             )
         )
 
@@ -170,7 +174,17 @@ class Trace:
                 f"{last}). "
                 "Use one trace per run."
             )
+        self._check_not_tiled(evaluation)
         self._evaluations.append(evaluation)
+
+    def _check_not_tiled(self, evaluation: _Evaluation) -> None:
+        before = self._evaluations[-1] if self._evaluations else None
+        if self.recipe.once_per_step and before is not None and evaluation.is_step_of(before):
+            raise CaptureError(
+                f"The model was called twice at timestep {evaluation.timestep}: {self.recipe.name} "
+                "cuts large pictures into tiles, and maps of tiles are not maps of the picture. "
+                "Switch tiling off (raise the size of its tiles), or explain a smaller picture."
+            )
 
     def _check_batch(self, batch: int) -> None:
         if batch == 0 or (self._batch is not None and batch != self._batch):
@@ -248,6 +262,7 @@ def _layer_record(recorder: SiteRecorder, steps: Sequence[Sequence[int]]) -> Lay
         reference_grid=places.reference.grid,
         to_generated=_stack_steps(recorder.to_generated, steps),
         to_reference=_stack_steps(recorder.to_reference, steps),
+        mass=_stack_steps(recorder.mass, steps) if recorder.mass else None,
         functional=recorder.key_tokens > 1,
         scores_over_reference=over_reference,
         scores_over_generated=over_generated,

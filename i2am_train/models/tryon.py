@@ -25,7 +25,8 @@ from torch import Tensor, nn
 from transformers import AutoModel, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
-from i2am_train.attribution.sites import Recipe, diffusers_decoder
+from i2am_train.attribution.recipes import diffusers_decoder
+from i2am_train.attribution.sites import Recipe
 from i2am_train.errors import CheckpointError
 from i2am_train.models.diffusion import NoiseSchedule
 from i2am_train.models.lora import merged

@@ -142,6 +142,35 @@ def column_means(
     )
 
 
+@torch.no_grad()
+def reference_mass(
+    generated: Float[Tensor, "batch head generated channel"],
+    reference: Float[Tensor, "batch head reference channel"],
+    every: Float[Tensor, "batch head token channel"],
+    scale: float | None = None,
+    byte_budget: int = DEFAULT_BYTE_BUDGET,
+) -> Float[Tensor, "batch head generated"]:
+    """Share of its attention that each generated token gives to ``reference`` among ``every`` key.
+
+    ``exp(LSE_reference - LSE_every)`` of the logits (adapters note 2.7), in [0, 1]; for models whose
+    softmax runs over the keys of both pictures. Works on blocks of rows within ``byte_budget``.
+
+    >>> keys = torch.zeros(2, 3, 6, 8)
+    >>> round(float(reference_mass(torch.zeros(2, 3, 4, 8), keys[:, :, 2:], keys)[1, 2, 3]), 6)
+    0.666667
+    """
+    batch, heads, rows, _ = generated.shape
+    row_bytes = 4 * batch * heads * (every.shape[2] + reference.shape[2])
+    shares = [
+        torch.exp(
+            attention_logits(generated[:, :, block], reference, scale).logsumexp(dim=3)
+            - attention_logits(generated[:, :, block], every, scale).logsumexp(dim=3)
+        )
+        for block in _slices(rows, max(1, byte_budget // row_bytes))
+    ]
+    return torch.cat(shares, dim=2)
+
+
 def _row_weights(weights: Tensor | None, generated: Tensor, heads: int) -> Tensor:
     """Weights of the generated tokens that sum to one (or are all zero), one row per flattened
     head."""

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from i2am_train.ops.precision import at_least_float32
-from i2am_train.types import GridSize
+from i2am_train.types import Canvas, GridSize
 
 ResizeMode = Literal["bilinear", "bicubic"]
 
@@ -50,3 +50,26 @@ def resize_maps(
     stacked = at_least_float32(maps).reshape(-1, 1, *maps.shape[-2:])
     resized = F.interpolate(stacked, size=tuple(size), mode=mode, align_corners=False)
     return resized.reshape(*leading, *size)
+
+
+def on_picture(
+    maps: Float[Tensor, "*batch height width"], picture: GridSize, canvas: Canvas
+) -> Float[Tensor, "*batch picture_height picture_width"]:
+    """Maps on a model's canvas, put where they belong on the picture that was fitted to it.
+
+    The canvas has the proportions of the maps. What lies outside the canvas is zero.
+
+    >>> on_picture(torch.ones(2, 2), GridSize(2, 4), Canvas.CENTRE_CROP).tolist()
+    [[0.0, 1.0, 1.0, 0.0], [0.0, 1.0, 1.0, 0.0]]
+    >>> on_picture(torch.tensor([[1.0, 2, 3, 4]]).mT, GridSize(2, 1), Canvas.LETTERBOX).tolist()
+    [[2.0], [3.0]]
+    """
+    if canvas is Canvas.STRETCH:
+        return resize_maps(maps, picture)
+    height, width = maps.shape[-2:]
+    inside = min if canvas is Canvas.CENTRE_CROP else max
+    factor = inside(picture.height / height, picture.width / width)
+    resized = resize_maps(maps, GridSize(round(height * factor), round(width * factor)))
+    borders = [picture.width - resized.shape[-1], picture.height - resized.shape[-2]]
+    around = [part for total in borders for part in (total // 2, total - total // 2)]
+    return F.pad(resized, around)  # negative borders crop

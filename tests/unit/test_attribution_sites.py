@@ -4,13 +4,15 @@ import pytest
 import torch
 
 from i2am_train.attribution.frames import Announcement, Frame, announce, announced_evaluation
+from i2am_train.attribution.recipes import (
+    detect_recipe,
+    diffusers_decoder,
+)
 from i2am_train.attribution.sites import (
     PAPER_LAYERS,
     Recipe,
     Site,
     Tokens,
-    detect_recipe,
-    diffusers_decoder,
     find_layer,
     layer_name,
     paper_number,
@@ -56,7 +58,7 @@ def test_special_tokens_are_skipped():
 
 
 def test_tokens_that_do_not_fill_the_grid_are_an_error():
-    with pytest.raises(CaptureError, match=r"1037 tokens \(after 0 special ones\).*37x28"):
+    with pytest.raises(CaptureError, match=r"1037 tokens \(without the special ones\).*37x28"):
         Tokens(GridSize(37, 28)).places(1037, LATENT)
 
 
@@ -128,7 +130,7 @@ def test_timesteps_are_read_in_all_their_forms(timestep):
 
 def test_known_pipelines_need_no_recipe():
     class PaintByExamplePipeline:
-        pass
+        unet = torch.nn.Conv2d(9, 4, 3)
 
     recipe = detect_recipe(PaintByExamplePipeline())
     assert recipe.root == "unet"
