@@ -47,6 +47,11 @@ class EpochSampler(DistributedSampler[Any]):
         positions = list(super().__iter__())
         return iter([EpochPosition(self.epoch, position) for position in positions])
 
+    def samples(self) -> list[int]:
+        """Dataset indices of this process's samples, in this epoch's order."""
+        dataset = cast(TryOnDataset | CachedDataset, self.dataset)
+        return [dataset.indices[position] for _, position in self]
+
 
 class ExactSampler(DistributedSampler[Any]):
     """Splits a dataset over processes in order, each sample once."""

@@ -13,6 +13,7 @@ from i2am_train.config.schema import OptimizationConfig
 from i2am_train.datasets.sample import TryOnBatch
 from i2am_train.models.lora import add_adapters
 from i2am_train.models.tryon import TryOnModel
+from i2am_train.training.accumulation import ConditionedCount, batches_of_step
 from i2am_train.training.draws import Draws, draw
 from i2am_train.training.optimization import (
     make_optimizer,
@@ -51,6 +52,7 @@ class TryOnModule(L.LightningModule):
         self.seed = seed
         self.cached = cached
         self._tap: ScoreTap | None = None
+        self._conditioned = ConditionedCount()
         if options.trainable == "lora":
             add_adapters(model.unet, options.lora_rank, options.adapter_alpha)
         set_trainable(model, options.trainable)
@@ -97,7 +99,9 @@ class TryOnModule(L.LightningModule):
 
     def training_step(self, batch: TrainingBatch, batch_index: int) -> Tensor:
         """One step's total loss; every part is logged as ``loss/<name>``, its mean over the processes."""
-        losses = self.objective(self.model, batch, self._draws(batch), self._tap)
+        draws = self._draws([int(index) for index in batch["index"]])
+        conditioned = self._conditioned_per_batch(batch_index)
+        losses = self.objective(self.model, batch, draws, self._tap, conditioned)
         logged = {f"loss/{name}": value.detach() for name, value in losses.items()}
         self.log_dict(logged, batch_size=len(batch["name"]), sync_dist=True)
         return losses["total"]
@@ -136,11 +140,26 @@ class TryOnModule(L.LightningModule):
             return ".lora_" in name
         return not name.startswith(FROZEN)
 
-    def _draws(self, batch: TrainingBatch) -> Draws:
+    def _conditioned_per_batch(self, batch_index: int) -> Tensor | None:
+        """Over the optimizer step's batches; None where it has a single one."""
+        trainer = self.trainer
+        if trainer.accumulate_grad_batches == 1 or not self.objective.needs_attention:
+            return None
+        loader: Any = trainer.train_dataloader
+        batches = batches_of_step(
+            loader.sampler.samples(),
+            loader.batch_size,
+            batch_index,
+            trainer.accumulate_grad_batches,
+            int(trainer.num_training_batches),
+        )
+        return self._conditioned(batches, self.current_epoch, self._draws)
+
+    def _draws(self, indices: list[int]) -> Draws:
         draws = draw(
             self.seed,
             self.current_epoch,
-            [int(index) for index in batch["index"]],
+            indices,
             latent=self.model.latent_size,
             timesteps=self.model.schedule.length,
             condition_dropout=self.options.condition_dropout,

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
 from i2am_train.attribution.sites import LayerId
@@ -43,9 +43,17 @@ class TrainingObjective:
         return bool(self.attention.weights.active)
 
     def __call__(
-        self, model: TryOnModel, batch: TrainingBatch, draws: Draws, tap: ScoreTap | None
+        self,
+        model: TryOnModel,
+        batch: TrainingBatch,
+        draws: Draws,
+        tap: ScoreTap | None,
+        conditioned: Float[Tensor, ""] | None = None,
     ) -> dict[str, Float[Tensor, ""]]:
         """Losses by name: ``denoising``, each active attention term (unweighted), and ``total`` with gradient.
+
+        ``conditioned`` divides the attention terms' sums: the mean number of samples with a condition over the batches
+        whose gradients are accumulated. None: the number in this batch.
 
         Raises ``CaptureError`` when there are attention terms and no tap to read the attention from.
         """
@@ -57,7 +65,9 @@ class TrainingObjective:
                 f"The objective has attention terms ({', '.join(self.attention.weights.active)}) and got no score tap. "
                 f"Attach ScoreTap(model, layers=[{self.layer!r}]) before the step and hand it over."
             )
-        attention = self._attention(batch, draws, tap)
+        if conditioned is None:
+            conditioned = (~draws.dropped).sum().float()
+        attention = self._attention(batch, draws, tap, mean_over_processes(conditioned))
         return {
             "denoising": denoising.detach(),
             **attention.terms,
@@ -83,7 +93,9 @@ class TrainingObjective:
         target = schedule.target(person, draws.noise, draws.timesteps)
         return denoising_loss(prediction, target, weights).mean()
 
-    def _attention(self, batch: TrainingBatch, draws: Draws, tap: ScoreTap) -> ObjectiveValue:
+    def _attention(
+        self, batch: TrainingBatch, draws: Draws, tap: ScoreTap, count: Float[Tensor, ""]
+    ) -> ObjectiveValue:
         generated, reference = tap.generated_grid(self.layer), tap.reference_grid(self.layer)
         target = None
         if self.attention.weights.active.get("supervised"):
@@ -97,17 +109,17 @@ class TrainingObjective:
             reference_grid=reference,
             target=target,
             conditioned=~draws.dropped,
-            count=mean_over_processes((~draws.dropped).sum()),
+            count=count,
         )
 
 
-def mean_over_processes(count: Int[Tensor, ""]) -> Float[Tensor, ""]:
+def mean_over_processes(count: Float[Tensor, ""]) -> Float[Tensor, ""]:
     """The mean of a number over all processes; collective under torch.distributed.
 
-    >>> mean_over_processes(torch.tensor(3))
+    >>> mean_over_processes(torch.tensor(3.0))
     tensor(3.)
     """
-    mean = count.float()
+    mean = count.clone()
     if dist.is_available() and dist.is_initialized():
         dist.all_reduce(mean)
         mean /= dist.get_world_size()
