@@ -22,7 +22,6 @@ from i2am_train.callbacks.generation import GenerationCallback
 from i2am_train.callbacks.guard import FiniteGuard
 from i2am_train.callbacks.interruption import InterruptionCallback
 from i2am_train.callbacks.snapshots import (
-    BEST,
     AveragedWeights,
     BestModelCallback,
     SnapshotCallback,
@@ -53,7 +52,7 @@ from i2am_train.losses.objective import AttentionObjective, TermWeights
 from i2am_train.metrics.registry import metric_info
 from i2am_train.models.tryon import INDEX_FILE, TryOnModel
 from i2am_train.processes import first_process, wait_for
-from i2am_train.runs import MODEL_FOLDER, SNAPSHOTS_FOLDER, RunFolder
+from i2am_train.runs import BEST_FOLDER, MODEL_FOLDER, SNAPSHOTS_FOLDER, RunFolder
 from i2am_train.tracking.artifacts import log_model, use_dataset
 from i2am_train.tracking.names import TRAIN_JOB
 from i2am_train.tracking.session import open_run
@@ -398,7 +397,7 @@ def make_trainer(config: TrainConfig, folder: Path) -> L.Trainer:
         )
     if (best := config.trainer.keep_best) is not None:
         better = bool(metric_info(best).higher_is_better)
-        callbacks.append(BestModelCallback(folder / BEST, best, higher_is_better=better))
+        callbacks.append(BestModelCallback(folder / BEST_FOLDER, best, higher_is_better=better))
     averaging = None
     if config.optimization.ema_decay is not None:
         averaging = AveragedWeights(decay=config.optimization.ema_decay)

@@ -31,6 +31,8 @@ MODEL_FOLDER = "model"
 """Where a finished training run keeps its model, inside the run folder."""
 SNAPSHOTS_FOLDER = "snapshots"
 """Where it keeps copies of the model on its way: ``snapshots/step-000100``, ..."""
+BEST_FOLDER, BEST_RECORD = "best", "best.json"
+"""Where it keeps the best model by a validation score, and of which score, value and step that is."""
 DERIVED_REPORT, PREVIEWS = "derived.json", "previews"
 """What ``i2am data derive`` leaves in a dataset folder beside the dataset."""
 
@@ -143,14 +145,14 @@ class RunFolder:
 def run_of(checkpoint: Path) -> tuple[Path, int | None] | None:
     """The training run that a folder of weights lies in, with the step of a snapshot; None elsewhere.
 
-    Goes by the path alone: the folders need not be there any more.
+    The finished and the best model have no step here. Goes by the path alone: the folders need not be there any more.
 
     >>> run_of(Path("runs/refined-seed0/snapshots/step-000100"))
     (PosixPath('runs/refined-seed0'), 100)
     >>> run_of(Path("runs/refined-seed0/model"))
     (PosixPath('runs/refined-seed0'), None)
     """
-    if checkpoint.name == MODEL_FOLDER:
+    if checkpoint.name in (MODEL_FOLDER, BEST_FOLDER):
         return checkpoint.parent, None
     step = re.fullmatch(r"step-(\d+)", checkpoint.name)
     if checkpoint.parent.name == SNAPSHOTS_FOLDER and step:
@@ -165,12 +167,28 @@ def checkpoint_label(checkpoint: Path) -> str:
     ('refined-seed0', 'tiny')
     >>> checkpoint_label(Path("runs/refined-seed0/snapshots/step-000100"))
     'refined-seed0-step-000100'
+    >>> checkpoint_label(Path("runs/refined-seed0/best"))
+    'refined-seed0-best'
     """
     place = run_of(checkpoint)
     if place is None:
         return checkpoint.name
-    run, step = place
-    return run.name if step is None else f"{run.name}-{checkpoint.name}"
+    return f"{place[0].name}{model_suffix(checkpoint)}"
+
+
+def model_suffix(checkpoint: Path) -> str:
+    """What tells one of a run's models from its finished one, in names of folders; empty for that one.
+
+    >>> model_suffix(Path("runs/refined-seed0/best")), model_suffix(Path("runs/refined-seed0/model"))
+    ('-best', '')
+    """
+    return "" if checkpoint.name == MODEL_FOLDER else f"-{checkpoint.name}"
+
+
+def best_step(run: Path) -> int | None:
+    """The step of a run's best model so far; None where it keeps none."""
+    file = run / BEST_RECORD
+    return int(read_json(file)["step"]) if file.is_file() else None
 
 
 def free_space(folder: Path) -> tuple[Path, int]:

@@ -7,12 +7,9 @@ import lightning as L
 from lightning.pytorch.callbacks import WeightAveraging
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from i2am_train.runs import SNAPSHOTS_FOLDER
+from i2am_train.runs import BEST_RECORD, SNAPSHOTS_FOLDER, write_json
 from i2am_train.tracking.names import VALIDATION
 from i2am_train.training.module import TryOnModule
-
-BEST = "best"
-"""Where it keeps the best model by a validation score."""
 
 
 class AveragedWeights(WeightAveraging):
@@ -62,7 +59,7 @@ class SnapshotCallback(L.Callback):
 
 
 class BestModelCallback(L.Callback):
-    """Keeps the model with the best value of one validation score in ``folder``.
+    """Keeps the model with the best value of one validation score in ``folder``, and beside it which that is.
 
     Stands before ``AveragedWeights`` among the callbacks, so that the averaged weights, which were judged, are kept.
     """
@@ -81,6 +78,8 @@ class BestModelCallback(L.Callback):
         if trainer.is_global_zero:
             assert isinstance(pl_module, TryOnModule)
             pl_module.model.save_pretrained(self.folder)
+            record = {"score": self.score, "value": value, "step": trainer.global_step}
+            write_json(self.folder.with_name(BEST_RECORD), record)
 
     def state_dict(self) -> dict[str, Any]:
         """The best value so far, for a run that is continued."""

@@ -83,12 +83,14 @@ def expected_values(config: EvaluateConfig) -> dict[str, float]:
     """
     from i2am_train.config.locations import checkpoint_folder
     from i2am_train.reporting.published import TABLE_2, published_values
-    from i2am_train.runs import SETTINGS_FILE, read_json
+    from i2am_train.runs import SETTINGS_FILE, read_json, run_of
     from i2am_train.types import Pairing
 
     model = config.expected
     if model is None and config.checkpoint is not None:
-        settings = checkpoint_folder(config.checkpoint) / SETTINGS_FILE
+        folder = checkpoint_folder(config.checkpoint)
+        place = run_of(folder)
+        settings = (folder if place is None else place[0]) / SETTINGS_FILE
         model = read_json(settings).get("expected") if settings.is_file() else None
     if model is None or model not in TABLE_2:
         return {}
@@ -132,16 +134,17 @@ def default_output(config: EvaluateConfig) -> Path:
     if config.output is not None:
         return config.output
     from i2am_train.config.locations import checkpoint_folder
-    from i2am_train.runs import SNAPSHOTS_FOLDER
+    from i2am_train.runs import SETTINGS_FILE, model_suffix, run_of
 
     name = f"evaluation-{config.evaluation.pairing}"
     if config.images is not None:
         return Path.cwd() / "runs" / f"{config.images.name}-{name}"
     folder = checkpoint_folder(config.checkpoint or "")
-    if folder.parent.name == SNAPSHOTS_FOLDER:
-        return folder.parents[1] / f"{name}-{folder.name}"
-    if (folder / "settings.json").is_file():
+    if (folder / SETTINGS_FILE).is_file():
         return folder / name
+    place = run_of(folder)
+    if place is not None and (place[0] / SETTINGS_FILE).is_file():
+        return place[0] / f"{name}{model_suffix(folder)}"
     return Path.cwd() / "runs" / f"{folder.name}-{name}"
 
 

@@ -16,7 +16,9 @@ from i2am_train.errors import ConfigError, RunFolderError
 from i2am_train.reporting.records import RESULTS, SAMPLES, read_samples, uses_truth
 from i2am_train.runs import (
     MANIFEST_FILE,
+    MODEL_FOLDER,
     SETTINGS_FILE,
+    best_step,
     checkpoint_label,
     read_json,
     run_of,
@@ -49,7 +51,7 @@ class Evaluation:
     step: int | None
     """Optimizer steps, None where they are not known."""
     snapshot: bool
-    """Whether training went on after this checkpoint."""
+    """Whether this is a checkpoint on the way (a snapshot, or the best by validation) and not the finished model."""
     truth: bool
     """Whether the model was trained with ground-truth correspondence."""
     pairing: Pairing
@@ -160,6 +162,9 @@ def _origin(settings: Mapping[str, Any], folder: Path) -> dict[str, Any]:
             "seed": None, "step": None, "snapshot": False, "truth": False,
         }  # fmt: skip
     (run, step), steps = place, training["optimization"]["steps"]
+    finished = judged.name == MODEL_FOLDER
+    if step is None and not finished:
+        step = best_step(run) or best_step(folder.parent)
     identity = {name: training.get(name) for name in MODEL_GROUPS}
     return {
         "label": training.get("label") or training["name"],
@@ -167,7 +172,7 @@ def _origin(settings: Mapping[str, Any], folder: Path) -> dict[str, Any]:
         "run": str(run),
         "seed": training.get("seed"),
         "step": steps if step is None else step,
-        "snapshot": step is not None and step < steps,
+        "snapshot": not finished,
         "truth": uses_truth({"losses": training["objective"]}),
     }
 

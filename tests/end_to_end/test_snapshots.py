@@ -14,6 +14,9 @@ from i2am_train.commands.train import train
 from i2am_train.config.store import compose
 from i2am_train.errors import CheckpointError
 from i2am_train.metrics.imacs import imacs_column
+from i2am_train.reporting.evaluations import read_evaluations
+from i2am_train.runs import checkpoint_label
+from i2am_train.tracking.artifacts import arm_name
 
 pytestmark = pytest.mark.filterwarnings("default")  # Lightning's and torch's own deprecations
 
@@ -121,6 +124,28 @@ def test_a_snapshot_given_by_its_folder_is_judged_in_its_run(
     judging = [*overrides, "device=cpu", "progress_bar=false", "evaluation.metrics=[ssim]"]
     run_evaluate(compose("evaluate", [*judging, f"checkpoint={run / 'snapshots/step-000002'}"]))
     assert (run / "evaluation-paired-step-000002" / "results.json").is_file()
+
+
+def test_the_best_model_is_judged_in_its_run_like_a_snapshot(
+    training: list[str], overrides: list[str], tmp_path: Path
+) -> None:
+    """Given by its folder, beside the finished model: its own folder, name, arm and step, and no row of its own."""
+    run = train(
+        compose("train", [*training, "trainer.keep_best=ssim", f"output={tmp_path / 'run'}"])
+    )
+    judging = [*overrides, "device=cpu", "progress_bar=false", "evaluation.metrics=[ssim]"]
+    for name in ("best", "model"):
+        run_evaluate(compose("evaluate", [*judging, f"checkpoint={run / name}"]))
+    assert sorted(path.name for path in run.glob("evaluation*")) == [
+        "evaluation-paired",
+        "evaluation-paired-best",
+    ]
+    finished, best = read_evaluations([run])
+    assert (finished.snapshot, best.snapshot) == (False, True)
+    assert (finished.run, finished.model, finished.step) == (best.run, best.model, 4)
+    assert best.step == json.loads((run / "best.json").read_text())["step"]
+    assert checkpoint_label(run / "best") == "run-best"
+    assert arm_name(run / "best") == arm_name(run / "model") == "train"
 
 
 def test_snapshots_that_are_not_there_are_missed(
