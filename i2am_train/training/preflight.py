@@ -29,10 +29,20 @@ def check_best(config: TrainConfig) -> None:
         if info.higher_is_better is not None
         and (info.group == "attention" or name in config.evaluation.metrics)
     ]
-    if best not in scores or not config.validation.samples:
+    if not config.validation.samples:
         raise ConfigError(
-            f"trainer.keep_best={best} needs a score that validation makes: one of {', '.join(scores)}, and "
-            f"validation.samples above 0 (it is {config.validation.samples})."
+            f"trainer.keep_best={best} needs validation, and validation.samples is 0. Set it to 2 or more, or "
+            "trainer.keep_best to null."
+        )
+    if best not in scores:
+        more = (
+            f" For {best}, add it to evaluation.metrics."
+            if best in METRICS and METRICS[best].higher_is_better is not None
+            else ""
+        )
+        raise ConfigError(
+            f"trainer.keep_best={best} is no score that validation makes with a better end. Choose one of "
+            f"{', '.join(scores)}.{more}"
         )
 
 

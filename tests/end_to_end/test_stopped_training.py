@@ -173,6 +173,10 @@ def test_the_latest_checkpoints_and_the_best_model_are_kept(
     assert names == ["step-000003.ckpt", "step-000004.ckpt"]
     scores = [float(row["val/ssim"]) for row in rows(run) if row["val/ssim"]]
     assert len(scores) == 2
+    record = json.loads((run / "best.json").read_text())
+    assert record == {
+        "score": "ssim", "value": pytest.approx(max(scores)), "step": 2 if scores[0] >= scores[1] else 4,
+    }  # fmt: skip
     best = load_file(run / "best/unet/diffusion_pytorch_model.safetensors")
     last = weights(run)
     assert all(torch.equal(best[name], last[name]) for name in best) == (scores[1] > scores[0])
@@ -250,7 +254,15 @@ def test_what_cannot_work_is_refused_before_anything_is_written(
             "global_batch=12 is not a multiple of data.batch_size=8 times 1",
             ["optimization.global_batch=12"],
         ),
-        ("keep_best=fid needs a score that validation makes", ["trainer.keep_best=fid"]),
+        (
+            r"keep_best=fid is no score.*For fid, add it to evaluation.metrics",
+            ["trainer.keep_best=fid"],
+        ),
+        (r"keep_best=entropy is no score.*one of imacs_g", ["trainer.keep_best=entropy"]),
+        (
+            "keep_best=imacs_g needs validation, and validation.samples is 0",
+            ["trainer.keep_best=imacs_g", "validation.samples=0"],
+        ),
         ("needs a CUDA device", ["optimization.optimizer=adamw8bit"]),
     ]
     for message, more in cases:
