@@ -89,6 +89,24 @@ def test_three_steps_from_the_cache_are_those_without(
         trained(options, tmp_path / "forbidden")
 
 
+def test_adapters_from_the_cache_are_those_without(
+    training: list[str], make: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """LoRA with attention losses: bit by bit, and no frozen encoder is run."""
+    options = [*training, *REFINED, "optimization.trainable=lora", "optimization.lora_rank=2"]
+    used = make()
+    trained(options, tmp_path / "uncached")
+    forbid_encoders(monkeypatch)
+    trained([*options, used], tmp_path / "cached")
+    uncached, cached = (
+        load_file(tmp_path / name / "lora/pytorch_lora_weights.safetensors")
+        for name in ("uncached", "cached")
+    )
+    assert largest_difference(uncached, cached) == 0
+    moved = [name for name, value in cached.items() if ".lora_B." in name and value.any()]
+    assert moved
+
+
 def test_half_precision_is_near(
     training: list[str], make: Callable[..., str], tmp_path: Path
 ) -> None:
