@@ -1,5 +1,6 @@
 """training/optimization.py: which weights train, and how fast."""
 
+import sys
 from collections.abc import Callable
 from typing import Any, get_args
 
@@ -15,6 +16,7 @@ from i2am_train.models.projector import ReferenceProjector
 from i2am_train.models.tryon import TryOnConfig, TryOnModel
 from i2am_train.training.optimization import (
     SETS,
+    eight_bit_adamw,
     learning_rate_factor,
     make_optimizer,
     make_schedule,
@@ -143,6 +145,14 @@ def test_constant_learning_rate() -> None:
     """The authors' training: no warm-up, no decay."""
     options = OptimizationConfig(steps=7, warmup_steps=0, final_lr_fraction=1.0)
     assert {learning_rate_factor(step, options) for step in range(9)} == {1.0}
+
+
+def test_eight_bits_without_bitsandbytes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a machine with a GPU the error says what to install."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    with pytest.raises(ConfigError, match=r"adamw8bit needs bitsandbytes: pip install"):
+        eight_bit_adamw()
 
 
 @pytest.mark.parametrize(("precision", "fused"), [("bf16-mixed", True), ("16-mixed", False)])
