@@ -62,7 +62,9 @@ class ScoreTap:
     All rows of the batch are given: in training every row has its own condition. Evaluations
     without gradient (sampling for validation) are ignored. A forward under gradient checkpointing
     works with the non-reentrant kind, which diffusers uses: the recomputation in backward is not
-    listened to, and the gradient arrives (tested). Scores are float32 whatever autocast says, and
+    listened to, and the gradient arrives (tested). So it does from a model under `torch.compile`
+    that guards hooks (`torch._dynamo.config.skip_nnmodule_hook_guards = False`): the layer's
+    projections are outputs of the compiled graph. Scores are float32 whatever autocast says, and
     are computed only when asked for.
     """
 
@@ -136,7 +138,8 @@ class ScoreTap:
                 "attached. "
                 "Call the model first, not under torch.no_grad(); with gradient checkpointing, use "
                 "the non-reentrant "
-                "kind (use_reentrant=False)."
+                "kind (use_reentrant=False); with torch.compile, set "
+                "torch._dynamo.config.skip_nnmodule_hook_guards=False before, or hooks are ignored."
             )
         return self._last[name]
 

@@ -182,7 +182,7 @@ class OptimizationConfig:
     gradient_clip: float | None = 1.0
     """Largest norm of the gradient; null: no clipping."""
     accumulate: int = 1
-    """Batches per optimizer step."""
+    """Batches per optimizer step; together they are exactly one large batch, attention losses included."""
     global_batch: int | None = None
     """Samples per optimizer step over all devices, a multiple of data.batch_size times devices:
     accumulate is worked out from it. null: data.batch_size times devices times accumulate."""
@@ -199,7 +199,9 @@ class OptimizationConfig:
     channels_last: bool = False
     """Memory layout of the convolutions; faster on GPUs with bf16-mixed."""
     compile: bool = False
-    """Compile the U-Net with torch.compile (a minute at the start; needs a C++ compiler on a CPU)."""
+    """Compile the U-Net with torch.compile, attention losses included: minutes at the start (dry_run=true
+    says how many) and a faster step; needs a C++ compiler on a CPU. Validation stays uncompiled.
+    With gradient_checkpointing and attention losses it comes in many small parts."""
     trainable: Trainable = "all"
     """Which weights of the U-Net train: v1 (the authors' first code: decoder, output, first convolution
     and the encoder's cross-attention), v2 (their later one: all but the time embedding),

@@ -114,7 +114,26 @@ def prepare_networks(model: TryOnModel, options: OptimizationConfig) -> None:
     if options.channels_last:
         model.to(memory_format=torch.channels_last)
     if options.compile:
+        guard_hooks()
         model.unet.compile()
+
+
+def guard_hooks() -> None:
+    """Makes torch.compile notice hooks that come and go; call it before the first compiled step.
+
+    By default it reuses what it compiled for a module where only the hooks differ. A tap's hooks would be silently
+    ignored where it is attached after the first step, or beside a block of the same code under gradient checkpointing.
+    """
+    import torch._dynamo
+
+    torch._dynamo.config.skip_nnmodule_hook_guards = False
+
+
+def compiled_graphs() -> int:
+    """How many graphs torch.compile has made in this process; one per network where nothing breaks it."""
+    from torch._dynamo.utils import counters
+
+    return int(counters["stats"]["unique_graphs"])
 
 
 def learning_rate_factor(step: int, options: OptimizationConfig) -> float:

@@ -12,6 +12,7 @@ from torch import nn
 
 from i2am_train.config.schema import TrainConfig
 from i2am_train.models.tryon import TryOnModel
+from i2am_train.training.optimization import compiled_graphs
 
 STEPS = 3
 """Optimizer steps of a rehearsal; the first one warms up and is not counted."""
@@ -23,6 +24,10 @@ class Measured:
 
     seconds: float
     """Of an optimizer step."""
+    first_seconds: float
+    """Of the first one, with loading, warming up and compilation."""
+    graphs: int
+    """What torch.compile made of the networks; 0 without it."""
     peak_bytes: int
     """Most memory in use: of the GPU, or of the process without one."""
     device: str
@@ -35,7 +40,13 @@ class StepTimer(L.Callback):
     """Stops after ``STEPS`` optimizer steps and keeps the time of each."""
 
     def __init__(self) -> None:
+        self.start = 0.0
         self.ends: list[float] = []
+        self.graphs = 0
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Takes the time, and counts what was compiled before."""
+        self.start, self.graphs = time.perf_counter(), compiled_graphs()
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
         """Takes the time where a step has ended."""
@@ -51,6 +62,8 @@ class StepTimer(L.Callback):
         on_gpu = trainer.strategy.root_device.type == "cuda"
         return Measured(
             seconds=(self.ends[-1] - self.ends[0]) / steps,
+            first_seconds=self.ends[0] - self.start,
+            graphs=compiled_graphs() - self.graphs,
             peak_bytes=torch.cuda.max_memory_allocated() if on_gpu else _peak_of_process(),
             device=torch.cuda.get_device_name() if on_gpu else "CPU",
             processes=trainer.world_size,
@@ -94,6 +107,11 @@ def describe(
         "time",
         f"{_duration(steps * measured.seconds)} ({measured.seconds:.2f} s a step), validation not counted",
     )
+    if config.optimization.compile:
+        yield (
+            "compilation",
+            f"{measured.graphs} graphs; the first step took {_duration(measured.first_seconds)}",
+        )
     yield "memory", f"{measured.peak_bytes / 2**30:.1f} GiB at most on {measured.device}"
     averaged = config.optimization.ema_decay is not None
     yield "model", f"{weight_bytes(model) / 2**30:.2f} GiB on disk"
