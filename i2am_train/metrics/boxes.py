@@ -115,7 +115,9 @@ def component_box(values: Float[Tensor, "height width"], delta: float) -> Box | 
     Box(left=2, top=1, right=4, bottom=2)
     """
     if not 0 <= delta < 1:
-        raise ConfigError(f"delta is {delta}; it must be at least 0 and below 1 (the paper's: 0.4).")
+        raise ConfigError(
+            f"delta is {delta}; it must be at least 0 and below 1 (the paper's: 0.4)."
+        )
     if values.min() == values.max():
         return whole_box(GridSize(*values.shape))
     return largest_component(values > delta)
@@ -131,9 +133,7 @@ def largest_component(mask: Bool[Tensor, "height width"]) -> Box | None:
     return Box(columns.start, rows.start, columns.stop, rows.stop)
 
 
-def authors_box(
-    values: Float[Tensor, "height width"], delta: float, size: GridSize
-) -> Box | None:
+def authors_box(values: Float[Tensor, "height width"], delta: float, size: GridSize) -> Box | None:
     """The box that the authors' last script finds (``cal_bbox_region_rect.py``); None without a contour.
 
     Their map is inverted, ``1 - m``, and thresholded, then saved as a picture of 369x369 pixels in
@@ -155,7 +155,9 @@ def authors_box(
     if not contours:
         return None
     boxes = [_rectangle(contour) for contour in contours]
-    fullest = max(boxes, key=lambda box: int(white[box.top : box.bottom, box.left : box.right].sum()))  # type: ignore[misc]
+    fullest = max(
+        boxes, key=lambda box: int(white[box.top : box.bottom, box.left : box.right].sum())
+    )  # type: ignore[misc]
     return fullest.scaled(GridSize(AUTHORS_SIZE, AUTHORS_SIZE), size)
 
 
