@@ -18,6 +18,7 @@ COMMANDS = {
     "evaluate": "judge a checkpoint on held-out samples: attention scores and image quality",
     "ablate": "train and judge arms x seeds from one checkpoint, and compare them",
     "explain": "draw every attribution map of a sample, and a page to explore them",
+    "detect": "find painted objects from attention alone, and compare with detectors on COCO",
     "report": "make the paper's tables and figures from the folders of finished commands",
     "export": "write a model as a pipeline of diffusers with a model card, for the hub",
     "init": "make a model to train from Stable Diffusion 1.5 and an image encoder",
@@ -40,6 +41,7 @@ examples:
   i2am evaluate checkpoint=runs/refined-seed1
   i2am ablate arms=[base,baseline,refined] seeds=[0,1,2]
   i2am explain checkpoint=tiny sample=17
+  i2am detect root=data/coco pipeline=Fantasy-Studio/Paint-by-Example
   i2am report explained=[runs/explain-tiny-test17-paired]
   i2am export checkpoint=runs/refined-seed1 output=exported/refined
   i2am init unet=v1-5-pruned.safetensors encoder=facebook/dinov2-giant output=models/start

@@ -68,6 +68,11 @@ EXAMPLES = {
         i2am explain checkpoint=runs/refined-seed0 sample=17 attribution.layer=5 pairing=unpaired
         i2am explain checkpoint=[runs/baseline-seed0,runs/refined-seed0] sample=[3,17]
     """,
+    "detect": """
+        i2am detect root=data/coco dtype=float16
+        i2am detect root=data/coco detectors=[torchvision:maskrcnn_resnet50_fpn,hustvl/yolos-tiny]
+        i2am detect pipeline=FOLDER root=PATH split=val2017 height=256 width=256 steps=20
+    """,
     "report": """
         i2am report runs=[runs/study]
         i2am report runs=[runs/baseline-seed0,runs/refined-seed0] explained=[FOLDER]

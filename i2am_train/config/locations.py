@@ -43,7 +43,15 @@ def dataset_folder(size: GridSize, train: int, test: int, seed: int) -> Path:
 
     In a checkout ``data/synthetic-...``; for an installed package the user's cache folder.
     """
-    name = f"synthetic-{size}-train{train}-test{test}-seed{seed}"
+    return _made_data(f"synthetic-{size}-train{train}-test{test}-seed{seed}")
+
+
+def shapes_folder(images: int) -> Path:
+    """Where the made set of shapes in COCO's layout lies, or will lie."""
+    return _made_data(f"shapes-coco-{images}")
+
+
+def _made_data(name: str) -> Path:
     return (checkout() / "data" if checkout_exists() else _user_cache()) / name
 
 

@@ -664,6 +664,96 @@ class ExplainConfig:
 
 
 @dataclass(kw_only=True, slots=True)
+class DetectConfig:
+    """Find the objects that Paint-by-Example paints from its attention alone, beside detectors."""
+
+    pipeline: str = "Fantasy-Studio/Paint-by-Example"
+    """Paint-by-Example: a folder in diffusers' layout, or such a name on the hub."""
+    root: Path | None = None
+    """Folder in COCO's layout, annotations/instances_<split>.json and <split>/*.jpg; null: a small
+    set of coloured shapes, made when missing."""
+    split: str = "val2017"
+    """Folder of the images, and end of the annotations' name."""
+    annotations: Path | None = None
+    """COCO file of objects, where it is called otherwise; null: by root and split."""
+    shapes: int = 24
+    """Pictures of the made set, which takes the place of root=null."""
+    samples: int | None = None
+    """Number of objects, in order of image ids; null: all (one of each image that has one which
+    covers 10 to 30 %)."""
+    crowds: bool = True
+    """Let annotations of crowds count, as the authors do."""
+    height: int = 512
+    """Height in pixels of generated images, and of real ones for detectors; aspects are ignored."""
+    width: int = 512
+    """Width likewise."""
+    steps: int = 50
+    """DDIM steps per image."""
+    guidance: float = 5.0
+    """Scale of classifier-free guidance; 1 is none."""
+    seed: int = 321
+    """Seed of noise and random boxes; every image has its own stream, whatever the batch."""
+    batch_size: int = 4
+    """Images that are made at once, and kept."""
+    dtype: WeightType = "float32"
+    """Numbers that the pipeline computes with: float32, float16 or bfloat16."""
+    weighting: LayerWeighting = LayerWeighting.PAPER
+    """How layers of different grids are summed: paper (plain sum) or density (balanced)."""
+    delta: float = 0.4
+    """Threshold of the normalised map; what exceeds it may be the object."""
+    deltas: list[float] = field(default_factory=lambda: [0.2, 0.3, 0.4, 0.5, 0.6])
+    """Thresholds of the sweep (paper Table 3), from the same maps."""
+    detectors: list[str] = field(default_factory=list)
+    """Supervised detectors to compare with: torchvision:NAME, torchvision:NAME@FILE, or a folder or
+    hub name of transformers (hustvl/yolos-tiny, facebook/maskformer-swin-tiny-coco)."""
+    score: float = 0.5
+    """An image counts for a detector where its best detection's score exceeds this."""
+    match_category: bool = False
+    """Look at a detector's detections of the object's own category only; false: at all of them."""
+    pictures: int = 8
+    """Samples that are drawn."""
+    output: Path | None = None
+    """Folder for images, maps and results; null: runs/detect-<pipeline>-<data>."""
+    device: Device = "auto"
+    """Where to compute."""
+    progress_bar: bool = True
+    """Show progress with the time left."""
+
+    def __post_init__(self) -> None:
+        for name in ("root", "annotations", "output"):
+            setattr(self, name, _absolute(getattr(self, name)))
+        for name in (self.pipeline, *self.detectors):
+            if not name.strip():
+                _refuse("pipeline or detectors", repr(name), "a folder or a name on the hub")
+        if self.annotations is not None and self.root is None:
+            _refuse("annotations", self.annotations, "null without root, the folder of the images")
+        for name in ("shapes", "batch_size"):
+            _check_at_least(name, getattr(self, name), 1)
+        if self.samples is not None:
+            _check_at_least("samples", self.samples, 1)
+        for name in ("seed", "pictures"):
+            _check_at_least(name, getattr(self, name), 0)
+        _check_size("", self.height, self.width)
+        _check_within("steps", self.steps, 1, 1000)
+        _check_at_least("guidance", self.guidance, 1.0)
+        for delta in (self.delta, *self.deltas):
+            _check_below_one("delta", delta)
+        _check_below_one("score", self.score)
+        if self.detectors:
+            _check_unique("detectors", self.detectors)
+
+    @property
+    def size(self) -> GridSize:
+        """Image size, height first."""
+        return GridSize(self.height, self.width)
+
+    @property
+    def thresholds(self) -> list[float]:
+        """``delta`` and ``deltas``, each once, ascending."""
+        return sorted({self.delta, *self.deltas})
+
+
+@dataclass(kw_only=True, slots=True)
 class ReportConfig:
     """Make tables and figures for a paper from the folders of finished commands, without a model."""
 
@@ -991,6 +1081,7 @@ COMMANDS: dict[str, type[Any]] = {
     "evaluate": EvaluateConfig,
     "ablate": AblateConfig,
     "explain": ExplainConfig,
+    "detect": DetectConfig,
     "report": ReportConfig,
     "export": ExportConfig,
     "init": InitConfig,

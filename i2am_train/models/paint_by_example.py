@@ -138,9 +138,9 @@ class PaintByExample:
         side = self.pipeline.image_encoder.config.image_size
         with trace(self.pipeline, _recipe(guided=guidance > 1)) as attention:
             images = self.pipeline(
-                image=[_resized(one.image, size) for one in paintings],
-                mask_image=[_resized(one.mask, size) for one in paintings],
-                example_image=[_resized(one.reference, GridSize(side, side)) for one in paintings],
+                image=[resized(one.image, size) for one in paintings],
+                mask_image=[resized(one.mask, size) for one in paintings],
+                example_image=[resized(one.reference, GridSize(side, side)) for one in paintings],
                 num_inference_steps=steps,
                 guidance_scale=guidance,
                 generator=[torch.Generator().manual_seed(one.seed) for one in paintings],
@@ -163,7 +163,7 @@ def _recipe(*, guided: bool) -> Recipe:
     return Recipe(root="unet", sites=(site,), rows="second_half" if guided else "all")
 
 
-def _resized(picture: Image | Mask, size: GridSize) -> PillowImage.Image:
+def resized(picture: Image | Mask, size: GridSize) -> PillowImage.Image:
     """As the authors resize: bicubic, a mask by nearest neighbours."""
     resampling = PillowImage.Resampling.BICUBIC
     if picture.dtype == np.bool_:

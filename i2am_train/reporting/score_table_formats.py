@@ -1,10 +1,14 @@
-"""Score tables written down as Markdown, HTML and LaTeX. HTML escapes every text that comes from a run."""
+"""Score tables written down for the terminal (rich) and as Markdown, HTML and LaTeX. HTML escapes every text that comes from a run."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from html import escape
 from itertools import groupby
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
 
 from i2am_train.reporting.score_tables import Cell, Row, ScoreTable
 from i2am_train.reporting.table_formats import (
@@ -15,6 +19,29 @@ from i2am_train.reporting.table_formats import (
     markdown_table,
     minus,
 )
+
+
+def terminal(table: ScoreTable) -> RenderableType:
+    """A table with its notes for a ``rich`` console, values and intervals in one cell."""
+    shown = Table(title=table.title, title_justify="left", title_style="bold", header_style="bold")
+    shown.add_column(table.corner)
+    for heading in table.headings:
+        shown.add_column("\n".join(filter(None, (heading.group, heading.text))), justify="right")
+    for title, rows in _row_groups(table):
+        if title:
+            shown.add_row(Text(title, style="italic dim"))
+        for row in rows:
+            shown.add_row(row.label, *map(_terminal_cell, row.cells))
+    return Group(shown, Text("\n".join(f"- {note}" for note in table.notes), style="dim"))
+
+
+def _terminal_cell(cell: Cell | None) -> Text:
+    if cell is None:
+        return Text("–", style="dim")
+    text = Text(cell.text, style="bold" if cell.rank == 1 else "")
+    return (
+        text.append(f" {cell.interval_text}", style="not bold dim") if cell.interval_text else text
+    )
 
 
 def markdown(table: ScoreTable) -> str:
