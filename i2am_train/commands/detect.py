@@ -101,7 +101,7 @@ def look(
     """What each detector sees in each sample."""
     from i2am_train.evaluation.detection import KeptDetections
 
-    seen = {}
+    seen: dict[str, Sequence[Mapping[str, Any]]] = {}
     for name, detector in detectors.items():
         detections = KeptDetections(folder=kept.folder, detector=name, paintings=kept)
         detections.detect(detector, config)

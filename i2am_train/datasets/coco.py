@@ -126,7 +126,7 @@ def read_bench(
             size, or an image is missing, damaged or of another size.
     """
     coco = read_coco(annotations)
-    samples = []
+    samples: list[BenchSample] = []
     for index, image_id in enumerate(sorted(coco.imgs)):
         image = coco.imgs[image_id]
         chosen = first_of_size(coco.imgToAnns[image_id], image, crowds=crowds)

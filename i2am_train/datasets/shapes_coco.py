@@ -22,6 +22,8 @@ from i2am_train.types import GridSize
 
 SPLIT = "val2017"
 CATEGORIES = ("disc", "square", "triangle")
+CROWDED = 0
+"""Category of the crowds."""
 SIZES = (GridSize(120, 160), GridSize(160, 120), GridSize(144, 144))
 LARGE, SMALL = (0.13, 0.27), (0.02, 0.07)
 """Shares of the picture that an object's box covers: inside and outside what the bench takes."""
@@ -67,7 +69,7 @@ def draw_shapes(seed: int, index: int) -> tuple[Image, list[dict[str, Any]]]:
     kinds.append(("small", SMALL) if index % EMPTY_EVERY == EMPTY_EVERY - 1 else ("object", LARGE))
     objects = []
     for kind, shares in kinds:
-        category = int(generator.integers(len(CATEGORIES)))
+        category = CROWDED if kind == "crowd" else int(generator.integers(len(CATEGORIES)))
         place = _place(size, shares, generator)
         mask = _crowd(size, place) if kind == "crowd" else _shape(size, place, category)
         picture[mask] = generator.integers(0, 256, 3)
@@ -123,7 +125,7 @@ def _crowd(size: GridSize, place: NDArray[np.int64]) -> Mask:
     mask = np.zeros(size, np.bool_)
     for x in (left, left + width - half[0]):
         for y in (top, top + height - half[1]):
-            mask |= _shape(size, np.array([x, y, *half]), CATEGORIES.index("disc"))
+            mask |= _shape(size, np.array([x, y, *half]), CROWDED)
     return mask
 
 

@@ -147,30 +147,29 @@ def authors_box(values: Float[Tensor, "height width"], delta: float, size: GridS
         size: of the picture that the box shall lie in.
     """
     inverted = 1 - values
-    picture = _saved_picture(torch.where(inverted > delta, inverted, 0.0).cpu().numpy())
+    picture = saved_picture(torch.where(inverted > delta, inverted, 0.0).cpu().numpy())
     white = (picture > np.percentile(picture, AUTHORS_PERCENTILE)).astype(np.uint8)
     for operation in (cv2.MORPH_OPEN, cv2.MORPH_CLOSE, cv2.MORPH_DILATE):
         white = np.asarray(cv2.morphologyEx(white, operation, AUTHORS_KERNEL), np.uint8)
     contours, _ = cv2.findContours(white, cv2.RETR_TREE, cv2.CHAIN_APPROX_SIMPLE)
     if not contours:
         return None
-    boxes = [_rectangle(contour) for contour in contours]
-    fullest = max(
-        boxes, key=lambda box: int(white[box.top : box.bottom, box.left : box.right].sum())
-    )  # type: ignore[misc]
-    return fullest.scaled(GridSize(AUTHORS_SIZE, AUTHORS_SIZE), size)
+    left, top, width, height = max(
+        (cv2.boundingRect(contour) for contour in contours),
+        key=lambda place: int(white[place[1] :, place[0] :][: place[3], : place[2]].sum()),
+    )
+    box = Box(left, top, left + width, top + height)
+    return box.scaled(GridSize(AUTHORS_SIZE, AUTHORS_SIZE), size)
 
 
-def _saved_picture(values: NDArray[np.float32]) -> NDArray[np.uint8]:
-    """Levels of the picture that matplotlib saves of a map: nearest neighbours, its range in 256 colours."""
+def saved_picture(values: NDArray[np.float32]) -> NDArray[np.uint8]:
+    """A map as the authors' script reads it from the picture that matplotlib saves: uint8 ``[369, 369]``.
+
+    Nearest neighbours, and the map's range in 256 colours.
+    """
     spread = values - values.min()
     levels = spread / max(float(spread.max()), 1e-12) * AUTHORS_LEVELS
     colours = np.minimum(levels, AUTHORS_LEVELS - 1).astype(np.uint8)
     return np.asarray(
         cv2.resize(colours, (AUTHORS_SIZE, AUTHORS_SIZE), interpolation=cv2.INTER_NEAREST_EXACT)
     )
-
-
-def _rectangle(contour: NDArray[np.int32]) -> Box:
-    left, top, width, height = cv2.boundingRect(contour)
-    return Box(left, top, left + width, top + height)

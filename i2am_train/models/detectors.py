@@ -103,7 +103,7 @@ class TorchvisionDetector:
                 f"torchvision has no detector '{network}'; it has {', '.join(known)}. Write "
                 f"detectors=[{TORCHVISION}{known[0]}], or give a folder or hub name for one of transformers."
             )
-        weights = torchvision.models.get_model_weights(network).DEFAULT  # type: ignore[attr-defined]
+        weights = torchvision.models.get_model_weights(network).DEFAULT
         if file:
             model = _with_file(network, Path(file).expanduser())
         else:

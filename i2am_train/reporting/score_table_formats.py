@@ -1,4 +1,7 @@
-"""Score tables written down for the terminal (rich) and as Markdown, HTML and LaTeX. HTML escapes every text that comes from a run."""
+"""Score tables written down: for the terminal (rich), Markdown, HTML and LaTeX.
+
+HTML escapes every text that comes from a run.
+"""
 
 from __future__ import annotations
 

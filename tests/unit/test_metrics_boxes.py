@@ -1,5 +1,7 @@
 """Boxes from maps: by hand, and with both readings of the paper."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -11,6 +13,7 @@ from i2am_train.metrics.boxes import (
     box_iou,
     component_box,
     random_box,
+    saved_picture,
     whole_box,
 )
 from i2am_train.types import GridSize
@@ -104,6 +107,32 @@ def test_the_authors_script_reads_the_inverted_map_and_gives_it_in_our_frame() -
     assert np.allclose(box, expected, atol=tolerance)
     assert box.area > expected.area  # dilated
     assert component_box(values, 0.4) == Box(0, 0, 64, 64)
+
+
+def test_the_saved_picture_is_matplotlib_s(tmp_path: Path) -> None:
+    """Size and levels of a map that went through matplotlib's jet and a PNG, decoded by the nearest colour."""
+    import cv2
+    from matplotlib import colormaps
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from scipy.spatial import KDTree
+
+    values = np.random.default_rng(0).random((64, 64), np.float32)
+    values[values <= 0.4] = 0
+    figure = Figure()
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    axes.imshow(values, cmap="jet")
+    axes.axis("off")
+    figure.savefig(tmp_path / "map.png", bbox_inches="tight", pad_inches=0)
+    saved = cv2.imread(str(tmp_path / "map.png"))[..., ::-1].astype(int)
+    colours = (colormaps["jet"](np.arange(256))[:, :3] * 255).round().astype(int)
+    _, decoded = KDTree(colours).query(saved)
+    assert saved.shape[:2] == (369, 369)
+    difference = np.abs(decoded - saved_picture(values).astype(int))
+    assert (
+        difference <= 1
+    ).mean() > 0.9  # the picture's edges are no whole pixels: cells are shifted by less than one
 
 
 def test_the_authors_box_hardly_depends_on_delta() -> None:
