@@ -30,7 +30,7 @@ from i2am_train.types import GridSize
 SMALLEST_SHARE, LARGEST_SHARE = 0.1, 0.3
 """Share of the image that an object's box covers, both ends included (paper 5.1, spec section 6)."""
 
-TOLERANCE = 1.0
+TOLERANCE = 2.0
 """Pixels that a box may reach beyond its image: COCO's own boxes come from rounded polygons."""
 
 _FILE_KEYS = ("images", "annotations", "categories")

@@ -21,6 +21,7 @@ from i2am_train.reporting.score_tables import Cell, Heading, Row, ScoreTable
 from i2am_train.reporting.sheet import Box, Sheet, draw_sheet
 from i2am_train.reporting.sheet import Cell as SheetCell
 from i2am_train.reporting.sheet import Section as SheetSection
+from i2am_train.reporting.table_formats import minus
 from i2am_train.reporting.tables import interval_text, number, percent, printed_ranks
 from i2am_train.runs import write_text
 from i2am_train.types import GridSize
@@ -319,7 +320,7 @@ def _difference_note(results: Results) -> str:
         value = number(entry["difference"], DIGITS, signed=True)
         versus = f"{label(entry['method'])} − {label(entry['against'])}"
         texts.append(f"{versus} {value} {interval_text(interval, DIGITS)}".rstrip())
-    return f"Paired over samples: {'; '.join(texts)}."
+    return minus(f"Paired over samples: {'; '.join(texts)}.")
 
 
 def _paper_note(results: Results) -> str:

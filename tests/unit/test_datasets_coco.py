@@ -94,7 +94,7 @@ def test_shapes_fill_their_boxes() -> None:
     assert picture.shape[:2] == GridSize(160, 120)
 
 
-def test_boxes_may_protrude_by_a_pixel_and_are_cut(changed: Any) -> None:
+def test_boxes_may_protrude_a_little_and_are_cut(changed: Any) -> None:
     """COCO's own boxes do; the mask stays inside."""
 
     def widen(content: dict[str, Any]) -> None:

@@ -1,0 +1,183 @@
+"""``i2am detect`` on made pictures with a tiny Paint-by-Example: the paper's tables, kept work, bad input."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from i2am_train.commands import detect as command
+from i2am_train.config.store import compose
+from i2am_train.datasets.shapes_coco import make_shapes
+from i2am_train.errors import CheckpointError, ConfigError, DataError, I2AMError, RunFolderError
+from i2am_train.evaluation import detection
+from tests.detectors import tiny_yolos
+
+SAMPLES = 5
+
+
+@pytest.fixture(scope="module")
+def coco(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_shapes(tmp_path_factory.mktemp("coco") / "shapes", SAMPLES)
+
+
+@pytest.fixture(scope="module")
+def yolos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_yolos(
+        tmp_path_factory.mktemp("detectors") / "yolos", box=(0.5, 0.5, 0.4, 0.5), score=0.8
+    )
+
+
+@pytest.fixture
+def options(coco: Path, paint_by_example: Path) -> list[str]:
+    """Five images in batches of two."""
+    return [
+        f"root={coco}", f"pipeline={paint_by_example}", "height=32", "width=48", "steps=2", "batch_size=2",
+        "pictures=2", "device=cpu", "progress_bar=false",
+    ]  # fmt: skip
+
+
+def detect(options: list[str], folder: Path) -> dict[str, Any]:
+    return command.detect(compose("detect", options), folder)
+
+
+def kept(folder: Path) -> dict[str, bytes]:
+    """Images, maps and rows."""
+    files = [*folder.glob("images/*"), *folder.glob("maps/*"), folder / "samples.jsonl"]
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in files}
+
+
+@pytest.fixture(scope="module")
+def finished(
+    coco: Path, paint_by_example: Path, yolos: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, dict[str, Any]]:
+    """A run with one detector."""
+    folder = tmp_path_factory.mktemp("detect") / "run"
+    options = [
+        f"root={coco}", f"pipeline={paint_by_example}", "height=32", "width=48", "steps=2", "batch_size=2",
+        "pictures=2", "device=cpu", "progress_bar=false", f"detectors=[{yolos}]",
+    ]  # fmt: skip
+    return folder, detect(options, folder)
+
+
+def test_the_tables_are_made(finished: tuple[Path, dict[str, Any]], yolos: Path) -> None:
+    """Every method has its mean over all samples; results, tables, figure and page lie in the folder."""
+    folder, results = finished
+    generated = results["miou"]["generated"]
+    assert set(generated) == {
+        "daam", "overall", "random", "random_authors", "i2am", "i2am_inverted", "i2am_authors", str(yolos),
+    }  # fmt: skip
+    assert generated["daam"] == generated["overall"]
+    assert generated["overall"]["mean"] == pytest.approx(results["bench"]["mean_share"], abs=1e-6)
+    assert all(generated[name]["n"] == SAMPLES for name in ("i2am", "random", "daam"))
+    # The detector always sees the middle: the same on real and on painted images.
+    assert results["miou"]["real"][str(yolos)] == generated[str(yolos)]
+    assert not results["functional"]
+    assert json.loads((folder / "results.json").read_text())["miou"] == results["miou"]
+    assert len((folder / "samples.jsonl").read_text().splitlines()) == SAMPLES
+    assert len(list(folder.glob("images/*.png"))) == SAMPLES
+    assert json.loads((folder / "manifest.json").read_text())["finished"]
+    page = (folder / "report.html").read_text()
+    for text in ("paper Table 1", "paper Table 3", "Not functional", "data:image/png"):
+        assert text in page
+    assert "I²AM" in (folder / "results.md").read_text()
+    assert "toprule" in (folder / "results.tex").read_text()
+    assert (folder / "figures" / "samples.png").is_file()
+
+
+def test_other_thresholds_and_detectors_cost_no_images(
+    finished: tuple[Path, dict[str, Any]], options: list[str], tmp_path: Path
+) -> None:
+    """The folder is asked for again with other options of scoring: images and maps stay as they are."""
+    folder = tmp_path / "copy"
+    shutil.copytree(finished[0], folder)
+    places = [*folder.glob("images/*"), *folder.glob("maps/*"), *folder.glob("detections/*/*")]
+    written = {path: path.stat().st_mtime_ns for path in places}
+    results = detect([*options, "delta=0.5", "deltas=[0.1,0.9]"], folder)
+    assert {path: path.stat().st_mtime_ns for path in places} == written
+    assert results["thresholds"] == [0.1, 0.5, 0.9]
+    swept = results["miou"]["sweep"]
+    assert swept["i2am@d0.5"] == results["miou"]["generated"]["i2am"]
+    assert finished[1]["miou"]["sweep"]["i2am@d0.5"] == swept["i2am@d0.5"]
+    with pytest.raises(RunFolderError, match=r"another configuration: steps=3 \(there: 2\)"):
+        detect([*options, "steps=3"], folder)
+
+
+def test_stopped_and_continued_equals_uninterrupted(
+    finished: tuple[Path, dict[str, Any]],
+    options: list[str],
+    yolos: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Stopped between the images and the maps of the second batch: bit for bit the same in the end."""
+    folder, save = tmp_path / "stopped", detection.save_file
+    batches: list[Any] = []
+
+    def stop(tensors: Any, *rest: Any) -> None:
+        batches.append(tensors)
+        if len(batches) == 2:
+            raise KeyboardInterrupt("stopped")
+        save(tensors, *rest)
+
+    monkeypatch.setattr(detection, "save_file", stop)
+    options = [*options, f"detectors=[{yolos}]"]
+    with pytest.raises(KeyboardInterrupt, match="stopped"):
+        detect(options, folder)
+    assert [path.name for path in (folder / "maps").iterdir()] == ["batch-00000.safetensors"]
+    assert not (folder / "results.json").exists()
+    results = detect(options, folder)
+    assert len(batches) == 4  # one of them twice
+    assert results["miou"] == finished[1]["miou"]
+    assert kept(folder) == kept(finished[0])
+    assert len(json.loads((folder / "manifest.json").read_text())["resumed"]) == 1
+
+
+@pytest.mark.parametrize(
+    ("change", "kind", "message"),
+    [
+        (["root=/nowhere"], DataError, r"annotations/instances_val2017\.json: No such file"),
+        (["split=train2017"], DataError, r"instances_train2017\.json: No such file"),
+        (["pipeline=nobody/none"], CheckpointError, r"hf download nobody/none"),
+        (["width=40"], ConfigError, r"width=40 is not possible: expected a multiple of 16"),
+        (["detectors=[torchvision:yolov3]"], CheckpointError, r"no detector 'yolov3'"),
+        (["delta=1"], ConfigError, r"delta=1\.0 is not possible: .* \[0, 1\)"),
+        (["root=null", "annotations=some.json"], ConfigError, r"annotations=.* null without root"),
+        (["detectors=[a/b,a/b]"], ConfigError, r"names nothing twice"),
+    ],
+)  # fmt: skip
+def test_bad_input_leaves_nothing_behind(
+    change: list[str],
+    kind: type[I2AMError],
+    message: str,
+    options: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Each fault is said before anything is made."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    changed = {word.partition("=")[0] for word in change}
+    given = [word for word in options if word.partition("=")[0] not in changed]
+    with pytest.raises(kind, match=message):
+        detect([*given, *change], tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_command_prints_the_table(
+    options: list[str],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """What a user sees on the made set, without COCO: table, notes, place."""
+    monkeypatch.setattr("i2am_train.config.locations._made_data", lambda name: tmp_path / name)
+    words: Callable[[str], bool] = lambda word: not word.startswith("root=")  # noqa: E731
+    folder = tmp_path / "run"
+    given = [*filter(words, options), "shapes=3", "samples=2", "guidance=1", f"output={folder}"]
+    command.run(compose("detect", given))
+    printed = capsys.readouterr().out
+    for text in ("Object detection", "I²AM", "made pictures", str(folder)):
+        assert text in printed
+    assert (tmp_path / "shapes-coco-3" / "val2017").is_dir()
