@@ -8,6 +8,7 @@ files alone, so that other thresholds and more detectors cost no new images.
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -206,7 +207,10 @@ class KeptDetections:
         }
 
     def _place(self, batch: range) -> Path:
-        name = re.sub(r"[^\w.-]+", "-", self.detector).strip("-.")
+        digest = hashlib.sha256(self.detector.encode()).hexdigest()[
+            :8
+        ]  # names may differ in signs only
+        name = f"{re.sub(r'[^a-zA-Z0-9]+', '-', self.detector)[-60:].strip('-')}-{digest}"
         return self.folder / DETECTIONS / name / file_name(batch, self.paintings.batch_size, "json")
 
 

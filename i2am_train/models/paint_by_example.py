@@ -134,6 +134,9 @@ class PaintByExample:
             size: of the results.
             steps: DDIM steps.
             guidance: scale of classifier-free guidance; 1 is none.
+
+        Raises:
+            ConfigError: the images are no numbers, as half precision can make them.
         """
         side = self.pipeline.image_encoder.config.image_size
         with trace(self.pipeline, _recipe(guided=guidance > 1)) as attention:
@@ -146,6 +149,11 @@ class PaintByExample:
                 generator=[torch.Generator().manual_seed(one.seed) for one in paintings],
                 output_type="np",
             ).images
+        if not np.isfinite(images).all():
+            raise ConfigError(
+                f"The pipeline made images that are no numbers, computing in {self.pipeline.dtype}. Set dtype=float32 "
+                "(or bfloat16 on a GPU that has it)."
+            )
         return Painted(images=(images * 255).round().astype(np.uint8), maps=attention.maps())
 
 

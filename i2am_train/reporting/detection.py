@@ -154,8 +154,14 @@ def main_table(results: Results) -> ScoreTable:
 
 
 def label(method: str) -> str:
-    """How tables call a method: our names, detectors by their own."""
-    return LABELS.get(method, method)
+    """How tables call a method: by our name; a detector by its own, without the folders that lead to it.
+
+    >>> label("/models/yolos-tiny"), label("hustvl/yolos-tiny"), label("torchvision:ssd300_vgg16@/models/ssd.pth")
+    ('yolos-tiny', 'hustvl/yolos-tiny', 'torchvision:ssd300_vgg16@ssd.pth')
+    """
+    network, at, file = method.rpartition("@")
+    name = Path(file).name if at or Path(file).is_absolute() else file
+    return LABELS.get(method, f"{network}{at}{name}")
 
 
 def _ranks(results: Results, kind: str) -> dict[str, int]:

@@ -79,3 +79,14 @@ def test_without_network_the_hub_s_name_says_what_to_do(monkeypatch: pytest.Monk
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(CheckpointError, match=r"hf download Fantasy-Studio/Paint-by-Example"):
         PaintByExample.from_pretrained("Fantasy-Studio/Paint-by-Example")
+
+
+def test_half_precision_paints_or_says_that_it_cannot(paint_by_example: Path) -> None:
+    """bfloat16 gives images and float32 maps; a U-Net that gives no numbers is told."""
+    half = PaintByExample.from_pretrained(str(paint_by_example), dtype="bfloat16")
+    painted = half.paint([painting(0), painting(1)], SIZE, steps=1, guidance=2.0)
+    assert painted.images.dtype == np.uint8
+    assert painted.maps.store.layers[0].to_generated.dtype == torch.float32
+    torch.nn.init.constant_(half.pipeline.unet.conv_out.bias, torch.inf)
+    with pytest.raises(ConfigError, match=r"no numbers, computing in torch\.bfloat16\. Set dtype"):
+        half.paint([painting(0)], SIZE, steps=1, guidance=2.0)
