@@ -8,7 +8,7 @@ a probe of that geometry (adapters note 2.2). ``Painted.functional`` says so of 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -20,6 +20,7 @@ from PIL import Image as PillowImage
 from transformers import CLIPImageProcessor, CLIPVisionConfig
 
 from i2am_train.attribution import AttributionMaps, Recipe, Site, Tokens, trace
+from i2am_train.attribution.recipes import paint_by_example
 from i2am_train.config.schema import WeightType
 from i2am_train.datasets.arrays import Image, Mask
 from i2am_train.errors import CheckpointError, ConfigError
@@ -166,9 +167,9 @@ def _check_unet(unet: Any, source: str) -> None:
 
 
 def _recipe(*, guided: bool) -> Recipe:
-    """All layers but the middle's; the second half of a guided batch is the conditional one."""
+    """That of the model, with all layers but the middle's."""
     site = Site(ALL_LAYERS, reference=Tokens(grid=None))
-    return Recipe(root="unet", sites=(site,), rows="second_half" if guided else "all")
+    return replace(paint_by_example(guided), sites=(site,))
 
 
 def resized(picture: Image | Mask, size: GridSize) -> PillowImage.Image:

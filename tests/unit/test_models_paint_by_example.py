@@ -1,10 +1,12 @@
 """Paint-by-Example: loaded from a folder, painting batches whose attention is captured."""
 
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from i2am_train.errors import CheckpointError, ConfigError
 from i2am_train.models.paint_by_example import PaintByExample, Painting
@@ -90,3 +92,28 @@ def test_half_precision_paints_or_says_that_it_cannot(paint_by_example: Path) ->
     torch.nn.init.constant_(half.pipeline.unet.conv_out.bias, torch.inf)
     with pytest.raises(ConfigError, match=r"no numbers, computing in torch\.bfloat16\. Set dtype"):
         half.paint([painting(0)], SIZE, steps=1, guidance=2.0)
+
+
+def test_the_hub_s_old_files_are_read(
+    model: PaintByExample, paint_by_example: Path, tmp_path: Path
+) -> None:
+    """Its repository holds pickled tensors, the encoder's under names of older versions of transformers."""
+    folder = tmp_path / "hub"
+    shutil.copytree(paint_by_example, folder)
+    for file in folder.rglob("*.safetensors"):
+        weights = load_file(file)
+        if file.parent.name == "image_encoder":
+            weights = {
+                name.replace("model.", "model.vision_model.", 1): w for name, w in weights.items()
+            }
+            assert "model.vision_model.post_layernorm.weight" in weights
+            name = "pytorch_model.bin"
+        else:
+            name = "diffusion_pytorch_model.bin"
+        torch.save(weights, file.with_name(name))
+        file.unlink()
+    old = PaintByExample.from_pretrained(str(folder))
+    for part in ("unet", "vae", "image_encoder"):
+        ours, theirs = (getattr(m.pipeline, part).state_dict() for m in (model, old))
+        assert ours.keys() == theirs.keys()
+        assert all(torch.equal(ours[key], theirs[key]) for key in ours)
