@@ -32,10 +32,10 @@ def yolos(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def options(coco: Path, paint_by_example: Path) -> list[str]:
-    """Five images in batches of two."""
+    """Five images in batches of two, none of them drawn."""
     return [
         f"root={coco}", f"pipeline={paint_by_example}", "height=32", "width=48", "steps=2", "batch_size=2",
-        "pictures=2", "device=cpu", "progress_bar=false",
+        "pictures=0", "device=cpu", "progress_bar=false",
     ]  # fmt: skip
 
 
@@ -167,17 +167,25 @@ def test_bad_input_leaves_nothing_behind(
 
 def test_the_command_prints_the_table(
     options: list[str],
+    yolos: Path,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """What a user sees on the made set, without COCO: table, notes, place."""
+    """What a user sees on the made set, without COCO: table, notes, place; cups are no category of its objects."""
     monkeypatch.setattr("i2am_train.config.locations._made_data", lambda name: tmp_path / name)
     words: Callable[[str], bool] = lambda word: not word.startswith("root=")  # noqa: E731
     folder = tmp_path / "run"
     given = [*filter(words, options), "shapes=3", "samples=2", "guidance=1", f"output={folder}"]
-    command.run(compose("detect", given))
+    command.run(compose("detect", [*given, f"detectors=[{yolos}]", "match_category=true"]))
     printed = capsys.readouterr().out
-    for text in ("Object detection", "I²AM", "made pictures", str(folder)):
-        assert text in printed
+    for text in (
+        "Object detection",
+        "I²AM",
+        "made pictures",
+        "of the object's category",
+        str(folder),
+    ):
+        assert text in " ".join(printed.split())
+    assert json.loads((folder / "results.json").read_text())["miou"]["real"][str(yolos)]["n"] == 0
     assert (tmp_path / "shapes-coco-3" / "val2017").is_dir()
