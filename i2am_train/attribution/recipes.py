@@ -121,25 +121,26 @@ def stableviton(guided: bool = False) -> Recipe:
     return Recipe(_LDM_ROOT, (site,), rows, "x", "timesteps", name="stableviton")
 
 
-def pasd() -> Recipe:
+def pasd(guided: bool = True) -> Recipe:
     """PASD's pixel attention, 12 sites (adapters note 2.5)."""
     site = Site(r"(?P<layer>up_blocks\.\d+\.pixel_attentions\.\d+)\.transformer_blocks\.0\.attn2")
     return Recipe(
         "unet",
         (site,),
+        _rows(guided),
         name="pasd",
         once_per_step=True,
         partial="features of the low-resolution picture are also added to the skip connections",
     )
 
 
-def pasd_light() -> Recipe:
+def pasd_light(guided: bool = True) -> Recipe:
     """PASD-light: the same attention inside the text transformers."""
     site = Site(r"(?P<layer>up_blocks\.\d+\.attentions\.\d+)\.transformer_blocks\.0\.attn2_plus")
-    return replace(pasd(), sites=(site,), name="pasd_light")
+    return replace(pasd(guided), sites=(site,), name="pasd_light")
 
 
-def seesr() -> Recipe:
+def seesr(guided: bool = True) -> Recipe:
     """SeeSR's image attention in the decoder: 145 tokens, the mean and 12x12 (adapters note
     2.6)."""
     site = Site(
@@ -149,6 +150,7 @@ def seesr() -> Recipe:
     return Recipe(
         "unet",
         (site,),
+        _rows(guided),
         name="seesr",
         once_per_step=True,
         partial="a control network and the start noise also carry the low-resolution picture",
