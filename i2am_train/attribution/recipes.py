@@ -245,7 +245,7 @@ class Signature:
     """What tells a model from others.
 
     ``modules`` are patterns of which each must fit the path of some module below the root, or its
-    ``path:ClassName`` if there is a colon in the pattern. ``channels`` is the number of input
+    ``path:ClassName``. ``channels`` is the number of input
     channels of the first convolution, ``target`` the class of what is traced.
     """
 
@@ -268,10 +268,10 @@ def _input_channels(root: nn.Module) -> int | None:
 
 
 def _has_module(root: nn.Module, pattern: str) -> bool:
-    with_class = ":" in pattern
     return any(
-        re.fullmatch(pattern, f"{path}:{type(module).__name__}" if with_class else path)
+        re.fullmatch(pattern, name)
         for path, module in root.named_modules()
+        for name in (path, f"{path}:{type(module).__name__}")
     )
 
 
@@ -579,12 +579,17 @@ def part(target: Any, path: str) -> nn.Module | None:
 
 
 def nearest_recipe(root: nn.Module) -> KnownModel | None:
-    """The known model of whose sites most are here, for messages."""
+    """The known model that this is, or else the first of which there is a site, for messages."""
     paths = [path for path, _ in root.named_modules()]
 
-    def matches(known: KnownModel) -> int:
+    def has_site(known: KnownModel) -> bool:
         sites = known.made().sites
-        return sum(site.layer_of(path) is not None for site in sites for path in paths)
+        return any(site.layer_of(path) is not None for site in sites for path in paths)
 
-    best = max(known_models(), key=matches)
-    return best if matches(best) else None
+    def is_this(known: KnownModel) -> bool:
+        # what is told by the name of its root alone cannot be told from the root
+        signature = known.signature if "" in known.roots else None
+        return signature is not None and signature.fits(root, root)
+
+    models = known_models()
+    return next(iter([*filter(is_this, models), *filter(has_site, models)]), None)

@@ -528,8 +528,8 @@ def with_ip_adapter(unet: Any, projection: nn.Module, tokens: int) -> Any:
     torch.manual_seed(1)
     for module in unet.modules():
         if isinstance(module, Attention) and module.is_cross_attention:
-            adapter = IPAdapterAttnProcessor2_0(module.inner_dim, CONTEXT, num_tokens=(tokens,))
-            module.set_processor(adapter)
+            widths = module.inner_dim, module.cross_attention_dim
+            module.set_processor(IPAdapterAttnProcessor2_0(*widths, num_tokens=(tokens,)))
     unet.encoder_hid_proj = MultiIPAdapterImageProjection([projection])
     unet.register_to_config(encoder_hid_dim_type="ip_image_proj")
     return SimpleNamespace(unet=sharpened(unet))
