@@ -279,6 +279,9 @@ def _nothing_to_read(_: Any) -> dict[str, Any]:
     return {}
 
 
+_FACTORY = "your code, by a factory"
+
+
 @dataclass(frozen=True)
 class KnownModel:
     """One supported model. ``recipe`` makes its recipe; its keywords are the options of
@@ -288,10 +291,10 @@ class KnownModel:
 
     recipe: Callable[..., Recipe]
     title: str
-    sites: str
-    grids: str
-    licence: str
-    loading: str
+    sites: str = "-"
+    grids: str = "-"
+    licence: str = "-"
+    loading: str = _FACTORY
     roots: tuple[str, ...] = ("unet", "")
     signature: Signature | None = None
     read: Callable[[Any], Mapping[str, Any]] = field(default=_nothing_to_read)
@@ -333,7 +336,6 @@ def _read_tryon(pipeline: Any) -> dict[str, Any]:
 _LDM_ROOTS = (_LDM_ROOT, "diffusion_model", "")
 _PROJECTION = r"encoder_hid_proj\.image_projection_layers\.0:"
 _FOLDER = "folder or hub name"
-_FACTORY = "your code, by a factory"
 _OPEN_RAIL = "CreativeML OpenRAIL-M"
 _CC = "CC BY-NC-SA 4.0"
 
