@@ -106,10 +106,10 @@ class TokenPlaces:
         return tokens[:, self.index]
 
 
-def _cells(first: float, last: float, side: int, grid: GridSize) -> tuple[int, int]:
+def _cells(first: float | int, last: float | int, side: int, grid: GridSize) -> tuple[int, int]:
     """Bounds of a part of a grid's side, which must not cut through a cell."""
     bounds = first * side, last * side
-    if any(bound != round(bound) for bound in bounds):
+    if any(abs(bound - round(bound)) > 1e-6 for bound in bounds):
         raise CaptureError(
             f"The recipe crops a grid of {grid} at {first:g} and {last:g} of a side of {side} "
             "cells, which cuts through cells, so that the two pictures of the canvas share tokens. "
