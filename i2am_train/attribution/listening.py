@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -244,6 +244,7 @@ class Listener:
 
         def keep_reference(_: nn.Module, __: Any, output: Tensor) -> None:
             if self._frame is not None:
+                _refuse_second_reference(site, self._reference)
                 # IP-Adapter projects [row, image, token, channel]
                 self._reference[site] = output.flatten(1, -2)
 
@@ -287,6 +288,16 @@ class Listener:
         self._frame = None
         self._generated.clear()
         self._reference.clear()
+
+
+def _refuse_second_reference(site: SiteModule, seen: Container[SiteModule]) -> None:
+    """Keys that come in several portions have a softmax each, which one map cannot show."""
+    if site in seen:
+        raise CaptureError(
+            f"Layer {site.layer} projected reference tokens twice in one evaluation, as IP-Adapter "
+            "does with a mask for each of several reference pictures. Trace it with one reference "
+            "picture, or without masks."
+        )
 
 
 def choose_sites(sites: Sequence[SiteModule], layers: Sequence[LayerId]) -> tuple[SiteModule, ...]:

@@ -121,25 +121,26 @@ def stableviton(guided: bool = False) -> Recipe:
     return Recipe(_LDM_ROOT, (site,), rows, "x", "timesteps", name="stableviton")
 
 
-def pasd() -> Recipe:
+def pasd(guided: bool = True) -> Recipe:
     """PASD's pixel attention, 12 sites (adapters note 2.5)."""
     site = Site(r"(?P<layer>up_blocks\.\d+\.pixel_attentions\.\d+)\.transformer_blocks\.0\.attn2")
     return Recipe(
         "unet",
         (site,),
+        _rows(guided),
         name="pasd",
         once_per_step=True,
         partial="features of the low-resolution picture are also added to the skip connections",
     )
 
 
-def pasd_light() -> Recipe:
+def pasd_light(guided: bool = True) -> Recipe:
     """PASD-light: the same attention inside the text transformers."""
     site = Site(r"(?P<layer>up_blocks\.\d+\.attentions\.\d+)\.transformer_blocks\.0\.attn2_plus")
-    return replace(pasd(), sites=(site,), name="pasd_light")
+    return replace(pasd(guided), sites=(site,), name="pasd_light")
 
 
-def seesr() -> Recipe:
+def seesr(guided: bool = True) -> Recipe:
     """SeeSR's image attention in the decoder: 145 tokens, the mean and 12x12 (adapters note
     2.6)."""
     site = Site(
@@ -149,6 +150,7 @@ def seesr() -> Recipe:
     return Recipe(
         "unet",
         (site,),
+        _rows(guided),
         name="seesr",
         once_per_step=True,
         partial="a control network and the start noise also carry the low-resolution picture",
@@ -243,7 +245,7 @@ class Signature:
     """What tells a model from others.
 
     ``modules`` are patterns of which each must fit the path of some module below the root, or its
-    ``path:ClassName`` if there is a colon in the pattern. ``channels`` is the number of input
+    ``path:ClassName``. ``channels`` is the number of input
     channels of the first convolution, ``target`` the class of what is traced.
     """
 
@@ -266,15 +268,18 @@ def _input_channels(root: nn.Module) -> int | None:
 
 
 def _has_module(root: nn.Module, pattern: str) -> bool:
-    with_class = ":" in pattern
     return any(
-        re.fullmatch(pattern, f"{path}:{type(module).__name__}" if with_class else path)
+        re.fullmatch(pattern, name)
         for path, module in root.named_modules()
+        for name in (path, f"{path}:{type(module).__name__}")
     )
 
 
 def _nothing_to_read(_: Any) -> dict[str, Any]:
     return {}
+
+
+_FACTORY = "your code, by a factory"
 
 
 @dataclass(frozen=True)
@@ -286,10 +291,10 @@ class KnownModel:
 
     recipe: Callable[..., Recipe]
     title: str
-    sites: str
-    grids: str
-    licence: str
-    loading: str
+    sites: str = "-"
+    grids: str = "-"
+    licence: str = "-"
+    loading: str = _FACTORY
     roots: tuple[str, ...] = ("unet", "")
     signature: Signature | None = None
     read: Callable[[Any], Mapping[str, Any]] = field(default=_nothing_to_read)
@@ -331,7 +336,6 @@ def _read_tryon(pipeline: Any) -> dict[str, Any]:
 _LDM_ROOTS = (_LDM_ROOT, "diffusion_model", "")
 _PROJECTION = r"encoder_hid_proj\.image_projection_layers\.0:"
 _FOLDER = "folder or hub name"
-_FACTORY = "your code, by a factory"
 _OPEN_RAIL = "CreativeML OpenRAIL-M"
 _CC = "CC BY-NC-SA 4.0"
 
@@ -577,12 +581,17 @@ def part(target: Any, path: str) -> nn.Module | None:
 
 
 def nearest_recipe(root: nn.Module) -> KnownModel | None:
-    """The known model of whose sites most are here, for messages."""
+    """The known model that this is, or else the first of which there is a site, for messages."""
     paths = [path for path, _ in root.named_modules()]
 
-    def matches(known: KnownModel) -> int:
+    def has_site(known: KnownModel) -> bool:
         sites = known.made().sites
-        return sum(site.layer_of(path) is not None for site in sites for path in paths)
+        return any(site.layer_of(path) is not None for site in sites for path in paths)
 
-    best = max(known_models(), key=matches)
-    return best if matches(best) else None
+    def is_this(known: KnownModel) -> bool:
+        # what is told by the name of its root alone cannot be told from the root
+        signature = known.signature if "" in known.roots else None
+        return signature is not None and signature.fits(root, root)
+
+    models = known_models()
+    return next(iter([*filter(is_this, models), *filter(has_site, models)]), None)

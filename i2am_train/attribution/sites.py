@@ -106,6 +106,18 @@ class TokenPlaces:
         return tokens[:, self.index]
 
 
+def _cells(first: float | int, last: float | int, side: int, grid: GridSize) -> tuple[int, int]:
+    """Bounds of a part of a grid's side, which must not cut through a cell."""
+    bounds = first * side, last * side
+    if any(abs(bound - round(bound)) > 1e-6 for bound in bounds):
+        raise CaptureError(
+            f"The recipe crops a grid of {grid} at {first:g} and {last:g} of a side of {side} "
+            "cells, which cuts through cells, so that the two pictures of the canvas share tokens. "
+            "Choose a picture size that each level of the network halves evenly."
+        )
+    return round(bounds[0]), round(bounds[1])
+
+
 @dataclass(frozen=True)
 class Tokens:
     """Where one picture's tokens sit in the output of a projection.
@@ -170,8 +182,8 @@ class Tokens:
 
     def _cropped(self, start: int, grid: GridSize) -> TokenPlaces:
         top, bottom, left, right = self.crop
-        rows = slice(round(top * grid.height), round(bottom * grid.height))
-        columns = slice(round(left * grid.width), round(right * grid.width))
+        rows = slice(*_cells(top, bottom, grid.height, grid))
+        columns = slice(*_cells(left, right, grid.width, grid))
         cells = torch.arange(grid.tokens).view(grid)[rows, columns]
         return TokenPlaces(start + cells.flatten(), cells.numel(), GridSize(*cells.shape))
 
