@@ -62,7 +62,7 @@ def _make_model(config: InitConfig) -> _Made:
 
 
 def _make_pipeline(config: InitConfig) -> _Made:
-    from i2am_train.models.paint_by_example import read_pipeline, write_pipeline
+    from i2am_train.models.paint_by_example_file import read_pipeline, write_pipeline
 
     assert config.pipeline_file is not None
     pipeline, report = read_pipeline(config.pipeline_file)

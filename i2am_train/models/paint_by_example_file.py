@@ -6,6 +6,7 @@ blocks, a norm and a projection to one token (``cond_stage_model``, ``proj_out``
 reference (``learnable_vector``). The order of input channels is that of diffusers' pipeline.
 """
 
+import json
 import math
 import os
 import re
@@ -102,7 +103,11 @@ def pipeline_from_weights(
 
 
 def write_pipeline(pipeline: PaintByExamplePipeline, folder: Path, *, half: bool = False) -> None:
-    """Writes a pipeline's folder, all or nothing; with ``half`` in float16, to which the networks are changed."""
+    """Writes a pipeline's folder, all or nothing; with ``half`` in float16, to which the networks are changed.
+
+    Read it part by part: diffusers retired the pipeline, and ``from_pretrained`` of newer versions than 0.33 does not
+    find the encoder's class in any such folder, that of the hub included.
+    """
     if half:
         for network in (pipeline.unet, pipeline.vae, pipeline.image_encoder):
             network.half()
@@ -110,7 +115,15 @@ def write_pipeline(pipeline: PaintByExamplePipeline, folder: Path, *, half: bool
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as temporary:
         staged = Path(temporary) / "pipeline"
         pipeline.save_pretrained(staged)
+        _name_encoder(staged / "model_index.json")
         os.replace(staged, folder)
+
+
+def _name_encoder(index: Path) -> None:
+    """Names the encoder's package as the folder on the hub does; diffusers writes one without the class."""
+    content = json.loads(index.read_text())
+    content["image_encoder"] = ["paint_by_example", PaintByExampleImageEncoder.__name__]
+    index.write_text(json.dumps(content, indent=2) + "\n")
 
 
 def renamed_encoder(weights: Mapping[str, Tensor]) -> Renamed:
