@@ -122,7 +122,15 @@ def stableviton(guided: bool = False) -> Recipe:
         r"(?P<layer>warp_flow_blks\.\d+)\.transformer_blocks\.0\.attn2",
     )
     rows: Rows = _first_of_two_calls if guided else "all"
-    return Recipe(_LDM_ROOT, (site,), rows, "x", "timesteps", name="stableviton")
+    return Recipe(
+        _LDM_ROOT,
+        (site,),
+        rows,
+        "x",
+        "timesteps",
+        name="stableviton",
+        partial="a CLIP embedding of the garment also enters by cross-attention",
+    )
 
 
 def pasd(guided: bool = True) -> Recipe:

@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 
 HEADS = 8
 LEVELS_WITH_ATTENTION = 3
@@ -130,16 +129,10 @@ class Upsample(nn.Module):
 
 
 class AuthorsBlock(nn.Sequential):
-    checkpoints = False
-
     def forward(self, x: Tensor, context: Tensor, time: Tensor) -> Tensor:
         for layer in self:
-            if isinstance(layer, (nn.Conv2d, Upsample)):
-                x = layer(x)
-            elif self.checkpoints:
-                x = checkpoint(layer, x, context, time, use_reentrant=False)
-            else:
-                x = layer(x, context, time)
+            bare = isinstance(layer, (nn.Conv2d, Upsample))
+            x = layer(x) if bare else layer(x, context, time)
         return x
 
 
@@ -239,8 +232,6 @@ class FeedForward(nn.Module):
 
 
 class BasicTransformerBlock(nn.Module):
-    checkpoints = False
-
     def __init__(self, width: int, context: int, heads: int) -> None:
         super().__init__()
         self.attn1 = CrossAttention(width, None, heads)
@@ -249,11 +240,6 @@ class BasicTransformerBlock(nn.Module):
         self.norm1, self.norm2, self.norm3 = (nn.LayerNorm(width) for _ in range(3))
 
     def forward(self, x: Tensor, context: Tensor) -> Tensor:
-        if self.checkpoints:
-            return checkpoint(self._forward, x, context, use_reentrant=False)
-        return self._forward(x, context)
-
-    def _forward(self, x: Tensor, context: Tensor) -> Tensor:
         x = self.attn1(self.norm1(x)) + x
         x = self.attn2(self.norm2(x), context=context) + x
         return self.ff(self.norm3(x)) + x
