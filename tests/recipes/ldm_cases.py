@@ -2,11 +2,14 @@
 the real ones (adapters note 2.1 to 2.4)."""
 
 from collections.abc import Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import torch
+from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 
+from i2am_train.attribution.sites import PAPER_LAYERS
 from i2am_train.types import GridSize
 from tests.recipes.ldm_models import AuthorsDiffusion, ControlLDM, LatentDiffusion
 from tests.recipes.models import noise
@@ -44,6 +47,18 @@ def make_latent_diffusion() -> nn.Module:
     return sharpened(LatentDiffusion(WIDTHS, CONTEXT))
 
 
+def make_converted() -> SimpleNamespace:
+    """What ``i2am init dci_vton=`` makes, as far as the recipe sees it."""
+    torch.manual_seed(0)
+    unet = UNet2DConditionModel(
+        in_channels=9,
+        block_out_channels=WIDTHS,
+        attention_head_dim=8,
+        cross_attention_dim=CONTEXT,
+    )
+    return SimpleNamespace(unet=sharpened(unet))
+
+
 def make_stableviton() -> nn.Module:
     torch.manual_seed(0)
     return sharpened(ControlLDM(WIDTHS, CONTEXT))
@@ -69,6 +84,12 @@ def run_latent_diffusion(target: Any, batch: int, step: int, guided: bool) -> Te
     return target.predict(latent, timestep(step, batch), token, guided)
 
 
+def run_converted(target: Any, batch: int, step: int, guided: bool) -> Tensor:
+    rows = batch * (1 + guided)
+    latent, token = noise(rows, 9, *LATENT, seed=step), noise(rows, 1, CONTEXT, seed=7)
+    return target.unet(latent, TIMESTEPS[step], token).sample
+
+
 def run_stableviton(target: Any, batch: int, step: int, guided: bool) -> Tensor:
     latent, token = noise(batch, 13, *LATENT, seed=step), noise(batch, 1, CONTEXT, seed=7)
     garment = noise(batch, 4, *LATENT, seed=8)
@@ -86,32 +107,31 @@ def given_in_ldm(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
 
 
 def nine_sites(
-    path: str, layer: str, first: int, reference: Sequence[int] | None, grid: GridSize | None = None
+    layers: Sequence[str],
+    inside: str,
+    reference: Sequence[int] | None,
+    grid: GridSize | None = None,
 ) -> tuple[ExpectedSite, ...]:
-    """Three layers each at a quarter, half and the whole of the latent's size; numbers from ``first`` on.
+    """Three layers each at a quarter, half and the whole of the latent's size; ``inside`` leads to the attention.
 
     ``reference`` None: as many tokens as generated ones, on the same grid.
     """
     sites = []
-    for number in range(9):
+    for number, layer in enumerate(layers):
         scale = 4 >> number // 3
         own = GridSize(LATENT.height // scale, LATENT.width // scale)
-        expected = ExpectedSite(
-            path.format(first + number),
-            layer.format(first + number),
-            8,
-            own,
-            range(own.tokens),
-            range(own.tokens) if reference is None else reference,
-            own if reference is None else grid,
-        )
-        sites.append(expected)
+        tokens, on = (range(own.tokens), own) if reference is None else (reference, grid)
+        sites.append(ExpectedSite(layer + inside, layer, 8, own, range(own.tokens), tokens, on))
     return tuple(sites)
 
 
-LDM_SITES = nine_sites(
-    "output_blocks.{}.1.transformer_blocks.0.attn2", "output_blocks.{}.1", 3, [0]
-)
+def numbered(pattern: str, first: int) -> list[str]:
+    """Nine names with numbers from ``first`` on."""
+    return [pattern.format(first + number) for number in range(9)]
+
+
+ATTN2 = ".transformer_blocks.0.attn2"
+LDM_SITES = nine_sites(numbered("output_blocks.{}.1", 3), ATTN2, [0])
 
 CASES = (
     Case(
@@ -119,9 +139,8 @@ CASES = (
         make_custom,
         run_custom,
         nine_sites(
-            "decoders.{}.1.attention_2",
-            "decoders.{}.1",
-            3,
+            numbered("decoders.{}.1", 3),
+            ".attention_2",
             range(1, 1 + REFERENCE.tokens),
             REFERENCE,
         ),
@@ -148,10 +167,16 @@ CASES = (
         given=given_in_ldm,
     ),
     Case(
+        "dci_vton_diffusers",
+        make_converted,
+        run_converted,
+        nine_sites(PAPER_LAYERS, ATTN2, [0]),
+    ),
+    Case(
         "stableviton",
         make_stableviton,
         run_stableviton,
-        nine_sites("warp_flow_blks.{}.transformer_blocks.0.attn2", "warp_flow_blks.{}", 0, None),
+        nine_sites(numbered("warp_flow_blks.{}", 0), ATTN2, None),
         root="model.diffusion_model",
         rows=first_of_two,
         given=given_in_ldm,
