@@ -98,13 +98,17 @@ def paint_by_example_ldm(guided: bool = True) -> Recipe:
     return Recipe(_LDM_ROOT, (site,), _rows(guided), "x", "timesteps", name="paint_by_example_ldm")
 
 
+_WARPED = "the warped garment also enters by four input channels and the start noise"
+
+
 def dci_vton(guided: bool = False) -> Recipe:
     """DCI-VTON: as Paint-by-Example, without guidance by default (adapters note 2.3)."""
-    return replace(
-        paint_by_example_ldm(guided),
-        name="dci_vton",
-        partial="the warped garment also enters by four input channels and the start noise",
-    )
+    return replace(paint_by_example_ldm(guided), name="dci_vton", partial=_WARPED)
+
+
+def dci_vton_diffusers(guided: bool = False) -> Recipe:
+    """DCI-VTON as a pipeline of diffusers, which ``i2am init dci_vton=FILE`` makes."""
+    return replace(paint_by_example(guided), name="dci_vton_diffusers", partial=_WARPED)
 
 
 def _first_of_two_calls(frame: Frame) -> slice | None:
@@ -118,7 +122,15 @@ def stableviton(guided: bool = False) -> Recipe:
         r"(?P<layer>warp_flow_blks\.\d+)\.transformer_blocks\.0\.attn2",
     )
     rows: Rows = _first_of_two_calls if guided else "all"
-    return Recipe(_LDM_ROOT, (site,), rows, "x", "timesteps", name="stableviton")
+    return Recipe(
+        _LDM_ROOT,
+        (site,),
+        rows,
+        "x",
+        "timesteps",
+        name="stableviton",
+        partial="a CLIP embedding of the garment also enters by cross-attention",
+    )
 
 
 def pasd(guided: bool = True) -> Recipe:
@@ -366,7 +378,7 @@ KNOWN_MODELS: tuple[KnownModel, ...] = (
         sites="9 decoder",
         grids="16x16, 32x32, 64x64; 1 token",
         licence=_OPEN_RAIL,
-        loading=_FOLDER,
+        loading=_FOLDER + ", or `i2am init paint_by_example=`",
         signature=Signature(target="PaintByExamplePipeline"),
         functional=False,
     ),
@@ -389,6 +401,15 @@ KNOWN_MODELS: tuple[KnownModel, ...] = (
         licence="MIT / not stated",
         loading=_FACTORY,
         roots=_LDM_ROOTS,
+        functional=False,
+    ),
+    KnownModel(
+        dci_vton_diffusers,
+        "DCI-VTON (diffusers)",
+        sites="9 decoder",
+        grids="16x16, 32x32, 64x64; 1 token",
+        licence="MIT / not stated",
+        loading="`i2am init dci_vton=`",
         functional=False,
     ),
     KnownModel(

@@ -825,7 +825,8 @@ class ExportConfig:
 
 @dataclass(kw_only=True, slots=True)
 class InitConfig:
-    """Make a model folder for `i2am train` from Stable Diffusion 1.5, a VAE and an image encoder."""
+    """Make a model folder for `i2am train` from Stable Diffusion 1.5, a VAE and an image encoder,
+    or a pipeline of diffusers from a checkpoint of Paint-by-Example or DCI-VTON."""
 
     output: Path
     """Folder of the new model; must not exist yet."""
@@ -834,6 +835,11 @@ class InitConfig:
     or a file in the original layout (v1-5-pruned.ckpt or .safetensors)."""
     custom: Path | None = None
     """Instead of unet: a checkpoint of the authors' custom model (VITON-v1), with its projector."""
+    paint_by_example: Path | None = None
+    """A checkpoint of Paint-by-Example (model.ckpt), to be written as a pipeline of diffusers; of
+    the other options only half has a meaning then."""
+    dci_vton: Path | None = None
+    """Likewise a checkpoint of DCI-VTON (viton512.ckpt)."""
     vae: str | None = None
     """VAE: folder, name or file as for unet, also fine-tuned alone (VITONHD_VAE_finetuning.ckpt);
     null: the one that comes with unet or custom."""
@@ -869,12 +875,17 @@ class InitConfig:
     def __post_init__(self) -> None:
         self.output = self.output.expanduser().absolute()
         self.custom = _absolute(self.custom)
-        given = [name for name in ("unet", "custom") if getattr(self, name) is not None]
+        self.paint_by_example = _absolute(self.paint_by_example)
+        self.dci_vton = _absolute(self.dci_vton)
+        given = [name for name in _INIT_SOURCES if getattr(self, name) is not None]
         if len(given) != 1:
             raise ConfigError(
                 f"What to start from is not clear: found {' and '.join(given) or 'neither unet nor custom'}. "
-                "Give unet=SOURCE for Stable Diffusion, or custom=FILE for the authors' model."
+                "Give unet=SOURCE for Stable Diffusion, or custom=FILE for the authors' model; or "
+                "paint_by_example=FILE or dci_vton=FILE for a pipeline of diffusers."
             )
+        if self.pipeline_file is not None:
+            self._check_nothing_else(given[0])
         if self.custom is not None and self.ema:
             _refuse("ema", "true", "false with custom: the authors kept no average")
         _check_size("", self.height, self.width)
@@ -884,6 +895,26 @@ class InitConfig:
         _check_at_least("projector_blocks", self.projector_blocks, 0)
         _check_at_least("projector_heads", self.projector_heads, 1)
         _check_at_least("seed", self.seed, 0)
+
+    @property
+    def pipeline_file(self) -> Path | None:
+        """The checkpoint that becomes a pipeline of diffusers, if that is asked for."""
+        return self.dci_vton if self.paint_by_example is None else self.paint_by_example
+
+    def _check_nothing_else(self, source: str) -> None:
+        """Options of the try-on model change nothing in a pipeline, which is as its authors made it."""
+        others = [
+            option for option in fields(self) if option.name not in ("output", "half", source)
+        ]
+        changed = [option.name for option in others if getattr(self, option.name) != option.default]
+        if changed:
+            raise ConfigError(
+                f"{', '.join(changed)} has no meaning with {source}: all of the pipeline comes from the "
+                "checkpoint. Leave it out."
+            )
+
+
+_INIT_SOURCES = ("unet", "custom", "paint_by_example", "dci_vton")
 
 
 @dataclass(kw_only=True, slots=True)

@@ -43,23 +43,7 @@ def unet_from_weights(
     Raises:
         CheckpointError: there is no U-Net of Stable Diffusion 1.5's topology, or no average.
     """
-    sources = {key[len(UNET_PREFIX) :]: key for key in weights if key.startswith(UNET_PREFIX)}
-    if not sources:
-        raise CheckpointError(
-            f"'{file}' has no U-Net in Stable Diffusion's layout: none of its {len(weights)} keys starts with "
-            f"'{UNET_PREFIX}' (there: {_examples(weights)}). Give v1-5-pruned.safetensors or another file like it, or "
-            "a folder in diffusers' layout."
-        )
-    if ema:
-        sources = {name: _ema_key(key) for name, key in sources.items()}
-        if not any(key in weights for key in sources.values()):
-            raise CheckpointError(
-                f"'{file}' has no averaged weights (keys '{EMA_PREFIX}...'), and ema=true asks for them. Set "
-                "ema=false, or give the file that has both, such as v1-5-pruned.ckpt."
-            )
-    ldm = {name: weights[key] for name, key in sources.items() if key in weights}
-    unet = empty_unet(ldm, file)
-    renamed = renamed_unet(ldm, sources, unet)
+    unet, renamed = empty_unet_part(weights, file, ema=ema)
     report = key_report(
         file, weights, {"unet": (unet, renamed)}, ours=(EMA_PREFIX if ema else UNET_PREFIX,)
     )
@@ -76,6 +60,48 @@ def vae_from_weights(weights: Mapping[str, Tensor], file: str) -> tuple[Autoenco
     Raises:
         CheckpointError: there is no VAE of Stable Diffusion's topology.
     """
+    vae, renamed, starts = empty_vae_part(weights, file)
+    report = key_report(file, weights, {"vae": (vae, renamed)}, ours=starts)
+    report.check()
+    load_renamed(vae, renamed)
+    return vae.eval(), report
+
+
+def empty_unet_part(
+    weights: Mapping[str, Tensor], file: str, *, ema: bool = False
+) -> tuple[UNet2DConditionModel, Renamed]:
+    """The U-Net of a file on the meta device, and the tensors for it.
+
+    Raises:
+        CheckpointError: there is no U-Net of Stable Diffusion 1.5's topology, or no average.
+    """
+    sources = {key[len(UNET_PREFIX) :]: key for key in weights if key.startswith(UNET_PREFIX)}
+    if not sources:
+        raise CheckpointError(
+            f"'{file}' has no U-Net in Stable Diffusion's layout: none of its {len(weights)} keys starts with "
+            f"'{UNET_PREFIX}' (there: {_examples(weights)}). Give v1-5-pruned.safetensors or another file like it, or "
+            "a folder in diffusers' layout."
+        )
+    if ema:
+        sources = {name: _ema_key(key) for name, key in sources.items()}
+        if not any(key in weights for key in sources.values()):
+            raise CheckpointError(
+                f"'{file}' has no averaged weights (keys '{EMA_PREFIX}...'), and ema=true asks for them. Set "
+                "ema=false, or give the file that has both, such as v1-5-pruned.ckpt."
+            )
+    ldm = {name: weights[key] for name, key in sources.items() if key in weights}
+    unet = empty_unet(ldm, file)
+    return unet, renamed_unet(ldm, sources, unet)
+
+
+def empty_vae_part(
+    weights: Mapping[str, Tensor], file: str
+) -> tuple[AutoencoderKL, Renamed, tuple[str, ...]]:
+    """The VAE of a file on the meta device, the tensors for it, and how its keys start.
+
+    Raises:
+        CheckpointError: there is no VAE of Stable Diffusion's topology.
+    """
     prefix = next(
         (p for p in VAE_PREFIXES if f"{p}decoder.conv_in.weight" in weights), VAE_PREFIXES[0]
     )
@@ -88,11 +114,7 @@ def vae_from_weights(weights: Mapping[str, Tensor], file: str) -> tuple[Autoenco
         )
     ldm = {name: weights[key] for name, key in sources.items()}
     vae = empty_vae(ldm, file)
-    renamed = renamed_vae(ldm, sources, vae)
-    report = key_report(file, weights, {"vae": (vae, renamed)}, ours=starts)
-    report.check()
-    load_renamed(vae, renamed)
-    return vae.eval(), report
+    return vae, renamed_vae(ldm, sources, vae), starts
 
 
 def empty_unet(ldm: Mapping[str, Tensor], file: str) -> UNet2DConditionModel:

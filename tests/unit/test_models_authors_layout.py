@@ -21,6 +21,7 @@ from i2am_train.models.parts import assemble
 from i2am_train.models.projector import ReferenceProjector
 from i2am_train.models.single_file import empty_unet, empty_vae, renamed_unet, renamed_vae
 from i2am_train.models.tryon import Conditions, TryOnModel
+from tests.recipes.ldm_models import AuthorsDiffusion, AuthorsSelfAttention
 
 WIDTHS = (32, 32, 64, 64)
 CONTEXT = 24
@@ -28,169 +29,11 @@ ENCODER = 32
 VAE_WIDTHS = (32, 32, 64, 64)
 
 
-class SelfAttention(nn.Module):
-    """One matrix for query, key and value."""
-
-    def __init__(self, heads: int, width: int, bias: bool = False) -> None:
-        super().__init__()
-        self.in_proj = nn.Linear(width, 3 * width, bias=bias)
-        self.out_proj = nn.Linear(width, width)
-        self.heads = heads
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.out_proj(attend(*self.in_proj(x).chunk(3, dim=-1), self.heads))
-
-
-class CrossAttention(nn.Module):
-    def __init__(self, heads: int, width: int, context: int) -> None:
-        super().__init__()
-        self.q_proj = nn.Linear(width, width, bias=False)
-        self.k_proj = nn.Linear(context, width, bias=False)
-        self.v_proj = nn.Linear(context, width, bias=False)
-        self.out_proj = nn.Linear(width, width)
-        self.heads = heads
-
-    def forward(self, x: Tensor, context: Tensor) -> Tensor:
-        given = (self.q_proj(x), self.k_proj(context), self.v_proj(context))
-        return self.out_proj(attend(*given, self.heads))
-
-
-def attend(q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
-    """Softmax of the scaled products, head by head."""
-    parts = []
-    for a, b, c in zip(q.chunk(heads, -1), k.chunk(heads, -1), v.chunk(heads, -1), strict=True):
-        parts.append((a @ b.mT / a.shape[-1] ** 0.5).softmax(-1) @ c)
-    return torch.cat(parts, dim=-1)
-
-
-class ResidualBlock(nn.Module):
-    def __init__(self, before: int, after: int, time: int) -> None:
-        super().__init__()
-        self.groupnorm_feature = nn.GroupNorm(32, before)
-        self.conv_feature = nn.Conv2d(before, after, 3, padding=1)
-        self.linear_time = nn.Linear(time, after)
-        self.groupnorm_merged = nn.GroupNorm(32, after)
-        self.conv_merged = nn.Conv2d(after, after, 3, padding=1)
-        self.residual_layer = nn.Identity() if before == after else nn.Conv2d(before, after, 1)
-
-    def forward(self, x: Tensor, context: Tensor, time: Tensor) -> Tensor:
-        hidden = self.conv_feature(F.silu(self.groupnorm_feature(x)))
-        hidden = hidden + self.linear_time(F.silu(time))[:, :, None, None]
-        return self.conv_merged(F.silu(self.groupnorm_merged(hidden))) + self.residual_layer(x)
-
-
-class AttentionBlock(nn.Module):
-    def __init__(self, width: int, context: int) -> None:
-        super().__init__()
-        self.groupnorm = nn.GroupNorm(32, width, eps=1e-6)
-        self.conv_input = nn.Conv2d(width, width, 1)
-        self.layernorm_1 = nn.LayerNorm(width)
-        self.attention_1 = SelfAttention(8, width)
-        self.layernorm_2 = nn.LayerNorm(width)
-        self.attention_2 = CrossAttention(8, width, context)
-        self.layernorm_3 = nn.LayerNorm(width)
-        self.linear_geglu_1 = nn.Linear(width, 8 * width)
-        self.linear_geglu_2 = nn.Linear(4 * width, width)
-        self.conv_output = nn.Conv2d(width, width, 1)
-
-    def forward(self, x: Tensor, context: Tensor, time: Tensor) -> Tensor:
-        hidden = self.conv_input(self.groupnorm(x)).flatten(2).mT
-        hidden = hidden + self.attention_1(self.layernorm_1(hidden))
-        hidden = hidden + self.attention_2(self.layernorm_2(hidden), context)
-        value, gate = self.linear_geglu_1(self.layernorm_3(hidden)).chunk(2, dim=-1)
-        hidden = hidden + self.linear_geglu_2(value * F.gelu(gate))
-        return self.conv_output(hidden.mT.reshape(x.shape)) + x
-
-
-class Upsample(nn.Module):
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(width, width, 3, padding=1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.conv(F.interpolate(x, scale_factor=2))
-
-
-class Block(nn.Sequential):
-    def forward(self, x: Tensor, context: Tensor, time: Tensor) -> Tensor:
-        for layer in self:
-            bare = isinstance(layer, (nn.Conv2d, Upsample))
-            x = layer(x) if bare else layer(x, context, time)
-        return x
-
-
-class TheirUNet(nn.Module):
-    def __init__(self, widths: tuple[int, ...], context: int, channels: int = 12) -> None:
-        super().__init__()
-        time, first = 4 * widths[0], widths[0]
-        blocks, skips, last = [Block(nn.Conv2d(channels, first, 3, padding=1))], [first], first
-        for level, width in enumerate(widths):
-            for _ in range(2):
-                attention = [AttentionBlock(width, context)] if level < 3 else []
-                blocks.append(Block(ResidualBlock(last, width, time), *attention))
-                skips.append(width)
-                last = width
-            if level < 3:
-                blocks.append(Block(nn.Conv2d(width, width, 3, stride=2, padding=1)))
-                skips.append(width)
-        self.encoders = nn.ModuleList(blocks)
-        self.bottleneck = Block(
-            ResidualBlock(last, last, time),
-            AttentionBlock(last, context),
-            ResidualBlock(last, last, time),
-        )
-        blocks = []
-        for level, width in reversed(list(enumerate(widths))):
-            for number in range(3):
-                attention = [AttentionBlock(width, context)] if level < 3 else []
-                upsample = [Upsample(width)] if number == 2 and level > 0 else []
-                residual = ResidualBlock(last + skips.pop(), width, time)
-                blocks.append(Block(residual, *attention, *upsample))
-                last = width
-        self.decoders = nn.ModuleList(blocks)
-
-    def forward(self, x: Tensor, context: Tensor, time: Tensor) -> Tensor:
-        skips = []
-        for block in self.encoders:
-            x = block(x, context, time)
-            skips.append(x)
-        x = self.bottleneck(x, context, time)
-        for block in self.decoders:
-            x = block(torch.cat([x, skips.pop()], dim=1), context, time)
-        return x
-
-
-class Diffusion(nn.Module):
-    """Latent, agnostic and pose latents, context, and a time as 320 cosines and sines."""
-
-    def __init__(
-        self, widths: tuple[int, ...], context: int, tokens: int, channels: int = 12
-    ) -> None:
-        super().__init__()
-        self.width = widths[0]
-        self.time_embedding = nn.Module()
-        self.time_embedding.linear_1 = nn.Linear(self.width, 4 * self.width)
-        self.time_embedding.linear_2 = nn.Linear(4 * self.width, 4 * self.width)
-        self.unet = TheirUNet(widths, context, channels)
-        self.final = nn.Module()
-        self.final.groupnorm = nn.GroupNorm(32, self.width)
-        self.final.conv = nn.Conv2d(self.width, 4, 3, padding=1)
-        self.uncond_vector = nn.Parameter(torch.randn(1, tokens, context))
-
-    def forward(self, inputs: Tensor, context: Tensor, step: Tensor) -> Tensor:
-        half = self.width // 2
-        angles = step[:, None] * 10000 ** (-torch.arange(half) / half)
-        time = torch.cat([angles.cos(), angles.sin()], dim=-1)
-        time = self.time_embedding.linear_2(F.silu(self.time_embedding.linear_1(time)))
-        hidden = self.unet(inputs, context, time)
-        return self.final.conv(F.silu(self.final.groupnorm(hidden)))
-
-
 class ProjectorBlock(nn.Module):
     def __init__(self, width: int) -> None:
         super().__init__()
         self.layernorm_1 = nn.LayerNorm(width)
-        self.attention_1 = SelfAttention(1, width)
+        self.attention_1 = AuthorsSelfAttention(1, width)
         self.layernorm_2 = nn.LayerNorm(width)
         self.linear_geglu_1 = nn.Linear(width, 8 * width)
         self.linear_geglu_2 = nn.Linear(4 * width, width)
@@ -241,7 +84,7 @@ class VaeAttention(nn.Module):
     def __init__(self, width: int) -> None:
         super().__init__()
         self.groupnorm = nn.GroupNorm(32, width)
-        self.attention = SelfAttention(1, width, bias=True)
+        self.attention = AuthorsSelfAttention(1, width, bias=True)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.attention(self.groupnorm(x).flatten(2).mT).mT.reshape(x.shape) + x
@@ -294,7 +137,7 @@ class TheirModel(nn.Module):
         channels: int = 12,
     ) -> None:
         super().__init__()
-        self.diffusion = Diffusion(widths, context, tokens, channels)
+        self.diffusion = AuthorsDiffusion(widths, context, tokens, channels)
         self.mlp = TheirProjector(encoder, context)
         self.dinov2 = nn.Module()
         self.dinov2.model = nn.LayerNorm(encoder)
