@@ -626,7 +626,7 @@ class AblateConfig:
 
 @dataclass(kw_only=True, slots=True)
 class RecipeConfig:
-    """Options of other models' recipes; null: as the recipe has it (`i2am explain --recipes`)."""
+    """Options of other models' recipes; null: as the recipe has it."""
 
     guided: bool | None = None
     """Whether the batch holds both halves of guidance; null: by sampling.guidance for models that

@@ -276,6 +276,8 @@ class _Pen:
 
     def warnings(self, lines: Sequence[str]) -> float:
         """Write the warnings at the top and return where they end."""
+        if not lines:
+            return _EDGE
         at = (_EDGE / self.width, self._up(_EDGE))
         self.figure.text(
             *at, "\n".join(lines), va="top", fontsize=_SMALL_SIZE, weight="bold", color=WARNING,
