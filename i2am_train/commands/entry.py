@@ -67,6 +67,9 @@ EXAMPLES = {
         i2am explain checkpoint=tiny sample=17
         i2am explain checkpoint=runs/refined-seed0 sample=17 attribution.layer=5 pairing=unpaired
         i2am explain checkpoint=[runs/baseline-seed0,runs/refined-seed0] sample=[3,17]
+        i2am explain --recipes
+        i2am explain model=catvton checkpoint=PATH adapter=FILE image=FILE mask=FILE reference=FILE
+        i2am explain model=factory factory=my_model:build image=FILE mask=FILE reference=FILE
     """,
     "detect": """
         i2am detect root=data/coco dtype=float16
