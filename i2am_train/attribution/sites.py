@@ -9,16 +9,16 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import TypeAlias
+from dataclasses import dataclass, replace
+from typing import NamedTuple, TypeAlias
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from i2am_train.attribution.frames import Frame
 from i2am_train.errors import CaptureError
 from i2am_train.ops.grids import solve_grid
-from i2am_train.types import Canvas, GridSize
+from i2am_train.types import Backend, Canvas, GridSize
 
 LayerId: TypeAlias = int | str
 """A layer by its name (``"up_blocks.1.attentions.1"``) or by the paper's number (``2``)."""
@@ -102,13 +102,13 @@ class TokenPlaces:
     grid: GridSize | None
 
     def take(self, tokens: Tensor) -> Tensor:
-        """The chosen tokens of ``[batch, token, channel]``."""
-        return tokens[:, self.index]
+        """The chosen tokens of ``[..., token, channel]``."""
+        return tokens[..., self.index, :]
 
 
 @dataclass(frozen=True)
 class Tokens:
-    """Where one picture's tokens sit in the output of a projection.
+    """Where one picture's tokens sit in a sequence of queries or keys.
 
     ``grid`` is a fixed grid, ``"latent"`` (solved from the latent's size at each call), or None for
     tokens without a place in a picture. ``block=(i, n)`` takes the i-th of n equal parts of the
@@ -180,12 +180,17 @@ class Tokens:
 class Site:
     """Attention modules of one kind: all whose path below the root matches ``pattern`` entirely.
 
-    A group called ``layer`` in the pattern names the layer; otherwise its whole path does. The two
-    projections are submodules (by path) whose outputs are the projected tokens; ``heads`` is a
-    number or an attribute of the module; ``scale`` defaults to ``head_width ** -0.5``. ``joint``
+    A group called ``layer`` in the pattern names the layer; otherwise its whole path does. ``joint``
     says that the model's own softmax runs over the generated tokens too (self-attention over both
     pictures): maps then see the reference's keys alone, and the share of attention that they get is
     kept as well (`AttributionMaps.mass`).
+
+    ``via`` says how queries and keys are observed (`Backend`). By ``projections``: the two
+    projections are submodules (by path) whose outputs are the projected tokens; ``heads`` is a
+    number or an attribute of the module; ``scale`` defaults to ``head_width ** -0.5``. By ``sdpa``:
+    ``sdpa_call`` counts the calls of ``scaled_dot_product_attention`` in one forward of the module,
+    from 0 (an IP-Adapter attends to the text first, to its first picture next); heads and scale are
+    those of the call.
     """
 
     pattern: str
@@ -196,6 +201,16 @@ class Site:
     reference: Tokens = Tokens()
     scale: float | None = None
     joint: bool = False
+    via: Backend | str = Backend.PROJECTIONS
+    sdpa_call: int = 0
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "via", _backend(self.via))
+        if self.sdpa_call < 0:
+            raise CaptureError(
+                f"Site.sdpa_call is {self.sdpa_call}; expected the number of an attention call in "
+                "the module's forward, counted from 0."
+            )
 
     def layer_of(self, path: str) -> str | None:
         """Layer name of a module path, or None if the site is not there."""
@@ -203,6 +218,40 @@ class Site:
         if match is None:
             return None
         return str(match.groupdict().get("layer") or path)
+
+
+def _backend(name: Backend | str) -> Backend:
+    if name not in list(Backend):
+        raise CaptureError(f"There is no backend '{name}'. Expected one of {', '.join(Backend)}.")
+    return Backend(name)
+
+
+class SitePlaces(NamedTuple):
+    """Places of the generated and of the reference tokens of one site."""
+
+    generated: TokenPlaces
+    reference: TokenPlaces
+
+
+@dataclass(eq=False)
+class SiteModule:
+    """One attention module of a model, resolved from a recipe."""
+
+    layer: str
+    path: str
+    site: Site
+    module: nn.Module
+
+    def places(self, generated: int, reference: int, latent: GridSize) -> SitePlaces:
+        """Where the picture's tokens are among so many queries and keys; an error that names the
+        layer if they don't fit."""
+        try:
+            return SitePlaces(
+                self.site.generated.places(generated, latent),
+                self.site.reference.places(reference, latent),
+            )
+        except CaptureError as error:
+            raise CaptureError(f"Layer {self.layer}: {error}") from None
 
 
 Rows: TypeAlias = str | Callable[[Frame], slice | None]
@@ -265,3 +314,12 @@ class Recipe:
         if callable(self.rows):
             return self.rows(frame)
         return _named_rows(self.rows, frame.batch)
+
+
+def replace_backend(recipe: Recipe, via: Backend | str) -> Recipe:
+    """The same recipe with all its sites observed by another backend.
+
+    >>> replace_backend(Recipe("", (Site(r"blocks\\.\\d+\\.attn"),)), "sdpa").sites[0].via
+    <Backend.SDPA: 'sdpa'>
+    """
+    return replace(recipe, sites=tuple(replace(site, via=via) for site in recipe.sites))
