@@ -24,7 +24,7 @@ from torch.utils.hooks import RemovableHandle
 from i2am_train.attribution.frames import Frame, announced_evaluation
 from i2am_train.attribution.probes import AttentionInputs, Probe, probe
 from i2am_train.attribution.recipes import nearest_recipe
-from i2am_train.attribution.sites import LayerId, Recipe, SiteModule, find_layer
+from i2am_train.attribution.sites import LatentSize, LayerId, Recipe, SiteModule, find_layer
 from i2am_train.errors import CaptureError
 from i2am_train.types import GridSize
 
@@ -163,6 +163,21 @@ class Listener:
             torch._C._current_graph_task_id() != -1
         ):  # a checkpoint around the root runs it again in backward
             return
+        size = self._latent_size(arguments)
+        timestep = arguments.get(self.recipe.timestep) if self.recipe.timestep else None
+        self._frame = Frame(
+            call=self._calls,
+            timestep=timestep,
+            latent=size.grid,
+            batch=size.rows,
+            announced=announced_evaluation(),
+        )
+        self._calls += 1
+        self.on_open(self._frame)
+
+    def _latent_size(self, arguments: dict[str, Any]) -> LatentSize:
+        if callable(self.recipe.latent):
+            return self.recipe.latent(arguments)
         latent = arguments.get(self.recipe.latent)
         if not isinstance(latent, Tensor) or latent.ndim != 4:
             given = ", ".join(arguments) or "none"
@@ -170,18 +185,9 @@ class Listener:
                 f"{type(self.root).__name__} was called without a picture '{self.recipe.latent}' "
                 "of shape "
                 f"[batch, channel, height, width] (arguments: {given}). Set the recipe's latent to "
-                "its name."
+                "its name, or to a function of the arguments if tokens are packed."
             )
-        timestep = arguments.get(self.recipe.timestep) if self.recipe.timestep else None
-        self._frame = Frame(
-            call=self._calls,
-            timestep=timestep,
-            latent=GridSize(*latent.shape[-2:]),
-            batch=latent.shape[0],
-            announced=announced_evaluation(),
-        )
-        self._calls += 1
-        self.on_open(self._frame)
+        return LatentSize(latent.shape[0], GridSize(*latent.shape[-2:]))
 
     def _close(self, *_: Any) -> None:
         self._frame = None

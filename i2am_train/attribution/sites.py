@@ -8,9 +8,9 @@ guessed from a token count: a mismatch is an error.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -274,12 +274,24 @@ def _named_rows(name: str, batch: int) -> slice:
     return slice(0, batch // 2) if name == "first_half" else slice(batch // 2, batch)
 
 
+class LatentSize(NamedTuple):
+    """How many rows an evaluation has, and the generated latent's grid."""
+
+    rows: int
+    grid: GridSize
+
+
+Latent: TypeAlias = str | Callable[[Mapping[str, Any]], LatentSize]
+"""Name of the argument that is the latent ``[row, channel, height, width]``, or a function of all
+arguments of the denoiser's forward by name (transformers that are given packed tokens)."""
+
+
 @dataclass(frozen=True)
 class Recipe:
     """How to capture one kind of model.
 
     ``root`` is the path of the denoiser in the traced object (``""``: the object itself);
-    ``latent`` and ``timestep`` are names of arguments of its forward. ``rows`` says which rows of
+    ``latent`` (see `Latent`) and ``timestep`` are names of arguments of its forward. ``rows`` says which rows of
     the batch are conditional whenever the sampler does not announce them itself (see
     `i2am_train.attribution.frames.announce`). ``absent`` are patterns of module paths that a model
     of this kind does not have, by which a similar one is refused. ``once_per_step`` refuses a
@@ -292,7 +304,7 @@ class Recipe:
     root: str
     sites: tuple[Site, ...]
     rows: Rows = "second_half"
-    latent: str = "sample"
+    latent: Latent = "sample"
     timestep: str | None = "timestep"
     name: str = ""
     absent: tuple[str, ...] = ()
