@@ -66,6 +66,17 @@ class Canvas(StrEnum):
     """The whole picture lies in the middle of the grid, with empty borders."""
 
 
+class Backend(StrEnum):
+    """How the queries and keys of an attention module are observed."""
+
+    PROJECTIONS = "projections"
+    """Forward hooks on the query and key projections: any attention kernel, but nothing that the
+    model does to its tokens after the projection."""
+    SDPA = "sdpa"
+    """What reaches `torch.nn.functional.scaled_dot_product_attention`: true queries and keys, also
+    normalised or rotated ones, but blind to any other kernel."""
+
+
 class PredictionType(StrEnum):
     """What the denoiser predicts; the values are diffusers' own."""
 

@@ -13,7 +13,7 @@ Plain and captured runs alternate in one process, so that a busy machine slows b
 processor seconds is given beside that of wall seconds, as it hardly notices other processes. Memory
 is measured in fresh processes, one per variant, as the peak of the resident set above that of the
 plain variant. ``softmax`` is the named rival: the same hooks, with the two softmaxes of each layer
-as one writes them first.
+as one writes them first. ``captured sdpa`` is the second backend; its numbers are in the JSON.
 
     python scripts/benchmark_capture.py --runs 7
 """
@@ -113,6 +113,7 @@ def sd15_case(grid: GridSize) -> Case:
         {
             "plain": evaluate(nullcontext),
             "captured": evaluate(lambda: trace(unet, recipe)),
+            "captured sdpa": evaluate(lambda: trace(unet, recipe, via="sdpa")),
             "plain softmax": evaluate(lambda: traced_with_softmaxes(unet, recipe)),
         },
         "plain",
@@ -146,6 +147,7 @@ def tiny_case(batch: int = 4, steps: int = 4) -> Case:
         {
             "plain": draw(nullcontext),
             "captured": draw(lambda: trace(model)),
+            "captured sdpa": draw(lambda: trace(model, via="sdpa")),
             "plain softmax": draw(lambda: traced_with_softmaxes(model)),
         },
         "plain",

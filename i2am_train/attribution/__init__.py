@@ -22,6 +22,7 @@ from i2am_train.attribution.sites import (
     find_layer,
     layer_name,
     paper_number,
+    replace_backend,
 )
 from i2am_train.attribution.store import AttributionStore, LayerRecord
 from i2am_train.attribution.tap import ScoreTap
@@ -53,6 +54,7 @@ __all__ = [
     "normalise",
     "paper_number",
     "register",
+    "replace_backend",
     "save_maps",
     "threshold",
     "time_groups",

@@ -1,6 +1,7 @@
-"""Forward hooks that hand over each site's projected tokens, one denoiser evaluation at a time.
- Projections are observed, not replaced: the attention backend keeps its kernel and the output stays
-bit-identical. The root's own hooks open and close a *frame*; what happens outside a frame (another
+"""A listener hands over what each site attends with, one denoiser evaluation at a time.
+
+Modules are observed (`i2am_train.attribution.probes`), not replaced: the model keeps its kernel and
+the output stays bit-identical. The root's own hooks open and close a *frame*; what happens outside a frame (another
 network that shares the module, the recomputation of a gradient checkpoint) is dropped.
 """
 
@@ -9,10 +10,11 @@ from __future__ import annotations
 import inspect
 import re
 import sys
-from collections.abc import Callable, Container, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from functools import partial
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
@@ -20,47 +22,11 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from i2am_train.attribution.frames import Frame, announced_evaluation
+from i2am_train.attribution.probes import AttentionInputs, Probe, probe
 from i2am_train.attribution.recipes import nearest_recipe
-from i2am_train.attribution.sites import LayerId, Recipe, Site, TokenPlaces, find_layer
+from i2am_train.attribution.sites import LatentSize, LayerId, Recipe, SiteModule, find_layer
 from i2am_train.errors import CaptureError
 from i2am_train.types import GridSize
-
-
-@dataclass(eq=False)
-class SiteModule:
-    """One attention module of a model, resolved from a recipe."""
-
-    layer: str
-    path: str
-    site: Site
-    module: nn.Module
-    generated_projection: nn.Module
-    reference_projection: nn.Module
-    heads: int
-
-    def places(self, generated: Tensor, reference: Tensor, frame: Frame) -> SitePlaces:
-        """Where the picture's tokens are in these projections; an error that names the layer if
-        they don't fit."""
-        try:
-            return SitePlaces(
-                self.site.generated.places(generated.shape[1], frame.latent),
-                self.site.reference.places(reference.shape[1], frame.latent),
-            )
-        except CaptureError as error:
-            raise CaptureError(f"Layer {self.layer}: {error}") from None
-
-    def split_heads(self, tokens: Tensor) -> Tensor:
-        """``[batch, token, head * channel]`` as ``[batch, head, token, channel]``, without a
-        copy."""
-        rows, count, width = tokens.shape
-        return tokens.view(rows, count, self.heads, width // self.heads).transpose(1, 2)
-
-
-class SitePlaces(NamedTuple):
-    """Places of the generated and of the reference tokens of one site."""
-
-    generated: TokenPlaces
-    reference: TokenPlaces
 
 
 def resolve_root(target: Any, recipe: Recipe) -> nn.Module:
@@ -90,7 +56,7 @@ def resolve_sites(root: nn.Module, recipe: Recipe) -> tuple[SiteModule, ...]:
     """The recipe's attention modules as they are now (call it when attaching: adapters may be
     injected until then)."""
     found = [
-        _site_module(site, layer, path, module)
+        SiteModule(layer, path, site, module)
         for path, module in root.named_modules()
         for site in recipe.sites
         if (layer := site.layer_of(path)) is not None
@@ -129,57 +95,8 @@ def _attention_like(root: nn.Module) -> str:
     return ", ".join(shown) or "no module with heads"
 
 
-def _site_module(site: Site, layer: str, path: str, module: nn.Module) -> SiteModule:
-    _refuse_other_keys_and_queries(layer, module)
-    heads = site.heads if isinstance(site.heads, int) else getattr(module, site.heads, None)
-    if not isinstance(heads, int):
-        raise CaptureError(
-            f"Layer {layer}: {type(module).__name__} has no number of heads in '{site.heads}'. "
-            "Set the site's heads to a number or to the attribute's name."
-        )
-    return SiteModule(
-        layer=layer,
-        path=path,
-        site=site,
-        module=module,
-        generated_projection=_submodule(layer, module, site.generated_projection),
-        reference_projection=_submodule(layer, module, site.reference_projection),
-        heads=heads,
-    )
-
-
-def _refuse_other_keys_and_queries(layer: str, module: nn.Module) -> None:
-    processor = getattr(module, "processor", None)
-    # diffusers leaves the flag when it unfuses, and goes back to the old processor
-    is_fused = processor is None or "Fused" in type(processor).__name__
-    if getattr(module, "fused_projections", False) and is_fused:
-        raise CaptureError(
-            f"Layer {layer} has fused projections, so its separate ones are never called. "
-            "Call unfuse_qkv_projections() on the model before tracing."
-        )
-    if getattr(module, "norm_q", None) is not None or getattr(module, "norm_k", None) is not None:
-        raise CaptureError(
-            f"Layer {layer} normalises its tokens after the projection, so projections are not "
-            "what it attends with. "
-            "Such models cannot be traced by projection hooks; give sites of another layer."
-        )
-
-
-def _submodule(layer: str, module: nn.Module, path: str) -> nn.Module:
-    try:
-        return module.get_submodule(path)
-    except AttributeError:
-        children = ", ".join(name for name, _ in module.named_children()) or "none"
-        raise CaptureError(
-            f"Layer {layer}: {type(module).__name__} has no submodule '{path}' (it has: "
-            f"{children}). "
-            "Set the site's projections to submodules whose outputs are the projected tokens."
-        ) from None
-
-
-OnAttention = Callable[[SiteModule, Frame, Tensor, Tensor], None]
-"""Called once per site and frame with its projections ``[row, token, head * channel]``, all rows of
-the batch."""
+OnAttention = Callable[[SiteModule, Frame, AttentionInputs], None]
+"""Called once per site and frame with what it attends with, all rows of the batch."""
 
 
 def _nothing(frame: Frame) -> None:
@@ -193,7 +110,7 @@ _ATTACHED: WeakKeyDictionary[nn.Module, set[str]] = WeakKeyDictionary()
 @dataclass(eq=False)
 class Listener:
     """The hooks of one trace or tap. ``attach`` and ``detach`` are inverses; a frame never outlives
-    its forward."""
+    its forward. Raises `CaptureError` for a site that its backend cannot observe."""
 
     root: nn.Module
     recipe: Recipe
@@ -204,8 +121,12 @@ class Listener:
     _handles: list[RemovableHandle] = field(default_factory=list)
     _frame: Frame | None = None
     _calls: int = 0
-    _generated: dict[SiteModule, Tensor] = field(default_factory=dict)
-    _reference: dict[SiteModule, Tensor] = field(default_factory=dict)
+    _probes: list[Probe] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._probes = [
+            probe(site, partial(self._deliver, site), self._is_open) for site in self.sites
+        ]
 
     def attach(self) -> None:
         """Register all hooks; refuses a root that already has a listener of this kind."""
@@ -225,8 +146,8 @@ class Listener:
             self.root.register_forward_pre_hook(open_frame, with_kwargs=True),
             self.root.register_forward_hook(self._close, always_call=True),
         ]
-        for site in self.sites:
-            self._handles += self._site_hooks(site)
+        for each in self._probes:
+            self._handles += each.attach()
 
     def detach(self) -> None:
         """Remove every hook; harmless when there is none."""
@@ -237,33 +158,26 @@ class Listener:
         self._handles = []
         self._close()
 
-    def _site_hooks(self, site: SiteModule) -> list[RemovableHandle]:
-        def keep_generated(_: nn.Module, __: Any, output: Tensor) -> None:
-            if self._frame is not None:
-                self._generated[site] = output
-
-        def keep_reference(_: nn.Module, __: Any, output: Tensor) -> None:
-            if self._frame is not None:
-                _refuse_second_reference(site, self._reference)
-                # IP-Adapter projects [row, image, token, channel]
-                self._reference[site] = output.flatten(1, -2)
-
-        def emit(_: nn.Module, __: Any, ___: Any) -> None:
-            generated, reference = self._generated.pop(site, None), self._reference.pop(site, None)
-            if self._frame is not None and generated is not None and reference is not None:
-                self.on_attention(site, self._frame, generated, reference)
-
-        return [
-            site.generated_projection.register_forward_hook(keep_generated),
-            site.reference_projection.register_forward_hook(keep_reference),
-            site.module.register_forward_hook(emit),
-        ]
-
     def _open(self, arguments: dict[str, Any]) -> None:
         if (
             torch._C._current_graph_task_id() != -1
         ):  # a checkpoint around the root runs it again in backward
             return
+        size = self._latent_size(arguments)
+        timestep = arguments.get(self.recipe.timestep) if self.recipe.timestep else None
+        self._frame = Frame(
+            call=self._calls,
+            timestep=timestep,
+            latent=size.grid,
+            batch=size.rows,
+            announced=announced_evaluation(),
+        )
+        self._calls += 1
+        self.on_open(self._frame)
+
+    def _latent_size(self, arguments: dict[str, Any]) -> LatentSize:
+        if callable(self.recipe.latent):
+            return self.recipe.latent(arguments)
         latent = arguments.get(self.recipe.latent)
         if not isinstance(latent, Tensor) or latent.ndim != 4:
             given = ", ".join(arguments) or "none"
@@ -271,33 +185,21 @@ class Listener:
                 f"{type(self.root).__name__} was called without a picture '{self.recipe.latent}' "
                 "of shape "
                 f"[batch, channel, height, width] (arguments: {given}). Set the recipe's latent to "
-                "its name."
+                "its name, or to a function of the arguments if tokens are packed."
             )
-        timestep = arguments.get(self.recipe.timestep) if self.recipe.timestep else None
-        self._frame = Frame(
-            call=self._calls,
-            timestep=timestep,
-            latent=GridSize(*latent.shape[-2:]),
-            batch=latent.shape[0],
-            announced=announced_evaluation(),
-        )
-        self._calls += 1
-        self.on_open(self._frame)
+        return LatentSize(latent.shape[0], GridSize(*latent.shape[-2:]))
 
     def _close(self, *_: Any) -> None:
         self._frame = None
-        self._generated.clear()
-        self._reference.clear()
+        for each in self._probes:
+            each.clear()
 
+    def _is_open(self) -> bool:
+        return self._frame is not None
 
-def _refuse_second_reference(site: SiteModule, seen: Container[SiteModule]) -> None:
-    """Keys that come in several portions have a softmax each, which one map cannot show."""
-    if site in seen:
-        raise CaptureError(
-            f"Layer {site.layer} projected reference tokens twice in one evaluation, as IP-Adapter "
-            "does with a mask for each of several reference pictures. Trace it with one reference "
-            "picture, or without masks."
-        )
+    def _deliver(self, site: SiteModule, inputs: AttentionInputs) -> None:
+        if self._frame is not None:
+            self.on_attention(site, self._frame, inputs)
 
 
 def choose_sites(sites: Sequence[SiteModule], layers: Sequence[LayerId]) -> tuple[SiteModule, ...]:

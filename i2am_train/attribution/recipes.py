@@ -14,12 +14,12 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol, runtime_checkable
 
-from torch import nn
+from torch import Tensor, nn
 
 from i2am_train.attribution.frames import Frame
-from i2am_train.attribution.sites import Recipe, Rows, Site, Tokens
+from i2am_train.attribution.sites import Latent, LatentSize, Recipe, Rows, Site, Tokens
 from i2am_train.errors import CaptureError
-from i2am_train.types import Canvas, GridSize
+from i2am_train.types import Backend, Canvas, GridSize
 
 DIFFUSERS_DECODER = r"(?P<layer>up_blocks\.\d+\.attentions\.\d+)\.transformer_blocks\.0\.attn2"
 """The decoder's cross-attention of Stable-Diffusion-like networks of diffusers: the paper's layers
@@ -232,6 +232,7 @@ def _ip_adapter(name: str, tokens: Tokens, adapter: int, guided: bool, canvas: C
         DIFFUSERS_SELF_ATTENTION.replace("attn1", "attn2"),
         reference_projection=f"processor.to_k_ip.{adapter}",
         reference=tokens,
+        sdpa_call=1 + adapter,  # after the text; right as long as no adapter's scale is zero
     )
     return Recipe("unet", (site,), _rows(guided), name=name, canvas=canvas)
 
@@ -250,6 +251,65 @@ def ip_adapter_full_face(adapter: int = 0, guided: bool = True) -> Recipe:
     """IP-Adapter full-face: the class token and 16x16 patches of CLIP's centre crop."""
     tokens = Tokens(GridSize(16, 16), skip=1)
     return _ip_adapter("ip_adapter_full_face", tokens, adapter, guided, Canvas.CENTRE_CROP)
+
+
+KONTEXT_GRID = GridSize(64, 64)
+"""Packed tokens of Kontext's default picture, 1024x1024."""
+
+
+def flux_kontext(
+    generated_grid: GridSize = KONTEXT_GRID,
+    reference_grid: GridSize = KONTEXT_GRID,
+    text_tokens: int = 512,
+    guided: bool = False,
+) -> Recipe:
+    """FLUX.1 Kontext in diffusers: all blocks attend to [text; generated; reference picture].
+
+    Tokens are normalised and rotated after the projection, so the attention call is observed.
+    Grids are those of the packed latents, image size / 16 (64x64: 1024x1024). With true guidance
+    each step makes two calls, the conditional one first.
+    """
+    last_generated = text_tokens + generated_grid.tokens
+    site = Site(
+        r"(?P<layer>(?:single_)?transformer_blocks\.\d+)\.attn",
+        generated=Tokens(generated_grid, skip=text_tokens, stop=last_generated),
+        reference=Tokens(reference_grid, skip=last_generated),
+        joint=True,
+        via=Backend.SDPA,
+    )
+    return Recipe(
+        "transformer",
+        (site,),
+        _first_of_two_calls if guided else "all",
+        _packed_pictures(generated_grid, reference_grid),
+        name="flux_kontext",
+    )
+
+
+def _packed_pictures(generated: GridSize, reference: GridSize) -> Latent:
+    """Reads the sizes of Kontext's two pictures from their position ids ``[token, 3]`` (picture,
+    row, column), and refuses others than the recipe's."""
+
+    def size(arguments: Mapping[str, Any]) -> LatentSize:
+        ids = arguments["img_ids"].reshape(-1, 3)
+        found = [_extent(ids[ids[:, 0] == picture]) for picture in (0, 1)]
+        if found != [generated, reference]:
+            raise CaptureError(
+                f"The model was called with pictures of {found[0]} generated and {found[1]} "
+                f"reference tokens, and the recipe says {generated} and {reference}. Give the "
+                "recipe's generated_grid and reference_grid (image size / 16)."
+            )
+        return LatentSize(arguments["hidden_states"].shape[0], generated)
+
+    return size
+
+
+def _extent(ids: Tensor) -> GridSize:
+    """Grid that position ids ``[token, 3]`` span; 0x0 for none."""
+    if not len(ids):
+        return GridSize(0, 0)
+    height, width = (int(last) + 1 for last in ids[:, 1:].amax(dim=0))
+    return GridSize(height, width)
 
 
 @dataclass(frozen=True)
@@ -512,6 +572,16 @@ KNOWN_MODELS: tuple[KnownModel, ...] = (
         licence="Apache-2.0",
         loading=_FOLDER,
         signature=Signature(modules=(_PROJECTION + "IPAdapterFullImageProjection",)),
+    ),
+    KnownModel(
+        flux_kontext,
+        "FLUX.1 Kontext",
+        sites="57 joint attentions",
+        grids="image size / 16, both sides",
+        licence="Apache-2.0 / FLUX.1 [dev] non-commercial",
+        loading=_FOLDER,
+        roots=("transformer", ""),
+        signature=Signature(target="FluxKontextPipeline"),
     ),
 )
 """Every supported model, in the order in which they are tried."""

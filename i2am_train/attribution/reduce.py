@@ -1,4 +1,4 @@
-"""From one site's projections to what is kept of them: two vectors per head, and whole matrices
+"""From one site's queries and keys to what is kept of them: two vectors per head, and whole matrices
 where asked for."""
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from i2am_train.attribution.frames import Frame
-from i2am_train.attribution.listening import SiteModule, SitePlaces
+from i2am_train.attribution.probes import AttentionInputs
+from i2am_train.attribution.sites import SiteModule, SitePlaces
 from i2am_train.errors import CaptureError
 from i2am_train.ops.attention import (
     HeadMeanMatrices,
@@ -43,6 +44,7 @@ class SiteRecorder:
     matrices: HeadMeanMatrices | None = None
     places: SitePlaces | None = None
     key_tokens: int = 0
+    heads: int | None = None
     _weights: Tensor | None = None
     _last_call: int = -1
 
@@ -51,31 +53,32 @@ class SiteRecorder:
         """Evaluations recorded so far."""
         return len(self.to_generated)
 
-    def record(self, frame: Frame, rows: slice, generated: Tensor, reference: Tensor) -> None:
-        """Reduce one evaluation's projections ``[row, token, head * channel]`` and keep the
-        result."""
+    def record(self, frame: Frame, inputs: AttentionInputs) -> None:
+        """Reduce what the conditional rows of one evaluation attend with, and keep the result."""
         self._check_once_per_frame(frame)
-        self._check_device(generated)
-        self.key_tokens = reference.shape[1]
-        places = self._places_as_before(self.site.places(generated, reference, frame))
-        queries = self.site.split_heads(places.generated.take(generated[rows]))
-        keys = self.site.split_heads(places.reference.take(reference[rows]))
+        self._check_device(inputs.generated)
+        _, self.heads, queries_count, _ = inputs.generated.shape
+        self.key_tokens = inputs.reference.shape[2]
+        places = self._places_as_before(
+            self.site.places(queries_count, self.key_tokens, frame.latent)
+        )
+        queries = places.generated.take(inputs.generated)
+        keys = places.reference.take(inputs.reference)
         means = column_means(
             queries,
             keys,
-            self.site.site.scale,
+            inputs.scale,
             generated_weights=self._row_weights(places.generated.grid, queries),
             byte_budget=self.byte_budget,
         )
         self.to_generated.append(means.to_generated)
         self.to_reference.append(means.to_reference)
         if self.site.site.joint:
-            all_keys = self.site.split_heads(reference[rows])
             self.mass.append(
-                reference_mass(queries, keys, all_keys, self.site.site.scale, self.byte_budget)
+                reference_mass(queries, keys, inputs.reference, inputs.scale, self.byte_budget)
             )
         if self.keeps_matrices:
-            self._add(head_mean_matrices(queries, keys, self.site.site.scale))
+            self._add(head_mean_matrices(queries, keys, inputs.scale))
 
     def _places_as_before(self, places: SitePlaces) -> SitePlaces:
         first = self.places = self.places or places

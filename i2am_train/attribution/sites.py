@@ -8,17 +8,17 @@ guessed from a token count: a mismatch is an error.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import TypeAlias
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from i2am_train.attribution.frames import Frame
 from i2am_train.errors import CaptureError
 from i2am_train.ops.grids import solve_grid
-from i2am_train.types import Canvas, GridSize
+from i2am_train.types import Backend, Canvas, GridSize
 
 LayerId: TypeAlias = int | str
 """A layer by its name (``"up_blocks.1.attentions.1"``) or by the paper's number (``2``)."""
@@ -117,8 +117,8 @@ class TokenPlaces:
     grid: GridSize | None
 
     def take(self, tokens: Tensor) -> Tensor:
-        """The chosen tokens of ``[batch, token, channel]``."""
-        return tokens[:, self.index]
+        """The chosen tokens of ``[..., token, channel]``."""
+        return tokens[..., self.index, :]
 
 
 def _cells(first: float | int, last: float | int, side: int, grid: GridSize) -> tuple[int, int]:
@@ -135,7 +135,7 @@ def _cells(first: float | int, last: float | int, side: int, grid: GridSize) -> 
 
 @dataclass(frozen=True)
 class Tokens:
-    """Where one picture's tokens sit in the output of a projection.
+    """Where one picture's tokens sit in a sequence of queries or keys.
 
     ``grid`` is a fixed grid, ``"latent"`` (solved from the latent's size at each call), or None for
     tokens without a place in a picture. ``block=(i, n)`` takes the i-th of n equal parts of the
@@ -207,12 +207,17 @@ class Tokens:
 class Site:
     """Attention modules of one kind: all whose path below the root matches ``pattern`` entirely.
 
-    A group called ``layer`` in the pattern names the layer; otherwise its whole path does. The two
-    projections are submodules (by path) whose outputs are the projected tokens; ``heads`` is a
-    number or an attribute of the module; ``scale`` defaults to ``head_width ** -0.5``. ``joint``
+    A group called ``layer`` in the pattern names the layer; otherwise its whole path does. ``joint``
     says that the model's own softmax runs over the generated tokens too (self-attention over both
     pictures): maps then see the reference's keys alone, and the share of attention that they get is
     kept as well (`AttributionMaps.mass`).
+
+    ``via`` says how queries and keys are observed (`Backend`). By ``projections``: the two
+    projections are submodules (by path) whose outputs are the projected tokens; ``heads`` is a
+    number or an attribute of the module; ``scale`` defaults to ``head_width ** -0.5``. By ``sdpa``:
+    ``sdpa_call`` counts the calls of ``scaled_dot_product_attention`` in one forward of the module,
+    from 0 (an IP-Adapter attends to the text first, to its first picture next); heads and scale are
+    those of the call.
     """
 
     pattern: str
@@ -223,6 +228,16 @@ class Site:
     reference: Tokens = Tokens()
     scale: float | None = None
     joint: bool = False
+    via: Backend | str = Backend.PROJECTIONS
+    sdpa_call: int = 0
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "via", _backend(self.via))
+        if self.sdpa_call < 0:
+            raise CaptureError(
+                f"Site.sdpa_call is {self.sdpa_call}; expected the number of an attention call in "
+                "the module's forward, counted from 0."
+            )
 
     def layer_of(self, path: str) -> str | None:
         """Layer name of a module path, or None if the site is not there."""
@@ -230,6 +245,40 @@ class Site:
         if match is None:
             return None
         return str(match.groupdict().get("layer") or path)
+
+
+def _backend(name: Backend | str) -> Backend:
+    if name not in list(Backend):
+        raise CaptureError(f"There is no backend '{name}'. Expected one of {', '.join(Backend)}.")
+    return Backend(name)
+
+
+class SitePlaces(NamedTuple):
+    """Places of the generated and of the reference tokens of one site."""
+
+    generated: TokenPlaces
+    reference: TokenPlaces
+
+
+@dataclass(eq=False)
+class SiteModule:
+    """One attention module of a model, resolved from a recipe."""
+
+    layer: str
+    path: str
+    site: Site
+    module: nn.Module
+
+    def places(self, generated: int, reference: int, latent: GridSize) -> SitePlaces:
+        """Where the picture's tokens are among so many queries and keys; an error that names the
+        layer if they don't fit."""
+        try:
+            return SitePlaces(
+                self.site.generated.places(generated, latent),
+                self.site.reference.places(reference, latent),
+            )
+        except CaptureError as error:
+            raise CaptureError(f"Layer {self.layer}: {error}") from None
 
 
 Rows: TypeAlias = str | Callable[[Frame], slice | None]
@@ -252,12 +301,24 @@ def _named_rows(name: str, batch: int) -> slice:
     return slice(0, batch // 2) if name == "first_half" else slice(batch // 2, batch)
 
 
+class LatentSize(NamedTuple):
+    """How many rows an evaluation has, and the generated latent's grid."""
+
+    rows: int
+    grid: GridSize
+
+
+Latent: TypeAlias = str | Callable[[Mapping[str, Any]], LatentSize]
+"""Name of the argument that is the latent ``[row, channel, height, width]``, or a function of all
+arguments of the denoiser's forward by name (transformers that are given packed tokens)."""
+
+
 @dataclass(frozen=True)
 class Recipe:
     """How to capture one kind of model.
 
     ``root`` is the path of the denoiser in the traced object (``""``: the object itself);
-    ``latent`` and ``timestep`` are names of arguments of its forward. ``rows`` says which rows of
+    ``latent`` (see `Latent`) and ``timestep`` are names of arguments of its forward. ``rows`` says which rows of
     the batch are conditional whenever the sampler does not announce them itself (see
     `i2am_train.attribution.frames.announce`). ``absent`` are patterns of module paths that a model
     of this kind does not have, by which a similar one is refused. ``once_per_step`` refuses a
@@ -270,7 +331,7 @@ class Recipe:
     root: str
     sites: tuple[Site, ...]
     rows: Rows = "second_half"
-    latent: str = "sample"
+    latent: Latent = "sample"
     timestep: str | None = "timestep"
     name: str = ""
     absent: tuple[str, ...] = ()
@@ -292,3 +353,12 @@ class Recipe:
         if callable(self.rows):
             return self.rows(frame)
         return _named_rows(self.rows, frame.batch)
+
+
+def replace_backend(recipe: Recipe, via: Backend | str) -> Recipe:
+    """The same recipe with all its sites observed by another backend.
+
+    >>> replace_backend(Recipe("", (Site(r"blocks\\.\\d+\\.attn"),)), "sdpa").sites[0].via
+    <Backend.SDPA: 'sdpa'>
+    """
+    return replace(recipe, sites=tuple(replace(site, via=via) for site in recipe.sites))

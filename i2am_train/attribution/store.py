@@ -130,7 +130,7 @@ class SiteSummary:
 
     layer: str
     path: str
-    heads: int
+    heads: int | None
     generated_grid: GridSize | None
     reference_tokens: int | None
     reference_grid: GridSize | None

@@ -14,37 +14,35 @@ from torch import Tensor
 from i2am_train.attribution.frames import Frame
 from i2am_train.attribution.listening import (
     Listener,
-    SiteModule,
-    SitePlaces,
     choose_sites,
     resolve_root,
     resolve_sites,
 )
+from i2am_train.attribution.probes import AttentionInputs
 from i2am_train.attribution.recipes import chosen_recipe
-from i2am_train.attribution.sites import LayerId, Recipe
+from i2am_train.attribution.sites import LayerId, Recipe, SiteModule, SitePlaces
 from i2am_train.errors import CaptureError
 from i2am_train.ops.attention import head_mean_scores
 from i2am_train.types import GridSize
 
 
-class _Projections:
-    """One layer's projections in the last forward, and its scores once somebody asked for them."""
+class _LastForward:
+    """What one layer attended with in the last forward, and its scores once somebody asked for
+    them."""
 
-    def __init__(
-        self, site: SiteModule, frame: Frame, generated: Tensor, reference: Tensor
-    ) -> None:
-        self.places: SitePlaces = site.places(generated, reference, frame)
-        self._site = site
-        self._generated = generated
-        self._reference = reference
+    def __init__(self, site: SiteModule, frame: Frame, inputs: AttentionInputs) -> None:
+        self.places: SitePlaces = site.places(
+            inputs.generated.shape[2], inputs.reference.shape[2], frame.latent
+        )
+        self._inputs = inputs
         self._scores: Tensor | None = None
 
     def scores(self) -> Tensor:
         if self._scores is None:
             self._scores = head_mean_scores(
-                self._site.split_heads(self.places.generated.take(self._generated)),
-                self._site.split_heads(self.places.reference.take(self._reference)),
-                self._site.site.scale,
+                self.places.generated.take(self._inputs.generated),
+                self.places.reference.take(self._inputs.reference),
+                self._inputs.scale,
             )
         return self._scores
 
@@ -77,7 +75,7 @@ class ScoreTap:
         self._listener = Listener(
             root, self.recipe, self._sites, self._keep, "score tap", self._forget
         )
-        self._last: dict[str, _Projections] = {}
+        self._last: dict[str, _LastForward] = {}
 
     def __enter__(self) -> ScoreTap:
         self.attach()
@@ -112,15 +110,15 @@ class ScoreTap:
     def scores(self, layer: LayerId) -> Float[Tensor, "batch generated reference"]:
         """Softmax over the reference patches (special tokens left out before it), mean over heads,
         float32."""
-        return self._projections(layer).scores()
+        return self._last_forward(layer).scores()
 
     def generated_grid(self, layer: LayerId) -> GridSize:
         """Grid of the layer's generated tokens in the last forward."""
-        return self._grid(layer, self._projections(layer).places.generated.grid)
+        return self._grid(layer, self._last_forward(layer).places.generated.grid)
 
     def reference_grid(self, layer: LayerId) -> GridSize:
         """Grid of the layer's reference tokens in the last forward."""
-        return self._grid(layer, self._projections(layer).places.reference.grid)
+        return self._grid(layer, self._last_forward(layer).places.reference.grid)
 
     def _grid(self, layer: LayerId, grid: GridSize | None) -> GridSize:
         if grid is None:
@@ -130,7 +128,7 @@ class ScoreTap:
             )
         return grid
 
-    def _projections(self, layer: LayerId) -> _Projections:
+    def _last_forward(self, layer: LayerId) -> _LastForward:
         name = choose_sites(self._sites, [layer])[0].layer
         if name not in self._last:
             raise CaptureError(
@@ -147,7 +145,7 @@ class ScoreTap:
         if torch.is_grad_enabled():
             self._last.clear()
 
-    def _keep(self, site: SiteModule, frame: Frame, generated: Tensor, reference: Tensor) -> None:
+    def _keep(self, site: SiteModule, frame: Frame, inputs: AttentionInputs) -> None:
         if not torch.is_grad_enabled():
             return
-        self._last[site.layer] = _Projections(site, frame, generated, reference)
+        self._last[site.layer] = _LastForward(site, frame, inputs)

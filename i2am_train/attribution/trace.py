@@ -16,19 +16,20 @@ from torch import Tensor
 from i2am_train.attribution.frames import Frame
 from i2am_train.attribution.listening import (
     Listener,
-    SiteModule,
     choose_sites,
     eager_while_listening,
     resolve_root,
     resolve_sites,
 )
 from i2am_train.attribution.maps import AttributionMaps
+from i2am_train.attribution.probes import AttentionInputs
 from i2am_train.attribution.recipes import chosen_recipe
 from i2am_train.attribution.reduce import SiteRecorder, undisturbed
-from i2am_train.attribution.sites import LayerId, Recipe
+from i2am_train.attribution.sites import LayerId, Recipe, SiteModule, replace_backend
 from i2am_train.attribution.store import AttributionStore, LayerRecord, SiteSummary, SiteTable
 from i2am_train.errors import CaptureError
 from i2am_train.ops.attention import DEFAULT_BYTE_BUDGET
+from i2am_train.types import Backend
 
 
 def trace(
@@ -39,6 +40,7 @@ def trace(
     matrix_layers: Sequence[LayerId] | None = (),
     generated_mask: Bool[Tensor, "batch height width"] | None = None,
     byte_budget: int = DEFAULT_BYTE_BUDGET,
+    via: Backend | str | None = None,
 ) -> Trace:
     """Capture the attention of a model or pipeline inside a ``with`` block.
 
@@ -54,14 +56,17 @@ def trace(
     head- and step-mean score matrices, which maps of single patches and attention centres need.
     ``generated_mask`` (one per sample, any size, True = counts) restricts the mean that makes
     reference-side maps to generated positions inside it, as the authors' hook does with the
-    inpainting mask; the paper averages over all. ``byte_budget`` bounds the scratch memory.
+    inpainting mask; the paper averages over all. ``byte_budget`` bounds the scratch memory. ``via``
+    observes all sites by another backend than the recipe says (`Backend`): ``"sdpa"`` reads the
+    arguments of ``scaled_dot_product_attention``.
 
     The images are bit-identical with and without; all hooks are gone after the block, also when it
     fails. Raises `CaptureError` for a model that does not fit the recipe.
     """
+    chosen = chosen_recipe(target, recipe)
     return Trace(
         target,
-        chosen_recipe(target, recipe),
+        chosen if via is None else replace_backend(chosen, via),
         None if layers is None else tuple(layers),
         None if matrix_layers is None else tuple(matrix_layers),
         generated_mask,
@@ -196,14 +201,14 @@ class Trace:
             )
         self._batch = batch
 
-    def _record(self, site: SiteModule, frame: Frame, generated: Tensor, reference: Tensor) -> None:
+    def _record(self, site: SiteModule, frame: Frame, inputs: AttentionInputs) -> None:
         if self._rows is None:
             return
         recorder = self._recorders[site]
         if not recorder.calls:
             self._run_order.append(recorder)
         with undisturbed():
-            recorder.record(frame, self._rows, generated, reference)
+            recorder.record(frame, inputs.rows(self._rows))
 
     def _check_complete(self) -> None:
         if not self._evaluations:
@@ -212,6 +217,7 @@ class Trace:
                 "so there are no "
                 "maps. Run the pipeline inside 'with trace(...)'."
             )
+        _refuse_blind(list(self._recorders.values()))
         expected = len(self._evaluations)
         short = [site for site in self.sites if site.calls != expected]
         if short:
@@ -220,6 +226,25 @@ class Trace:
                 f"These layers did not attend in each of the {expected} evaluations: {counts}. "
                 "Switch off caches that skip blocks, or leave these layers out of the recipe."
             )
+
+
+def _refuse_blind(recorders: Sequence[SiteRecorder]) -> None:
+    """Refuse sites whose module never made the attention call that the recipe means."""
+    blind = [
+        recorder.site
+        for recorder in recorders
+        if recorder.site.site.via is Backend.SDPA and not recorder.calls
+    ]
+    if blind:
+        names = ", ".join(site.layer for site in blind)
+        calls = sorted({site.site.sdpa_call for site in blind})
+        raise CaptureError(
+            f"These layers were observed by the backend '{Backend.SDPA}' and never called "
+            f"scaled_dot_product_attention (call number {', '.join(map(str, calls))}): {names}. "
+            "They did not run, or attend by another kernel (attention slices, xformers, einsum). "
+            "Choose the model's default attention processor, correct the site's sdpa_call, or "
+            f"observe the projections (via='{Backend.PROJECTIONS}')."
+        )
 
 
 def _group_steps(evaluations: Sequence[_Evaluation]) -> list[list[int]]:
@@ -274,7 +299,7 @@ def _summary(recorder: SiteRecorder) -> SiteSummary:
     return SiteSummary(
         layer=recorder.site.layer,
         path=recorder.site.path,
-        heads=recorder.site.heads,
+        heads=recorder.heads,
         generated_grid=None if places is None else places.generated.grid,
         reference_tokens=None if places is None else places.reference.count,
         reference_grid=None if places is None else places.reference.grid,
