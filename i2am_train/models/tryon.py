@@ -353,8 +353,8 @@ def _check_fit(model: TryOnModel, folder: Path) -> None:
     wrong = [f"{name} {a}, expected {b}" for name, (a, b) in pairs.items() if a != b]
     if wrong:
         raise CheckpointError(
-            f"The networks in '{folder}' do not fit each other: {'; '.join(wrong)}. They come from different models, or "
-            f"{INDEX_FILE} was changed. Make the model with 'i2am init', which fits foreign networks together."
+            f"The networks in '{folder}' do not fit each other: {'; '.join(wrong)}. They come from different models, "
+            f"or {INDEX_FILE} was changed. Make the model with 'i2am init', which fits foreign networks together."
         )
 
 

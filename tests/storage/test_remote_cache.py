@@ -13,7 +13,7 @@ from i2am_train.commands.train import train
 from i2am_train.config.store import compose
 from i2am_train.datasets import latent_cache
 from i2am_train.datasets.latent_cache import CachedDataset, CacheLayout, LatentCache
-from i2am_train.errors import DataError
+from i2am_train.errors import ConfigError, DataError
 from i2am_train.training.caching import make_cache
 from i2am_train.types import Split
 
@@ -169,3 +169,12 @@ def test_copies_need_room(
         CachedDataset(cache, small_dataset, Split.TRAIN)
     monkeypatch.setattr(latent_cache, "free_space", lambda _: (tmp_path, sum(sizes[1:])))
     CachedDataset(cache, small_dataset, Split.TRAIN)
+
+
+def test_a_cache_is_not_made_at_an_address() -> None:
+    """Refused by the option's check; pathlib would make a folder named s3: here."""
+    words = ["root=data", "output=s3://bucket/cache"]
+    with pytest.raises(
+        ConfigError, match=r"output=s3:/bucket/cache is not possible: expected a folder"
+    ):
+        compose("data_cache", words)

@@ -212,7 +212,9 @@ def test_networks_of_different_models_are_refused(
     model.save_pretrained(tmp_path / "model")
     other = UNet2DConditionModel.from_config(dict(model.unet.config) | changes)
     other.save_pretrained(tmp_path / "model" / "unet")
-    with pytest.raises(CheckpointError, match=rf"do not fit each other: {message}\. .* 'i2am init'"):
+    with pytest.raises(
+        CheckpointError, match=rf"do not fit each other: {message}\. .* 'i2am init'"
+    ):
         TryOnModel.from_pretrained(tmp_path / "model")
 
 
