@@ -8,7 +8,7 @@ import hashlib
 import os
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import fsspec
@@ -17,6 +17,8 @@ from i2am_train.errors import DataError
 
 PAUSES = (1.0, 5.0)
 """Seconds before the second and the third attempt at a file; chosen by us. Clients may try by themselves, too."""
+ABANDONED = 3600.0
+"""Seconds without a byte after which a part of a file was left by a process that was killed; chosen by us."""
 
 
 class TransferError(DataError):
@@ -52,6 +54,7 @@ def fetch(url: str, path: Path, sha256: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     # The process id keeps two readers of the same file apart.
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    _remove_abandoned(path)
     try:
         for pause in PAUSES:
             try:
@@ -64,6 +67,14 @@ def fetch(url: str, path: Path, sha256: str) -> None:
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _remove_abandoned(path: Path) -> None:
+    """Removes parts of a file that nobody brings any more: a process that is killed cannot remove its own."""
+    for part in path.parent.glob(f".{path.name}.*.tmp"):
+        with suppress(FileNotFoundError):  # its own process was faster
+            if time.time() - part.stat().st_mtime > ABANDONED:
+                part.unlink()
 
 
 def _copy(url: str, path: Path, sha256: str) -> None:

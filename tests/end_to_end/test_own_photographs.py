@@ -93,7 +93,6 @@ SMALL = (
 """What the README's lines need beside themselves on this machine and at this size."""
 
 
-@pytest.mark.slow
 def test_the_lines_of_the_readme(
     photographs: Path, make_parts: Callable[..., Any], original_layout: Callable[..., Any],
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],

@@ -2,6 +2,7 @@
 
 import hashlib
 import importlib.util
+import os
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,17 @@ def test_files_arrive_whole(url: str, tmp_path: Path) -> None:
     assert [file.name for file in (tmp_path / "copies").iterdir()] == ["file"]
     assert (tmp_path / "copies" / "file").read_bytes() == CONTENT
     assert read_text(url.replace("/file", "/text")) == "ψ = 1\n"
+
+
+def test_parts_left_by_killed_processes_are_removed(url: str, tmp_path: Path) -> None:
+    """Once they are old: another process may be at work on a young one."""
+    old, young, other = (tmp_path / f".{name}.tmp" for name in ("file.17", "file.18", "files.19"))
+    for part in (old, young, other):
+        part.write_bytes(b"part")
+    for part in (old, other):
+        os.utime(part, (0, 0))
+    fetch(url, tmp_path / "file", DIGEST)
+    assert [part.exists() for part in (old, young, other)] == [False, True, True]
 
 
 def test_a_missing_file_is_no_failure_of_the_line(url: str, tmp_path: Path) -> None:
