@@ -115,9 +115,18 @@ class RunFolder:
         Args:
             seed: the run's seed.
             data: fingerprint of the dataset, from ``fingerprint``.
+
+        Raises:
+            RunFolderError: the run began with other data.
         """
         manifest = self.manifest
         if manifest:
+            if (begun := manifest.get("data")) != data:
+                raise RunFolderError(
+                    f"The run in {self.path} began with other data: fingerprint {begun}, now {data}. Files of the "
+                    "dataset were added, removed or changed since. Nothing was changed. Give another output=FOLDER, or "
+                    "put the data back to continue that run."
+                )
             manifest["resumed"] = [*manifest.get("resumed", ()), now()]
         else:
             manifest = {**provenance(), "seed": seed, "data": data}

@@ -8,6 +8,7 @@ or folders are absolute from here on.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import Field, dataclass, field, fields, is_dataclass
 from pathlib import Path
@@ -1187,6 +1188,8 @@ class DataCacheConfig:
     """Show progress with the time left."""
 
     def __post_init__(self) -> None:
+        if re.match(r"\w+:/", str(self.output)):  # pathlib makes one slash of two
+            _refuse("output", self.output, "a folder; copy it to object storage when it is made")
         self.root = self.root.expanduser().absolute()
         self.output = self.output.expanduser().absolute()
         if self.categories:

@@ -17,12 +17,12 @@ on any number of processes and after a restart.
   brings four clouds' clients with it.
 
 Plain safetensors give a row by its index from a memory map and are a dependency already; what is left to write is this
-module. What it lacks beside them: shards of a remote cache are copied whole at first use (fsspec: ``s3://``,
-``gs://``, ``file://`` and others, each with its own client) and stay, so the disk must hold the cache; order is
-random over the whole set, so every process would touch every shard in its first minutes anyway.
+module. What it lacks beside them: shards of a remote cache are copied whole at first use
+(:mod:`~i2am_train.datasets.object_storage`) and stay, so the disk must hold the cache; order is random over the whole
+set, so every process would touch every shard in its first minutes anyway.
 
-Every row has a CRC-32 in the index that is checked when it is read; whole shards have a SHA-256 that making checks
-again when it continues.
+Every row has a CRC-32 in the index that is checked when it is read; whole shards have a SHA-256 that is checked when
+one is fetched and when making continues.
 """
 
 from __future__ import annotations
@@ -30,14 +30,12 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import shutil
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypedDict
 
-import fsspec
 import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
@@ -46,10 +44,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from i2am_train.datasets.object_storage import fetch, file_digest, read_text
 from i2am_train.datasets.opening import AS_IT_LIES, Reading, split_layouts
 from i2am_train.datasets.reading import EpochPosition, SampleIndexError
 from i2am_train.errors import DataError
-from i2am_train.runs import write_json
+from i2am_train.runs import free_space, write_json
 from i2am_train.types import GridSize, Pairing, Split
 
 FORMAT = 1
@@ -232,12 +231,6 @@ def write_shard(
     return shard
 
 
-def file_digest(path: Path) -> str:
-    """SHA-256 of a file."""
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
 class LatentCache:
     """A finished cache, opened for reading.
 
@@ -264,14 +257,13 @@ class LatentCache:
             self._check(split, total)
 
     def _read_index(self) -> str:
-        path = f"{self.place}/{INDEX_FILE}"
         try:
-            with fsspec.open(path, "rt") as stream:
-                return str(stream.read())
-        except (OSError, ImportError, ValueError) as error:
+            return read_text(f"{self.place}/{INDEX_FILE}")
+        except FileNotFoundError as error:
+            copy = f", and copy that folder to {self.place}" if self.remote else ""
             raise DataError(
-                f"{path} cannot be read ({error}): there is no cache in {self.place}. "
-                "Make one with 'i2am data cache root=... init=... output=FOLDER'."
+                f"There is no cache in {self.place}: it has no {INDEX_FILE}. Make one with 'i2am data cache root=... "
+                f"init=... output=FOLDER'{copy}."
             ) from error
 
     def _check(self, split: str, total: int) -> None:
@@ -284,18 +276,41 @@ class LatentCache:
             )
         for shard in shards:
             if not self.remote:
-                self._check_file(self.folder / shard.file, shard)
+                self._check_file(shard)
 
-    def _check_file(self, path: Path, shard: Shard) -> None:
+    def _path(self, shard: Shard) -> Path:
+        """Where a shard lies on this machine. A copy's name has its digest: a cache made anew has other copies."""
+        if not self.remote:
+            return self.folder / shard.file
+        name = Path(shard.file)
+        return self.folder / f"{name.stem}-{shard.sha256[:8]}{name.suffix}"
+
+    def _check_file(self, shard: Shard) -> None:
+        path = self._path(shard)
         found = path.stat().st_size if path.is_file() else None
         if found != shard.bytes:
             state = "is missing" if found is None else f"has {found} bytes instead of {shard.bytes}"
-            raise DataError(f"{path} {state}. {self._advice(path)}")
+            raise DataError(f"{path} {state}. {self._advice(shard)}")
 
-    def _advice(self, path: Path) -> str:
+    def _advice(self, shard: Shard) -> str:
         if self.remote:
-            return f"Delete this copy of {self.place}/{path.name}; it is fetched again."
+            return f"Delete this copy of {self.place}/{shard.file}; it is fetched again."
         return REPAIR
+
+    def require_space(self, split: Split) -> None:
+        """Refuse a disk that does not hold the copies that are still to be fetched.
+
+        Raises:
+            DataError: less is free than they take.
+        """
+        shards = self.index.shards[split] if self.remote else []
+        needed = sum(shard.bytes for shard in shards if not self._path(shard).is_file())
+        existing, free = free_space(self.folder)
+        if needed > free:
+            raise DataError(
+                f"{existing} has {free / 2**20:.0f} MiB free, and copies of the {split} shards in {self.place} take "
+                f"{needed / 2**20:.0f} MiB. Make room, or set data.cache_copies to a folder on another disk."
+            )
 
     def require(self, key: CacheKey, *, augment: bool) -> None:
         """Refuse a cache that would train something else.
@@ -329,53 +344,50 @@ class LatentCache:
         """The stored tensors of a sample, checked.
 
         Raises:
-            DataError: the shard is damaged or cannot be fetched.
+            DataError: the shard is damaged, missing or cannot be fetched.
         """
         shard = self.index.shards[split][index // self.index.layout.shard_samples]
         row = (index - shard.first) * self.index.layout.rows_per_sample(split) + variant
-        path = self.folder / shard.file
+        path, file = self._path(shard), self._file(shard)
         try:
-            file = self._file(shard)
             values = {name: file.get_slice(name)[row] for name in file.keys()}  # noqa: SIM118
             sound = row_checksum(values) == shard.crc32[row]
         except (SafetensorError, IndexError, OSError) as error:
-            raise DataError(
-                f"{path} is damaged and cannot be read ({error}). {self._advice(path)}"
-            ) from error
+            raise self._damaged(shard, error) from error
         if not sound:
             raise DataError(
                 f"{path} is damaged: {split} sample {index} has another checksum than when it was written. "
-                f"{self._advice(path)}"
+                f"{self._advice(shard)}"
             )
         return unpack_row(values, self.size)
 
     def _file(self, shard: Shard) -> Any:
         if shard.file not in self._open:
-            path = self.folder / shard.file
+            path = self._path(shard)
             if self.remote and not path.is_file():
-                self._fetch(shard, path)
-            self._check_file(path, shard)
-            self._open[shard.file] = safe_open(path, framework="pt")
+                self._fetch(shard)
+            self._check_file(shard)
+            try:
+                self._open[shard.file] = safe_open(path, framework="pt")
+            except (SafetensorError, OSError) as error:
+                raise self._damaged(shard, error) from error
         return self._open[shard.file]
 
-    def _fetch(self, shard: Shard, path: Path) -> None:
+    def _fetch(self, shard: Shard) -> None:
         """Copy a shard; processes that want the same one each bring a copy, and the last one stays."""
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if (free := shutil.disk_usage(path.parent).free) < shard.bytes:
-            raise DataError(
-                f"{path.parent} has {free / 2**20:.0f} MiB free, and the next shard of {self.place} takes "
-                f"{shard.bytes / 2**20:.0f}. Make room, or set data.cache_copies to a folder on another disk."
-            )
-        temporary = path.with_name(f".{shard.file}.{os.getpid()}.tmp")
+        url = f"{self.place}/{shard.file}"
         try:
-            with (
-                fsspec.open(f"{self.place}/{shard.file}", "rb") as source,
-                temporary.open("wb") as target,
-            ):
-                shutil.copyfileobj(source, target, 2**20)
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
+            fetch(url, self._path(shard), shard.sha256)
+        except FileNotFoundError as error:
+            raise DataError(
+                f"{url} is missing, and the cache's index names it: the cache was not copied whole. Copy its folder "
+                "there again from where it was made."
+            ) from error
+
+    def _damaged(self, shard: Shard, error: Exception) -> DataError:
+        return DataError(
+            f"{self._path(shard)} is damaged and cannot be read ({error}). {self._advice(shard)}"
+        )
 
 
 class CachedDataset(Dataset[dict[str, Any]]):
@@ -403,6 +415,7 @@ class CachedDataset(Dataset[dict[str, Any]]):
                 f"The cache in {cache.place} has no {split} samples; it has {', '.join(cache.index.samples)}. "
                 f"Make it anew with splits=[train,test]."
             )
+        cache.require_space(self.split)
         layouts = split_layouts(root, self.split, reading)
         self.pairs = [pair for layout in layouts for pair in layout.pairs(Pairing.PAIRED)]
         self.indices = list(range(len(self.pairs)) if indices is None else indices)

@@ -312,12 +312,13 @@ class TryOnModel(nn.Module):
     def from_pretrained(cls, folder: str | Path) -> Self:
         """Reads a folder that :meth:`save_pretrained` wrote; weights become float32.
 
-        Raises ``CheckpointError`` when the folder is missing, incomplete, unreadable or of another kind.
+        Raises ``CheckpointError`` when the folder is missing, incomplete, unreadable or of another kind, or when its
+        networks do not fit each other.
         """
         folder = Path(folder)
         config = _read_index(folder)
         try:
-            return cls(
+            model = cls(
                 config,
                 UNet2DConditionModel.from_pretrained(folder / "unet", torch_dtype=torch.float32),
                 AutoencoderKL.from_pretrained(folder / "vae", torch_dtype=torch.float32),
@@ -331,6 +332,30 @@ class TryOnModel(nn.Module):
                 f"The model in '{folder}' cannot be read: {first_line} "
                 "The folder may be half copied; copy or export it again."
             ) from error
+        _check_fit(model, folder)
+        return model
+
+
+def _check_fit(model: TryOnModel, folder: Path) -> None:
+    """Refuses networks of different models in one folder; torch would fail at the first step, and name no cause."""
+    unet, projector = model.unet.config, model.projector.config
+    tokens = model.reference_grid.tokens + model.special_tokens
+    pairs = {
+        "U-Net's input channels": (unet["in_channels"], INPUT_CHANNELS),
+        "U-Net's context width": (unet["cross_attention_dim"], projector["context_width"]),
+        "U-Net's latent channels": (unet["out_channels"], model.vae.config["latent_channels"]),
+        "projector's input width": (
+            projector["encoder_width"],
+            model.reference_encoder.config.hidden_size,
+        ),
+        "projector's null tokens": (projector["tokens"], tokens),
+    }
+    wrong = [f"{name} {a}, expected {b}" for name, (a, b) in pairs.items() if a != b]
+    if wrong:
+        raise CheckpointError(
+            f"The networks in '{folder}' do not fit each other: {'; '.join(wrong)}. They come from different models, "
+            f"or {INDEX_FILE} was changed. Make the model with 'i2am init', which fits foreign networks together."
+        )
 
 
 def _read_index(folder: Path) -> TryOnConfig:

@@ -28,10 +28,10 @@ from i2am_train.datasets.latent_cache import (
     CacheKey,
     CacheLayout,
     Shard,
-    file_digest,
     pack_row,
     write_shard,
 )
+from i2am_train.datasets.object_storage import file_digest
 from i2am_train.datasets.opening import (
     AS_IT_LIES,
     Reading,

@@ -154,7 +154,7 @@ def test_what_does_not_fit_is_refused_before_anything_is_written(
     for more, message in (
         (["data.augment=true"], "encoded samples cannot be augmented"),
         (["data.fit=pad"], "reading all; stretch instead of all; pad"),
-        (["data.cache=/nowhere"], "there is no cache in /nowhere"),
+        (["data.cache=/nowhere"], "There is no cache in /nowhere"),
     ):
         with pytest.raises(DataError, match=message):
             train(compose("train", [*options, *more]))

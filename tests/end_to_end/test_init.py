@@ -1,5 +1,6 @@
 """From Stable Diffusion's files to a trained and judged try-on model on the command line, small and at true size."""
 
+import hashlib
 import json
 import os
 import runpy
@@ -13,11 +14,15 @@ from typing import Any
 import pytest
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from transformers import Dinov2Config, Dinov2Model
+from transformers import CLIPConfig, CLIPModel, Dinov2Config, Dinov2Model
 
 AUTHORS = Path(__file__).parents[1] / "unit" / "test_models_authors_layout.py"
 GIB = 2**20  # in the kilobytes of ru_maxrss
+TRUE_SIZE = (512, 384)
+MEMORY = 14
+"""Most memory that a command at the true size may take, in GiB."""
 
 
 def i2am(words: Sequence[str], folder: Path, log: str = "log") -> tuple[str, float]:
@@ -39,14 +44,14 @@ def i2am(words: Sequence[str], folder: Path, log: str = "log") -> tuple[str, flo
     return text, usage.ru_maxrss / GIB
 
 
-def training(data: Path, size: tuple[int, int]) -> list[str]:
-    """Options of two steps at batch 1 with the paper's attention losses, and of sampling in one step."""
+def training(data: Path, size: tuple[int, int], sampling_steps: int = 1) -> list[str]:
+    """Options of two steps at batch 1 with the paper's attention losses, and of sampling in few steps."""
     return [
         f"data.root={data}",
         f"data.height={size[0]}",
         f"data.width={size[1]}",
         "data.workers=0",
-        "sampling.steps=1",
+        f"sampling.steps={sampling_steps}",
         "attribution.time_groups=1",
         "evaluation.metrics=[ssim]",
         "evaluation.batch_size=1",
@@ -149,12 +154,30 @@ def test_names_on_the_hub_from_its_cache(
         assert torch.equal(mine[name], make_parts(part).state_dict()[name])
 
 
-def make_true_size(root: Path, original_layout: Callable[..., Any]) -> None:
+@pytest.fixture(scope="module")
+def true_files(
+    original_layout: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory
+) -> Path:
     """SD1.5, its VAE, and the authors' model in every format, all of the true shape with random weights in float16.
 
-    The encoder has DINOv2-g's width, patches and feed-forward, and one of its forty layers.
+    CLIP-L is whole; ``dinov2`` has DINOv2-g's width, patches and feed-forward, and one of its forty layers.
     """
+    root = tmp_path_factory.mktemp("true")
     torch.manual_seed(0)
+    write_stable_diffusion(root, original_layout)
+    write_encoders(root)
+    with torch.device("meta"):
+        theirs = runpy.run_path(str(AUTHORS))["TheirModel"](
+            (320, 640, 1280, 1280), 768, 1536, 1037, (128, 256, 512, 512)
+        ).state_dict()
+    filled = {n: 0.02 * torch.randn(v.shape, dtype=torch.float16) for n, v in theirs.items()}
+    torch.save({"state_dict": filled}, root / "custom.ckpt")
+    make_data(root / "data", TRUE_SIZE)
+    return root
+
+
+def write_stable_diffusion(root: Path, original_layout: Callable[..., Any]) -> None:
+    """One U-Net and VAE as a folder of diffusers, as both kinds of single file, and the VAE alone (StableVITON's)."""
     unet = UNet2DConditionModel(sample_size=64, cross_attention_dim=768).half()
     levels = 4
     vae = AutoencoderKL(
@@ -172,7 +195,11 @@ def make_true_size(root: Path, original_layout: Callable[..., Any]) -> None:
     torch.save({"state_dict": weights}, root / "sd.ckpt")
     alone = original_layout(vae=vae, vae_prefix="")
     torch.save({"state_dict": alone, "epoch": 1}, root / "vae.ckpt")
-    encoder = Dinov2Config(
+
+
+def write_encoders(root: Path) -> None:
+    """A narrow piece of DINOv2-g, and CLIP ViT-L/14 with its text model, as the hub has it."""
+    dinov2 = Dinov2Config(
         hidden_size=1536,
         num_hidden_layers=1,
         num_attention_heads=24,
@@ -180,56 +207,92 @@ def make_true_size(root: Path, original_layout: Callable[..., Any]) -> None:
         patch_size=14,
         use_swiglu_ffn=True,
     )
-    Dinov2Model(encoder).save_pretrained(root / "dinov2")
-    del unet, vae, weights, alone
-    with torch.device("meta"):
-        theirs = runpy.run_path(str(AUTHORS))["TheirModel"](
-            (320, 640, 1280, 1280), 768, 1536, 1037, (128, 256, 512, 512)
-        ).state_dict()
-    filled = {n: 0.02 * torch.randn(v.shape, dtype=torch.float16) for n, v in theirs.items()}
-    torch.save({"state_dict": filled}, root / "custom.ckpt")
+    Dinov2Model(dinov2).half().save_pretrained(root / "dinov2")
+    text = {"hidden_size": 768, "intermediate_size": 3072, "projection_dim": 768}
+    vision = {"hidden_size": 1024, "intermediate_size": 4096, "projection_dim": 768}
+    vision |= {"num_hidden_layers": 24, "num_attention_heads": 16, "patch_size": 14}
+    text |= {"num_attention_heads": 12}
+    clip = CLIPConfig(text_config=text, vision_config=vision, projection_dim=768)
+    CLIPModel(clip).half().save_pretrained(root / "clip")
+
+
+def init_true_size(root: Path, output: str, *words: str) -> str:
+    """``i2am init`` within the memory; what it said."""
+    said, peak = i2am(["init", *words, f"output={output}"], root, f"{output}.log")
+    print(f"\n{' '.join(words)}: peak memory {peak:.1f} GiB\n{said}")
+    assert peak < MEMORY
+    assert "latents 64x48" in said
+    assert "37x28 patches" in said
+    assert "U-Net 859.5 M" in said
+    return said
+
+
+def train_and_sample(root: Path, model: str) -> None:
+    """Two steps with attention losses and two samples of two steps, each within the memory; clears both away."""
+    options = training(root / "data", TRUE_SIZE, sampling_steps=2)
+    run, images = f"{model}-run", f"{model}-images"
+    words = ["train", f"init={model}", *TWO_STEPS, *options, f"output={run}"]
+    said, peak = i2am(words, root, "train.log")
+    print(f"{model}, two steps: peak memory {peak:.1f} GiB\n{said}\n{losses(root / run)}")
+    assert peak < MEMORY
+    assert len(losses(root / run)) == 2
+    assert {"loss/dcml", "loss/tv", "loss/cwg"} <= losses(root / run)[0].keys()
+    assert_trained(root / model, root / run / "model")
+    words = ["evaluate", f"checkpoint={run}", "sampling.guidance=5", "device=cpu", *options]
+    said, peak = i2am([*words, f"output={images}"], root, "evaluate.log")
+    print(f"{model}, two samples of two steps: peak memory {peak:.1f} GiB\n{said}")
+    assert peak < MEMORY
+    assert json.loads((root / images / "results.json").read_text())["samples"] == 2
+    for folder in (model, run, images):
+        shutil.rmtree(root / folder)
+
+
+def weight_digests(model: Path) -> dict[str, str]:
+    """SHA-256 of each weight file of a model."""
+    return {
+        str(file.relative_to(model)): hashlib.sha256(file.read_bytes()).hexdigest()
+        for file in sorted(model.rglob("*.safetensors"))
+    }
 
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("default")
-def test_true_size(original_layout: Callable[..., Any], tmp_path: Path) -> None:
-    """SD1.5 at 512x384 from each format; two training steps with attention losses and a sample, below 14 GiB each."""
-    make_true_size(tmp_path, original_layout)
+def test_true_size_from_stable_diffusion(true_files: Path) -> None:
+    """SD1.5 from a folder and both kinds of files, its VAE from a file of its own, with DINOv2: the same model to the
+    bit, so the training from one is the training from each; two steps and a sample of it."""
     formats = {
         "folder": ["unet=sd"],
         "ckpt": ["unet=sd.ckpt"],
-        "custom": ["custom=custom.ckpt"],
         "safetensors": ["unet=sd.safetensors", "vae=vae.ckpt"],
     }
     digests = {}
     for name, words in formats.items():
-        said, peak = i2am(["init", *words, "encoder=dinov2", "output=model"], tmp_path, name)
-        print(f"\n{name}: peak memory {peak:.1f} GiB\n{said}")
-        assert peak < 14
-        assert "latents 64x48" in said
-        assert "37x28 patches" in said
-        assert "U-Net 859.5 M" in said
-        weights = load_file(tmp_path / "model" / "unet" / "diffusion_pytorch_model.safetensors")
-        digests[name] = {key: float(value.double().sum()) for key, value in weights.items()}
-        assert weights["conv_in.weight"].shape == (320, 12, 3, 3)
-        del weights
-        if name == "custom":
-            reports = json.loads((tmp_path / "model.keys.json").read_text())
-            assert len(reports[0]["mapped"]) > 700
+        init_true_size(true_files, name, *words, "encoder=dinov2")
+        digests[name] = weight_digests(true_files / name)
         if name != "safetensors":
-            shutil.rmtree(tmp_path / "model")
+            shutil.rmtree(true_files / name)
+    assert len(digests["folder"]) == 4
     assert digests["folder"] == digests["ckpt"] == digests["safetensors"]
-    assert digests["custom"].keys() == digests["folder"].keys()
-    for file in ("sd", "sd.ckpt", "custom.ckpt", "sd.safetensors"):
-        path = tmp_path / file
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
-    options = training(make_data(tmp_path / "data", (512, 384)), (512, 384))
-    said, peak = i2am(["train", "init=model", "output=run", *TWO_STEPS, *options], tmp_path)
-    print(f"two steps: peak memory {peak:.1f} GiB\n{said}\n{losses(tmp_path / 'run')}")
-    assert peak < 14
-    assert len(losses(tmp_path / "run")) == 2
-    assert_trained(tmp_path / "model", tmp_path / "run" / "model")
-    words = ["evaluate", "checkpoint=run", "sampling.guidance=5", "device=cpu", *options]
-    said, peak = i2am(words, tmp_path)
-    print(f"two samples of one step: peak memory {peak:.1f} GiB\n{said}")
-    assert peak < 14
+    unet = true_files / "safetensors" / "unet" / "diffusion_pytorch_model.safetensors"
+    with safe_open(unet, "pt") as weights:
+        assert weights.get_slice("conv_in.weight").get_shape() == [320, 12, 3, 3]
+    train_and_sample(true_files, "safetensors")
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("default")
+def test_true_size_from_the_authors_checkpoint(true_files: Path) -> None:
+    """Their U-Net, projector, null tokens and VAE; two steps and a sample."""
+    init_true_size(true_files, "custom", "custom=custom.ckpt", "encoder=dinov2")
+    (report,) = json.loads((true_files / "custom.keys.json").read_text())
+    assert len(report["mapped"]) > 700
+    train_and_sample(true_files, "custom")
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("default")
+def test_true_size_with_clip(true_files: Path) -> None:
+    """SD1.5 with the whole of CLIP ViT-L/14 as the reference encoder; two steps and a sample."""
+    said = init_true_size(true_files, "with-clip", "unet=sd", "encoder=clip")
+    assert "CLIPVisionModel (frozen) 30" in said
+    train_and_sample(true_files, "with-clip")

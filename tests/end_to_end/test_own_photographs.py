@@ -3,12 +3,14 @@
 import json
 import shutil
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
-from i2am_train.commands import data, train
+from i2am_train.commands import data, evaluate, export, init, train
 from i2am_train.config.store import compose
 from i2am_train.datasets.synthetic import make_dataset
 from i2am_train.types import GridSize
@@ -82,3 +84,56 @@ def test_a_dataset_without_poses_is_one_paragraph(
         data.main()
     assert "where bodies are is not known. Nothing was written." in capsys.readouterr().err
     assert not (photographs / "train/cloth-mask").exists()
+
+
+SMALL = (
+    "data.height=128", "data.width=64", "data.batch_size=2", "data.workers=0", "optimization.global_batch=2",
+    "optimization.precision=32-true", "trainer.accelerator=cpu", "trainer.progress_bar=false", "evaluation=offline",
+)  # fmt: skip
+"""What the README's lines need beside themselves on this machine and at this size."""
+
+
+def test_the_lines_of_the_readme(
+    photographs: Path, make_parts: Callable[..., Any], original_layout: Callable[..., Any],
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    # Proves README's "Your own data and models" up to an exported pipeline; small networks stand for v1-5-pruned and
+    # DINOv2-g under their names, and parsing maps and keypoints for what the hub's two models make of photographs.
+    monkeypatch.chdir(tmp_path)
+    photographs.rename("my_set")
+    for split in ("train", "test"):
+        names = sorted(file.name for file in Path("my_set", split, "image").iterdir())
+        Path(f"my_set/{split}_pairs.txt").write_text("".join(f"{n} {n}\n" for n in names))
+    weights = original_layout(make_parts("unet"), make_parts("vae"))
+    save_file({n: value.contiguous() for n, value in weights.items()}, "v1-5-pruned.safetensors")
+    make_parts("dinov2").save_pretrained("facebook/dinov2-giant")
+    assert run("derive", "root=my_set", "preview=true") == 0
+    assert run("check", "root=my_set") == 0
+    parts = ["unet=v1-5-pruned.safetensors", "encoder=facebook/dinov2-giant", "output=models/start"]
+    init.run(compose("init", [*parts, "height=128", "width=64"]))
+    own = ["init=models/start", "data.root=my_set", "data.fit=pad", *SMALL, "validation=none"]
+    train.run(compose("train", ["experiment=paper_custom", *own, "dry_run=true"]))
+    assert "Nothing was written." in capsys.readouterr().out
+    assert not Path("runs").exists()
+    train.run(
+        compose(
+            "train", ["experiment=paper_refined", *own, "optimization.steps=2", "tracking=files"]
+        )
+    )
+    judged = [
+        "checkpoint=runs/paper_refined-seed0",
+        "data=viton_hd",
+        "data.root=my_set",
+        "data.fit=pad",
+        *SMALL[:2],
+    ]
+    few = [
+        "sampling.steps=1",
+        "attribution.time_groups=1",
+        "evaluation.metrics=[ssim]",
+        "device=cpu",
+    ]
+    evaluate.run(compose("evaluate", [*judged, *few, "data.workers=0", "tracking=files"]))
+    assert Path("runs/paper_refined-seed0/evaluation-paired/results.json").is_file()
+    export.run(compose("export", ["checkpoint=runs/paper_refined-seed0", "output=exported"]))
+    assert Path("exported/model_index.json").is_file()

@@ -241,7 +241,7 @@ def test_other_caches_and_other_files_are_not_overwritten(
         make_cache(model, small_dataset, tmp_path / "thesis")
     with pytest.raises(DataError, match="lies inside the dataset"):
         make_cache(model, small_dataset, small_dataset / "cache")
-    with pytest.raises(DataError, match="there is no cache in"):
+    with pytest.raises(DataError, match="There is no cache in"):
         LatentCache(tmp_path / "nowhere")
     (cache / "index.json").write_text("{}")
     with pytest.raises(DataError, match="is not the index of a cache"):
@@ -267,15 +267,15 @@ def test_a_remote_cache_is_copied_shard_by_shard(
     local = CachedDataset(LatentCache(made), small_dataset, Split.TRAIN)
     assert torch.equal(data[10][TOKENS], local[10][TOKENS])
     (copy,) = copies.glob("*/*")
-    assert copy.name == "train-000008.safetensors"
-    (cache / copy.name).unlink()
+    assert copy.name.startswith("train-000008-")
+    (cache / "train-000008.safetensors").unlink()
     again = CachedDataset(LatentCache(url, copies), small_dataset, Split.TRAIN)
     assert torch.equal(again[11][TOKENS], local[11][TOKENS])
     spoil(copy, 0.5)
     spoiled = LatentCache(url, copies)
     with pytest.raises(DataError, match=rf"{copy.name} is damaged.* Delete this copy of file://"):
         print([spoiled.row(Split.TRAIN, index) for index in range(8, 16)])
-    with pytest.raises(DataError, match="cannot be read"):
+    with pytest.raises(DataError, match="There is no cache in file://"):
         LatentCache(f"file://{tmp_path}/nowhere")
 
 

@@ -197,6 +197,27 @@ def test_missing_and_incomplete_folders(
         TryOnModel.from_pretrained(folder)
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"in_channels": 9}, r"U-Net's input channels 9, expected 12"),
+        ({"cross_attention_dim": 24}, r"U-Net's context width 24, expected 32"),
+    ],
+)
+def test_networks_of_different_models_are_refused(
+    make_small_model: Callable[..., Any], tmp_path: Path, changes: dict[str, int], message: str
+) -> None:
+    """A U-Net put into another model's folder is found when it is read, not in a training's first step."""
+    model = make_small_model()
+    model.save_pretrained(tmp_path / "model")
+    other = UNet2DConditionModel.from_config(dict(model.unet.config) | changes)
+    other.save_pretrained(tmp_path / "model" / "unet")
+    with pytest.raises(
+        CheckpointError, match=rf"do not fit each other: {message}\. .* 'i2am init'"
+    ):
+        TryOnModel.from_pretrained(tmp_path / "model")
+
+
 def test_a_sample_does_not_depend_on_its_batch(make_small_model: Callable[..., Any]) -> None:
     """Sample 1 is the same alone and in a batch of three."""
     model, given = make_small_model(), inputs()

@@ -101,6 +101,16 @@ def test_manifest_of_a_run(tmp_path: Path) -> None:
     assert {"command", "git", "machine", "versions", "finished"} <= last.keys()
 
 
+def test_other_data_than_at_the_start_are_refused(tmp_path: Path) -> None:
+    """A run that goes on with a changed dataset would be of neither; the manifest stays as it was."""
+    RunFolder.open(tmp_path, SETTINGS).start(seed=0, data="abc")
+    before = (tmp_path / "manifest.json").read_text()
+    again = RunFolder.open(tmp_path, SETTINGS)
+    with pytest.raises(RunFolderError, match=r"began with other data: fingerprint abc, now xyz"):
+        again.start(seed=0, data="xyz")
+    assert (tmp_path / "manifest.json").read_text() == before
+
+
 def test_a_failed_write_leaves_the_old_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
