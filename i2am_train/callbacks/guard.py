@@ -55,7 +55,9 @@ class FiniteGuard(L.Callback):
         norm = float(whole(get_total_norm(list(gradients.values()))))
         pl_module.log(GRADIENT_NORM, norm)
         if not math.isfinite(norm):
-            at_fault = [name for name, g in gradients.items() if not bool(whole(g).isfinite().all())]
+            at_fault = [
+                name for name, g in gradients.items() if not bool(whole(g).isfinite().all())
+            ]
             self._stop(trainer, "gradient", norm, {"parameters": at_fault})
 
     def _stop(self, trainer: L.Trainer, what: str, value: float, facts: dict[str, Any]) -> None:

@@ -505,7 +505,9 @@ class TrainConfig:
             allowed = only if isinstance(only, tuple) else (only,)
             if value not in allowed:
                 expected = " or ".join(str("null" if a is None else a).lower() for a in allowed)
-                _refuse(f"optimization.{name}", value, f"{expected} with trainer.strategy={SHARDED}")
+                _refuse(
+                    f"optimization.{name}", value, f"{expected} with trainer.strategy={SHARDED}"
+                )
 
     @property
     def folder(self) -> Path:

@@ -279,12 +279,12 @@ class TryOnModel(nn.Module):
             projector = ReferenceProjector.from_config(self.projector.config)
             copy_adapters(self.unet, unet)
         for name, network in (("unet.", unet), ("projector.", projector)):
-            values = {key.removeprefix(name): v for key, v in weights.items() if key.startswith(name)}
+            values = {
+                key.removeprefix(name): v for key, v in weights.items() if key.startswith(name)
+            }
             network.load_state_dict(values, assign=True)
         scheduler = self.schedule.scheduler
-        return type(self)(
-            self.config, unet, self.vae, self.reference_encoder, projector, scheduler
-        )
+        return type(self)(self.config, unet, self.vae, self.reference_encoder, projector, scheduler)
 
     # -- files ------------------------------------------------------------------------------------------------
 

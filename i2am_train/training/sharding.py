@@ -15,38 +15,29 @@ from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
 
-from i2am_train.config.schema import Precision
 from i2am_train.models.tryon import TryOnModel
 from i2am_train.training.module import TryOnModule
-
-POLICIES: Mapping[str, MixedPrecisionPolicy] = {
-    "32-true": MixedPrecisionPolicy(),
-    # Autocast decides on arithmetic, here as in every strategy. Gathering bfloat16 halves the traffic, and saves
-    # autocast its own copies of the weights, which would outlive the gathered ones until the backward pass.
-    "bf16-mixed": MixedPrecisionPolicy(
-        param_dtype=torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False
-    ),
-}
-"""In which type weights are gathered and gradients are summed, by ``optimization.precision``."""
-
 
 # -- networks ------------------------------------------------------------------------------------------------------
 
 
-def shard(model: TryOnModel, mesh: DeviceMesh, precision: Precision) -> None:
+def shard(model: TryOnModel, mesh: DeviceMesh) -> None:
     """Shards U-Net and projector over the processes of ``mesh``, block by block.
 
     VAE and reference encoder stay whole in every process: they have no gradients and no moments, are needed in
     evaluation by processes with unequally many samples, and with ``data.cache`` not at all in training.
+
+    Weights are gathered in float32, and autocast makes bfloat16 of them as in every strategy. A
+    ``MixedPrecisionPolicy`` would halve the traffic, but rounds the norms' weights, too, which CPUs refuse.
     """
     for network in (model.unet, model.projector):
         for block in _blocks(network):
-            fully_shard(block, mesh=mesh, mp_policy=POLICIES[precision], reshard_after_forward=True)
-        fully_shard(network, mesh=mesh, mp_policy=POLICIES[precision], reshard_after_forward=True)
+            fully_shard(block, mesh=mesh, reshard_after_forward=True)
+        fully_shard(network, mesh=mesh, reshard_after_forward=True)
 
 
 def _blocks(network: nn.Module) -> Iterator[nn.Module]:
@@ -83,14 +74,17 @@ class ShardedTryOnModule(TryOnModule):
     """A :class:`TryOnModule` whose trained networks are sharded once the processes know each other."""
 
     def configure_model(self) -> None:
+        """Lightning's place for it, before there is an optimizer."""
         assert self.device_mesh is not None
-        shard(self.model, self.device_mesh["data_parallel"], self.options.precision)
+        shard(self.model, self.device_mesh["data_parallel"])
 
     def on_validation_start(self) -> None:
+        """Processes generate unequally many batches, so none may need another for a forward."""
         super().on_validation_start()
         gather(self.model)
 
     def on_validation_end(self) -> None:
+        """Back to parts."""
         release(self.model)
         super().on_validation_end()
 
