@@ -10,9 +10,9 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
-from lightning.fabric.utilities.apply_func import apply_to_collection
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.strategies import ModelParallelStrategy
+from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
@@ -142,8 +142,10 @@ class ShardedStrategy(ModelParallelStrategy):
         return collected if self.is_global_zero else {}
 
     def _collected(self, value: DTensor) -> Tensor | None:
-        value = whole(value)  # here one at a time: others keep none
-        return value.cpu() if self.is_global_zero else None
+        together = whole(value)
+        return (
+            together.cpu() if self.is_global_zero else None
+        )  # one at a time in the others' memory
 
     def load_checkpoint(
         self, checkpoint_path: Any, weights_only: bool | None = None

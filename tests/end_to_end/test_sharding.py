@@ -185,7 +185,8 @@ def test_options_that_go_together_with_sharding(
     In a group of one process, which is sharded in the same way.
     """
     more = [
-        *common, *options, "data.batch_size=4", "optimization.steps=2", "validation.samples=0", "trainer.keep_best=null",
+        *common, *options, "data.batch_size=4", "optimization.steps=2", "validation.samples=0",
+        "trainer.keep_best=null",
     ]  # fmt: skip
     plain, sharded = (
         train(compose("train", [*more, f"trainer.strategy={name}", f"output={tmp_path / name}"]))
