@@ -63,6 +63,7 @@ from i2am_train.training.module import TryOnModule
 from i2am_train.training.optimization import eight_bit_adamw
 from i2am_train.training.preflight import accumulation, memory_advice
 from i2am_train.training.rehearsal import Measured, StepTimer
+from i2am_train.training.sharding import ShardedStrategy, ShardedTryOnModule
 from i2am_train.training.step import TrainingObjective
 from i2am_train.types import Pairing
 
@@ -329,7 +330,9 @@ def _hardware(config: TrainConfig) -> dict[str, Any]:
     return {
         "accelerator": trainer.accelerator,
         "devices": trainer.devices,
-        "strategy": trainer.strategy,
+        "strategy": ShardedStrategy() if trainer.sharded else trainer.strategy,
+        # Weights that are gathered for validation are trained afterwards.
+        "inference_mode": not trainer.sharded,
         "num_nodes": trainer.num_nodes,
         "precision": config.optimization.precision,
         "limit_train_batches": trainer.limit_train_batches,
@@ -475,7 +478,8 @@ def make_module(config: TrainConfig) -> TryOnModule:
     model = load_model(config.init, config.data)
     if config.optimization.from_scratch:
         model.redraw_denoiser()
-    return TryOnModule(
+    kind = ShardedTryOnModule if config.trainer.sharded else TryOnModule
+    return kind(
         model,
         make_objective(config.objective, config.optimization),
         config.optimization,

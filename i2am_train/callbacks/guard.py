@@ -13,6 +13,7 @@ from i2am_train.callbacks.checkpoints import FOLDER as CHECKPOINTS
 from i2am_train.errors import TrainingError
 from i2am_train.runs import write_json
 from i2am_train.tracking.names import GRADIENT_NORM, LOSS
+from i2am_train.training.sharding import whole
 
 CHECKPOINT, DIAGNOSIS = "not-finite.ckpt", "diagnosis.json"
 
@@ -51,10 +52,12 @@ class FiniteGuard(L.Callback):
             for name, parameter in pl_module.named_parameters()
             if parameter.grad is not None
         }
-        norm = float(get_total_norm(list(gradients.values())))
+        norm = float(whole(get_total_norm(list(gradients.values()))))
         pl_module.log(GRADIENT_NORM, norm)
         if not math.isfinite(norm):
-            at_fault = [name for name, grad in gradients.items() if not bool(grad.isfinite().all())]
+            at_fault = [
+                name for name, g in gradients.items() if not bool(whole(g).isfinite().all())
+            ]
             self._stop(trainer, "gradient", norm, {"parameters": at_fault})
 
     def _stop(self, trainer: L.Trainer, what: str, value: float, facts: dict[str, Any]) -> None:

@@ -48,12 +48,13 @@ class SnapshotCallback(L.Callback):
         if step == self._last:  # between two steps gradients are accumulated
             return
         self._last = step
-        if step % self.every or step >= self.steps or not trainer.is_global_zero:
+        if step % self.every or step >= self.steps:
             return
         assert isinstance(pl_module, TryOnModule)
         if self.averaging is not None:
             self.averaging.swap(pl_module)
-        pl_module.model.save_pretrained(self.folder / f"step-{step:06d}")
+        if (model := pl_module.whole_model()) is not None:
+            model.save_pretrained(self.folder / f"step-{step:06d}")
         if self.averaging is not None:
             self.averaging.swap(pl_module)
 
@@ -75,9 +76,9 @@ class BestModelCallback(L.Callback):
         if self.best is not None and (value <= self.best) == self.higher_is_better:
             return
         self.best = value
-        if trainer.is_global_zero:
-            assert isinstance(pl_module, TryOnModule)
-            pl_module.model.save_pretrained(self.folder)
+        assert isinstance(pl_module, TryOnModule)
+        if (model := pl_module.whole_model()) is not None:
+            model.save_pretrained(self.folder)
             record = {"score": self.score, "value": value, "step": trainer.global_step}
             write_json(self.folder.with_name(BEST_RECORD), record)
 

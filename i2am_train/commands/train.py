@@ -80,10 +80,10 @@ def train(config: TrainConfig) -> Path:
             trainer.fit(
                 module, datamodule, ckpt_path=None if checkpoint is None else str(checkpoint)
             )
-        if trainer.is_global_zero:
-            module.model.save_pretrained(folder / MODEL_FOLDER)
-            if has_adapters(module.model.unet):
-                save_adapters(module.model.unet, folder / ADAPTER_FOLDER)
+        if (model := module.whole_model()) is not None:
+            model.save_pretrained(folder / MODEL_FOLDER)
+            if has_adapters(model.unet):
+                save_adapters(model.unet, folder / ADAPTER_FOLDER)
             record_model(trainer, config, folder.path)
     except BaseException:
         finish_tracking(trainer, failed=True)

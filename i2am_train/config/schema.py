@@ -37,6 +37,8 @@ Device = Literal["auto", "cpu", "cuda"]
 Normalisation = Literal["imagenet", "clip", "authors"]
 PublishedModel = Literal["dci_vton", "stableviton", "custom", "refined_custom"]
 """Keys of ``reporting.published.TABLE_2``, which lies above; a test keeps the two equal."""
+SHARDED = "fsdp"
+"""The strategy that shards weights, ``training.sharding``."""
 LayoutName = Literal["auto", "viton_hd", "dresscode"]
 CategoryName = Literal["upper_body", "lower_body", "dresses"]
 FitName = Literal["stretch", "pad", "crop"]
@@ -419,7 +421,7 @@ class TrainerConfig:
     devices: int | str = 1
     """Number of devices (processes), or auto."""
     strategy: str = "auto"
-    """auto, ddp, fsdp, ..."""
+    """auto, ddp, fsdp (each device keeps a part of weights, gradients and optimizer), ..."""
     num_nodes: int = 1
     """Number of machines."""
     log_every_n_steps: int = 10
@@ -452,6 +454,13 @@ class TrainerConfig:
             if getattr(self, name) is not None:
                 _check_at_least(f"trainer.{name}", getattr(self, name), 1)
         _check_at_least("trainer.keep_checkpoints", self.keep_checkpoints, 1)
+        if self.strategy.startswith(("deepspeed", f"{SHARDED}_")):
+            _refuse("trainer.strategy", self.strategy, f"{SHARDED}, which shards by itself")
+
+    @property
+    def sharded(self) -> bool:
+        """True if each process keeps only a part of the trained weights."""
+        return self.strategy == SHARDED
 
     @property
     def multi_process(self) -> bool:
@@ -496,6 +505,25 @@ class TrainConfig:
         _check_at_least("seed", self.seed, 0)
         self.label = self.label or self.name
         self.output = _absolute(self.output)
+        if self.trainer.sharded:
+            self._check_sharded()
+
+    def _check_sharded(self) -> None:
+        """Refuses options that do not work on parts of weights; the others are tested with sharding."""
+        for name, only in {
+            "ema_decay": None,  # Lightning copies the module for its average, and parts cannot be copied
+            "compile": False,  # the compiler would capture the hooks that gather the weights
+            "channels_last": False,  # only contiguous weights can be cut
+            "optimizer": "adamw",  # bitsandbytes' kernels know no parts
+            "precision": ("32-true", "bf16-mixed"),  # a loss scale would differ between processes
+        }.items():
+            value = getattr(self.optimization, name)
+            allowed = only if isinstance(only, tuple) else (only,)
+            if value not in allowed:
+                expected = " or ".join(str("null" if a is None else a).lower() for a in allowed)
+                _refuse(
+                    f"optimization.{name}", value, f"{expected} with trainer.strategy={SHARDED}"
+                )
 
     @property
     def folder(self) -> Path:
@@ -556,6 +584,8 @@ class EvaluateConfig:
             )
         if isinstance(self.devices, int):
             _check_at_least("devices", self.devices, 1)
+        if self.strategy.startswith((SHARDED, "deepspeed")):
+            _refuse("strategy", self.strategy, "auto or ddp: judging a model shards nothing")
         if self.images is not None and self.multi_process:
             _refuse("devices", self.devices, "1 for finished images")
         if self.images is not None and self.snapshots:

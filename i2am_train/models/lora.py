@@ -34,6 +34,12 @@ def has_adapters(unet: UNet2DConditionModel) -> bool:
     return ADAPTER in getattr(unet, "peft_config", {})
 
 
+def copy_adapters(source: UNet2DConditionModel, target: UNet2DConditionModel) -> None:
+    """Gives the target adapters like those of the source, if it has any, with values of their own."""
+    if has_adapters(source):
+        target.add_adapter(source.peft_config[ADAPTER], ADAPTER)
+
+
 def merged(unet: UNet2DConditionModel) -> UNet2DConditionModel:
     """The U-Net without adapters that computes the same, up to rounding; the given one where it has none.
 

@@ -33,13 +33,16 @@ class ReferenceProjector(ModelMixin, ConfigMixin):
         self.output = nn.Linear(encoder_width, context_width)
         self.null_tokens = nn.Parameter(torch.randn(1, tokens, context_width))
 
-    def forward(self, tokens: Tensor) -> Tensor:
-        """Context tokens ``[batch, token, context_width]`` of encoder tokens ``[batch, token, encoder_width]``."""
+    def forward(self, tokens: Tensor, dropped: Tensor | None = None) -> Tensor:
+        """Context tokens ``[batch, token, context_width]`` of encoder tokens ``[batch, token, encoder_width]``.
+
+        Those of ``dropped`` samples (see :meth:`drop`) are the null tokens.
+        """
         hidden = self.norm(tokens)
         for block in self.blocks:
             hidden = block(hidden)
         projected: Tensor = self.output(hidden)
-        return projected
+        return projected if dropped is None else self.drop(projected, dropped)
 
     def drop(self, tokens: Tensor, dropped: Tensor) -> Tensor:
         """Replaces the context tokens of samples by the null tokens where ``dropped`` (bool ``[batch]``) is true.

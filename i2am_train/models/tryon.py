@@ -11,6 +11,7 @@ import json
 import os
 import shutil
 import tempfile
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, Self
@@ -29,7 +30,7 @@ from i2am_train.attribution.recipes import diffusers_decoder
 from i2am_train.attribution.sites import Recipe
 from i2am_train.errors import CheckpointError
 from i2am_train.models.diffusion import NoiseSchedule
-from i2am_train.models.lora import merged
+from i2am_train.models.lora import copy_adapters, merged
 from i2am_train.models.projector import ReferenceProjector
 from i2am_train.types import GridSize
 
@@ -191,10 +192,16 @@ class TryOnModel(nn.Module):
         return tokens
 
     def project_reference(
-        self, tokens: Float[Tensor, "batch encoder_token width"]
+        self,
+        tokens: Float[Tensor, "batch encoder_token width"],
+        dropped: Bool[Tensor, " batch"] | None = None,
     ) -> Float[Tensor, "batch token context"]:
-        """Context tokens from the encoder's: what is trained of the way from garment to U-Net."""
-        projected: Tensor = self.projector(self._kept_tokens(tokens))
+        """Context tokens from the encoder's: what is trained of the way from garment to U-Net.
+
+        Those of ``dropped`` samples are the null tokens, put in by the projector itself: where its weights are sharded,
+        they are together only in its own forward.
+        """
+        projected: Tensor = self.projector(self._kept_tokens(tokens), dropped)
         return projected
 
     def _any_size(self) -> dict[str, bool]:
@@ -251,7 +258,7 @@ class TryOnModel(nn.Module):
         if encoded_garment is None:
             assert garment is not None
             encoded_garment = self.encode_garment(garment)
-        tokens = self.projector.drop(self.project_reference(encoded_garment), dropped)
+        tokens = self.project_reference(encoded_garment, dropped)
         return self.denoise(noisy, timesteps, Conditions(agnostic, pose, tokens))
 
     def redraw_denoiser(self) -> None:
@@ -261,6 +268,23 @@ class TryOnModel(nn.Module):
         """
         self.unet = UNet2DConditionModel.from_config(self.unet.config).to(self.device)
         self.projector = ReferenceProjector.from_config(self.projector.config).to(self.device)
+
+    def with_weights(self, weights: Mapping[str, Tensor]) -> Self:
+        """This model with other values of U-Net and projector, by their names here; they are not copied.
+
+        For models whose own weights are not all in this process. VAE and reference encoder are shared.
+        """
+        with torch.device("meta"):  # draws no random numbers and needs no memory
+            unet = UNet2DConditionModel.from_config(self.unet.config)
+            projector = ReferenceProjector.from_config(self.projector.config)
+            copy_adapters(self.unet, unet)
+        for name, network in (("unet.", unet), ("projector.", projector)):
+            values = {
+                key.removeprefix(name): v for key, v in weights.items() if key.startswith(name)
+            }
+            network.load_state_dict(values, assign=True)
+        scheduler = self.schedule.scheduler
+        return type(self)(self.config, unet, self.vae, self.reference_encoder, projector, scheduler)
 
     # -- files ------------------------------------------------------------------------------------------------
 

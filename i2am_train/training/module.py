@@ -4,7 +4,7 @@ from typing import Any
 
 import lightning as L
 import torch
-from lightning.pytorch.strategies import SingleDeviceStrategy
+from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor
 
@@ -80,9 +80,9 @@ class TryOnModule(L.LightningModule):
     def _move_frozen(self, device: torch.device | str) -> None:
         """Training from a cache needs no frozen network on the GPU.
 
-        With one device only: the networks of distributed strategies must stay together.
+        Not with DDP, whose networks must stay together.
         """
-        if self.cached and isinstance(self.trainer.strategy, SingleDeviceStrategy):
+        if self.cached and not isinstance(self.trainer.strategy, DDPStrategy):
             self.model.vae.to(device)
             self.model.reference_encoder.to(device)
 
@@ -133,6 +133,16 @@ class TryOnModule(L.LightningModule):
         """Puts the frozen networks back, so that Lightning's strict loading still checks every trained weight."""
         frozen = {name: v for name, v in self.state_dict().items() if not self._trains(name)}
         checkpoint["state_dict"] = frozen | checkpoint["state_dict"]
+
+    def whole_model(self) -> TryOnModel | None:
+        """The model as a single process would hold it, on the first process, and None on others; collective.
+
+        This is what is saved, whatever the strategy: some of them keep only a part of the weights in each process.
+        """
+        weights = self.trainer.strategy.lightning_module_state_dict()
+        if not self.trainer.is_global_zero:
+            return None
+        return self.model.with_weights({n.removeprefix("model."): v for n, v in weights.items()})
 
     def _trains(self, name: str) -> bool:
         """Whether a weight may differ from the one in the model that training started from."""

@@ -83,8 +83,9 @@ def make_optimizer(parameters: list[nn.Parameter], options: OptimizationConfig) 
         lr=options.learning_rate,
         betas=options.betas,
         weight_decay=options.weight_decay,
-        # Fused kernels undo float16's loss scale themselves, after which Lightning refuses to clip.
-        fused=options.precision != "16-mixed",
+        # Fused kernels undo float16's loss scale themselves, so that Lightning refuses to clip before them, also where
+        # mixed precision has no loss scale (bf16-mixed).
+        fused=options.precision == "32-true" or options.gradient_clip is None,
     )
 
 

@@ -103,6 +103,7 @@ def memory_advice(trainer: L.Trainer) -> Iterator[None]:
         raise TrainingError(
             f"Out of memory in step {trainer.global_step + 1}: {str(error).splitlines()[0]} Lower data.batch_size "
             "(with optimization.global_batch the result stays the same), set optimization.gradient_checkpointing=true, "
-            "or train fewer or smaller numbers (optimization.precision=bf16-mixed, optimization.optimizer=adamw8bit, "
-            "optimization.trainable=cross_attention). The same command goes on from the last checkpoint."
+            "train fewer or smaller numbers (optimization.precision=bf16-mixed, optimization.optimizer=adamw8bit, "
+            "optimization.trainable=cross_attention), or share the weights between GPUs (trainer=fsdp). The same "
+            "command goes on from the last checkpoint."
         ) from error

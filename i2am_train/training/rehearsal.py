@@ -112,7 +112,8 @@ def describe(
             "compilation",
             f"{measured.graphs} graphs; the first step took {_duration(measured.first_seconds)}",
         )
-    yield "memory", f"{measured.peak_bytes / 2**30:.1f} GiB at most on {measured.device}"
+    each = ", in the first process" if measured.processes > 1 else ""
+    yield "memory", f"{measured.peak_bytes / 2**30:.1f} GiB at most on {measured.device}{each}"
     averaged = config.optimization.ema_decay is not None
     yield "model", f"{weight_bytes(model) / 2**30:.2f} GiB on disk"
     yield "checkpoint", f"{checkpoint_bytes(model, averaged=averaged) / 2**30:.2f} GiB on disk"

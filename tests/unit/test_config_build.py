@@ -151,6 +151,34 @@ def test_evaluate_judges_one_thing(values: dict[str, object], message: str) -> N
         build(EvaluateConfig, values)
 
 
+@pytest.mark.parametrize(
+    ("optimization", "message"),
+    [
+        ({"ema_decay": 0.9}, r"optimization\.ema_decay=0\.9 .* null with trainer\.strategy=fsdp"),
+        ({"compile": True}, r"optimization\.compile=True .* false with"),
+        ({"channels_last": True}, r"optimization\.channels_last=True .* false with"),
+        ({"optimizer": "adamw8bit"}, r"optimization\.optimizer=adamw8bit .* adamw with"),
+        ({"precision": "16-mixed"}, r"precision=16-mixed .* 32-true or bf16-mixed with"),
+    ],
+)
+def test_what_does_not_go_together_with_sharding(
+    optimization: dict[str, object], message: str
+) -> None:
+    """Refused as a configuration; without sharding the same is possible."""
+    with pytest.raises(ConfigError, match=message):
+        build(TrainConfig, {"optimization": optimization, "trainer": {"strategy": "fsdp"}})
+    build(TrainConfig, {"optimization": optimization, "trainer": {"strategy": "ddp"}})
+
+
+def test_only_one_kind_of_sharding() -> None:
+    """Lightning's others would save parts; and a model that is judged is not sharded."""
+    for strategy in ("fsdp_cpu_offload", "deepspeed_stage_3"):
+        with pytest.raises(ConfigError, match=rf"strategy={strategy} .* expected fsdp"):
+            build(TrainConfig, {"trainer": {"strategy": strategy}})
+    with pytest.raises(ConfigError, match=r"strategy=fsdp .* expected auto or ddp"):
+        build(EvaluateConfig, {"checkpoint": "tiny", "strategy": "fsdp"})
+
+
 def test_patches_are_pairs() -> None:
     """Lists of [y, x] become tuples; anything else is refused at its place in the list."""
     config = build(ExplainConfig, {"checkpoint": "tiny", "generated_patches": [[3, 4], [0, 1]]})

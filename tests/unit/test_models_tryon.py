@@ -72,6 +72,13 @@ def dinov2_with_registers() -> PreTrainedModel:
     ).eval()
 
 
+class Unprojected(torch.nn.Module):
+    """Stands for the projector and gives the encoder's tokens as they are."""
+
+    def forward(self, tokens: torch.Tensor, dropped: None) -> torch.Tensor:
+        return tokens
+
+
 @pytest.mark.parametrize(
     ("make", "class_token", "special"),
     [(siglip, False, 0), (dinov2_with_registers, False, 4), (dinov2_with_registers, True, 4)],
@@ -85,7 +92,7 @@ def test_other_encoders(
     """Whatever an encoder puts in front, the patches stay whole and in order, and registers are dropped."""
     model = make_small_model(class_token=class_token)
     model.config.reference_height = model.config.reference_width = 48
-    model.reference_encoder, model.projector = make(), torch.nn.Identity()
+    model.reference_encoder, model.projector = make(), Unprojected()
     garment = inputs()["garment"][..., :48, :]
     model.reference_mean.fill_(0.5)
     model.reference_std.fill_(0.5)  # the encoder then sees the garment as it is

@@ -155,11 +155,23 @@ def test_eight_bits_without_bitsandbytes(monkeypatch: pytest.MonkeyPatch) -> Non
         eight_bit_adamw()
 
 
-@pytest.mark.parametrize(("precision", "fused"), [("bf16-mixed", True), ("16-mixed", False)])
-def test_options_reach_the_optimizer(precision: Any, fused: bool) -> None:
-    """Rate, betas and decay arrive; float16 is not fused, since Lightning cannot clip its gradients then."""
+@pytest.mark.parametrize(
+    ("precision", "clip", "fused"),
+    [
+        ("32-true", 1.0, True),
+        ("bf16-mixed", None, True),
+        ("bf16-mixed", 1.0, False),
+        ("16-mixed", 1.0, False),
+    ],
+)
+def test_options_reach_the_optimizer(precision: Any, clip: float | None, fused: bool) -> None:
+    """Rate, betas and decay arrive; fused only where Lightning does not refuse to clip gradients then."""
     options = OptimizationConfig(
-        precision=precision, learning_rate=0.5, betas=(0.8, 0.7), weight_decay=0.25
+        precision=precision,
+        gradient_clip=clip,
+        learning_rate=0.5,
+        betas=(0.8, 0.7),
+        weight_decay=0.25,
     )
     (group,) = make_optimizer([nn.Parameter(torch.ones(2, 3))], options).param_groups
     assert (group["lr"], group["betas"], group["weight_decay"]) == (0.5, (0.8, 0.7), 0.25)
