@@ -213,3 +213,11 @@ def make_parts() -> Callable[..., Any]:
         return CLIPModel(CLIPConfig(text_config=text, vision_config=vision | changes)).eval()
 
     return make
+
+
+@pytest.fixture(scope="session")
+def paint_by_example(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a tiny Paint-by-Example pipeline with random weights."""
+    from tests.pipelines import tiny_paint_by_example
+
+    return tiny_paint_by_example(tmp_path_factory.mktemp("pipelines") / "paint_by_example")

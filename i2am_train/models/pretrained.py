@@ -83,6 +83,27 @@ def load_network(kind: Any, source: str, part: str, check: Callable[[Any, str], 
     return network.eval()
 
 
+def load_part(kind: Any, source: str, part: str, **options: Any) -> Any:
+    """A part of a pipeline that is no network of diffusers: image encoder, scheduler, feature extractor.
+
+    Args:
+        kind: class of the part.
+        source: folder of the pipeline, or its name on the hub.
+        part: subfolder.
+        options: more arguments of ``from_pretrained``.
+
+    Raises:
+        CheckpointError: it cannot be read, or lacks weights.
+    """
+    name = _place(source)
+    if not issubclass(kind, PreTrainedModel):
+        return _hub(source, lambda: kind.from_pretrained(name, subfolder=part, **options))
+    options |= {"dtype": torch.float32, "output_loading_info": True}
+    network, info = _hub(source, lambda: kind.from_pretrained(name, subfolder=part, **options))
+    _check_loaded(info, source)
+    return network.eval()
+
+
 def _place(source: str) -> str:
     """The folder that a source names, or the name on the hub as it stands."""
     folder = Path(source).expanduser()
