@@ -232,6 +232,12 @@ def fingerprint(root: Path) -> str:
     return digest.hexdigest()[:16]
 
 
+def file_fingerprint(path: Path) -> str:
+    """SHA-256 of a file's content, 64 hexadecimal digits."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
 def provenance() -> dict[str, Any]:
     """Command line, code, package versions and machine of this process."""
     return {

@@ -41,3 +41,132 @@ def tiny_paint_by_example(folder: Path, **unet: Any) -> Path:
             ),
         ).save_pretrained(folder)  # fmt: skip
     return folder
+
+
+def tiny_stable_diffusion(folder: Path, **unet: Any) -> Path:
+    """Stable Diffusion 1.5's topology in small, with DDIM and a text encoder; keywords replace options of the U-Net."""
+    import torch
+    from diffusers import (
+        AutoencoderKL,
+        DDIMScheduler,
+        StableDiffusionPipeline,
+        UNet2DConditionModel,
+    )
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    width = 16
+    text = CLIPTextConfig(
+        hidden_size=width, intermediate_size=width, num_hidden_layers=1, num_attention_heads=2,
+        vocab_size=3 + 256 * 2, max_position_embeddings=77, bos_token_id=1, eos_token_id=2, pad_token_id=2,
+    )  # fmt: skip
+    sizes: dict[str, Any] = {
+        "block_out_channels": (16, 16, 32, 32), "norm_num_groups": 8, "attention_head_dim": 2,
+        "cross_attention_dim": width, "sample_size": 64,
+    }  # fmt: skip
+    with torch.random.fork_rng():
+        torch.manual_seed(3)
+        StableDiffusionPipeline(
+            vae=AutoencoderKL(
+                block_out_channels=(8, 8), norm_num_groups=4, latent_channels=4,
+                down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
+            ),
+            text_encoder=CLIPTextModel(text),
+            tokenizer=_tokenizer(),
+            unet=UNet2DConditionModel(**sizes | unet),
+            scheduler=DDIMScheduler(
+                beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False,
+                set_alpha_to_one=False, steps_offset=1,
+            ),
+            safety_checker=None, feature_extractor=None, requires_safety_checker=False,
+        ).save_pretrained(folder)  # fmt: skip
+    return folder
+
+
+def _tokenizer() -> Any:
+    """CLIP's tokenizer that knows single letters only."""
+    from tokenizers.pre_tokenizers import ByteLevel
+    from transformers import CLIPTokenizer
+
+    letters = sorted(ByteLevel.alphabet())
+    words = ["<pad>", "<|startoftext|>", "<|endoftext|>", *letters]
+    words += [f"{letter}</w>" for letter in letters]
+    return CLIPTokenizer(
+        vocab={word: at for at, word in enumerate(words)}, merges=[], model_max_length=77
+    )
+
+
+ENCODER_WIDTH = 32
+
+
+def tiny_ip_adapter(folder: Path, kind: str = "ip_adapter") -> tuple[Path, Path]:
+    """A Stable Diffusion folder, and the file of an IP-Adapter for it beside an image encoder of 16x16 patches.
+
+    ``kind``: ip_adapter (4 tokens), ip_adapter_full_face (class token and patches), ip_adapter_plus (16 tokens).
+    """
+    import torch
+    from diffusers import UNet2DConditionModel
+    from safetensors.torch import save_file
+    from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
+
+    base = tiny_stable_diffusion(folder / "base")
+    encoder = CLIPVisionConfig(
+        hidden_size=ENCODER_WIDTH, intermediate_size=ENCODER_WIDTH, projection_dim=ENCODER_WIDTH,
+        num_hidden_layers=2, num_attention_heads=2, image_size=64, patch_size=4,
+    )  # fmt: skip
+    unet = UNet2DConditionModel.from_pretrained(base, subfolder="unet")
+    crossed = [layer for path, layer in unet.named_modules() if path.endswith("attn2")]
+    # The authors number all attentions in the order of diffusers' processors: encoder, decoder, middle.
+    order = [path for path in unet.attn_processors if path.endswith("attn2.processor")]
+    assert len(order) == len(crossed)
+    with torch.random.fork_rng():
+        torch.manual_seed(4)
+        CLIPVisionModelWithProjection(encoder).save_pretrained(folder / "image_encoder")
+        tensors = {f"image_proj.{name}": value for name, value in _image_projection(kind).items()}
+        for number, path in enumerate(order):
+            out = unet.get_submodule(path.removesuffix(".processor")).to_k.out_features
+            for part in ("to_k_ip", "to_v_ip"):
+                tensors[f"ip_adapter.{2 * number + 1}.{part}.weight"] = torch.randn(out, 16) / 4
+    save_file(tensors, folder / f"{kind}.safetensors")
+    return base, folder / f"{kind}.safetensors"
+
+
+def _image_projection(kind: str) -> dict[str, Any]:
+    """Weights of the projection of the encoder's tokens, by the authors' names."""
+    import torch
+
+    def linear(name: str, inner: int, outer: int, bias: bool = True) -> dict[str, Any]:
+        weights = {f"{name}.weight": torch.randn(outer, inner) / inner**0.5}
+        return weights | ({f"{name}.bias": torch.zeros(outer)} if bias else {})
+
+    def norm(name: str, width: int) -> dict[str, Any]:
+        return {f"{name}.weight": torch.ones(width), f"{name}.bias": torch.zeros(width)}
+
+    if kind == "ip_adapter":
+        return linear("proj", ENCODER_WIDTH, 4 * 16) | norm("norm", 16)
+    assert kind == "ip_adapter_full_face"
+    hidden = linear("proj.0", ENCODER_WIDTH, ENCODER_WIDTH)
+    return hidden | linear("proj.2", ENCODER_WIDTH, 16) | norm("proj.3", 16)
+
+
+def tiny_catvton(folder: Path, stride: int = 8) -> tuple[Path, Path]:
+    """An inpainting folder, and attention weights numbered as CatVTON's release does it.
+
+    ``stride`` is how many modules its authors count for each self-attention.
+    """
+    import torch
+    from diffusers import UNet2DConditionModel
+    from safetensors.torch import save_file
+
+    base = tiny_stable_diffusion(folder / "base", in_channels=9)
+    unet = UNet2DConditionModel.from_pretrained(base, subfolder="unet")
+    tensors = {}
+    generator = torch.Generator().manual_seed(5)
+    layers = [layer for path, layer in unet.named_modules() if path.endswith(".attn1")]
+    for number, layer in enumerate(layers):
+        for name, value in layer.state_dict().items():
+            fresh = torch.randn(value.shape, generator=generator) / 4
+            tensors[f"{stride * number}.{name}"] = fresh
+            if name == "to_q.weight":  # the part stands under a number of its own, too
+                tensors[f"{stride * number + 1}.weight"] = fresh.clone()
+    save_file(tensors, folder / "attention.safetensors")
+    return base, folder / "attention.safetensors"

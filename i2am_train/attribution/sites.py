@@ -83,6 +83,21 @@ def find_layer(layer: LayerId, available: Sequence[str]) -> str:
     return name
 
 
+def similar_layer(layer: LayerId, available: Sequence[str]) -> str:
+    """The one of ``available`` that ``layer`` means, also where the paper's numbers are not known.
+
+    In a model without numbered layers a number means the layer at the same depth of the decoder:
+    of its layers in ``up_blocks``, or of all where there are none.
+
+    >>> similar_layer(2, ["mid_block.attentions.0", "up_blocks.0.attentions.0", "up_blocks.0.attentions.1"])
+    'up_blocks.0.attentions.0'
+    """
+    if isinstance(layer, str) or any(paper_number(name) for name in available):
+        return find_layer(layer, available)
+    decoder = [name for name in available if name.startswith("up_blocks.")] or list(available)
+    return decoder[(layer - 1) * len(decoder) // len(PAPER_LAYERS)]
+
+
 def describe_layers(names: Sequence[str]) -> str:
     """Names with the paper's numbers, for messages.
 

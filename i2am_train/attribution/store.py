@@ -89,6 +89,13 @@ class AttributionStore:
         return len(self.timesteps)
 
     @property
+    def directions(self) -> tuple[Direction, ...]:
+        """Those that have a map: both, or only that on the generated image if reference tokens of
+        some layer have no place in the reference picture."""
+        spatial = all(record.reference_grid is not None for record in self.layers)
+        return tuple(Direction) if spatial else (Direction.REFERENCE_TO_GENERATED,)
+
+    @property
     def functional(self) -> bool:
         """Whether queries and keys of any layer can influence the image."""
         return any(record.functional for record in self.layers)

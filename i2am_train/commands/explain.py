@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from i2am_train.commands.entry import entry
-from i2am_train.config.schema import ExplainConfig
+from i2am_train.config.schema import TRYON, ExplainConfig
 
 if TYPE_CHECKING:
     import torch
@@ -19,12 +20,11 @@ if TYPE_CHECKING:
     from i2am_train.models.sampling import SamplingStep
     from i2am_train.models.tryon import TryOnModel
     from i2am_train.reporting.explained import CleanImage, ExplainedSample, Origin
-    from i2am_train.types import GridSize
-
-PATCHES_SHOWN = 6
-"""Specific patches that are drawn when the user names none."""
 
 PAGE = "explorer.html"
+
+RECIPES = "--recipes"
+"""Flag that lists the known models."""
 
 KEPT = ("images", "masks")
 """Folders of the sample's own pictures, beside those that are drawn."""
@@ -42,8 +42,13 @@ class _Case:
 
 
 def run(config: ExplainConfig) -> None:
-    """Explain the samples and say where pictures and page lie."""
-    folder = explain(config)
+    """Explain the samples, or the picture of another model, and say where pictures and page lie."""
+    if config.model == TRYON:
+        folder = explain(config)
+    else:
+        from i2am_train.commands.explain_other import explain_picture
+
+        folder = explain_picture(config)
     pictures = len([path for path in folder.rglob("*.png") if path.parent.name not in KEPT])
     size = (folder / PAGE).stat().st_size / 10**6
     print(f"{pictures} pictures, scores, maps and {PAGE} ({size:.1f} MB) in {folder}")
@@ -156,7 +161,7 @@ def _case(
 def _page_data(
     config: ExplainConfig, samples: list[TryOnSample], cases: dict[str, list[_Case]]
 ) -> dict[str, Any]:
-    from i2am_train.reporting.explorer import Explanation, explorer_data
+    from i2am_train.reporting.explorer import Explanation, explored, explorer_data
 
     models = {
         name: [
@@ -165,7 +170,7 @@ def _page_data(
         ]
         for name, made in cases.items()
     }
-    return explorer_data(samples, models, config.attribution)
+    return explorer_data([explored(sample) for sample in samples], models, config.attribution)
 
 
 def _making(config: ExplainConfig, manifest: dict[str, Any]) -> dict[str, str]:
@@ -298,6 +303,7 @@ def _patches(
 ) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
     """The generated and the reference patches that get maps: the user's, or some of the garment."""
     from i2am_train.evaluation.evaluator import garment_patches
+    from i2am_train.ops.grids import spread_patches
     from i2am_train.ops.masks import mask_on_grid
 
     generated = config.generated_patches or spread_patches(
@@ -307,26 +313,6 @@ def _patches(
         mask_on_grid(batch["garment_mask"], explained.reference_grid)[0], explained.reference_grid
     )
     return generated, reference
-
-
-def spread_patches(mask: Any, grid: GridSize) -> list[tuple[int, int]]:
-    """A few of the masked cells (of all, if there are none) that lie far from each other.
-
-    The one nearest to their middle, then again and again the one farthest from those chosen.
-    """
-    import torch
-
-    on_grid = mask.reshape(grid).cpu()
-    cells = (on_grid if on_grid.any() else torch.ones_like(on_grid)).nonzero()
-    places = cells.float()
-    distance = torch.linalg.vector_norm(places - places.mean(dim=0), dim=-1)
-    chosen = [int(distance.argmin())]
-    nearest = torch.full_like(distance, torch.inf)
-    while len(chosen) < min(PATCHES_SHOWN, len(cells)):
-        step = torch.linalg.vector_norm(places - places[chosen[-1]], dim=-1)
-        nearest = torch.minimum(nearest, step)
-        chosen.append(int(nearest.argmax()))
-    return [(int(y), int(x)) for y, x in cells[chosen]]
 
 
 def _center_figure(explained: Explained, batch: TryOnBatch) -> Any:
@@ -346,4 +332,9 @@ def _save(figure: Any, path: Path) -> None:
 
 
 if __name__ == "__main__":
-    entry("explain", run)
+    if RECIPES in sys.argv[1:]:
+        from i2am_train.commands.recipes import print_recipes
+
+        print_recipes()
+    else:
+        entry("explain", run)

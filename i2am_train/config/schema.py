@@ -57,6 +57,21 @@ FigureName = Literal[
 ]
 """Keys of ``reporting.paper_figures.PAPER_FIGURES``, which lies above; a test keeps the two equal."""
 
+TRYON, FACTORY = "tryon", "factory"
+"""Values of ``ExplainConfig.model`` beside the names of other people's models."""
+OTHER_MODELS_OPTIONS = (
+    "image",
+    "mask",
+    "reference",
+    "reference_mask",
+    "prompt",
+    "size",
+    "adapter",
+    "factory",
+    "recipe",
+)
+"""Options of ``ExplainConfig`` that mean nothing to a try-on model of ours."""
+
 
 @dataclass(kw_only=True, slots=True)
 class SyntheticConfig:
@@ -608,21 +623,72 @@ class AblateConfig:
 
 
 @dataclass(kw_only=True, slots=True)
+class RecipeConfig:
+    """Options of other models' recipes; null: as the recipe has it (`i2am explain --recipes`)."""
+
+    guided: bool | None = None
+    """Whether the batch holds both halves of guidance; null: by sampling.guidance for models that
+    are loaded here, by the recipe for a factory's."""
+    side_by_side: bool | None = None
+    """catvton: person and garment beside each other on the canvas, not one above the other."""
+    first: int | None = None
+    """ladi_vton: position of the first pseudo-word."""
+    count: int | None = None
+    """ladi_vton: number of pseudo-words."""
+    adapter: int | None = None
+    """ip_adapter...: which of several loaded adapters, from 0."""
+    reference_grid: tuple[int, int] | None = None
+    """tryon, custom: rows and columns of reference tokens."""
+    special_tokens: int | None = None
+    """tryon, custom: tokens before them, such as the class token."""
+    rows: Literal["all", "first_half", "second_half"] | None = None
+    """tryon: which rows of the batch are conditional."""
+
+    @property
+    def given(self) -> dict[str, Any]:
+        """The options that were set."""
+        values = {item.name: getattr(self, item.name) for item in fields(self)}
+        return {name: value for name, value in values.items() if value is not None}
+
+
+@dataclass(kw_only=True, slots=True)
 class ExplainConfig:
     """Draw every attribution map of a sample, and make a page to explore them."""
 
-    checkpoint: str | list[str]
+    checkpoint: str | list[str] | None = None
     """Checkpoint folder, or run folder; tiny is the shipped one. Several stand side by side on the
-    page: [tiny,runs/refined-seed0]."""
+    page: [tiny,runs/refined-seed0]. Other models: a folder of diffusers, or a name on the hub."""
+    model: str = TRYON
+    """tryon: ours, on a sample of a dataset. Others are asked by files (image, mask, reference):
+    paint_by_example, ip_adapter, ip_adapter_plus, ip_adapter_full_face, catvton; factory: any
+    pipeline that your own code makes. `i2am explain --recipes` lists what is known of each."""
     sample: int | list[int] = 0
     """Index of the sample in the pair list, from 0; or several: [3,17]."""
     split: Split = Split.TEST
     """Half of the dataset that the index counts in."""
     pairing: Pairing = Pairing.PAIRED
     """paired: the garment that the person wears; unpaired: another one."""
+    image: Path | None = None
+    """Other models: picture to fill in."""
+    mask: Path | None = None
+    """Other models: region to fill in, white, as large as the picture; IMACS_g is scored in it."""
+    reference: Path | None = None
+    """Other models: picture that the filling is made after."""
+    reference_mask: Path | None = None
+    """Other models: what counts of the reference, white, as large as it; IMACS_r is scored in it."""
+    prompt: str = ""
+    """ip_adapter..., factory: words for the text encoder."""
+    size: tuple[int, int] | None = None
+    """Other models: height and width of the result; null: the model's usual ones."""
+    adapter: Path | None = None
+    """Weights beside the checkpoint: ip_adapter...'s file, or catvton's of the attention layers."""
+    factory: str | None = None
+    """model=factory: package.module:function that returns your pipeline (README)."""
+    recipe: str | None = None
+    """model=factory: name of the recipe where the pipeline is not recognised by its modules."""
     output: Path | None = None
     """Folder for page, pictures and archives (several explanations: a folder in it for each); null:
-    runs/explain-<checkpoint>-<split><sample>-<pairing>."""
+    runs/explain-<checkpoint>-<split><sample>-<pairing>, or runs/explain-<model>-<image>-<reference>."""
     generated_patches: list[tuple[int, int]] = field(default_factory=list)
     """Cells [y,x] of the layer's generated grid that get a map each; empty: some of the garment."""
     reference_patches: list[tuple[int, int]] = field(default_factory=list)
@@ -632,12 +698,16 @@ class ExplainConfig:
     null: all (5 MB per sample at 128x96, 100 MB at 512x384)."""
     device: Device = "auto"
     """Where to compute."""
+    recipe_options: RecipeConfig = field(default_factory=RecipeConfig)
     data: DataConfig = field(default_factory=DataConfig)
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     attribution: AttributionConfig = field(default_factory=AttributionConfig)
 
     def __post_init__(self) -> None:
-        _check_several("checkpoint", self.checkpoints)
+        if self.checkpoint is None and self.model != FACTORY:
+            raise ConfigError("checkpoint is required and was not given. Add checkpoint=VALUE.")
+        if self.checkpoint is not None:
+            _check_several("checkpoint", self.checkpoints)
         for checkpoint in self.checkpoints:
             _check_given("checkpoint", checkpoint)
         self.output = _absolute(self.output)
@@ -649,10 +719,32 @@ class ExplainConfig:
                 _check_at_least(name, min(cell), 0)
         for layer in self.matrix_layers or ():
             _check_layer("matrix_layers", layer)
+        self._check_files()
+
+    def _check_files(self) -> None:
+        """Options of one way of asking are refused with the other; files become absolute."""
+        given = [name for name in OTHER_MODELS_OPTIONS if getattr(self, name) not in (None, "")]
+        given += [f"recipe_options.{name}" for name in self.recipe_options.given]
+        if self.model == TRYON and given:
+            raise ConfigError(
+                f"{given[0]}=... is for other people's models, and model=tryon reads samples of a "
+                "dataset. Set model=NAME (`i2am explain --recipes` lists them), or leave it out."
+            )
+        if self.model != TRYON and self.sample != 0:
+            raise ConfigError(
+                f"sample={self.sample} counts samples of a dataset, and model={self.model} is "
+                "asked by files. Give image=, mask= and reference= instead."
+            )
+        for name in ("image", "mask", "reference", "reference_mask", "adapter"):
+            setattr(self, name, _absolute(getattr(self, name)))
+        if self.size is not None:
+            _check_at_least("size", min(self.size), 8)
 
     @property
     def checkpoints(self) -> list[str]:
-        """The checkpoints, one or several."""
+        """The checkpoints, one or several; none where a factory needs none."""
+        if self.checkpoint is None:
+            return []
         return self.checkpoint if isinstance(self.checkpoint, list) else [self.checkpoint]
 
     @property

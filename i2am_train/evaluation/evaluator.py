@@ -154,24 +154,23 @@ def attention_scores(
     }
     scores: dict[str, Tensor] = {}
     for name, (heat_map, mask) in sides.items():
-        table = _imacs_table(name, heat_map, mask, options)
-        scores[name] = table[imacs_column(name, options.delta, options.penalty)]
-        scores |= table
+        scores |= imacs_table(name, heat_map, mask, options)
     return scores | _correspondence_scores(explained, batch)
 
 
-def _imacs_table(
+def imacs_table(
     name: str, heat_map: Tensor, mask: Tensor, options: AttributionConfig
 ) -> dict[str, Tensor]:
-    """IMACS at every threshold and penalty, from one map."""
+    """IMACS at every threshold and penalty, from one map; first of all at the options' own ones."""
     penalties = list(dict.fromkeys([options.penalty, *options.penalties]))
-    return {
+    table = {
         imacs_column(name, delta, penalty): values
         for delta in dict.fromkeys([options.delta, *options.deltas])
         for penalty, values in zip(
             penalties, imacs(threshold(heat_map, delta), mask, penalties), strict=True
         )
     }
+    return {name: table[imacs_column(name, options.delta, options.penalty)], **table}
 
 
 def _correspondence_scores(explained: Explained, batch: TryOnBatch) -> dict[str, Tensor]:

@@ -104,6 +104,22 @@ def load_part(kind: Any, source: str, part: str, **options: Any) -> Any:
     return network.eval()
 
 
+def load_pipeline(kind: Any, source: str, **parts: Any) -> Any:
+    """A pipeline of diffusers in float32, of a folder or the hub.
+
+    Args:
+        kind: class of the pipeline.
+        source: folder, or name on the hub.
+        parts: those that are loaded already (each by a function that refuses missing weights), and
+            more arguments of ``from_pretrained``.
+
+    Raises:
+        CheckpointError: it cannot be read.
+    """
+    name = _place(source)
+    return _hub(source, lambda: kind.from_pretrained(name, torch_dtype=torch.float32, **parts))
+
+
 def _place(source: str) -> str:
     """The folder that a source names, or the name on the hub as it stands."""
     folder = Path(source).expanduser()

@@ -8,11 +8,14 @@ the grid of a layer from the size of the latent and refuses what does not fit.
 from __future__ import annotations
 
 import torch
-from jaxtyping import Float, Shaped
+from jaxtyping import Bool, Float, Shaped
 from torch import Tensor
 
 from i2am_train.errors import CaptureError
 from i2am_train.types import GridSize
+
+PATCHES_SHOWN = 6
+"""Specific patches that are drawn when the user names none."""
 
 
 def unflatten(values: Shaped[Tensor, "batch tokens *rest"], grid: GridSize) -> Tensor:
@@ -103,3 +106,21 @@ def _halvings(latent: GridSize) -> list[GridSize]:
         height, width = grids[-1]
         grids.append(GridSize((height + 1) // 2, (width + 1) // 2))
     return grids
+
+
+def spread_patches(mask: Bool[Tensor, " generated"], grid: GridSize) -> list[tuple[int, int]]:
+    """A few of the masked cells (of all, if there are none) that lie far from each other.
+
+    The one nearest to their middle, then again and again the one farthest from those chosen.
+    """
+    on_grid = mask.reshape(grid).cpu()
+    cells = (on_grid if on_grid.any() else torch.ones_like(on_grid)).nonzero()
+    places = cells.float()
+    distance = torch.linalg.vector_norm(places - places.mean(dim=0), dim=-1)
+    chosen = [int(distance.argmin())]
+    nearest = torch.full_like(distance, torch.inf)
+    while len(chosen) < min(PATCHES_SHOWN, len(cells)):
+        step = torch.linalg.vector_norm(places - places[chosen[-1]], dim=-1)
+        nearest = torch.minimum(nearest, step)
+        chosen.append(int(nearest.argmax()))
+    return [(int(y), int(x)) for y, x in cells[chosen]]

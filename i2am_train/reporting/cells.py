@@ -13,9 +13,12 @@ from i2am_train.attribution.rollups import time_groups
 from i2am_train.attribution.sites import LayerId, describe_layers, layer_name, paper_number
 from i2am_train.errors import CaptureError
 from i2am_train.reporting.canvas import OKABE_ITO
-from i2am_train.reporting.explained import ExplainedSample, GridCell, array
+from i2am_train.reporting.drawn import Drawn, GridCell, array
 from i2am_train.reporting.sheet import Box, Cell, Mark, MarkKind
 from i2am_train.types import Direction, GridSize
+
+FIRST_BLOCK = ".transformer_blocks.0"
+"""The only one in Stable Diffusion 1.5 and 2."""
 
 TO_GENERATED = Direction.REFERENCE_TO_GENERATED
 TO_REFERENCE = Direction.GENERATED_TO_REFERENCE
@@ -53,11 +56,23 @@ def layer_label(layer: str) -> str:
 
 
 def layer_title(maps: AttributionMaps, layer: str) -> str:
-    """The layer and the grid of its generated tokens, in two lines."""
-    return f"{layer_label(layer)}\n{maps.store.layer(layer).generated_grid}"
+    """The layer (short) and the grid of its generated tokens, in two lines."""
+    label = layer_label(layer) if paper_number(layer) else short_name(layer)
+    return f"{label}\n{maps.store.layer(layer).generated_grid}"
 
 
-def time_titles(sample: ExplainedSample) -> list[str]:
+def short_name(layer: str) -> str:
+    """A layer of a U-Net of diffusers by its numbers; other names as they are.
+
+    >>> short_name("down_blocks.0.attentions.1.transformer_blocks.0")
+    'down 0.1'
+    """
+    side = layer.partition("_")[0]
+    numbers = [word for word in layer.removesuffix(FIRST_BLOCK).split(".") if word.isdigit()]
+    return f"{side} {'.'.join(numbers)}" if side in ("down", "mid", "up") else layer
+
+
+def time_titles(sample: Drawn) -> list[str]:
     """First and last timestep of each time group, as the scheduler counts; steps where unknown."""
     steps = sample.maps.store.timesteps
     titles = []
@@ -77,31 +92,27 @@ def _span(first: float, last: float) -> str:
 # ---- cells ---------------------------------------------------------------------------------------
 
 
-def plain_cell(sample: ExplainedSample, direction: Direction, title: str = "") -> Cell:
+def plain_cell(sample: Drawn, direction: Direction, title: str = "") -> Cell:
     """The picture that maps of a direction lie on."""
-    return Cell(picture=sample.images[_picture_name(direction)], title=title)
+    return Cell(picture=sample.picture(direction), title=title)
 
 
 def map_cell(
-    sample: ExplainedSample,
+    sample: Drawn,
     direction: Direction,
     heat: NDArray[np.floating],
     title: str = "",
     note: str = "",
 ) -> Cell:
     """A map over the picture that it lies on, with the mask that it should fill."""
-    mask = "inpaint" if direction is TO_GENERATED else "garment"
+    placement = sample.placement(direction)
     return Cell(
-        picture=sample.images[_picture_name(direction)],
-        heat=heat,
-        outline=sample.masks[mask],
+        picture=sample.picture(direction),
+        heat=heat if placement is None else placement.heat(heat),
+        outline=sample.outline(direction),
         title=title,
         note=note,
     )
-
-
-def _picture_name(direction: Direction) -> str:
-    return "generated" if direction is TO_GENERATED else "garment"
 
 
 def untitled(row: Sequence[Cell]) -> tuple[Cell, ...]:
@@ -113,15 +124,21 @@ def untitled(row: Sequence[Cell]) -> tuple[Cell, ...]:
 
 
 def patch_cell(
-    sample: ExplainedSample, direction: Direction, patches: Sequence[GridCell], title: str = ""
+    sample: Drawn, direction: Direction, patches: Sequence[GridCell], title: str = ""
 ) -> Cell:
     """The picture with a box around each patch: generated ones, or those of the garment."""
-    grid = sample.grid(direction)
     boxes = tuple(
-        patch_box(patch, grid, color)
+        placed_box(sample, direction, patch, color)
         for patch, color in zip(patches, patch_colors(len(patches)), strict=True)
     )
     return replace(plain_cell(sample, direction, title), boxes=boxes)
+
+
+def placed_box(sample: Drawn, direction: Direction, patch: GridCell, color: str) -> Box:
+    """The place of a patch of the sample's layer on the picture of a direction."""
+    grid, placement = sample.grid(direction), sample.placement(direction)
+    box = patch_box(patch, grid, color)
+    return box if placement is None else placement.box(box, grid)
 
 
 def patch_colors(count: int) -> list[str]:
@@ -151,7 +168,7 @@ def same_place(patch: GridCell, grid: GridSize, other: GridSize) -> GridCell:
 
 
 def specific_cells(
-    sample: ExplainedSample,
+    sample: Drawn,
     patches: Sequence[GridCell],
     layer: str | None = None,
     titles: Sequence[str] = (),
@@ -172,14 +189,14 @@ def specific_cells(
     cells = []
     colors = patch_colors(len(patches))
     for index, (values, (y, x)) in enumerate(zip(array(maps.normalised()), places, strict=True)):
-        marks = _marks(values, truth[y * record.generated_grid.width + x])
+        marks = _marks(sample, TO_REFERENCE, values, truth[y * record.generated_grid.width + x])
         cell = map_cell(sample, TO_REFERENCE, values, titles[index] if titles else "")
         cells.append(replace(cell, marks=marks, frame=colors[index]))
     return cells
 
 
 def reverse_cells(
-    sample: ExplainedSample,
+    sample: Drawn,
     patches: Sequence[GridCell],
     layer: str | None = None,
     titles: Sequence[str] = (),
@@ -194,12 +211,22 @@ def reverse_cells(
     colors = patch_colors(len(patches))
     for index, values in enumerate(array(maps.normalised())):
         cell = map_cell(sample, TO_GENERATED, values, titles[index] if titles else "")
-        cells.append(replace(cell, marks=_marks(values, None), frame=colors[index]))
+        cells.append(
+            replace(cell, marks=_marks(sample, TO_GENERATED, values, None), frame=colors[index])
+        )
     return cells
 
 
-def _marks(values: NDArray[np.floating], truth: NDArray[np.floating] | None) -> tuple[Mark, ...]:
+def _marks(
+    sample: Drawn,
+    direction: Direction,
+    values: NDArray[np.floating],
+    truth: NDArray[np.floating] | None,
+) -> tuple[Mark, ...]:
     """The strongest place of a map, and the true one (yx in patches) where it is known."""
+    placement = sample.placement(direction)
+    if placement is not None:  # what the model saw beside the picture is no place of it
+        values = placement.heat(values)
     height, width = values.shape
     y, x = divmod(int(values.argmax()), width)
     peak = Mark((y + 0.5) / height, (x + 0.5) / width, MarkKind.PEAK)

@@ -26,7 +26,8 @@ from i2am_train.reporting.cells import (
     specific_cells,
     untitled,
 )
-from i2am_train.reporting.explained import ExplainedSample, array
+from i2am_train.reporting.drawn import array
+from i2am_train.reporting.explained import ExplainedSample
 from i2am_train.reporting.sheet import Cell, Section, Sheet
 from i2am_train.types import Direction
 

@@ -30,6 +30,7 @@ from i2am_train.attribution.maps import AttributionMaps
 from i2am_train.errors import RunFolderError
 from i2am_train.metrics.correspondence import target_on_grid
 from i2am_train.reporting.canvas import Picture
+from i2am_train.reporting.drawn import GridCell, Mask, array
 from i2am_train.runs import MANIFEST_FILE, checkpoint_label, read_json, write_json
 from i2am_train.types import Direction, GridSize, LayerWeighting
 
@@ -39,10 +40,6 @@ SCHEMA = 2
 SCORES = "scores.json"
 IMAGES = ("garment", "agnostic", "densepose", "person", "generated")
 MASKS = ("garment", "inpaint", "warped_garment")
-
-Mask = NDArray[np.bool_]
-GridCell = tuple[int, int]
-"""Row and column of a patch on a grid."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -104,6 +101,29 @@ class ExplainedSample:
         """Size of the pictures."""
         return GridSize(*self.images["generated"].shape[:2])
 
+    @property
+    def reference_word(self) -> str:
+        """What captions call the reference."""
+        return "garment"
+
+    @property
+    def directions(self) -> tuple[Direction, ...]:
+        """Both."""
+        return tuple(Direction)
+
+    def picture(self, direction: Direction) -> Picture:
+        """What maps of a direction are drawn on."""
+        on_image = direction is Direction.REFERENCE_TO_GENERATED
+        return self.images["generated" if on_image else "garment"]
+
+    def outline(self, direction: Direction) -> Mask:
+        """The region that a map of the direction should fill."""
+        on_image = direction is Direction.REFERENCE_TO_GENERATED
+        return self.masks["inpaint" if on_image else "garment"]
+
+    def placement(self, direction: Direction) -> None:
+        """Grids cover their pictures."""
+
     def grid(self, direction: Direction) -> GridSize:
         """Grid of the layer's generated or reference patches."""
         return self.maps.store.layer(self.layer).grid(direction)
@@ -129,11 +149,6 @@ class ExplainedSample:
         return np.asarray(target[0].numpy())
 
 
-def array(heat_map: Any) -> NDArray[np.float32]:
-    """Values of the one sample of a heat map: ``[*axes, height, width]``."""
-    return np.asarray(heat_map.values[0].cpu().numpy())
-
-
 def write_explained(folder: Path, sample: ExplainedSample) -> None:
     """Write a sample's files into its run folder; ``scores.json`` comes last."""
     pictures = {f"images/{name}": sample.images[name] for name in IMAGES}
@@ -142,7 +157,7 @@ def write_explained(folder: Path, sample: ExplainedSample) -> None:
         f"masks/{name}": sample.masks[name].astype(np.uint8) * np.uint8(255) for name in MASKS
     }
     for name, picture in pictures.items():
-        _write_png(folder / f"{name}.png", picture)
+        write_png(folder / f"{name}.png", picture)
     if sample.correspondence is not None:
         target = folder / "correspondence.safetensors"
         unfinished = target.with_name(f".{target.name}.unfinished")
@@ -253,6 +268,11 @@ def read_explained(folder: Path, model: str | None = None) -> ExplainedSample:
 
 def _checked_description(path: Path) -> dict[str, Any]:
     about = dict(read_json(path))
+    if "recipe" in about:
+        raise RunFolderError(
+            f"{path.parent} explains a picture by another model ({about['recipe']}), whose figures "
+            "lie in it. Give folders that 'i2am explain' made of a try-on model."
+        )
     if about.get("schema") != SCHEMA:
         raise RunFolderError(
             f"{path} is of another version (schema {about.get('schema')}, this program reads "
@@ -318,7 +338,8 @@ def _unreadable(path: Path, error: Exception) -> RunFolderError:
     return RunFolderError(f"{path} cannot be read ({reason}). Run 'i2am explain' again.")
 
 
-def _write_png(path: Path, picture: NDArray[np.uint8]) -> None:
+def write_png(path: Path, picture: NDArray[np.uint8]) -> None:
+    """Write a picture in one step."""
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(f".{path.name}.unfinished")
     PillowImage.fromarray(picture).save(unfinished, format="PNG")

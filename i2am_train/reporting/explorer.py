@@ -13,12 +13,12 @@ from typing import Any, TypeAlias
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from i2am_train.attribution.maps import AttributionMaps
 from i2am_train.attribution.rollups import time_groups
-from i2am_train.attribution.sites import paper_number
+from i2am_train.attribution.sites import paper_number, similar_layer
 from i2am_train.attribution.store import AttributionStore, LayerRecord
 from i2am_train.config.schema import AttributionConfig
 from i2am_train.datasets.sample import TryOnSample
@@ -49,6 +49,39 @@ Json: TypeAlias = dict[str, Any]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Explored:
+    """One sample as the page shows it, whichever model it is of. All samples have the same sizes."""
+
+    heading: str
+    name: str
+    about: str
+    """What stands in small letters behind the heading."""
+    reference: Picture
+    """As far as the model saw it: its grids cover it."""
+    generated_mask: Bool[Tensor, "height width"] | None
+    reference_mask: Bool[Tensor, "reference_height reference_width"] | None
+    region: Bool[Tensor, "height width"]
+    """Where generated patches count for centres: on the garment, where that is known."""
+    correspondence: Float[Tensor, "height width 2"] | None = None
+    """True place of each pixel of the region on the reference; None where unknown."""
+
+
+def explored(sample: TryOnSample) -> Explored:
+    """A sample of a try-on dataset."""
+    known = bool(sample["warped_garment_mask"].any())
+    return Explored(
+        heading=f"Sample {sample['index']}",
+        name=sample["name"],
+        about=f"person {sample['name']}, garment {sample['garment_name']}",
+        reference=_picture(sample["garment"]),
+        generated_mask=sample["inpaint_mask"],
+        reference_mask=sample["garment_mask"],
+        region=sample["warped_garment_mask"] if known else sample["inpaint_mask"],
+        correspondence=sample["correspondence"] if known else None,
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Explanation:
     """What one model made of one sample: the image, and the attention of that very pass."""
 
@@ -58,7 +91,7 @@ class Explanation:
 
 
 def explorer_data(
-    samples: Sequence[TryOnSample],
+    samples: Sequence[Explored],
     models: Mapping[str, Sequence[Explanation]],
     options: AttributionConfig,
 ) -> Json:
@@ -73,14 +106,14 @@ def explorer_data(
     Raises:
         ConfigError: the models' layers differ, so that they cannot be shown side by side, or there
             are fewer sampling steps than time groups.
-        CaptureError: the layer of single patches was not captured with its matrices, or a layer has
-            no reference grid.
+        CaptureError: the layer of single patches was not captured with its matrices.
     """
     stores = [each.maps.store for made in models.values() for each in made]
     _check_comparable(stores)
     groups = time_groups(stores[0].steps, options.time_groups)
     data = _without_matrices(samples, models, options, groups)
-    _add_matrices(data, models, _matrix_layers(stores[0], options, data))
+    if _has_reference(stores[0]):
+        _add_matrices(data, models, _matrix_layers(stores[0], options, data))
     return data
 
 
@@ -130,6 +163,8 @@ def _numbered(text: str, count: int) -> list[tuple[str, str]]:
 
 def _matrix_note(layers: Sequence[Json]) -> str:
     """Which layers have maps of single patches, and why not all."""
+    if not all(layer["grids"]["reference"] for layer in layers):
+        return "This model has none: its reference tokens have no place in the reference picture."
     with_matrix = [layer["label"] for layer in layers if layer["matrix"]]
     if len(with_matrix) == len(layers):
         return "All layers have them here."
@@ -157,17 +192,22 @@ def _check_comparable(stores: Sequence[AttributionStore]) -> None:
 
 
 def _without_matrices(
-    samples: Sequence[TryOnSample],
+    samples: Sequence[Explored],
     models: Mapping[str, Sequence[Explanation]],
     options: AttributionConfig,
     groups: Sequence[slice],
 ) -> Json:
     """Everything that the script reads, but for the score matrices."""
-    store = next(iter(models.values()))[0].maps.store
+    first = next(iter(models.values()))[0]
+    store = first.maps.store
+    sizes = {"generated": first.generated.shape[:2], "reference": samples[0].reference.shape[:2]}
     colors = arm_colors(models, start_arm="")
     alpha = heat_colormap()(np.arange(256))
     return {
-        "size": list(samples[0]["garment"].shape[-2:]),
+        "sizes": {side: list(size) for side, size in sizes.items()},
+        "aspect": min(width / height for height, width in sizes.values()),
+        "notices": _notices([each.maps for made in models.values() for each in made]),
+        "truth_known": any(sample.correspondence is not None for sample in samples),
         "palette": as_base64(np.round(alpha * 255).astype(np.uint8).tobytes()),
         "colors": {"truth": TRUTH_COLOR, "mask": OKABE_ITO[5], "models": list(colors.values())},
         "tear": TEAR,
@@ -175,7 +215,7 @@ def _without_matrices(
             "delta": options.delta,
             "penalty": options.penalty,
             "weighting": options.weighting.value,
-            "patch_layer": store.names.index(store.layer(options.layer).layer),
+            "patch_layer": store.names.index(similar_layer(options.layer, store.names)),
         },
         "groups": [_group(group, store) for group in groups],
         "layers": [_layer(record) for record in store.layers],
@@ -185,6 +225,22 @@ def _without_matrices(
             [_capture(explanation, groups) for explanation in made] for made in models.values()
         ],
     }
+
+
+def _has_reference(store: AttributionStore) -> bool:
+    return Direction.GENERATED_TO_REFERENCE in store.directions
+
+
+def _notices(captures: Sequence[AttributionMaps]) -> list[str]:
+    """What a reader must know before trusting the maps, each once."""
+    notices = [mark for maps in captures for mark in maps.store.marks]
+    notices += [
+        f"{float(maps.mass().values.mean()):.0%} of the attention goes to the reference, the rest "
+        "to the generated picture itself; the maps are of the part that goes to the reference."
+        for maps in captures
+        if all(record.mass is not None for record in maps.store.layers)
+    ]
+    return list(dict.fromkeys(notices))
 
 
 def _group(group: slice, store: AttributionStore) -> Json:
@@ -204,28 +260,28 @@ def _layer(record: LayerRecord) -> Json:
         "heads": record.heads,
         "grids": {
             "generated": list(record.generated_grid),
-            "reference": list(record.grid(Direction.GENERATED_TO_REFERENCE)),
+            "reference": None if record.reference_grid is None else list(record.reference_grid),
         },
         "matrix": False,
     }
 
 
-def _sample(sample: TryOnSample, store: AttributionStore) -> Json:
+def _sample(sample: Explored, store: AttributionStore) -> Json:
     """Reference, masks, and per layer which generated patches lie on the garment and belong where."""
-    known = bool(sample["warped_garment_mask"].any())
-    on_person = sample["warped_garment_mask"] if known else sample["inpaint_mask"]
+    masks = {"generated": sample.generated_mask, "reference": sample.reference_mask}
     return {
-        "name": sample["name"],
-        "garment": sample["garment_name"],
-        "index": sample["index"],
-        "picture": embedded_picture(_picture(sample["garment"])),
+        "heading": sample.heading,
+        "name": sample.name,
+        "about": sample.about,
+        "picture": embedded_picture(sample.reference),
         "masks": {
-            "generated": _packed_mask(sample["inpaint_mask"]),
-            "reference": _packed_mask(sample["garment_mask"]),
+            side: None if mask is None else _packed_mask(mask) for side, mask in masks.items()
         },
         "layers": [
             {
-                "on_garment": _packed_mask(mask_on_grid(on_person[None], record.generated_grid)),
+                "on_garment": _packed_mask(
+                    mask_on_grid(sample.region[None], record.generated_grid)
+                ),
                 "target": _packed_floats(_target(sample, record)),
             }
             for record in store.layers
@@ -233,14 +289,13 @@ def _sample(sample: TryOnSample, store: AttributionStore) -> Json:
     }
 
 
-def _target(sample: TryOnSample, record: LayerRecord) -> Float[Tensor, "1 generated 2"]:
+def _target(sample: Explored, record: LayerRecord) -> Float[Tensor, "1 generated 2"]:
     """True position of each generated patch, yx in reference patches; NaN where unknown."""
-    grid = record.grid(Direction.GENERATED_TO_REFERENCE)
+    grid = record.generated_grid
+    if sample.correspondence is None or record.reference_grid is None:
+        return torch.full((1, grid.tokens, 2), torch.nan)
     return target_on_grid(
-        sample["correspondence"][None],
-        sample["warped_garment_mask"][None],
-        record.generated_grid,
-        grid,
+        sample.correspondence[None], sample.region[None], grid, record.reference_grid
     )
 
 
@@ -251,7 +306,9 @@ def _capture(explanation: Explanation, groups: Sequence[slice]) -> Json:
         "layers": [
             {
                 "generated": _packed_maps(_group_means(record.to_generated, groups)),
-                "reference": _packed_maps(_group_means(record.to_reference, groups)),
+                "reference": _packed_maps(_group_means(record.to_reference, groups))
+                if record.reference_grid
+                else None,
             }
             for record in explanation.maps.store.layers
         ],
@@ -274,7 +331,7 @@ def _matrix_layers(store: AttributionStore, options: AttributionConfig, data: Js
         for index, record in enumerate(store.layers)
         if record.scores_over_reference is not None
     ]
-    first = store.names.index(store.layer(options.layer).layer)
+    first = store.names.index(similar_layer(options.layer, store.names))
     chosen = {first}
     for index in sorted(captured, key=lambda at: (at != first, _cells(store.layers[at]))):
         left -= models * _packed_size(store.layers[index])

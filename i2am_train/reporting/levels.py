@@ -25,44 +25,54 @@ from i2am_train.reporting.cells import (
     time_titles,
     untitled,
 )
-from i2am_train.reporting.explained import ExplainedSample, array
+from i2am_train.reporting.drawn import Drawn, array
+from i2am_train.reporting.explained import ExplainedSample
 from i2am_train.reporting.sheet import Cell, Section, Sheet
 from i2am_train.types import Direction
 
 HEADS_SHOWN = 8
 """Heads per row; the paper's Fig. 17 shows 8 of 20."""
+LAYERS_PER_ROW = 9
+"""The paper's layers, or as many of a model that has more."""
 HEADS_PER_RESOLUTION = 3
 """Heads in the paper's Fig. 20."""
 
 
-def layer_maps(sample: ExplainedSample, layers: Sequence[LayerId] | None = None) -> Sheet:
+def layer_maps(sample: Drawn, layers: Sequence[LayerId] | None = None) -> Sheet:
     """Layer-level maps in both directions, coarse to fine (Fig. 2).
 
     Rows: on the generated image, on the garment. Columns: the picture, then ``layers`` (all where
     None) in the order of the model.
     """
-    chosen = sample.maps.select(layers_of(sample.maps, layers))
+    chosen = layers_of(sample.maps, layers)
+    parts = [
+        chosen[start : start + LAYERS_PER_ROW] for start in range(0, len(chosen), LAYERS_PER_ROW)
+    ]
+    return Sheet(
+        sections=tuple(_layer_section(sample, part) for part in parts),
+        caption=f"Layer-level attribution maps of {sample.name} ({sample.model}), coarse to fine: "
+        "where the reference goes (top), and what of it is used (bottom).",
+    )
+
+
+def _layer_section(sample: Drawn, layers: Sequence[str]) -> Section:
+    chosen = sample.maps.select(layers)
     titles = [layer_title(chosen, name) for name in chosen.layers]
     rows = [
         (
             plain_cell(sample, direction),
             *_cells(sample, direction, array(chosen.layer_level(direction).normalised()), titles),
         )
-        for direction in Direction
+        for direction in sample.directions
     ]
-    section = Section(
-        rows=(rows[0], untitled(rows[1])),
-        row_titles=("$M_g^{(l)}$", "$M_r^{(l)}$"),
+    return Section(
+        rows=(rows[0], *map(untitled, rows[1:])),
+        row_titles=("$M_g^{(l)}$", "$M_r^{(l)}$")[: len(rows)],
         groups=(1, len(titles)),
     )
-    return Sheet(
-        sections=(section,),
-        caption=f"Layer-level attribution maps of {sample.name} ({sample.model}), coarse to fine: "
-        "where the reference goes (top), and what of it is used (bottom).",
-    )
 
 
-def time_and_head_maps(sample: ExplainedSample) -> Sheet:
+def time_and_head_maps(sample: Drawn) -> Sheet:
     """Time-level (a) and head-level maps (b, c, ...) in both directions (Fig. 6).
 
     Layers with different numbers of heads cannot be put together by head: there is a block for
@@ -76,7 +86,7 @@ def time_and_head_maps(sample: ExplainedSample) -> Sheet:
     return Sheet(
         sections=tuple(_side_by_side(blocks)),
         caption=f"Time- and head-level attribution maps of {sample.name} ({sample.model}) on the "
-        "generated image (g) and on the garment (r); the noisiest steps come first.",
+        f"generated image (g) and on the {sample.reference_word} (r); the noisiest steps come first.",
     )
 
 
@@ -150,7 +160,7 @@ def overview(sample: ExplainedSample) -> Sheet:
 
 
 def _cells(
-    sample: ExplainedSample,
+    sample: Drawn,
     direction: Direction,
     maps: NDArray[np.floating],
     titles: Sequence[str],
@@ -160,27 +170,23 @@ def _cells(
     )
 
 
-def _time_cells(sample: ExplainedSample, direction: Direction) -> tuple[Cell, ...]:
+def _time_cells(sample: Drawn, direction: Direction) -> tuple[Cell, ...]:
     maps = sample.maps.time_level(direction, sample.time_groups, sample.weighting)
     return _cells(sample, direction, array(maps.normalised()), time_titles(sample))
 
 
-def _head_cells(
-    sample: ExplainedSample, maps: AttributionMaps, direction: Direction
-) -> tuple[Cell, ...]:
+def _head_cells(sample: Drawn, maps: AttributionMaps, direction: Direction) -> tuple[Cell, ...]:
     values = array(maps.head_level(direction, sample.weighting).normalised())[:HEADS_SHOWN]
     titles = [f"head {head + 1}" for head in range(len(values))]
     return _cells(sample, direction, values, titles)
 
 
-def _block(
-    sample: ExplainedSample, title: str, cells: Callable[[Direction], tuple[Cell, ...]]
-) -> Section:
+def _block(sample: Drawn, title: str, cells: Callable[[Direction], tuple[Cell, ...]]) -> Section:
     """The picture and its maps, one row per direction."""
-    rows = [(plain_cell(sample, direction), *cells(direction)) for direction in Direction]
+    rows = [(plain_cell(sample, direction), *cells(direction)) for direction in sample.directions]
     return Section(
-        rows=(rows[0], untitled(rows[1])),
-        row_titles=("on the image", "on the garment"),
+        rows=(rows[0], *map(untitled, rows[1:])),
+        row_titles=("on the image", f"on the {sample.reference_word}")[: len(rows)],
         groups=(len(rows[0]),),
         group_titles=(title,),
     )

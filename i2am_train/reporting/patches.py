@@ -13,15 +13,16 @@ from i2am_train.reporting.cells import (
     layer_title,
     layers_of,
     map_cell,
-    patch_box,
     patch_colors,
+    placed_box,
     plain_cell,
     reverse_cells,
     specific_cells,
     time_titles,
     untitled,
 )
-from i2am_train.reporting.explained import ExplainedSample, GridCell, array
+from i2am_train.reporting.drawn import Drawn, GridCell, array
+from i2am_train.reporting.explained import ExplainedSample
 from i2am_train.reporting.sheet import Cell, Section, Sheet
 from i2am_train.types import Direction
 
@@ -75,7 +76,7 @@ def generation_flow(sample: ExplainedSample) -> Sheet:
 _PAIR_TITLES = ("patch $i$", "$M_{sr,i}$")
 
 
-def specific_reference(sample: ExplainedSample) -> Sheet:
+def specific_reference(sample: Drawn) -> Sheet:
     """Each generated patch, and by an arrow where it looks on the garment (Fig. 12)."""
     pairs = [
         (replace(box, arrow=True), looks) for box, looks in _pairs(sample, sample.generated_patches)
@@ -84,13 +85,11 @@ def specific_reference(sample: ExplainedSample) -> Sheet:
     return Sheet(
         sections=(Section(rows=rows, groups=(2,) * (len(rows[0]) // 2)),),
         caption=f"Specific-reference attribution maps of {sample.name} ({sample.model}), "
-        f"{layer_label(sample.layer)}: where the boxed patch looks on the garment.",
+        f"{layer_label(sample.layer)}: where the boxed patch looks on the {sample.reference_word}.",
     )
 
 
-def specific_across_layers(
-    sample: ExplainedSample, layers: Sequence[LayerId] | None = None
-) -> Sheet:
+def specific_across_layers(sample: Drawn, layers: Sequence[LayerId] | None = None) -> Sheet:
     """Where a place of the generated image looks, from layer to layer (Fig. 9).
 
     Rows are patches of the sample's layer; in other layers the patch at the same place is shown.
@@ -101,13 +100,11 @@ def specific_across_layers(
     return _across_layers(
         sample, TO_GENERATED, patches, chosen, columns,
         f"Specific-reference attribution maps of {sample.name} ({sample.model}) across layers: "
-        "where the boxed place of the generated image looks on the garment.",
+        f"where the boxed place of the generated image looks on the {sample.reference_word}.",
     )  # fmt: skip
 
 
-def reverse_across_layers(
-    sample: ExplainedSample, layers: Sequence[LayerId] | None = None
-) -> Sheet:
+def reverse_across_layers(sample: Drawn, layers: Sequence[LayerId] | None = None) -> Sheet:
     """What a patch of the garment feeds on the generated image, from layer to layer."""
     chosen = layers_of(sample.maps, layers)
     patches = sample.reference_patches[:PATCHES_PER_LAYER_FIGURE]
@@ -115,12 +112,12 @@ def reverse_across_layers(
     return _across_layers(
         sample, TO_REFERENCE, patches, chosen, columns,
         f"Reverse specific-reference attribution maps of {sample.name} ({sample.model}) across "
-        "layers: where the boxed patch of the garment goes on the generated image.",
+        f"layers: where the boxed patch of the {sample.reference_word} goes on the generated image.",
     )  # fmt: skip
 
 
 def _across_layers(
-    sample: ExplainedSample,
+    sample: Drawn,
     direction: Direction,
     patches: Sequence[GridCell],
     layers: Sequence[str],
@@ -130,7 +127,7 @@ def _across_layers(
     """``columns[layer][patch]`` beside the picture with the patch."""
     rows = []
     for index, (patch, color) in enumerate(zip(patches, patch_colors(len(patches)), strict=True)):
-        box = patch_box(patch, sample.grid(direction), color)
+        box = placed_box(sample, direction, patch, color)
         first = replace(plain_cell(sample, direction), boxes=(box,))
         row = (first, *(column[index] for column in columns))
         titles = ["", *(layer_title(sample.maps, layer) for layer in layers)]
@@ -145,7 +142,7 @@ def _across_layers(
     return Sheet(sections=(section,), caption=caption)
 
 
-def _pairs(sample: ExplainedSample, patches: Sequence[GridCell]) -> list[tuple[Cell, Cell]]:
+def _pairs(sample: Drawn, patches: Sequence[GridCell]) -> list[tuple[Cell, Cell]]:
     """For each patch the generated image with its box, and the map of where it looks."""
     looks = specific_cells(sample, patches)
     colors = patch_colors(len(patches))
@@ -153,7 +150,7 @@ def _pairs(sample: ExplainedSample, patches: Sequence[GridCell]) -> list[tuple[C
         (
             replace(
                 plain_cell(sample, TO_GENERATED),
-                boxes=(patch_box(patch, sample.grid(TO_GENERATED), color),),
+                boxes=(placed_box(sample, TO_GENERATED, patch, color),),
             ),
             look,
         )

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from itertools import chain
+from textwrap import wrap
 
 import matplotlib as mpl
 import numpy as np
@@ -52,6 +53,9 @@ _SECTION_TITLE, _SECTION_GAP, _GROUP_TITLE, _FOOTER = 0.21, 0.1, 0.2, 0.44
 _LEGEND_LINE, _SCALE_WIDTH, _HANDLE, _CHARACTER = 0.17, 2.7, 0.3, 0.055
 """Of the footer, in inches: a line, colour bar with label, the sign of an entry, a character."""
 _TITLE_SIZE, _SMALL_SIZE = 7.0, 6.5
+
+
+WARNING = OKABE_ITO[1]
 
 
 class MarkKind(StrEnum):
@@ -124,11 +128,15 @@ class Section:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sheet:
-    """A whole figure: its sections from top to bottom, and the caption that a paper would print."""
+    """A whole figure: its sections from top to bottom, and the caption that a paper would print.
+
+    ``warnings`` stand above all else, for what a reader must know before trusting the maps.
+    """
 
     sections: tuple[Section, ...]
     caption: str
     scale: str = "each map scaled to [0, 1]"
+    warnings: tuple[str, ...] = ()
 
     @property
     def cells(self) -> tuple[Cell, ...]:
@@ -153,15 +161,23 @@ def draw_sheet(sheet: Sheet, width: float = TEXT_WIDTH) -> Figure:
     rows = sum(len(section.rows) for section in sheet.sections)
     words = sum(_words_height(section) for section in sheet.sections)
     words += _SECTION_GAP * (len(sheet.sections) - 1) + _EDGE
-    cell_width = min(cell_width, (MAX_HEIGHT - words - _FOOTER) / rows / aspect)
+    warnings = _LINE * len(_warning_lines(sheet, MIN_WIDTH))
+    cell_width = min(cell_width, (MAX_HEIGHT - words - warnings - _FOOTER) / rows / aspect)
     width = max(MIN_WIDTH, *(_content_width(s, cell_width) for s in sheet.sections))
-    height = words + rows * cell_width * aspect + _footer_height(sheet, width)
+    lines = _warning_lines(sheet, width)
+    height = words + rows * cell_width * aspect + _footer_height(sheet, width) + _LINE * len(lines)
     pen = _Pen(new_figure(width, height), width, height, cell_width, cell_width * aspect)
-    top = _EDGE
+    top = pen.warnings(lines)
     for section in sheet.sections:
         top = pen.section(section, top) + _SECTION_GAP
     pen.footer(sheet)
     return pen.figure
+
+
+def _warning_lines(sheet: Sheet, width: float) -> list[str]:
+    """The warnings, broken to the width."""
+    characters = int((width - 2 * _EDGE) / _CHARACTER)
+    return [line for warning in sheet.warnings for line in wrap(warning, characters)]
 
 
 def _aspect(cells: Sequence[Cell]) -> float:
@@ -257,6 +273,15 @@ class _Pen:
             self._arrows(row, axes)
             top += self.cell_height + _foot(row) + _GAP
         return top - _GAP
+
+    def warnings(self, lines: Sequence[str]) -> float:
+        """Write the warnings at the top and return where they end."""
+        at = (_EDGE / self.width, self._up(_EDGE))
+        self.figure.text(
+            *at, "\n".join(lines), va="top", fontsize=_SMALL_SIZE, weight="bold", color=WARNING,
+            linespacing=1.1,
+        )  # fmt: skip
+        return _EDGE + _LINE * len(lines)
 
     def footer(self, sheet: Sheet) -> None:
         """Colour bar at the right, meaning of lines and points at the left."""

@@ -36,7 +36,7 @@ from i2am_train.losses.base import LossVariant
 from i2am_train.losses.centers import attention_centers
 from i2am_train.metrics.correspondence import correspondence_error, target_on_grid
 from i2am_train.metrics.imacs import imacs
-from i2am_train.reporting.explorer import Explanation, explorer_data, explorer_page
+from i2am_train.reporting.explorer import Explanation, explored, explorer_data, explorer_page
 from i2am_train.types import Direction, GridSize, LayerWeighting, Pairing, Split
 
 CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
@@ -120,7 +120,9 @@ def file(
         ]
         for name, made in zip(("baseline", "refined"), captures, strict=True)
     }
-    data = explorer_data(samples, models, AttributionConfig(time_groups=GROUPS))
+    data = explorer_data(
+        [explored(sample) for sample in samples], models, AttributionConfig(time_groups=GROUPS)
+    )
     path = tmp_path_factory.mktemp("explorer") / "explorer.html"
     path.write_text(explorer_page(data, {"Command": "i2am explain"}), encoding="utf-8")
     return path

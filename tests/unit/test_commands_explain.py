@@ -2,7 +2,7 @@
 
 import torch
 
-from i2am_train.commands.explain import PATCHES_SHOWN, spread_patches
+from i2am_train.ops.grids import PATCHES_SHOWN, spread_patches
 from i2am_train.types import GridSize
 
 

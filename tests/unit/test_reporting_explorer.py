@@ -16,7 +16,7 @@ from i2am_train.config.schema import AttributionConfig
 from i2am_train.datasets.sample import TryOnSample
 from i2am_train.errors import CaptureError, ConfigError
 from i2am_train.reporting import explorer
-from i2am_train.reporting.explorer import Explanation, explorer_data, explorer_page
+from i2am_train.reporting.explorer import Explanation, explored, explorer_data, explorer_page
 from i2am_train.types import GridSize
 
 SIZE = (24, 20)
@@ -81,13 +81,15 @@ def unpacked(packed: Mapping[str, str], tokens: int) -> NDArray[np.float64]:
 
 def data_of(models: Sequence[str] = ("tiny",), **explanation: Any) -> dict[str, Any]:
     made = {name: [make_explanation(**explanation)] for name in models}
-    return explorer_data([make_sample()], made, OPTIONS)
+    return explorer_data([explored(make_sample())], made, OPTIONS)
 
 
 def test_maps_are_exact_to_half_a_step_of_16_bits() -> None:
     """Matrices come back within 1/131070 of each map's range, also columns; a constant exactly."""
     explanation = make_explanation()
-    layer = explorer_data([make_sample()], {"tiny": [explanation]}, OPTIONS)["captures"][0][0]
+    layer = explorer_data([explored(make_sample())], {"tiny": [explanation]}, OPTIONS)["captures"][
+        0
+    ][0]
     maps = explanation.maps
     for name, expected in (
         ("looks", maps.scores(2)[0]),
@@ -104,7 +106,7 @@ def test_maps_are_exact_to_half_a_step_of_16_bits() -> None:
 def test_time_groups_are_means_over_their_steps() -> None:
     """Two groups of 2 and 3 steps, every head on its own."""
     explanation = make_explanation()
-    data = explorer_data([make_sample()], {"tiny": [explanation]}, OPTIONS)
+    data = explorer_data([explored(make_sample())], {"tiny": [explanation]}, OPTIONS)
     assert [group["steps"] for group in data["groups"]] == [2, 3]
     assert data["groups"][1]["label"] == "step 2–4 (t 997 to 995)"
     record = explanation.maps.store.layers[2]
@@ -153,7 +155,7 @@ def test_the_page_says_what_it_left_out(monkeypatch: pytest.MonkeyPatch) -> None
 def test_the_page_stands_alone() -> None:
     """Nothing in it points anywhere, and a name cannot break out of its place."""
     evil = "</script><script>alert(1)</script>"
-    data = explorer_data([make_sample(evil)], {evil: [make_explanation()]}, OPTIONS)
+    data = explorer_data([explored(make_sample(evil))], {evil: [make_explanation()]}, OPTIONS)
     page = explorer_page(data, {"Command": f"i2am explain {evil}"})
     assert "alert(1)</script>" not in page
     assert "http://" not in page
@@ -166,7 +168,7 @@ def test_captures_that_cannot_stand_side_by_side() -> None:
     """Other steps or layers are refused, as are captures without the matrices of patches."""
     models = {"a": [make_explanation()], "b": [make_explanation(steps=4)]}
     with pytest.raises(ConfigError, match="cannot show them side by side"):
-        explorer_data([make_sample()], models, OPTIONS)
+        explorer_data([explored(make_sample())], models, OPTIONS)
     with pytest.raises(CaptureError, match=r"score matrix of layer .* was not kept"):
         data_of(matrices=False)
     with pytest.raises(ConfigError, match="cannot be cut into 2 time groups"):

@@ -4,8 +4,9 @@
    {side, y, x} with its place in fractions of the picture, so that it survives a change of layer. */
 
 const page = JSON.parse(document.getElementById("page-data").textContent);
-const [HEIGHT, WIDTH] = page.size;
 const SIDES = ["generated", "reference"];
+/** Sides that have maps: not the reference if its tokens have no place in the picture. */
+const MAPPED = SIDES.filter((side) => page.layers.every((layer) => layer.grids[side]));
 const OTHER = { generated: "reference", reference: "generated" };
 const DIRECTION = { generated: "reference_to_generated", reference: "generated_to_reference" };
 const PALE = 0.3; // opacity of values below the threshold, relative to those above
@@ -88,7 +89,7 @@ function readWord(name, word) {
   if (name === "patch") {
     const [side, y, x] = word.split(",");
     const inside = (at) => at >= 0 && at < 1;
-    return SIDES.includes(side) && inside(y) && inside(x) ? { side, y: +y, x: +x } : undefined;
+    return MAPPED.includes(side) && inside(y) && inside(x) ? { side, y: +y, x: +x } : undefined;
   }
   return undefined;
 }
@@ -165,11 +166,10 @@ function positionOf(index, [, width]) {
 class Capture {
   constructor(sample, packed) {
     this.truth = sample.layers;
-    this.masks = Object.fromEntries(
-      SIDES.map((side) => [side, maskOf(sample.masks[side], HEIGHT * WIDTH)]),
-    );
+    const tokens = ([height, width]) => height * width;
+    const mask = (side) => sample.masks[side] && maskOf(sample.masks[side], tokens(page.sizes[side]));
+    this.masks = Object.fromEntries(SIDES.map((side) => [side, mask(side)]));
     this.layers = packed.layers.map((layer, i) => {
-      const tokens = ([height, width]) => height * width;
       const { generated, reference } = page.layers[i].grids;
       const open = (maps, grid) => (maps ? new PackedMaps(maps, tokens(grid)) : null);
       return {
@@ -182,11 +182,14 @@ class Capture {
     this.kept = {};
   }
 
-  /** The map of a side under the current controls: {map, grid, values, score, inside, outside}. */
+  /** The map of a side under the current controls: {map, grid, values, score, inside, outside}, the
+      scores only where there is a mask; null for a side without maps. */
   view(side, patch) {
+    if (!MAPPED.includes(side)) return null;
     const alone = patch && patch.side !== side;
     const found = alone ? this.ofPatch(side, patch) : this.unified(side);
-    return { ...found, ...imacs(found.values, this.masks[side], state.delta, state.lambda) };
+    const mask = this.masks[side];
+    return mask ? { ...found, ...imacs(found.values, mask, state.delta, state.lambda) } : found;
   }
 
   unified(side) {
@@ -201,7 +204,7 @@ class Capture {
     }));
     const choice = { group: number(time), head: number(head), weighting };
     const { map, grid } = unifiedMap(layers, steps, choice);
-    this.kept[side] = { key, map, grid, values: scoredMap(map, grid, page.size) };
+    this.kept[side] = { key, map, grid, values: scoredMap(map, grid, page.sizes[side]) };
     return this.kept[side];
   }
 
@@ -209,7 +212,7 @@ class Capture {
     const at = patchLayer();
     const grid = page.layers[at].grids[side];
     const map = this.layers[at][side === "reference" ? "looks" : "feeds"].at(cellOf(patch).index);
-    return { map, grid, values: scoredMap(map, grid, page.size) };
+    return { map, grid, values: scoredMap(map, grid, page.sizes[side]) };
   }
 
   /** Attention centre of every generated patch of a layer, and its true position or null. */
@@ -243,11 +246,11 @@ class Capture {
 // ---- pictures ------------------------------------------------------------------------------------
 
 /** A copy of a picture in grey, mixed with white, to draw on. */
-function faded(picture, strength) {
-  const canvas = new OffscreenCanvas(WIDTH, HEIGHT);
+function faded(picture, strength, [height, width]) {
+  const canvas = new OffscreenCanvas(width, height);
   const context = canvas.getContext("2d");
-  context.drawImage(picture, 0, 0, WIDTH, HEIGHT);
-  const image = context.getImageData(0, 0, WIDTH, HEIGHT);
+  context.drawImage(picture, 0, 0, width, height);
+  const image = context.getImageData(0, 0, width, height);
   for (let i = 0; i < image.data.length; i += 4) {
     const [red, green, blue] = image.data.subarray(i, i + 3);
     const grey = 0.299 * red + 0.587 * green + 0.114 * blue;
@@ -258,7 +261,7 @@ function faded(picture, strength) {
 }
 
 /** The heat map as a picture: transparent at 0, and pale below the threshold. */
-function heatPicture(values, [height, width] = page.size) {
+function heatPicture(values, [height, width]) {
   const canvas = new OffscreenCanvas(width, height);
   const context = canvas.getContext("2d");
   const image = context.createImageData(width, height);
@@ -272,16 +275,16 @@ function heatPicture(values, [height, width] = page.size) {
 }
 
 /** The border of a mask as a path in pixels; where it meets the picture's border there is none. */
-function outline(mask) {
+function outline(mask, [height, width]) {
   const path = new Path2D();
   const line = (y0, x0, y1, x1) => {
     path.moveTo(x0, y0);
     path.lineTo(x1, y1);
   };
-  for (let y = 0; y < HEIGHT; y++) {
-    for (let x = 0; x < WIDTH; x++) {
-      const at = y * WIDTH + x;
-      if (y && mask[at] !== mask[at - WIDTH]) line(y, x, y, x + 1);
+  for (let y = 0; y < height; y++) {
+    for (let x = 0; x < width; x++) {
+      const at = y * width + x;
+      if (y && mask[at] !== mask[at - width]) line(y, x, y, x + 1);
       if (x && mask[at] !== mask[at - 1]) line(y, x, y + 1, x);
     }
   }
@@ -291,13 +294,15 @@ function outline(mask) {
 /** One picture of a card: draws itself and listens to mouse, finger and keys. */
 class Picture {
   constructor(card, side, source, figure) {
-    Object.assign(this, { card, side, figure, canvas: figure.querySelector("canvas") });
+    const size = page.sizes[side];
+    Object.assign(this, { card, side, size, figure, canvas: figure.querySelector("canvas") });
     this.lines = Object.fromEntries(
       ["what", "score", "detail"].map((name) => [name, figure.querySelector(`.${name}`)]),
     );
-    this.canvas.style.aspectRatio = `${WIDTH} / ${HEIGHT}`;
+    this.canvas.style.aspectRatio = `${size[1]} / ${size[0]}`;
     this.canvas.setAttribute("aria-label", `${card.title}, ${side} picture`);
-    this.path = outline(card.capture.masks[side]);
+    const mask = card.capture.masks[side];
+    this.path = mask && outline(mask, size);
     this.image = new Image();
     this.ready = new Promise((done) => this.image.addEventListener("load", done));
     this.image.src = source;
@@ -314,8 +319,9 @@ class Picture {
     new ResizeObserver(() => this.card.draw()).observe(this.canvas);
   }
 
-  /** The cell under the pointer. */
+  /** The cell under the pointer, or null on a picture without maps. */
   patchUnder(event) {
+    if (!MAPPED.includes(this.side)) return null;
     const box = this.canvas.getBoundingClientRect();
     const inside = (at) => Math.min(Math.max(at, 0), 1 - 1e-9);
     const y = inside((event.clientY - box.top) / box.height);
@@ -325,6 +331,7 @@ class Picture {
   }
 
   toggle(patch) {
+    if (!patch) return;
     const old = state.patch;
     const same = old?.side === this.side && cellOf(old).index === cellOf(patch).index;
     hovered = null;
@@ -335,7 +342,7 @@ class Picture {
   key(event) {
     const moves = { ArrowUp: [-1, 0], ArrowDown: [1, 0], ArrowLeft: [0, -1], ArrowRight: [0, 1] };
     if (event.key === "Escape") set({ patch: null });
-    if (!(event.key in moves)) return;
+    if (!(event.key in moves) || !MAPPED.includes(this.side)) return;
     event.preventDefault();
     const [height, width] = page.layers[patchLayer()].grids[this.side];
     const old = state.patch?.side === this.side ? state.patch : null;
@@ -350,26 +357,32 @@ class Picture {
   start() {
     const ratio = window.devicePixelRatio || 1;
     const width = Math.round(this.canvas.clientWidth * ratio);
-    const height = Math.round((width * HEIGHT) / WIDTH);
+    const [pixelsHigh, pixelsWide] = this.size;
+    const height = Math.round((width * pixelsHigh) / pixelsWide);
     if (this.canvas.width !== width || this.canvas.height !== height) {
       Object.assign(this.canvas, { width, height });
     }
     this.context = this.canvas.getContext("2d");
-    this.context.setTransform(width / WIDTH, 0, 0, height / HEIGHT, 0, 0);
+    this.context.setTransform(width / pixelsWide, 0, 0, height / pixelsHigh, 0, 0);
     this.context.imageSmoothingQuality = "high";
     this.context.lineCap = "round";
-    this.unit = (WIDTH / width) * ratio;
+    this.unit = (pixelsWide / width) * ratio;
   }
 
   background(kind) {
     const fading = { map: 0.45, field: 0.35 }[kind];
     this.grey ??= {};
-    if (fading) this.grey[kind] ??= faded(this.image, fading);
-    this.context.drawImage(this.grey[kind] ?? this.image, 0, 0, WIDTH, HEIGHT);
+    if (fading) this.grey[kind] ??= faded(this.image, fading, this.size);
+    this.fill(this.grey[kind] ?? this.image);
   }
 
   heat(values) {
-    this.context.drawImage(heatPicture(values), 0, 0, WIDTH, HEIGHT);
+    this.fill(heatPicture(values, this.size));
+  }
+
+  fill(picture) {
+    const [height, width] = this.size;
+    this.context.drawImage(picture, 0, 0, width, height);
   }
 
   /** A line twice, dark and wide below: it can be seen on any picture. */
@@ -382,19 +395,19 @@ class Picture {
   }
 
   mask() {
-    this.cased(page.colors.mask, 1.5, (context) => context.stroke(this.path));
+    if (this.path) this.cased(page.colors.mask, 1.5, (context) => context.stroke(this.path));
   }
 
   cell({ row, column }) {
     const [height, width] = page.layers[patchLayer()].grids[this.side];
-    const [h, w] = [HEIGHT / height, WIDTH / width];
+    const [h, w] = [this.size[0] / height, this.size[1] / width];
     this.cased("#ffffff", 2.5, (context) => context.strokeRect(column * w, row * h, w, h));
   }
 
   /** Pixel of a position in patches of this side. */
   place([y, x]) {
     const [height, width] = page.layers[patchLayer()].grids[this.side];
-    return [((x + 0.5) * WIDTH) / width, ((y + 0.5) * HEIGHT) / height];
+    return [((x + 0.5) * this.size[1]) / width, ((y + 0.5) * this.size[0]) / height];
   }
 
   segments(pairs, color, width, opacity) {
@@ -483,12 +496,12 @@ class Card {
     if (state.mask) picture.mask();
     if (kind === "field") picture.mesh(this.capture.field(), this.color);
     if (patch?.side === picture.side) picture.cell(cellOf(patch));
-    else if (patch) this.mark(picture, patch);
+    else if (patch && view) this.mark(picture, patch);
   }
 
   /** What a picture shows: itself, a map, or the field of centres. */
   kind(side, patch) {
-    if (patch?.side === side) return "picture";
+    if (patch?.side === side || !MAPPED.includes(side)) return "picture";
     if (patch) return state.heat ? "map" : "picture";
     if (state.field && side === "reference") return "field";
     return state.heat && ["both", DIRECTION[side]].includes(state.direction) ? "map" : "picture";
@@ -513,15 +526,21 @@ class Card {
 
   /** The three lines under a picture. */
   write({ side, lines }, view, patch) {
+    if (!view) {
+      lines.what.textContent = "Reference";
+      lines.detail.textContent = "its tokens have no place in the picture: there is no map on it";
+      return;
+    }
     const own = patch?.side === side;
     lines.what.textContent = mapTitle(side, own ? null : patch);
     lines.score.replaceChildren(...scoreText(side, view));
     lines.detail.textContent = own
-      ? `${patchTitle(patch)}: map ${number(valueAt(view.values, patch), 3)}`
+      ? `${patchTitle(patch)}: map ${number(valueAt(view.values, patch, page.sizes[side]), 3)}`
       : this.detail(side, view, patch);
   }
 
   detail(side, view, patch) {
+    if (side === "generated" && !patch) return "hover, tap or use arrow keys";
     const label = page.layers[patchLayer()].label;
     const { error, centres, truth } = this.capture.field();
     if (patch) {
@@ -531,7 +550,6 @@ class Card {
       if (side === "generated" || !truth?.[index]) return text;
       return `${text}; centre ${number(distance(centres[index], truth[index]), 2)} patches from the truth`;
     }
-    if (side === "generated") return "hover, tap or use arrow keys";
     return error === null ? "" : `${label}: centres ${number(error, 2)} patches from the truth`;
   }
 }
@@ -540,8 +558,8 @@ function number(value, digits) {
   return Number.isNaN(value) ? "–" : value.toFixed(digits).replace("-", "−");
 }
 
-function valueAt(values, { y, x }) {
-  return values[Math.floor(y * HEIGHT) * WIDTH + Math.floor(x * WIDTH)];
+function valueAt(values, { y, x }, [height, width]) {
+  return values[Math.floor(y * height) * width + Math.floor(x * width)];
 }
 
 function patchTitle(patch) {
@@ -558,6 +576,7 @@ function mapTitle(side, patch) {
 
 /** "IMACS_g 0.245 = 0.614 − 3 × 0.123" with the index set low. */
 function scoreText(side, { score, inside, outside }) {
+  if (score === undefined) return ["no mask, no score"];
   const index = document.createElement("sub");
   index.textContent = side[0];
   const value = document.createElement("b");
@@ -627,10 +646,11 @@ function spoken() {
   const card = cards.find(({ sample, model }) =>
     state.samples.includes(sample) && state.models.includes(model));
   const { patch } = state;
-  const texts = SIDES.map((side) => {
+  const texts = MAPPED.map((side) => {
     const view = card.capture.view(side, patch);
     const title = patch?.side === side ? patchTitle(patch) : mapTitle(side, patch);
-    return `${title}: IMACS ${side[0]} ${number(view.score, 3)}`;
+    const score = view.score === undefined ? "" : `: IMACS ${side[0]} ${number(view.score, 3)}`;
+    return `${title}${score}`;
   });
   return `${card.title}. ${texts.join(". ")}.`;
 }
@@ -673,7 +693,9 @@ window.i2am = {
   ready: Promise.all(cards.map((card) => card.ready)),
   numbers(sample, model, side) {
     const { capture } = cards.find((card) => card.sample === sample && card.model === model);
-    const { map, grid, values, score, inside, outside } = capture.view(side, hovered ?? state.patch);
+    const view = capture.view(side, hovered ?? state.patch);
+    if (!view) return null;
+    const { map, grid, values, score, inside, outside } = view;
     return { map: [...map], grid, values: [...values], score, inside, outside };
   },
   field(sample, model) {

@@ -1,0 +1,105 @@
+"""What every other model is here: where it comes from, what it is asked for, how it is run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from i2am_train.attribution.recipes import named_recipe
+from i2am_train.attribution.sites import Recipe
+from i2am_train.datasets.arrays import Image, Mask
+from i2am_train.datasets.pictures import Fit
+from i2am_train.errors import ConfigError
+from i2am_train.types import GridSize
+
+NO_GUIDANCE = 1.0
+"""Scale at which diffusers leaves out the unconditional half."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Source:
+    """Where a model comes from, and the options of its recipe."""
+
+    model: str
+    """Name of its recipe."""
+    checkpoint: str | None = None
+    """Folder, or name on the hub."""
+    adapter: Path | None = None
+    """Further weights."""
+    factory: str | None = None
+    """``package.module:function``."""
+    recipe: str | None = None
+    """Name of the recipe of what a factory makes; None: detected."""
+    options: Mapping[str, Any] = field(default_factory=dict)
+    """Keywords of the recipe that the user chose."""
+    guided: bool = True
+    """Whether sampling uses guidance."""
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+
+    def recipe_of(self, target: Any) -> Recipe:
+        """The model's recipe for a pipeline that was loaded here."""
+        return named_recipe(target, self.model, **{"guided": self.guided, **self.options})
+
+    @property
+    def folder(self) -> str:
+        """The checkpoint of a model that needs one."""
+        assert self.checkpoint is not None, "checked with the configuration"
+        return self.checkpoint
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Request:
+    """One picture that is asked for. Pictures are RGB ``[height, width, 3]`` of any size."""
+
+    reference: Image
+    image: Image | None = None
+    mask: Mask | None = None
+    """As large as ``image``, True where it is painted anew."""
+    prompt: str = ""
+    size: GridSize
+    """Of the result."""
+    steps: int
+    guidance: float
+    seed: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OtherModel:
+    """A loaded model. ``make`` gives the result as RGB ``[height, width, 3]``."""
+
+    target: Any
+    """What is traced."""
+    recipe: Recipe
+    make: Callable[[Request], Image]
+    fit: Fit = "stretch"
+    """How the picture and its mask come to the result's size."""
+    multiple: int = 1
+    """Pixels that height and width must be multiples of."""
+
+    def check_size(self, size: GridSize) -> None:
+        """Refuses a size that the networks cannot halve as often as they do."""
+        if size.height % self.multiple or size.width % self.multiple:
+            raise ConfigError(
+                f"size={size} (height x width) does not fit this model: both must be multiples of "
+                f"{self.multiple}. Set size=[HEIGHT,WIDTH] to such numbers."
+            )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Loader:
+    """How a kind of model is loaded. ``needs`` and ``takes`` are options of `i2am explain`."""
+
+    load: Callable[[Source], OtherModel]
+    needs: tuple[str, ...]
+    takes: tuple[str, ...] = ()
+    size: GridSize
+    """Of the result where the user names none."""
+
+
+def latent_multiple(unet: Any, pixels: int) -> int:
+    """Pixels that a side must be a multiple of: whole latents at each level of the U-Net."""
+    return int(pixels * 2 ** (len(unet.config.block_out_channels) - 1))

@@ -1,0 +1,198 @@
+"""CatVTON-style try-on (adapters note 2.9): person and garment on one canvas, filled in by an inpainting U-Net.
+
+Written here from its description: Stable Diffusion's inpainting network without its
+cross-attention, whose self-attention sees both pictures. Rows of a guided batch: unconditional
+(without the garment), conditional.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from i2am_train.attribution.frames import announce
+from i2am_train.datasets.arrays import Image
+from i2am_train.datasets.pictures import fit_mask, fit_picture
+from i2am_train.errors import CheckpointError
+from i2am_train.models.others.base import (
+    NO_GUIDANCE,
+    OtherModel,
+    Request,
+    Source,
+    latent_multiple,
+)
+from i2am_train.models.others.folders import read_weights_of
+from i2am_train.models.pretrained import load_network, load_part
+from i2am_train.models.weight_files import read_weights
+from i2am_train.ops.images import to_uint8
+
+CHANNELS = 9
+"""Of the U-Net's input: noise, mask, masked picture."""
+ETA = 1.0
+"""Noise that each DDIM step adds anew, as its authors sample."""
+WHITE = 255
+
+
+class SkipAttnProcessor(nn.Module):
+    """In place of cross-attention: hands on what comes in. The recipe is recognised by its name."""
+
+    def forward(self, attn: nn.Module, hidden_states: Tensor, *_: Any, **__: Any) -> Tensor:
+        """The tokens as they are."""
+        return hidden_states
+
+
+@dataclass
+class CatVTON:
+    """The networks. ``side_by_side`` puts the garment to the right instead of below."""
+
+    unet: Any
+    vae: Any
+    scheduler: Any
+    side_by_side: bool = False
+    axis: int = field(init=False)
+    """Along which person and garment are joined."""
+
+    def __post_init__(self) -> None:
+        self.axis = -1 if self.side_by_side else -2
+        self.unet.set_attn_processor(
+            {
+                path: SkipAttnProcessor() if path.endswith("attn2.processor") else processor
+                for path, processor in self.unet.attn_processors.items()
+            }
+        )
+
+    @torch.no_grad()
+    def __call__(self, request: Request) -> Image:
+        """The person in the garment."""
+        assert request.image is not None
+        assert request.mask is not None
+        size = request.size
+        person = self._tensor(fit_picture(request.image, size, "crop", WHITE))
+        garment = self._tensor(fit_picture(request.reference, size, "pad", WHITE))
+        mask = torch.from_numpy(fit_mask(request.mask, size, "crop")).to(person)[None, None]
+        masked = self._encoded(person * (1 - mask))
+        small = F.interpolate(mask, masked.shape[-2:], mode="nearest")
+        conditions = [
+            self._canvas(small, torch.zeros_like(small), masked, reference)
+            for reference in (torch.zeros_like(masked), self._encoded(garment))
+        ]
+        latents = self._sampled(torch.cat(conditions), request)
+        made = latents.chunk(2, dim=self.axis)[0] / self.vae.config.scaling_factor
+        return cast(Image, to_uint8(self.vae.decode(made).sample)[0].permute(1, 2, 0).cpu().numpy())
+
+    def _canvas(self, mask: Tensor, empty: Tensor, masked: Tensor, reference: Tensor) -> Tensor:
+        """Mask and pictures of the whole canvas, ``[1, 5, height, width]``."""
+        return torch.cat(
+            [torch.cat([mask, empty], self.axis), torch.cat([masked, reference], self.axis)], dim=1
+        )
+
+    def _sampled(self, conditions: Float[Tensor, "2 5 h w"], request: Request) -> Tensor:
+        """Latents of the canvas, after all steps."""
+        guided = request.guidance > NO_GUIDANCE
+        rows = conditions if guided else conditions[1:]
+        noise = torch.Generator().manual_seed(request.seed)
+        shape = (1, self.vae.config.latent_channels, *conditions.shape[-2:])
+        latents = torch.randn(shape, generator=noise).to(conditions)
+        self.scheduler.set_timesteps(request.steps)
+        latents = latents * self.scheduler.init_noise_sigma
+        for step, timestep in enumerate(self.scheduler.timesteps):
+            scaled = self.scheduler.scale_model_input(latents, timestep).expand(
+                len(rows), -1, -1, -1
+            )
+            with announce(step_index=step, conditional_rows=slice(len(rows) - 1, len(rows))):
+                predicted = self.unet(
+                    torch.cat([scaled, rows], dim=1), timestep, encoder_hidden_states=None
+                ).sample
+            without, within = predicted[:1], predicted[-1:]
+            direction = without + request.guidance * (within - without) if guided else within
+            fresh = torch.randn(shape, generator=noise).to(latents)
+            latents = self.scheduler.step(
+                direction, timestep, latents, eta=ETA, variance_noise=fresh
+            ).prev_sample
+        return latents
+
+    def _tensor(self, picture: Image) -> Float[Tensor, "1 3 height width"]:
+        values = torch.from_numpy(np.array(picture)).permute(2, 0, 1)[None]
+        return (values / 127.5 - 1).to(self.unet.device)
+
+    def _encoded(self, pictures: Tensor) -> Tensor:
+        """Latents at the mode of the encoder's distribution: a picture has one explanation."""
+        mode = self.vae.encode(pictures).latent_dist.mode()
+        return cast(Tensor, mode * self.vae.config.scaling_factor)
+
+
+def load_catvton(source: Source) -> OtherModel:
+    """Stable Diffusion's inpainting folder, with the attention weights of ``adapter`` in it.
+
+    Raises:
+        CheckpointError: it cannot be read, is no inpainting network, or the weights do not fit.
+    """
+    unet = load_network(UNet2DConditionModel, source.folder, "unet", _check_unet)
+    if source.adapter is not None:
+        adapter = source.adapter
+        read_weights_of("adapter", adapter, lambda: load_attention(unet, read_weights(adapter)))
+    model = CatVTON(
+        unet=unet.to(source.device),
+        vae=load_network(AutoencoderKL, source.folder, "vae", lambda *_: None).to(source.device),
+        scheduler=load_part(DDIMScheduler, source.folder, "scheduler"),
+        side_by_side=bool(source.options.get("side_by_side", False)),
+    )
+    pixels = 2 ** (len(model.vae.config.block_out_channels) - 1)
+    return OtherModel(
+        target=model,
+        recipe=source.recipe_of(model),
+        make=model,
+        fit="crop",
+        multiple=latent_multiple(unet, pixels),
+    )
+
+
+def load_attention(unet: nn.Module, weights: dict[str, Tensor]) -> None:
+    """Weights of all self-attentions from the authors' list.
+
+    Their file numbers every module whose path contains ``attn1``, so that one layer's weights stand
+    under its own number and under those of its parts. How many parts there are depends on the
+    library; the numbers under which a query projection stands are the layers, in order.
+
+    Raises:
+        CheckpointError: the layers are not as many as the U-Net's.
+        RuntimeError: a layer's tensor is missing or misshapen.
+    """
+    layers = [module for path, module in unet.named_modules() if path.endswith(".attn1")]
+    numbers = list(_layer_numbers(weights))
+    if len(numbers) != len(layers):
+        raise CheckpointError(
+            f"The attention weights are of {len(numbers)} self-attentions, and the U-Net has "
+            f"{len(layers)}. Give the file attention/model.safetensors of CatVTON's release, and "
+            "the inpainting network of Stable Diffusion 1.5."
+        )
+    for number, layer in zip(numbers, layers, strict=True):
+        prefix = f"{number}."
+        own = {
+            name.removeprefix(prefix): tensor
+            for name, tensor in weights.items()
+            if name.startswith(prefix)
+        }
+        layer.load_state_dict(own, strict=True)
+
+
+def _layer_numbers(weights: dict[str, Tensor]) -> Iterator[int]:
+    found = (name.partition(".") for name in weights)
+    yield from sorted(int(number) for number, _, rest in found if rest == "to_q.weight")
+
+
+def _check_unet(unet: Any, source: str) -> None:
+    if unet.config.in_channels != CHANNELS:
+        raise CheckpointError(
+            f"The U-Net of '{source}' takes {unet.config.in_channels} channels; CatVTON's is an "
+            f"inpainting network of {CHANNELS}. Give checkpoint=FOLDER of Stable Diffusion 1.5 "
+            "inpainting."
+        )

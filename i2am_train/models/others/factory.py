@@ -1,0 +1,149 @@
+"""Models that need their own code: a Python function of the user's returns the pipeline."""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from collections.abc import Callable
+from importlib import import_module
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from PIL import Image as PillowImage
+
+from i2am_train.attribution.recipes import detect_recipe, named_recipe
+from i2am_train.attribution.sites import Recipe
+from i2am_train.datasets.arrays import Image
+from i2am_train.datasets.pictures import resize_picture
+from i2am_train.errors import ConfigError
+from i2am_train.models.others.base import OtherModel, Request, Source
+from i2am_train.models.others.painting import pillow
+
+ARGUMENTS = (
+    "image", "mask", "reference", "prompt", "height", "width", "steps", "guidance", "seed",
+)  # fmt: skip
+"""Keywords that a pipeline is called with."""
+HOW = (
+    "A factory takes (checkpoint, device) and returns a pipeline, or (pipeline, recipe). The "
+    f"pipeline is called with the keywords {', '.join(ARGUMENTS)} (those that it does not need it "
+    "takes as **others) and returns an RGB picture of Pillow"
+)
+
+
+class FactoryPipeline(Protocol):
+    """What a factory returns: an object that holds the model, and makes one picture.
+
+    Its modules are searched by the recipe's paths, so the attribute names of the model's own code
+    must be kept (StableVITON: ``pipeline.model.diffusion_model``).
+    """
+
+    def __call__(
+        self,
+        *,
+        image: PillowImage.Image | None,
+        mask: PillowImage.Image | None,
+        reference: PillowImage.Image,
+        prompt: str,
+        height: int,
+        width: int,
+        steps: int,
+        guidance: float,
+        seed: int,
+    ) -> PillowImage.Image:
+        """The picture, in the geometry of ``image``. Pictures come as the user gave them."""
+        ...
+
+
+Factory = Callable[[str | None, torch.device], Any]
+
+
+def load_by_factory(source: Source) -> OtherModel:
+    """What the user's factory makes, with the recipe that it names, that was asked for, or that fits.
+
+    Raises:
+        ConfigError: the function cannot be imported, or returns something else.
+        CaptureError: no recipe is known for it.
+    """
+    assert source.factory is not None, "checked with the configuration"
+    made = _imported(source.factory)(source.checkpoint, source.device)
+    pipeline, recipe = made if isinstance(made, tuple) and len(made) == 2 else (made, None)
+    _check(pipeline, recipe, source.factory)
+
+    def make(request: Request) -> Image:
+        picture = pipeline(
+            image=None if request.image is None else pillow(request.image),
+            mask=None if request.mask is None else pillow(request.mask),
+            reference=pillow(request.reference),
+            prompt=request.prompt,
+            height=request.size.height,
+            width=request.size.width,
+            steps=request.steps,
+            guidance=request.guidance,
+            seed=request.seed,
+        )
+        return _checked_picture(picture, request, str(source.factory))
+
+    return OtherModel(target=pipeline, recipe=_recipe(pipeline, recipe, source), make=make)
+
+
+def _recipe(pipeline: Any, recipe: Recipe | str | None, source: Source) -> Recipe:
+    if isinstance(recipe, Recipe) and not source.recipe:
+        return recipe
+    name = source.recipe or recipe or detect_recipe(pipeline).name
+    return named_recipe(pipeline, str(name), **source.options)
+
+
+def _imported(name: str) -> Factory:
+    """The function of ``package.module:function``; modules of the working directory are found, too."""
+    module, _, function = name.partition(":")
+    if not module or not function:
+        raise ConfigError(f"factory={name} is not possible: expected package.module:function.")
+    here = str(Path.cwd())
+    if here not in sys.path:
+        sys.path.insert(0, here)
+    try:
+        found = import_module(module)
+    except ImportError as error:
+        raise ConfigError(
+            f"factory={name} cannot be imported: {error}. Run from the folder that holds "
+            f"{module.partition('.')[0]}, or install it here together with what it needs."
+        ) from error
+    if not callable(getattr(found, function, None)):
+        there = [
+            key for key in vars(found) if not key.startswith("_") and callable(vars(found)[key])
+        ]
+        raise ConfigError(
+            f"factory={name}: {module} has no function '{function}' (it has: "
+            f"{', '.join(sorted(there)[:8]) or 'none'}). {HOW}."
+        )
+    return getattr(found, function)  # type: ignore[no-any-return]
+
+
+def _check(pipeline: Any, recipe: Any, name: str) -> None:
+    """Refuses what cannot be called as a pipeline, before anything is computed."""
+    if not callable(pipeline) or not (recipe is None or isinstance(recipe, (Recipe, str))):
+        raise ConfigError(
+            f"factory={name} returned a {type(pipeline).__name__}"
+            f"{'' if recipe is None else f' and a {type(recipe).__name__}'}. {HOW}."
+        )
+    try:
+        inspect.signature(pipeline).bind(**dict.fromkeys(ARGUMENTS))
+    except TypeError as error:
+        raise ConfigError(
+            f"factory={name} returned a {type(pipeline).__name__} whose call does not fit: {error}. "
+            f"{HOW}."
+        ) from error
+
+
+def _checked_picture(picture: Any, request: Request, name: str) -> Image:
+    array = np.asarray(
+        picture.convert("RGB") if isinstance(picture, PillowImage.Image) else picture
+    )
+    if array.ndim != 3 or array.shape[-1] != 3 or array.dtype != np.uint8:
+        raise ConfigError(
+            f"The pipeline of factory={name} returned a {type(picture).__name__} of shape "
+            f"{array.shape} and type {array.dtype}. {HOW}."
+        )
+    return resize_picture(array, request.size)

@@ -1,0 +1,66 @@
+"""Pipeline folders of diffusers: what they hold, before any weight is read."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TypeVar
+
+from i2am_train.errors import CheckpointError
+
+T = TypeVar("T")
+INDEX = "model_index.json"
+REASON = 300
+"""Characters of a library's own message that are repeated."""
+
+
+def check_pipeline(source: str, expected: Sequence[str], model: str) -> None:
+    """Refuses the folder of another pipeline; a name on the hub is left to its download.
+
+    Args:
+        source: folder or name.
+        expected: class names of pipelines that will do.
+        model: name of the model that was asked for.
+
+    Raises:
+        CheckpointError: the folder is no pipeline's, or of another one.
+    """
+    folder = Path(source).expanduser()
+    if not folder.is_dir():
+        return
+    found = pipeline_class(folder)
+    if found in expected:
+        return
+    what = f"is of a {found}" if found else f"has no readable {INDEX}"
+    raise CheckpointError(
+        f"'{source}' {what}; model={model} needs the folder of a {' or '.join(expected)}. Give "
+        f"checkpoint=FOLDER with such a {INDEX}, or another model=."
+    )
+
+
+def pipeline_class(folder: Path) -> str | None:
+    """Name of the pipeline's class in a folder, or None if there is none to be read."""
+    try:
+        index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return index.get("_class_name") if isinstance(index, dict) else None
+
+
+def read_weights_of(option: str, file: Path, read: Callable[[], T]) -> T:
+    """What ``read`` gives of a weight file; the libraries' errors name the option and the file.
+
+    Raises:
+        CheckpointError: there is no such file, or its tensors are not what the model has.
+    """
+    if not file.is_file():
+        raise CheckpointError(f"There is no file {option}={file}. Give the path of a weight file.")
+    try:
+        return read()
+    except (KeyError, ValueError, RuntimeError, OSError) as error:
+        reason = " ".join(str(error).split())[:REASON]
+        raise CheckpointError(
+            f"{option}={file} does not fit this model ({type(error).__name__}: {reason}). Give the "
+            "weights that were made for it."
+        ) from error

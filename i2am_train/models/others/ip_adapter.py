@@ -1,0 +1,119 @@
+"""IP-Adapter on Stable Diffusion 1.5 (adapters note 2.11): from words alone, or filling in a mask."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import (
+    AutoencoderKL,
+    StableDiffusionInpaintPipeline,
+    StableDiffusionPipeline,
+    UNet2DConditionModel,
+)
+from transformers import CLIPTextModel, CLIPVisionModelWithProjection
+
+from i2am_train.attribution.recipes import detect_recipe
+from i2am_train.datasets.arrays import Image
+from i2am_train.datasets.pictures import fit_mask, fit_picture
+from i2am_train.errors import CaptureError, CheckpointError
+from i2am_train.models.others.base import OtherModel, Request, Source, latent_multiple
+from i2am_train.models.others.folders import check_pipeline, read_weights_of
+from i2am_train.models.others.painting import pillow
+from i2am_train.models.pretrained import load_network, load_part, load_pipeline
+
+ENCODER = "image_encoder"
+
+
+def load_ip_adapter(source: Source) -> OtherModel:
+    """A Stable Diffusion pipeline with one adapter in it.
+
+    The image encoder is the pipeline's, or lies in the folder of the adapter's file, beside it or
+    one higher up, as its authors distribute it.
+
+    Raises:
+        CheckpointError: folder, encoder or adapter cannot be read, or the adapter is of another kind.
+    """
+    assert source.adapter is not None, "checked with the configuration"
+    expected = (StableDiffusionPipeline.__name__, StableDiffusionInpaintPipeline.__name__)
+    check_pipeline(source.folder, expected, source.model)
+    pipeline = load_pipeline(
+        StableDiffusionPipeline,
+        source.folder,
+        unet=load_network(UNet2DConditionModel, source.folder, "unet", lambda *_: None),
+        vae=load_network(AutoencoderKL, source.folder, "vae", lambda *_: None),
+        text_encoder=load_part(CLIPTextModel, source.folder, "text_encoder"),
+        safety_checker=None,
+        requires_safety_checker=False,
+    )
+    if pipeline.image_encoder is None:
+        folder = _encoder_folder(source.adapter)
+        encoder = load_part(CLIPVisionModelWithProjection, str(folder), ENCODER)
+        pipeline.register_modules(image_encoder=encoder)
+    read_weights_of("adapter", source.adapter, partial(_insert, pipeline, source.adapter))
+    _check_kind(pipeline, source)
+    pipeline = pipeline.to(source.device)
+    pipeline.set_progress_bar_config(disable=True)
+    return OtherModel(
+        target=pipeline,
+        recipe=source.recipe_of(pipeline),
+        make=partial(_make, pipeline),
+        multiple=latent_multiple(pipeline.unet, pipeline.vae_scale_factor),
+    )
+
+
+def _make(pipeline: Any, request: Request) -> Image:
+    """With a mask by inpainting, else from noise."""
+    arguments: dict[str, Any] = {
+        "prompt": request.prompt,
+        "ip_adapter_image": pillow(request.reference),
+        "height": request.size.height,
+        "width": request.size.width,
+        "num_inference_steps": request.steps,
+        "guidance_scale": request.guidance,
+        "generator": torch.Generator().manual_seed(request.seed),
+    }
+    if request.image is not None and request.mask is not None:
+        pipeline = StableDiffusionInpaintPipeline(
+            **pipeline.components, requires_safety_checker=False
+        )
+        pipeline.set_progress_bar_config(disable=True)
+        arguments |= {
+            "image": pillow(fit_picture(request.image, request.size, "stretch", 0)),
+            "mask_image": pillow(fit_mask(request.mask, request.size, "stretch")),
+            "strength": 1.0,
+        }
+    return np.asarray(pipeline(**arguments).images[0])
+
+
+def _encoder_folder(adapter: Path) -> Path:
+    """The folder with the image encoder's: that of the adapter's file, or the one above it."""
+    for folder in (adapter.parent, adapter.parent.parent):
+        if (folder / ENCODER / "config.json").is_file():
+            return folder
+    raise CheckpointError(
+        f"Neither the pipeline nor the folder of adapter={adapter} has an {ENCODER}/. Put the "
+        f"adapter's {ENCODER}/ beside its file, as its authors distribute it."
+    )
+
+
+def _insert(pipeline: Any, adapter: Path) -> None:
+    pipeline.load_ip_adapter(
+        str(adapter.parent), subfolder="", weight_name=adapter.name, image_encoder_folder=None
+    )
+
+
+def _check_kind(pipeline: Any, source: Source) -> None:
+    """Refuses an adapter whose tokens are not those of the model that was asked for."""
+    try:
+        found = detect_recipe(pipeline).name
+    except CaptureError:
+        found = "another kind of adapter"
+    if found != source.model:
+        raise CheckpointError(
+            f"adapter={source.adapter} is {found}, and model={source.model} was asked for. Set "
+            "model= to what it is, or give another file."
+        )

@@ -1,0 +1,56 @@
+"""Paint-by-Example of diffusers, for `i2am explain`."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from PIL import Image as PillowImage
+
+from i2am_train.datasets.arrays import Image
+from i2am_train.datasets.pictures import fit_mask, fit_picture
+from i2am_train.models.others.base import OtherModel, Request, Source, latent_multiple
+from i2am_train.models.others.folders import check_pipeline
+from i2am_train.models.paint_by_example import PaintByExample
+from i2am_train.types import GridSize
+
+
+def load_paint_by_example(source: Source) -> OtherModel:
+    """The pipeline of a folder, or of the hub (Fantasy-Studio/Paint-by-Example).
+
+    Raises:
+        CheckpointError: it cannot be read, or is another pipeline.
+    """
+    check_pipeline(source.folder, ("PaintByExamplePipeline",), source.model)
+    pipeline = PaintByExample.from_pretrained(source.folder, source.device).pipeline
+    side = pipeline.image_encoder.config.image_size
+
+    def make(request: Request) -> Image:
+        assert request.image is not None
+        assert request.mask is not None
+        made = pipeline(
+            image=pillow(fit_picture(request.image, request.size, "stretch", 0)),
+            mask_image=pillow(fit_mask(request.mask, request.size, "stretch")),
+            # The authors stretch the reference; the feature extractor would crop it.
+            example_image=pillow(
+                fit_picture(request.reference, GridSize(side, side), "stretch", 0)
+            ),
+            height=request.size.height,
+            width=request.size.width,
+            num_inference_steps=request.steps,
+            guidance_scale=request.guidance,
+            generator=torch.Generator().manual_seed(request.seed),
+        )
+        return np.asarray(made.images[0])
+
+    return OtherModel(
+        target=pipeline,
+        recipe=source.recipe_of(pipeline),
+        make=make,
+        multiple=latent_multiple(pipeline.unet, pipeline.vae_scale_factor),
+    )
+
+
+def pillow(picture: np.ndarray) -> PillowImage.Image:
+    """A picture, or a mask as black and white."""
+    white = np.uint8(255)
+    return PillowImage.fromarray(picture * white if picture.dtype == np.bool_ else picture)
