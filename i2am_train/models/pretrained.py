@@ -117,7 +117,7 @@ def load_pipeline(kind: Any, source: str, **parts: Any) -> Any:
         CheckpointError: it cannot be read.
     """
     name = _place(source)
-    return _hub(source, lambda: kind.from_pretrained(name, torch_dtype=torch.float32, **parts))
+    return _hub(source, lambda: kind.from_pretrained(name, dtype=torch.float32, **parts))
 
 
 def _place(source: str) -> str:

@@ -50,7 +50,7 @@ class Placement:
         placed = on_picture(
             torch.from_numpy(np.ascontiguousarray(values)), self.picture, self.canvas
         )
-        return framed(np.asarray(placed.numpy()), self.frame, 0)
+        return np.asarray(framed(placed.numpy(), self.frame, 0), np.float32)
 
     def box(self, box: Box, grid: GridSize) -> Box:
         """A rectangle in fractions of the canvas as one in fractions of the frame."""

@@ -33,6 +33,7 @@ from i2am_train.reporting.canvas import (
     arm_colors,
     heat_colormap,
 )
+from i2am_train.reporting.cells import short_name
 from i2am_train.reporting.pages import as_base64, embedded_picture, page_environment
 from i2am_train.reporting.sample_panel import TEAR
 from i2am_train.types import Direction, GridSize
@@ -255,7 +256,7 @@ def _layer(record: LayerRecord) -> Json:
     number = paper_number(record.layer)
     return {
         "key": record.layer if number is None else str(number),
-        "label": record.layer if number is None else f"Layer {number}",
+        "label": short_name(record.layer) if number is None else f"Layer {number}",
         "name": record.layer,
         "heads": record.heads,
         "grids": {

@@ -100,7 +100,7 @@ class CatVTON:
         rows = conditions if guided else conditions[1:]
         noise = torch.Generator().manual_seed(request.seed)
         shape = (1, self.vae.config.latent_channels, *conditions.shape[-2:])
-        latents = torch.randn(shape, generator=noise).to(conditions)
+        latents: Tensor = torch.randn(shape, generator=noise).to(conditions)
         self.scheduler.set_timesteps(request.steps)
         latents = latents * self.scheduler.init_noise_sigma
         for step, timestep in enumerate(self.scheduler.timesteps):
