@@ -47,18 +47,56 @@ def alignment(
     [0.667, 0.211, 1.0]
     """
     values = at_least_float32(scores)
-    own = aligned_coordinates(
-        generated_grid, reference_grid, dtype=values.dtype, device=values.device
-    )
-    cells = reference_coordinates(reference_grid, dtype=values.dtype, device=values.device)
-    away = torch.linalg.vector_norm(own[:, None] - cells[None], dim=-1)
+    away = _away(values, generated_grid, reference_grid)
     distance = (values * away).sum(dim=-1).mean(dim=-1)
     near = (away <= radius + 1e-6).to(values)
     return Alignment(
-        distance,
-        distance / math.hypot(reference_grid.height, reference_grid.width),
-        (values * near).sum(dim=-1).mean(dim=-1),
+        distance, distance / _diagonal(reference_grid), (values * near).sum(dim=-1).mean(dim=-1)
     )
+
+
+def patch_distance(
+    scores: Float[Tensor, "batch generated reference"],
+    generated_grid: GridSize,
+    reference_grid: GridSize,
+) -> Float[Tensor, "batch generated"]:
+    """Mean distance of each generated patch's attention from its own position, as a share of the
+    reference's diagonal, in [0, 1]; the mean over patches is `Alignment.relative`.
+
+    >>> swapped = torch.eye(4)[[3, 1, 2, 0]].expand(2, 4, 4)  # two corners of a square look across
+    >>> [round(value, 3) for value in patch_distance(swapped, GridSize(2, 2), GridSize(2, 2))[0].tolist()]
+    [0.5, 0.0, 0.0, 0.5]
+    """
+    values = at_least_float32(scores)
+    away = _away(values, generated_grid, reference_grid)
+    return (values * away).sum(dim=-1) / _diagonal(reference_grid)
+
+
+def even_alignment(
+    generated_grid: GridSize, reference_grid: GridSize, radius: float = 1.0
+) -> Alignment:
+    """What attention that is spread evenly would have: the value of no alignment at all.
+
+    >>> round(float(even_alignment(GridSize(1, 2), GridSize(1, 2)).distance), 3)
+    0.5
+    """
+    shape = (1, generated_grid.tokens, reference_grid.tokens)
+    even = torch.full(shape, 1 / reference_grid.tokens)
+    return alignment(even, generated_grid, reference_grid, radius)
+
+
+def _away(
+    values: Tensor, generated_grid: GridSize, reference_grid: GridSize
+) -> Float[Tensor, "generated reference"]:
+    """Distance of each reference cell from each generated patch's own place, in reference cells."""
+    dtype, device = values.dtype, values.device
+    own = aligned_coordinates(generated_grid, reference_grid, dtype=dtype, device=device)
+    cells = reference_coordinates(reference_grid, dtype=dtype, device=device)
+    return torch.linalg.vector_norm(own[:, None] - cells[None], dim=-1)
+
+
+def _diagonal(grid: GridSize) -> float:
+    return math.hypot(grid.height, grid.width)
 
 
 def layer_alignment(maps: AttributionMaps, radius: float = 1.0) -> dict[str, Alignment]:
