@@ -371,6 +371,8 @@ class KnownModel:
     signature: Signature | None = None
     read: Callable[[Any], Mapping[str, Any]] = field(default=_nothing_to_read)
     functional: bool = True
+    same_picture: bool = False
+    """Whether the reference shows what is generated (super-resolution), place by place."""
 
     @property
     def name(self) -> str:
@@ -490,6 +492,7 @@ KNOWN_MODELS: tuple[KnownModel, ...] = (
         licence="Apache-2.0",
         loading=_FACTORY,
         signature=Signature(modules=(r"up_blocks\.\d+\.pixel_attentions\.\d+",)),
+        same_picture=True,
     ),
     KnownModel(
         pasd_light,
@@ -499,6 +502,7 @@ KNOWN_MODELS: tuple[KnownModel, ...] = (
         licence="Apache-2.0",
         loading=_FACTORY,
         signature=Signature(modules=(r"up_blocks\..*\.attn2_plus",)),
+        same_picture=True,
     ),
     KnownModel(
         seesr,
@@ -508,6 +512,7 @@ KNOWN_MODELS: tuple[KnownModel, ...] = (
         licence="Apache-2.0",
         loading=_FACTORY,
         signature=Signature(modules=(r"up_blocks\.\d+\.image_attentions\.\d+",)),
+        same_picture=True,
     ),
     KnownModel(
         idm_vton,
@@ -622,6 +627,16 @@ class HasAttentionRecipe(Protocol):
     def attention_recipe(self) -> Recipe:
         """The recipe of this very model."""
         ...
+
+
+def of_same_picture(recipe: str) -> bool:
+    """Whether a recipe's reference shows what is generated, so that a patch should look at its own
+    place; False for recipes that are not known.
+
+    >>> of_same_picture("pasd"), of_same_picture("tryon")
+    (True, False)
+    """
+    return any(known.name == recipe and known.same_picture for known in known_models())
 
 
 def detect_recipe(target: Any) -> Recipe:

@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 
 from i2am_train.attribution.archive import save_maps
 from i2am_train.attribution.maps import AttributionMaps
+from i2am_train.attribution.recipes import of_same_picture
 from i2am_train.reporting.canvas import Picture
 from i2am_train.reporting.cells import TO_GENERATED, TO_REFERENCE, map_cell
 from i2am_train.reporting.drawn import (
@@ -37,6 +38,11 @@ from i2am_train.reporting.explained import SCORES, write_png
 from i2am_train.reporting.levels import layer_maps, time_and_head_maps
 from i2am_train.reporting.patches import reverse_across_layers, specific_reference
 from i2am_train.reporting.sheet import Cell, Section, Sheet, draw_sheet
+from i2am_train.reporting.super_resolution import (
+    alignment_plot,
+    alignment_sheet,
+    alignment_table,
+)
 from i2am_train.runs import write_json
 from i2am_train.types import Direction, GridSize, LayerWeighting
 
@@ -167,6 +173,7 @@ def description(explained: ExplainedPicture) -> dict[str, Any]:
         ],
         "scores": dict(explained.scores),
         "mass": mass,
+        "alignment": alignment_table(explained.maps) if _aligned_layers(explained) else None,
         "generated_patches": explained.generated_patches,
         "reference_patches": explained.reference_patches,
         "origin": dict(explained.origin),
@@ -189,11 +196,23 @@ def figures(explained: ExplainedPicture) -> dict[str, Figure]:
     if TO_REFERENCE in explained.directions and record.scores_over_reference is not None:
         sheets["specific_reference"] = specific_reference(explained)
         sheets["reverse_specific"] = reverse_across_layers(explained, [explained.layer])
+    drawn = {}
+    if traced := _aligned_layers(explained):
+        sheets["alignment"] = alignment_sheet(explained, traced)
+        drawn["alignment_layers"] = alignment_plot(explained.maps)
     marks = explained.maps.store.marks
-    return {
+    return drawn | {
         name: draw_sheet(replace(sheet, warnings=marks + sheet.warnings))
         for name, sheet in sheets.items()
     }
+
+
+def _aligned_layers(explained: ExplainedPicture) -> list[str]:
+    """Layers with score matrices, where the reference shows what is generated."""
+    if not of_same_picture(explained.maps.store.recipe):
+        return []
+    layers = explained.maps.store.layers
+    return [one.layer for one in layers if one.scores_over_reference is not None]
 
 
 def unified_maps(explained: ExplainedPicture) -> Sheet:
