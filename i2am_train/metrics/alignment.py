@@ -92,7 +92,8 @@ def _away(
     dtype, device = values.dtype, values.device
     own = aligned_coordinates(generated_grid, reference_grid, dtype=dtype, device=device)
     cells = reference_coordinates(reference_grid, dtype=dtype, device=device)
-    return torch.linalg.vector_norm(own[:, None] - cells[None], dim=-1)
+    away: Tensor = torch.linalg.vector_norm(own[:, None] - cells[None], dim=-1)
+    return away
 
 
 def _diagonal(grid: GridSize) -> float:
