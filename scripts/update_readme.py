@@ -1,8 +1,9 @@
-"""Puts the committed results into the README: ``python scripts/update_readme.py``.
+"""Puts committed results and the support table into the documents: ``python scripts/update_readme.py``.
 
 ``data/results/study.json`` is the ``results.json`` of ``i2am ablate experiment=study``, and
-``data/results/benchmark.json`` the last line of ``scripts/benchmark_capture.py``. The text between the markers
-``<!-- name -->`` and ``<!-- /name -->`` is replaced; a test checks that the README is what this script makes of it.
+``data/results/benchmark.json`` the last line of ``scripts/benchmark_capture.py``; the support table is the registry of
+recipes. The text between the markers ``<!-- name -->`` and ``<!-- /name -->`` is replaced; a test checks that the
+documents are what this script makes of them.
 """
 
 import json
@@ -10,30 +11,59 @@ import re
 from pathlib import Path
 from typing import Any
 
+from i2am_train.attribution.recipes import KNOWN_MODELS, KnownModel
 from i2am_train.reporting.table_formats import markdown
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "data" / "results"
 
 
-def rendered(readme: str) -> str:
-    """The README with every marked part renewed from its file, if the file is there."""
-    for name, file, render in (
-        ("results", RESULTS / "study.json", study),
-        ("benchmark", RESULTS / "benchmark.json", benchmark),
+DOCUMENTS = ("README.md", "data/README.md", "data/results/study.md")
+
+
+def rendered(document: str) -> str:
+    """The document with every marked part renewed."""
+    for name, text in (
+        ("arms", arms((RESULTS / "study.json").read_text())),
+        ("study", study((RESULTS / "study.json").read_text())),
+        ("benchmark", benchmark((RESULTS / "benchmark.json").read_text())),
+        ("recipes", recipes()),
     ):
-        if file.is_file():
-            text = render(file.read_text())
-            pattern = rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)"
-            readme = re.sub(
-                pattern, lambda m, t=text: f"{m[1]}{t}\n{m[2]}", readme, flags=re.DOTALL
-            )
-    return readme
+        pattern = rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)"
+        document = re.sub(
+            pattern, lambda m, t=text: f"{m[1]}{t}\n{m[2]}", document, flags=re.DOTALL
+        )
+    return document
 
 
 def study(text: str) -> str:
     """Tables and notes of an ablation, as its own ``results.md`` has them, for the arm that it is about."""
     return markdown(json.loads(text), compared=["refined"]).strip()
+
+
+def arms(text: str) -> str:
+    """The first of these tables."""
+    return study(text).split("\n\n")[0]
+
+
+def recipes() -> str:
+    """The support table: a row for each known model."""
+    lines = [
+        "| model | `recipe` | sites | grids; reference tokens | its maps | licence (code / weights) | loaded |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for known in KNOWN_MODELS:
+        cells = (known.title, f"`{known.name}`", known.sites, known.grids, _meaning(known))
+        lines.append(f"| {' | '.join((*cells, known.licence, known.loading))} |")
+    return "\n".join(lines)
+
+
+def _meaning(known: KnownModel) -> str:
+    recipe = known.made()
+    words = ["functional" if known.functional else "**not functional**"]
+    words += ["partial"] if recipe.partial else []
+    words += ["mass"] if any(site.joint for site in recipe.sites) else []
+    return ", ".join(words)
 
 
 def benchmark(text: str) -> str:
@@ -53,8 +83,8 @@ def benchmark(text: str) -> str:
 
 
 def main() -> None:
-    readme = ROOT / "README.md"
-    readme.write_text(rendered(readme.read_text()))
+    for document in (ROOT / name for name in DOCUMENTS):
+        document.write_text(rendered(document.read_text()))
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ writes would depend on the number of processes, so saving and loading are ours: 
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-import torch
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning_utilities.core.apply_func import apply_to_collection
