@@ -28,7 +28,7 @@ def low_resolution(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@pytest.fixture(scope="module", params=MODELS)
+@pytest.fixture(scope="module", params=["pasd", pytest.param("seesr", marks=pytest.mark.slow)])
 def explained(
     request: pytest.FixtureRequest,
     low_resolution: Path,
