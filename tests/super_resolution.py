@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers import DDPMScheduler, UNet2DConditionModel, UniPCMultistepScheduler
+from diffusers import DDIMScheduler, UNet2DConditionModel, UniPCMultistepScheduler
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from PIL import Image
 from torch import Tensor, nn
@@ -104,8 +104,7 @@ class TinySuperResolution:
     ) -> Image.Image:  # fmt: skip
         low = _encoded(reference, height // SCALE, width // SCALE)
         self.set_references(low, rows=2)
-        draws = torch.Generator().manual_seed(seed)
-        noise = torch.randn(low.shape, generator=draws)
+        noise = torch.randn(low.shape, generator=torch.Generator().manual_seed(seed))
         alpha = float(self.scheduler.alphas_cumprod[-1])
         latents = low_resolution_start(low, noise, alpha, self.residual)
         with warnings.catch_warnings():
@@ -116,7 +115,7 @@ class TinySuperResolution:
             both = self.unet(latents.repeat(2, 1, 1, 1), timestep, self.text).sample
             without, with_text = both.chunk(2)
             predicted = without + guidance * (with_text - without)
-            latents = self.scheduler.step(predicted, timestep, latents, generator=draws).prev_sample
+            latents = self.scheduler.step(predicted, timestep, latents).prev_sample
         return _decoded(latents, height, width)
 
 
@@ -142,7 +141,7 @@ class TinySeeSR(TinySuperResolution):
     residual = SEESR_RESIDUAL
 
     def __init__(self) -> None:
-        scheduler = DDPMScheduler(**SCHEDULE)
+        scheduler = DDIMScheduler(**SCHEDULE)
         super().__init__("image_attentions", (20, 10, 5), SWIN_WIDTH, scheduler)
 
     def set_references(self, latents: Tensor, rows: int) -> None:

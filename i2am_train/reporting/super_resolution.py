@@ -131,7 +131,7 @@ def alignment_plot(maps: AttributionMaps, width: float = 5.5) -> Figure:
         range(len(rows)), [layer_title(maps, row["layer"]) for row in rows], fontsize=6.5
     )
     axes.set_ylabel("distance from the own place\n(% of the diagonal)", fontsize=7)
-    axes.set_ylim(bottom=0)
+    axes.set_ylim(0, 1.1 * 100 * max(max(row["relative"], row["even"]) for row in rows))
     axes.tick_params(axis="y", labelsize=7)
     axes.legend(fontsize=7, loc="lower right")
     return figure

@@ -1,0 +1,65 @@
+"""The figures of alignment say what a constructed attention does, layer by layer."""
+
+import numpy as np
+import pytest
+import torch
+
+from i2am_train.attribution import AttributionMaps, AttributionStore, LayerRecord
+from i2am_train.reporting.others import ExplainedPicture, description, figures
+from i2am_train.reporting.super_resolution import alignment_plot, alignment_sheet, alignment_table
+from i2am_train.types import GridSize, LayerWeighting
+
+GRID = GridSize(4, 3)  # its diagonal is 5
+
+
+def record(name: str, rows_down: int) -> LayerRecord:
+    """Every patch looks so many rows below itself, around the edge; two heads, three steps."""
+    even = torch.full((1, 3, 2, GRID.tokens), 1 / GRID.tokens)
+    cells = torch.arange(GRID.tokens).view(GRID).roll(-rows_down, dims=0).flatten()
+    scores = torch.eye(GRID.tokens)[cells][None]
+    return LayerRecord(
+        name, GRID, GRID, even, even, scores_over_reference=scores, scores_over_generated=scores
+    )
+
+
+def explained(recipe: str = "pasd") -> ExplainedPicture:
+    """One layer that is aligned, one that is a row off."""
+    layers = (record("up_blocks.0.x.0", 0), record("up_blocks.0.x.1", 1))
+    picture = np.full((40, 30, 3), 90, np.uint8)
+    return ExplainedPicture(
+        name="sample", model="model", layer="up_blocks.0.x.0", generated=picture,
+        reference=picture[::2, ::2], generated_mask=None, reference_mask=None,
+        maps=AttributionMaps(AttributionStore(layers, (9, 5, 1), recipe=recipe)), scores={},
+        generated_patches=((1, 2), (3, 0)), reference_patches=((0, 0),), origin={}, delta=0.4,
+        weighting=LayerWeighting.PAPER, time_groups=3,
+    )  # fmt: skip
+
+
+def test_sheet_shows_distance_and_own_place() -> None:
+    """Rows are patches: 0 % where aligned, 1 of 5 one row off, 3 of 5 from the last row to the first."""
+    rows = alignment_sheet(explained()).sections[0].rows
+    assert [[cell.note for cell in row[1:]] for row in rows] == [["0 %", "20 %"], ["0 %", "60 %"]]
+    for row, (y, x) in zip(rows, ((1, 2), (3, 0)), strict=True):
+        for cell in row:
+            assert (cell.boxes[0].top, cell.boxes[0].left) == pytest.approx((y / 4, x / 3))
+    mark = rows[0][2].marks[0]
+    assert (mark.y, mark.x) == pytest.approx((2.5 / 4, 2.5 / 3), abs=0.03)  # of 20x15 pixels
+
+
+def test_table_and_plot_agree() -> None:
+    """The mean over patches: three rows are 1 off, one is 3 off."""
+    maps = explained().maps
+    table = alignment_table(maps)
+    assert [row["distance"] for row in table] == pytest.approx([0, 1.5])
+    assert [row["within_one"] for row in table] == pytest.approx([1, 0.75])
+    lines = alignment_plot(maps).axes[0].lines
+    assert list(lines[0].get_ydata()) == pytest.approx([0, 30])
+    assert list(lines[1].get_ydata()) == pytest.approx([100 * row["even"] for row in table])
+
+
+@pytest.mark.parametrize(("recipe", "aligned"), [("pasd", True), ("paint_by_example", False)])
+def test_only_of_models_whose_reference_is_the_same_picture(recipe: str, aligned: bool) -> None:
+    """Elsewhere a patch has no place of its own on the reference, so nothing is said of it."""
+    sample = explained(recipe)
+    assert ("alignment" in figures(sample)) == aligned
+    assert (description(sample)["alignment"] is not None) == aligned
