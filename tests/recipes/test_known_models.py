@@ -23,6 +23,7 @@ from i2am_train.attribution import recipes as recipes_module
 from i2am_train.attribution.recipes import KNOWN_MODELS
 from i2am_train.errors import CaptureError, ConfigError
 from i2am_train.types import Canvas, GridSize
+from tests.recipes.ldm_cases import CASES as LDM_CASES
 from tests.recipes.models import CASES, CONTEXT, SDXL, TIMESTEPS, evaluate, make_unet, noise
 from tests.recipes.slow import G2R, R2G, Case, fresh, recipe_of, traced_run
 
@@ -293,3 +294,9 @@ class TestRefusals:
         target = fresh(case)
         with pytest.raises(CaptureError, match=r"called with 3 rows.*rows='all'"):
             traced(target, "pasd", lambda: case.run(target, 3, 0, False))
+
+
+def test_every_row_of_the_support_table_is_proven() -> None:
+    """Each shipped recipe has a case in the contract; Flux is compared in the tests of the second backend."""
+    proven = {case.recipe for case in (*CASES, *LDM_CASES)}
+    assert {known.name for known in KNOWN_MODELS} == proven | {"flux_kontext"}
