@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from i2am_train.attribution import detect_recipe, named_recipe, trace
 from i2am_train.attribution.frames import Frame
 from i2am_train.attribution.listening import Listener, SiteModule, resolve_root, resolve_sites
+from i2am_train.attribution.probes import AttentionInputs
 from i2am_train.attribution.sites import paper_number
 from i2am_train.errors import CaptureError
 from i2am_train.types import Direction, GridSize
@@ -140,14 +141,15 @@ def true_sites(target: nn.Module, name: str, call: Any) -> list[tuple[Any, ...]]
     root = resolve_root(target, recipe)
     seen: list[tuple[Any, ...]] = []
 
-    def note(site: SiteModule, frame: Frame, generated: Tensor, reference: Tensor) -> None:
-        places = site.places(generated, reference, frame)
+    def note(site: SiteModule, frame: Frame, inputs: AttentionInputs) -> None:
+        queries, keys = inputs.generated, inputs.reference  # row head token channel
+        places = site.places(queries.shape[2], keys.shape[2], frame.latent)
         seen.append((
             site.path,
-            site.heads,
-            generated.shape[2] // site.heads,
+            queries.shape[1],
+            queries.shape[3],
             places.generated.grid,
-            reference.shape[1],
+            keys.shape[2],
             places.reference.grid,
         ))  # fmt: skip
 
