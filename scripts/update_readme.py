@@ -11,7 +11,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from i2am_train.attribution.recipes import KNOWN_MODELS, KnownModel
+from i2am_train.attribution.recipes import KNOWN_MODELS
 from i2am_train.reporting.table_formats import markdown
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -53,17 +53,10 @@ def recipes() -> str:
         "|---|---|---|---|---|---|---|",
     ]
     for known in KNOWN_MODELS:
-        cells = (known.title, f"`{known.name}`", known.sites, known.grids, _meaning(known))
+        meaning = ", ".join(known.meaning).replace("not functional", "**not functional**")
+        cells = (known.title, f"`{known.name}`", known.sites, known.grids, meaning)
         lines.append(f"| {' | '.join((*cells, known.licence, known.loading))} |")
     return "\n".join(lines)
-
-
-def _meaning(known: KnownModel) -> str:
-    recipe = known.made()
-    words = ["functional" if known.functional else "**not functional**"]
-    words += ["partial"] if recipe.partial else []
-    words += ["mass"] if any(site.joint for site in recipe.sites) else []
-    return ", ".join(words)
 
 
 def benchmark(text: str) -> str:

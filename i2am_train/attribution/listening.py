@@ -8,7 +8,6 @@ network that shares the module, the recomputation of a gradient checkpoint) is d
 from __future__ import annotations
 
 import inspect
-import re
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -23,7 +22,7 @@ from torch.utils.hooks import RemovableHandle
 
 from i2am_train.attribution.frames import Frame, announced_evaluation
 from i2am_train.attribution.probes import AttentionInputs, Probe, probe
-from i2am_train.attribution.recipes import nearest_recipe
+from i2am_train.attribution.recipes import module_like, nearest_recipe
 from i2am_train.attribution.sites import LatentSize, LayerId, Recipe, SiteModule, find_layer
 from i2am_train.errors import CaptureError
 from i2am_train.types import GridSize
@@ -75,8 +74,7 @@ def resolve_sites(root: nn.Module, recipe: Recipe) -> tuple[SiteModule, ...]:
 
 def _refuse_other_models(root: nn.Module, recipe: Recipe) -> None:
     for pattern in recipe.absent:
-        path = next((path for path, _ in root.named_modules() if re.fullmatch(pattern, path)), None)
-        if path is not None:
+        if (path := module_like(root, pattern)) is not None:
             raise CaptureError(
                 f"{type(root).__name__} has a module '{path}', which no model of the recipe "
                 f"'{recipe.name}' has: it is of another kind (SDXL, for one, has several transformer "

@@ -52,9 +52,9 @@ def diffusers_decoder(
     return Recipe(root, (site,), rows, name="diffusers_decoder", absent=(SDXL_BLOCKS,))
 
 
-def _rows(guided: bool) -> str:
-    """Unconditional rows come first, as nearly everywhere."""
-    return "second_half" if guided else "all"
+def _rows(guided: bool, conditional: str = "second_half") -> str:
+    """Unconditional rows come first, as nearly everywhere, unless ``conditional`` says otherwise."""
+    return conditional if guided else "all"
 
 
 def tryon(
@@ -80,7 +80,7 @@ def custom(
         "n_heads",
         reference=Tokens(reference_grid, skip=special_tokens),
     )
-    rows = "first_half" if guided else "all"
+    rows = _rows(guided, conditional="first_half")
     return Recipe("diffusion.unet", (site,), rows, "x", None, name="custom")
 
 
@@ -190,7 +190,7 @@ def idm_vton(guided: bool = True) -> Recipe:
 
 def ootdiffusion(guided: bool = True) -> Recipe:
     """OOTDiffusion: 16 self-attentions, conditional rows first (adapters note 2.8)."""
-    rows = "first_half" if guided else "all"
+    rows = _rows(guided, conditional="first_half")
     return replace(
         _doubled("ootdiffusion", "unet_vton", rows),
         partial="a CLIP embedding of the garment also enters by cross-attention",
@@ -330,7 +330,7 @@ class Signature:
         return (
             (self.target is None or type(target).__name__ == self.target)
             and (self.channels is None or _input_channels(root) == self.channels)
-            and all(_has_module(root, pattern) for pattern in self.modules)
+            and all(module_like(root, pattern) is not None for pattern in self.modules)
         )
 
 
@@ -339,11 +339,16 @@ def _input_channels(root: nn.Module) -> int | None:
     return None if first is None else first.in_channels
 
 
-def _has_module(root: nn.Module, pattern: str) -> bool:
-    return any(
-        re.fullmatch(pattern, name)
-        for path, module in root.named_modules()
-        for name in (path, f"{path}:{type(module).__name__}")
+def module_like(root: nn.Module, pattern: str) -> str | None:
+    """Path of the first module whose path, or ``path:ClassName``, fits a pattern; None without."""
+    return next(
+        (
+            path
+            for path, module in root.named_modules()
+            if re.fullmatch(pattern, path)
+            or re.fullmatch(pattern, f"{path}:{type(module).__name__}")
+        ),
+        None,
     )
 
 
@@ -383,6 +388,16 @@ class KnownModel:
     def options(self) -> tuple[str, ...]:
         """Keywords of the recipe."""
         return tuple(inspect.signature(self.recipe).parameters)
+
+    @property
+    def meaning(self) -> tuple[str, ...]:
+        """What its maps are, in the words of the support table: "functional" or "not functional",
+        and "partial" and "mass" where they apply."""
+        recipe = self.made()
+        words = ["functional" if self.functional else "not functional"]
+        words += ["partial"] if recipe.partial else []
+        words += ["mass"] if any(site.joint for site in recipe.sites) else []
+        return tuple(words)
 
     def made(self, **options: Any) -> Recipe:
         """The recipe. Raises `CaptureError` for an option that it does not have."""
@@ -450,7 +465,6 @@ KNOWN_MODELS: tuple[KnownModel, ...] = (
         sites="9 decoder",
         grids="16x16, 32x32, 64x64; 1 token",
         licence=_OPEN_RAIL,
-        loading=_FACTORY,
         roots=_LDM_ROOTS,
         signature=Signature(modules=(LDM_DECODER,), channels=9),
         functional=False,
@@ -461,7 +475,6 @@ KNOWN_MODELS: tuple[KnownModel, ...] = (
         sites="9 decoder",
         grids="16x16, 32x32, 64x64; 1 token",
         licence="MIT / not stated",
-        loading=_FACTORY,
         roots=_LDM_ROOTS,
         functional=False,
     ),
@@ -480,7 +493,6 @@ KNOWN_MODELS: tuple[KnownModel, ...] = (
         sites="9 warping blocks",
         grids="16x12, 32x24, 64x48, both sides",
         licence=_CC,
-        loading=_FACTORY,
         roots=_LDM_ROOTS,
         signature=Signature(modules=(r"warp_flow_blks\.\d+\.transformer_blocks\.0\.attn2",)),
     ),
@@ -490,7 +502,6 @@ KNOWN_MODELS: tuple[KnownModel, ...] = (
         sites="12 pixel attentions",
         grids="8x8 to 64x64, both sides",
         licence="Apache-2.0",
-        loading=_FACTORY,
         signature=Signature(modules=(r"up_blocks\.\d+\.pixel_attentions\.\d+",)),
         same_picture=True,
     ),
@@ -500,7 +511,6 @@ KNOWN_MODELS: tuple[KnownModel, ...] = (
         sites="decoder",
         grids="both sides",
         licence="Apache-2.0",
-        loading=_FACTORY,
         signature=Signature(modules=(r"up_blocks\..*\.attn2_plus",)),
         same_picture=True,
     ),
@@ -510,7 +520,6 @@ KNOWN_MODELS: tuple[KnownModel, ...] = (
         sites="9 decoder",
         grids="16x16, 32x32, 64x64; 12x12 tokens + mean",
         licence="Apache-2.0",
-        loading=_FACTORY,
         signature=Signature(modules=(r"up_blocks\.\d+\.image_attentions\.\d+",)),
         same_picture=True,
     ),
@@ -520,7 +529,6 @@ KNOWN_MODELS: tuple[KnownModel, ...] = (
         sites="70 self-attentions",
         grids="32x24, 64x48, both sides",
         licence=_CC,
-        loading=_FACTORY,
         signature=Signature(modules=(SDXL_BLOCKS,), channels=13),
     ),
     KnownModel(
@@ -529,7 +537,6 @@ KNOWN_MODELS: tuple[KnownModel, ...] = (
         sites="16 self-attentions",
         grids="16x12 to 128x96, both sides",
         licence=_CC,
-        loading=_FACTORY,
         roots=("unet_vton",),
         signature=Signature(modules=(DIFFUSERS_SELF_ATTENTION,)),
     ),
@@ -548,7 +555,6 @@ KNOWN_MODELS: tuple[KnownModel, ...] = (
         sites="9 decoder",
         grids="16x12, 32x24, 64x48; 16 pseudo-words",
         licence="CC BY-NC 4.0",
-        loading=_FACTORY,
         signature=Signature(channels=31),
     ),
     KnownModel(

@@ -74,8 +74,9 @@ class SiteRecorder:
         self.to_generated.append(means.to_generated)
         self.to_reference.append(means.to_reference)
         if self.site.site.joint:
+            at = places.reference.index
             self.mass.append(
-                reference_mass(queries, keys, inputs.reference, inputs.scale, self.byte_budget)
+                reference_mass(queries, inputs.reference, at, inputs.scale, self.byte_budget)
             )
         if self.keeps_matrices:
             self._add(head_mean_matrices(queries, keys, inputs.scale))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,8 +19,6 @@ if TYPE_CHECKING:
     from i2am_train.models.sampling import SamplingStep
     from i2am_train.models.tryon import TryOnModel
     from i2am_train.reporting.explained import CleanImage, ExplainedSample, Origin
-
-PAGE = "explorer.html"
 
 RECIPES = "--recipes"
 """Flag that lists the known models."""
@@ -43,6 +40,8 @@ class _Case:
 
 def run(config: ExplainConfig) -> None:
     """Explain the samples, or the picture of another model, and say where pictures and page lie."""
+    from i2am_train.reporting.explorer import PAGE
+
     if config.model == TRYON:
         folder = explain(config)
     else:
@@ -63,7 +62,7 @@ def explain(config: ExplainConfig) -> Path:
     from i2am_train.assembly import chosen_device, load_model, model_folder, prepare_data
     from i2am_train.config.build import plain
     from i2am_train.reporting.explained import write_explained
-    from i2am_train.reporting.explorer import explorer_page
+    from i2am_train.reporting.explorer import PAGE, explorer_page
     from i2am_train.runs import RunFolder, fingerprint, write_text
 
     device = chosen_device(config.device)
@@ -256,7 +255,7 @@ def _sample(
     clean: tuple[CleanImage, ...],
 ) -> ExplainedSample:
     """All that figures need, as plain arrays."""
-    from i2am_train.evaluation.evaluator import attention_scores
+    from i2am_train.evaluation.evaluator import attention_scores, finite
     from i2am_train.reporting.explained import IMAGES, MASKS, ExplainedSample
     from i2am_train.runs import checkpoint_label
 
@@ -274,7 +273,7 @@ def _sample(
         correspondence=batch["correspondence"][0].cpu().numpy() if known else None,
         clean=clean,
         maps=explained.maps,
-        scores={name: _finite(float(value[0])) for name, value in scores.items()},
+        scores={name: finite(float(value[0])) for name, value in scores.items()},
         generated_patches=tuple(generated),
         reference_patches=tuple(reference),
         model=checkpoint_label(Path(origin.checkpoint)),
@@ -283,10 +282,6 @@ def _sample(
         weighting=config.attribution.weighting,
         time_groups=config.attribution.time_groups,
     )
-
-
-def _finite(value: float) -> float | None:
-    return value if math.isfinite(value) else None
 
 
 def _figures(sample: ExplainedSample) -> dict[str, Any]:

@@ -40,21 +40,21 @@ def explain_picture(config: ExplainConfig) -> Path:
     """
     from i2am_train.config.build import plain
     from i2am_train.reporting.canvas import save_figure
-    from i2am_train.reporting.explorer import explorer_page
+    from i2am_train.reporting.explorer import PAGE, explorer_page
     from i2am_train.reporting.others import write_picture
     from i2am_train.runs import RunFolder, write_text
 
     case = _explained(config)
     folder = RunFolder.open(_folder(config), plain(config), may_differ=("output", "device"))
     folder.start(seed=config.sampling.seed)
-    marks = " ".join(case.explained.maps.store.marks)
+    marks = " ".join(case.explained.maps.marks)
     for name, figure in case.figures.items():
         save_figure(figure, folder / f"{name}.png", dpi=200, description=marks)
     write_picture(folder.path, case.explained)
     page = explorer_page(case.page, _making(config, case.explained, folder.manifest))
-    write_text(folder / "explorer.html", page)
+    write_text(folder / PAGE, page)
     folder.finish()
-    for mark in case.explained.maps.store.marks:
+    for mark in case.explained.maps.marks:
         print(mark)
     return folder.path
 

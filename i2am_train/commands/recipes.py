@@ -39,13 +39,12 @@ def print_recipes() -> None:
 
 
 def _row(known: KnownModel) -> tuple[str, ...]:
-    maps = "partial" if known.made().partial else "whole"
     return (
         known.name,
         known.title,
         known.sites,
         known.grids,
-        maps if known.functional else "not functional" + (", partial" if maps == "partial" else ""),
+        ", ".join(known.meaning),
         ", ".join(known.options) or "-",
         known.loading.replace("`", ""),
         known.licence,

@@ -41,6 +41,7 @@ class EpochSampler(DistributedSampler[Any]):
             dataset, num_replicas=replicas, rank=rank, shuffle=True, seed=seed, drop_last=True
         )
         self.epoch = epoch
+        self._samples: tuple[int, list[int]] | None = None
 
     def __iter__(self) -> Iterator[EpochPosition]:
         """Positions of this process, in this epoch's order."""
@@ -49,8 +50,10 @@ class EpochSampler(DistributedSampler[Any]):
 
     def samples(self) -> list[int]:
         """Dataset indices of this process's samples, in this epoch's order."""
-        dataset = cast(TryOnDataset | CachedDataset, self.dataset)
-        return [dataset.indices[position] for _, position in self]
+        if self._samples is None or self._samples[0] != self.epoch:  # asked for at every batch
+            dataset = cast(TryOnDataset | CachedDataset, self.dataset)
+            self._samples = self.epoch, [dataset.indices[position] for _, position in self]
+        return self._samples[1]
 
 
 class ExactSampler(DistributedSampler[Any]):

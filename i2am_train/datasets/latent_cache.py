@@ -44,11 +44,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from i2am_train.datasets.object_storage import fetch, file_digest, read_text
+from i2am_train.datasets.object_storage import fetch, read_text
 from i2am_train.datasets.opening import AS_IT_LIES, Reading, split_layouts
 from i2am_train.datasets.reading import EpochPosition, SampleIndexError
 from i2am_train.errors import DataError
-from i2am_train.runs import free_space, write_json
+from i2am_train.runs import file_fingerprint, free_space, write_json
 from i2am_train.types import GridSize, Pairing, Split
 
 FORMAT = 1
@@ -223,7 +223,7 @@ def write_shard(
         save_file({name: torch.stack([row[name] for row in rows]) for name in rows[0]}, temporary)
         shard = Shard(
             file=file, first=first, samples=samples, bytes=temporary.stat().st_size,
-            sha256=file_digest(temporary), crc32=[row_checksum(row) for row in rows],
+            sha256=file_fingerprint(temporary), crc32=[row_checksum(row) for row in rows],
         )  # fmt: skip
         temporary.replace(folder / file)
     finally:

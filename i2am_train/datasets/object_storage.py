@@ -4,7 +4,6 @@ Each protocol has a client library of its own, and each client its own errors; h
 :class:`~i2am_train.errors.DataError` that names the URL and says what to do.
 """
 
-import hashlib
 import os
 import time
 from collections.abc import Iterator
@@ -14,6 +13,7 @@ from pathlib import Path
 import fsspec
 
 from i2am_train.errors import DataError
+from i2am_train.runs import file_fingerprint
 
 PAUSES = (1.0, 5.0)
 """Seconds before the second and the third attempt at a file; chosen by us. Clients may try by themselves, too."""
@@ -23,12 +23,6 @@ ABANDONED = 3600.0
 
 class TransferError(DataError):
     """A file did not come, or not as it should be; another attempt may do."""
-
-
-def file_digest(path: Path) -> str:
-    """SHA-256 of a file."""
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def read_text(url: str) -> str:
@@ -81,7 +75,7 @@ def _copy(url: str, path: Path, sha256: str) -> None:
     with _errors_named(url):
         files, place = fsspec.url_to_fs(url)
         files.get_file(place, str(path))
-    if (found := file_digest(path)) != sha256:
+    if (found := file_fingerprint(path)) != sha256:
         raise TransferError(
             f"{url} is damaged: {path.stat().st_size} bytes came with the SHA-256 {found[:16]}..., expected "
             f"{sha256[:16]}... Copy the folder there again from where it was made."

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from PIL import Image as PillowImage
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 from tqdm import tqdm
 
@@ -27,6 +27,8 @@ from i2am_train.attribution import HeatMap, normalise
 from i2am_train.config.schema import DetectConfig
 from i2am_train.datasets.arrays import Image
 from i2am_train.datasets.coco import Bench, BenchSample
+from i2am_train.datasets.pictures import write_bytes
+from i2am_train.evaluation.batches import batches
 from i2am_train.evaluation.results import CONFIDENCE, IMAGES, write_image
 from i2am_train.metrics.boxes import (
     Box,
@@ -58,11 +60,6 @@ Scores = dict[str, dict[str, float | None]]
 """IoU by kind (real, generated, sweep) and method; None where the sample is left out."""
 
 
-def batches(count: int, size: int) -> list[range]:
-    """Positions of all samples, batch by batch."""
-    return [range(start, min(start + size, count)) for start in range(0, count, size)]
-
-
 def file_name(batch: range, size: int, ending: str) -> str:
     """Name of a batch's file."""
     return f"batch-{batch[0] // size:05d}.{ending}"
@@ -91,13 +88,8 @@ class KeptPaintings:
         """Keep a batch: images first, maps last and in one step."""
         for position, image in zip(batch, painted.images, strict=True):
             write_image(self.folder, self.samples[position].name, torch.from_numpy(image))
-        place = self._place(batch)
-        place.parent.mkdir(parents=True, exist_ok=True)
-        temporary = place.with_name(f".{place.name}.tmp")
-        save_file(
-            unified_maps(painted, weighting), temporary, {FUNCTIONAL: str(painted.functional)}
-        )
-        temporary.replace(place)
+        maps = save(unified_maps(painted, weighting), {FUNCTIONAL: str(painted.functional)})
+        write_bytes(self._place(batch), maps)
 
     def maps(self, batch: range) -> dict[str, Tensor]:
         """The maps ``[batch, height, width]`` of a batch, by name."""

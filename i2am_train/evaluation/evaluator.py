@@ -315,7 +315,7 @@ def sample_rows(batch: TryOnBatch, scores: Mapping[str, Tensor]) -> dict[int, di
             "name": batch["name"][position],
             "garment_name": batch["garment_name"][position],
         }
-        | {name: _finite(values[position]) for name, values in columns.items()}
+        | {name: finite(values[position]) for name, values in columns.items()}
         for position, index in enumerate(batch["index"])
     }
 
@@ -365,7 +365,8 @@ def make_panels(explained: Explained, batch: TryOnBatch, wanted: set[int]) -> di
     }
 
 
-def _finite(value: float) -> float | None:
+def finite(value: float) -> float | None:
+    """The number, or None in place of NaN and infinity, which JSON does not have."""
     return value if math.isfinite(value) else None
 
 

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from i2am_train.datasets.reading import TryOnDataset
 from i2am_train.errors import DataError
+from i2am_train.evaluation.batches import batches
 from i2am_train.evaluation.evaluator import EvaluationResult, Panel
 from i2am_train.evaluation.folders import ImageSet, read_image
 from i2am_train.evaluation.results import (
@@ -44,8 +45,7 @@ class GeneratedSamples:
 
     def batches(self) -> list[range]:
         """Positions of all samples, batch by batch."""
-        count, size = len(self.names), self.batch_size
-        return [range(start, min(start + size, count)) for start in range(0, count, size)]
+        return batches(len(self.names), self.batch_size)
 
     def pending(self) -> list[range]:
         """Batches that are still to be made."""

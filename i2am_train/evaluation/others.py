@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from i2am_train.attribution.listening import resolve_root, resolve_sites
 from i2am_train.attribution.maps import AttributionMaps
 from i2am_train.attribution.rollups import time_groups
 from i2am_train.attribution.sites import LayerId, similar_layer
@@ -16,7 +17,7 @@ from i2am_train.config.schema import AttributionConfig
 from i2am_train.datasets.arrays import Image, Mask
 from i2am_train.datasets.pictures import fit_mask
 from i2am_train.errors import DataError
-from i2am_train.evaluation.evaluator import imacs_table
+from i2am_train.evaluation.evaluator import finite, imacs_table
 from i2am_train.models.others.base import OtherModel, Request
 from i2am_train.types import Direction, GridSize
 
@@ -71,8 +72,8 @@ def generate_attended(
 
 def captured_layers(model: OtherModel) -> list[str]:
     """Names of the layers of a model's sites; an error that says what is missing if there are none."""
-    with trace(model.target, model.recipe) as attention:
-        return list(dict.fromkeys(site.layer for site in attention.sites))
+    sites = resolve_sites(resolve_root(model.target, model.recipe), model.recipe)
+    return list(dict.fromkeys(site.layer for site in sites))
 
 
 def _as_batch(mask: Mask | None) -> Tensor | None:
@@ -104,5 +105,4 @@ def attended_scores(
             maps.unified(direction, attribution.weighting).on_picture(GridSize(*mask.shape)).values
         )
         scores |= imacs_table(name, heat, region, attribution)
-    values = {name: float(value[0]) for name, value in scores.items()}
-    return {name: value if value == value else None for name, value in values.items()}
+    return {name: finite(float(value[0])) for name, value in scores.items()}

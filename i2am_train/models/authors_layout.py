@@ -7,11 +7,11 @@ is ``output_blocks.N``; self-attention has query, key and value in one matrix.
 """
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 from torch import Tensor
 
-from i2am_train.models.key_report import Renamed
+from i2am_train.models.key_report import Renamed, renamed
 
 UNET_PARTS = ("diffusion.time_embedding.", "diffusion.unet.", "diffusion.final.")
 NULL_TOKENS = "diffusion.uncond_vector"
@@ -104,31 +104,17 @@ def is_custom_model(keys: Mapping[str, Tensor]) -> bool:
 
 def unet_weights(weights: Mapping[str, Tensor]) -> Renamed:
     """The U-Net's tensors under Stable Diffusion's names; what has no such name keeps its own."""
-    return _renamed(weights, UNET_PARTS, _unet_name)
+    return renamed(weights, UNET_PARTS, _split, _unet_name)
 
 
 def projector_weights(weights: Mapping[str, Tensor]) -> Renamed:
     """The tensors of ``mlp`` and the null tokens under the names of :class:`ReferenceProjector`."""
-    return _renamed(weights, (PROJECTOR_PREFIX, NULL_TOKENS), _projector_name)
+    return renamed(weights, (PROJECTOR_PREFIX, NULL_TOKENS), _split, _projector_name)
 
 
 def vae_weights(weights: Mapping[str, Tensor]) -> Renamed:
     """The VAE's tensors under Stable Diffusion's names (``encoder.down.0...``)."""
-    return _renamed(weights, VAE_PARTS, _vae_name)
-
-
-def _renamed(
-    weights: Mapping[str, Tensor], prefixes: tuple[str, ...], name: Callable[[str], str | None]
-) -> Renamed:
-    renamed = Renamed({}, {})
-    for key, tensor in weights.items():
-        if not key.startswith(prefixes):
-            continue
-        for single, part in _split(key, tensor).items():
-            ours = name(single) or key
-            renamed.tensors[ours] = part
-            renamed.sources[ours] = key
-    return renamed
+    return renamed(weights, VAE_PARTS, _split, _vae_name)
 
 
 def _split(key: str, tensor: Tensor) -> dict[str, Tensor]:

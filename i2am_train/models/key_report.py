@@ -1,6 +1,6 @@
 """What becomes of every tensor when weights of another layout are taken over: nothing is lost or made up in silence."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
@@ -27,6 +27,25 @@ class Renamed(NamedTuple):
     tensors: dict[str, Tensor]
     sources: dict[str, str]
     """Key in the file of each of our names; one key may serve several names (a fused projection)."""
+
+
+def renamed(
+    weights: Mapping[str, Tensor],
+    prefixes: tuple[str, ...],
+    split: Callable[[str, Tensor], Mapping[str, Tensor]],
+    name: Callable[[str], str | None],
+) -> Renamed:
+    """The tensors whose keys start with ``prefixes``, each split into those of single layers, under
+    the names that ``name`` gives; what has no such name keeps its own."""
+    found = Renamed({}, {})
+    for key, tensor in weights.items():
+        if not key.startswith(prefixes):
+            continue
+        for single, part in split(key, tensor).items():
+            ours = name(single) or key
+            found.tensors[ours] = part
+            found.sources[ours] = key
+    return found
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

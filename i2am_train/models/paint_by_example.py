@@ -70,7 +70,7 @@ class Painted:
     @property
     def functional(self) -> bool:
         """False where the model's output does not depend on the attention that the maps show."""
-        return any(record.functional for record in self.maps.store.layers)
+        return self.maps.store.functional
 
 
 class PaintByExample:

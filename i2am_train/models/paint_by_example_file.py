@@ -23,12 +23,11 @@ from transformers import CLIPImageProcessor, CLIPVisionConfig
 
 from i2am_train.errors import CheckpointError
 from i2am_train.models.build import BETA_END, BETA_START
-from i2am_train.models.key_report import KeyReport, Renamed, key_report, load_renamed
+from i2am_train.models.key_report import KeyReport, Renamed, key_report, load_renamed, renamed
+from i2am_train.models.paint_by_example import CHANNELS
 from i2am_train.models.single_file import UNET_PREFIX, empty_unet_part, empty_vae_part
+from i2am_train.models.tryon import INDEX_FILE
 from i2am_train.models.weight_files import read_weights
-
-INPUT_CHANNELS = 9
-"""Latent, masked picture's latent, mask."""
 
 HEAD_WIDTH = 64
 """Of CLIP's attention in ViT-L/14, which both models have; files do not state the number of heads."""
@@ -87,8 +86,8 @@ def pipeline_from_weights(
     }
     report = key_report(file, weights, parts, ours=(UNET_PREFIX, *vae_starts, *ENCODER_PARTS))
     report.check()
-    for network, renamed in parts.values():
-        load_renamed(network, renamed)
+    for network, tensors in parts.values():
+        load_renamed(network, tensors)
         network.eval()
     _number_positions(encoder)
     pipeline = PaintByExamplePipeline(
@@ -115,7 +114,7 @@ def write_pipeline(pipeline: PaintByExamplePipeline, folder: Path, *, half: bool
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as temporary:
         staged = Path(temporary) / "pipeline"
         pipeline.save_pretrained(staged)
-        _name_encoder(staged / "model_index.json")
+        _name_encoder(staged / INDEX_FILE)
         os.replace(staged, folder)
 
 
@@ -131,15 +130,7 @@ def renamed_encoder(weights: Mapping[str, Tensor]) -> Renamed:
 
     Old files also have ``position_ids``, which are numbers from 0 on and no weights: a report lists them as unexpected.
     """
-    renamed = Renamed({}, {})
-    for key, tensor in weights.items():
-        if not key.startswith(ENCODER_PARTS):
-            continue
-        for single, part in _split(key, tensor).items():
-            name = _encoder_name(single) or key
-            renamed.tensors[name] = part
-            renamed.sources[name] = key
-    return renamed
+    return renamed(weights, ENCODER_PARTS, _split, _encoder_name)
 
 
 def empty_encoder(tensors: Mapping[str, Tensor], file: str) -> PaintByExampleImageEncoder:
@@ -179,10 +170,10 @@ def _check_parts(weights: Mapping[str, Tensor], file: str) -> None:
 
 
 def _check_channels(channels: int, file: str) -> None:
-    if channels != INPUT_CHANNELS:
+    if channels != CHANNELS:
         raise CheckpointError(
             f"The U-Net in '{file}' has {channels} input channels. Paint-by-Example and DCI-VTON have "
-            f"{INPUT_CHANNELS} (latent, masked picture, mask); StableVITON, which has 13, needs its own code: "
+            f"{CHANNELS} (latent, masked picture, mask); StableVITON, which has 13, needs its own code: "
             "build it there, and trace it with the recipe 'stableviton'."
         )
 

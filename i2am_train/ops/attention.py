@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from i2am_train.ops.precision import at_least_float32
@@ -145,29 +145,27 @@ def column_means(
 @torch.no_grad()
 def reference_mass(
     generated: Float[Tensor, "batch head generated channel"],
-    reference: Float[Tensor, "batch head reference channel"],
-    every: Float[Tensor, "batch head token channel"],
+    keys: Float[Tensor, "batch head token channel"],
+    reference: slice | Int[Tensor, " reference"],
     scale: float | None = None,
     byte_budget: int = DEFAULT_BYTE_BUDGET,
 ) -> Float[Tensor, "batch head generated"]:
-    """Share of its attention that each generated token gives to ``reference`` among ``every`` key.
+    """Share of its attention that each generated token gives to the ``reference`` among all
+    ``keys``.
 
-    ``exp(LSE_reference - LSE_every)`` of the logits (adapters note 2.7), in [0, 1]; for models whose
+    ``exp(LSE_reference - LSE_all)`` of the logits (adapters note 2.7), in [0, 1]; for models whose
     softmax runs over the keys of both pictures. Works on blocks of rows within ``byte_budget``.
 
     >>> keys = torch.zeros(2, 3, 6, 8)
-    >>> round(float(reference_mass(torch.zeros(2, 3, 4, 8), keys[:, :, 2:], keys)[1, 2, 3]), 6)
+    >>> round(float(reference_mass(torch.zeros(2, 3, 4, 8), keys, slice(2, 6))[1, 2, 3]), 6)
     0.666667
     """
     batch, heads, rows, _ = generated.shape
-    row_bytes = 4 * batch * heads * (every.shape[2] + reference.shape[2])
-    shares = [
-        torch.exp(
-            attention_logits(generated[:, :, block], reference, scale).logsumexp(dim=3)
-            - attention_logits(generated[:, :, block], every, scale).logsumexp(dim=3)
-        )
-        for block in _slices(rows, max(1, byte_budget // row_bytes))
-    ]
+    row_bytes = 2 * 4 * batch * heads * keys.shape[2]  # the logits, and at most as many picked ones
+    shares = []
+    for block in _slices(rows, max(1, byte_budget // row_bytes)):
+        logits = attention_logits(generated[:, :, block], keys, scale)
+        shares.append(torch.exp(logits[..., reference].logsumexp(dim=3) - logits.logsumexp(dim=3)))
     return torch.cat(shares, dim=2)
 
 

@@ -38,6 +38,9 @@ from i2am_train.reporting.pages import as_base64, embedded_picture, page_environ
 from i2am_train.reporting.sample_panel import TEAR
 from i2am_train.types import Direction, GridSize
 
+PAGE = "explorer.html"
+"""What its file is called in a run folder."""
+
 SIZE_LIMIT = 10_000_000
 """Bytes of the page per sample, all models together; score matrices take what the rest leaves.
 Only the column means of very large models, or one very large matrix asked for, exceed it."""
@@ -234,7 +237,7 @@ def _has_reference(store: AttributionStore) -> bool:
 
 def _notices(captures: Sequence[AttributionMaps]) -> list[str]:
     """What a reader must know before trusting the maps, each once."""
-    notices = [mark for maps in captures for mark in maps.store.marks]
+    notices = [mark for maps in captures for mark in maps.marks]
     notices += [
         f"{float(maps.mass().values.mean()):.0%} of the attention goes to the reference, the rest "
         "to the generated picture itself; the maps are of the part that goes to the reference."

@@ -200,7 +200,7 @@ def figures(explained: ExplainedPicture) -> dict[str, Figure]:
     if traced := _aligned_layers(explained):
         sheets["alignment"] = alignment_sheet(explained, traced)
         drawn["alignment_layers"] = alignment_plot(explained.maps)
-    marks = explained.maps.store.marks
+    marks = explained.maps.marks
     return drawn | {
         name: draw_sheet(replace(sheet, warnings=marks + sheet.warnings))
         for name, sheet in sheets.items()

@@ -31,7 +31,6 @@ from i2am_train.datasets.latent_cache import (
     pack_row,
     write_shard,
 )
-from i2am_train.datasets.object_storage import file_digest
 from i2am_train.datasets.opening import (
     AS_IT_LIES,
     Reading,
@@ -42,7 +41,7 @@ from i2am_train.datasets.reading import EpochPosition
 from i2am_train.datasets.sample import TryOnBatch
 from i2am_train.errors import DataError
 from i2am_train.models.tryon import TryOnModel
-from i2am_train.runs import fingerprint, free_space
+from i2am_train.runs import file_fingerprint, fingerprint, free_space
 from i2am_train.types import Pairing, Split
 
 DECODER = ("decoder.", "post_quant_conv.")
@@ -160,7 +159,9 @@ def _keep_shards(root: Path, output: Path, index: CacheIndex) -> None:
 
 def _is_sound(path: Path, shard: Shard) -> bool:
     return (
-        path.is_file() and path.stat().st_size == shard.bytes and file_digest(path) == shard.sha256
+        path.is_file()
+        and path.stat().st_size == shard.bytes
+        and file_fingerprint(path) == shard.sha256
     )
 
 

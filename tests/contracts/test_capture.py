@@ -6,12 +6,12 @@ import copy
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
-from torch import nn
 
 from i2am_train.attribution import Recipe, ScoreTap, Site, announce, diffusers_decoder, trace
 from i2am_train.errors import CaptureError
 from i2am_train.models.sampling import sample
 from i2am_train.types import Direction, GridSize
+from tests.lora import add_lora
 
 BATCH, LATENT, REFERENCE, CONTEXT = 3, GridSize(24, 16), GridSize(5, 4), 10
 
@@ -67,27 +67,6 @@ def hook_count(model):
         "_forward_hooks_always_called",
     )
     return sum(len(getattr(module, kind)) for module in model.modules() for kind in kinds)
-
-
-class LoraLinear(nn.Module):
-    """An adapter as peft wraps it: the original hides behind ``base_layer``."""
-
-    def __init__(self, base_layer):
-        super().__init__()
-        self.base_layer = base_layer
-        self.down = nn.Linear(base_layer.in_features, 2, bias=False)
-        self.up = nn.Linear(2, base_layer.out_features, bias=False)
-
-    def forward(self, tokens):
-        return self.base_layer(tokens) + self.up(self.down(tokens))
-
-
-def add_lora(unet):
-    for module in list(unet.modules()):
-        for name in ("to_q", "to_k"):
-            if isinstance(getattr(module, name, None), nn.Linear):
-                setattr(module, name, LoraLinear(getattr(module, name)))
-    return unet
 
 
 def add_slicing(unet):

@@ -28,6 +28,7 @@ from i2am_train.attribution import (
 )
 from i2am_train.errors import CaptureError
 from i2am_train.types import Backend, Direction, GridSize
+from tests.lora import add_lora
 
 BATCH, LATENT, REFERENCE, CONTEXT, TEXT = 3, GridSize(12, 8), GridSize(4, 3), 10, 5
 HALF = GridSize(6, 4)
@@ -308,26 +309,6 @@ def test_kontext_is_recognised_and_refuses_pictures_of_other_sizes(flux):
     with pytest.raises(CaptureError, match="0x0 reference"), trace(flux, flux_recipe(flux)):
         run_flux(flux, reference=GridSize(0, 0))
     assert_nothing_remains(flux)
-
-
-class LoraLinear(nn.Module):
-    """An adapter as peft wraps it."""
-
-    def __init__(self, base_layer):
-        super().__init__()
-        self.base_layer = base_layer
-        self.down = nn.Linear(base_layer.in_features, 2, bias=False)
-        self.up = nn.Linear(2, base_layer.out_features, bias=False)
-
-    def forward(self, tokens):
-        return self.base_layer(tokens) + self.up(self.down(tokens))
-
-
-def add_lora(unet):
-    for module in list(unet.modules()):
-        if isinstance(module, Attention):
-            module.to_q, module.to_k = LoraLinear(module.to_q), LoraLinear(module.to_k)
-    return unet
 
 
 def compile_it(unet):

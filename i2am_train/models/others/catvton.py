@@ -22,6 +22,7 @@ from i2am_train.attribution.frames import announce
 from i2am_train.datasets.arrays import Image
 from i2am_train.datasets.pictures import fit_mask, fit_picture
 from i2am_train.errors import CheckpointError
+from i2am_train.models.diffusion import guided
 from i2am_train.models.others.base import (
     NO_GUIDANCE,
     OtherModel,
@@ -96,8 +97,8 @@ class CatVTON:
 
     def _sampled(self, conditions: Float[Tensor, "2 5 h w"], request: Request) -> Tensor:
         """Latents of the canvas, after all steps."""
-        guided = request.guidance > NO_GUIDANCE
-        rows = conditions if guided else conditions[1:]
+        is_guided = request.guidance > NO_GUIDANCE
+        rows = conditions if is_guided else conditions[1:]
         noise = torch.Generator().manual_seed(request.seed)
         shape = (1, self.vae.config.latent_channels, *conditions.shape[-2:])
         latents: Tensor = torch.randn(shape, generator=noise).to(conditions)
@@ -112,7 +113,7 @@ class CatVTON:
                     torch.cat([scaled, rows], dim=1), timestep, encoder_hidden_states=None
                 ).sample
             without, within = predicted[:1], predicted[-1:]
-            direction = without + request.guidance * (within - without) if guided else within
+            direction = guided(without, within, request.guidance) if is_guided else within
             fresh = torch.randn(shape, generator=noise).to(latents)
             latents = self.scheduler.step(
                 direction, timestep, latents, eta=ETA, variance_noise=fresh

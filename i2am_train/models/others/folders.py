@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import TypeVar
 
 from i2am_train.errors import CheckpointError
+from i2am_train.models.tryon import INDEX_FILE
 
 T = TypeVar("T")
-INDEX = "model_index.json"
 REASON = 300
 """Characters of a library's own message that are repeated."""
 
@@ -32,17 +32,17 @@ def check_pipeline(source: str, expected: Sequence[str], model: str) -> None:
     found = pipeline_class(folder)
     if found in expected:
         return
-    what = f"is of a {found}" if found else f"has no readable {INDEX}"
+    what = f"is of a {found}" if found else f"has no readable {INDEX_FILE}"
     raise CheckpointError(
         f"'{source}' {what}; model={model} needs the folder of a {' or '.join(expected)}. Give "
-        f"checkpoint=FOLDER with such a {INDEX}, or another model=."
+        f"checkpoint=FOLDER with such a {INDEX_FILE}, or another model=."
     )
 
 
 def pipeline_class(folder: Path) -> str | None:
     """Name of the pipeline's class in a folder, or None if there is none to be read."""
     try:
-        index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
+        index = json.loads((folder / INDEX_FILE).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
     return index.get("_class_name") if isinstance(index, dict) else None

@@ -8,7 +8,7 @@ from PIL import Image as PillowImage
 
 from i2am_train.datasets.arrays import Image
 from i2am_train.datasets.pictures import fit_mask, fit_picture
-from i2am_train.models.others.base import OtherModel, Request, Source, latent_multiple
+from i2am_train.models.others.base import OtherModel, Request, Source
 from i2am_train.models.others.folders import check_pipeline
 from i2am_train.models.paint_by_example import PaintByExample
 from i2am_train.types import GridSize
@@ -21,7 +21,8 @@ def load_paint_by_example(source: Source) -> OtherModel:
         CheckpointError: it cannot be read, or is another pipeline.
     """
     check_pipeline(source.folder, ("PaintByExamplePipeline",), source.model)
-    pipeline = PaintByExample.from_pretrained(source.folder, source.device).pipeline
+    model = PaintByExample.from_pretrained(source.folder, source.device)
+    pipeline = model.pipeline
     side = pipeline.image_encoder.config.image_size
 
     def make(request: Request) -> Image:
@@ -46,7 +47,7 @@ def load_paint_by_example(source: Source) -> OtherModel:
         target=pipeline,
         recipe=source.recipe_of(pipeline),
         make=make,
-        multiple=latent_multiple(pipeline.unet, pipeline.vae_scale_factor),
+        multiple=model.size_step,
     )
 
 
