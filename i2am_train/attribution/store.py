@@ -101,6 +101,12 @@ class AttributionStore:
         return any(record.functional for record in self.layers)
 
     @property
+    def joint(self) -> bool:
+        """Whether the model's own softmax runs over both pictures, so that every layer has a
+        ``mass``."""
+        return all(record.mass is not None for record in self.layers)
+
+    @property
     def marks(self) -> tuple[str, ...]:
         """What a reader must know before trusting the maps, each a short sentence; empty if
         nothing."""

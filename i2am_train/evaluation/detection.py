@@ -40,6 +40,7 @@ from i2am_train.metrics.boxes import (
 )
 from i2am_train.models.detectors import Detector, best_detection
 from i2am_train.models.paint_by_example import PaintByExample, Painted, Painting, resized
+from i2am_train.reporting.detection import OURS, swept_name
 from i2am_train.reporting.statistics import mean_interval, paired_difference
 from i2am_train.runs import read_json, write_json
 from i2am_train.seeds import seed_for
@@ -49,8 +50,6 @@ MAPS, DETECTIONS = "maps", "detections"
 REAL, GENERATED, SWEEP = "real", "generated", "sweep"
 FUNCTIONAL = "functional"
 
-OURS = ("i2am", "i2am_inverted", "i2am_authors")
-"""The same map read in three ways: the paper's, inverted as the authors show it, and by the authors' script."""
 LEAVING_OUT = ("i2am_authors", "random_authors")
 """Methods whose mean leaves out samples, as the authors' scripts do; a sample without a box counts 0 in all others."""
 SMALLEST_RANDOM_IOU = 1e-5
@@ -314,15 +313,6 @@ def sample_row(
         "detections": dict(detections),
         "iou": scores,
     }
-
-
-def swept_name(method: str, delta: float) -> str:
-    """A method at one threshold of the sweep.
-
-    >>> swept_name("i2am", 0.4)
-    'i2am@d0.4'
-    """
-    return f"{method}@d{delta:g}"
 
 
 # -- results --------------------------------------------------------------------------------------------------------

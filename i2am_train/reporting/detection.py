@@ -28,6 +28,8 @@ from i2am_train.types import GridSize
 
 DIGITS = 4
 """As the paper prints mean IoU."""
+OURS = ("i2am", "i2am_inverted", "i2am_authors")
+"""The same map read in three ways: the paper's, inverted as the authors show it, and by the authors' script."""
 LABELS = {
     "daam": "DAAM's softmax",
     "overall": "Overall (whole image)",
@@ -210,8 +212,8 @@ def threshold_table(results: Results) -> ScoreTable:
     deltas = results["thresholds"]
     swept = results["miou"]["sweep"]
     rows = []
-    for name in ("i2am", "i2am_inverted", "i2am_authors"):
-        scores = [swept[f"{name}@d{delta:g}"] for delta in deltas]
+    for name in OURS:
+        scores = [swept[swept_name(name, delta)] for delta in deltas]
         ranks = printed_ranks(
             {str(i): s["mean"] for i, s in enumerate(scores) if s["mean"] is not None}, DIGITS, True
         )
@@ -233,6 +235,15 @@ def threshold_table(results: Results) -> ScoreTable:
             "The authors' script takes a percentile of the thresholded map, so that δ hardly matters there.",
         ),
     )
+
+
+def swept_name(method: str, delta: float) -> str:
+    """A method at one threshold of the sweep.
+
+    >>> swept_name("i2am", 0.4)
+    'i2am@d0.4'
+    """
+    return f"{method}@d{delta:g}"
 
 
 def _is_coco(results: Results) -> bool:

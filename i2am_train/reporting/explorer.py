@@ -242,7 +242,7 @@ def _notices(captures: Sequence[AttributionMaps]) -> list[str]:
         f"{float(maps.mass().values.mean()):.0%} of the attention goes to the reference, the rest "
         "to the generated picture itself; the maps are of the part that goes to the reference."
         for maps in captures
-        if all(record.mass is not None for record in maps.store.layers)
+        if maps.store.joint
     ]
     return list(dict.fromkeys(notices))
 

@@ -90,11 +90,6 @@ class ExplainedPicture:
         """Of the generated picture."""
         return GridSize(*self.generated.shape[:2])
 
-    @property
-    def is_joint(self) -> bool:
-        """Whether the model's own softmax runs over both pictures, so that there is a `mass`."""
-        return all(record.mass is not None for record in self.maps.store.layers)
-
     def grid(self, direction: Direction) -> GridSize:
         """Grid of the layer's generated or reference patches."""
         return self.maps.store.layer(self.layer).grid(direction)
@@ -149,7 +144,7 @@ def write_picture(folder: Path, explained: ExplainedPicture) -> None:
 def description(explained: ExplainedPicture) -> dict[str, Any]:
     """``scores.json``: what the maps are of, what they mean, and the scores."""
     store = explained.maps.store
-    mass = float(explained.maps.mass().values.mean()) if explained.is_joint else None
+    mass = float(explained.maps.mass().values.mean()) if explained.maps.store.joint else None
     return {
         "schema": SCHEMA,
         "recipe": store.recipe,
@@ -190,7 +185,7 @@ def figures(explained: ExplainedPicture) -> dict[str, Figure]:
         "layers": layer_maps(explained),
         "time_heads": time_and_head_maps(explained),
     }
-    if explained.is_joint:
+    if explained.maps.store.joint:
         sheets["mass"] = mass_maps(explained)
     record = explained.maps.store.layer(explained.layer)
     if TO_REFERENCE in explained.directions and record.scores_over_reference is not None:
