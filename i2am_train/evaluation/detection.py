@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from PIL import Image as PillowImage
 from safetensors import safe_open
-from safetensors.torch import save
+from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
@@ -27,7 +27,6 @@ from i2am_train.attribution import HeatMap, normalise
 from i2am_train.config.schema import DetectConfig
 from i2am_train.datasets.arrays import Image
 from i2am_train.datasets.coco import Bench, BenchSample
-from i2am_train.datasets.pictures import write_bytes
 from i2am_train.evaluation.batches import batches
 from i2am_train.evaluation.results import CONFIDENCE, IMAGES, write_image
 from i2am_train.metrics.boxes import (
@@ -87,8 +86,13 @@ class KeptPaintings:
         """Keep a batch: images first, maps last and in one step."""
         for position, image in zip(batch, painted.images, strict=True):
             write_image(self.folder, self.samples[position].name, torch.from_numpy(image))
-        maps = save(unified_maps(painted, weighting), {FUNCTIONAL: str(painted.functional)})
-        write_bytes(self._place(batch), maps)
+        place = self._place(batch)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        temporary = place.with_name(f".{place.name}.tmp")
+        save_file(
+            unified_maps(painted, weighting), temporary, {FUNCTIONAL: str(painted.functional)}
+        )
+        temporary.replace(place)
 
     def maps(self, batch: range) -> dict[str, Tensor]:
         """The maps ``[batch, height, width]`` of a batch, by name."""
