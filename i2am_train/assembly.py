@@ -16,7 +16,7 @@ from lightning.pytorch.callbacks import (
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
 
 from i2am_train.callbacks.checkpoints import FOLDER as CHECKPOINTS
-from i2am_train.callbacks.checkpoints import CheckpointCallback
+from i2am_train.callbacks.checkpoints import CheckpointCallback, steps_done
 from i2am_train.callbacks.evaluation import EvaluationCallback
 from i2am_train.callbacks.generation import GenerationCallback
 from i2am_train.callbacks.guard import FiniteGuard
@@ -198,13 +198,17 @@ def make_scoring(config: EvaluateConfig) -> ScoringOptions:
 
 
 def make_loggers(config: TrainConfig, folder: Path) -> list[Logger]:
-    """CSV, TensorBoard and W&B; files lie in the run folder."""
+    """CSV, TensorBoard and W&B; files lie in the run folder.
+
+    What a killed attempt logged after its last checkpoint is dropped; W&B keeps it, and shows those steps twice.
+    """
     tracking = config.tracking
+    done = steps_done(folder)
     loggers: list[Logger] = []
     if tracking.csv:
-        loggers.append(ContinuedCSVLogger(folder))
+        loggers.append(ContinuedCSVLogger(folder, done))
     if tracking.tensorboard:
-        loggers.append(TensorBoardLogger(folder, name="tensorboard", version=""))
+        loggers.append(TensorBoardLogger(folder, name="tensorboard", version="", purge_step=done))
     if tracking.wandb != "disabled":
         loggers.append(TrackedLogger(folder, tracking.project, partial(start_run, config, folder)))
     return loggers
@@ -384,8 +388,6 @@ def make_trainer(config: TrainConfig, folder: Path) -> L.Trainer:
         FiniteGuard(folder, gradients=config.optimization.precision != "16-mixed"),
     ]
     loggers = make_loggers(config, folder)
-    if loggers:
-        callbacks.append(LearningRateMonitor("step"))
     if config.validation.samples:
         metrics = make_settings(config.sampling, config.attribution, config.evaluation.metrics)
         callbacks.append(
@@ -418,6 +420,8 @@ def make_trainer(config: TrainConfig, folder: Path) -> L.Trainer:
         callbacks.append(TQDMProgressBar(leave=True))
     # After all that have a state, so that it saves what they made of the step.
     callbacks.append(InterruptionCallback(folder / CHECKPOINTS))
+    if loggers:  # after what may stop the run before a step, whose rate is logged when it is taken
+        callbacks.append(LearningRateMonitor("step"))
     trainer = config.trainer
     hardware = _hardware(config)
     if not config.validation.samples:

@@ -51,9 +51,18 @@ class CheckpointCallback(Checkpoint):
 
 def latest_checkpoint(run: Path) -> Path | None:
     """The checkpoint of the last step in a run folder, whoever wrote it; None if there is none."""
-    steps = {
+    steps = _checkpoints(run)
+    return steps[max(steps)] if steps else None
+
+
+def steps_done(run: Path) -> int:
+    """The optimizer steps of that checkpoint; 0 if there is none."""
+    return max(_checkpoints(run), default=0)
+
+
+def _checkpoints(run: Path) -> dict[int, Path]:
+    return {
         int(match[1]): file
         for file in (run / FOLDER).glob("*.ckpt")
         if (match := re.search(r"step-(\d+)\.ckpt$", file.name))
     }
-    return steps[max(steps)] if steps else None

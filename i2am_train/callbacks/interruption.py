@@ -19,16 +19,21 @@ STEM = "interrupted-step"
 
 
 class InterruptionCallback(L.Callback):
-    """Saves ``interrupted-step-000123.ckpt`` into ``folder`` and raises ``TrainingInterruptedError``."""
+    """Saves ``interrupted-step-000123.ckpt`` into ``folder`` and raises ``TrainingInterruptedError``.
+
+    It is raised before the next step only: Lightning writes a step's row of the curves after ``on_train_batch_end``.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._originals: dict[int, Any] = {}
         self._received: int | None = None
         self._step = 0
+        self._saved = False
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._received = None
+        self._saved = False
         self._step = trainer.global_step
         if threading.current_thread() is not threading.main_thread():  # the others cannot
             return
@@ -46,17 +51,25 @@ class InterruptionCallback(L.Callback):
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
         # Not while gradients are accumulated; after an epoch's last step the epoch ends first (callbacks.checkpoints).
         if trainer.global_step > self._step and not trainer.is_last_batch:
-            self._stop_if_told(trainer)
+            self._save_if_told(trainer)
+
+    def on_train_batch_start(self, *_: Any) -> None:
+        if self._saved:
+            self._stop()
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._stop_if_told(trainer)
+        self._save_if_told(trainer)
+        if self._saved:
+            self._stop()
 
-    def _stop_if_told(self, trainer: L.Trainer) -> None:
+    def _save_if_told(self, trainer: L.Trainer) -> None:
         self._step = trainer.global_step
         # One process may have been told earlier than another; all save and stop at the same step.
-        if not trainer.strategy.reduce_boolean_decision(self._received is not None, all=False):
-            return
-        trainer.save_checkpoint(self.folder / f"{STEM}-{self._step:06d}.ckpt")
+        if trainer.strategy.reduce_boolean_decision(self._received is not None, all=False):
+            trainer.save_checkpoint(self.folder / f"{STEM}-{self._step:06d}.ckpt")
+            self._saved = True
+
+    def _stop(self) -> None:
         if self._received == signal.SIGUSR1:
             # Lightning's handler asks SLURM to start the job again.
             self._originals[signal.SIGUSR1](self._received, None)

@@ -20,8 +20,8 @@ def rows(folder: Path) -> list[dict[str, str]]:
 
 
 def log(folder: Path, step: int, **values: float) -> None:
-    """What one attempt of a run logs."""
-    logger = ContinuedCSVLogger(folder)
+    """What an attempt logs that goes on from a checkpoint of this many steps."""
+    logger = ContinuedCSVLogger(folder, step)
     logger.log_metrics(values, step=step)
     logger.save()
 
@@ -36,6 +36,28 @@ def test_a_continued_run_keeps_its_rows(tmp_path: Path) -> None:
     assert [row["loss"] for row in found] == ["0.5", "0.25", "0.125"]
     assert [row["score"] for row in found] == ["", "3.0", ""]
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["metrics.csv"]
+
+
+def test_rows_of_steps_that_are_taken_again_are_dropped(tmp_path: Path) -> None:
+    """A killed attempt had come further than its last checkpoint, and was writing a line."""
+    for step in range(4):
+        log(tmp_path / "run", step, loss=1.0 + step)
+    with (tmp_path / "run/metrics.csv").open("a") as file:
+        file.write("5.0")
+    log(tmp_path / "run", 2, loss=7.0)
+    assert [(row["step"], row["loss"]) for row in rows(tmp_path / "run")] == [
+        ("0", "1.0"), ("1", "2.0"), ("2", "7.0"),
+    ]  # fmt: skip
+
+
+def test_another_process_leaves_the_rows_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first process may be writing at this very moment."""
+    log(tmp_path / "run", 0, loss=0.5)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    ContinuedCSVLogger(tmp_path / "run", 0)
+    assert [row["loss"] for row in rows(tmp_path / "run")] == ["0.5"]
 
 
 def test_rows_set_aside_by_a_killed_process_come_back(tmp_path: Path) -> None:
