@@ -15,17 +15,14 @@ from lightning.pytorch.callbacks import (
 )
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
 
+from i2am_train.callbacks.averaging import AveragedWeights
 from i2am_train.callbacks.checkpoints import FOLDER as CHECKPOINTS
 from i2am_train.callbacks.checkpoints import CheckpointCallback, steps_done
 from i2am_train.callbacks.evaluation import EvaluationCallback
 from i2am_train.callbacks.generation import GenerationCallback
 from i2am_train.callbacks.guard import FiniteGuard
 from i2am_train.callbacks.interruption import InterruptionCallback
-from i2am_train.callbacks.snapshots import (
-    AveragedWeights,
-    BestModelCallback,
-    SnapshotCallback,
-)
+from i2am_train.callbacks.snapshots import BestModelCallback, SnapshotCallback
 from i2am_train.callbacks.stopping import StopAfterSteps
 from i2am_train.callbacks.wandb_logger import TrackedLogger
 from i2am_train.config.build import plain

@@ -4,27 +4,11 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
-from lightning.pytorch.callbacks import WeightAveraging
-from torch.optim.swa_utils import get_ema_multi_avg_fn
 
+from i2am_train.callbacks.averaging import AveragedWeights
 from i2am_train.runs import BEST_RECORD, SNAPSHOTS_FOLDER, write_json
 from i2am_train.tracking.names import VALIDATION
 from i2am_train.training.module import TryOnModule
-
-
-class AveragedWeights(WeightAveraging):
-    """Lightning's moving average of the weights, which others may also write down while training goes on.
-
-    Averages are interpolations, so that those of frozen weights are the weights themselves to the last bit.
-    """
-
-    def __init__(self, decay: float) -> None:
-        average = get_ema_multi_avg_fn(decay)  # type: ignore[no-untyped-call]
-        super().__init__(multi_avg_fn=average)
-
-    def swap(self, module: L.LightningModule) -> None:
-        """Exchanges the weights in training and their average; a second call puts them back."""
-        self._swap_models(module)
 
 
 class SnapshotCallback(L.Callback):
@@ -60,10 +44,7 @@ class SnapshotCallback(L.Callback):
 
 
 class BestModelCallback(L.Callback):
-    """Keeps the model with the best value of one validation score in ``folder``, and beside it which that is.
-
-    Stands before ``AveragedWeights`` among the callbacks, so that the averaged weights, which were judged, are kept.
-    """
+    """Keeps the model with the best value of one validation score in ``folder``, and beside it which that is."""
 
     def __init__(self, folder: Path, score: str, *, higher_is_better: bool) -> None:
         self.folder = folder

@@ -511,7 +511,6 @@ class TrainConfig:
     def _check_sharded(self) -> None:
         """Refuses options that do not work on parts of weights; the others are tested with sharding."""
         for name, only in {
-            "ema_decay": None,  # Lightning copies the module for its average, and parts cannot be copied
             "compile": False,  # the compiler would capture the hooks that gather the weights
             "channels_last": False,  # only contiguous weights can be cut
             "optimizer": "adamw",  # bitsandbytes' kernels know no parts

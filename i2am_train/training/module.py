@@ -64,7 +64,7 @@ class TryOnModule(L.LightningModule):
             )  # a layer that does not exist fails here, not hours later
 
     def on_train_start(self) -> None:
-        """Attaches the score tap, after strategies and weight averaging have made their copies."""
+        """Attaches the score tap, after strategies have made their copies."""
         if self.objective.needs_attention:
             self._tap = ScoreTap(self.model, layers=[self.objective.layer])
             self._tap.attach()

@@ -82,10 +82,9 @@ class ShardedTryOnModule(TryOnModule):
         super().on_validation_start()
         gather(self.model)
 
-    def on_validation_end(self) -> None:
-        """Back to parts."""
+    def on_validation_epoch_end(self) -> None:
+        """Back to parts, before ``on_validation_end`` of callbacks (callbacks.averaging)."""
         release(self.model)
-        super().on_validation_end()
 
 
 # -- states --------------------------------------------------------------------------------------------------------

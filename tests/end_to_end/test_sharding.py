@@ -57,7 +57,7 @@ def distance(first: dict[str, Any], second: dict[str, Any]) -> float:
 
 @pytest.fixture(scope="module")
 def common(small_dataset: Path, small_checkpoint: Path) -> list[str]:
-    """Attention losses, clipped gradients, dropped conditions, and batches that two processes share.
+    """Attention losses, averaged weights, clipped gradients, dropped conditions, and batches that two processes share.
 
     Five validation samples in batches of two: the processes generate unequally many.
     """
@@ -70,7 +70,7 @@ def common(small_dataset: Path, small_checkpoint: Path) -> list[str]:
         "optimization.gradient_clip=0.5", "optimization.condition_dropout=0.5",
         "optimization.global_batch=4", "optimization.warmup_steps=0",
         "trainer.checkpoint_every_n_steps=2", "trainer.keep_checkpoints=2",
-        "trainer.snapshot_every_n_steps=3", "trainer.keep_best=ssim",
+        "trainer.snapshot_every_n_steps=3", "trainer.keep_best=ssim", "optimization.ema_decay=0.9",
     ]  # fmt: skip
 
 
@@ -131,7 +131,8 @@ def check_checkpoints(one: Path, two: Path) -> None:
         assert sorted(path.name for path in folder.iterdir()) == names
     expected, found = (torch.load(folder / names[-1], weights_only=True) for folder in (one, two))
     assert found.keys() == expected.keys()
-    torch.testing.assert_close(found["state_dict"], expected["state_dict"], rtol=1e-3, atol=1e-5)
+    for weights in ("state_dict", "averaged_weights"):
+        torch.testing.assert_close(found[weights], expected[weights], rtol=1e-3, atol=1e-5)
     (expected,), (found,) = expected["optimizer_states"], found["optimizer_states"]
     assert found["param_groups"] == expected["param_groups"]
     torch.testing.assert_close(found["state"], expected["state"], rtol=1e-3, atol=1e-5)
