@@ -1,16 +1,22 @@
 """Stops a training run between two optimizer steps when it is told to, after saving its state.
 
-Ctrl-C, SIGTERM (schedulers, preemption) and SLURM's SIGUSR1 wait for the end of the step, so that no accumulated
-gradient is lost and the same command goes on bit by bit. A second Ctrl-C does not wait.
+Ctrl-C, SIGTERM (schedulers, preemption) and, under SLURM, SIGUSR1 (``#SBATCH --signal=USR1@120``) wait for the end of
+the step, so that no accumulated gradient is lost and the same command goes on bit by bit. A second Ctrl-C does not
+wait. After SIGUSR1 SLURM is asked to start the job again; after SIGTERM that is its own affair (``--requeue``).
+
+Lightning's handler of SIGUSR1 is replaced: it would save where it is called, within a step, and a second time.
 """
 
+import os
 import signal
+import subprocess
 import threading
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import lightning as L
+from lightning.pytorch.utilities import rank_zero_warn
 
 from i2am_train.errors import TrainingInterruptedError
 
@@ -30,6 +36,7 @@ class InterruptionCallback(L.Callback):
         self._received: int | None = None
         self._step = 0
         self._saved = False
+        self._requeue = False
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._received = None
@@ -39,7 +46,7 @@ class InterruptionCallback(L.Callback):
             return
         for number in WAITED_FOR:
             original = signal.getsignal(number)
-            if number != signal.SIGUSR1 or callable(original):  # SIGUSR1 only where SLURM sends it
+            if number != signal.SIGUSR1 or "SLURM_JOB_ID" in os.environ:
                 self._originals[number] = original
                 signal.signal(number, self._receive)
 
@@ -65,14 +72,16 @@ class InterruptionCallback(L.Callback):
     def _save_if_told(self, trainer: L.Trainer) -> None:
         self._step = trainer.global_step
         # One process may have been told earlier than another; all save and stop at the same step.
-        if trainer.strategy.reduce_boolean_decision(self._received is not None, all=False):
-            trainer.save_checkpoint(self.folder / f"{STEM}-{self._step:06d}.ckpt")
-            self._saved = True
+        if not _any(trainer, self._received is not None):
+            return
+        trainer.save_checkpoint(self.folder / f"{STEM}-{self._step:06d}.ckpt")
+        self._saved = True
+        asked = _any(trainer, self._received == signal.SIGUSR1)
+        self._requeue = asked and trainer.is_global_zero
 
     def _stop(self) -> None:
-        if self._received == signal.SIGUSR1:
-            # Lightning's handler asks SLURM to start the job again.
-            self._originals[signal.SIGUSR1](self._received, None)
+        if self._requeue:
+            requeue()
         raise TrainingInterruptedError(self._received or signal.SIGTERM, self._step)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -89,3 +98,20 @@ class InterruptionCallback(L.Callback):
         for number, original in self._originals.items():
             signal.signal(number, original)
         self._originals.clear()
+
+
+def _any(trainer: L.Trainer, value: bool) -> bool:
+    """Whether it is so in any of the processes."""
+    return trainer.strategy.reduce_boolean_decision(value, all=False)
+
+
+def requeue() -> None:
+    """Asks SLURM to start this job, or this task of an array of jobs, again."""
+    array, task = (os.environ.get(f"SLURM_ARRAY_{name}_ID") for name in ("JOB", "TASK"))
+    job = f"{array}_{task}" if array else os.environ["SLURM_JOB_ID"]
+    try:
+        subprocess.run(["scontrol", "requeue", job], check=True)
+    except (OSError, subprocess.CalledProcessError) as error:
+        rank_zero_warn(
+            f"SLURM did not take job {job} back ({error}). Submit it again, and it goes on."
+        )

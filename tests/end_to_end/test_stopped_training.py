@@ -12,7 +12,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -56,11 +56,13 @@ def steps(folder: Path) -> list[int]:
 class Run:
     """One attempt at a training run, as a process of its own."""
 
-    def __init__(self, options: Sequence[str], output: Path) -> None:
+    def __init__(
+        self, options: Sequence[str], output: Path, environment: Mapping[str, str] | None = None
+    ) -> None:
         words = [sys.executable, "-m", "i2am_train", "train", *options, f"output={output}"]
         self.output = output
         self.process = subprocess.Popen(
-            words, env=os.environ | {"OMP_NUM_THREADS": "1"}, text=True,
+            words, env=os.environ | {"OMP_NUM_THREADS": "1"} | (environment or {}), text=True,
             stdout=subprocess.PIPE, stderr=subprocess.PIPE,
         )  # fmt: skip
 
@@ -160,6 +162,35 @@ def test_told_to_stop_it_saves_and_goes_on(
     assert same_weights(whole, tmp_path / "stopped")
     assert rows(whole) == rows(tmp_path / "stopped")
     assert not list((tmp_path / "stopped/checkpoints").glob("interrupted*"))
+
+
+@pytest.mark.parametrize("status", [0, 1])
+def test_a_job_of_slurm_saves_and_asks_to_be_started_again(
+    training: list[str], tmp_path: Path, status: int
+) -> None:
+    """Lightning in SLURM's environment, with an `scontrol` that writes down its words, and may refuse."""
+    options = [*training, *LONG, "trainer.checkpoint_every_n_steps=1000"]
+    scontrol = tmp_path / "bin" / "scontrol"
+    scontrol.parent.mkdir()
+    scontrol.write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/said\nexit {status}\n')
+    scontrol.chmod(0o755)
+    slurm = {
+        "SLURM_JOB_ID": "70", "SLURM_ARRAY_JOB_ID": "7", "SLURM_ARRAY_TASK_ID": "3", "SLURM_JOB_NAME": "train",
+        "SLURM_NTASKS": "1", "SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_NODEID": "0",
+        "PATH": f"{scontrol.parent}:{os.environ['PATH']}",
+    }  # fmt: skip
+    attempt = Run(options, tmp_path / "run", slurm)
+    attempt.wait_for_step(3)
+    returned, errors = attempt.stop(signal.SIGUSR1)
+    assert returned == 128 + signal.SIGUSR1
+    assert "SIGUSR1 received: training stopped after step" in errors
+    assert (tmp_path / "said").read_text() == "requeue 7_3\n"
+    assert ("Submit it again" in errors) == bool(status)
+    (saved,) = (tmp_path / "run").rglob("*.ckpt")
+    assert saved.name.startswith("interrupted-step-")
+    if status == 0:
+        Run(options, tmp_path / "run", slurm).finish()
+        assert steps(tmp_path / "run") == list(range(13))
 
 
 def test_the_latest_checkpoints_and_the_best_model_are_kept(

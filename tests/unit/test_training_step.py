@@ -1,5 +1,6 @@
 """training/step.py: what the loss of a batch is made of, and where its gradient goes."""
 
+import copy
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,12 +11,13 @@ from torch import Tensor
 from torch.utils.data import default_collate
 
 from i2am_train.attribution.tap import ScoreTap
+from i2am_train.config.schema import OptimizationConfig
 from i2am_train.datasets.viton_hd import VitonHDDataset
 from i2am_train.errors import CaptureError
 from i2am_train.losses.denoising import snr_weights
 from i2am_train.losses.objective import AttentionObjective, TermWeights
 from i2am_train.training.draws import Draws, draw
-from i2am_train.training.optimization import set_trainable
+from i2am_train.training.optimization import prepare_networks, set_trainable
 from i2am_train.training.step import TrainingObjective
 from i2am_train.types import GridSize, Pairing, Split
 
@@ -109,6 +111,20 @@ def test_where_the_gradient_of_the_attention_terms_goes(model: Any, batch: Any) 
     assert not [name for name in moved if name.startswith(later)]
     assert plain.keys() == steered.keys()
     assert not [name for name in steered if name.startswith(("vae.", "reference_encoder."))]
+
+
+def test_channels_last_changes_the_layout_and_no_number(model: Any, batch: Any) -> None:
+    """Convolutions compute in the other layout; losses and gradients are the same but for rounding."""
+    objective, drawn = refined(**WEIGHTS), draws(SAMPLES, [False] * 3)
+    losses, gradients = losses_of(model, objective, batch, drawn)
+    copied = copy.deepcopy(model)
+    prepare_networks(copied, OptimizationConfig(channels_last=True))
+    seen = []
+    copied.unet.conv_out.register_forward_hook(lambda *given: seen.append(given[2]))
+    others, found = losses_of(copied, objective, batch, drawn)
+    assert seen[0].is_contiguous(memory_format=torch.channels_last)
+    torch.testing.assert_close(others, losses, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(found, gradients, rtol=1e-3, atol=1e-5)
 
 
 def test_dropped_conditions_get_no_attention_gradient(model: Any, batch: Any) -> None:
