@@ -13,7 +13,7 @@ from i2am_train.config.store import compose
 from i2am_train.datasets.shapes_coco import make_shapes
 from i2am_train.errors import CheckpointError, ConfigError, DataError, I2AMError, RunFolderError
 from i2am_train.evaluation import detection
-from tests.detectors import tiny_yolos
+from tests.detectors import tiny_rt_detr, tiny_yolos
 
 SAMPLES = 5
 
@@ -28,6 +28,11 @@ def yolos(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_yolos(
         tmp_path_factory.mktemp("detectors") / "yolos", box=(0.5, 0.5, 0.4, 0.5), score=0.8
     )
+
+
+@pytest.fixture(scope="module")
+def rt_detr(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_rt_detr(tmp_path_factory.mktemp("detectors") / "rt_detr")
 
 
 @pytest.fixture
@@ -51,29 +56,36 @@ def kept(folder: Path) -> dict[str, bytes]:
 
 @pytest.fixture(scope="module")
 def finished(
-    coco: Path, paint_by_example: Path, yolos: Path, tmp_path_factory: pytest.TempPathFactory
-) -> tuple[Path, dict[str, Any]]:
-    """A run with one detector."""
+    coco: Path, paint_by_example: Path, yolos: Path, rt_detr: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, dict[str, Any]]:  # fmt: skip
+    """A run with two detectors."""
     folder = tmp_path_factory.mktemp("detect") / "run"
     options = [
         f"root={coco}", f"pipeline={paint_by_example}", "height=32", "width=48", "steps=2", "batch_size=2",
-        "pictures=2", "device=cpu", "progress_bar=false", f"detectors=[{yolos}]",
+        "pictures=2", "device=cpu", "progress_bar=false", f"detectors=[{yolos},{rt_detr}]",
     ]  # fmt: skip
     return folder, detect(options, folder)
 
 
-def test_the_tables_are_made(finished: tuple[Path, dict[str, Any]], yolos: Path) -> None:
+def test_the_tables_are_made(
+    finished: tuple[Path, dict[str, Any]], yolos: Path, rt_detr: Path
+) -> None:
     """Every method has its mean over all samples; results, tables, figure and page lie in the folder."""
     folder, results = finished
     generated = results["miou"]["generated"]
     assert set(generated) == {
-        "daam", "overall", "random", "random_authors", "i2am", "i2am_inverted", "i2am_authors", str(yolos),
+        "daam", "overall", "random", "random_authors", "i2am", "i2am_inverted", "i2am_authors",
+        str(yolos), str(rt_detr),
     }  # fmt: skip
     assert generated["daam"] == generated["overall"]
     assert generated["overall"]["mean"] == pytest.approx(results["bench"]["mean_share"], abs=1e-6)
     assert all(generated[name]["n"] == SAMPLES for name in ("i2am", "random", "daam"))
     # The detector always sees the middle: the same on real and on painted images.
     assert results["miou"]["real"][str(yolos)] == generated[str(yolos)]
+    # RT-DETR looks at the pictures: other boxes on real than on painted ones.
+    of_rt_detr = [results["miou"][kind][str(rt_detr)] for kind in ("real", "generated")]
+    assert all(0 < score["mean"] < 1 for score in of_rt_detr)
+    assert of_rt_detr[0]["mean"] != of_rt_detr[1]["mean"]
     assert not results["functional"]
     assert json.loads((folder / "results.json").read_text())["miou"] == results["miou"]
     assert len((folder / "samples.jsonl").read_text().splitlines()) == SAMPLES
@@ -109,6 +121,7 @@ def test_stopped_and_continued_equals_uninterrupted(
     finished: tuple[Path, dict[str, Any]],
     options: list[str],
     yolos: Path,
+    rt_detr: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -123,7 +136,7 @@ def test_stopped_and_continued_equals_uninterrupted(
         save(tensors, *rest)
 
     monkeypatch.setattr(detection, "save_file", stop)
-    options = [*options, f"detectors=[{yolos}]"]
+    options = [*options, f"detectors=[{yolos},{rt_detr}]"]
     with pytest.raises(KeyboardInterrupt, match="stopped"):
         detect(options, folder)
     assert [path.name for path in (folder / "maps").iterdir()] == ["batch-00000.safetensors"]
