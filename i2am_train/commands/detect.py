@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from i2am_train.datasets.coco import Bench
     from i2am_train.evaluation.detection import KeptPaintings
     from i2am_train.models.detectors import Detector
-    from i2am_train.reporting.detection import Example
+    from i2am_train.reporting.detected import Example
 
 WITHOUT_EFFECT_ON_IMAGES = (
     "output",
@@ -31,13 +31,13 @@ def run(config: DetectConfig) -> None:
     """Run the experiment, print its tables and say where everything lies."""
     from rich.console import Console
 
-    from i2am_train.reporting.detection import main_table, threshold_table
+    from i2am_train.reporting.detection import tables_of
     from i2am_train.reporting.score_table_formats import terminal
 
     folder = output_folder(config)
     results = detect(config, folder)
     console = Console()
-    for table in (main_table(results), threshold_table(results)):
+    for table in tables_of(results):
         console.print(terminal(table))
     print(f"Everything of this experiment: {folder} (page: {folder / 'report.html'})")
 
@@ -116,25 +116,29 @@ def conclude(
     seen: Mapping[str, Sequence[Mapping[str, Any]]],
     manifest: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """Score everything and write results, tables and page."""
+    """Score everything, write the results, and make tables and page of them."""
     import json
 
     from i2am_train.config.build import plain
     from i2am_train.evaluation.detection import score_bench, summarise
+    from i2am_train.reporting.detected import KIND, SCHEMA, read_detected, write_examples
     from i2am_train.reporting.detection import write_report
     from i2am_train.reporting.records import RESULTS, SAMPLES
     from i2am_train.runs import write_json, write_text
 
     rows = score_bench(kept, seen, config)
     results = {
+        "schema": SCHEMA,
+        "kind": KIND,
         **summarise(rows, kept, bench),
         "thresholds": config.thresholds,
         "settings": plain(config),
         "manifest": dict(manifest),
     }
     write_text(kept.folder / SAMPLES, "".join(json.dumps(row) + "\n" for row in rows))
-    write_report(kept.folder, results, examples(kept, rows, config))
+    write_examples(kept.folder, examples(kept, rows, config))
     write_json(kept.folder / RESULTS, results)
+    write_report(read_detected(kept.folder))
     return results
 
 
@@ -146,7 +150,7 @@ def examples(
 
     from i2am_train.evaluation.detection import on_picture
     from i2am_train.models.paint_by_example import resized
-    from i2am_train.reporting.detection import Example
+    from i2am_train.reporting.detected import Example
 
     chosen = range(min(config.pictures, len(rows)))
     found = []

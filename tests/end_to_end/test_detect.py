@@ -2,17 +2,22 @@
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from i2am_train.commands import detect as command
+from i2am_train.commands.report import report
+from i2am_train.commands.report import run as run_report
 from i2am_train.config.store import compose
 from i2am_train.datasets.shapes_coco import make_shapes
 from i2am_train.errors import CheckpointError, ConfigError, DataError, I2AMError, RunFolderError
 from i2am_train.evaluation import detection
+from i2am_train.reporting.detected import read_detected
+from i2am_train.reporting.detection import write_report
 from tests.detectors import tiny_rt_detr, tiny_yolos
 
 SAMPLES = 5
@@ -146,6 +151,107 @@ def test_stopped_and_continued_equals_uninterrupted(
     assert results["miou"] == finished[1]["miou"]
     assert kept(folder) == kept(finished[0])
     assert len(json.loads((folder / "manifest.json").read_text())["resumed"]) == 1
+
+
+def test_the_report_is_made_again_from_the_folder(
+    finished: tuple[Path, dict[str, Any]], tmp_path: Path
+) -> None:
+    """Tables, figure and page come out bit for bit, wherever the folder lies."""
+    made = ("report.html", "results.md", "results.tex", "figures/samples.png")
+    folder = tmp_path / "copy"
+    shutil.copytree(finished[0], folder)
+    for name in made:
+        (folder / name).unlink()
+    write_report(read_detected(folder))
+    for name in made:
+        assert (folder / name).read_bytes() == (finished[0] / name).read_bytes(), name
+
+
+def test_i2am_report_takes_experiments(
+    finished: tuple[Path, dict[str, Any]], coco: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:  # fmt: skip
+    """Tables in every format and the figure, of two folders of one name, with the dataset gone."""
+    folders = [tmp_path / place / "run" for place in "ab"]
+    for folder in folders:
+        shutil.copytree(finished[0], folder)
+    (folders[1] / "panels.safetensors").unlink()
+    given = f"detected=[{folders[0]},{folders[1]}]"
+    options = [given, "formats=[png,svg]", "dpi=60", f"output={tmp_path / 'report'}"]
+    with elsewhere(coco):
+        run_report(compose("report", options))
+    assert "4 tables and 1 figures, listed in" in capsys.readouterr().out
+    index = json.loads((tmp_path / "report" / "index.json").read_text())
+    tables = [entry["files"] for entry in index["tables"]]
+    assert tables[0] == [f"tables/detection-run-1.{ending}" for ending in ("md", "tex", "json")]
+    (figure,) = index["figures"]
+    assert figure["files"] == ["figures/detection-run-1.png", "figures/detection-run-1.svg"]
+    assert index["left_out"] == {"samples of run-2": "'i2am detect' with pictures=N"}
+    assert index["detections"]["run-2"]["folder"] == str(folders[1])
+    assert index["detections"]["run-2"]["settings"]["root"] == str(coco)
+    written = json.loads((tmp_path / "report" / tables[2][2]).read_text())
+    means = {row["label"]: row["cells"][2] for row in written["rows"]}
+    assert means["I²AM"]["value"] == finished[1]["miou"]["generated"]["i2am"]["mean"]
+    assert "% run-2: '" in (tmp_path / "report" / tables[2][1]).read_text()
+    page = (tmp_path / "report" / "report.html").read_text()
+    for text in ("run-1: Object detection", "run-2: Threshold of the map", "run-1: Samples"):
+        assert f"<h2>{text}" in page
+    assert page.count("data:image/png") == 1
+
+
+@contextmanager
+def elsewhere(folder: Path) -> Iterator[None]:
+    """A folder is not where it was."""
+    away = folder.rename(folder.with_name("away"))
+    try:
+        yield
+    finally:
+        away.rename(folder)
+
+
+def unfinished(folder: Path) -> None:
+    manifest = json.loads((folder / "manifest.json").read_text())
+    (folder / "manifest.json").write_text(json.dumps(manifest | {"finished": None}))
+
+
+def of_another_kind(folder: Path) -> None:
+    (folder / "results.json").write_text('{"metrics": {}}')
+
+
+def of_another_version(folder: Path) -> None:
+    (folder / "results.json").write_text('{"kind": "detection", "schema": 7}')
+
+
+def cut_off(folder: Path) -> None:
+    archive = folder / "panels.safetensors"
+    archive.write_bytes(archive.read_bytes()[:1000])
+
+
+@pytest.mark.parametrize(
+    ("damage", "option", "message"),
+    [
+        (shutil.rmtree, "detected", r"run, without results\.json, and expected .* 'i2am detect'"),
+        (of_another_kind, "detected", r"whose results are no detection .*belong in runs"),
+        (of_another_version, "detected", r"has schema 7; this version reads schema 1"),
+        (unfinished, "detected", r"did not come to its end\. Give its command again"),
+        (cut_off, "detected", r"panels\.safetensors cannot be read"),
+        (unfinished, "runs", r"which are no evaluation\. .*those of 'i2am detect' in detected"),
+    ],
+)  # fmt: skip
+def test_the_report_refuses_other_folders(
+    finished: tuple[Path, dict[str, Any]],
+    damage: Callable[[Path], None],
+    option: str,
+    message: str,
+    tmp_path: Path,
+) -> None:
+    """Each fault is said with what was expected, and no report is begun."""
+    folder = tmp_path / "run"
+    shutil.copytree(finished[0], folder)
+    damage(folder)
+    options = [f"{option}=[{folder}]", f"output={tmp_path / 'report'}"]
+    with pytest.raises(RunFolderError, match=message):
+        report(compose("report", options))
+    assert not (tmp_path / "report").exists()
 
 
 @pytest.mark.parametrize(

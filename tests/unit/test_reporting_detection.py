@@ -6,12 +6,8 @@ import numpy as np
 import pytest
 
 from i2am_train.reporting import score_table_formats as formats
-from i2am_train.reporting.detection import (
-    Example,
-    main_table,
-    sample_sheet,
-    threshold_table,
-)
+from i2am_train.reporting.detected import Example
+from i2am_train.reporting.detection import main_table, sample_sheet, threshold_table
 from i2am_train.reporting.published import published_iou
 
 YOLO, MASKFORMER = "hustvl/yolos-tiny", "facebook/maskformer-swin-tiny-coco"
