@@ -840,6 +840,7 @@ class DetectConfig:
     """Where to compute."""
     progress_bar: bool = True
     """Show progress with the time left."""
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
 
     def __post_init__(self) -> None:
         for name in ("root", "annotations", "output"):

@@ -45,7 +45,7 @@ def options(coco: Path, paint_by_example: Path) -> list[str]:
     """Five images in batches of two, none of them drawn."""
     return [
         f"root={coco}", f"pipeline={paint_by_example}", "height=32", "width=48", "steps=2", "batch_size=2",
-        "pictures=0", "device=cpu", "progress_bar=false",
+        "pictures=0", "device=cpu", "progress_bar=false", "tracking=files",
     ]  # fmt: skip
 
 
@@ -67,7 +67,7 @@ def finished(
     folder = tmp_path_factory.mktemp("detect") / "run"
     options = [
         f"root={coco}", f"pipeline={paint_by_example}", "height=32", "width=48", "steps=2", "batch_size=2",
-        "pictures=2", "device=cpu", "progress_bar=false", f"detectors=[{yolos},{rt_detr}]",
+        "pictures=2", "device=cpu", "progress_bar=false", "tracking=files", f"detectors=[{yolos},{rt_detr}]",
     ]  # fmt: skip
     return folder, detect(options, folder)
 
