@@ -827,7 +827,8 @@ class DetectConfig:
     """Thresholds of the sweep (paper Table 3), from the same maps."""
     detectors: list[str] = field(default_factory=list)
     """Supervised detectors to compare with: torchvision:NAME, torchvision:NAME@FILE, or a folder or
-    hub name of transformers (hustvl/yolos-tiny, facebook/maskformer-swin-tiny-coco)."""
+    hub name of transformers, of a model that finds boxes (PekingU/rtdetr_r50vd, hustvl/yolos-tiny)
+    or segments (facebook/maskformer-swin-tiny-coco)."""
     score: float = 0.5
     """An image counts for a detector where its best detection's score exceeds this."""
     match_category: bool = False
