@@ -138,11 +138,15 @@ def test_what_is_no_detector_is_said(
 
 def test_a_model_of_another_kind_is_refused(tmp_path: Path) -> None:
     """A parser is a segmentation model, too, but finds no objects; weights of another network do not fit."""
-    from transformers import SegformerConfig
+    from transformers import EomtConfig, EomtImageProcessor, SegformerConfig
 
     SegformerConfig().save_pretrained(tmp_path)
     with pytest.raises(CheckpointError, match=r"No model for detectors could be loaded"):
         load_detector(str(tmp_path))
+    for part in (EomtConfig(), EomtImageProcessor()):  # finds segments, none that overlap
+        part.save_pretrained(tmp_path / "eomt")
+    with pytest.raises(CheckpointError, match=r"EomtConfig.* Model type should be one of"):
+        load_detector(str(tmp_path / "eomt"))
     torch.save({"a": torch.zeros(2)}, tmp_path / "other.pth")
     with pytest.raises(CheckpointError, match=r"gives no weights of torchvision's ssd"):
         load_detector(f"torchvision:ssdlite320_mobilenet_v3_large@{tmp_path / 'other.pth'}")
