@@ -1,7 +1,8 @@
-"""Tiny detectors as folders of transformers: one that always sees the same, and one with random weights."""
+"""Tiny detectors as folders of transformers: one that always sees the same, and some with random weights."""
 
 import math
 from pathlib import Path
+from typing import Any
 
 LABELS = {0: "cup", 1: "dog"}
 
@@ -30,6 +31,15 @@ def tiny_yolos(folder: Path, box: tuple[float, float, float, float], score: floa
     return folder
 
 
+def spread(model: Any) -> None:
+    """Larger weights: those that training begins with are so small that all queries find the same."""
+    import torch
+
+    for weight in model.parameters():
+        if weight.ndim > 1:
+            torch.nn.init.xavier_normal_(weight)
+
+
 def tiny_maskformer(folder: Path) -> Path:
     """A MaskFormer with random weights."""
     import torch
@@ -50,14 +60,53 @@ def tiny_maskformer(folder: Path) -> Path:
         encoder_attention_heads=2, decoder_attention_heads=2,
     )  # fmt: skip
     with torch.random.fork_rng():
-        torch.manual_seed(0)
-        MaskFormerForInstanceSegmentation(
+        torch.manual_seed(20)  # masks that do not fill the picture
+        model = MaskFormerForInstanceSegmentation(
             MaskFormerConfig(
                 fpn_feature_size=32, mask_feature_size=32, backbone_config=backbone, decoder_config=decoder,
                 id2label=LABELS, label2id={v: k for k, v in LABELS.items()},
             )
-        ).save_pretrained(folder)  # fmt: skip
+        )  # fmt: skip
+        spread(model)
+    model.save_pretrained(folder)
     MaskFormerImageProcessor(
         size={"shortest_edge": 64, "longest_edge": 96}, num_labels=2
     ).save_pretrained(folder)
+    return folder
+
+
+def tiny_rt_detr(folder: Path, version: int = 1) -> Path:
+    """An RT-DETR (``version`` 1 or 2) with random weights that sees cups and dogs everywhere."""
+    import torch
+    from transformers import (
+        RTDetrConfig,
+        RTDetrForObjectDetection,
+        RTDetrImageProcessor,
+        RTDetrResNetConfig,
+        RTDetrV2Config,
+        RTDetrV2ForObjectDetection,
+    )
+
+    kinds = {
+        1: (RTDetrConfig, RTDetrForObjectDetection),
+        2: (RTDetrV2Config, RTDetrV2ForObjectDetection),
+    }
+    kind, network = kinds[version]
+    backbone = RTDetrResNetConfig(
+        embedding_size=8, hidden_sizes=[8, 8, 16, 16], depths=[1, 1, 1, 1], layer_type="basic", out_indices=[2, 3, 4]
+    )  # fmt: skip
+    config = kind(
+        backbone_config=backbone, encoder_in_channels=[8, 16, 16], encoder_hidden_dim=16, encoder_ffn_dim=16,
+        encoder_attention_heads=2, d_model=16, decoder_in_channels=[16, 16, 16], decoder_ffn_dim=16, decoder_layers=2,
+        decoder_attention_heads=2, decoder_n_points=2, num_queries=84, num_denoising=0,
+        id2label=LABELS, label2id={v: k for k, v in LABELS.items()},
+    )  # fmt: skip
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        model = network(config)
+        spread(model)
+        for head in model.model.decoder.class_embed:
+            torch.nn.init.zeros_(head.bias)
+    model.save_pretrained(folder)
+    RTDetrImageProcessor(size={"height": 64, "width": 64}).save_pretrained(folder)
     return folder

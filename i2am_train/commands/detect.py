@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +14,7 @@ if TYPE_CHECKING:
     from i2am_train.datasets.coco import Bench
     from i2am_train.evaluation.detection import KeptPaintings
     from i2am_train.models.detectors import Detector
-    from i2am_train.reporting.detection import Example
+    from i2am_train.reporting.detected import Example
 
 WITHOUT_EFFECT_ON_IMAGES = (
     "output",
@@ -23,6 +24,7 @@ WITHOUT_EFFECT_ON_IMAGES = (
     "deltas",
     "detectors",
     "pictures",
+    "tracking",
 )
 """Options that may differ when the same folder is asked for again: images and maps are kept."""
 
@@ -31,15 +33,18 @@ def run(config: DetectConfig) -> None:
     """Run the experiment, print its tables and say where everything lies."""
     from rich.console import Console
 
-    from i2am_train.reporting.detection import main_table, threshold_table
+    from i2am_train.reporting.detection import tables_of
     from i2am_train.reporting.score_table_formats import terminal
+    from i2am_train.tracking.session import sync_advice
 
     folder = output_folder(config)
     results = detect(config, folder)
     console = Console()
-    for table in (main_table(results), threshold_table(results)):
+    for table in tables_of(results):
         console.print(terminal(table))
     print(f"Everything of this experiment: {folder} (page: {folder / 'report.html'})")
+    if advice := sync_advice(config.tracking, folder):
+        print(advice)
 
 
 def output_folder(config: DetectConfig) -> Path:
@@ -62,7 +67,9 @@ def detect(config: DetectConfig, folder: Path) -> dict[str, Any]:
     from i2am_train.evaluation.detection import KeptPaintings, paint_bench
     from i2am_train.models.detectors import load_detector
     from i2am_train.models.paint_by_example import PaintByExample
-    from i2am_train.runs import RunFolder
+    from i2am_train.reporting.records import RESULTS
+    from i2am_train.runs import RunFolder, read_json
+    from i2am_train.tracking.detection import track_detection
 
     device = chosen_device(config.device)
     annotations, images = data_of(config)
@@ -72,14 +79,36 @@ def detect(config: DetectConfig, folder: Path) -> dict[str, Any]:
     detectors = {name: load_detector(name) for name in config.detectors}
     settings = plain(config) | {"bench": bench.fingerprint}
     opened = RunFolder.open(folder, settings, may_differ=WITHOUT_EFFECT_ON_IMAGES)
+    before = scores_of(read_json(folder / RESULTS)) if opened.finished else None
     opened.start(seed=config.seed, data=bench.fingerprint)
     kept = KeptPaintings(folder=folder, samples=bench.samples, batch_size=config.batch_size)
     paint_bench(model, kept, config)
     del model  # room for the detectors
     seen = look(kept, {name: one.to(device) for name, one in detectors.items()}, config)
     results = conclude(config, bench, kept, seen, opened.manifest)
+    if scores_of(results) != before:
+        track_detection(
+            config.tracking,
+            folder,
+            arm=Path(config.pipeline).name,
+            use_inputs=partial(_use_data_and_pipeline, config, bench, images),
+        )
     opened.finish()
     return results
+
+
+def scores_of(results: Mapping[str, Any]) -> dict[str, Any]:
+    """What was found, without how it was asked for: equal where there is nothing new to log."""
+    return {name: value for name, value in results.items() if name not in ("settings", "manifest")}
+
+
+def _use_data_and_pipeline(config: DetectConfig, bench: Bench, images: Path, run: Any) -> None:
+    from i2am_train.tracking.artifacts import use_bench, use_model
+
+    use_bench(run, images, bench.fingerprint, len(bench.samples))
+    pipeline = Path(config.pipeline).expanduser()
+    if pipeline.is_dir():  # one of the hub is named by the run's configuration
+        use_model(run, pipeline, upload=config.tracking.upload_model)
 
 
 def data_of(config: DetectConfig) -> tuple[Path, Path]:
@@ -116,25 +145,29 @@ def conclude(
     seen: Mapping[str, Sequence[Mapping[str, Any]]],
     manifest: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """Score everything and write results, tables and page."""
+    """Score everything, write the results, and make tables and page of them."""
     import json
 
     from i2am_train.config.build import plain
     from i2am_train.evaluation.detection import score_bench, summarise
+    from i2am_train.reporting.detected import KIND, SCHEMA, read_detected, write_examples
     from i2am_train.reporting.detection import write_report
     from i2am_train.reporting.records import RESULTS, SAMPLES
     from i2am_train.runs import write_json, write_text
 
     rows = score_bench(kept, seen, config)
     results = {
+        "schema": SCHEMA,
+        "kind": KIND,
         **summarise(rows, kept, bench),
         "thresholds": config.thresholds,
         "settings": plain(config),
         "manifest": dict(manifest),
     }
     write_text(kept.folder / SAMPLES, "".join(json.dumps(row) + "\n" for row in rows))
-    write_report(kept.folder, results, examples(kept, rows, config))
+    write_examples(kept.folder, examples(kept, rows, config))
     write_json(kept.folder / RESULTS, results)
+    write_report(read_detected(kept.folder))
     return results
 
 
@@ -146,7 +179,7 @@ def examples(
 
     from i2am_train.evaluation.detection import on_picture
     from i2am_train.models.paint_by_example import resized
-    from i2am_train.reporting.detection import Example
+    from i2am_train.reporting.detected import Example
 
     chosen = range(min(config.pictures, len(rows)))
     found = []

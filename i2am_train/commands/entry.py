@@ -73,13 +73,14 @@ EXAMPLES = {
     """,
     "detect": """
         i2am detect root=data/coco dtype=float16
-        i2am detect root=data/coco detectors=[torchvision:maskrcnn_resnet50_fpn,hustvl/yolos-tiny]
+        i2am detect root=data/coco detectors=[torchvision:maskrcnn_resnet50_fpn,PekingU/rtdetr_r50vd]
         i2am detect pipeline=FOLDER root=PATH split=val2017 height=256 width=256 steps=20
     """,
     "report": """
         i2am report runs=[runs/study]
         i2am report runs=[runs/baseline-seed0,runs/refined-seed0] explained=[FOLDER]
         i2am report explained=[runs/explain-tiny-test17-paired]
+        i2am report detected=[runs/detect-Paint-by-Example-coco]
         i2am report explained=[FOLDER,OTHER] models=[baseline,refined] figures=[refinement,scores]
     """,
     "export": """

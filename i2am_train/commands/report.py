@@ -51,8 +51,9 @@ def report(config: ReportConfig) -> Path:
     parts = [part for prepare in PARTS if (part := prepare(config)) is not None]
     if not parts:
         raise ConfigError(
-            "There is nothing to report. Give runs=[FOLDER,...] with folders of evaluated models, or "
-            "explained=[FOLDER,...] with folders that 'i2am explain' wrote."
+            "There is nothing to report. Give runs=[FOLDER,...] with folders of evaluated models, "
+            "explained=[FOLDER,...] with folders that 'i2am explain' wrote, or detected=[FOLDER,...] with folders "
+            "that 'i2am detect' wrote."
         )
     folder = RunFolder.open(config.folder, plain(config), may_differ=APPEARANCE)
     folder.start()
@@ -61,7 +62,7 @@ def report(config: ReportConfig) -> Path:
     sections: list[Section] = []
     for write in parts:
         entries, shown = write(folder.path)
-        index |= entries
+        index = joined(index, entries)
         sections += shown
     write_json(folder / INDEX, index)
     write_text(folder / PAGE, paper_page(index, sections))
@@ -89,7 +90,30 @@ def figures(config: ReportConfig) -> Write | None:
     return lambda folder: planned.write(folder, config.formats, config.dpi)
 
 
-PARTS: tuple[Callable[[ReportConfig], Write | None], ...] = (tables, figures)
+def detections(config: ReportConfig) -> Write | None:
+    """Tables and figures of detection experiments; None without such folders."""
+    if not config.detected:
+        return None
+    from i2am_train.reporting.detection_files import plan_detections
+
+    planned = plan_detections(config.detected)
+    return lambda folder: planned.write(folder, config.formats, config.dpi)
+
+
+def joined(index: dict[str, Any], entries: dict[str, Any]) -> dict[str, Any]:
+    """An index with the entries of one more part: lists and mappings that both have are joined.
+
+    >>> joined({"schema": 1, "tables": ["a"]}, {"tables": ["b"], "left_out": {}})
+    {'schema': 1, 'tables': ['a', 'b'], 'left_out': {}}
+    """
+    both = {}
+    for name in index.keys() & entries.keys():
+        first, second = index[name], entries[name]
+        both[name] = [*first, *second] if isinstance(first, list) else {**first, **second}
+    return {**index, **entries, **both}
+
+
+PARTS: tuple[Callable[[ReportConfig], Write | None], ...] = (tables, figures, detections)
 """The parts of a report, in order; each checks its inputs and returns what writes it."""
 
 APPEARANCE = ("output", "figures", "formats", "layers", "models", "names", "dpi")

@@ -827,7 +827,8 @@ class DetectConfig:
     """Thresholds of the sweep (paper Table 3), from the same maps."""
     detectors: list[str] = field(default_factory=list)
     """Supervised detectors to compare with: torchvision:NAME, torchvision:NAME@FILE, or a folder or
-    hub name of transformers (hustvl/yolos-tiny, facebook/maskformer-swin-tiny-coco)."""
+    hub name of transformers, of a model that finds boxes (PekingU/rtdetr_r50vd, hustvl/yolos-tiny)
+    or segments (facebook/maskformer-swin-tiny-coco)."""
     score: float = 0.5
     """An image counts for a detector where its best detection's score exceeds this."""
     match_category: bool = False
@@ -840,6 +841,7 @@ class DetectConfig:
     """Where to compute."""
     progress_bar: bool = True
     """Show progress with the time left."""
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
 
     def __post_init__(self) -> None:
         for name in ("root", "annotations", "output"):
@@ -889,9 +891,12 @@ class ReportConfig:
     explained: list[Path] = field(default_factory=list)
     """Folders that `i2am explain` wrote. Two of one sample are compared if they differ in their
     checkpoint (refinement) or in sampling.guidance (guidance)."""
+    detected: list[Path] = field(default_factory=list)
+    """Folders that `i2am detect` wrote; each has its own tables and figure."""
     figures: list[FigureName] = field(default_factory=list)
-    """Which ones: layers, time_heads, flow, specific_layers, reverse_layers, refinement, guidance,
-    specific_reference, scores, daam, two_axis, unpaired; empty: all that the folders allow."""
+    """Which ones of explained samples: layers, time_heads, flow, specific_layers, reverse_layers,
+    refinement, guidance, specific_reference, scores, daam, two_axis, unpaired; empty: all that the
+    folders allow."""
     formats: list[FigureFormat] = field(default_factory=lambda: ["png", "pdf"])
     """File formats: png, svg, pdf."""
     layers: list[int | str] | None = field(default_factory=lambda: list[int | str]((2, 5, 8)))
@@ -907,7 +912,8 @@ class ReportConfig:
         self.output = _absolute(self.output)
         self.runs = [folder.expanduser().absolute() for folder in self.runs]
         self.explained = [folder.expanduser().absolute() for folder in self.explained]
-        for name in ("runs", "explained", "figures"):
+        self.detected = [folder.expanduser().absolute() for folder in self.detected]
+        for name in ("runs", "explained", "detected", "figures"):
             if getattr(self, name):
                 _check_unique(name, getattr(self, name))
         _check_unique("formats", self.formats)

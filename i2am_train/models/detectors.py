@@ -2,7 +2,7 @@
 
 Named by ``torchvision:NAME`` (its own COCO weights), ``torchvision:NAME@FILE`` (weights of the same
 network from a file), or by a folder of transformers or its name on the hub. Models that find boxes
-(DETR, RT-DETR, YOLOS, ...) and models that find segments (MaskFormer, Mask2Former, ...) are taken;
+(DETR, RT-DETR, YOLOS, ...) and models that find segments (MaskFormer, Mask2Former) are taken;
 the box of a segment is its extents.
 """
 
@@ -30,8 +30,9 @@ from i2am_train.metrics.boxes import Box
 from i2am_train.models.parsing import load_with_processor
 
 TORCHVISION = "torchvision:"
-SEGMENTING = ("maskformer", "mask2former", "eomt")
-"""Kinds of models of transformers whose segments are taken; others are asked for boxes."""
+SEGMENTING = ("maskformer", "mask2former")
+"""Kinds of models of transformers whose segments are taken, overlapping ones whole (EoMT's processor has no such
+form); others are asked for boxes."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
+from matplotlib.figure import Figure
 
 from i2am_train.metrics.boxes import Box as PixelBox
 from i2am_train.reporting import score_table_formats as formats
-from i2am_train.reporting.canvas import OKABE_ITO, Picture, save_figure
+from i2am_train.reporting.canvas import OKABE_ITO, save_figure
+from i2am_train.reporting.detected import Detected, Example, Results
 from i2am_train.reporting.pages import Picture as PagePicture
-from i2am_train.reporting.pages import Section, embedded_file, page_environment, provenance_rows
+from i2am_train.reporting.pages import Section, embedded_figure, page_environment, provenance_rows
 from i2am_train.reporting.published import TABLE_3, published_iou
 from i2am_train.reporting.score_tables import Cell, Heading, Row, ScoreTable
 from i2am_train.reporting.sheet import Box, Sheet, draw_sheet
@@ -51,6 +52,8 @@ TARGET_COLOR, OURS_COLOR, INVERTED_COLOR, DETECTOR_COLOR = (
     OKABE_ITO[3],
 )
 FIGURE = "figures/samples.png"
+WIDTH, DPI = 7.0, 220
+"""Width of the figure in inches, and its pixels per inch."""
 FIGURE_CAPTION = (
     "Samples: the image with the object's box (green), what is painted anew, the reference, the "
     "painted image with the detectors' best boxes (pink), the unified map on it, and the boxes found "
@@ -58,46 +61,55 @@ FIGURE_CAPTION = (
     "inverted map."
 )
 
-Results = Mapping[str, Any]
 
+def write_report(detected: Detected) -> Path:
+    """Write ``results.md``, ``results.tex``, the figure and ``report.html`` into the experiment's folder.
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Example:
-    """One sample to draw, all pictures of one size."""
+    Nothing but what the folder keeps is read: the page can be made again without model and data.
 
-    image: Picture
-    mask: NDArray[np.bool_]
-    reference: Picture
-    generated: Picture
-    heat: NDArray[np.floating]
-    """Unified map in [0, 1], of any size."""
-    row: Mapping[str, Any]
-    """Of ``samples.jsonl``."""
-
-
-def write_report(folder: Path, results: Results, examples: Sequence[Example]) -> Path:
-    """Write ``results.md``, ``results.tex``, the figure and ``report.html``; the path of the page.
-
-    Args:
-        folder: of the run.
-        results: what ``results.json`` says.
-        examples: samples of the figure; none, no figure.
+    Returns:
+        The path of the page.
     """
-    tables = [main_table(results), threshold_table(results)]
+    folder, tables = detected.folder, tables_of(detected.results)
     write_text(folder / "results.md", "\n".join(map(formats.markdown, tables)))
     latex = "\n".join(map(formats.latex, tables))
     write_text(folder / "results.tex", f"% Needs \\usepackage{{booktabs}}.\n{latex}")
-    sections = [
-        Section(f"{t.title} ({t.source})", html=formats.html(t), notes=list(t.notes))
-        for t in tables
-    ]
-    if examples:
-        path = save_figure(draw_sheet(sample_sheet(examples), 7.0), folder / FIGURE, dpi=220)
-        alt = f"Rows of pictures: {', '.join(example.row['name'] for example in examples)}."
-        picture = PagePicture(embedded_file(path), FIGURE_CAPTION, alt)
-        sections.append(Section("Samples", pictures=[picture]))
-    write_text(folder / "report.html", page(results, sections))
+    drawing = drawing_of(detected.examples)
+    if drawing is not None:
+        save_figure(drawing, folder / FIGURE, dpi=DPI)
+    write_text(folder / "report.html", page(detected.results, sections(detected, drawing)))
     return folder / "report.html"
+
+
+def tables_of(results: Results) -> tuple[ScoreTable, ...]:
+    """The paper's tables that the experiment fills, in their order."""
+    return main_table(results), threshold_table(results)
+
+
+def drawing_of(examples: Sequence[Example]) -> Figure | None:
+    """The figure of samples; None where no pictures were kept."""
+    return draw_sheet(sample_sheet(examples), WIDTH) if examples else None
+
+
+def sections(detected: Detected, drawing: Figure | None, label: str = "") -> list[Section]:
+    """What a page shows of the experiment: its tables, then the figure.
+
+    Args:
+        detected: the experiment.
+        drawing: its figure, from ``drawing_of``.
+        label: before each title, where a page shows several experiments.
+    """
+    before = f"{label}: " if label else ""
+    found = [
+        Section(f"{before}{t.title} ({t.source})", html=formats.html(t), notes=list(t.notes))
+        for t in tables_of(detected.results)
+    ]
+    if drawing is not None:
+        names = ", ".join(example.row["name"] for example in detected.examples)
+        alt = f"Rows of pictures: {names}."
+        picture = PagePicture(embedded_figure(drawing, DPI), FIGURE_CAPTION, alt)
+        found.append(Section(f"{before}Samples", pictures=[picture]))
+    return found
 
 
 def page(results: Results, sections: Sequence[Section]) -> str:

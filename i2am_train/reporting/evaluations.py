@@ -129,7 +129,12 @@ def _evaluation_folders(folder: Path) -> list[Path]:
 
 def _read(folder: Path) -> Evaluation:
     results, manifest = dict(read_json(folder / RESULTS)), dict(read_json(folder / MANIFEST_FILE))
-    if manifest.get("schema") != MANIFEST_SCHEMA or "metrics" not in results:
+    if "metrics" not in results:
+        raise RunFolderError(
+            f"{folder} holds results of '{manifest.get('command')}', which are no evaluation. Give folders that "
+            "'i2am evaluate', 'i2am train' or 'i2am ablate' wrote in runs, and those of 'i2am detect' in detected."
+        )
+    if manifest.get("schema") != MANIFEST_SCHEMA:
         raise RunFolderError(
             f"The evaluation in {folder} is of another version of i2am_train (schema "
             f"{manifest.get('schema')!r}, this one reads {MANIFEST_SCHEMA}). Evaluate again into another folder."

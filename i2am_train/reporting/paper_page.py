@@ -16,6 +16,7 @@ def paper_page(index: Mapping[str, Any], sections: Sequence[Section]) -> str:
         index: what ``index.json`` of the report says: provenance, settings, inputs, what is left out.
         sections: tables and figures in their order.
     """
+    made_from = {**index.get("inputs", {}), **index.get("detections", {})}
     return (
         page_environment()
         .get_template("paper.html.j2")
@@ -26,7 +27,7 @@ def paper_page(index: Mapping[str, Any], sections: Sequence[Section]) -> str:
             making=list(provenance_rows(index)),
             left_out=left_out(index),
             settings=_as_text(index["settings"]),
-            inputs={name: _as_text(made) for name, made in index.get("inputs", {}).items()},
+            inputs={name: _as_text(made) for name, made in made_from.items()},
         )
     )
 
@@ -38,8 +39,7 @@ def left_out(index: Mapping[str, Any]) -> dict[str, str]:
 
 def _title(index: Mapping[str, Any]) -> str:
     models = dict.fromkeys(entry["model"] for entry in index.get("evaluations", ()))
-    explained = list(index.get("inputs", {}))
-    named = list(models) or explained
+    named = list(models) or list(index.get("inputs") or index.get("detections", {}))
     return ", ".join(named[:4]) + (" and others" if len(named) > 4 else "")
 
 
@@ -49,6 +49,7 @@ def _facts(index: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         ("evaluations", "evaluations"),
         ("tables", "tables"),
         ("inputs", "explained samples"),
+        ("detections", "detection experiments"),
         ("figures", "figures"),
     ):
         if index.get(name):

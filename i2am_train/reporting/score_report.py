@@ -39,15 +39,8 @@ class TableSet:
         self, folder: Path, file_formats: Sequence[str], dpi: int
     ) -> tuple[dict[str, Any], list[Section]]:
         """Write ``tables/*`` and the figure; the index of it, and the page's sections."""
-        entries = []
-        for table in self.tables:
-            stem = f"{FOLDER}/{table.name}"
-            write_text(folder / f"{stem}.md", formats.markdown(table))
-            write_text(folder / f"{stem}.tex", _latex(table, self._origins()))
-            write_json(folder / f"{stem}.json", table.as_json())
-            files = [f"{stem}.{ending}" for ending in ("md", "tex", "json")]
-            entry: dict[str, Any] = {"table": table.name, "paper": table.source, "files": files}
-            entries.append(entry)
+        origins = self._origins()
+        entries = [write_table(table, folder, table.name, origins) for table in self.tables]
         sections = [self._section(table) for table in self.tables]
         figure = correlation_figure(self.evaluations)
         if figure is not None:
@@ -84,6 +77,25 @@ class TableSet:
     def _origins(self) -> list[str]:
         """One line for each model; ``index.json`` says it of each evaluation."""
         return [_origin_of_model(of) for of in models_of(self.evaluations).values()]
+
+
+def write_table(
+    table: ScoreTable, folder: Path, name: str, origins: Sequence[str]
+) -> dict[str, Any]:
+    """Write ``tables/<name>`` as Markdown, LaTeX and JSON into a report's folder; its entry of the index.
+
+    Args:
+        table: what is written.
+        folder: of the report.
+        name: of the files.
+        origins: what the table was made from, a line each, for the LaTeX file.
+    """
+    stem = f"{FOLDER}/{name}"
+    write_text(folder / f"{stem}.md", formats.markdown(table))
+    write_text(folder / f"{stem}.tex", _latex(table, origins))
+    write_json(folder / f"{stem}.json", table.as_json())
+    files = [f"{stem}.{ending}" for ending in ("md", "tex", "json")]
+    return {"table": table.name, "paper": table.source, "files": files}
 
 
 def _origin_of_model(evaluations: Sequence[Evaluation]) -> str:

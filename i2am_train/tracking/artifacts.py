@@ -42,6 +42,11 @@ def use_dataset(run: Any, root: Path, fingerprint: str) -> None:
     _use_fingerprint(run, DATASET, fingerprint, root, list_lengths(root, AS_IT_LIES))
 
 
+def use_bench(run: Any, root: Path, fingerprint: str, samples: int) -> None:
+    """Say that a run looks for the objects of a COCO dataset, of which only fingerprint and number are sent."""
+    _use_fingerprint(run, DATASET, fingerprint, root, {"objects": samples})
+
+
 def use_images(run: Any, role: str, root: Path, fingerprint: str) -> None:
     """Say that a run reads a folder of finished images (``role``: images or reference)."""
     _use_fingerprint(run, IMAGES, fingerprint, root, {}, role)

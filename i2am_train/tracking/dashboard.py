@@ -16,11 +16,19 @@ from wandb.sdk.lib.service.service_connection import WandbApiFailedError  # publ
 from i2am_train.config.schema import EvaluationConfig
 from i2am_train.errors import TrackingError
 from i2am_train.metrics.registry import METRICS
+from i2am_train.reporting.detection import LABELS, OURS
 from i2am_train.tracking.names import (
     ARM,
     ATTRIBUTION,
     ATTRIBUTION_GENERATED,
     ATTRIBUTION_REFERENCE,
+    DETECTION,
+    DETECTION_BOXES,
+    DETECTION_DELTA,
+    DETECTION_METHODS,
+    DETECTION_SWEEP,
+    DETECTION_TABLE,
+    DETECTION_THRESHOLDS,
     EVALUATION,
     LEARNING_RATE,
     LOSSES,
@@ -75,9 +83,9 @@ def sections() -> list[DashboardSection]:
                 "above delta. The table begins with the worst samples."
             ),
             panels=[
-                _media("Attribution on generated images", ATTRIBUTION_GENERATED),
-                _media("Attribution on garments", ATTRIBUTION_REFERENCE),
-                _media("Both directions and centres", ATTRIBUTION),
+                _media("Attribution on generated images", VALIDATION + ATTRIBUTION_GENERATED),
+                _media("Attribution on garments", VALIDATION + ATTRIBUTION_REFERENCE),
+                _media("Both directions and centres", VALIDATION + ATTRIBUTION),
                 reports.WeavePanelSummaryTable(table_name=VALIDATION + TABLE),
             ],
         ),
@@ -92,6 +100,27 @@ def sections() -> list[DashboardSection]:
                 reports.RunComparer(diff_only="split"),
             ],
             by_arm=True,
+        ),
+        DashboardSection(
+            name="Object detection",
+            text=(
+                "Mean IoU of the boxes that the attention gives, by method and over the threshold of the map (runs of "
+                "`i2am detect`). Boxes can be switched on and off."
+            ),
+            panels=[
+                *(
+                    _bars(f"{DETECTION}generated/{name}", f"{LABELS[name]}: mean IoU")
+                    for name in ("i2am", "i2am_inverted", "overall", "random")
+                ),
+                *(
+                    _curve(DETECTION_SWEEP + name, f"{LABELS[name]}: mean IoU", DETECTION_DELTA)
+                    for name in OURS
+                ),
+                _media("Boxes on painted images", DETECTION_BOXES),
+                reports.WeavePanelSummaryTable(table_name=DETECTION_METHODS),
+                reports.WeavePanelSummaryTable(table_name=DETECTION_THRESHOLDS),
+                reports.WeavePanelSummaryTable(table_name=DETECTION_TABLE),
+            ],
         ),
     ]
 
@@ -205,8 +234,8 @@ def _metrics(group: str) -> list[str]:
     ]
 
 
-def _curve(name: str, title: str) -> Any:
-    return reports.LinePlot(title=title, x=STEP, y=[name], max_runs_to_show=20)
+def _curve(name: str, title: str, axis: str = STEP) -> Any:
+    return reports.LinePlot(title=title, x=axis, y=[name], max_runs_to_show=20)
 
 
 def _bars(name: str, title: str) -> Any:
@@ -220,7 +249,7 @@ def _bars(name: str, title: str) -> Any:
 
 
 def _media(title: str, name: str) -> Any:
-    return reports.MediaBrowser(title=title, media_keys=[VALIDATION + name], num_columns=4)
+    return reports.MediaBrowser(title=title, media_keys=[name], num_columns=4)
 
 
 def _filters(group: str | None) -> Any:

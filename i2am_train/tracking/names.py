@@ -16,6 +16,11 @@ Beside them W&B has, for each validation, ``val/table`` (a row per sample), ``va
 ``val/attribution_reference`` (pictures with mask overlays), ``val/attribution`` (the panel) and ``val/samples``. A run
 of job type "evaluation" has ``eval/<metric>``, ``eval/table`` and ``eval/samples``; one of job type "study" has
 ``study/arms`` and ``study/differences``.
+
+A run of job type "detection" has ``detect/<kind>/<method>``, the mean IoU on real and on generated images, methods as
+``results.json`` has them and detectors by their label; ``detect/sweep/<method>`` over ``detect/delta``; and the tables
+``detect/methods``, ``detect/thresholds`` (both with intervals), ``detect/samples`` (a row per sample) and
+``detect/table`` (pictures of the first ones), whose boxes are in ``detect/boxes``.
 """
 
 from i2am_train.metrics.registry import METRICS
@@ -26,6 +31,7 @@ EPOCH = "epoch"
 LEARNING_RATE = "lr"
 GRADIENT_NORM = "grad_norm"
 LOSS, VALIDATION, EVALUATION, STUDY = "loss/", "val/", "eval/", "study/"
+DETECTION = "detect/"
 
 LOSSES = tuple(LOSS + term for term in ("total", "denoising", "dcml", "tv", "cwg", "supervised"))
 
@@ -35,8 +41,13 @@ ATTRIBUTION = "attribution"
 ATTRIBUTION_GENERATED = "attribution_generated"
 ATTRIBUTION_REFERENCE = "attribution_reference"
 STUDY_ARMS, STUDY_DIFFERENCES = STUDY + "arms", STUDY + "differences"
+DETECTION_METHODS, DETECTION_THRESHOLDS = DETECTION + "methods", DETECTION + "thresholds"
+DETECTION_SAMPLES, DETECTION_TABLE = DETECTION + SAMPLES, DETECTION + TABLE
+DETECTION_BOXES = DETECTION + "boxes"
+DETECTION_DELTA, DETECTION_SWEEP = DETECTION + "delta", DETECTION + "sweep/"
 
 TRAIN_JOB, EVALUATION_JOB, STUDY_JOB = "train", "evaluation", "study"
+DETECTION_JOB = "detection"
 
 
 ARM = "arm"

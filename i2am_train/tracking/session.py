@@ -52,7 +52,7 @@ def open_run(
         tracking: mode, project, group, tags.
         folder: the run folder; keeps the run's id.
         name: shown in W&B unless ``tracking.name`` is set.
-        job_type: one of ``names.TRAIN_JOB``, ``names.EVALUATION_JOB``, ``names.STUDY_JOB``.
+        job_type: one of ``names.TRAIN_JOB``, ``EVALUATION_JOB``, ``STUDY_JOB``, ``DETECTION_JOB``.
         arm: of the study, or the like, unless ``tracking.arm`` is set.
         config: nested plain values.
         tags: of the run, beside ``tracking.tags``.

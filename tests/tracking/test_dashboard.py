@@ -54,10 +54,12 @@ def test_panels_show_what_is_documented(shown: Shown, panels: Panels) -> None:
     others = {*names.LOSSES, names.LEARNING_RATE, names.STUDY_ARMS, names.STUDY_DIFFERENCES}
     others |= {names.VALIDATION + n for n in (names.ATTRIBUTION, names.ATTRIBUTION_GENERATED)}
     others |= {"val/attribution_reference", "val/table", "eval/table"}
-    assert found - scalars == others
+    detection = {name for name in found if name.startswith(names.DETECTION)}
+    assert {names.DETECTION_METHODS, names.DETECTION_TABLE, "detect/sweep/i2am"} <= detection
+    assert found - scalars - detection == others
     axes = {panel["config"]["xAxis"] for panel in panels(dashboard.dashboard_json("p", None))
             if panel["viewType"] == "Run History Line Plot"}  # fmt: skip
-    assert axes == {names.STEP}
+    assert axes == {names.STEP, names.DETECTION_DELTA}
 
 
 def test_bars_are_grouped_by_arm(panels: Panels) -> None:

@@ -5,11 +5,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torchvision.transforms import v2
 
 from i2am_train.errors import CheckpointError
 from i2am_train.metrics.boxes import Box
 from i2am_train.models.detectors import boxes_of_segments, load_detector
-from tests.detectors import tiny_maskformer, tiny_yolos
+from tests.detectors import tiny_maskformer, tiny_rt_detr, tiny_yolos
 
 PICTURE = np.random.default_rng(0).integers(0, 256, (60, 90, 3), np.uint8)
 
@@ -27,16 +28,59 @@ def test_a_detector_of_transformers_finds_its_box_in_pixels(tmp_path: Path) -> N
     assert detector.detect(PICTURE, 0.81) == []
 
 
+@pytest.mark.parametrize("version", [1, 2])
+def test_rt_detr_finds_what_its_outputs_say(version: int, tmp_path: Path) -> None:
+    """Sigmoid per query and label, as many of the best as there are queries; boxes from shares to pixels."""
+    detector = load_detector(str(tiny_rt_detr(tmp_path / "rt_detr", version)))
+    pixels = torch.from_numpy(PICTURE).permute(2, 0, 1)[None]
+    inputs = v2.functional.resize(pixels, [64, 64], antialias=True) / 255
+    with torch.inference_mode():
+        outputs = detector.model(inputs)  # type: ignore[attr-defined]
+    scores = outputs.logits[0].sigmoid()
+    x, y, width, height = (outputs.pred_boxes[0] * torch.tensor([90, 60, 90, 60])).unbind(-1)
+    boxes = torch.stack([x - width / 2, y - height / 2, x + width / 2, y + height / 2], -1)
+    best = scores.flatten().argsort(descending=True, stable=True)[: len(scores)].tolist()
+    expected = [
+        (scores.flatten()[one].item(), ("cup", "dog")[one % 2], boxes[one // 2]) for one in best
+    ]
+    assert {category for _, category, _ in expected} == {"cup", "dog"}
+    middle = (expected[0][0] + expected[-1][0]) / 2
+    for threshold in (0.5, middle):
+        above = [one for one in expected if one[0] > threshold]
+        found = detector.detect(PICTURE, threshold)
+        assert len(found) == len(above) > 0
+        for detection, (score, category, box) in zip(found, above, strict=True):
+            assert detection.category == category
+            assert detection.score == pytest.approx(score, abs=1e-5)
+            assert np.allclose(detection.box, box, atol=1e-3)
+
+
 def test_a_segmenting_model_gives_boxes(tmp_path: Path) -> None:
-    """MaskFormer's segments become boxes inside the picture."""
+    """MaskFormer's best labels per query, scored by class and mask, as boxes in the picture's pixels."""
     detector = load_detector(str(tiny_maskformer(tmp_path / "maskformer")))
-    found = detector.detect(PICTURE, 0.0)
-    assert found
+    picture = np.zeros((60, 90, 3), np.uint8)
+    picture[10:30, 50:80] = 255
+    inputs = detector.processor(images=picture, return_tensors="pt")  # type: ignore[attr-defined]
+    assert inputs["pixel_mask"].all()  # scaled and not padded: a mask spans the picture
+    with torch.inference_mode():
+        outputs = detector.model(**inputs)  # type: ignore[attr-defined]
+    classes = outputs.class_queries_logits[0].softmax(-1)[:, :2]
+    expected = {}
+    for one in classes.flatten().argsort(descending=True)[: len(classes)].tolist():
+        logits = outputs.masks_queries_logits[0, one // 2]
+        rows, columns = np.nonzero((logits > 0).numpy())
+        y, x = 60 / logits.shape[0], 90 / logits.shape[1]  # pixels per pixel of the mask
+        box = (columns.min() * x, rows.min() * y, (columns.max() + 1) * x, (rows.max() + 1) * y)
+        score = classes.flatten()[one] * logits.sigmoid()[logits > 0].mean()
+        expected[score.item()] = (("cup", "dog")[one % 2], box)
+    found = detector.detect(picture, 0.0)
+    assert len(found) == len(expected) == 4
+    assert any(one.box.area < 60 * 90 / 2 for one in found)
     for detection in found:
-        left, top, right, bottom = detection.box
-        assert 0 <= left < right <= 90
-        assert 0 <= top < bottom <= 60
-        assert detection.category in ("cup", "dog")
+        score = min(expected, key=lambda known: abs(known - detection.score))
+        assert detection.score == pytest.approx(score, abs=1e-5)
+        assert detection.category == expected[score][0]
+        assert np.allclose(detection.box, expected[score][1], atol=1)  # whole pixels
 
 
 def test_the_box_of_a_segment_is_its_extents() -> None:
@@ -94,11 +138,15 @@ def test_what_is_no_detector_is_said(
 
 def test_a_model_of_another_kind_is_refused(tmp_path: Path) -> None:
     """A parser is a segmentation model, too, but finds no objects; weights of another network do not fit."""
-    from transformers import SegformerConfig
+    from transformers import EomtConfig, EomtImageProcessor, SegformerConfig
 
     SegformerConfig().save_pretrained(tmp_path)
     with pytest.raises(CheckpointError, match=r"No model for detectors could be loaded"):
         load_detector(str(tmp_path))
+    for part in (EomtConfig(), EomtImageProcessor()):  # finds segments, none that overlap
+        part.save_pretrained(tmp_path / "eomt")
+    with pytest.raises(CheckpointError, match=r"EomtConfig.* Model type should be one of"):
+        load_detector(str(tmp_path / "eomt"))
     torch.save({"a": torch.zeros(2)}, tmp_path / "other.pth")
     with pytest.raises(CheckpointError, match=r"gives no weights of torchvision's ssd"):
         load_detector(f"torchvision:ssdlite320_mobilenet_v3_large@{tmp_path / 'other.pth'}")

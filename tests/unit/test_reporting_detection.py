@@ -1,18 +1,22 @@
-"""Tables of the detection experiment: what is ranked, what is printed beside the paper, what is said."""
+"""The detection experiment written down: what is ranked, printed beside the paper and said; what a report takes in."""
 
+import json
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from i2am_train.commands.report import report
+from i2am_train.config.store import compose
 from i2am_train.reporting import score_table_formats as formats
-from i2am_train.reporting.detection import (
-    Example,
-    main_table,
-    sample_sheet,
-    threshold_table,
-)
+from i2am_train.reporting.detected import KIND, SCHEMA, Example, read_detected, write_examples
+from i2am_train.reporting.detection import main_table, sample_sheet, threshold_table
+from i2am_train.reporting.explained import ExplainedSample
 from i2am_train.reporting.published import published_iou
+from i2am_train.reporting.records import RESULTS, SAMPLES
+from i2am_train.runs import RunFolder, write_json, write_text
 
 YOLO, MASKFORMER = "hustvl/yolos-tiny", "facebook/maskformer-swin-tiny-coco"
 
@@ -128,9 +132,10 @@ def test_published_values_belong_to_their_detectors() -> None:
     assert published_iou("overall", "real") is None
 
 
-def test_a_sample_is_drawn_with_its_boxes() -> None:
-    """The object's box on the image, the detector's on the painting, those of the map at the end."""
-    picture = np.zeros((20, 40, 3), np.uint8)
+@pytest.fixture
+def example() -> Example:
+    """A cup in a picture of 20x40, found in part."""
+    picture = np.arange(20 * 40 * 3, dtype=np.uint8).reshape(20, 40, 3)
     found = {
         "yolo": {
             "real": None,
@@ -144,17 +149,65 @@ def test_a_sample_is_drawn_with_its_boxes() -> None:
     }  # fmt: skip
     mask = np.zeros((20, 40), np.bool_)
     mask[5:15, 10:30] = True
-    example = Example(
-        image=picture,
-        mask=mask,
-        reference=picture,
-        generated=picture,
-        heat=np.ones((4, 8)),
-        row=row,
-    )
+    return Example(
+        image=picture, mask=mask, reference=picture, generated=picture, heat=np.ones((4, 8)), row=row
+    )  # fmt: skip
+
+
+def test_a_sample_is_drawn_with_its_boxes(example: Example) -> None:
+    """The object's box on the image, the detector's on the painting, those of the map at the end."""
     cells = sample_sheet([example, example]).sections[0].rows[1]
     assert [len(cell.boxes) for cell in cells] == [1, 0, 0, 1, 0, 2]
     target = cells[0].boxes[0]
     assert (target.top, target.left, target.height, target.width) == (0.25, 0.25, 0.5, 0.5)
     assert cells[-1].note == "IoU 0.25 / 0.00"
-    assert (cells[1].picture[mask] == 255).all()
+    assert (cells[1].picture[example.mask] == 255).all()
+
+
+@pytest.fixture
+def experiment(results: dict[str, Any], example: Example, tmp_path: Path) -> Path:
+    """A finished folder as `i2am detect` leaves it, without images and maps."""
+    settings = results["settings"] | {"pipeline": "pbe"}
+    folder = RunFolder.open(tmp_path / "experiment", settings)
+    folder.start(data="d0")
+    kept = {"schema": SCHEMA, "kind": KIND, **results, "settings": settings, "manifest": {}}
+    write_json(folder / RESULTS, kept)
+    write_text(folder / SAMPLES, json.dumps(example.row) + "\n")
+    write_examples(folder.path, [example])
+    folder.finish()
+    return folder.path
+
+
+def test_examples_come_back(experiment: Path, example: Example) -> None:
+    """Every picture and the map, bit for bit, with the row of their sample; none where none are wanted."""
+    (read,) = read_detected(experiment).examples
+    for name in ("image", "mask", "reference", "generated", "heat"):
+        assert np.array_equal(getattr(read, name), getattr(example, name)), name
+        assert getattr(read, name).dtype == getattr(example, name).dtype
+    assert read.row == example.row
+    write_examples(experiment, [])
+    assert read_detected(experiment).examples == ()
+
+
+def test_one_report_holds_both_kinds_of_figures(
+    experiment: Path,
+    make_explained: Callable[..., ExplainedSample],
+    write_explained_run: Callable[[ExplainedSample, Path], Path],
+    tmp_path: Path,
+) -> None:
+    """What explained samples and experiments give is joined: in the index, on the page, in what it says of inputs."""
+    explained = write_explained_run(make_explained(), tmp_path / "explained")
+    options = [f"explained=[{explained}]", f"detected=[{experiment}]", "figures=[daam]"]
+    written = ["formats=[png]", "dpi=60", f"output={tmp_path / 'report'}"]
+    folder = report(compose("report", [*options, *written]))
+    index = json.loads((folder / "index.json").read_text())
+    assert [entry["figure"] for entry in index["figures"]] == ["daam", "detection"]
+    assert len(index["tables"]) == 2
+    assert all(
+        (folder / f).is_file() for e in index["figures"] + index["tables"] for f in e["files"]
+    )
+    page = (folder / "report.html").read_text()
+    assert page.count("data:image/png") == 2
+    for name in ("explained", "experiment"):
+        assert f"<summary>{name}</summary>" in page
+    assert "<b>1</b> detection experiments" in page
