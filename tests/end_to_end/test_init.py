@@ -291,7 +291,7 @@ def test_true_size_from_the_authors_checkpoint(true_files: Path) -> None:
     """Their U-Net, projector, null tokens and VAE, with the whole of DINOv2-g; two steps and a sample."""
     write_dinov2(true_files / "giant", layers=40)
     said = init_true_size(true_files, "custom", "custom=custom.ckpt", "encoder=giant")
-    assert "Dinov2Model (frozen) 113" in said
+    assert "Dinov2Model (frozen) 1,136.5 M" in said
     (report,) = json.loads((true_files / "custom.keys.json").read_text())
     assert len(report["mapped"]) > 700
     train_and_sample(true_files, "custom")
