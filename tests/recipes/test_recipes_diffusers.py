@@ -3,9 +3,20 @@
 import pytest
 
 from tests.recipes.models import CASES
-from tests.recipes.slow import RecipeContract
+from tests.recipes.slow import RecipeContract, check_compiled_whole, to_compile
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 class TestRecipes(RecipeContract):
     """Everything in `RecipeContract`, for each model."""
+
+
+@pytest.mark.parametrize("case", to_compile(CASES), ids=str)
+def test_a_network_compiled_whole_hides_no_attention(case):
+    check_compiled_whole(case, "eager")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_no_backend_of_the_compiler_hides_attention(backend):
+    check_compiled_whole(next(case for case in CASES if case.recipe == "paint_by_example"), backend)
