@@ -7,6 +7,7 @@ import re
 import sys
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +67,16 @@ def stable_diffusion(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def full_face(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     return tiny_ip_adapter(tmp_path_factory.mktemp("full_face"), "ip_adapter_full_face")
+
+
+@pytest.fixture(scope="module")
+def four_tokens(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    return tiny_ip_adapter(tmp_path_factory.mktemp("four_tokens"), "ip_adapter")
+
+
+@pytest.fixture(scope="module")
+def plus(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    return tiny_ip_adapter(tmp_path_factory.mktemp("plus"), "ip_adapter_plus")
 
 
 @pytest.fixture(scope="module")
@@ -174,6 +185,87 @@ def test_an_adapter_without_a_picture_to_fill(
     )  # fmt: skip
     assert scores_of(folder)["scores"] == {}
     assert not (folder / "masks").exists()
+
+
+def test_resampled_tokens_have_maps_on_the_generated_picture_alone(
+    plus: tuple[Path, Path], explain: Explain
+) -> None:
+    """16 tokens of a ``.bin`` file: functional, the score of the filled region, and nothing on the reference."""
+    base, adapter = plus
+    folder = explain("model=ip_adapter_plus", f"checkpoint={base}", f"adapter={adapter}")
+    scores = scores_of(folder)
+    assert (scores["recipe"], scores["model"]) == ("ip_adapter_plus", "IP-Adapter plus")
+    assert (scores["functional"], scores["marks"]) == (True, [])
+    assert scores["directions"] == ["reference_to_generated"]
+    assert len(scores["layers"]) == 16
+    assert scores["scores"]["imacs_g"] is not None
+    assert "imacs_r" not in scores["scores"]
+    assert drawn(folder) == {*FIGURES}
+    assert page_data(folder)["layers"][0]["grids"] == {"generated": [32, 24], "reference": None}
+
+
+def test_patches_of_tokens_without_a_place_are_refused(
+    four_tokens: tuple[Path, Path], explain: Explain, tmp_path: Path
+) -> None:
+    """Passed over, they would look as if they had been drawn."""
+    base, adapter = four_tokens
+    with pytest.raises(ConfigError, match=r"reference_patches= asks for maps between patches"):
+        explain(
+            "model=ip_adapter", f"checkpoint={base}", f"adapter={adapter}",
+            "reference_patches=[[1,1]]", filling=False,
+        )  # fmt: skip
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", ["ip_adapter", "ip_adapter_plus"])
+def test_maps_of_the_command_are_those_of_the_adapter_in_diffusers(
+    name: str, explain: Explain, pictures: Path, request: pytest.FixtureRequest
+) -> None:
+    """Queries and keys of the conditional row, computed anew inside the attention of diffusers' own pipeline."""
+    base, adapter = request.getfixturevalue({"ip_adapter": "four_tokens"}.get(name, "plus"))
+    folder = explain(
+        f"model={name}", f"checkpoint={base}", f"adapter={adapter}", "prompt=a shirt",
+        "sampling.guidance=3", "sampling.seed=7", filling=False,
+    )  # fmt: skip
+    picture, expected = made_by_diffusers(base, adapter, pictures / "shirt.png")
+    np.testing.assert_array_equal(opened(folder / "images" / "generated.png"), picture)
+    store = load_maps(folder / "maps.safetensors").maps.store
+    assert set(store.names) == set(expected)
+    for layer, steps in expected.items():
+        found = store.layer(layer).to_generated[0]
+        torch.testing.assert_close(found, torch.stack(steps), rtol=1e-4, atol=1e-7)
+
+
+def made_by_diffusers(
+    base: Path, adapter: Path, reference: Path
+) -> tuple[Image.Image, dict[str, list[torch.Tensor]]]:
+    """The picture, and ``[head, generated]`` of each layer and step from what its attention is called with."""
+    from diffusers import StableDiffusionPipeline
+    from diffusers.models.attention_processor import Attention
+    from transformers import CLIPVisionModelWithProjection
+
+    encoder = CLIPVisionModelWithProjection.from_pretrained(adapter.parent / "image_encoder")
+    pipeline = StableDiffusionPipeline.from_pretrained(base, image_encoder=encoder)
+    pipeline.load_ip_adapter(str(adapter.parent), subfolder="", weight_name=adapter.name)
+    pipeline.set_progress_bar_config(disable=True)
+    found: dict[str, list[torch.Tensor]] = {}
+
+    def note(layer: str, module: Attention, args: Any, kwargs: Any) -> None:
+        _, (tokens,) = kwargs["encoder_hidden_states"]
+        queries, keys = module.to_q(args[0][1]), module.processor.to_k_ip[0](tokens[1, 0])
+        pairs = zip(queries.chunk(module.heads, -1), keys.chunk(module.heads, -1), strict=True)
+        heads = [(q @ k.mT / q.shape[-1] ** 0.5).softmax(dim=0).mean(dim=1) for q, k in pairs]
+        found.setdefault(layer, []).append(torch.stack(heads))
+
+    for path, module in pipeline.unet.named_modules():
+        if path.endswith(".attn2"):
+            layer = path.removesuffix(".attn2")
+            module.register_forward_pre_hook(partial(note, layer), with_kwargs=True)
+    made = pipeline(
+        "a shirt", ip_adapter_image=opened(reference), height=64, width=48, num_inference_steps=2,
+        guidance_scale=3, generator=torch.Generator().manual_seed(7),
+    )  # fmt: skip
+    return made.images[0], found
 
 
 def test_catvton_reports_the_share_of_attention(
@@ -324,6 +416,14 @@ def test_misfitting_sizes_and_adapters(
         CheckpointError, match=r"is ip_adapter_full_face, and model=ip_adapter was asked for"
     ):
         explain("model=ip_adapter", f"checkpoint={base}", f"adapter={adapter}")
+    with pytest.raises(
+        CheckpointError, match=r"reads image features of 48 channels.*gives 32\. Put"
+    ):
+        explain(
+            "model=ip_adapter_full_face",
+            f"checkpoint={base}",
+            f"adapter={for_wider_encoder(adapter)}",
+        )
     encoder = adapter.parent / "image_encoder" / "model.safetensors"
     with pytest.raises(CheckpointError, match=r"adapter=.* does not fit this model"):
         explain("model=ip_adapter", f"checkpoint={base}", f"adapter={encoder}")
@@ -337,3 +437,16 @@ def test_misfitting_sizes_and_adapters(
         CheckpointError, match=r"is of a StableDiffusionXLPipeline; .* StableDiffusionPipeline or"
     ):
         explain("model=ip_adapter", f"checkpoint={sdxl}", f"adapter={adapter}")
+
+
+def for_wider_encoder(adapter: Path) -> Path:
+    """The file of a full-face adapter that reads 48 channels."""
+    from safetensors.torch import load_file, save_file
+
+    weights = load_file(adapter)
+    name, wide = "image_proj.proj.{}.{}", 48
+    weights[name.format(0, "weight")] = torch.zeros(wide, wide)
+    weights[name.format(0, "bias")] = torch.zeros(wide)
+    weights[name.format(2, "weight")] = torch.zeros(16, wide)
+    save_file(weights, adapter.parent / "wider.safetensors")
+    return adapter.parent / "wider.safetensors"
