@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from matplotlib.figure import Figure
 from PIL import Image, ImageDraw
 
 from i2am_train.attribution import load_maps
@@ -24,6 +25,7 @@ from i2am_train.errors import CaptureError, CheckpointError, ConfigError, DataEr
 from i2am_train.evaluation.others import generate_attended
 from i2am_train.models.others.base import Request, Source
 from i2am_train.models.others.catvton import load_attention, load_catvton
+from i2am_train.reporting.canvas import save_figure
 from i2am_train.reporting.explained import read_explained
 from i2am_train.types import Direction, GridSize
 from tests.pipelines import tiny_catvton, tiny_ip_adapter, tiny_stable_diffusion
@@ -341,6 +343,30 @@ def test_a_factory_brings_a_model_of_its_own_repository(explain: Explain) -> Non
     assert {"specific_reference", "reverse_specific"} < drawn(folder)
     with pytest.raises(I2AMError, match=r"explains a picture by another model \(stableviton\)"):
         read_explained(folder)
+
+
+def test_a_partial_model_is_marked_everywhere(
+    explain: Explain, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The garment's other way into the picture is named in scores, archive, page, terminal, and on every figure."""
+    words: dict[str, list[str]] = {}
+
+    def noted(figure: Figure, path: Path, **options: Any) -> None:
+        words[path.stem] = [text.get_text().replace("\n", " ") for text in figure.texts]
+        save_figure(figure, path, **options)
+
+    monkeypatch.setattr("i2am_train.reporting.canvas.save_figure", noted)
+    folder = explain("model=factory", "factory=tests.stableviton_like:build")
+    way = "a CLIP embedding of the garment also enters by cross-attention"
+    scores = scores_of(folder)
+    assert (scores["partial"], scores["marks"]) == (way, [f"partial: {way}"])
+    assert load_maps(folder / "maps.safetensors").maps.marks == (f"partial: {way}",)
+    assert page_data(folder)["notices"] == [f"partial: {way}"]
+    assert f"partial: {way}" in capsys.readouterr().out.splitlines()
+    assert drawn(folder) == {*FIGURES, "specific_reference", "reverse_specific"} == words.keys()
+    for name, texts in words.items():
+        assert f"partial: {way}" in texts
+        assert opened(folder / f"{name}.png").info["Description"] == f"partial: {way}"
 
 
 def test_factory_modules_are_found_in_the_working_directory(
