@@ -292,12 +292,15 @@ def test_joint_attention_after_norm_and_rotation_equals_a_slow_loop(name, reques
             torch.testing.assert_close(one[:, 0], other.float(), rtol=2e-5, atol=1e-7)
 
 
-@pytest.mark.parametrize("name", list(TRANSFORMERS))
-def test_joint_attention_of_a_network_compiled_whole(name, request):
+@pytest.mark.parametrize(
+    ("name", "backend"),
+    [("sd3", "eager"), ("flux", "eager"), pytest.param("flux", "inductor", marks=pytest.mark.slow)],
+)
+def test_joint_attention_of_a_network_compiled_whole(name, backend, request):
     # run in one graph before the trace, which must neither miss a call nor make another graph
     run, make_recipe, _, layers = TRANSFORMERS[name]
     plain = request.getfixturevalue(name)
-    model, graphs = copy.deepcopy(plain), CompileCounterWithBackend("eager")
+    model, graphs = copy.deepcopy(plain), CompileCounterWithBackend(backend)
     model.compile(backend=graphs, fullgraph=True)
     before = run(model)
     stores = []

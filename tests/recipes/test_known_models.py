@@ -28,7 +28,7 @@ from i2am_train.errors import CaptureError, ConfigError
 from i2am_train.types import Canvas, GridSize
 from tests.recipes.ldm_cases import CASES as LDM_CASES
 from tests.recipes.models import CASES, CONTEXT, SDXL, TIMESTEPS, evaluate, make_unet, noise
-from tests.recipes.slow import G2R, R2G, Case, fresh, recipe_of, traced_run
+from tests.recipes.slow import G2R, R2G, Case, fresh, recipe_of, traced_run, wrap_in_compile
 
 BY_NAME = {str(case): case for case in CASES}
 PARTIAL = {"pasd", "pasd_light", "seesr", "idm_vton", "ootdiffusion", "ladi_vton"}
@@ -56,6 +56,13 @@ class TestRecognition:
         assert found.name == case.recipe
         assert found.root == case.root
         assert found.sites == named_recipe(target, case.recipe).sites
+
+    @pytest.mark.parametrize("name", ["ip_adapter_plus", "catvton", "paint_by_example"])
+    def test_a_compiled_network_is_recognised(self, name: str):
+        # by paths, classes and the pipeline's own class; the compiler's wrapper hides none
+        target = fresh(BY_NAME[name])
+        wrap_in_compile(BY_NAME[name], target)
+        assert detect_recipe(target).name == name
 
     @pytest.mark.parametrize("case", CASES, ids=str)
     def test_the_denoiser_alone_may_be_traced(self, case: Case):
