@@ -96,12 +96,15 @@ def _tokenizer() -> Any:
 
 
 ENCODER_WIDTH = 32
+RESAMPLER_WIDTH = 64
+"""Of one head, which diffusers takes to be 64 channels wide."""
 
 
 def tiny_ip_adapter(folder: Path, kind: str = "ip_adapter") -> tuple[Path, Path]:
     """A Stable Diffusion folder, and the file of an IP-Adapter for it beside an image encoder of 16x16 patches.
 
-    ``kind``: ip_adapter (4 tokens), ip_adapter_full_face (class token and patches), ip_adapter_plus (16 tokens).
+    ``kind``: ip_adapter (4 tokens), ip_adapter_full_face (class token and patches), ip_adapter_plus (16 tokens; a
+    ``.bin`` file, in which the authors release them all).
     """
     import torch
     from diffusers import UNet2DConditionModel
@@ -121,11 +124,15 @@ def tiny_ip_adapter(folder: Path, kind: str = "ip_adapter") -> tuple[Path, Path]
     with torch.random.fork_rng():
         torch.manual_seed(4)
         CLIPVisionModelWithProjection(encoder).save_pretrained(folder / "image_encoder")
-        tensors = {f"image_proj.{name}": value for name, value in _image_projection(kind).items()}
+        parts = {"image_proj": _image_projection(kind), "ip_adapter": {}}
         for number, path in enumerate(order):
             out = unet.get_submodule(path.removesuffix(".processor")).to_k.out_features
             for part in ("to_k_ip", "to_v_ip"):
-                tensors[f"ip_adapter.{2 * number + 1}.{part}.weight"] = torch.randn(out, 16) / 4
+                parts["ip_adapter"][f"{2 * number + 1}.{part}.weight"] = torch.randn(out, 16) / 4
+    if kind == "ip_adapter_plus":
+        torch.save(parts, folder / f"{kind}.bin")
+        return base, folder / f"{kind}.bin"
+    tensors = {f"{part}.{name}": value for part in parts for name, value in parts[part].items()}
     save_file(tensors, folder / f"{kind}.safetensors")
     return base, folder / f"{kind}.safetensors"
 
@@ -143,6 +150,20 @@ def _image_projection(kind: str) -> dict[str, Any]:
 
     if kind == "ip_adapter":
         return linear("proj", ENCODER_WIDTH, 4 * 16) | norm("norm", 16)
+    if kind == "ip_adapter_plus":
+        wide = RESAMPLER_WIDTH
+        weights = {"latents": torch.randn(1, 16, wide) / wide**0.5}
+        weights |= linear("proj_in", ENCODER_WIDTH, wide) | linear("proj_out", wide, 16)
+        weights |= norm("norm_out", 16)
+        for layer in (f"layers.{number}" for number in range(4)):
+            weights |= norm(f"{layer}.0.norm1", wide) | norm(f"{layer}.0.norm2", wide)
+            weights |= linear(f"{layer}.0.to_q", wide, wide, bias=False)
+            weights |= linear(f"{layer}.0.to_kv", wide, 2 * wide, bias=False)
+            weights |= linear(f"{layer}.0.to_out", wide, wide, bias=False)
+            weights |= norm(f"{layer}.1.0", wide)
+            weights |= linear(f"{layer}.1.1", wide, 4 * wide, bias=False)
+            weights |= linear(f"{layer}.1.3", 4 * wide, wide, bias=False)
+        return weights
     assert kind == "ip_adapter_full_face"
     hidden = linear("proj.0", ENCODER_WIDTH, ENCODER_WIDTH)
     return hidden | linear("proj.2", ENCODER_WIDTH, 16) | norm("proj.3", 16)

@@ -23,13 +23,22 @@ from torch.utils.hooks import RemovableHandle
 from i2am_train.attribution.frames import Frame, announced_evaluation
 from i2am_train.attribution.probes import AttentionInputs, Probe, probe
 from i2am_train.attribution.recipes import module_like, nearest_recipe
-from i2am_train.attribution.sites import LatentSize, LayerId, Recipe, SiteModule, find_layer
+from i2am_train.attribution.sites import (
+    LatentSize,
+    LayerId,
+    Recipe,
+    SiteModule,
+    find_layer,
+    named_modules,
+    uncompiled,
+)
 from i2am_train.errors import CaptureError
 from i2am_train.types import GridSize
 
 
 def resolve_root(target: Any, recipe: Recipe) -> nn.Module:
-    """The recipe's root module in a model or pipeline."""
+    """The recipe's root module in a model or pipeline; what ``torch.compile`` wrapped, unwrapped: the
+    wrapper passes its arguments on without their names."""
     found = target
     for name in filter(None, recipe.root.split(".")):
         if not hasattr(found, name):
@@ -48,7 +57,7 @@ def resolve_root(target: Any, recipe: Recipe) -> nn.Module:
             f"{type(found).__name__}, "
             "not a torch module. Set it to the denoiser's path."
         )
-    return found
+    return uncompiled(found)
 
 
 def resolve_sites(root: nn.Module, recipe: Recipe) -> tuple[SiteModule, ...]:
@@ -56,7 +65,7 @@ def resolve_sites(root: nn.Module, recipe: Recipe) -> tuple[SiteModule, ...]:
     injected until then)."""
     found = [
         SiteModule(layer, path, site, module)
-        for path, module in root.named_modules()
+        for path, module in named_modules(root)
         for site in recipe.sites
         if (layer := site.layer_of(path)) is not None
     ]
@@ -86,7 +95,7 @@ def _attention_like(root: nn.Module) -> str:
     """Paths of modules that look like attention, for messages."""
     names = [
         path
-        for path, module in root.named_modules()
+        for path, module in named_modules(root)
         if hasattr(module, "heads") or "attn" in path.rpartition(".")[2]
     ]
     shown = names[:12] + (["..."] if len(names) > 12 else [])

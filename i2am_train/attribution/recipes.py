@@ -17,7 +17,15 @@ from typing import Any, Protocol, runtime_checkable
 from torch import Tensor, nn
 
 from i2am_train.attribution.frames import Frame
-from i2am_train.attribution.sites import Latent, LatentSize, Recipe, Rows, Site, Tokens
+from i2am_train.attribution.sites import (
+    Latent,
+    LatentSize,
+    Recipe,
+    Rows,
+    Site,
+    Tokens,
+    named_modules,
+)
 from i2am_train.errors import CaptureError
 from i2am_train.types import Backend, Canvas, GridSize
 
@@ -344,7 +352,7 @@ def module_like(root: nn.Module, pattern: str) -> str | None:
     return next(
         (
             path
-            for path, module in root.named_modules()
+            for path, module in named_modules(root)
             if re.fullmatch(pattern, path)
             or re.fullmatch(pattern, f"{path}:{type(module).__name__}")
         ),
@@ -694,7 +702,7 @@ def part(target: Any, path: str) -> nn.Module | None:
 
 def nearest_recipe(root: nn.Module) -> KnownModel | None:
     """The known model that this is, or else the first of which there is a site, for messages."""
-    paths = [path for path, _ in root.named_modules()]
+    paths = [path for path, _ in named_modules(root)]
 
     def has_site(known: KnownModel) -> bool:
         sites = known.made().sites

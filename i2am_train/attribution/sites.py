@@ -8,7 +8,7 @@ guessed from a token count: a mismatch is an error.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, TypeAlias
 
@@ -258,6 +258,22 @@ class SitePlaces(NamedTuple):
 
     generated: TokenPlaces
     reference: TokenPlaces
+
+
+_COMPILED = "_orig_mod"
+"""Where what ``torch.compile(module)`` returns keeps the module."""
+
+
+def uncompiled(module: nn.Module) -> nn.Module:
+    """The module inside what ``torch.compile(module)`` returned; any other module itself."""
+    return module._modules.get(_COMPILED) or module
+
+
+def named_modules(root: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Paths and modules below a root (``""``: itself), as they are where nothing is compiled."""
+    for path, module in root.named_modules():
+        if uncompiled(module) is module:
+            yield ".".join(name for name in path.split(".") if name != _COMPILED), module
 
 
 @dataclass(eq=False)

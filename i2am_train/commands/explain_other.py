@@ -232,7 +232,11 @@ def _folder(config: ExplainConfig) -> Path:
 def _patches(
     config: ExplainConfig, made: Attended, reference_mask: Mask | None
 ) -> tuple[list[GridCell], list[GridCell]]:
-    """Patches that get maps: the user's, or some of the filled region and of the reference."""
+    """Patches that get maps: the user's, or some of the filled region and of the reference.
+
+    Raises:
+        ConfigError: patches are given, and the reference's tokens have no place.
+    """
     from i2am_train.ops.grids import spread_patches
     from i2am_train.reporting.drawn import seen_mask
     from i2am_train.types import Direction
@@ -242,10 +246,21 @@ def _patches(
         _cells(made.mask, record.generated_grid), record.generated_grid
     )
     if Direction.GENERATED_TO_REFERENCE not in made.maps.store.directions:
+        _refuse_patches(config)
         return generated, []
     grid = record.grid(Direction.GENERATED_TO_REFERENCE)
     seen = None if reference_mask is None else seen_mask(reference_mask, made.maps)
     return generated, config.reference_patches or spread_patches(_cells(seen, grid), grid)
+
+
+def _refuse_patches(config: ExplainConfig) -> None:
+    """Refuses to pass over patches whose maps do not exist."""
+    for name in ("generated_patches", "reference_patches"):
+        if getattr(config, name):
+            raise ConfigError(
+                f"{name}= asks for maps between patches, and this model's reference tokens have no "
+                "place in the reference picture. Leave it out."
+            )
 
 
 def _cells(mask: Mask | None, grid: GridSize) -> torch.Tensor:

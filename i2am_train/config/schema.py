@@ -670,11 +670,24 @@ class RecipeConfig:
     adapter: int | None = None
     """ip_adapter...: which of several loaded adapters, from 0."""
     reference_grid: tuple[int, int] | None = None
-    """tryon, custom: rows and columns of reference tokens."""
+    """tryon, custom, flux_kontext: rows and columns of reference tokens."""
+    generated_grid: tuple[int, int] | None = None
+    """flux_kontext: rows and columns of generated tokens, image size / 16."""
+    text_tokens: int | None = None
+    """flux_kontext: words before the pictures' tokens."""
     special_tokens: int | None = None
     """tryon, custom: tokens before them, such as the class token."""
     rows: Literal["all", "first_half", "second_half"] | None = None
     """tryon: which rows of the batch are conditional."""
+
+    def __post_init__(self) -> None:
+        for name in ("first", "adapter", "special_tokens", "text_tokens"):
+            _check_optional_at_least(f"recipe_options.{name}", getattr(self, name), 0)
+        _check_optional_at_least("recipe_options.count", self.count, 1)
+        for name in ("reference_grid", "generated_grid"):
+            if (grid := getattr(self, name)) is not None:
+                _check_at_least(f"recipe_options.{name}", min(grid), 1)
+                setattr(self, name, GridSize(*grid))
 
     @property
     def given(self) -> dict[str, Any]:
@@ -1309,6 +1322,11 @@ def _check_at_least(name: str, value: float, low: float) -> None:
 def _check_above(name: str, value: float, low: float) -> None:
     if not value > low:
         _refuse(name, value, f"more than {low}")
+
+
+def _check_optional_at_least(name: str, value: float | None, low: float) -> None:
+    if value is not None:
+        _check_at_least(name, value, low)
 
 
 def _check_optional_above(name: str, value: float | None, low: float) -> None:

@@ -48,7 +48,8 @@ MAX_HEIGHT = 8.6
 """Inches; a page of the ICLR style less a caption. Figures of many rows get smaller pictures."""
 
 _EDGE, _GAP, _GROUP_GAP = 0.04, 0.04, 0.14
-_LINE = 0.118
+LINE = 0.118
+"""Inches; a line of words beside pictures."""
 _SECTION_TITLE, _SECTION_GAP, _GROUP_TITLE, _FOOTER = 0.21, 0.1, 0.2, 0.44
 _LEGEND_LINE, _SCALE_WIDTH, _HANDLE, _CHARACTER = 0.17, 2.7, 0.3, 0.055
 """Of the footer, in inches: a line, colour bar with label, the sign of an entry, a character."""
@@ -161,23 +162,35 @@ def draw_sheet(sheet: Sheet, width: float = TEXT_WIDTH) -> Figure:
     rows = sum(len(section.rows) for section in sheet.sections)
     words = sum(_words_height(section) for section in sheet.sections)
     words += _SECTION_GAP * (len(sheet.sections) - 1) + _EDGE
-    warnings = _LINE * len(_warning_lines(sheet, MIN_WIDTH))
+    warnings = LINE * len(warning_lines(sheet.warnings, MIN_WIDTH))
     cell_width = min(cell_width, (MAX_HEIGHT - words - warnings - _FOOTER) / rows / aspect)
     width = max(MIN_WIDTH, *(_content_width(s, cell_width) for s in sheet.sections))
-    lines = _warning_lines(sheet, width)
-    height = words + rows * cell_width * aspect + _footer_height(sheet, width) + _LINE * len(lines)
+    lines = warning_lines(sheet.warnings, width)
+    height = words + rows * cell_width * aspect + _footer_height(sheet, width) + LINE * len(lines)
     pen = _Pen(new_figure(width, height), width, height, cell_width, cell_width * aspect)
-    top = pen.warnings(lines)
+    top = write_warnings(pen.figure, lines)
     for section in sheet.sections:
         top = pen.section(section, top) + _SECTION_GAP
     pen.footer(sheet)
     return pen.figure
 
 
-def _warning_lines(sheet: Sheet, width: float) -> list[str]:
-    """The warnings, broken to the width."""
+def warning_lines(warnings: Sequence[str], width: float) -> list[str]:
+    """Warnings, broken to a figure's width in inches."""
     characters = int((width - 2 * _EDGE) / _CHARACTER)
-    return [line for warning in sheet.warnings for line in wrap(warning, characters)]
+    return [line for warning in warnings for line in wrap(warning, characters)]
+
+
+def write_warnings(figure: Figure, lines: Sequence[str]) -> float:
+    """Write lines at the top of a figure and return where they end, in inches from its top."""
+    if not lines:
+        return _EDGE
+    width, height = figure.get_size_inches()
+    figure.text(
+        _EDGE / width, 1 - _EDGE / height, "\n".join(lines), va="top", fontsize=_SMALL_SIZE,
+        weight="bold", color=WARNING, linespacing=1.1,
+    )  # fmt: skip
+    return _EDGE + LINE * len(lines)
 
 
 def _aspect(cells: Sequence[Cell]) -> float:
@@ -198,7 +211,7 @@ def _footer_height(sheet: Sheet, width: float) -> float:
 
 def _left(section: Section) -> float:
     lines = _lines(iter(section.row_titles))
-    return _EDGE + 0.05 + _LINE * lines if lines else _EDGE
+    return _EDGE + 0.05 + LINE * lines if lines else _EDGE
 
 
 def _gaps(section: Section) -> float:
@@ -223,13 +236,13 @@ def _lines(texts: Iterator[str]) -> int:
 def _head(row: Sequence[Cell]) -> float:
     """Height of the titles over a row."""
     lines = _lines(cell.title for cell in row)
-    return lines * _LINE + (0.04 if lines else 0.0)
+    return lines * LINE + (0.04 if lines else 0.0)
 
 
 def _foot(row: Sequence[Cell]) -> float:
     """Height of the notes under a row."""
     lines = _lines(cell.note for cell in row)
-    return lines * _LINE + (0.04 if lines else 0.0)
+    return lines * LINE + (0.04 if lines else 0.0)
 
 
 def _words_height(section: Section) -> float:
@@ -273,17 +286,6 @@ class _Pen:
             self._arrows(row, axes)
             top += self.cell_height + _foot(row) + _GAP
         return top - _GAP
-
-    def warnings(self, lines: Sequence[str]) -> float:
-        """Write the warnings at the top and return where they end."""
-        if not lines:
-            return _EDGE
-        at = (_EDGE / self.width, self._up(_EDGE))
-        self.figure.text(
-            *at, "\n".join(lines), va="top", fontsize=_SMALL_SIZE, weight="bold", color=WARNING,
-            linespacing=1.1,
-        )  # fmt: skip
-        return _EDGE + _LINE * len(lines)
 
     def footer(self, sheet: Sheet) -> None:
         """Colour bar at the right, meaning of lines and points at the left."""

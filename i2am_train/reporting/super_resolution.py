@@ -31,10 +31,21 @@ from i2am_train.reporting.cells import (
     specific_cells,
 )
 from i2am_train.reporting.drawn import Drawn, GridCell
-from i2am_train.reporting.sheet import Box, Cell, Section, Sheet
+from i2am_train.reporting.sheet import (
+    LINE,
+    Box,
+    Cell,
+    Section,
+    Sheet,
+    warning_lines,
+    write_warnings,
+)
 
 PATCHES_SHOWN = 4
 """Rows of the sheet, as in the paper's Fig. 9."""
+
+PLOT_HEIGHT = 2.4
+"""Inches of the plot below its marks (chosen by us)."""
 
 
 def alignment_sheet(sample: Drawn, layers: Sequence[LayerId] | None = None) -> Sheet:
@@ -121,10 +132,17 @@ def alignment_table(maps: AttributionMaps) -> list[dict[str, Any]]:
 
 @mpl.rc_context(STYLE)
 def alignment_plot(maps: AttributionMaps, width: float = 5.5) -> Figure:
-    """Distance of the attention from the own place by layer, with that of even attention as a yardstick."""
+    """Distance of the attention from the own place by layer, with that of even attention as a yardstick.
+
+    The maps' marks stand above it; ``width`` is in inches.
+    """
     rows = alignment_table(maps)
-    figure = new_figure(width, 2.4)
-    axes = figure.add_axes((0.11, 0.24, 0.87, 0.68))
+    marks = warning_lines(maps.marks, width)
+    height = PLOT_HEIGHT + LINE * len(marks)
+    figure = new_figure(width, height)
+    write_warnings(figure, marks)
+    scale = PLOT_HEIGHT / height
+    axes = figure.add_axes((0.11, 0.24 * scale, 0.87, 0.68 * scale))
     _line(axes, [100 * row["relative"] for row in rows], OKABE_ITO[0], "o", "this model")
     _line(axes, [100 * row["even"] for row in rows], GREY, "_", "attention spread evenly")
     axes.set_xticks(

@@ -13,6 +13,7 @@ from diffusers.models.attention_processor import (
     IPAdapterAttnProcessor2_0,
 )
 from torch import nn
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn import functional as F
 
 from i2am_train.attribution import (
@@ -289,6 +290,31 @@ def test_joint_attention_after_norm_and_rotation_equals_a_slow_loop(name, reques
         found = layer.to_generated, layer.to_reference, layer.mass
         for one, other in zip(found, expected, strict=True):
             torch.testing.assert_close(one[:, 0], other.float(), rtol=2e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize(
+    ("name", "backend"),
+    [("sd3", "eager"), ("flux", "eager"), pytest.param("flux", "inductor", marks=pytest.mark.slow)],
+)
+def test_joint_attention_of_a_network_compiled_whole(name, backend, request):
+    # run in one graph before the trace, which must neither miss a call nor make another graph
+    run, make_recipe, _, layers = TRANSFORMERS[name]
+    plain = request.getfixturevalue(name)
+    model, graphs = copy.deepcopy(plain), CompileCounterWithBackend(backend)
+    model.compile(backend=graphs, fullgraph=True)
+    before = run(model)
+    stores = []
+    for traced in (plain, model):
+        with trace(traced, make_recipe(traced)) as attention:
+            run(traced)
+        stores.append(attention.maps().store)
+    assert stores[1].names == layers
+    for one, other in zip(stores[0].layers, stores[1].layers, strict=True):
+        for field in ("to_generated", "to_reference", "mass"):
+            assert torch.equal(getattr(one, field), getattr(other, field))
+    assert torch.equal(run(model), before)
+    assert graphs.frame_count == 1
+    torch.compiler.reset()
 
 
 def test_projection_hooks_refuse_normalised_tokens_and_name_the_other_backend(sd3):

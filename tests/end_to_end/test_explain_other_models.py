@@ -7,12 +7,14 @@ import re
 import sys
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from matplotlib.figure import Figure
 from PIL import Image, ImageDraw
 
 from i2am_train.attribution import load_maps
@@ -23,6 +25,7 @@ from i2am_train.errors import CaptureError, CheckpointError, ConfigError, DataEr
 from i2am_train.evaluation.others import generate_attended
 from i2am_train.models.others.base import Request, Source
 from i2am_train.models.others.catvton import load_attention, load_catvton
+from i2am_train.reporting.canvas import save_figure
 from i2am_train.reporting.explained import read_explained
 from i2am_train.types import Direction, GridSize
 from tests.pipelines import tiny_catvton, tiny_ip_adapter, tiny_stable_diffusion
@@ -66,6 +69,16 @@ def stable_diffusion(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def full_face(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     return tiny_ip_adapter(tmp_path_factory.mktemp("full_face"), "ip_adapter_full_face")
+
+
+@pytest.fixture(scope="module")
+def four_tokens(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    return tiny_ip_adapter(tmp_path_factory.mktemp("four_tokens"), "ip_adapter")
+
+
+@pytest.fixture(scope="module")
+def plus(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    return tiny_ip_adapter(tmp_path_factory.mktemp("plus"), "ip_adapter_plus")
 
 
 @pytest.fixture(scope="module")
@@ -176,6 +189,87 @@ def test_an_adapter_without_a_picture_to_fill(
     assert not (folder / "masks").exists()
 
 
+def test_resampled_tokens_have_maps_on_the_generated_picture_alone(
+    plus: tuple[Path, Path], explain: Explain
+) -> None:
+    """16 tokens of a ``.bin`` file: functional, the score of the filled region, and nothing on the reference."""
+    base, adapter = plus
+    folder = explain("model=ip_adapter_plus", f"checkpoint={base}", f"adapter={adapter}")
+    scores = scores_of(folder)
+    assert (scores["recipe"], scores["model"]) == ("ip_adapter_plus", "IP-Adapter plus")
+    assert (scores["functional"], scores["marks"]) == (True, [])
+    assert scores["directions"] == ["reference_to_generated"]
+    assert len(scores["layers"]) == 16
+    assert scores["scores"]["imacs_g"] is not None
+    assert "imacs_r" not in scores["scores"]
+    assert drawn(folder) == {*FIGURES}
+    assert page_data(folder)["layers"][0]["grids"] == {"generated": [32, 24], "reference": None}
+
+
+def test_patches_of_tokens_without_a_place_are_refused(
+    four_tokens: tuple[Path, Path], explain: Explain, tmp_path: Path
+) -> None:
+    """Passed over, they would look as if they had been drawn."""
+    base, adapter = four_tokens
+    with pytest.raises(ConfigError, match=r"reference_patches= asks for maps between patches"):
+        explain(
+            "model=ip_adapter", f"checkpoint={base}", f"adapter={adapter}",
+            "reference_patches=[[1,1]]", filling=False,
+        )  # fmt: skip
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", ["ip_adapter", "ip_adapter_plus"])
+def test_maps_of_the_command_are_those_of_the_adapter_in_diffusers(
+    name: str, explain: Explain, pictures: Path, request: pytest.FixtureRequest
+) -> None:
+    """Queries and keys of the conditional row, computed anew inside the attention of diffusers' own pipeline."""
+    base, adapter = request.getfixturevalue({"ip_adapter": "four_tokens"}.get(name, "plus"))
+    folder = explain(
+        f"model={name}", f"checkpoint={base}", f"adapter={adapter}", "prompt=a shirt",
+        "sampling.guidance=3", "sampling.seed=7", filling=False,
+    )  # fmt: skip
+    picture, expected = made_by_diffusers(base, adapter, pictures / "shirt.png")
+    np.testing.assert_array_equal(opened(folder / "images" / "generated.png"), picture)
+    store = load_maps(folder / "maps.safetensors").maps.store
+    assert set(store.names) == set(expected)
+    for layer, steps in expected.items():
+        found = store.layer(layer).to_generated[0]
+        torch.testing.assert_close(found, torch.stack(steps), rtol=1e-4, atol=1e-7)
+
+
+def made_by_diffusers(
+    base: Path, adapter: Path, reference: Path
+) -> tuple[Image.Image, dict[str, list[torch.Tensor]]]:
+    """The picture, and ``[head, generated]`` of each layer and step from what its attention is called with."""
+    from diffusers import StableDiffusionPipeline
+    from diffusers.models.attention_processor import Attention
+    from transformers import CLIPVisionModelWithProjection
+
+    encoder = CLIPVisionModelWithProjection.from_pretrained(adapter.parent / "image_encoder")
+    pipeline = StableDiffusionPipeline.from_pretrained(base, image_encoder=encoder)
+    pipeline.load_ip_adapter(str(adapter.parent), subfolder="", weight_name=adapter.name)
+    pipeline.set_progress_bar_config(disable=True)
+    found: dict[str, list[torch.Tensor]] = {}
+
+    def note(layer: str, module: Attention, args: Any, kwargs: Any) -> None:
+        _, (tokens,) = kwargs["encoder_hidden_states"]
+        queries, keys = module.to_q(args[0][1]), module.processor.to_k_ip[0](tokens[1, 0])
+        pairs = zip(queries.chunk(module.heads, -1), keys.chunk(module.heads, -1), strict=True)
+        heads = [(q @ k.mT / q.shape[-1] ** 0.5).softmax(dim=0).mean(dim=1) for q, k in pairs]
+        found.setdefault(layer, []).append(torch.stack(heads))
+
+    for path, module in pipeline.unet.named_modules():
+        if path.endswith(".attn2"):
+            layer = path.removesuffix(".attn2")
+            module.register_forward_pre_hook(partial(note, layer), with_kwargs=True)
+    made = pipeline(
+        "a shirt", ip_adapter_image=opened(reference), height=64, width=48, num_inference_steps=2,
+        guidance_scale=3, generator=torch.Generator().manual_seed(7),
+    )  # fmt: skip
+    return made.images[0], found
+
+
 def test_catvton_reports_the_share_of_attention(
     catvton: tuple[Path, Path], explain: Explain
 ) -> None:
@@ -251,6 +345,30 @@ def test_a_factory_brings_a_model_of_its_own_repository(explain: Explain) -> Non
         read_explained(folder)
 
 
+def test_a_partial_model_is_marked_everywhere(
+    explain: Explain, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The garment's other way into the picture is named in scores, archive, page, terminal, and on every figure."""
+    words: dict[str, list[str]] = {}
+
+    def noted(figure: Figure, path: Path, **options: Any) -> None:
+        words[path.stem] = [text.get_text().replace("\n", " ") for text in figure.texts]
+        save_figure(figure, path, **options)
+
+    monkeypatch.setattr("i2am_train.reporting.canvas.save_figure", noted)
+    folder = explain("model=factory", "factory=tests.stableviton_like:build")
+    way = "a CLIP embedding of the garment also enters by cross-attention"
+    scores = scores_of(folder)
+    assert (scores["partial"], scores["marks"]) == (way, [f"partial: {way}"])
+    assert load_maps(folder / "maps.safetensors").maps.marks == (f"partial: {way}",)
+    assert page_data(folder)["notices"] == [f"partial: {way}"]
+    assert f"partial: {way}" in capsys.readouterr().out.splitlines()
+    assert drawn(folder) == {*FIGURES, "specific_reference", "reverse_specific"} == words.keys()
+    for name, texts in words.items():
+        assert f"partial: {way}" in texts
+        assert opened(folder / f"{name}.png").info["Description"] == f"partial: {way}"
+
+
 def test_factory_modules_are_found_in_the_working_directory(
     explain: Explain, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -324,6 +442,14 @@ def test_misfitting_sizes_and_adapters(
         CheckpointError, match=r"is ip_adapter_full_face, and model=ip_adapter was asked for"
     ):
         explain("model=ip_adapter", f"checkpoint={base}", f"adapter={adapter}")
+    with pytest.raises(
+        CheckpointError, match=r"reads image features of 48 channels.*gives 32\. Put"
+    ):
+        explain(
+            "model=ip_adapter_full_face",
+            f"checkpoint={base}",
+            f"adapter={for_wider_encoder(adapter)}",
+        )
     encoder = adapter.parent / "image_encoder" / "model.safetensors"
     with pytest.raises(CheckpointError, match=r"adapter=.* does not fit this model"):
         explain("model=ip_adapter", f"checkpoint={base}", f"adapter={encoder}")
@@ -337,3 +463,16 @@ def test_misfitting_sizes_and_adapters(
         CheckpointError, match=r"is of a StableDiffusionXLPipeline; .* StableDiffusionPipeline or"
     ):
         explain("model=ip_adapter", f"checkpoint={sdxl}", f"adapter={adapter}")
+
+
+def for_wider_encoder(adapter: Path) -> Path:
+    """The file of a full-face adapter that reads 48 channels."""
+    from safetensors.torch import load_file, save_file
+
+    weights = load_file(adapter)
+    name, wide = "image_proj.proj.{}.{}", 48
+    weights[name.format(0, "weight")] = torch.zeros(wide, wide)
+    weights[name.format(0, "bias")] = torch.zeros(wide)
+    weights[name.format(2, "weight")] = torch.zeros(16, wide)
+    save_file(weights, adapter.parent / "wider.safetensors")
+    return adapter.parent / "wider.safetensors"

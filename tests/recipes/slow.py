@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
@@ -285,6 +286,41 @@ def checkpoint_blocks(case: Case, target: Any) -> None:
         block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
 
 
+def wrap_in_compile(case: Case, target: Any) -> None:
+    """The denoiser's place is taken by what ``torch.compile`` returns."""
+    owner, _, name = case.root.rpartition(".")
+    holder = functools.reduce(getattr, filter(None, owner.split(".")), target)
+    setattr(holder, name, torch.compile(getattr(holder, name), backend="eager"))
+
+
+COMPILED_ALWAYS = {"ip_adapter", "paint_by_example_ldm"}
+"""A compilation takes ten seconds and more: these cases stand for the others in `make test`."""
+
+
+def to_compile(cases: Sequence[Case]) -> list[Any]:
+    """Parameters for `check_compiled_whole`, most of them marked slow."""
+    return [
+        pytest.param(case, marks=() if str(case) in COMPILED_ALWAYS else pytest.mark.slow)
+        for case in cases
+    ]
+
+
+def check_compiled_whole(case: Case, backend: str) -> None:
+    """A denoiser compiled in one graph and run before the trace: hooks that come later would be
+    ignored. The trace leaves the graph in use, and no other is made."""
+    target = fresh(case)
+    slow = slow_run(case, target, 2, True)
+    graphs = CompileCounterWithBackend(backend)
+    case.denoiser(target).compile(backend=graphs, fullgraph=True)
+    with torch.no_grad():
+        expected = case.run(target, 2, 0, True)
+    check(traced_run(case, target, 2, True).maps(), slow, case.joint)
+    with torch.no_grad():
+        assert torch.equal(case.run(target, 2, 0, True), expected)
+    assert graphs.frame_count == 1
+    torch.compiler.reset()
+
+
 @functools.cache
 def _built(build: Callable[[], Any]) -> Any:
     return build()
@@ -359,3 +395,12 @@ class RecipeContract:
             case.sample(target, 2, True)
         check(traced_run(case, target, 2, True).maps(), slow, case.joint)
         torch.compiler.reset()
+
+    def test_a_compiled_network_in_the_place_of_the_plain_one(self, case):
+        # pipeline.unet = torch.compile(pipeline.unet), which puts a wrapper around all paths
+        target = fresh(case)
+        slow = slow_run(case, target, 2, True)
+        wrap_in_compile(case, target)
+        attention = traced_run(case, target, 2, True)
+        check(attention.maps(), slow, case.joint)
+        check_sites(attention.sites, case)

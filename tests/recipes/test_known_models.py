@@ -1,6 +1,7 @@
 """What a recipe says of its model: how it is recognised, what its maps mean, and what it refuses."""
 
 import copy
+import dataclasses
 import functools
 from types import SimpleNamespace
 
@@ -21,11 +22,13 @@ from i2am_train.attribution import (
 )
 from i2am_train.attribution import recipes as recipes_module
 from i2am_train.attribution.recipes import KNOWN_MODELS
+from i2am_train.config.schema import RecipeConfig
+from i2am_train.config.store import compose
 from i2am_train.errors import CaptureError, ConfigError
 from i2am_train.types import Canvas, GridSize
 from tests.recipes.ldm_cases import CASES as LDM_CASES
 from tests.recipes.models import CASES, CONTEXT, SDXL, TIMESTEPS, evaluate, make_unet, noise
-from tests.recipes.slow import G2R, R2G, Case, fresh, recipe_of, traced_run
+from tests.recipes.slow import G2R, R2G, Case, fresh, recipe_of, traced_run, wrap_in_compile
 
 BY_NAME = {str(case): case for case in CASES}
 PARTIAL = {"pasd", "pasd_light", "seesr", "idm_vton", "ootdiffusion", "ladi_vton"}
@@ -53,6 +56,13 @@ class TestRecognition:
         assert found.name == case.recipe
         assert found.root == case.root
         assert found.sites == named_recipe(target, case.recipe).sites
+
+    @pytest.mark.parametrize("name", ["ip_adapter_plus", "catvton", "paint_by_example"])
+    def test_a_compiled_network_is_recognised(self, name: str):
+        # by paths, classes and the pipeline's own class; the compiler's wrapper hides none
+        target = fresh(BY_NAME[name])
+        wrap_in_compile(BY_NAME[name], target)
+        assert detect_recipe(target).name == name
 
     @pytest.mark.parametrize("case", CASES, ids=str)
     def test_the_denoiser_alone_may_be_traced(self, case: Case):
@@ -300,3 +310,42 @@ def test_every_row_of_the_support_table_is_proven() -> None:
     """Each shipped recipe has a case in the contract; Flux is compared in the tests of the second backend."""
     proven = {case.recipe for case in (*CASES, *LDM_CASES)}
     assert {known.name for known in KNOWN_MODELS} == proven | {"flux_kontext"}
+
+
+CHOSEN = {
+    "guided": ("false", False),
+    "side_by_side": ("true", True),
+    "first": ("3", 3),
+    "count": ("4", 4),
+    "adapter": ("1", 1),
+    "reference_grid": ("[5,4]", GridSize(5, 4)),
+    "generated_grid": ("[6,4]", GridSize(6, 4)),
+    "special_tokens": ("2", 2),
+    "text_tokens": ("7", 7),
+    "rows": ("first_half", "first_half"),
+}
+"""Options of recipes as they are written in configuration, and what a recipe must be given."""
+
+
+class TestOptionsByConfiguration:
+    """``i2am explain recipe_options.NAME=VALUE`` offers what the recipes have, and nothing else."""
+
+    @pytest.mark.parametrize("known", KNOWN_MODELS, ids=lambda known: known.name)
+    def test_every_option_of_a_shipped_recipe_can_be_chosen(self, known: KnownModel):
+        chosen = [f"recipe_options.{name}={CHOSEN[name][0]}" for name in known.options]
+        config = compose("explain", ["model=factory", "factory=a:b", "reference=a.png", *chosen])
+        recipe = known.made(**config.recipe_options.given)
+        expected = known.recipe(**{name: CHOSEN[name][1] for name in known.options})
+        assert (recipe.sites, recipe.rows) == (expected.sites, expected.rows)
+
+    def test_no_option_is_offered_that_no_recipe_has(self):
+        used = {name for known in KNOWN_MODELS for name in known.options}
+        assert {item.name for item in dataclasses.fields(RecipeConfig)} == used == CHOSEN.keys()
+
+    @pytest.mark.parametrize(
+        ("option", "value", "least"),
+        [("count", 0, 1), ("first", -1, 0), ("adapter", -1, 0), ("reference_grid", (4, 0), 1)],
+    )
+    def test_numbers_that_no_sequence_has(self, option: str, value: object, least: int):
+        with pytest.raises(ConfigError, match=rf"recipe_options.{option}.*at least {least}"):
+            RecipeConfig(**{option: value})

@@ -26,9 +26,11 @@ from tests.recipes.slow import (
     RecipeContract,
     Witness,
     assert_equal,
+    check_compiled_whole,
     fresh,
     recipe_of,
     slow_layer,
+    to_compile,
     traced_run,
 )
 
@@ -38,6 +40,12 @@ TRUE_WIDTHS, TRUE_CONTEXT = (320, 640, 1280, 1280), 768
 @pytest.mark.parametrize("case", CASES, ids=str)
 class TestRecipes(RecipeContract):
     """Everything in `RecipeContract`, for each model."""
+
+
+@pytest.mark.parametrize("case", to_compile(CASES), ids=str)
+def test_a_network_compiled_whole_hides_no_attention(case: Case) -> None:
+    """Graphs that ran before the trace."""
+    check_compiled_whole(case, "eager")
 
 
 def case_of(name: str) -> Case:

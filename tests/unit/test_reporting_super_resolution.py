@@ -22,14 +22,14 @@ def record(name: str, rows_down: int) -> LayerRecord:
     )
 
 
-def explained(recipe: str = "pasd") -> ExplainedPicture:
+def explained(recipe: str = "pasd", partial: str | None = None) -> ExplainedPicture:
     """One layer that is aligned, one that is a row off."""
     layers = (record("up_blocks.0.x.0", 0), record("up_blocks.0.x.1", 1))
     picture = np.full((40, 30, 3), 90, np.uint8)
     return ExplainedPicture(
         name="sample", model="model", layer="up_blocks.0.x.0", generated=picture,
         reference=picture[::2, ::2], generated_mask=None, reference_mask=None,
-        maps=AttributionMaps(AttributionStore(layers, (9, 5, 1), recipe=recipe)), scores={},
+        maps=AttributionMaps(AttributionStore(layers, (9, 5, 1), recipe, partial)), scores={},
         generated_patches=((1, 2), (3, 0)), reference_patches=((0, 0),), origin={}, delta=0.4,
         weighting=LayerWeighting.PAPER, time_groups=3,
     )  # fmt: skip
@@ -55,6 +55,22 @@ def test_table_and_plot_agree() -> None:
     lines = alignment_plot(maps).axes[0].lines
     assert list(lines[0].get_ydata()) == pytest.approx([0, 30])
     assert list(lines[1].get_ydata()) == pytest.approx([100 * row["even"] for row in table])
+
+
+def test_every_figure_says_what_its_maps_lack() -> None:
+    """Broken to lines, above all else, the plot too, whose axes keep their size."""
+    ways = "features of the low-resolution picture are also added to the skip connections"
+    drawn = figures(explained(partial=ways))
+    assert {"alignment", "alignment_layers", "unified", "reverse_specific"} < set(drawn)
+    for figure in drawn.values():
+        assert f"partial: {ways}" in [text.get_text().replace("\n", " ") for text in figure.texts]
+    unmarked = alignment_plot(explained().maps)
+    sizes = [
+        axes.get_window_extent().height
+        for axes in (drawn["alignment_layers"].axes[0], unmarked.axes[0])
+    ]
+    assert sizes[0] == pytest.approx(sizes[1])
+    assert not unmarked.texts
 
 
 @pytest.mark.parametrize(("recipe", "aligned"), [("pasd", True), ("paint_by_example", False)])

@@ -14,6 +14,8 @@ from diffusers import (
     StableDiffusionPipeline,
     UNet2DConditionModel,
 )
+from diffusers.models.embeddings import ImageProjection
+from torch import nn
 from transformers import CLIPTextModel, CLIPVisionModelWithProjection
 
 from i2am_train.attribution.recipes import detect_recipe
@@ -35,7 +37,8 @@ def load_ip_adapter(source: Source) -> OtherModel:
     one higher up, as its authors distribute it.
 
     Raises:
-        CheckpointError: folder, encoder or adapter cannot be read, or the adapter is of another kind.
+        CheckpointError: folder, encoder or adapter cannot be read, or the adapter is of another kind
+            or for another encoder.
     """
     assert source.adapter is not None, "checked with the configuration"
     expected = (StableDiffusionPipeline.__name__, StableDiffusionInpaintPipeline.__name__)
@@ -55,6 +58,7 @@ def load_ip_adapter(source: Source) -> OtherModel:
         pipeline.register_modules(image_encoder=encoder)
     read_weights_of("adapter", source.adapter, partial(_insert, pipeline, source.adapter))
     _check_kind(pipeline, source)
+    _check_encoder(pipeline, source)
     pipeline = pipeline.to(source.device)
     pipeline.set_progress_bar_config(disable=True)
     return OtherModel(
@@ -116,4 +120,21 @@ def _check_kind(pipeline: Any, source: Source) -> None:
         raise CheckpointError(
             f"adapter={source.adapter} is {found}, and model={source.model} was asked for. Set "
             "model= to what it is, or give another file."
+        )
+
+
+def _check_encoder(pipeline: Any, source: Source) -> None:
+    """Refuses an adapter that was made for an image encoder of another width.
+
+    The 4 tokens are made of the encoder's projected class token, all others of its patches.
+    """
+    projection = pipeline.unet.encoder_hid_proj.image_projection_layers[0]
+    reads = next(part for part in projection.modules() if isinstance(part, nn.Linear)).in_features
+    vision = pipeline.image_encoder.config
+    gives = vision.projection_dim if isinstance(projection, ImageProjection) else vision.hidden_size
+    if reads != gives:
+        raise CheckpointError(
+            f"adapter={source.adapter} reads image features of {reads} channels, and the "
+            f"{ENCODER} gives {gives}. Put the {ENCODER}/ that the adapter was made for beside its "
+            "file, and leave other ones out of the pipeline's folder."
         )
