@@ -571,7 +571,7 @@ KNOWN_MODELS: tuple[KnownModel, ...] = (
         sites="16 (SD1.5), 70 (SDXL)",
         grids="all levels; 4 tokens",
         licence="Apache-2.0",
-        loading=_FOLDER,
+        loading=_FOLDER + " + `adapter=` file (SD1.5)",
         signature=Signature(modules=(_PROJECTION + "ImageProjection",)),
     ),
     KnownModel(
@@ -580,7 +580,7 @@ KNOWN_MODELS: tuple[KnownModel, ...] = (
         sites="16 (SD1.5), 70 (SDXL)",
         grids="all levels; 16 tokens",
         licence="Apache-2.0",
-        loading=_FOLDER,
+        loading=_FOLDER + " + `adapter=` file (SD1.5)",
         signature=Signature(modules=(_PROJECTION + "IPAdapterPlusImageProjection",)),
     ),
     KnownModel(
@@ -589,7 +589,7 @@ KNOWN_MODELS: tuple[KnownModel, ...] = (
         sites="16 (SD1.5), 70 (SDXL)",
         grids="all levels; 16x16 tokens + class",
         licence="Apache-2.0",
-        loading=_FOLDER,
+        loading=_FOLDER + " + `adapter=` file (SD1.5)",
         signature=Signature(modules=(_PROJECTION + "IPAdapterFullImageProjection",)),
     ),
     KnownModel(
