@@ -22,6 +22,7 @@ import torch
 from safetensors.torch import load_file
 
 from i2am_train import assembly
+from i2am_train.callbacks.interruption import requeue
 from i2am_train.commands.train import train
 from i2am_train.config.store import compose
 from i2am_train.errors import ConfigError, TrainingError
@@ -164,20 +165,24 @@ def test_told_to_stop_it_saves_and_goes_on(
     assert not list((tmp_path / "stopped/checkpoints").glob("interrupted*"))
 
 
-@pytest.mark.parametrize("status", [0, 1])
+def scontrol(folder: Path, status: int) -> str:
+    """A PATH with an `scontrol` that writes its words into ``folder/said``."""
+    program = folder / "bin" / "scontrol"
+    program.parent.mkdir()
+    program.write_text(f'#!/bin/sh\necho "$@" >> {folder}/said\nexit {status}\n')
+    program.chmod(0o755)
+    return f"{program.parent}:{os.environ['PATH']}"
+
+
 def test_a_job_of_slurm_saves_and_asks_to_be_started_again(
-    training: list[str], tmp_path: Path, status: int
+    training: list[str], tmp_path: Path
 ) -> None:
-    """Lightning in SLURM's environment, with an `scontrol` that writes down its words, and may refuse."""
+    """Lightning in SLURM's environment; the array's task is named, and one checkpoint is all that is left."""
     options = [*training, *LONG, "trainer.checkpoint_every_n_steps=1000"]
-    scontrol = tmp_path / "bin" / "scontrol"
-    scontrol.parent.mkdir()
-    scontrol.write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/said\nexit {status}\n')
-    scontrol.chmod(0o755)
     slurm = {
         "SLURM_JOB_ID": "70", "SLURM_ARRAY_JOB_ID": "7", "SLURM_ARRAY_TASK_ID": "3", "SLURM_JOB_NAME": "train",
         "SLURM_NTASKS": "1", "SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_NODEID": "0",
-        "PATH": f"{scontrol.parent}:{os.environ['PATH']}",
+        "PATH": scontrol(tmp_path, 0),
     }  # fmt: skip
     attempt = Run(options, tmp_path / "run", slurm)
     attempt.wait_for_step(3)
@@ -185,12 +190,17 @@ def test_a_job_of_slurm_saves_and_asks_to_be_started_again(
     assert returned == 128 + signal.SIGUSR1
     assert "SIGUSR1 received: training stopped after step" in errors
     assert (tmp_path / "said").read_text() == "requeue 7_3\n"
-    assert ("Submit it again" in errors) == bool(status)
-    (saved,) = (tmp_path / "run").rglob("*.ckpt")
-    assert saved.name.startswith("interrupted-step-")
-    if status == 0:
-        Run(options, tmp_path / "run", slurm).finish()
-        assert steps(tmp_path / "run") == list(range(13))
+    Run(options, tmp_path / "run", slurm).finish()
+    assert steps(tmp_path / "run") == list(range(13))
+
+
+def test_slurm_may_refuse(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The state is saved by then, and the user is told what to do."""
+    monkeypatch.setenv("SLURM_JOB_ID", "70")
+    monkeypatch.setenv("PATH", scontrol(tmp_path, 1))
+    with pytest.warns(UserWarning, match=r"take job 70 back .*status 1.*Submit it again"):
+        requeue()
+    assert (tmp_path / "said").read_text() == "requeue 70\n"
 
 
 def test_the_latest_checkpoints_and_the_best_model_are_kept(
