@@ -188,19 +188,21 @@ def _making(config: ExplainConfig, manifest: dict[str, Any]) -> dict[str, str]:
 def _samples(config: ExplainConfig, root: Path) -> list[TryOnSample]:
     """The chosen samples."""
     from i2am_train.assembly import reading_of
-    from i2am_train.datasets.opening import open_dataset
+    from i2am_train.datasets.opening import list_length, open_dataset
     from i2am_train.errors import DataError
 
-    dataset = open_dataset(
-        root, config.split, config.pairing, config.data.size, reading_of(config.data)
-    )
+    reading = reading_of(config.data)
+    total = list_length(root, config.split, config.pairing, reading)
     for index in config.samples:
-        if index >= len(dataset):
+        if index >= total:
             raise DataError(
                 f"sample={index} is out of range: the {config.split} split of {root} has "
-                f"{len(dataset)} samples, numbered from 0 to {len(dataset) - 1}."
+                f"{total} samples, numbered from 0 to {total - 1}."
             )
-    return [dataset[index] for index in config.samples]
+    dataset = open_dataset(
+        root, config.split, config.pairing, config.data.size, reading, indices=config.samples
+    )
+    return [dataset[position] for position in range(len(dataset))]
 
 
 def _on_device(batch: Any, device: Any) -> TryOnBatch:

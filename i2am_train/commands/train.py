@@ -159,6 +159,8 @@ def prepare(config: TrainConfig) -> tuple[TryOnModule, TryOnDataModule]:
         cache=open_cache(config.data, root, module.model),
     )
     datamodule.train_dataset()
+    if config.validation.samples:
+        datamodule.validation_dataset()
     check_disk(config, module.model)
     return module, datamodule
 

@@ -34,6 +34,29 @@ def pull(name: str) -> Path:
         return Path(snapshot_download(repository, revision=revision or None))
 
 
+def require_model(name: str) -> None:
+    """Asks the hub once for a model that is not in its cache: before libraries ask six times for each of its files.
+
+    Their pauses in between come to 25 seconds a file where there is no network, and nothing sets them.
+
+    Raises:
+        CheckpointError: the name is none of the hub's, there is no such model, or the hub does not answer.
+    """
+    from huggingface_hub import HfApi, constants, snapshot_download
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+
+    try:
+        # Of no files: those that are needed may be there, and the rest not.
+        snapshot_download(name, local_files_only=True, allow_patterns=[])
+    except HFValidationError as error:
+        raise CheckpointError(
+            f"There is no file or folder '{name}', and it is no name on the hub either (OWNER/NAME). Check the path."
+        ) from error
+    except LocalEntryNotFoundError:
+        with _hub_errors(f"fetched ({name}; there is no such folder here either)"):
+            HfApi().model_info(name, timeout=constants.HF_HUB_ETAG_TIMEOUT)
+
+
 def check_repository(name: str) -> None:
     """Fails where ``name`` is not of the form USER/NAME."""
     if not NAME.fullmatch(name):
@@ -81,7 +104,10 @@ def _hub_errors(what: str) -> Iterator[None]:
         raise _failed(what, reason, advice) from error
     except Exception as error:  # connections fail in the words of whichever library makes them
         first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
-        advice = "Check the network, HF_ENDPOINT and HF_HUB_OFFLINE; a model in the hub's cache needs no network."
+        advice = (
+            "Check the network, HF_ENDPOINT and HF_HUB_OFFLINE. A model in the hub's cache needs no network, nor does "
+            "the folder that 'hf download OWNER/NAME --local-dir FOLDER' made elsewhere."
+        )
         raise _failed(what, f"{type(error).__name__}: {first_line}", advice) from error
 
 

@@ -38,6 +38,9 @@ Category = Literal["upper_body", "lower_body", "dresses"]
 CATEGORIES: tuple[Category, ...] = ("upper_body", "lower_body", "dresses")
 """What a garment covers; the names are DressCode's folders."""
 
+DESCRIPTION_FILE = "dataset.json"
+"""What made a dataset, in its root; datasets that were photographed have none."""
+
 ENTRIES_LOOKED_AT = 20
 """Entries of a folder that decide how its files are named."""
 
@@ -142,10 +145,13 @@ class Layout(ABC):
         """Whether the folder of a role exists."""
         return (self.folder / self.place(role).folder).is_dir()
 
+    def file_name(self, role: str, stem: str) -> str:
+        """The name, in its folder, of the file of a person or garment in one of the roles."""
+        return self.place(role).pattern.format(self.key(stem))
+
     def path(self, role: str, stem: str) -> Path:
         """The file of a person or garment in one of the roles."""
-        place = self.place(role)
-        return self.folder / place.folder / place.pattern.format(self.key(stem))
+        return self.folder / self.place(role).folder / self.file_name(role, stem)
 
     def pairs(self, pairing: Pairing) -> list[Pair]:
         """Samples for a pairing: paired gives people their own garment, whatever the list says."""

@@ -37,6 +37,7 @@ from i2am_train.datasets.layouts import (
     Layout,
     Pair,
 )
+from i2am_train.datasets.missing import check_files
 from i2am_train.datasets.pictures import (
     Fit,
     Window,
@@ -102,9 +103,10 @@ class TryOnDataset(Dataset[TryOnSample]):
         lists = [layout.pairs(self.pairing) for layout in layouts]
         self.pairs = [pair for pairs in lists for pair in pairs]
         self.layouts = [layout for layout, pairs in zip(layouts, lists, strict=True) for _ in pairs]
+        self.indices = list(range(len(self.pairs)) if indices is None else indices)
         for layout in layouts:
             layout.check_folders()
-        self.indices = list(range(len(self.pairs)) if indices is None else indices)
+            check_files(layout, self._pairs_in(layout), self.pairing)
         usual_rule = layouts[0].small_mask_rule and self.split is Split.TRAIN
         self.small_mask_rule = usual_rule if small_mask_rule is None else small_mask_rule
         self._augmentation = Augmentation() if augment else None
@@ -140,6 +142,10 @@ class TryOnDataset(Dataset[TryOnSample]):
         index = self.global_index(position)
         picture = self._photograph(self.layouts[index].path(PERSON, self.pairs[index].person))
         return torch.from_numpy(np.ascontiguousarray(picture)).permute(2, 0, 1)
+
+    def _pairs_in(self, layout: Layout) -> list[Pair]:
+        """The pairs of a layout that are read."""
+        return [self.pairs[index] for index in self.indices if self.layouts[index] is layout]
 
     def _read(self, layout: Layout, pair: Pair) -> SampleArrays:
         """All pictures of a sample at this dataset's size."""

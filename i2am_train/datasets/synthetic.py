@@ -29,7 +29,7 @@ from i2am_train.datasets.arrays import GREY, Image, Mask, SampleArrays
 from i2am_train.datasets.correspondence_files import encode_correspondence
 from i2am_train.datasets.garments import Garment
 from i2am_train.datasets.keypoints import Joints, openpose_json
-from i2am_train.datasets.layouts import KEYPOINTS, PARSING
+from i2am_train.datasets.layouts import DESCRIPTION_FILE, KEYPOINTS, PARSING
 from i2am_train.datasets.meshes import (
     FIRST_TRIANGLE_LABEL,
     Camera,
@@ -536,7 +536,6 @@ JPEG = [
     cv2.IMWRITE_JPEG_QUALITY, 97, cv2.IMWRITE_JPEG_SAMPLING_FACTOR, cv2.IMWRITE_JPEG_SAMPLING_FACTOR_444,
 ]  # fmt: skip
 PNG = [cv2.IMWRITE_PNG_COMPRESSION, 1]
-DESCRIPTION_FILE = "dataset.json"
 
 
 def describe_dataset(

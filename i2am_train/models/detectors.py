@@ -28,6 +28,7 @@ from i2am_train.datasets.arrays import Image
 from i2am_train.errors import CheckpointError
 from i2am_train.metrics.boxes import Box
 from i2am_train.models.parsing import load_with_processor
+from i2am_train.models.pretrained import place_of
 
 TORCHVISION = "torchvision:"
 SEGMENTING = ("maskformer", "mask2former")
@@ -163,12 +164,11 @@ class TransformersDetector:
         Raises:
             CheckpointError: there is no such model, or it finds neither boxes nor segments.
         """
-        folder = Path(name).expanduser()
         try:
-            config = AutoConfig.from_pretrained(str(folder) if folder.is_dir() else name)
-        except (OSError, ValueError) as error:
+            config = AutoConfig.from_pretrained(place_of(name))
+        except (OSError, ValueError, CheckpointError) as error:
             raise CheckpointError(
-                f"There is no detector '{name}' ({' '.join(str(error).split())[:300]}). Give a folder of transformers "
+                f"There is no detector '{name}' ({' '.join(str(error).split())[:400]}). Give a folder of transformers "
                 f"or a hub name that this machine can reach, such as hustvl/yolos-tiny, or {TORCHVISION}NAME."
             ) from error
         segments = config.model_type in SEGMENTING

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,6 +18,7 @@ from transformers import AutoImageProcessor, AutoModelForSemanticSegmentation
 from i2am_train.datasets.arrays import Image
 from i2am_train.datasets.parsing import DRESS_CODE, VITON_HD, LabelMap, LabelSet
 from i2am_train.errors import CheckpointError
+from i2am_train.models.pretrained import place_of
 
 SPELLINGS = {
     "unlabelled": "background", "upperclothes": "upper_clothes", "head": "face", "glasses": "sunglasses",
@@ -102,13 +102,12 @@ def load_with_processor(option: str, name: str, kind: Any, device: str) -> tuple
     Raises:
         CheckpointError: there is no such model, or it is of another kind.
     """
-    folder = Path(name).expanduser()
-    source = str(folder) if folder.is_dir() else name
     try:
+        source = place_of(name)
         processor = AutoImageProcessor.from_pretrained(source)
         model = kind.from_pretrained(source)
-    except (OSError, ValueError) as error:
-        what = " ".join(str(error).split())[:300]
+    except (OSError, ValueError, CheckpointError) as error:
+        what = " ".join(str(error).split())[:400]
         raise CheckpointError(
             f"No model for {option} could be loaded from {option}={name} ({what}). Give a folder with config.json, "
             "preprocessor_config.json and the weights, or a name on the hub that this machine can reach."

@@ -1,7 +1,6 @@
 """Networks from folders of diffusers and transformers and from the hub; no weight is quietly drawn anew."""
 
 import pickle
-import re
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +12,7 @@ from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModel, CLIPVisionModel, PreTrainedModel, SiglipVisionModel
 
+from i2am_train.config.hub import require_model
 from i2am_train.errors import CheckpointError
 from i2am_train.models.weight_files import SUFFIXES
 
@@ -20,7 +20,6 @@ VISION_MODELS = {"clip": CLIPVisionModel, "siglip": SiglipVisionModel}
 """Encoders whose folders hold a text model, too."""
 
 _READING = (OSError, ValueError, RuntimeError, KeyError, SafetensorError, pickle.UnpicklingError)
-HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
 def load_encoder(source: str) -> PreTrainedModel:
@@ -29,7 +28,7 @@ def load_encoder(source: str) -> PreTrainedModel:
     Raises:
         CheckpointError: it cannot be read, or gives no patch tokens.
     """
-    name = _place(source)
+    name = place_of(source)
     config = _hub(source, lambda: AutoConfig.from_pretrained(name))
     loader = VISION_MODELS.get(config.model_type, AutoModel)
     encoder, info = _hub(
@@ -63,9 +62,9 @@ def load_network(kind: Any, source: str, part: str, check: Callable[[Any, str], 
     Raises:
         CheckpointError: it cannot be read, is of another class, or lacks weights.
     """
+    name = place_of(source)
     subfolder = _subfolder(source, part)
     where = {"subfolder": subfolder} if subfolder else {}
-    name = _place(source)
     config = _hub(source, lambda: kind.load_config(name, **where))
     if (found := config.get("_class_name", kind.__name__)) != kind.__name__:
         raise CheckpointError(
@@ -95,7 +94,7 @@ def load_part(kind: Any, source: str, part: str, **options: Any) -> Any:
     Raises:
         CheckpointError: it cannot be read, or lacks weights.
     """
-    name = _place(source)
+    name = place_of(source)
     if not issubclass(kind, PreTrainedModel):
         return _hub(source, lambda: kind.from_pretrained(name, subfolder=part, **options))
     options |= {"dtype": torch.float32, "output_loading_info": True}
@@ -116,14 +115,21 @@ def load_pipeline(kind: Any, source: str, **parts: Any) -> Any:
     Raises:
         CheckpointError: it cannot be read.
     """
-    name = _place(source)
+    name = place_of(source)
     return _hub(source, lambda: kind.from_pretrained(name, dtype=torch.float32, **parts))
 
 
-def _place(source: str) -> str:
-    """The folder that a source names, or the name on the hub as it stands."""
-    folder = Path(source).expanduser()
-    return str(folder) if folder.is_dir() else source
+def place_of(source: str) -> str:
+    """The file or folder that a source names, or the name on the hub as it stands.
+
+    Raises:
+        CheckpointError: it is no path here, and no model that the hub would give.
+    """
+    path = Path(source).expanduser()
+    if path.exists():
+        return str(path)
+    require_model(source)
+    return source
 
 
 def _subfolder(source: str, part: str) -> str:
@@ -157,18 +163,13 @@ def _hub_subfolder(name: str, part: str) -> str:
 
 def _hub(source: str, read: Callable[[], Any]) -> Any:
     """What ``read`` gives; the libraries' many errors as one that says what to do."""
-    path = Path(source).expanduser()
-    if not path.exists() and not HUB_NAME.fullmatch(source):
-        raise CheckpointError(
-            f"There is no file or folder '{source}', and it is no name on the hub either (OWNER/NAME). Check the path."
-        )
     try:
         with warnings.catch_warnings():  # diffusers' own use of the hub's library
             warnings.filterwarnings("ignore", "The `local_dir_use_symlinks` argument")
             return read()
     except _READING as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        if path.exists():
+        if Path(source).expanduser().exists():
             raise CheckpointError(
                 f"'{source}' cannot be read: {reason} The folder may be half downloaded, or its weights a pickle with "
                 "more than tensors in it; download it again, in safetensors where there is a choice."

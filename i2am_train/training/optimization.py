@@ -124,10 +124,17 @@ def guard_hooks() -> None:
 
     By default it reuses what it compiled for a module where only the hooks differ. A tap's hooks would be silently
     ignored where it is attached after the first step, or beside a block of the same code under gradient checkpointing.
+
+    A hook that keeps what it sees in a checkpointed block breaks the graph into a piece for each layer, unless the
+    compiler may keep it from running again when the block is recomputed. The tap's hooks would do nothing then; older
+    versions of torch have no such option, and more graphs.
     """
     import torch._dynamo
 
-    torch._dynamo.config.skip_nnmodule_hook_guards = False
+    config = torch._dynamo.config
+    config.skip_nnmodule_hook_guards = False
+    if hasattr(config, "skip_fwd_side_effects_in_bwd_under_checkpoint"):
+        config.skip_fwd_side_effects_in_bwd_under_checkpoint = True
 
 
 def compiled_graphs() -> int:

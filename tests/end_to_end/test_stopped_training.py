@@ -25,7 +25,7 @@ from i2am_train import assembly
 from i2am_train.callbacks.interruption import requeue
 from i2am_train.commands.train import train
 from i2am_train.config.store import compose
-from i2am_train.errors import ConfigError, TrainingError
+from i2am_train.errors import ConfigError, DataError, TrainingError
 
 pytestmark = pytest.mark.filterwarnings("default")  # Lightning's and torch's own deprecations
 LONG = ("optimization.steps=12", "validation.samples=0", "data.batch_size=4")
@@ -316,6 +316,19 @@ def test_what_cannot_work_is_refused_before_anything_is_written(
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=10**5))
     with pytest.raises(ConfigError, match=r"has 0.0 GiB free, and this run will keep about"):
         train(compose("train", [*training, f"output={tmp_path / 'run'}"]))
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(("number", "part"), [(3, "1 of 16"), (18, "1 of 4")])
+def test_a_missing_picture_is_found_before_the_first_step(
+    training: list[str], small_dataset: Path, tmp_path: Path, number: int, part: str
+) -> None:
+    """Of training, and of the samples held out for validation, which the first epoch would never read."""
+    root = shutil.copytree(small_dataset, tmp_path / "data")
+    (root / f"train/cloth/{number:05d}_00.jpg").unlink()
+    options = [*training, f"data.root={root}", f"output={tmp_path / 'run'}"]
+    with pytest.raises(DataError, match=rf"{part} in cloth \({number:05d}_00\.jpg\)"):
+        train(compose("train", options))
     assert not (tmp_path / "run").exists()
 
 

@@ -1,6 +1,7 @@
 """DressCode's layout: lists, names, label maps and part labels as its authors distribute them."""
 
 import json
+import shutil
 from pathlib import Path
 
 import cv2
@@ -136,6 +137,24 @@ def test_each_pairing_has_its_list(complete: Path) -> None:
     assert torch.equal(paired[0]["garment"], unpaired[1]["garment"])
     assert not unpaired[0]["warped_garment_mask"].any()
     assert paired[0]["warped_garment_mask"].any()
+
+
+def test_a_missing_file_is_said_when_the_dataset_is_opened(complete: Path, tmp_path: Path) -> None:
+    # Proves the check in the other layout: people and garments share a folder, each list asks for its own.
+    root = Path(shutil.copytree(complete, tmp_path / "set"))
+    (root / "upper_body/images/000004_1.jpg").unlink()
+    (root / "dresses/agnostic-mask/000024_0_mask.png").unlink()
+    (root / "dresses/skeletons").rmdir()
+    assert len(DressCodeDataset(root, "train", "paired", SIZE, ["upper_body", "dresses"])) == 6
+    for category, match in (
+        (
+            "upper_body",
+            r"test_pairs_unpaired\.txt asks for: 1 of 2 in images \(000004_1\.jpg\)\. Copy",
+        ),
+        ("dresses", r"1 of 2 in agnostic-mask \(000024_0_mask\.png\)\..*'i2am data derive root="),
+    ):
+        with pytest.raises(DataError, match=rf"set/{category} lacks files .*{match}"):
+            open_dataset(root, Split.TEST, Pairing.UNPAIRED, SIZE, Reading(categories=(category,)))
 
 
 def test_categories_are_chosen_and_found(complete: Path) -> None:

@@ -162,14 +162,14 @@ def test_broken_pair_lists_are_refused(copy: Path, text: str, match: str) -> Non
     ],
 )
 def test_broken_pictures_are_named(copy: Path, file: str, keep: float | None, match: str) -> None:
-    # Proves that a half-written picture is an error and never silently grey.
+    # Proves that a half-written picture is an error and never silently grey, also one that vanishes during training.
+    data = VitonHDDataset(copy, "train", "paired", SIZE)
     path = copy / "train" / file
     content = path.read_bytes()
     if keep is None:
         path.unlink()
     else:
         path.write_bytes(content[: int(len(content) * keep)])
-    data = VitonHDDataset(copy, "train", "paired", SIZE)
     with pytest.raises(DataError, match=match) as caught:
         data[2]
     assert str(path) in str(caught.value)

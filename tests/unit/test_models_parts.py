@@ -350,7 +350,7 @@ def test_a_name_on_the_hub_without_network(
 ) -> None:
     """The error says how to bring the files here."""
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(CheckpointError, match=r"hub did not give it: .* `hf download nobody/none"):
+    with pytest.raises(CheckpointError, match=r"fetched .nobody/none; .*'hf download OWNER/NAME"):
         assemble(options(pipeline, tmp_path / "m", **{part: "nobody/none"}))
 
 

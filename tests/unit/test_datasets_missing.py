@@ -1,0 +1,137 @@
+"""Files that the pair lists ask for and that are not there: said when a dataset is opened."""
+
+import os
+import shutil
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from i2am_train.datasets.datamodule import TryOnDataModule
+from i2am_train.datasets.layouts import DESCRIPTION_FILE
+from i2am_train.datasets.opening import AS_IT_LIES, open_dataset
+from i2am_train.datasets.reading import TryOnDataset
+from i2am_train.datasets.viton_hd import VitonHDDataset
+from i2am_train.errors import DataError
+from i2am_train.types import GridSize, Pairing, Split
+
+SIZE = GridSize(64, 48)
+
+
+@pytest.fixture
+def embedded(small_dataset: Path, tmp_path: Path) -> Path:
+    """A copy of the embedded dataset, to break."""
+    return Path(shutil.copytree(small_dataset, tmp_path / "embedded"))
+
+
+@pytest.fixture
+def viton_hd(embedded: Path) -> Path:
+    """What a download of VITON-HD has: nothing says how it was made, and only training knows the worn garment."""
+    (embedded / DESCRIPTION_FILE).unlink()
+    for folder in ("train/correspondence", "test/correspondence", "test/gt_cloth_warped_mask"):
+        shutil.rmtree(embedded / folder)
+    return embedded
+
+
+@pytest.mark.parametrize(
+    ("file", "advice"),
+    [
+        ("image/00002_00.jpg", ""),
+        ("cloth/00002_00.jpg", ""),
+        ("image-densepose/00002_00.jpg", ""),
+        ("correspondence/00002_00.png", ""),
+        ("agnostic-v3.2/00002_00.jpg", "derive"),
+        ("agnostic-mask/00002_00_mask.png", "derive"),
+        ("cloth-mask/00002_00.jpg", "derive"),
+        ("gt_cloth_warped_mask/00002_00.jpg", "derive"),
+    ],
+)
+def test_each_file_of_the_embedded_dataset(embedded: Path, file: str, advice: str) -> None:
+    # Proves that one missing file of any kind is named before a sample is read, with what makes it again.
+    (embedded / "train" / file).unlink()
+    folder, name = file.split("/")
+    with pytest.raises(
+        DataError, match=rf"train_pairs\.txt asks for: 1 of 20 in {folder} \({name}\)\."
+    ):
+        VitonHDDataset(embedded, "train", "paired", SIZE)
+    with pytest.raises(DataError, match=r"data check root=.*") as caught:
+        VitonHDDataset(embedded, "train", "paired", SIZE)
+    assert ("'i2am data derive root=" in str(caught.value)) == (advice == "derive")
+    assert "'i2am data make' draws this dataset again" in str(caught.value)
+    assert len(VitonHDDataset(embedded, "test", "paired", SIZE)) == 6
+
+
+def test_all_folders_of_viton_hd_are_summed_up(viton_hd: Path) -> None:
+    # Proves one message for everything: counts, the first names, and no advice on drawing what was photographed.
+    for number in range(5, 0, -1):
+        (viton_hd / f"train/cloth/0000{number}_00.jpg").unlink()
+    (viton_hd / "train/agnostic-mask/00019_00_mask.png").unlink()
+    with pytest.raises(
+        DataError,
+        match=r"train lacks files .*: 1 of 20 in agnostic-mask \(00019_00_mask\.png\); "
+        r"5 of 20 in cloth \(00001_00\.jpg, 00002_00\.jpg, 00003_00\.jpg, \.\.\.\)\. Copy them there",
+    ) as caught:
+        VitonHDDataset(viton_hd, "train", "paired", SIZE)
+    assert "data make" not in str(caught.value)
+
+
+def test_only_what_is_read_is_asked_for(viton_hd: Path) -> None:
+    # Proves that unpaired tests need the listed garment and not the person's own, and that subsets need no more.
+    for role in ("cloth", "cloth-mask"):
+        (
+            viton_hd / f"test/{role}/50000_00.jpg"
+        ).unlink()  # of the last pair; person 50000 tries on 50001
+
+    def opened(pairing: Pairing, indices: list[int]) -> TryOnDataset:
+        return open_dataset(viton_hd, Split.TEST, pairing, SIZE, AS_IT_LIES, indices=indices)
+
+    assert len([*opened(Pairing.UNPAIRED, [0, 1, 2, 3, 4])]) == 5
+    assert len([*opened(Pairing.PAIRED, [1, 2, 3, 4, 5])]) == 5
+    for pairing, index in ((Pairing.UNPAIRED, 5), (Pairing.PAIRED, 0)):
+        with pytest.raises(
+            DataError, match=r"1 of 1 in cloth \(50000_00\.jpg\); 1 of 1 in cloth-mask"
+        ):
+            opened(pairing, [index])
+
+
+def test_training_and_validation_each_need_their_own(embedded: Path) -> None:
+    # Proves that the held-out end is checked on its own, as a run that trains from a cache needs.
+    (embedded / "train/image/00018_00.jpg").unlink()
+    data = TryOnDataModule(embedded, SIZE, batch_size=3, validation_samples=5)
+    assert len(data.train_dataset()) == 15
+    with pytest.raises(DataError, match=r"1 of 5 in image \(00018_00\.jpg\)"):
+        data.validation_dataset()
+
+
+def test_mixed_endings_of_own_photographs_are_explained(viton_hd: Path) -> None:
+    # Proves that a photograph which is there under another ending is pointed at.
+    photograph = viton_hd / "train/cloth/00007_00.jpg"
+    photograph.rename(photograph.with_suffix(".PNG"))
+    with pytest.raises(
+        DataError,
+        match=r"\(00007_00\.jpg\), where 00007_00\.PNG is, but a folder's files must end alike, here in '\.jpg'",
+    ):
+        VitonHDDataset(viton_hd, "train", "paired", SIZE)
+
+
+def test_a_folder_is_listed_once_whatever_the_number_of_samples(
+    viton_hd: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Proves that no file is asked for by itself: seven folders, each looked at for its spelling and listed once.
+    scanned, asked = Counter[str](), Counter[str]()
+
+    def counted(call: Callable[..., Any], counts: Counter[str]) -> Callable[..., Any]:
+        def count(path: Any, *arguments: Any, **options: Any) -> Any:
+            counts[Path(path).name] += 1
+            return call(path, *arguments, **options)
+
+        return count
+
+    monkeypatch.setattr(os, "scandir", counted(os.scandir, scanned))
+    monkeypatch.setattr(os, "stat", counted(os.stat, asked))
+    VitonHDDataset(viton_hd, "train", "paired", SIZE)
+    assert len(scanned) == 7
+    assert set(scanned.values()) == {2}
+    assert not [name for name in asked if name.endswith((".jpg", ".png"))]
