@@ -1,7 +1,7 @@
 """Real servers on this machine: files over HTTP, and S3 where its client and moto's server are installed.
 
-``pip install s3fs 'moto[server]'`` adds the second one; they are not among the development packages, because the AWS
-libraries hold python-dateutil below 3.
+``pip install s3fs 'moto[server]'`` adds the second one; they are not among the development packages, because they
+take 160 MB.
 """
 
 import shutil
