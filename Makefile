@@ -16,7 +16,7 @@ demo: $(STAMP)  ## train baseline and refined on the embedded data and compare t
 	@$(BIN)/i2am ablate experiment=demo
 
 test: $(STAMP)  ## all quick tests
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(TEST_WORKERS) -m "not slow"
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(TEST_WORKERS) --dist worksteal -m "not slow"
 
 test-slow: $(STAMP)  ## the tests that `make test` leaves out
 	@$(BIN)/python -m pytest -q -m slow

@@ -80,12 +80,12 @@ def ablate(config: AblateConfig) -> dict[str, Any]:
     for cell, remaining in _with_time_left(list(_cells(config))):
         print(f"\n=== {cell.folder.removeprefix('cells/')}{remaining} ===", flush=True)
         entries.append(_run_cell(config, cell, folder.path))
-    folder.finish()
     results = _results(config, folder.path, arms, entries, folder.manifest)
-    changed = not _holds(folder / "results.json", entries)
+    tracked_before = folder.finished and _holds(folder / "results.json", entries)
     write_json(folder / "results.json", results)
-    if changed:
+    if not tracked_before:
         track_study(tracked(config).tracking, folder.path, results)
+    folder.finish()
     return results
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def overrides(small_dataset: Path, small_checkpoint: Path) -> list[str]:
     """Options of every command: small data, few steps, few samples."""
     return [
@@ -18,7 +18,7 @@ def overrides(small_dataset: Path, small_checkpoint: Path) -> list[str]:
     ]
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def training(overrides: list[str], small_checkpoint: Path) -> list[str]:
     """Options of a training run: two epochs of two steps, four validation samples."""
     return [

@@ -96,7 +96,11 @@ class Stop(L.Callback):
 
 @pytest.mark.parametrize(
     "extra",
-    [[], ["optimization.ema_decay=0.9"], LORA, [*LORA, "optimization.ema_decay=0.9"]],
+    [
+        [],
+        pytest.param(LORA, marks=pytest.mark.slow),
+        [*LORA, "optimization.ema_decay=0.9"],
+    ],
 )
 def test_resumed_equals_uninterrupted(
     training: list[str], extra: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -20,6 +20,7 @@ import lightning as L
 import pytest
 import torch
 from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from i2am_train import assembly
 from i2am_train.callbacks.interruption import requeue
@@ -54,6 +55,12 @@ def steps(folder: Path) -> list[int]:
     return sorted({0, *(int(row["step"]) + 1 for row in rows(folder) if row.get("step"))})
 
 
+def drawn_steps(folder: Path) -> list[int]:
+    """Steps of the loss as TensorBoard shows them, counted from 0."""
+    shown = EventAccumulator(str(folder / "tensorboard")).Reload()
+    return [event.step for event in shown.Scalars("loss/total")]
+
+
 class Run:
     """One attempt at a training run, as a process of its own."""
 
@@ -85,19 +92,26 @@ class Run:
         assert self.process.returncode == 0, errors[-3000:]
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def options(training: list[str]) -> list[str]:
     """A refined run with everything that has a state: averages, accumulation, readers, a checkpoint at every step."""
     return [
         *training, *LONG, "experiment=refined", "optimization.ema_decay=0.9", "data.batch_size=2",
         "optimization.global_batch=4", "data.workers=2", "data.augment=true", "trainer.checkpoint_every_n_steps=1",
-        "tracking.tensorboard=false",
     ]  # fmt: skip
 
 
-def test_a_killed_run_ends_as_if_it_had_not_been(options: list[str], tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def whole(options: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """That run, never stopped."""
+    output = tmp_path_factory.mktemp("whole") / "run"
+    return train(compose("train", [*options, f"output={output}"]))
+
+
+def test_a_killed_run_ends_as_if_it_had_not_been(
+    options: list[str], whole: Path, tmp_path: Path
+) -> None:
     """SIGKILL at three random moments, most of them inside an epoch; weights and curves equal the whole run's."""
-    whole = train(compose("train", [*options, f"output={tmp_path / 'whole'}"]))
     moments = random.Random(0)
     for step in sorted(moments.sample(range(1, 11), 3)):
         attempt = Run(options, tmp_path / "killed")
@@ -108,6 +122,7 @@ def test_a_killed_run_ends_as_if_it_had_not_been(options: list[str], tmp_path: P
     assert same_weights(whole, tmp_path / "killed")
     assert rows(tmp_path / "killed") == rows(whole)
     assert steps(whole) == list(range(13))
+    assert drawn_steps(tmp_path / "killed") == drawn_steps(whole) == list(range(12))
 
 
 class Fault(L.Callback):
@@ -122,11 +137,10 @@ class Fault(L.Callback):
 
 
 def test_it_goes_on_from_any_step(
-    options: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    options: list[str], whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In the middle of an epoch, at its last step and at the first of the next."""
     options = [*options, "data.workers=0"]
-    whole = train(compose("train", [*options, f"output={tmp_path / 'whole'}"]))
     make = assembly.make_trainer
     for step in (2, 5, 6):  # an epoch has five steps
         output = tmp_path / str(step)
@@ -144,13 +158,15 @@ def test_it_goes_on_from_any_step(
         assert rows(whole) == rows(output)
 
 
-@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(
+    ("number", "status"),
+    [(signal.SIGTERM, 143), pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow)],
+)
 def test_told_to_stop_it_saves_and_goes_on(
-    options: list[str], tmp_path: Path, number: int, status: int
+    options: list[str], whole: Path, tmp_path: Path, number: int, status: int
 ) -> None:
     """Without regular checkpoints: the state of the very step is saved, after whole accumulation."""
     options = [*options, "trainer.checkpoint_every_n_steps=1000"]
-    whole = train(compose("train", [*options, f"output={tmp_path / 'whole'}"]))
     attempt = Run(options, tmp_path / "stopped")
     attempt.wait_for_step(5)
     returned, errors = attempt.stop(number)
