@@ -79,6 +79,7 @@ def test_two_processes_equal_one(
     assert apart < 0.02 * moved, (apart, moved)
 
 
+@pytest.mark.slow
 def test_adapters_on_two_processes_equal_those_on_one(
     small_dataset: Path, small_checkpoint: Path, tmp_path: Path
 ) -> None:
