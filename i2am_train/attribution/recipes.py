@@ -433,6 +433,7 @@ def _read_tryon(pipeline: Any) -> dict[str, Any]:
 _LDM_ROOTS = (_LDM_ROOT, "diffusion_model", "")
 _PROJECTION = r"encoder_hid_proj\.image_projection_layers\.0:"
 _FOLDER = "folder or hub name"
+_ADAPTER = _FOLDER + " + `adapter=` file (SD1.5)"
 _OPEN_RAIL = "CreativeML OpenRAIL-M"
 _CC = "CC BY-NC-SA 4.0"
 
@@ -571,7 +572,7 @@ KNOWN_MODELS: tuple[KnownModel, ...] = (
         sites="16 (SD1.5), 70 (SDXL)",
         grids="all levels; 4 tokens",
         licence="Apache-2.0",
-        loading=_FOLDER + " + `adapter=` file (SD1.5)",
+        loading=_ADAPTER,
         signature=Signature(modules=(_PROJECTION + "ImageProjection",)),
     ),
     KnownModel(
@@ -580,7 +581,7 @@ KNOWN_MODELS: tuple[KnownModel, ...] = (
         sites="16 (SD1.5), 70 (SDXL)",
         grids="all levels; 16 tokens",
         licence="Apache-2.0",
-        loading=_FOLDER + " + `adapter=` file (SD1.5)",
+        loading=_ADAPTER,
         signature=Signature(modules=(_PROJECTION + "IPAdapterPlusImageProjection",)),
     ),
     KnownModel(
@@ -589,7 +590,7 @@ KNOWN_MODELS: tuple[KnownModel, ...] = (
         sites="16 (SD1.5), 70 (SDXL)",
         grids="all levels; 16x16 tokens + class",
         licence="Apache-2.0",
-        loading=_FOLDER + " + `adapter=` file (SD1.5)",
+        loading=_ADAPTER,
         signature=Signature(modules=(_PROJECTION + "IPAdapterFullImageProjection",)),
     ),
     KnownModel(

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from i2am_train.training.sharding import sharded_like, whole
+from i2am_train.training.sharding import sharded_like, whole_state
 
 STATE = "averaged_weights"
 """Its key in a checkpoint: whole tensors by the weights' names."""
@@ -70,12 +70,7 @@ class AveragedWeights(L.Callback):
     def on_save_checkpoint(
         self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        state = {}
-        for name, average in self._averages.items():
-            together = whole(average)  # takes all processes, of which the first one writes
-            if trainer.is_global_zero:
-                state[name] = together
-        checkpoint[STATE] = state
+        checkpoint[STATE] = whole_state(self._averages, first=trainer.is_global_zero)
 
     def on_load_checkpoint(
         self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]

@@ -9,15 +9,15 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from i2am_train.errors import RunFolderError
 from i2am_train.reporting.canvas import save_figure
 from i2am_train.reporting.detected import KIND, Detected, read_detected
 from i2am_train.reporting.detection import FIGURE_CAPTION, drawing_of, sections, tables_of
 from i2am_train.reporting.explained import numbered
 from i2am_train.reporting.figure_files import FOLDER as FIGURES
+from i2am_train.reporting.figure_files import origin_of
 from i2am_train.reporting.pages import Section, code_state
 from i2am_train.reporting.score_report import write_table
-from i2am_train.runs import RunFolder, command_line
+from i2am_train.runs import command_line
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,19 +87,7 @@ def plan_detections(folders: Sequence[Path]) -> DetectionSet:
     labels = numbered([folder.name for folder in folders])
     return DetectionSet(
         tuple(
-            Input(label, read_detected(folder), _origin(folder))
+            Input(label, read_detected(folder), origin_of(folder))
             for label, folder in zip(labels, folders, strict=True)
         )
     )
-
-
-def _origin(folder: Path) -> dict[str, Any]:
-    """What the index says of an experiment."""
-    manifest = RunFolder(folder, resumed=False).manifest
-    if manifest.get("finished") is None:
-        raise RunFolderError(
-            f"The run of {folder} did not come to its end. Give its command again: "
-            f"{manifest.get('command')}"
-        )
-    kept = ("command", "data", "git", "finished", "settings")
-    return {"folder": str(folder), **{name: manifest[name] for name in kept}}

@@ -116,7 +116,7 @@ def plan_figures(
     given: Sequence[str | None] = models or (None,) * len(folders)
     labels = numbered([folder.name for folder in folders])
     inputs = tuple(
-        Input(label, read_explained(folder, model), _origin(folder))
+        Input(label, read_explained(folder, model), origin_of(folder))
         for label, folder, model in zip(labels, folders, given, strict=True)
     )
     planned, left_out = plan([entry.sample for entry in inputs], names)
@@ -129,8 +129,12 @@ def plan_figures(
     return FigureSet(inputs, tuple(planned), left_out, layers)
 
 
-def _origin(folder: Path) -> dict[str, Any]:
-    """What the index says of a sample."""
+def origin_of(folder: Path) -> dict[str, Any]:
+    """What the index of a report says of a folder that it reads.
+
+    Raises:
+        RunFolderError: there is no manifest, or the run did not come to its end.
+    """
     manifest = manifest_of(folder)
     kept = ("command", "data", "git", "finished", "settings")
     return {"folder": str(folder), **{name: manifest[name] for name in kept}}

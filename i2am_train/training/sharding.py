@@ -95,6 +95,17 @@ def whole(value: Tensor) -> Tensor:
     return value.full_tensor() if isinstance(value, DTensor) else value
 
 
+def whole_state(state: dict[str, Any], *, first: bool) -> dict[str, Any]:
+    """A state with its sharded tensors whole on the ``first`` process, and nothing on others; collective."""
+
+    def collected(value: DTensor) -> Tensor | None:
+        together = whole(value)
+        return together.cpu() if first else None  # one at a time in the others' memory
+
+    together: dict[str, Any] = apply_to_collection(state, DTensor, collected)
+    return together if first else {}
+
+
 def sharded_like(value: Any, target: Any) -> Any:
     """This process's part of a whole tensor, cut like ``target``; the value itself where there is nothing to cut."""
     if not isinstance(target, DTensor) or isinstance(value, DTensor):
@@ -127,23 +138,13 @@ class ShardedStrategy(ModelParallelStrategy):
     def lightning_module_state_dict(self) -> dict[str, Any]:
         """The whole weights on the first process, and nothing on others; collective."""
         assert self.lightning_module is not None
-        return self._whole(self.lightning_module.state_dict())
+        return whole_state(self.lightning_module.state_dict(), first=self.is_global_zero)
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
         """The optimizer's whole state on the first process, and nothing on others; collective."""
         if isinstance(optimizer, LightningOptimizer):
             optimizer = optimizer.optimizer
-        return self._whole(optimizer.state_dict())
-
-    def _whole(self, state: dict[str, Any]) -> dict[str, Any]:
-        collected: dict[str, Any] = apply_to_collection(state, DTensor, self._collected)
-        return collected if self.is_global_zero else {}
-
-    def _collected(self, value: DTensor) -> Tensor | None:
-        together = whole(value)
-        return (
-            together.cpu() if self.is_global_zero else None
-        )  # one at a time in the others' memory
+        return whole_state(optimizer.state_dict(), first=self.is_global_zero)
 
     def load_checkpoint(
         self, checkpoint_path: Any, weights_only: bool | None = None
