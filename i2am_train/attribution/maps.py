@@ -126,7 +126,8 @@ class AttributionMaps:
     for the weights.
 
     Every method takes ``size`` (None: the finest grid of the layers) and returns a `HeatMap` of
-    float32 values.
+    float32 values. Maps of a `trace` lie on the CPU, wherever the model ran: compare them with
+    masks on the CPU.
     """
 
     store: AttributionStore

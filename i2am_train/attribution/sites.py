@@ -133,6 +133,15 @@ def _cells(first: float | int, last: float | int, side: int, grid: GridSize) -> 
     return round(bounds[0]), round(bounds[1])
 
 
+def _bound(bound: int, length: int) -> int:
+    """Where a slice's bound lies in a sequence; not ``slice.indices``, which torch 2.11 cannot compile.
+
+    >>> [_bound(bound, 5) for bound in (2, -2, 9, -9)]
+    [2, 3, 5, 0]
+    """
+    return min(max(bound + length if bound < 0 else bound, 0), length)
+
+
 @dataclass(frozen=True)
 class Tokens:
     """Where one picture's tokens sit in a sequence of queries or keys.
@@ -171,11 +180,13 @@ class Tokens:
                 "Is the reference part of the sequence in this call?"
             )
         first = part * length // parts
-        start, stop, _ = slice(self.skip, self.stop).indices(length // parts)
+        length //= parts
+        start = _bound(self.skip, length)
+        stop = length if self.stop is None else _bound(self.stop, length)
         count = stop - start
         if count < 1:
             raise CaptureError(
-                f"Of {length // parts} tokens none is left between {self.skip} and {self.stop}. "
+                f"Of {length} tokens none is left between {self.skip} and {self.stop}. "
                 "Set the recipe's numbers of special tokens."
             )
         grid = self._grid(count, latent)

@@ -99,7 +99,7 @@ class EvaluationCallback(L.Callback):
         assert isinstance(module, TryOnModule) and self._evaluator is not None
         with trainer.precision_plugin.forward_context():
             explained = self._evaluator.update(module.model, batch)
-        self._panels |= make_panels(explained, batch, self._wanted)
+        self._panels |= make_panels(explained, self._wanted)
 
     def _finish(self) -> EvaluationResult:
         assert self._evaluator is not None

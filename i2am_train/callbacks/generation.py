@@ -43,11 +43,11 @@ class GenerationCallback(L.Callback):
             explained = generate_with_attention(
                 pl_module.model, batch, self.sampling, self.attribution
             )
-        scores = attention_scores(explained, batch, self.attribution)
+        scores = attention_scores(explained, self.attribution)
         self.samples.write(
-            sample_rows(batch, scores),
+            sample_rows(explained.batch, scores),
             to_uint8(explained.generated).permute(0, 2, 3, 1),
-            make_panels(explained, batch, self.panels),
+            make_panels(explained, self.panels),
         )
 
     def on_test_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from i2am_train.datasets.sample import TryOnBatch, TryOnSample
+    from i2am_train.datasets.sample import TryOnSample
     from i2am_train.evaluation.evaluator import Explained
     from i2am_train.models.sampling import SamplingStep
     from i2am_train.models.tryon import TryOnModel
@@ -135,10 +135,11 @@ def _case(
     """Samples one image with its attention, and draws it."""
     from torch.utils.data import default_collate
 
+    from i2am_train.datasets.sample import batch_on
     from i2am_train.evaluation.evaluator import generate_with_attention
 
     model = model.eval().to(device)
-    batch = _on_device(default_collate([sample]), model.device)
+    batch = batch_on(default_collate([sample]), model.device)
     clean = CleanImages(config.sampling.steps, config.attribution.time_groups)
     explained = generate_with_attention(
         model,
@@ -148,12 +149,12 @@ def _case(
         matrix_layers=config.matrix_layers,
         on_step=clean,
     )
-    described = _sample(config, origin, explained, batch, clean.decoded(model))
+    described = _sample(config, origin, explained, clean.decoded(model))
     alone = len(config.checkpoints) == len(config.samples) == 1
     return _Case(
         folder="" if alone else f"{name.replace('/', '_')}-{config.split}{sample['index']}",
         sample=described,
-        figures=_figures(described) | {"centers": _center_figure(explained, batch)},
+        figures=_figures(described) | {"centers": _center_figure(explained)},
     )
 
 
@@ -205,15 +206,6 @@ def _samples(config: ExplainConfig, root: Path) -> list[TryOnSample]:
     return [dataset[position] for position in range(len(dataset))]
 
 
-def _on_device(batch: Any, device: Any) -> TryOnBatch:
-    import torch
-
-    return {
-        name: value.to(device) if isinstance(value, torch.Tensor) else value
-        for name, value in batch.items()
-    }  # type: ignore[return-value]
-
-
 class CleanImages:
     """Keeps the clean latent that the model predicts at the end of each time group."""
 
@@ -253,7 +245,6 @@ def _sample(
     config: ExplainConfig,
     origin: Origin,
     explained: Explained,
-    batch: TryOnBatch,
     clean: tuple[CleanImage, ...],
 ) -> ExplainedSample:
     """All that figures need, as plain arrays."""
@@ -261,8 +252,9 @@ def _sample(
     from i2am_train.reporting.explained import IMAGES, MASKS, ExplainedSample
     from i2am_train.runs import checkpoint_label
 
-    generated, reference = _patches(config, explained, batch)
-    scores = attention_scores(explained, batch, config.attribution)
+    batch = explained.batch
+    generated, reference = _patches(config, explained)
+    scores = attention_scores(explained, config.attribution)
     known = batch["correspondence"][0].isfinite().any()
     pictures: dict[str, Any] = {**batch, "generated": explained.generated}
     return ExplainedSample(
@@ -271,8 +263,8 @@ def _sample(
         paired=bool(batch["paired"][0]),
         layer=explained.layer,
         images={name: _picture(pictures[name][0]) for name in IMAGES},
-        masks={name: pictures[f"{name}_mask"][0].cpu().numpy() for name in MASKS},
-        correspondence=batch["correspondence"][0].cpu().numpy() if known else None,
+        masks={name: pictures[f"{name}_mask"][0].numpy() for name in MASKS},
+        correspondence=batch["correspondence"][0].numpy() if known else None,
         clean=clean,
         maps=explained.maps,
         scores={name: finite(float(value[0])) for name, value in scores.items()},
@@ -296,7 +288,7 @@ def _figures(sample: ExplainedSample) -> dict[str, Any]:
 
 
 def _patches(
-    config: ExplainConfig, explained: Explained, batch: TryOnBatch
+    config: ExplainConfig, explained: Explained
 ) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
     """The generated and the reference patches that get maps: the user's, or some of the garment."""
     from i2am_train.evaluation.evaluator import garment_patches
@@ -304,21 +296,22 @@ def _patches(
     from i2am_train.ops.masks import mask_on_grid
 
     generated = config.generated_patches or spread_patches(
-        garment_patches(explained, batch)[0], explained.generated_grid
+        garment_patches(explained)[0], explained.generated_grid
     )
     reference = config.reference_patches or spread_patches(
-        mask_on_grid(batch["garment_mask"], explained.reference_grid)[0], explained.reference_grid
+        mask_on_grid(explained.batch["garment_mask"], explained.reference_grid)[0],
+        explained.reference_grid,
     )
     return generated, reference
 
 
-def _center_figure(explained: Explained, batch: TryOnBatch) -> Any:
+def _center_figure(explained: Explained) -> Any:
     """The sample beside the field of its attention centres."""
     from i2am_train.evaluation.evaluator import make_panels
     from i2am_train.evaluation.results import stack_panels
     from i2am_train.reporting.sample_panel import sample_panel
 
-    panels = stack_panels(make_panels(explained, batch, {int(batch["index"][0])}))
+    panels = stack_panels(make_panels(explained, {int(explained.batch["index"][0])}))
     return sample_panel({"model": panels}, labels={"model": "generated"})
 
 

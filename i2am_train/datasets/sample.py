@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TypedDict
+from typing import TypedDict, cast
 
+import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
@@ -50,3 +51,12 @@ class TryOnBatch(TypedDict):
     inpaint_mask: Bool[Tensor, "batch height width"]
     warped_garment_mask: Bool[Tensor, "batch height width"]
     correspondence: Float[Tensor, "batch height width 2"]
+
+
+def batch_on(batch: TryOnBatch, device: torch.device | str) -> TryOnBatch:
+    """The same batch with all its tensors on a device."""
+    moved = {
+        name: value.to(device) if isinstance(value, Tensor) else value
+        for name, value in batch.items()
+    }
+    return cast(TryOnBatch, moved)

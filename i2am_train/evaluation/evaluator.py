@@ -2,6 +2,9 @@
 
 It knows nothing of Lightning or files. The callbacks drive it in validation during training; ``i2am evaluate`` keeps
 what the same functions give batch by batch (``generation``) and scores the images from their files (``scoring``).
+
+The network and its batch lie on the model's device, and leave it together: an :class:`Explained` is on the CPU, all of
+it, with the masks and the truth that its maps are judged by. Only image metrics with a network go back to a device.
 """
 
 import math
@@ -19,7 +22,7 @@ from i2am_train.attribution.maps import AttributionMaps, HeatMap, threshold
 from i2am_train.attribution.sites import LayerId
 from i2am_train.attribution.trace import trace
 from i2am_train.config.schema import AttributionConfig, SamplingConfig
-from i2am_train.datasets.sample import TryOnBatch
+from i2am_train.datasets.sample import TryOnBatch, batch_on
 from i2am_train.losses.base import LossVariant
 from i2am_train.losses.centers import attention_centers
 from i2am_train.metrics.correspondence import (
@@ -72,8 +75,13 @@ def check_settings(model: TryOnModel, settings: EvaluationSettings) -> None:
 
 @dataclass(kw_only=True)
 class Explained:
-    """Images of one batch and the attention that made them."""
+    """Images of one batch, the attention that made them, and what both are judged by; every tensor is on the CPU.
 
+    Functions of it take no other batch, so that maps never meet the masks of another device or of other samples.
+    """
+
+    batch: TryOnBatch
+    """What the images were made from, with the masks, the truth and the names."""
     generated: Float[Tensor, "batch 3 height width"]
     maps: AttributionMaps
     map_generated: Float[Tensor, "batch height width"]
@@ -97,9 +105,10 @@ def generate_with_attention(
     matrix_layers: Sequence[LayerId] | None = (),
     on_step: Callable[[SamplingStep], None] | None = None,
 ) -> Explained:
-    """Samples a batch once and keeps the attention of that very pass.
+    """Samples a batch, whose tensors lie on the model's device, and keeps the attention of that very pass.
 
-    Score matrices are kept of ``attribution.layer`` and of ``matrix_layers`` (None: of every layer); ``on_step`` is the
+    What comes back is on the CPU: this is the one place where images, maps, masks and truth leave the device. Score
+    matrices are kept of ``attribution.layer`` and of ``matrix_layers`` (None: of every layer); ``on_step`` is the
     sampler's.
     """
     seeds = [seed_for(sampling.seed, "sampling", int(index)) for index in batch["index"]]
@@ -126,7 +135,8 @@ def generate_with_attention(
     scores = maps.scores(attribution.layer)
     size = GridSize(*generated.shape[-2:])
     return Explained(
-        generated=generated,
+        batch=batch_on(batch, "cpu"),
+        generated=generated.cpu(),
         maps=maps,
         map_generated=_unified(maps, Direction.REFERENCE_TO_GENERATED, attribution, size).values,
         map_reference=_unified(maps, Direction.GENERATED_TO_REFERENCE, attribution, size).values,
@@ -145,17 +155,17 @@ def _unified(
 
 
 def attention_scores(
-    explained: Explained, batch: TryOnBatch, options: AttributionConfig
+    explained: Explained, options: AttributionConfig
 ) -> dict[str, Float[Tensor, " batch"]]:
     """Every attention metric of each sample; NaN where a sample has no value (empty mask, no truth)."""
     sides = {
-        "imacs_g": (explained.map_generated, batch["inpaint_mask"]),
-        "imacs_r": (explained.map_reference, batch["garment_mask"]),
+        "imacs_g": (explained.map_generated, explained.batch["inpaint_mask"]),
+        "imacs_r": (explained.map_reference, explained.batch["garment_mask"]),
     }
     scores: dict[str, Tensor] = {}
     for name, (heat_map, mask) in sides.items():
         scores |= imacs_table(name, heat_map, mask, options)
-    return scores | _correspondence_scores(explained, batch)
+    return scores | _correspondence_scores(explained)
 
 
 def imacs_table(
@@ -173,14 +183,18 @@ def imacs_table(
     return {name: table[imacs_column(name, options.delta, options.penalty)], **table}
 
 
-def _correspondence_scores(explained: Explained, batch: TryOnBatch) -> dict[str, Tensor]:
-    target = target_on_grid(
-        batch["correspondence"],
-        batch["warped_garment_mask"],
+def _target(explained: Explained) -> Float[Tensor, "batch generated 2"]:
+    return target_on_grid(
+        explained.batch["correspondence"],
+        explained.batch["warped_garment_mask"],
         explained.generated_grid,
         explained.reference_grid,
     )
-    mask = garment_patches(explained, batch)
+
+
+def _correspondence_scores(explained: Explained) -> dict[str, Tensor]:
+    target = _target(explained)
+    mask = garment_patches(explained)
     return {
         "correspondence_error": correspondence_error(explained.centers, target),
         "pck_1": pck(explained.centers, target, 1.0),
@@ -191,8 +205,9 @@ def _correspondence_scores(explained: Explained, batch: TryOnBatch) -> dict[str,
     }
 
 
-def garment_patches(explained: Explained, batch: TryOnBatch) -> Bool[Tensor, "batch generated"]:
+def garment_patches(explained: Explained) -> Bool[Tensor, "batch generated"]:
     """Generated patches that lie on the garment: its warped mask where there is one, else the inpainted region."""
+    batch = explained.batch
     known = batch["warped_garment_mask"].flatten(1).any(dim=1)
     mask = torch.where(known[:, None, None], batch["warped_garment_mask"], batch["inpaint_mask"])
     return mask_on_grid(mask, explained.generated_grid)
@@ -289,15 +304,21 @@ class Evaluator:
         explained = generate_with_attention(
             model, batch, self.settings.sampling, self.settings.attribution
         )
-        scores = attention_scores(explained, batch, self.settings.attribution)
-        generated, real = to_uint8(explained.generated), to_uint8(batch["person"])
-        paired = torch.as_tensor(batch["paired"])
-        for name, score in self._pair_scores.items():
-            values = score(generated, real)
-            scores[name] = torch.where(paired.to(values.device), values, torch.nan)
-        self._set_metrics.update(generated, real, torch.as_tensor(batch["index"]))
-        self.rows |= sample_rows(batch, scores)
+        scores = attention_scores(explained, self.settings.attribution)
+        scores |= self._image_scores(explained)
+        self.rows |= sample_rows(explained.batch, scores)
         return explained
+
+    def _image_scores(self, explained: Explained) -> dict[str, Float[Tensor, " batch"]]:
+        """Metrics of pairs, NaN where a sample has no partner; what sets need is kept in their metrics' states."""
+        batch = explained.batch
+        pictures = (explained.generated, batch["person"])
+        generated, real = (to_uint8(images).to(self.device) for images in pictures)
+        self._set_metrics.update(generated, real, batch["index"].to(self.device))
+        scores = {name: score(generated, real).cpu() for name, score in self._pair_scores.items()}
+        return {
+            name: torch.where(batch["paired"], values, torch.nan) for name, values in scores.items()
+        }
 
     def compute(self) -> EvaluationResult:
         """The result over all samples of all processes; collective under torch.distributed."""
@@ -330,32 +351,28 @@ def from_all_processes(own: Mapping[int, T]) -> dict[int, T]:
     return dict(sorted(together.items()))
 
 
-def make_panels(explained: Explained, batch: TryOnBatch, wanted: set[int]) -> dict[int, Panel]:
-    """Panels of those samples of a batch whose index is wanted, by index."""
-    target = target_on_grid(
-        batch["correspondence"],
-        batch["warped_garment_mask"],
-        explained.generated_grid,
-        explained.reference_grid,
-    )
-    mask = garment_patches(explained, batch)
+def make_panels(explained: Explained, wanted: set[int]) -> dict[int, Panel]:
+    """Panels of those samples whose index is wanted, by index."""
+    batch = explained.batch
+    target = _target(explained)
+    mask = garment_patches(explained)
     images = {
-        name: to_uint8(batch[name]).permute(0, 2, 3, 1).cpu()
+        name: to_uint8(batch[name]).permute(0, 2, 3, 1)
         for name in ("garment", "agnostic", "densepose", "person")
     }
-    images["generated"] = to_uint8(explained.generated).permute(0, 2, 3, 1).cpu()
+    images["generated"] = to_uint8(explained.generated).permute(0, 2, 3, 1)
     return {
         int(index): Panel(
             name=batch["name"][row],
             garment_name=batch["garment_name"][row],
             images={name: stack[row] for name, stack in images.items()},
-            map_generated=explained.map_generated[row].cpu(),
-            map_reference=explained.map_reference[row].cpu(),
-            centers=explained.centers[row].cpu(),
-            target_centers=target[row].cpu(),
-            mask=mask[row].cpu(),
-            inpaint_mask=batch["inpaint_mask"][row].cpu(),
-            garment_mask=batch["garment_mask"][row].cpu(),
+            map_generated=explained.map_generated[row],
+            map_reference=explained.map_reference[row],
+            centers=explained.centers[row],
+            target_centers=target[row],
+            mask=mask[row],
+            inpaint_mask=batch["inpaint_mask"][row],
+            garment_mask=batch["garment_mask"][row],
             layer=explained.layer,
             generated_grid=explained.generated_grid,
             reference_grid=explained.reference_grid,

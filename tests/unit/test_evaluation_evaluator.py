@@ -109,13 +109,13 @@ def test_every_delta_and_lambda_from_one_pass(model: Any, read_batch: Callable[.
     deltas, penalties = [0.1, 0.4, 0.7], [0.0, 2.0, 7.0]
     sweep = AttributionConfig(deltas=deltas, penalties=penalties)
     explained = generate_with_attention(model, batch, SAMPLING, sweep)
-    scores = attention_scores(explained, batch, sweep)
+    scores = attention_scores(explained, sweep)
     for name in ("imacs_g", "imacs_r"):
         assert torch.equal(scores[name], scores[f"{name}@d0.4_l3"])
         for delta in deltas:
             for penalty in penalties:
                 one = AttributionConfig(delta=delta, penalty=penalty, penalties=[])
-                single = attention_scores(explained, batch, one)[name]
+                single = attention_scores(explained, one)[name]
                 assert torch.equal(scores[f"{name}@d{delta:g}_l{penalty:g}"], single)
             zero, two, seven = (scores[f"{name}@d{delta:g}_l{penalty:g}"] for penalty in penalties)
             torch.testing.assert_close(zero + 3.5 * (two - zero), seven, atol=1e-5, rtol=0)
@@ -227,7 +227,7 @@ def test_panels_of_the_wanted_samples(model: Any, read_batch: Callable[..., Any]
     """Only those, with the pictures of that sample and maps in [0, 1]."""
     batch = read_batch([1, 4, 5])
     explained = Evaluator(settings(), torch.device("cpu")).update(model, batch)
-    ((index, panel),) = make_panels(explained, batch, {4, 9}).items()
+    ((index, panel),) = make_panels(explained, {4, 9}).items()
     assert (index, panel.name) == (4, batch["name"][1])
     assert panel.images["garment"].shape == (64, 48, 3)
     original = ((batch["garment"][1] + 1) * 127.5).round().to(torch.uint8).permute(1, 2, 0)
