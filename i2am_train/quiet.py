@@ -24,5 +24,7 @@ def quiet_libraries() -> None:
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    # Pillow's remarks on broken EXIF entries that nobody asked for.
+    warnings.filterwarnings("ignore", module=r"PIL\.TiffImagePlugin")
     for text in LIGHTNING_REMARKS:
         warnings.filterwarnings("ignore", text)

@@ -7,7 +7,6 @@ border, the agnostic picture is grey where its mask says so, and the worn garmen
 
 from __future__ import annotations
 
-import io
 import json
 import os
 from collections import Counter
@@ -17,10 +16,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-import cv2
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image as PILImage
 from tqdm import tqdm
 
 from i2am_train.datasets.arrays import Mask
@@ -40,7 +37,14 @@ from i2am_train.datasets.layouts import (
     Pair,
 )
 from i2am_train.datasets.opening import AS_IT_LIES, Reading, split_layouts
-from i2am_train.datasets.pictures import what_is_broken
+from i2am_train.datasets.picture_files import (
+    UnreadablePictureError,
+    is_there,
+    read_grey,
+    read_rgb,
+    read_size,
+)
+from i2am_train.datasets.reading import read_encoded_correspondence
 from i2am_train.errors import DataError
 from i2am_train.types import GridSize, Pairing, Split
 
@@ -48,13 +52,6 @@ Level = Literal["error", "warning"]
 
 CHECK_SIZE = 128
 """Masks are judged on pictures reduced to about this height: enough for their polarity, and fast."""
-GREY_READING = {
-    1: cv2.IMREAD_GRAYSCALE, 2: cv2.IMREAD_REDUCED_GRAYSCALE_2, 4: cv2.IMREAD_REDUCED_GRAYSCALE_4,
-    8: cv2.IMREAD_REDUCED_GRAYSCALE_8,
-}  # fmt: skip
-COLOUR_READING = {
-    1: cv2.IMREAD_COLOR, 2: cv2.IMREAD_REDUCED_COLOR_2, 4: cv2.IMREAD_REDUCED_COLOR_4, 8: cv2.IMREAD_REDUCED_COLOR_8,
-}  # fmt: skip
 ROWS_PER_CODE = 8
 """Findings of one kind that the table lists in full."""
 
@@ -358,38 +355,28 @@ class _Job:
         """A picture, reduced where that saves time; its faults and its size go to ``checked``."""
         path = self.layout.path(role, self.stem)
         try:
-            content = path.read_bytes()
-        except OSError:
-            text = "is in the pair list, but there is no such file."
-            checked.findings.append(self._finding(role, "missing_file", text))
-            return None
-        fault = what_is_broken(content)
-        size, picture = (None, None) if fault else _decode(content, role)
-        if size is None or picture is None:
-            text = f"{fault or 'cannot be decoded'}; copy it again from the source."
-            checked.findings.append(self._finding(role, "unreadable", text))
+            size, picture = read_size(path), _reduced(path, role)
+        except UnreadablePictureError as error:
+            missing = not is_there(path)
+            text = (
+                "is in the pair list, but there is no such file."
+                if missing
+                else f"{error.fault}. {error.advice}"
+            )
+            code = "missing_file" if missing else "unreadable"
+            checked.findings.append(self._finding(role, code, text))
             return None
         checked.sizes.append(_Sized(self.layout.label, path.parent.name, path.name, size))
         return picture
 
 
-def _decode(content: bytes, role: str) -> tuple[GridSize | None, NDArray[Any] | None]:
-    """Size and reduced picture of a whole file; (None, None) if it cannot be decoded."""
-    try:
-        with PILImage.open(io.BytesIO(content)) as opened:
-            size = GridSize(opened.height, opened.width)
-    except (OSError, ValueError):
-        return None, None
-    return size, cv2.imdecode(np.frombuffer(content, np.uint8), _decoding(role, size.height))
-
-
-def _decoding(role: str, height: int) -> int:
-    """OpenCV's flag for a role's pictures: grey for masks, reduced while they are large."""
+def _reduced(path: Path, role: str) -> NDArray[Any]:
+    """A picture as it is judged: grey for masks, reduced while it is large."""
     if role == CORRESPONDENCE:
-        return cv2.IMREAD_UNCHANGED
-    reductions = GREY_READING if role in MASK_ROLES else COLOUR_READING
-    fitting = [flag for factor, flag in reductions.items() if height >= factor * CHECK_SIZE]
-    return fitting[-1] if fitting else next(iter(reductions.values()))
+        return read_encoded_correspondence(path)
+    if role in MASK_ROLES:
+        return read_grey(path, CHECK_SIZE)
+    return read_rgb(path, about=CHECK_SIZE)
 
 
 def _judge_garment(pictures: Pictures) -> Iterable[Judgement]:

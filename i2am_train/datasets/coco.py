@@ -19,10 +19,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image as PillowImage
 from pycocotools.coco import COCO
 
 from i2am_train.datasets.arrays import Image, Mask
+from i2am_train.datasets.picture_files import (
+    UnreadablePictureError,
+    is_there,
+    read_rgb,
+    read_size,
+)
 from i2am_train.errors import DataError
 from i2am_train.metrics.boxes import Box
 from i2am_train.types import GridSize
@@ -64,13 +69,7 @@ class BenchSample:
         Raises:
             DataError: the file cannot be read.
         """
-        try:
-            with PillowImage.open(self.path) as picture:
-                return np.asarray(picture.convert("RGB"))
-        except OSError as error:
-            raise DataError(
-                f"{self.path} cannot be read ({error}). Copy or download it again."
-            ) from error
+        return read_rgb(self.path)
 
     def mask(self) -> Mask:
         """True inside the box, ``[height, width]``: what is painted anew."""
@@ -293,7 +292,7 @@ def check_images(samples: Sequence[BenchSample]) -> None:
         DataError: some do not; the message names them.
     """
     folder = samples[0].path.parent
-    missing = [sample.path.name for sample in samples if not sample.path.is_file()]
+    missing = [sample.path.name for sample in samples if not is_there(sample.path)]
     if missing:
         raise DataError(
             f"{len(missing)} of the bench's {len(samples)} images are not in {folder} ({_shown(missing)}). Unpack "
@@ -310,10 +309,9 @@ def check_images(samples: Sequence[BenchSample]) -> None:
 
 def _fault(sample: BenchSample) -> str | None:
     try:
-        with PillowImage.open(sample.path) as picture:
-            size = GridSize(picture.height, picture.width)
-    except OSError as error:
-        return f"cannot be read as a picture ({error})"
+        size = read_size(sample.path)
+    except UnreadablePictureError as error:
+        return error.fault
     if size != sample.size:
         return f"is {size} (height x width), and the annotations say {sample.size}"
     return None

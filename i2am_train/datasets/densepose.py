@@ -9,13 +9,15 @@ from __future__ import annotations
 
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
 from numpy.typing import NDArray
 
 from i2am_train.datasets.arrays import Image, Mask
-from i2am_train.datasets.pictures import read_colour, read_picture
+from i2am_train.datasets.picture_files import read_values
+from i2am_train.datasets.pictures import advice_on
 from i2am_train.errors import DataError
 
 TORSO, HANDS, FEET = (1, 2), (3, 4), (5, 6)
@@ -53,12 +55,8 @@ def read_pose_picture(path: Path) -> Image:
     Raises:
         DataError: the file is broken, or grey and no label map.
     """
-    if path.suffix != ".png":
-        return read_colour(path)
-    labels = read_picture(path, cv2.IMREAD_UNCHANGED)
-    if labels.ndim == 3:
-        return read_colour(path)
-    return coloured(_checked(labels, path))
+    picture = _values(path)
+    return coloured(_checked(picture, path)) if picture.ndim == 2 else picture
 
 
 def read_parts(path: Path) -> NDArray[np.uint8]:
@@ -67,10 +65,14 @@ def read_parts(path: Path) -> NDArray[np.uint8]:
     Raises:
         DataError: the file is broken, or its colours are not DensePose's.
     """
-    picture = read_picture(path, cv2.IMREAD_UNCHANGED)
-    if picture.ndim == 2:
-        return _checked(picture, path)
-    return parts_of(read_colour(path), path)
+    picture = _values(path)
+    return _checked(picture, path) if picture.ndim == 2 else parts_of(picture, path)
+
+
+def _values(path: Path) -> NDArray[Any]:
+    """Labels ``[H, W]`` of a grey picture, RGB of another, black where it is transparent."""
+    with advice_on(path):
+        return read_values(path, palette=False)
 
 
 def parts_of(picture: Image, path: Path) -> NDArray[np.uint8]:

@@ -8,6 +8,7 @@ differently, so a role may have several places, and the first that exists is tak
 from __future__ import annotations
 
 import os
+import unicodedata
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from itertools import islice
@@ -218,6 +219,15 @@ def read_list(file: Path, root: Path) -> list[Pair]:
             f"{file} {where}; expected lines 'person.jpg garment.jpg'. Restore the list of the dataset."
         )
     return [Pair(Path(person).stem, Path(garment).stem) for person, garment in lines]
+
+
+def stem_of(name: str) -> str:
+    """A file name without its ending, in the composed form of its accents (macOS stores them apart).
+
+    >>> stem_of("cafe\u0301.jpg") == "caf\u00e9"
+    True
+    """
+    return unicodedata.normalize("NFC", Path(name).stem)
 
 
 def entries(folder: Path) -> str:

@@ -15,10 +15,10 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image as PILImage
-from PIL import UnidentifiedImageError
 
 from i2am_train.datasets.arrays import Image, Mask
 from i2am_train.datasets.layouts import Category
+from i2am_train.datasets.picture_files import read_values
 from i2am_train.datasets.pictures import write_bytes
 from i2am_train.errors import DataError
 
@@ -92,16 +92,9 @@ def read_labels(path: Path, labels: LabelSet) -> LabelMap:
     Raises:
         DataError: the file is missing or broken, or holds values or colours that are not of the set.
     """
-    try:
-        with PILImage.open(path) as opened:
-            mode = opened.mode
-            values = np.asarray(opened if mode in ("L", "P") else opened.convert("RGB"))
-    except FileNotFoundError:
-        raise DataError(f"{path} is missing: a parsing map is needed for every person.") from None
-    except (OSError, UnidentifiedImageError, SyntaxError) as error:
-        raise DataError(
-            f"{path} cannot be read ({error}). Copy it again from the source."
-        ) from error
+    if not path.exists():
+        raise DataError(f"{path} is missing: a parsing map is needed for every person.")
+    values = read_values(path, palette=True)
     if values.ndim == 3:
         values = _from_colours(values, path, labels)
     unknown = np.unique(values[values >= len(labels.names)])

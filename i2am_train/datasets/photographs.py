@@ -2,42 +2,41 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
-from PIL import Image as PillowImage
-from PIL import ImageOps, UnidentifiedImageError
 
 from i2am_train.datasets.arrays import Image, Mask
+from i2am_train.datasets.picture_files import (
+    UnreadablePictureError,
+    read_grey,
+    read_rgb,
+)
+from i2am_train.datasets.pictures import INSIDE
 from i2am_train.errors import DataError
-
-INSIDE = 128
-"""Grey value from which a mask's pixel is inside."""
 
 
 def read_photograph(path: Path, option: str) -> Image:
     """A picture as RGB ``[height, width, 3]``, turned upright; what is transparent becomes white.
 
     Args:
-        path: a file that Pillow reads.
+        path: a picture file (:mod:`~i2am_train.datasets.picture_files`).
         option: how the command line calls it, for messages.
 
     Raises:
         DataError: there is no such file, or it is no whole picture.
     """
-    picture = _open(path, option)
-    if picture.has_transparency_data:
-        rgba = picture.convert("RGBA")
-        picture = PillowImage.new("RGBA", rgba.size, "white")
-        picture.alpha_composite(rgba)
-    return np.asarray(picture.convert("RGB"))
+    with _named(path, option):
+        return read_rgb(path)
 
 
 def read_region(path: Path, option: str, picture: Image, of: str) -> Mask:
     """The white region of a mask ``[height, width]`` that belongs to a picture.
 
     Args:
-        path: a file that Pillow reads.
+        path: a picture file (:mod:`~i2am_train.datasets.picture_files`).
         option: how the command line calls it, for messages.
         picture: of the same size.
         of: how the command line calls the picture.
@@ -45,7 +44,8 @@ def read_region(path: Path, option: str, picture: Image, of: str) -> Mask:
     Raises:
         DataError: it cannot be read, has another size, or no white pixel.
     """
-    mask = np.asarray(_open(path, option).convert("L")) >= INSIDE
+    with _named(path, option):
+        mask = np.asarray(read_grey(path) >= INSIDE)
     height, width = picture.shape[:2]
     if mask.shape != (height, width):
         raise DataError(
@@ -60,14 +60,12 @@ def read_region(path: Path, option: str, picture: Image, of: str) -> Mask:
     return mask
 
 
-def _open(path: Path, option: str) -> PillowImage.Image:
+@contextmanager
+def _named(path: Path, option: str) -> Iterator[None]:
+    """Puts the option into the error of its file."""
+    if not path.exists():
+        raise DataError(f"There is no file {path}. Give {option}=FILE, a picture.")
     try:
-        with PillowImage.open(path) as opened:
-            opened.load()
-            return ImageOps.exif_transpose(opened)
-    except FileNotFoundError as error:
-        raise DataError(f"There is no file {path}. Give {option}=FILE, a picture.") from error
-    except (OSError, UnidentifiedImageError, SyntaxError, ValueError) as error:
-        raise DataError(
-            f"{option}={path} cannot be read as a picture ({error}). Save it as PNG or JPEG again."
-        ) from error
+        yield
+    except UnreadablePictureError as error:
+        raise DataError(f"{option}={error}") from error

@@ -1,4 +1,4 @@
-"""Pictures of a try-on dataset: whole files only, one size, masks as booleans.
+"""Pictures of a try-on dataset at one size, masks as booleans (files: :mod:`~i2am_train.datasets.picture_files`).
 
 Pictures of another size than the one asked for are resized. Where the aspect differs, too, ``Fit`` says how:
 ``stretch`` changes the proportions (what the authors do, and harmless where the aspect is the same), ``pad`` keeps
@@ -8,7 +8,8 @@ the whole picture and adds equal margins on two sides, ``crop`` keeps the larges
 from __future__ import annotations
 
 import os
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -18,16 +19,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from i2am_train.datasets.arrays import Image, Mask
+from i2am_train.datasets.picture_files import (
+    Ground,
+    UnreadablePictureError,
+    read_grey,
+    read_rgb,
+)
 from i2am_train.errors import DataError
 from i2am_train.types import GridSize
 
 Fit = Literal["stretch", "pad", "crop"]
 """How a picture of another aspect comes to the size that is asked for."""
-
-JPEG_START, JPEG_END = b"\xff\xd8", b"\xff\xd9"
-PNG_START, PNG_END = b"\x89PNG", b"IEND\xaeB`\x82"
-TAIL = 4096
-"""Bytes at the end of a file in which its end mark is looked for (some writers append padding)."""
 
 WRITING = {
     ".jpg": [cv2.IMWRITE_JPEG_QUALITY, 97, cv2.IMWRITE_JPEG_SAMPLING_FACTOR, cv2.IMWRITE_JPEG_SAMPLING_FACTOR_444],
@@ -36,53 +38,40 @@ WRITING = {
 """OpenCV's options by file name ending."""
 
 
-def read_picture(path: Path, flags: int) -> NDArray[Any]:
-    """Decode a whole picture; OpenCV alone would fill the missing part of a cut-off JPEG with grey.
+INSIDE = 128
+"""Grey value from which a mask's pixel is inside."""
+
+
+def read_colour(path: Path, ground: Ground = "white") -> Image:
+    """RGB ``[H, W, 3]`` of a dataset's picture, upright and at its own size; ``ground`` shows where it is transparent.
 
     Raises:
         DataError: the file is missing, cut off or no picture.
     """
-    try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise DataError(
-            f"Cannot read {path}: {error.strerror or error}. {_advice(path)}"
-        ) from error
-    fault = what_is_broken(content)
-    picture = None if fault else cv2.imdecode(np.frombuffer(content, np.uint8), flags)
-    if picture is None:
-        raise DataError(f"{path} {fault or 'cannot be decoded'}. {_advice(path)}")
-    return cast("NDArray[Any]", picture)
-
-
-def what_is_broken(content: bytes) -> str | None:
-    """Why a file cannot be a whole JPEG or PNG picture, or None.
-
-    >>> what_is_broken(b"")
-    'is empty'
-    """
-    if not content:
-        return "is empty"
-    kinds = ((JPEG_START, JPEG_END), (PNG_START, PNG_END))
-    for start, end in kinds:
-        if content.startswith(start):
-            return None if end in content[-TAIL:] else f"is cut off after {len(content)} bytes"
-    return "is neither a JPEG nor a PNG picture"
-
-
-def _advice(path: Path) -> str:
-    """How to find all faults of the dataset that a file belongs to."""
-    return f"Run 'i2am data check root={path.parents[2]}' to list everything that is wrong with the dataset."
-
-
-def read_colour(path: Path) -> Image:
-    """RGB ``[H, W, 3]`` at the picture's own size."""
-    return cast(Image, cv2.cvtColor(read_picture(path, cv2.IMREAD_COLOR), cv2.COLOR_BGR2RGB))
+    with advice_on(path):
+        return read_rgb(path, ground)
 
 
 def read_native_mask(path: Path) -> Mask:
-    """A mask at its own size: grey value at least 128."""
-    return np.asarray(read_picture(path, cv2.IMREAD_GRAYSCALE) >= 128)
+    """A mask of a dataset, upright and at its own size: grey value at least 128; what is transparent is outside.
+
+    Raises:
+        DataError: the file is missing, cut off or no picture.
+    """
+    with advice_on(path):
+        return np.asarray(read_grey(path) >= INSIDE)
+
+
+@contextmanager
+def advice_on(path: Path) -> Iterator[None]:
+    """Adds to the error of a picture how to find all faults of the dataset that it belongs to."""
+    try:
+        yield
+    except UnreadablePictureError as error:
+        root = path.absolute().parents[2]
+        raise UnreadablePictureError(
+            f"{error} Run 'i2am data check root={root}' to list everything that is wrong with the dataset."
+        ) from error
 
 
 def write_picture(path: Path, picture: NDArray[Any]) -> None:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple, cast
 
 import cv2
 import numpy as np
@@ -38,15 +38,16 @@ from i2am_train.datasets.layouts import (
     Pair,
 )
 from i2am_train.datasets.missing import check_files
+from i2am_train.datasets.picture_files import UnreadablePictureError, read_size
 from i2am_train.datasets.pictures import (
     Fit,
     Window,
+    advice_on,
     fit_mask,
     fit_nearest,
     fit_picture,
     read_colour,
     read_native_mask,
-    read_picture,
     window,
 )
 from i2am_train.datasets.sample import TryOnSample
@@ -192,14 +193,32 @@ class TryOnDataset(Dataset[TryOnSample]):
 
 
 def read_correspondence(path: Path) -> NDArray[np.float32]:
-    """Exact correspondence ``[H, W, 2]`` (yx in 0..1, NaN outside) from a 16-bit PNG, at its own size."""
-    encoded = read_picture(path, cv2.IMREAD_UNCHANGED)
+    """Exact correspondence ``[H, W, 2]`` (yx in 0..1, NaN outside) from a 16-bit PNG, at its own size.
+
+    Raises:
+        DataError: the file is no whole picture, or has another format.
+    """
+    with advice_on(path):
+        encoded = read_encoded_correspondence(path)
     if encoded.dtype != np.uint16 or encoded.ndim != 3:
         raise DataError(
             f"{path} is {encoded.dtype} with shape {encoded.shape}; expected 16 bits and three channels (y, x, valid). "
             "Make the dataset again with 'i2am data make', or remove its folder 'correspondence'."
         )
     return decode_correspondence(encoded[..., ::-1])
+
+
+def read_encoded_correspondence(path: Path) -> NDArray[Any]:
+    """The correspondence as it is stored, channels valid, x, y (Pillow has no 16-bit RGB).
+
+    Raises:
+        UnreadablePictureError: the file is no whole picture.
+    """
+    read_size(path)
+    encoded = cv2.imdecode(np.fromfile(path, np.uint8), cv2.IMREAD_UNCHANGED)
+    if encoded is None:
+        raise UnreadablePictureError.of(path, "cannot be decoded")
+    return cast("NDArray[Any]", encoded)
 
 
 def _as_sample(arrays: SampleArrays, pair: Pair, index: int, *, paired: bool) -> TryOnSample:

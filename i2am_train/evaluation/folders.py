@@ -11,12 +11,19 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 from jaxtyping import UInt8
 from PIL import Image
 from torch import Tensor
 
+from i2am_train.datasets.layouts import stem_of
+from i2am_train.datasets.picture_files import (
+    UnreadablePictureError,
+    is_deep,
+    open_picture,
+    read_rgb,
+    upright_size,
+)
 from i2am_train.errors import DataError
 from i2am_train.metrics.features import resized_image
 from i2am_train.types import GridSize
@@ -26,9 +33,7 @@ NAMES_SHOWN = 10
 READERS = 8
 """Threads that decode images (PIL does not hold Python's lock meanwhile)."""
 
-DEEP_MODES = ("I", "F")
 GREY_MODES = ("1", "L", "LA", "La")
-COLOUR_MODES = ("RGB", "RGBA", "P", "PA")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,7 +97,7 @@ def list_images(folder: Path) -> dict[str, Path]:
     if not folder.is_dir():
         raise DataError(f"There is no folder {folder}. Give the folder that holds the images.")
     files = sorted(
-        path for path in folder.iterdir() if path.suffix.lower() in EXTENSIONS and path.is_file()
+        path for path in folder.iterdir() if path.suffix.lower() in EXTENSIONS and not path.is_dir()
     )
     if not files:
         found = ", ".join(sorted(path.name for path in folder.iterdir())[:5]) or "nothing"
@@ -100,11 +105,11 @@ def list_images(folder: Path) -> dict[str, Path]:
             f"{folder} holds no images ({', '.join(EXTENSIONS)}); found {found}. "
             "Give the folder whose own files are the images."
         )
-    named = {path.stem: path for path in files}
-    twice = [path.name for path in files if named[path.stem] != path]
+    named = {stem_of(path.name): path for path in files}
+    twice = [path.name for path in files if named[stem_of(path.name)] != path]
     if twice:
         raise DataError(
-            f"{folder} has several images of one name: {_shown(twice)} and {named[Path(twice[0]).stem].name}. "
+            f"{folder} has several images of one name: {_shown(twice)} and {named[stem_of(twice[0])].name}. "
             "Names without their ending say which images belong together; keep one file of each."
         )
     return named
@@ -154,32 +159,24 @@ def check_images(files: Mapping[str, Path]) -> dict[Path, GridSize]:
 
 def _size_or_fault(path: Path) -> GridSize | str:
     try:
-        with Image.open(path) as image:
-            fault = _fault(image)
-            return fault or GridSize(image.height, image.width)
-    except (OSError, SyntaxError, ValueError) as error:
-        return f"cannot be read as an image ({error})"
+        with open_picture(path) as image:
+            return _fault(image) or upright_size(image)
+    except UnreadablePictureError as error:
+        return error.fault
 
 
 def _fault(image: Image.Image) -> str | None:
     """Why an image is not 8-bit RGB that can be had without loss, or None."""
-    if image.mode.split(";")[0] in DEEP_MODES or _sixteen_bits(image):
+    if is_deep(image):
         return "has more than 8 bits per channel; save it with 8 bits, in the way its maker would"
     if image.mode in GREY_MODES:
         return f"is grey (mode {image.mode}), as masks and maps are; save it as RGB if it is meant as a photograph"
-    if image.mode not in COLOUR_MODES:
-        return f"is in the colour space {image.mode}; convert it to sRGB with its colour profile"
     if image.has_transparency_data and image.convert("RGBA").getchannel("A").getextrema() != (
         255,
         255,
     ):
         return "is transparent in places; put it on the background that it is meant to have"
     return None
-
-
-def _sixteen_bits(image: Image.Image) -> bool:
-    """PIL calls 16-bit RGB "RGB" and drops the lower bytes; only the decoder's argument tells."""
-    return any(";16" in str(tile[3]) for tile in getattr(image, "tile", ()))
 
 
 def _check_one_size(sizes: dict[Path, GridSize]) -> None:
@@ -210,13 +207,7 @@ def read_image(path: Path, size: GridSize) -> UInt8[Tensor, "3 height width"]:
     Raises:
         DataError: the file is missing, cut off or damaged.
     """
-    try:
-        with Image.open(path) as image:
-            pixels = np.array(image.convert("RGB"))
-    except (OSError, SyntaxError, ValueError) as error:
-        raise DataError(
-            f"{path} cannot be read as an image ({error}). Make or copy it again."
-        ) from error
+    pixels = read_rgb(path)
     loaded = torch.from_numpy(pixels).permute(2, 0, 1)
     return loaded if pixels.shape[:2] == tuple(size) else resized_image(loaded, size)
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
+from PIL import Image
 
 from i2am_train.datasets.checks import DatasetReport, check_dataset
 from i2am_train.types import GridSize
@@ -134,6 +135,19 @@ def test_the_size_that_is_asked_for_is_demanded(small_dataset: Path) -> None:
     assert not report.ok
     assert "and 12 more" in report.table()
     assert len(json.loads(report.to_json())["findings"]) == 26 * 8
+
+
+def test_photographs_of_phones_are_compared_upright(copy: Path) -> None:
+    # Proves that EXIF's orientation counts in the sizes that are compared: a picture that lies on its side is no fault.
+    exif = Image.Exif()
+    exif[274] = 6
+    for path in (copy / "train/image").iterdir():
+        with Image.open(path) as opened:
+            stored = opened.transpose(Image.Transpose.ROTATE_90)
+        stored.save(path, quality=97, exif=exif)
+    report = check(copy)
+    assert report.ok
+    assert not report.findings
 
 
 def test_people_of_different_sizes_are_a_warning(copy: Path) -> None:

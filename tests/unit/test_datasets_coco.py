@@ -153,5 +153,5 @@ def test_a_missing_or_broken_file_is_said(shapes: Path, tmp_path: Path) -> None:
     root = tmp_path / "copy"
     shutil.copytree(shapes, root)
     (root / "val2017" / "000000000003.jpg").write_bytes(b"\xff\xd8 not a picture")
-    with pytest.raises(DataError, match=r"\(000000000003\.jpg\): .* cannot be read as a picture"):
+    with pytest.raises(DataError, match=r"\(000000000003\.jpg\): .* is no picture; expected JPEG"):
         bench(root)
