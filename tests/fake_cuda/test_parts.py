@@ -1,0 +1,219 @@
+"""Parts of training and judging on a card: the step of every arm, every loss, metric, sampler and kind of capture."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, get_args
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils.data import default_collate
+
+from i2am_train.assembly import make_objective
+from i2am_train.attribution.tap import ScoreTap
+from i2am_train.attribution.trace import trace
+from i2am_train.commands.data import cache
+from i2am_train.config.locations import experiment_names
+from i2am_train.config.schema import SamplerName, TrainConfig
+from i2am_train.config.store import compose, option_names
+from i2am_train.datasets.latent_cache import CachedDataset, LatentCache
+from i2am_train.datasets.sample import batch_on
+from i2am_train.datasets.viton_hd import VitonHDDataset
+from i2am_train.losses.base import LossVariant
+from i2am_train.losses.objective import AttentionObjective, TermWeights
+from i2am_train.metrics import correspondence
+from i2am_train.metrics.alignment import alignment
+from i2am_train.metrics.boxes import authors_box, component_box
+from i2am_train.metrics.imacs import imacs
+from i2am_train.metrics.registry import (
+    available_image_metrics,
+    image_metric,
+    image_pair_score,
+    metric_info,
+)
+from i2am_train.models.sampling import sample
+from i2am_train.training.draws import Draws, draw
+from i2am_train.training.optimization import set_trainable
+from i2am_train.training.step import TrainingObjective
+from i2am_train.types import Backend, Direction, GridSize, Pairing, Split
+from tests.fake_cuda.card import card, on_card
+
+SAMPLES = [1, 4, 6]
+SIZE, GENERATED, REFERENCE = GridSize(64, 48), GridSize(4, 3), GridSize(8, 6)
+ARMS = experiment_names(option_names(TrainConfig))
+
+
+@pytest.fixture(scope="module")
+def model(make_small_model: Callable[..., Any]) -> Any:
+    model = make_small_model()
+    set_trainable(model, "all")
+    return model
+
+
+@pytest.fixture(scope="module")
+def model_there(make_small_model: Callable[..., Any]) -> Any:
+    """The same one on the card."""
+    model = make_small_model()
+    set_trainable(model, "all")
+    with card():
+        return model.to("cuda")
+
+
+@pytest.fixture(scope="module")
+def read(small_dataset: Path) -> Any:
+    dataset = VitonHDDataset(small_dataset, Split.TRAIN, Pairing.PAIRED, SIZE)
+    return default_collate([dataset[index] for index in SAMPLES])
+
+
+@pytest.fixture(scope="module")
+def encoded(
+    small_dataset: Path, small_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Any:
+    """The same samples from a cache that was made on the card."""
+    folder = tmp_path_factory.mktemp("encoded") / "cache"
+    options = [f"root={small_dataset}", f"init={small_checkpoint}", f"output={folder}"]
+    with card():
+        cache(
+            compose("data_cache", [*options, "workers=0", "batch_size=8", "progress_bar=false", "device=cuda"])
+        )  # fmt: skip
+    dataset = CachedDataset(LatentCache(folder), small_dataset, Split.TRAIN)
+    return default_collate([dataset[index] for index in SAMPLES])
+
+
+def draws() -> Draws:
+    drawn = draw(0, 0, SAMPLES, latent=GridSize(16, 12), timesteps=1000, condition_dropout=0.0)
+    return drawn._replace(dropped=torch.tensor([False, True, False]))
+
+
+def step(
+    model: Any, objective: TrainingObjective, batch: Any, drawn: Draws
+) -> tuple[dict[str, Tensor], list[Tensor]]:
+    model.zero_grad(set_to_none=True)
+    with ScoreTap(model, layers=[objective.layer]) as tap:
+        losses = objective(model, batch, drawn, tap)
+        losses["total"].backward()
+    return losses, [p.grad for p in model.parameters() if p.grad is not None]
+
+
+@pytest.mark.parametrize("kind", ["read", "encoded"])
+@pytest.mark.parametrize("arm", [*ARMS, "every term"])
+def test_a_training_step(
+    model: Any, model_there: Any, kind: str, arm: str, request: pytest.FixtureRequest
+) -> None:
+    """Of every arm, from pictures and from the cache: losses and gradients are on the card, with the CPU's values."""
+    batch = request.getfixturevalue(kind)
+    if arm == "every term":
+        weights = TermWeights(dcml=1.0, tv=1.0, cwg=1.0, supervised=1.0)
+        objective = TrainingObjective(attention=AttentionObjective(weights=weights), snr_gamma=5.0)
+    else:
+        config = compose("train", [f"experiment={arm}"])
+        objective = make_objective(config.objective, config.optimization)
+    with card():
+        moved = Draws(*(values.to("cuda") for values in draws()))
+        losses, gradients = step(model_there, objective, batch_on(batch, "cuda"), moved)
+        assert all(map(on_card, [*losses.values(), *gradients]))
+    assert len(gradients) > 100
+    if arm == "every term":
+        expected, _ = step(model, objective, batch, draws())
+        assert all(torch.equal(losses[name], value) for name, value in expected.items())
+
+
+@pytest.mark.parametrize("variant", LossVariant)
+def test_every_loss(variant: LossVariant) -> None:
+    objective = AttentionObjective(
+        weights=TermWeights(dcml=1.0, tv=1.0, cwg=1.0, supervised=1.0), variant=variant
+    )
+    generator = torch.Generator().manual_seed(3)
+    logits = torch.randn(3, GENERATED.tokens, REFERENCE.tokens, generator=generator)
+    mask = torch.ones(3, GENERATED.tokens, dtype=torch.bool)
+    target = torch.full((3, GENERATED.tokens, 2), 2.25)
+    with card():
+        there = logits.to("cuda").requires_grad_()
+        value = objective(
+            there.softmax(dim=-1),
+            mask.to("cuda"),
+            generated_grid=GENERATED,
+            reference_grid=REFERENCE,
+            target=target.to("cuda"),
+            conditioned=torch.tensor([True, False, True], device="cuda"),
+        )
+        value.total.backward()
+        assert all(map(on_card, [value.total, there.grad, *value.terms.values()]))
+        assert value.total.item() != 0
+
+
+def test_every_metric_of_attention() -> None:
+    """Functions of tensors: they compute where these are."""
+    scores = torch.rand(3, GENERATED.tokens, REFERENCE.tokens)
+    centers, target = torch.rand(3, GENERATED.tokens, 2), torch.rand(3, *SIZE, 2)
+    heat, mask = torch.rand(3, *SIZE), torch.rand(3, *SIZE) > 0.5
+    with card():
+        scores, centers, target, heat, mask = (
+            values.to("cuda") for values in (scores, centers, target, heat, mask)
+        )
+        truth = correspondence.target_on_grid(target, mask, GENERATED, REFERENCE)
+        patches = mask.flatten(1)[:, : GENERATED.tokens]
+        values = [
+            imacs(heat, mask, [1.0, 3.0]),
+            correspondence.correspondence_error(centers, truth),
+            correspondence.pck(centers, truth, 1.0),
+            correspondence.center_spread(centers, patches),
+            correspondence.spread_ratio(centers, truth),
+            correspondence.attention_entropy(scores, patches),
+            *alignment(scores, GENERATED, REFERENCE),
+        ]
+        assert all(map(on_card, values))
+        assert component_box(heat[0], 0.5) is not None
+        assert authors_box(heat[0], 0.5, SIZE) is not None
+
+
+@pytest.mark.parametrize("name", available_image_metrics(offline_only=True))
+def test_every_metric_of_images(name: str) -> None:
+    generator = torch.Generator().manual_seed(0)
+    images, others = torch.randint(0, 256, (2, 4, 3, 64, 48), generator=generator).to(torch.uint8)
+    with card():
+        images, others = images.to("cuda"), others.to("cuda")
+        if metric_info(name).per_sample:
+            assert on_card(image_pair_score(name)(images, others))
+        metric = image_metric(name).to("cuda")
+        metric.update(images, others, torch.arange(4, device="cuda"))
+        assert torch.isfinite(metric.compute())
+
+
+@pytest.mark.parametrize("sampler", get_args(SamplerName))
+def test_every_sampler(model_there: Any, read: Any, sampler: SamplerName) -> None:
+    with card():
+        batch = batch_on(read, "cuda")
+        images = sample(
+            model_there,
+            batch["garment"],
+            batch["agnostic"],
+            batch["densepose"],
+            seeds=SAMPLES,
+            steps=2,
+            guidance=2.0,
+            sampler=sampler,
+        )
+        assert on_card(images)
+
+
+@pytest.mark.parametrize("via", Backend)
+@pytest.mark.parametrize("masked", [False, True])
+def test_a_capture(model_there: Any, read: Any, via: Backend, masked: bool) -> None:
+    """By either backend, with the mask of the queries on the card or not at all: every map is on the CPU."""
+    with card():
+        batch = batch_on(read, "cuda")
+        mask = batch["inpaint_mask"] if masked else None
+        with trace(model_there, matrix_layers=None, generated_mask=mask, via=via) as attention:
+            sample(
+                model_there, batch["garment"], batch["agnostic"], batch["densepose"],
+                seeds=SAMPLES, steps=2, guidance=2.0,
+            )  # fmt: skip
+        maps = attention.maps()
+        made = [
+            *(maps.unified(direction).on_picture(SIZE).values for direction in Direction),
+            *(maps.scores(layer, over) for layer in maps.layers for over in ("reference", "generated")),
+            maps.specific_reference([0, 3], 2).values,
+            maps.time_level(Direction.REFERENCE_TO_GENERATED, groups=2).values,
+        ]  # fmt: skip
+        assert not any(map(on_card, made))
