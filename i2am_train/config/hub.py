@@ -34,27 +34,29 @@ def pull(name: str) -> Path:
         return Path(snapshot_download(repository, revision=revision or None))
 
 
-def require_model(name: str) -> None:
+def require_model(name: str, revision: str | None = None) -> None:
     """Asks the hub once for a model that is not in its cache: before libraries ask six times for each of its files.
 
     Their pauses in between come to 25 seconds a file where there is no network, and nothing sets them.
 
     Raises:
-        CheckpointError: the name is none of the hub's, there is no such model, or the hub does not answer.
+        CheckpointError: the name is none of the hub's, there is no such model or revision, or the hub does not answer.
     """
     from huggingface_hub import HfApi, constants, snapshot_download
     from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
     try:
         # Of no files: those that are needed may be there, and the rest not.
-        snapshot_download(name, local_files_only=True, allow_patterns=[])
+        snapshot_download(name, revision=revision, local_files_only=True, allow_patterns=[])
     except HFValidationError as error:
         raise CheckpointError(
-            f"There is no file or folder '{name}', and it is no name on the hub either (OWNER/NAME). Check the path."
+            f"There is no file or folder '{name}', and it is no name on the hub either (OWNER/NAME, or "
+            "OWNER/NAME@REVISION). Check the path."
         ) from error
     except LocalEntryNotFoundError:
-        with _hub_errors(f"fetched ({name}; there is no such folder here either)"):
-            HfApi().model_info(name, timeout=constants.HF_HUB_ETAG_TIMEOUT)
+        shown = name if revision is None else f"{name}@{revision}"
+        with _hub_errors(f"fetched ({shown}; there is no such folder here either)"):
+            HfApi().model_info(name, revision=revision, timeout=constants.HF_HUB_ETAG_TIMEOUT)
 
 
 def check_repository(name: str) -> None:

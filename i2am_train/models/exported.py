@@ -9,11 +9,10 @@ from pathlib import Path
 
 import diffusers
 import torch
-from safetensors.torch import load_file, save_file
 
 from i2am_train.errors import CheckpointError
 from i2am_train.models import pipeline, projector
-from i2am_train.models.tryon import INDEX_FILE, TryOnModel
+from i2am_train.models.tryon import INDEX_FILE, TryOnModel, convert_weights
 
 CARD_FILE = "README.md"
 
@@ -32,7 +31,8 @@ def export_pipeline(model: TryOnModel, folder: Path, *, dtype: torch.dtype, card
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as temporary:
         staged = Path(temporary) / "model"
         model.save_pretrained(staged)
-        _convert(staged, dtype)
+        for file in staged.rglob("*.safetensors"):
+            convert_weights(file, dtype)
         (staged / INDEX_FILE).write_text(json.dumps(_index(model), indent=2) + "\n")
         shutil.copyfile(pipeline.__file__, staged / "pipeline.py")
         shutil.copyfile(projector.__file__, staged / "projector" / "projector.py")
@@ -52,12 +52,6 @@ def check_free(folder: Path) -> None:
         raise CheckpointError(
             f"'{folder}' exists and is not an empty folder. Nothing was written. Give output=FOLDER a new name."
         )
-
-
-def _convert(folder: Path, dtype: torch.dtype) -> None:
-    for file in folder.rglob("*.safetensors"):
-        weights = {name: value.to(dtype) for name, value in load_file(file).items()}
-        save_file(weights, file, metadata={"format": "pt"})
 
 
 def _index(model: TryOnModel) -> dict[str, object]:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from i2am_train.errors import CheckpointError
+from i2am_train.weight_files import check_used
 
 SHOWN = 5
 """Names of each kind in an error; the report has all of them."""
@@ -146,8 +147,14 @@ def key_report(
     )
 
 
-def load_renamed(network: nn.Module, renamed: Renamed) -> None:
-    """Gives a network on the meta device its weights, as float32 copies."""
+def load_renamed(network: nn.Module, renamed: Renamed, file: str) -> None:
+    """Gives a network on the meta device its weights, as float32 copies.
+
+    Raises:
+        CheckpointError: a tensor of the file holds whole numbers, or values that are no finite numbers.
+    """
+    used = {renamed.sources[name]: renamed.tensors[name] for name in network.state_dict()}
+    check_used(used, file)
     weights = {
         name: renamed.tensors[name].to(torch.float32, copy=True).contiguous()
         for name in network.state_dict()

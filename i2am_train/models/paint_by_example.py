@@ -93,7 +93,7 @@ class PaintByExample:
             CheckpointError: the folder or name cannot be read, or is of another pipeline.
         """
         unet = load_network(UNet2DConditionModel, source, "unet", _check_unet)
-        vae = load_network(AutoencoderKL, source, "vae", lambda *_: None)
+        vae = load_network(AutoencoderKL, source, "vae")
         config = load_part(CLIPVisionConfig, source, "image_encoder")
         pipeline = PaintByExamplePipeline(
             vae=vae,

@@ -27,7 +27,7 @@ from i2am_train.models.key_report import KeyReport, Renamed, key_report, load_re
 from i2am_train.models.paint_by_example import CHANNELS
 from i2am_train.models.single_file import UNET_PREFIX, empty_unet_part, empty_vae_part
 from i2am_train.models.tryon import INDEX_FILE
-from i2am_train.models.weight_files import read_weights
+from i2am_train.weight_files import check_network, read_weights
 
 HEAD_WIDTH = 64
 """Of CLIP's attention in ViT-L/14, which both models have; files do not state the number of heads."""
@@ -87,7 +87,7 @@ def pipeline_from_weights(
     report = key_report(file, weights, parts, ours=(UNET_PREFIX, *vae_starts, *ENCODER_PARTS))
     report.check()
     for network, tensors in parts.values():
-        load_renamed(network, tensors)
+        load_renamed(network, tensors, file)
         network.eval()
     _number_positions(encoder)
     pipeline = PaintByExamplePipeline(
@@ -108,8 +108,8 @@ def write_pipeline(pipeline: PaintByExamplePipeline, folder: Path, *, half: bool
     find the encoder's class in any such folder, that of the hub included.
     """
     if half:
-        for network in (pipeline.unet, pipeline.vae, pipeline.image_encoder):
-            network.half()
+        for part in ("unet", "vae", "image_encoder"):
+            check_network(getattr(pipeline, part).half(), "the pipeline in float16", part)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as temporary:
         staged = Path(temporary) / "pipeline"

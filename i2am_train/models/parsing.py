@@ -18,7 +18,7 @@ from transformers import AutoImageProcessor, AutoModelForSemanticSegmentation
 from i2am_train.datasets.arrays import Image
 from i2am_train.datasets.parsing import DRESS_CODE, VITON_HD, LabelMap, LabelSet
 from i2am_train.errors import CheckpointError
-from i2am_train.models.pretrained import place_of
+from i2am_train.models.pretrained import load_model, load_processor
 
 SPELLINGS = {
     "unlabelled": "background", "upperclothes": "upper_clothes", "head": "face", "glasses": "sunglasses",
@@ -103,10 +103,9 @@ def load_with_processor(option: str, name: str, kind: Any, device: str) -> tuple
         CheckpointError: there is no such model, or it is of another kind.
     """
     try:
-        source = place_of(name)
-        processor = AutoImageProcessor.from_pretrained(source)
-        model = kind.from_pretrained(source)
-    except (OSError, ValueError, CheckpointError) as error:
+        processor = load_processor(AutoImageProcessor, name)
+        model = load_model(kind, name)
+    except CheckpointError as error:
         what = " ".join(str(error).split())[:400]
         raise CheckpointError(
             f"No model for {option} could be loaded from {option}={name} ({what}). Give a folder with config.json, "

@@ -35,8 +35,8 @@ from i2am_train.models.tryon import (
     TryOnModel,
     widen_input,
 )
-from i2am_train.models.weight_files import read_weights
 from i2am_train.types import GridSize
+from i2am_train.weight_files import read_weights
 
 LATENT_CHANNELS = 4
 SCALING_FACTOR = 0.18215
@@ -167,7 +167,7 @@ def _read_custom(options: InitConfig) -> _Networks:
     report = key_report(file, weights, parts, ours=ours)
     report.check()
     for network, renamed in parts.values():
-        load_renamed(network, renamed)
+        load_renamed(network, renamed, file)
     reports = [report]
     if vae is None:
         assert options.vae is not None

@@ -1,47 +1,89 @@
-"""Networks from folders of diffusers and transformers and from the hub; no weight is quietly drawn anew."""
+"""Networks from folders of diffusers and transformers and from the hub; no weight is quietly drawn anew.
 
-import pickle
+What a folder says of itself is checked before the libraries read it, and what they made of it afterwards: every weight
+was there, was floating, and is a finite number.
+"""
+
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+from diffusers import ModelMixin
 from huggingface_hub import hf_hub_download, try_to_load_from_cache
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
-from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModel, CLIPVisionModel, PreTrainedModel, SiglipVisionModel
 
 from i2am_train.config.hub import require_model
-from i2am_train.errors import CheckpointError
-from i2am_train.models.weight_files import SUFFIXES
+from i2am_train.errors import CheckpointError, I2AMError
+from i2am_train.weight_files import (
+    PICKLES,
+    SUFFIXES,
+    check_file,
+    check_floating,
+    check_network,
+    files_of_index,
+    integer_tensors,
+    read_object,
+)
 
 VISION_MODELS = {"clip": CLIPVisionModel, "siglip": SiglipVisionModel}
 """Encoders whose folders hold a text model, too."""
 
-_READING = (OSError, ValueError, RuntimeError, KeyError, SafetensorError, pickle.UnpicklingError)
+REASON = 300
+"""Characters of a library's own message that are repeated."""
+STEMS = ("diffusion_pytorch_model", "model", "pytorch_model")
+"""Names that diffusers (the first) and transformers give to files of weights."""
+DESCRIPTIONS = (
+    "config.json",
+    "scheduler_config.json",
+    "preprocessor_config.json",
+    "model_index.json",
+)
+"""What a folder may say of itself."""
 
 
-def load_encoder(source: str) -> PreTrainedModel:
-    """An image encoder of transformers, of a folder with a text model the vision half, in float32.
+class Place(NamedTuple):
+    """Where a model is read from."""
+
+    name: str
+    """File or folder, or OWNER/NAME on the hub."""
+    revision: str | None = None
+    """Branch, tag or commit on the hub."""
+
+    @property
+    def options(self) -> dict[str, str]:
+        """What ``from_pretrained`` must be told besides the name."""
+        return {} if self.revision is None else {"revision": self.revision}
+
+    @property
+    def folder(self) -> Path | None:
+        """The folder, or None for the hub."""
+        path = Path(self.name)
+        return path if path.exists() else None
+
+    def file(self, name: str) -> Path | None:
+        """A file of it that is on this machine."""
+        if self.folder is not None:
+            path = self.folder / name
+            return path if path.exists() else None
+        cached = try_to_load_from_cache(self.name, name, revision=self.revision)
+        return Path(cached) if isinstance(cached, str) else None
+
+
+def place_of(source: str) -> Place:
+    """The file or folder that a source names, or the model on the hub: OWNER/NAME, or OWNER/NAME@REVISION.
 
     Raises:
-        CheckpointError: it cannot be read, or gives no patch tokens.
+        CheckpointError: it is no path here, and no model that the hub would give.
     """
-    name = place_of(source)
-    config = _hub(source, lambda: AutoConfig.from_pretrained(name))
-    loader = VISION_MODELS.get(config.model_type, AutoModel)
-    encoder, info = _hub(
-        source,
-        lambda: loader.from_pretrained(name, dtype=torch.float32, output_loading_info=True),
-    )
-    _check_loaded(info, source)
-    if not isinstance(getattr(encoder.config, "patch_size", None), int):
-        raise CheckpointError(
-            f"The encoder '{source}' ({type(encoder).__name__}) has no patches. Expected a vision transformer, such as "
-            "facebook/dinov2-giant or openai/clip-vit-large-patch14."
-        )
-    return encoder.eval()
+    path = Path(source).expanduser()
+    if path.exists():
+        return Place(str(path))
+    name, _, revision = source.partition("@")
+    require_model(name, revision or None)
+    return Place(name, revision or None)
 
 
 def as_file(source: str) -> Path | None:
@@ -50,7 +92,43 @@ def as_file(source: str) -> Path | None:
     return path if path.is_file() or path.suffix in SUFFIXES else None
 
 
-def load_network(kind: Any, source: str, part: str, check: Callable[[Any, str], None]) -> Any:
+# -- networks -------------------------------------------------------------------------------------------------------
+
+
+def load_encoder(source: str) -> PreTrainedModel:
+    """An image encoder of transformers, of a folder with a text model the vision half, in float32.
+
+    Raises:
+        CheckpointError: it cannot be read, or gives no patch tokens.
+    """
+    place = place_of(source)
+    config = load_config(place, source)
+    loader = VISION_MODELS.get(config.model_type, AutoModel)
+    encoder = _load_network(loader, place, source)
+    if not isinstance(getattr(encoder.config, "patch_size", None), int):
+        raise CheckpointError(
+            f"The encoder '{source}' ({type(encoder).__name__}) has no patches. Expected a vision transformer, such as "
+            "facebook/dinov2-giant or openai/clip-vit-large-patch14."
+        )
+    return encoder.eval()
+
+
+def load_config(place: Place, source: str) -> Any:
+    """The configuration of a model of transformers.
+
+    Raises:
+        CheckpointError: it cannot be read, or needs code of its own.
+    """
+    _check_descriptions(place, "")
+    return reading(
+        source,
+        lambda: AutoConfig.from_pretrained(place.name, trust_remote_code=False, **place.options),
+    )
+
+
+def load_network(
+    kind: Any, source: str, part: str, check: Callable[[Any, str], None] | None = None
+) -> Any:
     """A network of diffusers in float32, from its own folder or a pipeline's, or such a name on the hub.
 
     Args:
@@ -62,24 +140,20 @@ def load_network(kind: Any, source: str, part: str, check: Callable[[Any, str], 
     Raises:
         CheckpointError: it cannot be read, is of another class, or lacks weights.
     """
-    name = place_of(source)
-    subfolder = _subfolder(source, part)
+    place = place_of(source)
+    subfolder = _subfolder(place, source, part)
     where = {"subfolder": subfolder} if subfolder else {}
-    config = _hub(source, lambda: kind.load_config(name, **where))
+    _check_descriptions(place, subfolder)
+    config = reading(source, lambda: kind.load_config(place.name, **where, **place.options))
     if (found := config.get("_class_name", kind.__name__)) != kind.__name__:
         raise CheckpointError(
             f"'{source}' holds a {found} where {part}= needs a {kind.__name__}. Give Stable Diffusion 1.5's."
         )
-    with torch.device("meta"):
-        check(kind.from_config(config), source)
-    network, info = _hub(
-        source,
-        lambda: kind.from_pretrained(
-            name, **where, torch_dtype=torch.float32, output_loading_info=True
-        ),
-    )
-    _check_loaded(info, source)
-    return network.eval()
+    if check is not None:
+        with torch.device("meta"):
+            empty = reading(source, lambda: kind.from_config(config))
+        check(empty, source)
+    return _load_network(kind, place, source, subfolder).eval()
 
 
 def load_part(kind: Any, source: str, part: str, **options: Any) -> Any:
@@ -94,13 +168,36 @@ def load_part(kind: Any, source: str, part: str, **options: Any) -> Any:
     Raises:
         CheckpointError: it cannot be read, or lacks weights.
     """
-    name = place_of(source)
-    if not issubclass(kind, PreTrainedModel):
-        return _hub(source, lambda: kind.from_pretrained(name, subfolder=part, **options))
-    options |= {"dtype": torch.float32, "output_loading_info": True}
-    network, info = _hub(source, lambda: kind.from_pretrained(name, subfolder=part, **options))
-    _check_loaded(info, source)
-    return network.eval()
+    place = place_of(source)
+    _check_descriptions(place, part)
+    if issubclass(kind, PreTrainedModel):
+        return _load_network(kind, place, source, part, **options).eval()
+    options |= place.options
+    return reading(source, lambda: kind.from_pretrained(place.name, subfolder=part, **options))
+
+
+def load_model(kind: Any, source: str) -> Any:
+    """A model of transformers from its own folder or the hub, in the numbers of its file.
+
+    Raises:
+        CheckpointError: it cannot be read, is of another kind, or lacks weights.
+    """
+    place = place_of(source)
+    _check_descriptions(place, "")
+    return _load_network(kind, place, source, dtype=None)
+
+
+def load_processor(kind: Any, source: str) -> Any:
+    """A processor of transformers from a model's folder or the hub.
+
+    Raises:
+        CheckpointError: it cannot be read.
+    """
+    place = place_of(source)
+    _check_descriptions(place, "")
+    return reading(
+        source, lambda: kind.from_pretrained(place.name, trust_remote_code=False, **place.options)
+    )
 
 
 def load_pipeline(kind: Any, source: str, **parts: Any) -> Any:
@@ -113,47 +210,79 @@ def load_pipeline(kind: Any, source: str, **parts: Any) -> Any:
             more arguments of ``from_pretrained``.
 
     Raises:
-        CheckpointError: it cannot be read.
+        CheckpointError: it cannot be read, or a network of it is not whole.
     """
-    name = place_of(source)
-    return _hub(source, lambda: kind.from_pretrained(name, dtype=torch.float32, **parts))
+    place = place_of(source)
+    _check_descriptions(place, "")
+    parts |= place.options
+    pipeline = reading(
+        source, lambda: kind.from_pretrained(place.name, dtype=torch.float32, **parts)
+    )
+    for part, network in pipeline.components.items():
+        if isinstance(network, torch.nn.Module) and part not in parts:
+            check_network(network, source, part)
+    return pipeline
 
 
-def place_of(source: str) -> str:
-    """The file or folder that a source names, or the name on the hub as it stands.
+def _load_network(
+    kind: Any,
+    place: Place,
+    source: str,
+    subfolder: str = "",
+    *,
+    dtype: torch.dtype | None = torch.float32,
+    **options: Any,
+) -> Any:
+    """A network of either library, of which every weight was there and is a number."""
+    before = _weight_files(place, subfolder)
+    if place.folder is not None:
+        _check_files(place.folder / subfolder, before)
+    options |= place.options | ({"subfolder": subfolder} if subfolder else {})
+    of_diffusers = issubclass(kind, ModelMixin)
+    if dtype is not None:
+        options["torch_dtype" if of_diffusers else "dtype"] = dtype
+    if not of_diffusers:
+        options["trust_remote_code"] = False
+        options["ignore_mismatched_sizes"] = True  # they are named afterwards, and refused
+    network, info = reading(
+        source,
+        lambda: kind.from_pretrained(place.name, output_loading_info=True, **options),
+    )
+    shown = f"{source}/{subfolder}" if subfolder else source
+    _check_loaded(info, shown)
+    files = before or _weight_files(place, subfolder)
+    check_floating(files, network, shown, unused=info.get("unexpected_keys", ()))
+    check_network(network, shown)
+    return network
 
-    Raises:
-        CheckpointError: it is no path here, and no model that the hub would give.
-    """
-    path = Path(source).expanduser()
-    if path.exists():
-        return str(path)
-    require_model(source)
-    return source
+
+# -- files ----------------------------------------------------------------------------------------------------------
 
 
-def _subfolder(source: str, part: str) -> str:
+def _subfolder(place: Place, source: str, part: str) -> str:
     """``part`` for a pipeline, empty for the network's own folder."""
-    folder = Path(source).expanduser()
-    if folder.is_dir():
+    folder = place.folder
+    if folder is not None:
         if (folder / part / "config.json").is_file():
             return part
         if (folder / "config.json").is_file():
             return ""
-        found = ", ".join(sorted(path.name for path in folder.iterdir())[:6]) or "nothing"
+        found = "a file"
+        if folder.is_dir():
+            found = ", ".join(sorted(path.name for path in folder.iterdir())[:6]) or "nothing"
         raise CheckpointError(
             f"'{source}' is no folder of diffusers: it has neither config.json nor {part}/config.json (found: "
             f"{found}). Give the folder of a pipeline, or its {part}/."
         )
-    return str(_hub(source, lambda: _hub_subfolder(source, part)))
+    return str(reading(source, lambda: _hub_subfolder(place, part)))
 
 
-def _hub_subfolder(name: str, part: str) -> str:
+def _hub_subfolder(place: Place, part: str) -> str:
     """``part`` for a pipeline on the hub, empty for a network's own repository."""
     try:
-        hf_hub_download(name, f"{part}/config.json")
+        hf_hub_download(place.name, f"{part}/config.json", revision=place.revision)
     except LocalEntryNotFoundError:  # no network: only what was fetched before
-        if not isinstance(try_to_load_from_cache(name, "config.json"), str):
+        if place.file("config.json") is None:
             raise
         return ""
     except EntryNotFoundError:
@@ -161,18 +290,57 @@ def _hub_subfolder(name: str, part: str) -> str:
     return part
 
 
-def _hub(source: str, read: Callable[[], Any]) -> Any:
+def _check_descriptions(place: Place, subfolder: str) -> None:
+    """Refuses what is no JSON object before a library makes something of it: of a text, a name on the hub."""
+    for name in DESCRIPTIONS:
+        file = place.file(f"{subfolder}/{name}" if subfolder else name)
+        if file is not None:
+            read_object(file)
+
+
+def _weight_files(place: Place, subfolder: str) -> list[Path]:
+    """The files of weights that the libraries take of a folder, in their order; none that is not on this machine."""
+    prefix = f"{subfolder}/" if subfolder else ""
+    for ending in (".safetensors", ".bin"):
+        for stem in STEMS:
+            if file := place.file(f"{prefix}{stem}{ending}"):
+                return [file]
+            if index := place.file(f"{prefix}{stem}{ending}.index.json"):
+                return files_of_index(index)
+    return []
+
+
+def _check_files(folder: Path, files: list[Path]) -> None:
+    """Refuses damaged files of weights with a reason that the libraries do not give."""
+    if folder.is_dir() and not files:
+        found = ", ".join(sorted(path.name for path in folder.iterdir())[:6]) or "nothing"
+        raise CheckpointError(
+            f"'{folder}' holds no weights: expected {STEMS[0]}.safetensors of diffusers or {STEMS[1]}.safetensors of "
+            f"transformers (found: {found}). The folder may be half downloaded; download it again."
+        )
+    for file in files:
+        check_file(file)
+        if file.suffix in PICKLES:  # read here first, so that what it asks for is named
+            integer_tensors(file)
+
+
+def reading(source: str, read: Callable[[], Any]) -> Any:
     """What ``read`` gives; the libraries' many errors as one that says what to do."""
     try:
         with warnings.catch_warnings():  # diffusers' own use of the hub's library
             warnings.filterwarnings("ignore", "The `local_dir_use_symlinks` argument")
             return read()
-    except _READING as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+    except I2AMError:
+        raise
+    except Exception as error:  # damaged files fail in the words of whichever library reads them
+        reason = " ".join(str(error).split())[:REASON] or type(error).__name__
+        if not isinstance(error, (OSError, ValueError, RuntimeError)):  # whose texts need no name
+            reason = f"{type(error).__name__}: {reason}"
         if Path(source).expanduser().exists():
             raise CheckpointError(
-                f"'{source}' cannot be read: {reason} The folder may be half downloaded, or its weights a pickle with "
-                "more than tensors in it; download it again, in safetensors where there is a choice."
+                f"'{source}' cannot be read: {reason} The folder may be half downloaded, of another model, or its "
+                "weights a pickle with more than tensors in it; download it again, in safetensors where there is a "
+                "choice."
             ) from error
         raise CheckpointError(
             f"There is no folder '{source}' here, and the hub did not give it: {reason} Check the name and the "
@@ -184,7 +352,15 @@ def _check_loaded(info: dict[str, Any], source: str) -> None:
     """Refuses weights that the libraries would have drawn at random with a mere warning."""
     missing = sorted(info["missing_keys"])
     if missing:
+        extra = sorted(info["unexpected_keys"])
+        has = f" and has {len(extra)} others ({', '.join(extra[:4])})" if extra else ""
         raise CheckpointError(
-            f"The weights of '{source}' lack {len(missing)} tensors ({', '.join(missing[:4])}). The folder may be half "
-            "downloaded, or its config.json of another model; download it again."
+            f"The weights of '{source}' lack {len(missing)} tensors ({', '.join(missing[:4])}){has}. The folder may be "
+            "half downloaded, or its config.json of another model; download it again."
+        )
+    if misshapen := sorted(info["mismatched_keys"]):
+        name, found, expected = misshapen[0]
+        raise CheckpointError(
+            f"{len(misshapen)} tensors of '{source}' have other shapes than its config.json says: {name} is "
+            f"{list(found)}, expected {list(expected)}. One of the two is of another model; download the folder again."
         )

@@ -48,7 +48,7 @@ def unet_from_weights(
         file, weights, {"unet": (unet, renamed)}, ours=(EMA_PREFIX if ema else UNET_PREFIX,)
     )
     report.check()
-    load_renamed(unet, renamed)
+    load_renamed(unet, renamed, file)
     return unet.eval(), report
 
 
@@ -63,7 +63,7 @@ def vae_from_weights(weights: Mapping[str, Tensor], file: str) -> tuple[Autoenco
     vae, renamed, starts = empty_vae_part(weights, file)
     report = key_report(file, weights, {"vae": (vae, renamed)}, ours=starts)
     report.check()
-    load_renamed(vae, renamed)
+    load_renamed(vae, renamed, file)
     return vae.eval(), report
 
 

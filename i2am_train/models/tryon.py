@@ -8,31 +8,34 @@ garment's patch tokens; nothing else tells it about the garment. A folder in dif
 
 import inspect
 import json
+import math
 import os
 import shutil
 import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple, Self
+from typing import NamedTuple, Self
 
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from diffusers.utils import logging as diffusers_logging
 from jaxtyping import Bool, Float, Int
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import AutoModel, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from i2am_train.attribution.recipes import diffusers_decoder
 from i2am_train.attribution.sites import Recipe
-from i2am_train.errors import CheckpointError
+from i2am_train.config.build import build
+from i2am_train.errors import CheckpointError, ConfigError
 from i2am_train.models.diffusion import NoiseSchedule
 from i2am_train.models.lora import copy_adapters, merged
+from i2am_train.models.pretrained import load_encoder, load_network, load_part, reading
 from i2am_train.models.projector import ReferenceProjector
 from i2am_train.types import GridSize
+from i2am_train.weight_files import check_numbers, read_object
 
 diffusers_logging.disable_progress_bar()  # "Writing model shards" for files of a few megabytes
 transformers_logging.disable_progress_bar()
@@ -327,8 +330,7 @@ class TryOnModel(nn.Module):
             getattr(self, name).save_pretrained(folder / name)
         if half:
             for file in folder.rglob("*.safetensors"):
-                weights = {name: value.half() for name, value in load_file(file).items()}
-                save_file(weights, file, metadata={"format": "pt"})
+                convert_weights(file, torch.float16)
         index = {"_class_name": "TryOnModel", "_i2am_train_version": __version__}
         (folder / INDEX_FILE).write_text(json.dumps(index | asdict(self.config), indent=2) + "\n")
 
@@ -341,23 +343,16 @@ class TryOnModel(nn.Module):
         """
         folder = Path(folder)
         config = _read_index(folder)
-        try:
-            model = cls(
-                config,
-                UNet2DConditionModel.from_pretrained(folder / "unet", torch_dtype=torch.float32),
-                AutoencoderKL.from_pretrained(folder / "vae", torch_dtype=torch.float32),
-                AutoModel.from_pretrained(folder / "reference_encoder", dtype=torch.float32),
-                ReferenceProjector.from_pretrained(folder / "projector", torch_dtype=torch.float32),
-                DDIMScheduler.from_pretrained(folder / "scheduler"),
-            )
-        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-            first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
-            raise CheckpointError(
-                f"The model in '{folder}' cannot be read: {first_line} "
-                "The folder may be half copied; copy or export it again."
-            ) from error
+        networks = (
+            load_network(UNet2DConditionModel, str(folder), "unet"),
+            load_network(AutoencoderKL, str(folder), "vae"),
+            load_encoder(str(folder / "reference_encoder")),
+            load_network(ReferenceProjector, str(folder), "projector"),
+            load_part(DDIMScheduler, str(folder), "scheduler"),
+        )
+        model = reading(str(folder), lambda: cls(config, *networks))
         _check_fit(model, folder)
-        return model
+        return model  # type: ignore[no-any-return]
 
 
 def _check_fit(model: TryOnModel, folder: Path) -> None:
@@ -397,14 +392,46 @@ def _read_index(folder: Path) -> TryOnConfig:
             f"The model in '{folder}' lacks {', '.join(missing)}; expected {', '.join(COMPONENTS)}. "
             "The folder may be half copied; copy or export it again."
         )
+    index = read_object(index_file)
+    options = {k: v for k, v in index.items() if k not in COMPONENTS and not k.startswith("_")}
     try:
-        index: dict[str, Any] = json.loads(index_file.read_text())
-        options = {k: v for k, v in index.items() if k not in COMPONENTS and not k.startswith("_")}
-        return TryOnConfig(**options)
-    except (ValueError, TypeError) as error:
+        config = build(TryOnConfig, options)
+    except ConfigError as error:
         raise CheckpointError(
-            f"'{index_file}' is not a try-on model's index ({error}). Export the model again."
+            f"'{index_file}' is not a try-on model's index: {error} Export the model again."
         ) from error
+    _check_index(config, index_file)
+    return config
+
+
+def _check_index(config: TryOnConfig, file: Path) -> None:
+    """Refuses sizes and scales that no picture can have."""
+    sizes = [
+        config.height, config.width, config.reference_height, config.reference_width
+    ]  # fmt: skip
+    scales = [*config.reference_mean, *config.reference_std]
+    if (
+        min(sizes) < 1
+        or not (len(config.reference_mean) == len(config.reference_std) == 3)
+        or not all(map(math.isfinite, scales))
+        or min(config.reference_std) <= 0
+    ):
+        raise CheckpointError(
+            f"'{file}' is not a try-on model's index: expected sizes above 0, and three finite values each of "
+            f"reference_mean and reference_std, the latter above 0 (found {sizes}, {config.reference_mean}, "
+            f"{config.reference_std}). Export the model again."
+        )
+
+
+def convert_weights(file: Path, dtype: torch.dtype) -> None:
+    """Stores the weights of a file in another type.
+
+    Raises:
+        CheckpointError: a value is too large for it.
+    """
+    weights = {name: value.to(dtype) for name, value in load_file(file).items()}
+    check_numbers(weights, f"{file.parent.name} in {dtype}".replace("torch.", ""))
+    save_file(weights, file, metadata={"format": "pt"})
 
 
 def widen_input(unet: UNet2DConditionModel, channels: int = INPUT_CHANNELS) -> UNet2DConditionModel:

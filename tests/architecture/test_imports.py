@@ -75,10 +75,27 @@ def test_no_pickled_weights_and_no_device_calls() -> None:
         for word in forbidden
         if word in path.read_text(encoding="utf-8")
     ]
-    advice = (
-        "i2am_train/models/weight_files.py: weights_only=False"  # text of an error, for a container
-    )
+    advice = "i2am_train/weight_files.py: weights_only=False"  # text of an error, for a container
     assert found == [advice]
+
+
+def test_weights_are_opened_in_one_place() -> None:
+    """torch, safetensors and torchvision read files of weights where they are checked, and nowhere else."""
+    readers = (
+        "torch.load(",
+        "jit.load(",
+        "load_state_dict_from_url",
+        "weights=weights",
+        "weights=True",
+    )
+    found = {
+        (path.name, word)
+        for path in sorted((ROOT / "i2am_train").rglob("*.py"))
+        for word in readers
+        if word in path.read_text(encoding="utf-8")
+    }
+    given = ("detectors.py", "weights=weights")  # with tensors that were read before
+    assert found == {("weight_files.py", "torch.load("), given}
 
 
 def test_modules_have_names_that_say_something() -> None:

@@ -24,6 +24,7 @@ from i2am_train.metrics.distribution import (
 )
 from i2am_train.metrics.features import image_features, resized
 from i2am_train.metrics.registry import image_metric, image_metrics
+from tests.published import publish
 
 
 def random_images(batch: int, seed: int) -> Tensor:
@@ -196,6 +197,7 @@ def hub_with_inception(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Itera
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*torch.jit")
         torch.jit.save(torch.jit.script(network), str(folder / "inception-2015-12-05.pt"))
+    publish(monkeypatch, "INCEPTION_WEIGHTS", folder / "inception-2015-12-05.pt")
     features.loaded.cache_clear()
     yield network
     features.loaded.cache_clear()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from urllib.error import URLError
@@ -24,6 +25,7 @@ from i2am_train.metrics.registry import (
     image_pair_score,
     metric_info,
 )
+from tests.published import publish
 
 
 def random_images(batch: int, seed: int, height: int = 64, width: int = 48) -> Tensor:
@@ -217,11 +219,13 @@ def test_damaged_weights_are_named(empty_hub: Path) -> None:
     """A truncated file is reported as such, with its path."""
     (empty_hub / "alexnet-owt-7be5be79.pth").write_bytes(b"PK\x03\x04 not the rest")
     images = random_images(2, seed=0)
-    with pytest.raises(WeightsMissingError, match=r"cannot be read .* Delete the file"):
+    with pytest.raises(WeightsMissingError, match=r"cannot be read: .* Delete the file"):
         PerceptualDistance("lpips")(images, images)
 
 
-def test_lpips_reads_the_file_that_the_error_names(empty_hub: Path) -> None:
+def test_lpips_reads_the_file_that_the_error_names(
+    empty_hub: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """With an AlexNet file at the named place lpips works offline, and equal images are at 0."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
@@ -231,11 +235,39 @@ def test_lpips_reads_the_file_that_the_error_names(empty_hub: Path) -> None:
         key: value if key.startswith("features") else torch.zeros(1).expand(value.shape)
         for key, value in state.items()
     }
-    torch.save(state, empty_hub / "alexnet-owt-7be5be79.pth")
+    file = empty_hub / "alexnet-owt-7be5be79.pth"
+    torch.save(state, file)
+    publish(monkeypatch, "ALEXNET_WEIGHTS", file)
     generated, real = random_images(2, seed=0), random_images(2, seed=1)
     lpips = PerceptualDistance("lpips")
     assert (lpips(generated, real) > 0).all()
     assert lpips(real, real).tolist() == [0.0, 0.0]
+    own = packages_own_lpips(state)
+    with torch.no_grad():
+        expected = own(generated / 127.5 - 1, real / 127.5 - 1).flatten()
+    assert torch.equal(lpips(generated, real), expected)
+
+
+def packages_own_lpips(trunk: dict[str, Tensor]) -> torch.nn.Module:
+    """LPIPS as its package builds it, but for the trunk, which it would fetch."""
+    import lpips
+
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", category=UserWarning, module="torchvision")
+        network: torch.nn.Module = lpips.LPIPS(net="alex", pnet_rand=True, verbose=False)
+    for name, weight in network.net.named_parameters():
+        weight.data.copy_(trunk["features." + name.split(".", 1)[1]])
+    return network
+
+
+def test_stlpips_is_the_packages_own() -> None:
+    """Reading its file here instead of there changes no weight."""
+    from stlpips_pytorch import stlpips
+
+    own = stlpips.LPIPS(net="alex", variant="shift_tolerant", verbose=False).state_dict()
+    ours = features.loaded("stlpips", torch.device("cpu")).state_dict()
+    assert own.keys() == ours.keys()
+    assert all(torch.equal(own[name], ours[name]) for name in own)
 
 
 def test_unknown_names_are_answered_with_the_known_ones() -> None:

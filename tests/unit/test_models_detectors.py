@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 from torchvision.transforms import v2
 
 from i2am_train.errors import CheckpointError
@@ -145,6 +146,7 @@ def test_a_model_of_another_kind_is_refused(tmp_path: Path) -> None:
         load_detector(str(tmp_path))
     for part in (EomtConfig(), EomtImageProcessor()):  # finds segments, none that overlap
         part.save_pretrained(tmp_path / "eomt")
+    save_file({"a": torch.zeros(2)}, tmp_path / "eomt" / "model.safetensors")
     with pytest.raises(CheckpointError, match=r"EomtConfig.* Model type should be one of"):
         load_detector(str(tmp_path / "eomt"))
     torch.save({"a": torch.zeros(2)}, tmp_path / "other.pth")

@@ -21,8 +21,8 @@ from i2am_train.models.key_report import KeyMismatchError
 from i2am_train.models.parts import NORMALISATIONS, assemble
 from i2am_train.models.pretrained import load_encoder
 from i2am_train.models.tryon import TryOnModel
-from i2am_train.models.weight_files import read_weights
 from i2am_train.types import GridSize, PredictionType
+from i2am_train.weight_files import read_weights
 
 Layout = Callable[..., dict[str, torch.Tensor]]
 SIZE = {"height": 128, "width": 64}
@@ -388,7 +388,9 @@ def test_pickles_in_folders(pipeline: Path, make_parts: Callable[..., Any], tmp_
         )
         assert_same(model.unet if part == "unet" else model.reference_encoder, network)
         torch.save(network.state_dict() | {"x": Harmful()}, folder / file)
-        with pytest.raises(CheckpointError, match=r"cannot be read: .* a pickle with more than"):
+        with pytest.raises(
+            CheckpointError, match=r"a pickle with more than tensors in it .builtins"
+        ):
             assemble(options(pipeline, tmp_path / "m", **{part: str(folder)}, **own_vae(pipeline)))
     assert not marker.exists()
 

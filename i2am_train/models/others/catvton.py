@@ -30,10 +30,10 @@ from i2am_train.models.others.base import (
     Source,
     latent_multiple,
 )
-from i2am_train.models.others.folders import read_weights_of
+from i2am_train.models.others.folders import fitting
 from i2am_train.models.pretrained import load_network, load_part
-from i2am_train.models.weight_files import read_weights
 from i2am_train.ops.images import to_uint8
+from i2am_train.weight_files import check_used, read_weights
 
 CHANNELS = 9
 """Of the U-Net's input: noise, mask, masked picture."""
@@ -138,11 +138,12 @@ def load_catvton(source: Source) -> OtherModel:
     """
     unet = load_network(UNet2DConditionModel, source.folder, "unet", _check_unet)
     if source.adapter is not None:
-        adapter = source.adapter
-        read_weights_of("adapter", adapter, lambda: load_attention(unet, read_weights(adapter)))
+        weights = read_weights(source.adapter)
+        check_used(weights, source.adapter)
+        fitting("adapter", source.adapter, lambda: load_attention(unet, weights))
     model = CatVTON(
         unet=unet.to(source.device),
-        vae=load_network(AutoencoderKL, source.folder, "vae", lambda *_: None).to(source.device),
+        vae=load_network(AutoencoderKL, source.folder, "vae").to(source.device),
         scheduler=load_part(DDIMScheduler, source.folder, "scheduler"),
         side_by_side=bool(source.options.get("side_by_side", False)),
     )

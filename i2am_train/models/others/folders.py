@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TypeVar
 
 from i2am_train.errors import CheckpointError
 from i2am_train.models.tryon import INDEX_FILE
+from i2am_train.weight_files import read_object
 
 T = TypeVar("T")
 REASON = 300
@@ -32,7 +32,7 @@ def check_pipeline(source: str, expected: Sequence[str], model: str) -> None:
     found = pipeline_class(folder)
     if found in expected:
         return
-    what = f"is of a {found}" if found else f"has no readable {INDEX_FILE}"
+    what = f"is of a {found}" if found else f"has no {INDEX_FILE}"
     raise CheckpointError(
         f"'{source}' {what}; model={model} needs the folder of a {' or '.join(expected)}. Give "
         f"checkpoint=FOLDER with such a {INDEX_FILE}, or another model=."
@@ -40,25 +40,26 @@ def check_pipeline(source: str, expected: Sequence[str], model: str) -> None:
 
 
 def pipeline_class(folder: Path) -> str | None:
-    """Name of the pipeline's class in a folder, or None if there is none to be read."""
-    try:
-        index = json.loads((folder / INDEX_FILE).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    return index.get("_class_name") if isinstance(index, dict) else None
-
-
-def read_weights_of(option: str, file: Path, read: Callable[[], T]) -> T:
-    """What ``read`` gives of a weight file; the libraries' errors name the option and the file.
+    """Name of the pipeline's class in a folder, or None if it has no index.
 
     Raises:
-        CheckpointError: there is no such file, or its tensors are not what the model has.
+        CheckpointError: the index cannot be read.
     """
-    if not file.is_file():
-        raise CheckpointError(f"There is no file {option}={file}. Give the path of a weight file.")
+    file = folder / INDEX_FILE
+    return str(read_object(file).get("_class_name")) if file.is_file() else None
+
+
+def fitting(option: str, file: Path, fill: Callable[[], T]) -> T:
+    """What ``fill`` makes of the weights of a file; the libraries' errors name the option and the file.
+
+    Raises:
+        CheckpointError: its tensors are not what the model has.
+    """
     try:
-        return read()
-    except (KeyError, ValueError, RuntimeError, OSError) as error:
+        return fill()
+    except CheckpointError:
+        raise
+    except Exception as error:  # weights of something else fail in the words of whoever uses them
         reason = " ".join(str(error).split())[:REASON]
         raise CheckpointError(
             f"{option}={file} does not fit this model ({type(error).__name__}: {reason}). Give the "

@@ -15,7 +15,7 @@ from diffusers import (
     UNet2DConditionModel,
 )
 from diffusers.models.embeddings import ImageProjection
-from torch import nn
+from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPVisionModelWithProjection
 
 from i2am_train.attribution.recipes import detect_recipe
@@ -23,9 +23,10 @@ from i2am_train.datasets.arrays import Image
 from i2am_train.datasets.pictures import fit_mask, fit_picture
 from i2am_train.errors import CaptureError, CheckpointError
 from i2am_train.models.others.base import OtherModel, Request, Source, latent_multiple
-from i2am_train.models.others.folders import check_pipeline, read_weights_of
+from i2am_train.models.others.folders import check_pipeline, fitting
 from i2am_train.models.others.painting import pillow
 from i2am_train.models.pretrained import load_network, load_part, load_pipeline
+from i2am_train.weight_files import read_adapter
 
 ENCODER = "image_encoder"
 
@@ -46,8 +47,8 @@ def load_ip_adapter(source: Source) -> OtherModel:
     pipeline = load_pipeline(
         StableDiffusionPipeline,
         source.folder,
-        unet=load_network(UNet2DConditionModel, source.folder, "unet", lambda *_: None),
-        vae=load_network(AutoencoderKL, source.folder, "vae", lambda *_: None),
+        unet=load_network(UNet2DConditionModel, source.folder, "unet"),
+        vae=load_network(AutoencoderKL, source.folder, "vae"),
         text_encoder=load_part(CLIPTextModel, source.folder, "text_encoder"),
         safety_checker=None,
         requires_safety_checker=False,
@@ -56,7 +57,8 @@ def load_ip_adapter(source: Source) -> OtherModel:
         folder = _encoder_folder(source.adapter)
         encoder = load_part(CLIPVisionModelWithProjection, str(folder), ENCODER)
         pipeline.register_modules(image_encoder=encoder)
-    read_weights_of("adapter", source.adapter, partial(_insert, pipeline, source.adapter))
+    weights = read_adapter(source.adapter)
+    fitting("adapter", source.adapter, partial(_insert, pipeline, weights))
     _check_kind(pipeline, source)
     _check_encoder(pipeline, source)
     pipeline = pipeline.to(source.device)
@@ -104,10 +106,8 @@ def _encoder_folder(adapter: Path) -> Path:
     )
 
 
-def _insert(pipeline: Any, adapter: Path) -> None:
-    pipeline.load_ip_adapter(
-        str(adapter.parent), subfolder="", weight_name=adapter.name, image_encoder_folder=None
-    )
+def _insert(pipeline: Any, weights: dict[str, dict[str, Tensor]]) -> None:
+    pipeline.load_ip_adapter(weights, subfolder="", weight_name="", image_encoder_folder=None)
 
 
 def _check_kind(pipeline: Any, source: Source) -> None:
