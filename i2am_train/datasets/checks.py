@@ -212,13 +212,27 @@ class _Part:
 
     def jobs(self) -> list[_Job]:
         """One job per person and one per garment."""
+        instead = self._named_instead()
         person_roles = [role for role in self.roles if role not in GARMENT_ROLES]
         garment_roles = [role for role in self.roles if role in GARMENT_ROLES]
         people, garments = sorted(self.stems(PERSON)), sorted(self.stems(GARMENT))
         return [
             *(_Job(self.layout, person_roles, stem, _judge_person) for stem in people),
-            *(_Job(self.layout, garment_roles, stem, _judge_garment) for stem in garments),
+            *(
+                _Job(self.layout, garment_roles, stem, _judge_garment, instead.get(stem))
+                for stem in garments
+            ),
         ]
+
+    def _named_instead(self) -> dict[str, str]:
+        """What column 2 names for people whose own garment no list names."""
+        listed = self.layout.listed(Pairing.PAIRED) if self.paired else []
+        named = {pair.garment for pair in [*listed, *self.unpaired]}
+        return {
+            own.garment: pair.garment
+            for own, pair in zip(self.paired, listed, strict=True)
+            if own.garment not in named
+        }
 
 
 def _check_lists(layout: Layout, findings: list[Finding]) -> tuple[list[Pair], list[Pair]]:
@@ -335,9 +349,17 @@ class _Job:
     roles: list[str]
     stem: str
     judge: Callable[[Pictures], Iterable[Judgement]]
+    listed: str | None = None
+    """Of a garment that no list names and that is read as its person's own: what column 2 names instead."""
 
     def __call__(self) -> _Checked:
         checked = _Checked()
+        for role in self.roles:
+            if len(files := self.layout.spellings(role, self.stem)) > 1:
+                text = (
+                    f"is one of {', '.join(files)}: which of them is meant is not said; keep one."
+                )
+                checked.findings.append(self._finding(role, "ambiguous_name", text))
         pictures = {
             role: picture
             for role in self.roles
@@ -351,6 +373,15 @@ class _Job:
         path = self.layout.path(role, self.stem)
         return Finding(level, code, self.layout.label, path.parent.name, path.name, text)
 
+    def _missing(self) -> str:
+        if self.listed is None:
+            return "is in the pair list, but there is no such file."
+        file = self.layout.list_file(Pairing.PAIRED).name
+        return (
+            f"does not exist: paired training reads the garment of the person's own name; column 2 of {file} names "
+            f"'{self.listed}', which only unpaired tests read. Give the garment its person's name."
+        )
+
     def _read(self, role: str, checked: _Checked) -> NDArray[Any] | None:
         """A picture, reduced where that saves time; its faults and its size go to ``checked``."""
         path = self.layout.path(role, self.stem)
@@ -358,11 +389,7 @@ class _Job:
             size, picture = read_size(path), _reduced(path, role)
         except UnreadablePictureError as error:
             missing = not is_there(path)
-            text = (
-                "is in the pair list, but there is no such file."
-                if missing
-                else f"{error.fault}. {error.advice}"
-            )
+            text = self._missing() if missing else f"{error.fault}. {error.advice}"
             code = "missing_file" if missing else "unreadable"
             checked.findings.append(self._finding(role, code, text))
             return None

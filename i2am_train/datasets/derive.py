@@ -53,6 +53,7 @@ from i2am_train.datasets.parsing import (
     read_labels,
     write_labels,
 )
+from i2am_train.datasets.picture_files import is_there
 from i2am_train.datasets.pictures import read_colour, write_bytes, write_picture
 from i2am_train.datasets.previews import write_sheet
 from i2am_train.errors import DataError
@@ -311,7 +312,7 @@ class _Files:
 
     def __init__(self, layout: Layout, stem: str, roles: list[str], overwrite: bool) -> None:
         self.paths = {role: layout.path(role, stem) for role in roles}
-        self.kept = [role for role in roles if not overwrite and self.paths[role].is_file()]
+        self.kept = [role for role in roles if not overwrite and is_there(self.paths[role])]
         self.made: list[str] = []
 
     @property
@@ -365,7 +366,7 @@ def _run_model(
     part: _Part, role: str, make: Callable[[list[str]], set[str]], report: DeriveReport
 ) -> None:
     """Make the files of a role that are missing, in batches."""
-    there = {stem for stem in part.people if part.layout.path(role, stem).is_file()}
+    there = {stem for stem in part.people if is_there(part.layout.path(role, stem))}
     kept = set() if part.options.overwrite else there
     report.kept[role] += len(kept)
     todo = [stem for stem in part.people if stem not in kept]

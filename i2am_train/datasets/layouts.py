@@ -7,11 +7,12 @@ differently, so a role may have several places, and the first that exists is tak
 
 from __future__ import annotations
 
+import codecs
 import os
+import re
 import unicodedata
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
-from itertools import islice
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import ClassVar, Literal, NamedTuple
 
@@ -42,8 +43,17 @@ CATEGORIES: tuple[Category, ...] = ("upper_body", "lower_body", "dresses")
 DESCRIPTION_FILE = "dataset.json"
 """What made a dataset, in its root; datasets that were photographed have none."""
 
-ENTRIES_LOOKED_AT = 20
-"""Entries of a folder that decide how its files are named."""
+ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
+"""Of pictures, in capitals or not."""
+BYTE_ORDER_MARKS = (
+    (codecs.BOM_UTF8, "utf-8-sig"),
+    (codecs.BOM_UTF16_LE, "utf-16"),
+    (codecs.BOM_UTF16_BE, "utf-16"),
+)
+"""How editors and PowerShell mark the encoding of a text."""
+
+
+PAIR_LINE = "'person.jpg garment.jpg'"
 
 
 class Pair(NamedTuple):
@@ -61,7 +71,7 @@ class Place(NamedTuple):
 
     @property
     def ending(self) -> str:
-        """What all file names end with."""
+        """What file names end with."""
         return self.pattern.partition("{}")[2]
 
 
@@ -81,6 +91,8 @@ class Layout(ABC):
     def __init__(self, root: Path, split: Split) -> None:
         self.root, self.split = root, split
         self._found: dict[str, Place] = {}
+        self._names: dict[Path, frozenset[str]] = {}
+        self._spellings: dict[Path, dict[str, list[str]]] = {}
 
     @property
     @abstractmethod
@@ -113,9 +125,13 @@ class Layout(ABC):
         """The pair list for a pairing, as it stands in its file.
 
         Raises:
-            DataError: the list is missing, empty, or a line has not two names.
+            DataError: the list is missing, empty or no text, or a line has not two names.
         """
-        return read_list(self.list_file(pairing), self.root)
+        return read_list(self.list_file(pairing), self.root, self._is_there)
+
+    def _is_there(self, pair: Pair) -> bool:
+        """Whether a person and a garment of these names have files."""
+        return pair.person in self._spelled(PERSON) and pair.garment in self._spelled(GARMENT)
 
     def key(self, stem: str) -> str:
         """What takes the place of ``{}`` in patterns."""
@@ -133,22 +149,58 @@ class Layout(ABC):
     def _look(self, role: str) -> Place | None:
         """The first place of a role whose folder exists, with the ending that its files have."""
         for place in self.places[role]:
-            folder = self.folder / place.folder
-            if folder.is_dir():
+            if names := self._listed(place.folder):
                 spellings = [other for other in self.places[role] if other.folder == place.folder]
-                with os.scandir(folder) as scanned:
-                    names = [entry.name for entry in islice(scanned, ENTRIES_LOOKED_AT)]
-                fitting = (p for p in spellings if any(name.endswith(p.ending) for name in names))
-                return next(fitting, place)
+                exact = (p for p in spellings if any(name.endswith(p.ending) for name in names))
+                alike = (p for p in spellings if any(_ends_like(name, p.ending) for name in names))
+                return next(exact, next(alike, place))
+            if (self.folder / place.folder).is_dir():
+                return place
         return None
+
+    def names(self, role: str) -> frozenset[str]:
+        """What the folder of a role holds; it is listed once, because a network disk takes its time."""
+        return self._listed(self.place(role).folder)
+
+    def _listed(self, name: str) -> frozenset[str]:
+        folder = self.folder / name
+        if folder not in self._names:
+            if not folder.is_dir():
+                return frozenset()
+            with os.scandir(folder) as scanned:
+                self._names[folder] = frozenset(entry.name for entry in scanned)
+        return self._names[folder]
+
+    def _spelled(self, role: str) -> dict[str, list[str]]:
+        """The files of a role's folder by their names without ending, in the composed form of accents."""
+        place = self.place(role)
+        folder = self.folder / place.folder
+        if folder not in self._spellings:
+            found: dict[str, list[str]] = {}
+            for name in sorted(self.names(role)):
+                if _same_kind(name, place.ending):
+                    found.setdefault(stem_of(name), []).append(name)
+            self._spellings[folder] = found
+        return self._spellings[folder]
 
     def has(self, role: str) -> bool:
         """Whether the folder of a role exists."""
         return (self.folder / self.place(role).folder).is_dir()
 
     def file_name(self, role: str, stem: str) -> str:
-        """The name, in its folder, of the file of a person or garment in one of the roles."""
-        return self.place(role).pattern.format(self.key(stem))
+        """The name, in its folder, of the file of a person or garment in one of the roles.
+
+        Files that end otherwise than most (``.JPG``, ``.webp``), or whose accents are stored otherwise, are found.
+        """
+        usual = self.place(role).pattern.format(self.key(stem))
+        if usual in self.names(role):
+            return usual
+        return next(iter(self.spellings(role, stem)), usual)
+
+    def spellings(self, role: str, stem: str) -> list[str]:
+        """All files that could be that of a person or garment: more than one is not to be decided."""
+        usual = self.place(role).pattern.format(self.key(stem))
+        return self._spelled(role).get(stem_of(usual), [])
 
     def path(self, role: str, stem: str) -> Path:
         """The file of a person or garment in one of the roles."""
@@ -196,29 +248,92 @@ class Layout(ABC):
         )
 
 
-def read_list(file: Path, root: Path) -> list[Pair]:
+def read_list(file: Path, root: Path, is_there: Callable[[Pair], bool]) -> list[Pair]:
     """A pair list.
 
     Args:
-        file: lines of two names, separated by space or tab.
+        file: lines of two names, separated by a tab or by spaces.
         root: the dataset folder, for the advice.
+        is_there: whether a pair's pictures exist; asked where spaces within names leave several ways to read a line.
 
     Raises:
-        DataError: the list is missing, empty, or a line has not two names.
+        DataError: the list is missing, empty or no text, or a line has not two names.
     """
     if not file.is_file():
         raise DataError(
             f"{file.parent} has no pair list {file.name} (found: {entries(file.parent)}).{_nearby(root, file.name)} "
             f"Run 'i2am data check root={root}' for the expected layout, or 'i2am data make' for the embedded dataset."
         )
-    lines = [line.split() for line in file.read_text().splitlines() if line.strip()]
-    wrong = next((number for number, words in enumerate(lines, start=1) if len(words) != 2), None)
-    if wrong is not None or not lines:
-        where = "is empty" if not lines else f"has {len(lines[wrong - 1])} names in entry {wrong}"  # type: ignore[operator]
+    lines = [line.strip() for line in re.split(r"\r\n|\n|\r", _text(file)) if line.strip()]
+    if not lines:
         raise DataError(
-            f"{file} {where}; expected lines 'person.jpg garment.jpg'. Restore the list of the dataset."
+            f"{file} is empty; expected lines {PAIR_LINE}. Restore the list of the dataset."
         )
-    return [Pair(Path(person).stem, Path(garment).stem) for person, garment in lines]
+    pairs = []
+    for number, line in enumerate(lines, start=1):
+        ways = _ways_to_read(line)
+        if len(ways) > 1:
+            ways = [way for way in ways if is_there(_pair(way))] or [
+                way for way in ways if way[0] == way[1]
+            ]
+        if len(ways) != 1:
+            raise DataError(
+                f"{file} has {len(line.split())} names in entry {number} ('{line}'); expected lines {PAIR_LINE}. "
+                "Where names have spaces, put a tab between the two, or restore the list of the dataset."
+            )
+        pairs.append(_pair(ways[0]))
+    return pairs
+
+
+def _text(file: Path) -> str:
+    """A list's text: UTF-8, or what its byte order mark says.
+
+    Raises:
+        DataError: it is no such text.
+    """
+    content = file.read_bytes()
+    encoding = next((name for mark, name in BYTE_ORDER_MARKS if content.startswith(mark)), "utf-8")
+    try:
+        text = content.decode(encoding)
+    except UnicodeDecodeError as error:
+        line = content[: error.start].count(b"\n") + 1
+        raise _no_text(file, f"byte {content[error.start]:#04x} in line {line}") from error
+    if "\0" in text:
+        raise _no_text(file, "zeros between the letters")
+    return text
+
+
+def _no_text(file: Path, found: str) -> DataError:
+    return DataError(
+        f"{file} is no text in UTF-8 ({found}); names that are read otherwise would not be those of the files. Save "
+        "the list as UTF-8."
+    )
+
+
+def _ways_to_read(line: str) -> list[tuple[str, str]]:
+    """Two names out of a line: at its only tab, else at any space behind which both halves look like files."""
+    if line.count("\t") == 1:
+        left, right = (name.strip() for name in line.split("\t"))
+        return [(left, right)] if left and right else []
+    ways = [(line[: gap.start()], line[gap.end() :]) for gap in re.finditer(r"\s+", line)]
+    files = [way for way in ways if all(name.lower().endswith(ENDINGS) for name in way)]
+    return files or ways
+
+
+def _pair(way: tuple[str, str]) -> Pair:
+    return Pair(stem_of(way[0]), stem_of(way[1]))
+
+
+def _same_kind(name: str, ending: str) -> bool:
+    """Whether a file can be of a role whose files end so: any picture for pictures."""
+    if ending.endswith(ENDINGS):
+        return name.lower().endswith(ENDINGS)
+    return name.endswith(ending)
+
+
+def _ends_like(name: str, ending: str) -> bool:
+    """Whether a name differs from an ending in the kind of picture alone, as ``x_mask.PNG`` from ``_mask.jpg``."""
+    return _same_kind(name, ending) and Path(name).stem.endswith(Path(f"x{ending}").stem[1:])
 
 
 def stem_of(name: str) -> str:

@@ -5,9 +5,7 @@ Each folder is listed once, however many samples there are: on a network disk, o
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
-from pathlib import Path
 from typing import NamedTuple
 
 from i2am_train.datasets.layouts import (
@@ -34,8 +32,6 @@ class Gap(NamedTuple):
     """File names, sorted; never empty."""
     wanted: int
     """Files that the samples are read from, missing ones included."""
-    others: list[str]
-    """Files that are called as a missing one is, but for the ending."""
 
 
 def check_files(layout: Layout, pairs: Sequence[Pair], pairing: Pairing) -> None:
@@ -47,38 +43,41 @@ def check_files(layout: Layout, pairs: Sequence[Pair], pairing: Pairing) -> None
         pairing: how they were listed, for the message.
 
     Raises:
-        DataError: a file that one of the pairs is read from is missing.
+        DataError: a file that one of the pairs is read from is missing, or there are two of its name.
     """
+    _refuse_doubles(layout, pairs)
     gaps = find_gaps(layout, pairs)
     if gaps:
         raise DataError(
             f"{layout.folder} lacks files that {layout.list_file(pairing).name} asks for: "
             f"{'; '.join(_described(layout, gap) for gap in gaps)}. Copy them there, or take the lines of their "
-            f"samples out of the list. {_remedies(layout, gaps)}"
+            f"samples out of the list. {_own_garments(layout, gaps, pairing)}{_remedies(layout, gaps)}"
             f"Run 'i2am data check root={layout.root}' for everything that is wrong with the dataset."
         )
 
 
 def find_gaps(layout: Layout, pairs: Sequence[Pair]) -> list[Gap]:
     """What the folders lack of the files that pairs are read from."""
-    wanted = _wanted(layout, pairs)
-    folders = {role: layout.folder / layout.place(role).folder for role in wanted}
-    names = {folder: _listed(folder) for folder in set(folders.values())}
     gaps = []
-    for role, stems in wanted.items():
+    for role, stems in wanted_files(layout, pairs).items():
         files = {layout.file_name(role, stem) for stem in stems}
-        there = names[folders[role]]
-        if missing := sorted(files - there):
-            gaps.append(Gap(role, missing, len(files), _other_endings(missing, there)))
+        if missing := sorted(files - layout.names(role)):
+            gaps.append(Gap(role, missing, len(files)))
     return gaps
 
 
-def _listed(folder: Path) -> set[str]:
-    with os.scandir(folder) as scanned:
-        return {entry.name for entry in scanned}
+def _refuse_doubles(layout: Layout, pairs: Sequence[Pair]) -> None:
+    """A name that two files have, but for their endings, does not say which is meant."""
+    for role, stems in wanted_files(layout, pairs).items():
+        for stem in sorted(stems):
+            if len(files := layout.spellings(role, stem)) > 1:
+                raise DataError(
+                    f"{layout.folder / layout.place(role).folder} holds {' and '.join(files)}, and which of them is "
+                    f"meant by '{stem}' is not said. Keep one of them there."
+                )
 
 
-def _wanted(layout: Layout, pairs: Sequence[Pair]) -> dict[str, set[str]]:
+def wanted_files(layout: Layout, pairs: Sequence[Pair]) -> dict[str, set[str]]:
     """Per role, whose files :class:`~i2am_train.datasets.reading.TryOnDataset` reads."""
     people = {pair.person for pair in pairs}
     garments = {pair.garment for pair in pairs}
@@ -90,20 +89,26 @@ def _wanted(layout: Layout, pairs: Sequence[Pair]) -> dict[str, set[str]]:
     }
 
 
-def _other_endings(missing: Sequence[str], there: set[str]) -> list[str]:
-    stems = {Path(name).stem for name in missing}
-    return sorted(name for name in there if Path(name).stem in stems)
-
-
 def _described(layout: Layout, gap: Gap) -> str:
     """As ``2 of 20 in cloth (00002_00.jpg, 00007_00.jpg)``."""
     place = layout.place(gap.role)
     named = ", ".join(gap.missing[:FILES_NAMED])
     more = ", ..." if len(gap.missing) > FILES_NAMED else ""
-    text = f"{len(gap.missing)} of {gap.wanted} in {place.folder} ({named}{more})"
-    if gap.others:
-        text += f", where {gap.others[0]} is, but a folder's files must end alike, here in '{place.ending}'"
-    return text
+    return f"{len(gap.missing)} of {gap.wanted} in {place.folder} ({named}{more})"
+
+
+def _own_garments(layout: Layout, gaps: Sequence[Gap], pairing: Pairing) -> str:
+    """What column 2 means, where garments are missing that it does not name."""
+    if pairing is Pairing.UNPAIRED or not any(gap.role in GARMENT_ROLES for gap in gaps):
+        return ""
+    others = [pair for pair in layout.listed(pairing) if not layout.worn(pair)]
+    if not others:
+        return ""
+    return (
+        f"Paired samples read the garment of the person's own name, and column 2 of "
+        f"{layout.list_file(pairing).name} names others (as '{others[0].garment}' for '{others[0].person}'), which "
+        "only unpaired tests read: give garments the names of those who wear them. "
+    )
 
 
 def _remedies(layout: Layout, gaps: Sequence[Gap]) -> str:

@@ -18,7 +18,7 @@ from PIL import Image as PILImage
 
 from i2am_train.datasets.arrays import Image, Mask
 from i2am_train.datasets.layouts import Category
-from i2am_train.datasets.picture_files import read_values
+from i2am_train.datasets.picture_files import is_there, read_values
 from i2am_train.datasets.pictures import write_bytes
 from i2am_train.errors import DataError
 
@@ -92,7 +92,7 @@ def read_labels(path: Path, labels: LabelSet) -> LabelMap:
     Raises:
         DataError: the file is missing or broken, or holds values or colours that are not of the set.
     """
-    if not path.exists():
+    if not is_there(path):
         raise DataError(f"{path} is missing: a parsing map is needed for every person.")
     values = read_values(path, palette=True)
     if values.ndim == 3:

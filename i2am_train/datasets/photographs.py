@@ -11,6 +11,7 @@ import numpy as np
 from i2am_train.datasets.arrays import Image, Mask
 from i2am_train.datasets.picture_files import (
     UnreadablePictureError,
+    is_there,
     read_grey,
     read_rgb,
 )
@@ -63,7 +64,7 @@ def read_region(path: Path, option: str, picture: Image, of: str) -> Mask:
 @contextmanager
 def _named(path: Path, option: str) -> Iterator[None]:
     """Puts the option into the error of its file."""
-    if not path.exists():
+    if not is_there(path):
         raise DataError(f"There is no file {path}. Give {option}=FILE, a picture.")
     try:
         yield

@@ -34,8 +34,9 @@ Fit = Literal["stretch", "pad", "crop"]
 WRITING = {
     ".jpg": [cv2.IMWRITE_JPEG_QUALITY, 97, cv2.IMWRITE_JPEG_SAMPLING_FACTOR, cv2.IMWRITE_JPEG_SAMPLING_FACTOR_444],
     ".png": [cv2.IMWRITE_PNG_COMPRESSION, 3],
+    ".webp": [cv2.IMWRITE_WEBP_QUALITY, 101],
 }  # fmt: skip
-"""OpenCV's options by file name ending."""
+"""OpenCV's options by file name ending; WebP without loss."""
 
 
 INSIDE = 128
@@ -84,7 +85,8 @@ def write_picture(path: Path, picture: NDArray[Any]) -> None:
         picture = picture.astype(np.uint8) * np.uint8(255)
     if picture.ndim == 3:
         picture = cv2.cvtColor(picture, cv2.COLOR_RGB2BGR)
-    _, content = cv2.imencode(path.suffix, np.ascontiguousarray(picture), WRITING[path.suffix])
+    ending = path.suffix.lower().replace(".jpeg", ".jpg")
+    _, content = cv2.imencode(ending, np.ascontiguousarray(picture), WRITING.get(ending, []))
     write_bytes(path, content.tobytes())
 
 

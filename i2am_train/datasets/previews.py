@@ -25,6 +25,7 @@ from i2am_train.datasets.layouts import (
     Pair,
 )
 from i2am_train.datasets.parsing import LabelSet, read_labels
+from i2am_train.datasets.picture_files import is_there
 from i2am_train.datasets.pictures import (
     fit_picture,
     read_colour,
@@ -64,7 +65,7 @@ def _steps(layout: Layout, pair: Pair, labels: LabelSet, photograph: Image) -> l
 
     def there(role: str, stem: str) -> Path | None:
         path = layout.path(role, stem)
-        return path if path.is_file() else None
+        return path if is_there(path) else None
 
     parsing, keypoints = there(PARSING, person), there(KEYPOINTS, person)
     pose, agnostic = there(POSE_PICTURE, person), there(AGNOSTIC, person)

@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
+from i2am_train.datasets.checks import check_dataset
 from i2am_train.datasets.datamodule import TryOnDataModule
 from i2am_train.datasets.layouts import DESCRIPTION_FILE
 from i2am_train.datasets.opening import AS_IT_LIES, open_dataset
@@ -105,21 +107,66 @@ def test_training_and_validation_each_need_their_own(embedded: Path) -> None:
         data.validation_dataset()
 
 
-def test_mixed_endings_of_own_photographs_are_explained(viton_hd: Path) -> None:
-    # Proves that a photograph which is there under another ending is pointed at.
+@pytest.mark.parametrize("name", ["00007_00.PNG", "00007_00.webp", "00007_00.JPG", "00007_00.jpeg"])
+def test_files_may_end_otherwise_than_the_others(viton_hd: Path, name: str) -> None:
+    # Proves that a photograph under another ending is read, and that a second file of its name is refused.
     photograph = viton_hd / "train/cloth/00007_00.jpg"
-    photograph.rename(photograph.with_suffix(".PNG"))
-    with pytest.raises(
-        DataError,
-        match=r"\(00007_00\.jpg\), where 00007_00\.PNG is, but a folder's files must end alike, here in '\.jpg'",
-    ):
+    expected = VitonHDDataset(viton_hd, "train", "paired", SIZE)[7]["garment"]
+    kind = "PNG" if name.endswith("PNG") else "WEBP" if name.endswith("webp") else None
+    if kind is None:
+        photograph.rename(photograph.with_name(name))
+    else:
+        with Image.open(photograph) as opened:
+            opened.save(photograph.with_name(name), kind, lossless=True)
+        both = " and ".join(sorted(["00007_00.jpg", name]))
+        with pytest.raises(DataError, match=rf"holds {both}, and which of them is meant"):
+            VitonHDDataset(viton_hd, "train", "paired", SIZE)
+        codes = {(f.code, f.file) for f in check_dataset(viton_hd, progress=False).findings}
+        assert ("ambiguous_name", "00007_00.jpg") in codes
+        photograph.unlink()
+    assert VitonHDDataset(viton_hd, "train", "paired", SIZE)[7]["garment"].equal(expected)
+    assert not check_dataset(viton_hd, progress=False).findings
+
+
+def test_whole_folders_may_end_in_capitals(viton_hd: Path) -> None:
+    for folder in (viton_hd / "train").iterdir():
+        for file in folder.iterdir():
+            file.rename(file.with_suffix(file.suffix.upper()))
+    assert len([*VitonHDDataset(viton_hd, "train", "paired", SIZE)]) == 20
+
+
+def test_accents_may_be_stored_apart(viton_hd: Path) -> None:
+    # Proves macOS's way of file names against a list in the usual one.
+    for folder in (viton_hd / "train").iterdir():
+        for file in folder.glob("00007_00*"):
+            file.rename(file.with_name(file.name.replace("00007_00", "cafe\u0301")))
+    list_file = viton_hd / "train_pairs.txt"
+    list_file.write_text(list_file.read_text().replace("00007_00", "caf\u00e9"))
+    assert VitonHDDataset(viton_hd, "train", "paired", SIZE)[7]["name"] == "caf\u00e9"
+    assert not check_dataset(viton_hd, progress=False).findings
+
+
+def test_column_two_of_other_names_is_explained(viton_hd: Path) -> None:
+    # Proves VITON's form of lists: paired training reads the garment of the person's own name, which is not there.
+    for role in ("cloth", "cloth-mask"):
+        for file in (viton_hd / "train" / role).iterdir():
+            file.rename(file.with_name(f"g_{file.name}"))
+    list_file = viton_hd / "train_pairs.txt"
+    list_file.write_text("".join(f"{n:05}_00.jpg g_{n:05}_00.jpg\n" for n in range(20)))
+    said = r"column 2 of train_pairs\.txt names others \(as 'g_00000_00' for '00000_00'\), which"
+    with pytest.raises(DataError, match=said):
         VitonHDDataset(viton_hd, "train", "paired", SIZE)
+    findings = [f for f in check_dataset(viton_hd, progress=False).findings if f.level == "error"]
+    assert {f.code for f in findings} == {"missing_file"}
+    assert any(
+        "own name; column 2 of train_pairs.txt names 'g_00003_00'" in f.message for f in findings
+    )
 
 
 def test_a_folder_is_listed_once_whatever_the_number_of_samples(
     viton_hd: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # Proves that no file is asked for by itself: seven folders, each looked at for its spelling and listed once.
+    # Proves that no file is asked for by itself: seven folders, each listed once.
     scanned, asked = Counter[str](), Counter[str]()
 
     def counted(call: Callable[..., Any], counts: Counter[str]) -> Callable[..., Any]:
@@ -133,5 +180,5 @@ def test_a_folder_is_listed_once_whatever_the_number_of_samples(
     monkeypatch.setattr(os, "stat", counted(os.stat, asked))
     VitonHDDataset(viton_hd, "train", "paired", SIZE)
     assert len(scanned) == 7
-    assert set(scanned.values()) == {2}
+    assert set(scanned.values()) == {1}
     assert not [name for name in asked if name.endswith((".jpg", ".png"))]

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch.utils.data import default_collate
 
+from i2am_train.datasets.checks import check_dataset
 from i2am_train.datasets.reading import EpochPosition
 from i2am_train.datasets.synthetic import FIRST_TEST_INDEX, render_sample
 from i2am_train.datasets.viton_hd import (
@@ -142,13 +143,60 @@ def test_missing_folders_are_named_with_what_was_found(copy: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "match"), [("", "is empty"), ("a.jpg b.jpg\na.jpg\n", "1 names in entry 2")]
-)
-def test_broken_pair_lists_are_refused(copy: Path, text: str, match: str) -> None:
+    ("text", "match"),
+    [
+        (b"", "is empty"),
+        (b"a.jpg b.jpg\na.jpg\n", "1 names in entry 2"),
+        (b"a.jpg b.jpg c.jpg\n", r"3 names in entry 1 \('a\.jpg b\.jpg c\.jpg'\).*put a tab between"),
+        (b"a.jpg\t\n", "1 names in entry 1"),
+        ("a.jpg b.jpg\n\u00e9.jpg b.jpg".encode("latin-1"), r"no text in UTF-8 \(byte 0xe9 in line 2\)"),
+        ("a.jpg b.jpg".encode("utf-16-le"), r"no text in UTF-8 \(zeros between the letters\)"),
+        (b"\xff\xfea", r"no text in UTF-8"),
+    ],
+)  # fmt: skip
+def test_broken_pair_lists_are_refused(copy: Path, text: bytes, match: str) -> None:
     # Proves that a list is checked before any picture is read.
-    (copy / "test_pairs.txt").write_text(text)
+    (copy / "test_pairs.txt").write_bytes(text)
     with pytest.raises(DataError, match=match):
         VitonHDDataset(copy, "test", "paired", SIZE)
+    findings = check_dataset(copy, progress=False).findings
+    assert [(f.code, f.file) for f in findings if f.level == "error"] == [
+        ("pair_list", "test_pairs.txt")
+    ]
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r", "\n\n  \n"])
+def test_lists_are_read_as_editors_write_them(copy: Path, encoding: str, end: str) -> None:
+    # Proves PowerShell's UTF-16, Notepad's mark, and every end of line.
+    file = copy / "test_pairs.txt"
+    lines = file.read_text().splitlines()
+    expected = VitonHDDataset(copy, "test", "unpaired", SIZE).pairs
+    file.write_bytes(end.join([*lines, ""]).encode(encoding))
+    assert VitonHDDataset(copy, "test", "unpaired", SIZE).pairs == expected
+
+
+@pytest.mark.parametrize("stem", ["IMG 1", "sam1 (1)", "a [x]  y", "a.jpg (1)", "x.y z"])
+@pytest.mark.parametrize("form", ["{0}\t{1}", "{0} {1}"])
+def test_names_with_spaces_are_read(copy: Path, stem: str, form: str) -> None:
+    # Proves tabs, and the line 'NAME NAME' of own photographs, also where a name looks like two.
+    for file in [*(copy / "test").glob("*/50003_00*")]:
+        file.rename(file.with_name(file.name.replace("50003_00", stem)))
+    pairs = [("50000_00.jpg", "50001_00.jpg"), (f"{stem}.jpg", f"{stem}.jpg")]
+    (copy / "test_pairs.txt").write_text("\n".join(form.format(*pair) for pair in pairs))
+    data = VitonHDDataset(copy, "test", "unpaired", SIZE)
+    assert data.pairs[1] == (stem, stem)
+    assert data[1]["name"] == stem
+
+
+def test_a_line_that_folders_read_in_two_ways_is_refused(copy: Path) -> None:
+    # Proves that nothing is guessed: 'a', 'a.jpg b' and so on all exist.
+    for role in ("image", "cloth"):
+        for name in ("a.jpg", "b.jpg", "a.jpg b.jpg", "b.jpg b.jpg"):
+            shutil.copy(copy / "test" / role / "50003_00.jpg", copy / "test" / role / name)
+    (copy / "test_pairs.txt").write_text("a.jpg b.jpg b.jpg\n")
+    with pytest.raises(DataError, match=r"3 names in entry 1 \('a\.jpg b\.jpg b\.jpg'\)"):
+        VitonHDDataset(copy, "test", "unpaired", SIZE)
 
 
 @pytest.mark.parametrize(
