@@ -6,7 +6,7 @@ STAMP := .venv/.installed
 # Two workers, each on one core: torch would otherwise start a thread per core in each of them.
 TEST_WORKERS ?= 2
 
-.PHONY: help demo test test-slow check format notebooks install wheel clean
+.PHONY: help demo test test-slow test-gpu check format notebooks install wheel clean
 .DEFAULT_GOAL := help
 
 help:  ## list what there is to make
@@ -16,10 +16,13 @@ demo: $(STAMP)  ## train baseline and refined on the embedded data and compare t
 	@$(BIN)/i2am ablate experiment=demo
 
 test: $(STAMP)  ## all quick tests
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(TEST_WORKERS) --dist worksteal -m "not slow"
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(TEST_WORKERS) --dist worksteal -m "not slow and not gpu"
 
 test-slow: $(STAMP)  ## the tests that `make test` leaves out
-	@$(BIN)/python -m pytest -q -m slow
+	@$(BIN)/python -m pytest -q -m "slow and not gpu"
+
+test-gpu: $(STAMP)  ## the real commands on a CUDA device (a few minutes; skipped where there is none)
+	@$(BIN)/python -m pytest -q -m gpu tests/cuda
 
 check: $(STAMP)  ## lint, formatting, types, direction of imports
 	@echo "ruff check";    $(BIN)/ruff check --quiet .

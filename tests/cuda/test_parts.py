@@ -36,7 +36,7 @@ from i2am_train.training.draws import Draws, draw
 from i2am_train.training.optimization import set_trainable
 from i2am_train.training.step import TrainingObjective
 from i2am_train.types import Backend, Direction, GridSize, Pairing, Split
-from tests.fake_cuda.card import card, on_card
+from tests.cuda.card import on_card
 
 SAMPLES = [1, 4, 6]
 SIZE, GENERATED, REFERENCE = GridSize(64, 48), GridSize(4, 3), GridSize(8, 6)
@@ -51,11 +51,11 @@ def model(make_small_model: Callable[..., Any]) -> Any:
 
 
 @pytest.fixture(scope="module")
-def model_there(make_small_model: Callable[..., Any]) -> Any:
+def model_there(machine: Any, make_small_model: Callable[..., Any]) -> Any:
     """The same one on the card."""
     model = make_small_model()
     set_trainable(model, "all")
-    with card():
+    with machine():
         return model.to("cuda")
 
 
@@ -67,12 +67,15 @@ def read(small_dataset: Path) -> Any:
 
 @pytest.fixture(scope="module")
 def encoded(
-    small_dataset: Path, small_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory
+    machine: Any,
+    small_dataset: Path,
+    small_checkpoint: Path,
+    tmp_path_factory: pytest.TempPathFactory,
 ) -> Any:
     """The same samples from a cache that was made on the card."""
     folder = tmp_path_factory.mktemp("encoded") / "cache"
     options = [f"root={small_dataset}", f"init={small_checkpoint}", f"output={folder}"]
-    with card():
+    with machine():
         cache(
             compose("data_cache", [*options, "workers=0", "batch_size=8", "progress_bar=false", "device=cuda"])
         )  # fmt: skip
@@ -98,7 +101,7 @@ def step(
 @pytest.mark.parametrize("kind", ["read", "encoded"])
 @pytest.mark.parametrize("arm", [*ARMS, "every term"])
 def test_a_training_step(
-    model: Any, model_there: Any, kind: str, arm: str, request: pytest.FixtureRequest
+    machine: Any, model: Any, model_there: Any, kind: str, arm: str, request: pytest.FixtureRequest
 ) -> None:
     """Of every arm, from pictures and from the cache: losses and gradients are on the card, with the CPU's values."""
     batch = request.getfixturevalue(kind)
@@ -108,18 +111,19 @@ def test_a_training_step(
     else:
         config = compose("train", [f"experiment={arm}"])
         objective = make_objective(config.objective, config.optimization)
-    with card():
+    with machine():
         moved = Draws(*(values.to("cuda") for values in draws()))
         losses, gradients = step(model_there, objective, batch_on(batch, "cuda"), moved)
         assert all(map(on_card, [*losses.values(), *gradients]))
     assert len(gradients) > 100
     if arm == "every term":
         expected, _ = step(model, objective, batch, draws())
-        assert all(torch.equal(losses[name], value) for name, value in expected.items())
+        for name, value in expected.items():
+            torch.testing.assert_close(losses[name].cpu(), value, rtol=1e-2, atol=1e-3)  # TF32
 
 
 @pytest.mark.parametrize("variant", LossVariant)
-def test_every_loss(variant: LossVariant) -> None:
+def test_every_loss(machine: Any, variant: LossVariant) -> None:
     objective = AttentionObjective(
         weights=TermWeights(dcml=1.0, tv=1.0, cwg=1.0, supervised=1.0), variant=variant
     )
@@ -127,7 +131,7 @@ def test_every_loss(variant: LossVariant) -> None:
     logits = torch.randn(3, GENERATED.tokens, REFERENCE.tokens, generator=generator)
     mask = torch.ones(3, GENERATED.tokens, dtype=torch.bool)
     target = torch.full((3, GENERATED.tokens, 2), 2.25)
-    with card():
+    with machine():
         there = logits.to("cuda").requires_grad_()
         value = objective(
             there.softmax(dim=-1),
@@ -142,12 +146,12 @@ def test_every_loss(variant: LossVariant) -> None:
         assert value.total.item() != 0
 
 
-def test_every_metric_of_attention() -> None:
+def test_every_metric_of_attention(machine: Any) -> None:
     """Functions of tensors: they compute where these are."""
     scores = torch.rand(3, GENERATED.tokens, REFERENCE.tokens)
     centers, target = torch.rand(3, GENERATED.tokens, 2), torch.rand(3, *SIZE, 2)
     heat, mask = torch.rand(3, *SIZE), torch.rand(3, *SIZE) > 0.5
-    with card():
+    with machine():
         scores, centers, target, heat, mask = (
             values.to("cuda") for values in (scores, centers, target, heat, mask)
         )
@@ -168,10 +172,10 @@ def test_every_metric_of_attention() -> None:
 
 
 @pytest.mark.parametrize("name", available_image_metrics(offline_only=True))
-def test_every_metric_of_images(name: str) -> None:
+def test_every_metric_of_images(machine: Any, name: str) -> None:
     generator = torch.Generator().manual_seed(0)
     images, others = torch.randint(0, 256, (2, 4, 3, 64, 48), generator=generator).to(torch.uint8)
-    with card():
+    with machine():
         images, others = images.to("cuda"), others.to("cuda")
         if metric_info(name).per_sample:
             assert on_card(image_pair_score(name)(images, others))
@@ -181,8 +185,8 @@ def test_every_metric_of_images(name: str) -> None:
 
 
 @pytest.mark.parametrize("sampler", get_args(SamplerName))
-def test_every_sampler(model_there: Any, read: Any, sampler: SamplerName) -> None:
-    with card():
+def test_every_sampler(machine: Any, model_there: Any, read: Any, sampler: SamplerName) -> None:
+    with machine():
         batch = batch_on(read, "cuda")
         images = sample(
             model_there,
@@ -199,21 +203,31 @@ def test_every_sampler(model_there: Any, read: Any, sampler: SamplerName) -> Non
 
 @pytest.mark.parametrize("via", Backend)
 @pytest.mark.parametrize("masked", [False, True])
-def test_a_capture(model_there: Any, read: Any, via: Backend, masked: bool) -> None:
-    """By either backend, with the mask of the queries on the card or not at all: every map is on the CPU."""
-    with card():
+def test_a_capture(machine: Any, model_there: Any, read: Any, via: Backend, masked: bool) -> None:
+    """By either backend, with and without the mask of the queries: every map is on the CPU, no image changes."""
+    with machine():
         batch = batch_on(read, "cuda")
         mask = batch["inpaint_mask"] if masked else None
-        with trace(model_there, matrix_layers=None, generated_mask=mask, via=via) as attention:
-            sample(
+
+        def images() -> Tensor:
+            return sample(
                 model_there, batch["garment"], batch["agnostic"], batch["densepose"],
                 seeds=SAMPLES, steps=2, guidance=2.0,
             )  # fmt: skip
+
+        with trace(model_there, matrix_layers=None, generated_mask=mask, via=via) as attention:
+            traced = images()
         maps = attention.maps()
         made = [
             *(maps.unified(direction).on_picture(SIZE).values for direction in Direction),
-            *(maps.scores(layer, over) for layer in maps.layers for over in ("reference", "generated")),
+            *(
+                maps.scores(layer, over)
+                for layer in maps.layers
+                for over in ("reference", "generated")
+            ),
             maps.specific_reference([0, 3], 2).values,
             maps.time_level(Direction.REFERENCE_TO_GENERATED, groups=2).values,
-        ]  # fmt: skip
+        ]
         assert not any(map(on_card, made))
+        if not masked:
+            assert torch.equal(traced, images())

@@ -1,7 +1,7 @@
 """Every command that computes, as it runs on a machine with a card."""
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,22 +25,14 @@ from i2am_train.datasets.shapes_coco import make_shapes
 from i2am_train.models.parsing import HumanParser
 from i2am_train.models.poses import ViTPoseEstimator
 from i2am_train.models.tryon import TryOnModel
+from tests.cuda.card import card, on_card
 from tests.detectors import tiny_maskformer, tiny_rt_detr, tiny_yolos
-from tests.fake_cuda.card import card, on_card
 from tests.pipelines import tiny_catvton, tiny_ip_adapter
 from tests.unit.test_models_parsing import ATR
 from tests.unit.test_models_parsing import save_model as save_parser
 from tests.unit.test_models_poses import save_model as save_estimator
 
 pytestmark = pytest.mark.filterwarnings("default")  # Lightning's and diffusers' own deprecations
-
-
-@pytest.fixture
-def there(small_checkpoint: Path) -> Iterator[None]:
-    """The machine has a card, and the command computes on it."""
-    with card() as seen:
-        yield
-    assert seen.operations > 100
 
 
 def judged(folder: Path) -> dict[str, float]:
@@ -115,8 +107,10 @@ def test_a_study(training: list[str], tmp_path: Path) -> None:
         assert np.isfinite([cell["metrics"][name] for name in (*SCORES, "ssim")]).all()
 
 
-def test_an_evaluation(options: list[str], small_checkpoint: Path, tmp_path: Path) -> None:
-    """On the card as on the CPU, up to the order of sums: images, scores, panels."""
+def test_an_evaluation(
+    machine: Any, options: list[str], small_checkpoint: Path, tmp_path: Path
+) -> None:
+    """On the card as on the CPU, up to the order of sums (a real card's convolutions are TF32)."""
     scores = {}
     for device in ("cpu", "cuda"):
         words = [
@@ -124,12 +118,14 @@ def test_an_evaluation(options: list[str], small_checkpoint: Path, tmp_path: Pat
             "evaluation.metrics=[ssim,stlpips,kd_efficientnet_lite0]", "evaluation.samples=3",
             "evaluation.panel_samples=2", "evaluation.batch_size=2", "tracking.wandb=disabled",
         ]  # fmt: skip
-        with card() as seen:
+        with machine() as seen:
             results = evaluate(compose("evaluate", words), tmp_path / device)
         assert (seen.operations > 100) is (device == "cuda")
         scores[device] = results["metrics"]
     assert {*SCORES, "ssim", "stlpips", "kd_efficientnet_lite0"} <= scores["cuda"].keys()
-    assert scores["cuda"] == pytest.approx(scores["cpu"], abs=1e-4)
+    tolerance = 1e-4 if machine is card else 0.05
+    for name in SCORES - {"pck_1"} | {"ssim", "stlpips"}:
+        assert scores["cuda"][name] == pytest.approx(scores["cpu"][name], abs=tolerance), name
 
 
 @pytest.mark.usefixtures("there")
@@ -179,20 +175,20 @@ def catvton(folder: Path) -> list[str]:
     ],
 )
 def test_explaining_other_models(
-    pictures: list[str], model: str, make: Callable[[Path], list[str]], tmp_path: Path
+    machine: Any, pictures: list[str], model: str, make: Callable[[Path], list[str]], tmp_path: Path
 ) -> None:
     words = [
         *make(tmp_path), *pictures, f"model={model}", "sampling.steps=2", "attribution.time_groups=2",
         "size=[64,48]", "device=cuda", f"output={tmp_path / 'out'}",
     ]  # fmt: skip
-    with card() as seen:
+    with machine() as seen:
         run_explain(compose("explain", words))
     assert seen.operations > 100
     scores = json.loads((tmp_path / "out" / "scores.json").read_text())["scores"]
     assert np.isfinite(scores["imacs_g"])
 
 
-def test_detection(paint_by_example: Path, tmp_path: Path) -> None:
+def test_detection(machine: Any, paint_by_example: Path, tmp_path: Path) -> None:
     """The pipeline, and detectors of each kind."""
     coco = make_shapes(tmp_path / "shapes", 2)
     detectors = [
@@ -205,18 +201,18 @@ def test_detection(paint_by_example: Path, tmp_path: Path) -> None:
         "pictures=1", "device=cuda", "progress_bar=false", "tracking=files",
         f"detectors=[{','.join(map(str, detectors))}]",
     ]  # fmt: skip
-    with card() as seen:
+    with machine() as seen:
         results = detect(compose("detect", words), tmp_path / "run")
     assert seen.operations > 100
     assert results["miou"]["generated"].keys() >= {*map(str, detectors), "i2am"}
 
 
-def test_models_that_derive(tmp_path: Path) -> None:
+def test_models_that_derive(machine: Any, tmp_path: Path) -> None:
     """The human parser and the pose estimator of ``i2am data derive`` go where the card is by themselves."""
     save_parser(tmp_path / "parser", ATR)
     save_estimator(tmp_path / "estimator")
     photograph = np.random.default_rng(0).integers(0, 256, (64, 48, 3), np.uint8)
-    with card():
+    with machine():
         parser = HumanParser.from_pretrained(str(tmp_path / "parser"), "auto")
         estimator = ViTPoseEstimator.from_pretrained(str(tmp_path / "estimator"), "auto")
         for one in (parser, estimator):
@@ -226,11 +222,11 @@ def test_models_that_derive(tmp_path: Path) -> None:
 
 
 def test_export_and_the_exported_pipeline(
-    small_checkpoint: Path, pictures: list[str], tmp_path: Path
+    machine: Any, small_checkpoint: Path, pictures: list[str], tmp_path: Path
 ) -> None:
     folder = tmp_path / "out"
     garment = Image.open(pictures[2].partition("=")[2])
-    with card() as seen:
+    with machine() as seen:
         run_export(compose("export", [f"checkpoint={small_checkpoint}", f"output={folder}"]))
         pipeline: Any = DiffusionPipeline.from_pretrained(
             str(folder), custom_pipeline=str(folder), trust_remote_code=True
@@ -242,7 +238,7 @@ def test_export_and_the_exported_pipeline(
     assert made[0].size == (48, 64)
 
 
-def test_assembling_a_model(make_parts: Callable[..., Any], tmp_path: Path) -> None:
+def test_assembling_a_model(machine: Any, make_parts: Callable[..., Any], tmp_path: Path) -> None:
     for name in ("unet", "vae", "dinov2"):
         make_parts(name).save_pretrained(tmp_path / "sd" / name)
     words = [
@@ -251,6 +247,6 @@ def test_assembling_a_model(make_parts: Callable[..., Any], tmp_path: Path) -> N
         "height=128",
         "width=64",
     ]
-    with card():
+    with machine():
         run_init(compose("init", [*words, f"output={tmp_path / 'model'}"]))
     assert TryOnModel.from_pretrained(tmp_path / "model").device.type == "cpu"

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 
-from tests.fake_cuda.card import card
+from tests.cuda.card import card
 
 Operation = Callable[[Callable[..., Tensor], Callable[..., Tensor]], Any]
 
