@@ -26,7 +26,10 @@ class Cell(NamedTuple):
     @property
     def folder(self) -> str:
         """Where the cell lies inside the study's folder."""
-        return f"cells/{self.arm if self.seed is None else f'{self.arm}-seed{self.seed}'}"
+        from i2am_train.config.store import arm_name
+
+        name = arm_name(self.arm)
+        return f"cells/{name if self.seed is None else f'{name}-seed{self.seed}'}"
 
 
 def run(config: AblateConfig) -> None:
@@ -41,7 +44,8 @@ def run(config: AblateConfig) -> None:
     results = ablate(config)
     report = build_report(config.folder)
     # Where the output goes to a file there is no width to fit; 80 columns would cut the tables' words.
-    console = Console(width=None if sys.stdout.isatty() else LOG_WIDTH)
+    # Labels and paths with brackets are no markup.
+    console = Console(width=None if sys.stdout.isatty() else LOG_WIDTH, markup=False, emoji=False)
     console.print()
     console.print(terminal(results))
     for sentence in verdict_sentences(results):
@@ -111,7 +115,7 @@ def _holds(results: Path, entries: list[dict[str, Any]]) -> bool:
 def _check(config: AblateConfig) -> None:
     """Bad input of any arm fails here, before anything is written."""
     from i2am_train.commands import evaluate, train
-    from i2am_train.config.store import BASE_ARM, arm_config
+    from i2am_train.config.store import BASE_ARM, arm_config, arm_name
 
     if config.trainer.multi_process:
         raise ConfigError(
@@ -119,10 +123,24 @@ def _check(config: AblateConfig) -> None:
             f"{config.trainer.devices}, trainer.num_nodes={config.trainer.num_nodes}. Set both to 1, or train the "
             "cells with 'i2am train', which can use several processes."
         )
+    trained = [arm for arm in config.arms if arm != BASE_ARM]
+    cells = {arm: arm_config(config, arm, 0, config.folder) for arm in trained}
+    _check_different("names", {arm: arm_name(arm) for arm in config.arms})
+    _check_different("labels", {arm: _arm_settings(config, arm)["label"] for arm in config.arms})
     evaluate.prepare(_evaluation(config, config.init), config.init)
-    for arm in config.arms:
-        if arm != BASE_ARM:
-            train.prepare(arm_config(config, arm, 0, config.folder))
+    for cell in cells.values():
+        train.prepare(cell)
+
+
+def _check_different(what: str, called: dict[str, str]) -> None:
+    """Tables and folders of a study go by what its arms are called."""
+    for name in called.values():
+        alike = [arm for arm, other in called.items() if other == name]
+        if len(alike) > 1:
+            raise ConfigError(
+                f"The arms {' and '.join(alike)} are both called {name}. Arms have different {what}: rename a file, or "
+                "set another label: in it."
+            )
 
 
 def _cells(config: AblateConfig) -> Iterator[Cell]:
@@ -151,10 +169,11 @@ def _run_cell(config: AblateConfig, cell: Cell, root: Path) -> dict[str, Any]:
     from i2am_train.callbacks.snapshots import snapshot_folders
     from i2am_train.commands.evaluate import default_output, evaluate, of_snapshot
     from i2am_train.commands.train import train
-    from i2am_train.config.store import arm_config
+    from i2am_train.config.store import arm_config, arm_name
 
     started = time.monotonic()
-    config = tracked(config, cell.arm, *([] if cell.seed is None else [f"seed{cell.seed}"]))
+    seed = [] if cell.seed is None else [f"seed{cell.seed}"]
+    config = tracked(config, arm_name(cell.arm), *seed)
     checkpoint = config.init
     if cell.seed is not None:
         training = arm_config(config, cell.arm, cell.seed, root / cell.folder)

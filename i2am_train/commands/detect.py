@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from i2am_train.commands.entry import entry
-from i2am_train.config.schema import DetectConfig
+from i2am_train.config.schema import DetectConfig, expanded
 
 if TYPE_CHECKING:
     from i2am_train.datasets.coco import Bench
@@ -39,7 +39,7 @@ def run(config: DetectConfig) -> None:
 
     folder = output_folder(config)
     results = detect(config, folder)
-    console = Console()
+    console = Console(markup=False, emoji=False)
     for table in tables_of(results):
         console.print(terminal(table))
     print(f"Everything of this experiment: {folder} (page: {folder / 'report.html'})")
@@ -106,7 +106,7 @@ def _use_data_and_pipeline(config: DetectConfig, bench: Bench, images: Path, run
     from i2am_train.tracking.artifacts import use_bench, use_model
 
     use_bench(run, images, bench.fingerprint, len(bench.samples))
-    pipeline = Path(config.pipeline).expanduser()
+    pipeline = expanded(config.pipeline)
     if pipeline.is_dir():  # one of the hub is named by the run's configuration
         use_model(run, pipeline, upload=config.tracking.upload_model)
 

@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from textwrap import dedent
 from typing import Any, NoReturn
 
-from i2am_train.config.build import unknown_option
+from i2am_train.config.build import shortened, unknown_option
 from i2am_train.config.documentation import help_text
 from i2am_train.config.schema import COMMANDS, option_names
 from i2am_train.errors import ConfigError, I2AMError
@@ -33,6 +33,28 @@ HELP_FLAGS = ("--help", "-h")
 DEBUG_FLAG = "--debug"
 DEBUG_VARIABLE = "I2AM_DEBUG"
 
+DASHES = ("-", "–", "—")
+"""What flags begin with, also as word processors write it."""
+MULTIRUN_FLAGS = ("-m", "--multirun")
+HYDRA_FLAGS = (
+    *(
+        "--cfg",
+        "-c",
+        "--resolve",
+        "--package",
+        "-p",
+        "--info",
+        "-i",
+        "--run",
+        "-r",
+        *MULTIRUN_FLAGS,
+    ),
+    *("--config-path", "-cp", "--config-name", "-cn", "--config-dir", "-cd"),
+    *("--shell-completion", "-sc"),
+)
+"""Those of Hydra's flags that are offered; others speak of Hydra itself, and one unpickles a file."""
+PLAIN_NAME = re.compile(r"(?!hydra\b)\w[\w.]*")
+"""Name of an option, without the signs by which Hydra adds and deletes some."""
 MISSING_FILE = re.compile(
     r"Could not find '(?P<file>[^']+)'\s+"
     r"Available options in '(?P<group>[^']+)':(?P<choices>.*?)Config",
@@ -176,8 +198,11 @@ def run_with_hydra(command: str, run: Callable[[Any], int | None]) -> int:
 
     from i2am_train.config.locations import conf_folder
     from i2am_train.config.store import register_schemas
+    from i2am_train.config.words import as_typed
 
-    _refuse_unknown_flags(command)
+    _check_flags(command)
+    sweep = any(word in MULTIRUN_FLAGS for word in sys.argv[1:])
+    sys.argv[1:] = as_typed(command, sys.argv[1:], sweep=sweep)
     register_schemas()
     # Hydra would print errors itself, with its own advice, and exit with status 1.
     os.environ["HYDRA_FULL_ERROR"] = "1"
@@ -227,9 +252,14 @@ def readable(error: Exception, command: str) -> str:
         choices = ", ".join(match["choices"].split())
         return f"There is no file conf/{match['file']}.yaml. {match['group']} can be {choices}."
     if isinstance(error, OverrideParseException):
+        word = str(error.override)
+        name, equals, _ = word.partition("=")
+        if equals and PLAIN_NAME.fullmatch(name) and name not in _known_options(command):
+            return unknown_option(name, _known_options(command))
         return (
-            f"The option '{error.override}' cannot be read. Options are written name=value, lists "
-            "name=[1,2], and text with other signs 'name=\"a, b\"'."
+            f"The option '{shortened(word)}' cannot be read. Options are written name=value, lists name=[1,2]; "
+            "quotation marks and brackets are closed, and a text with commas in a list is quoted: "
+            "'name=[\"a, b\"]'."
         )
     return " ".join(str(error).split())
 
@@ -238,17 +268,28 @@ def _known_options(command: str) -> list[str]:
     return ["experiment", *option_names(COMMANDS[command])]
 
 
-def _refuse_unknown_flags(command: str) -> None:
-    """Hydra would answer an unknown flag with all of its own."""
+def _check_flags(command: str) -> None:
+    """Refuses flags that Hydra does not have, or has for itself; it would answer with all of its own."""
+    from argparse import ArgumentError
+
     from hydra._internal.utils import get_args_parser
 
-    _, rest = get_args_parser().parse_known_args(sys.argv[1:])
-    flags = [word for word in rest if word.startswith("-")]
-    if flags:
-        name = flags[0].lstrip("-").split("=")[0].replace("-", "_")
-        known = _known_options(command)
-        hint = f"Write {name}=VALUE." if name in known else unknown_option(name, known)
-        raise ConfigError(f"There is no flag '{flags[0]}'; options have no dashes. {hint}")
+    parser = get_args_parser()
+    parser.exit_on_error = False
+    for word in sys.argv[1:]:
+        flag = word.split("=")[0]
+        # Not abbreviated ones either: "--experiment" would be "--experimental-rerun".
+        if word.startswith(DASHES) and flag not in HYDRA_FLAGS:
+            name = flag.lstrip("".join(DASHES)).replace("-", "_")
+            known = _known_options(command)
+            hint = f"Write {name}=VALUE." if name in known else unknown_option(name, known)
+            raise ConfigError(
+                f"There is no flag '{shortened(word)}'; options have no dashes. {hint}"
+            )
+    try:
+        parser.parse_known_args(sys.argv[1:])
+    except ArgumentError as error:
+        raise ConfigError(f"A flag is not possible: {error}. See --help.") from error
 
 
 def _refuse_distributed_sweep(config: Any) -> None:

@@ -121,7 +121,7 @@ def print_scores(results: dict[str, Any], expected: dict[str, float] | None = No
             meaning = info.description + arrow[info.higher_is_better]
             published = [str(expected.get(name, "–"))] if expected else []
             table.add_row(info.label, value, interval, *published, meaning)
-    console = Console()
+    console = Console(markup=False, emoji=False)
     console.print(table)
     if expected:
         console.print(CAUTION)

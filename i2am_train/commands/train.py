@@ -114,7 +114,7 @@ def rehearse(config: TrainConfig) -> None:
     table = Table(title=f"{config.label}: what it takes", title_justify="left", show_header=False)
     for term, text in describe(config, module.model, measured):
         table.add_row(term, text)
-    Console().print(table)
+    Console(markup=False, emoji=False).print(table)
     print(f"Nothing was written. Without dry_run=true this would train {config.folder}.")
 
 

@@ -6,6 +6,8 @@ unknown keys; what it refuses, it names by its dotted path.
 
 from __future__ import annotations
 
+import math
+import re
 import types
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, Field, fields, is_dataclass
@@ -19,6 +21,12 @@ from i2am_train.errors import ConfigError
 
 T = TypeVar("T")
 
+LARGEST = 2**63 - 1
+"""Largest whole number of an option: what libraries can count with."""
+CONTROL = re.compile(r"[\x00-\x08\x0a-\x1f\x7f]")
+"""Characters that no name holds on purpose; tabs may be there."""
+LONGEST_SHOWN = 80
+"""Characters of a value that messages repeat."""
 REQUIRED = "???"
 """Plain value of an option that has no default (the mark that Hydra uses)."""
 
@@ -95,6 +103,19 @@ def unknown_option(name: str, known: Sequence[str]) -> str:
     return f"There is no option '{name}'. {hint}"
 
 
+def shortened(value: object, most: int = LONGEST_SHOWN) -> str:
+    """A value as messages repeat it, in one line and not endless.
+
+    >>> shortened("a" * 200).count("a"), shortened([1, 2])
+    (80, '[1, 2]')
+    """
+    try:
+        text = " ".join(str(value).split())
+    except ValueError:  # Python's own refusal of numbers of more than 4300 digits
+        return "a number of thousands of digits"
+    return text if len(text) <= most else f"{text[:most]}..."
+
+
 def _is_required(item: Field[Any]) -> bool:
     return item.default is MISSING and item.default_factory is MISSING
 
@@ -138,6 +159,8 @@ def _convert_union(hints: tuple[Any, ...], value: Any, path: str) -> Any:
         return None
     members = [hint for hint in hints if hint is not type(None)]
     exact = [hint for hint in members if type(value) is hint]
+    if isinstance(value, bool) or value is None:
+        raise _mismatch(path, value, " or ".join(map(_type_name, members)))
     alike = [m for m in members if (get_origin(m) is list) == isinstance(value, (list, tuple))]
     return _convert((exact or alike[-1:] or members[-1:])[0], value, path)
 
@@ -171,22 +194,56 @@ def _convert_scalar(hint: Any, value: Any, path: str) -> Any:
         return value
     if isinstance(value, bool) or value is None:
         raise _mismatch(path, value, _type_name(hint))
-    if hint is int and isinstance(value, (int, float)) and float(value).is_integer():
-        return int(value)
     if hint is float and isinstance(value, (int, float)):
-        return float(value)
+        return _number(value, path)
+    if hint is int and isinstance(value, (int, float)) and _number(value, path).is_integer():
+        if abs(value) > LARGEST:
+            raise _mismatch(path, value, f"a whole number of at most {LARGEST}")
+        return int(value)
     if hint is str and isinstance(value, (str, int, float)):
-        return str(value)
+        return _text(str(value), path)
     if hint is Path and isinstance(value, (str, int, Path)):
-        return Path(str(value))
+        return _path(_text(str(value), path), path)
     raise _mismatch(path, value, _type_name(hint))
+
+
+def _number(value: float, path: str) -> float:
+    """The number, which arithmetic can go on with."""
+    try:
+        number = float(value)
+    except OverflowError:  # a whole number of more than 308 digits
+        number = math.inf
+    if not math.isfinite(number):
+        raise _mismatch(path, value, "a finite number")
+    return number
+
+
+def _text(value: str, path: str) -> str:
+    """The text, which files can be named after and written with."""
+    if "\0" in value:
+        raise _mismatch(path, repr(value), "a text without the character NUL")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:  # what the system gave as bytes of another encoding
+        shown = ascii(value)
+        raise _mismatch(path, shown, "text in UTF-8", " Rename the file or folder.") from error
+    return value
+
+
+def _path(value: str, path: str) -> Path:
+    if not value.strip():
+        raise _mismatch(path, repr(value), "a path")  # Path("") would be the current folder
+    if CONTROL.search(value):
+        raise _mismatch(path, repr(value), "a path without line breaks and other control signs")
+    return Path(value)
 
 
 def _type_name(hint: Any) -> str:
     names = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
-    return names.get(hint, "a path" if hint is Path else "null")
+    names |= {Path: "a path", list: "a list"}
+    return names[get_origin(hint) or hint]
 
 
 def _mismatch(path: str, value: object, expected: str, hint: str = "") -> ConfigError:
-    shown = "null" if value is None else value
+    shown = "null" if value is None else shortened(value)
     return ConfigError(f"{path}={shown} is not possible: expected {expected}.{hint}")

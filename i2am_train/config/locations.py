@@ -8,6 +8,7 @@ from collections.abc import Collection
 from pathlib import Path
 
 from i2am_train.config.hub import HUB, pull
+from i2am_train.config.schema import absolute
 from i2am_train.errors import CheckpointError
 from i2am_train.types import GridSize
 
@@ -66,7 +67,7 @@ def checkpoint_folder(name: str) -> Path:
         return shipped
     if name.startswith(HUB):
         return pull(name)
-    folder = Path(name).expanduser().absolute()
+    folder = absolute(Path(name))
     if not folder.is_dir():
         found = (
             f"{folder} is a file, and a checkpoint is a folder"

@@ -39,6 +39,12 @@ PublishedModel = Literal["dci_vton", "stableviton", "custom", "refined_custom"]
 """Keys of ``reporting.published.TABLE_2``, which lies above; a test keeps the two equal."""
 SHARDED = "fsdp"
 """The strategy that shards weights, ``training.sharding``."""
+LARGEST_IMAGE = 16_384
+"""Pixels of a side: what no image model has come near. It keeps a slip from taking all memory."""
+MOST_SAMPLES = 10_000_000
+"""Likewise, of what is drawn by a program."""
+MOST_WORKERS = 512
+"""Likewise, of processes that are started at once."""
 LayoutName = Literal["auto", "viton_hd", "dresscode"]
 CategoryName = Literal["upper_body", "lower_body", "dresses"]
 FitName = Literal["stretch", "pad", "crop"]
@@ -88,8 +94,8 @@ class SyntheticConfig:
     """Seed of the generator; the same seed draws the same pictures."""
 
     def __post_init__(self) -> None:
-        _check_at_least("data.synthetic.train", self.train, 1)
-        _check_at_least("data.synthetic.test", self.test, 1)
+        _check_within("data.synthetic.train", self.train, 1, MOST_SAMPLES)
+        _check_within("data.synthetic.test", self.test, 1, MOST_SAMPLES)
         _check_at_least("data.synthetic.seed", self.seed, 0)
 
 
@@ -126,13 +132,16 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         self.root, self.cache_copies = _absolute(self.root), _absolute(self.cache_copies)
-        if self.cache is not None and "://" not in self.cache:
-            self.cache = str(_absolute(Path(self.cache)))
+        if self.cache is not None:
+            if not self.cache.strip():
+                _refuse("data.cache", repr(self.cache), "a folder or a URL, or null")
+            if "://" not in self.cache:
+                self.cache = str(absolute(Path(self.cache)))
         if self.categories:
             _check_unique("data.categories", self.categories)
         _check_size("data", self.height, self.width)
         _check_at_least("data.batch_size", self.batch_size, 1)
-        _check_at_least("data.workers", self.workers, 0)
+        _check_within("data.workers", self.workers, 0, MOST_WORKERS)
 
     @property
     def size(self) -> GridSize:
@@ -251,7 +260,7 @@ class OptimizationConfig:
             _check_below_one("optimization.betas", beta)
         if self.ema_decay is not None:
             _check_below_one("optimization.ema_decay", self.ema_decay)
-        _check_at_least("optimization.lora_rank", self.lora_rank, 1)
+        _check_within("optimization.lora_rank", self.lora_rank, 1, 4096)
         _check_at_least("optimization.lora_alpha", self.adapter_alpha, 1)
         if self.trainable == "lora" and self.from_scratch:
             _refuse("optimization.from_scratch", True, "false with trainable=lora")
@@ -312,6 +321,8 @@ class AttributionConfig:
             _check_below_one("attribution.delta", delta)
         for penalty in (self.penalty, *self.penalties):
             _check_at_least("attribution.penalty", penalty, 0.0)
+        if self.layers is not None and not self.layers:
+            _refuse("attribution.layers", self.layers, "null for all, or a list that is not empty")
         for layer in (self.layer, *(self.layers or ())):
             _check_layer("attribution.layer", layer)
         _check_at_least("attribution.time_groups", self.time_groups, 1)
@@ -351,7 +362,7 @@ class EvaluationConfig:
             _check_at_least("evaluation.samples", self.samples, 2)
         if self.kernel_subset_size is not None:
             _check_at_least("evaluation.kernel_subset_size", self.kernel_subset_size, 2)
-        _check_at_least("evaluation.kernel_subsets", self.kernel_subsets, 1)
+        _check_within("evaluation.kernel_subsets", self.kernel_subsets, 1, 100_000)
         _check_at_least("evaluation.batch_size", self.batch_size, 1)
         _check_at_least("evaluation.panel_samples", self.panel_samples, 0)
 
@@ -407,6 +418,11 @@ class TrackingConfig:
 
     def __post_init__(self) -> None:
         self.folder = _absolute(self.folder)
+        if not re.fullmatch(r"[^/\\#?%:]{1,128}", self.project):
+            _refuse("tracking.project", repr(self.project), "1 to 128 signs without / \\ # ? % :")
+        for tag in self.tags:
+            if not 1 <= len(tag) <= 64:
+                _refuse("tracking.tags", repr(tag), "1 to 64 signs in a tag")
         _check_at_least("tracking.table_samples", self.table_samples, 0)
         _check_above("tracking.finish_timeout", self.finish_timeout, 0.0)
 
@@ -447,7 +463,7 @@ class TrainerConfig:
     def __post_init__(self) -> None:
         if isinstance(self.devices, int):
             _check_at_least("trainer.devices", self.devices, 1)
-        _check_at_least("trainer.num_nodes", self.num_nodes, 1)
+        _check_within("trainer.num_nodes", self.num_nodes, 1, 10_000)
         _check_at_least("trainer.log_every_n_steps", self.log_every_n_steps, 1)
         for name in ("checkpoint_every_n_steps", "snapshot_every_n_steps"):
             if getattr(self, name) is not None:
@@ -503,6 +519,7 @@ class TrainConfig:
         _check_given("init", self.init)
         _check_at_least("seed", self.seed, 0)
         self.label = self.label or self.name
+        _check_label("label", self.label)
         self.output = _absolute(self.output)
         if self.trainer.sharded:
             self._check_sharded()
@@ -591,7 +608,7 @@ class EvaluateConfig:
         if self.resize is not None:
             if self.checkpoint is not None:
                 _refuse("resize", list(self.resize), "null with a checkpoint (it is for folders)")
-            _check_at_least("resize", min(self.resize), 1)
+            _check_lengths("resize", self.resize, 1)
 
     @property
     def multi_process(self) -> bool:
@@ -640,7 +657,7 @@ class AblateConfig:
         for seed in self.seeds:
             _check_at_least("seeds", seed, 0)
         _check_below_one("confidence", self.confidence)
-        _check_at_least("bootstrap_samples", self.bootstrap_samples, 100)
+        _check_within("bootstrap_samples", self.bootstrap_samples, 100, 1_000_000)
         if len(self.arms) > 1 and self.reference not in self.arms:
             raise ConfigError(
                 f"reference={self.reference} is none of the arms {self.arms}. "
@@ -755,6 +772,12 @@ class ExplainConfig:
         for checkpoint in self.checkpoints:
             _check_given("checkpoint", checkpoint)
         self.output = _absolute(self.output)
+        if self.attribution.time_groups > self.sampling.steps:
+            _refuse(
+                "attribution.time_groups",
+                self.attribution.time_groups,
+                f"at most sampling.steps={self.sampling.steps}",
+            )
         _check_several("sample", self.samples)
         for sample in self.samples:
             _check_at_least("sample", sample, 0)
@@ -782,7 +805,7 @@ class ExplainConfig:
         for name in ("image", "mask", "reference", "reference_mask", "adapter"):
             setattr(self, name, _absolute(getattr(self, name)))
         if self.size is not None:
-            _check_at_least("size", min(self.size), 8)
+            _check_lengths("size", self.size, 8)
 
     @property
     def checkpoints(self) -> list[str]:
@@ -863,8 +886,8 @@ class DetectConfig:
                 _refuse("pipeline or detectors", repr(name), "a folder or a name on the hub")
         if self.annotations is not None and self.root is None:
             _refuse("annotations", self.annotations, "null without root, the folder of the images")
-        for name in ("shapes", "batch_size"):
-            _check_at_least(name, getattr(self, name), 1)
+        _check_within("shapes", self.shapes, 1, MOST_SAMPLES)
+        _check_at_least("batch_size", self.batch_size, 1)
         if self.samples is not None:
             _check_at_least("samples", self.samples, 1)
         for name in ("seed", "pictures"):
@@ -922,13 +945,17 @@ class ReportConfig:
 
     def __post_init__(self) -> None:
         self.output = _absolute(self.output)
-        self.runs = [folder.expanduser().absolute() for folder in self.runs]
-        self.explained = [folder.expanduser().absolute() for folder in self.explained]
-        self.detected = [folder.expanduser().absolute() for folder in self.detected]
+        for name in ("runs", "explained", "detected"):
+            setattr(self, name, [absolute(folder) for folder in getattr(self, name)])
         for name in ("runs", "explained", "detected", "figures"):
             if getattr(self, name):
                 _check_unique(name, getattr(self, name))
         _check_unique("formats", self.formats)
+        for name in ("names", "models"):
+            for label in getattr(self, name):
+                _check_label(name, label)
+        if self.layers is not None and not self.layers:
+            _refuse("layers", self.layers, "null for all, or a list that is not empty")
         for layer in self.layers or ():
             _check_layer("layers", layer)
         _check_within("dpi", self.dpi, 50, 1200)
@@ -960,7 +987,7 @@ class ExportConfig:
 
     def __post_init__(self) -> None:
         _check_given("checkpoint", self.checkpoint)
-        self.output = self.output.expanduser().absolute()
+        self.output = absolute(self.output)
 
 
 @dataclass(kw_only=True, slots=True)
@@ -1013,7 +1040,7 @@ class InitConfig:
     """Seed of the new projector and null tokens."""
 
     def __post_init__(self) -> None:
-        self.output = self.output.expanduser().absolute()
+        self.output = absolute(self.output)
         self.custom = _absolute(self.custom)
         self.paint_by_example = _absolute(self.paint_by_example)
         self.dci_vton = _absolute(self.dci_vton)
@@ -1031,9 +1058,9 @@ class InitConfig:
         _check_size("", self.height, self.width)
         for name in ("reference_height", "reference_width"):
             if getattr(self, name) is not None:
-                _check_at_least(name, getattr(self, name), 1)
-        _check_at_least("projector_blocks", self.projector_blocks, 0)
-        _check_at_least("projector_heads", self.projector_heads, 1)
+                _check_within(name, getattr(self, name), 1, LARGEST_IMAGE)
+        _check_within("projector_blocks", self.projector_blocks, 0, 1000)
+        _check_within("projector_heads", self.projector_heads, 1, 1000)
         _check_at_least("seed", self.seed, 0)
 
     @property
@@ -1098,12 +1125,12 @@ class DataMakeConfig:
 
     def __post_init__(self) -> None:
         self.root = _absolute(self.root)
-        _check_at_least("train", self.train, 1)
-        _check_at_least("test", self.test, 1)
+        _check_within("train", self.train, 1, MOST_SAMPLES)
+        _check_within("test", self.test, 1, MOST_SAMPLES)
         _check_at_least("seed", self.seed, 0)
         _check_size("", self.height, self.width)
         if self.workers is not None:
-            _check_at_least("workers", self.workers, 1)
+            _check_within("workers", self.workers, 1, MOST_WORKERS)
 
     @property
     def size(self) -> GridSize:
@@ -1147,7 +1174,7 @@ class DataDeriveConfig:
     """File for the report; null: <root>/derived.json."""
 
     def __post_init__(self) -> None:
-        self.root = self.root.expanduser().absolute()
+        self.root = absolute(self.root)
         self.json = _absolute(self.json)
         if self.categories:
             _check_unique("categories", self.categories)
@@ -1157,7 +1184,7 @@ class DataDeriveConfig:
         if self.estimator is not None and self.pose in ("densepose", "none"):
             _refuse("pose", self.pose, "auto or keypoints with an estimator")
         if self.workers is not None:
-            _check_at_least("workers", self.workers, 1)
+            _check_within("workers", self.workers, 1, MOST_WORKERS)
 
 
 @dataclass(kw_only=True, slots=True)
@@ -1178,7 +1205,7 @@ class DataCheckConfig:
     """File for the report as JSON; null: print the table only."""
 
     def __post_init__(self) -> None:
-        self.root = self.root.expanduser().absolute()
+        self.root = absolute(self.root)
         self.json = _absolute(self.json)
         if self.categories:
             _check_unique("categories", self.categories)
@@ -1187,6 +1214,9 @@ class DataCheckConfig:
                 f"Only one of height={self.height} and width={self.width} is set. "
                 "Set both, or neither."
             )
+        for name in ("height", "width"):
+            if (length := getattr(self, name)) is not None:
+                _check_within(name, length, 1, LARGEST_IMAGE)
 
     @property
     def size(self) -> GridSize | None:
@@ -1237,14 +1267,15 @@ class DataCacheConfig:
     def __post_init__(self) -> None:
         if re.match(r"\w+:/", str(self.output)):  # pathlib makes one slash of two
             _refuse("output", self.output, "a folder; copy it to object storage when it is made")
-        self.root = self.root.expanduser().absolute()
-        self.output = self.output.expanduser().absolute()
+        self.root = absolute(self.root)
+        self.output = absolute(self.output)
         if self.categories:
             _check_unique("categories", self.categories)
         _check_given("init", self.init)
         _check_unique("splits", self.splits)
-        for name in ("variants", "seed", "workers"):
-            _check_at_least(name, getattr(self, name), 0)
+        _check_within("variants", self.variants, 0, 10_000)
+        _check_within("workers", self.workers, 0, MOST_WORKERS)
+        _check_at_least("seed", self.seed, 0)
         for name in ("shard_samples", "batch_size"):
             _check_at_least(name, getattr(self, name), 1)
 
@@ -1305,8 +1336,32 @@ def group_of(item: Field[Any]) -> type[Any] | None:
     return factory if isinstance(factory, type) and is_dataclass(factory) else None
 
 
+def absolute(path: Path) -> Path:
+    """The path from the root on, with the user's home folder for ``~``.
+
+    Raises:
+        ConfigError: ``~name``, and there is no such user.
+    """
+    return expanded(path).absolute()
+
+
+def expanded(path: str | Path) -> Path:
+    """The path with the user's home folder for ``~``.
+
+    Raises:
+        ConfigError: ``~name``, and there is no such user.
+    """
+    path = Path(path)
+    try:
+        return path.expanduser()
+    except RuntimeError as error:
+        raise ConfigError(
+            f"The path {path} is not possible: there is no user {path.parts[0][1:]}. A folder of that name is ./{path}."
+        ) from error
+
+
 def _absolute(path: Path | None) -> Path | None:
-    return None if path is None else path.expanduser().absolute()
+    return None if path is None else absolute(path)
 
 
 def _refuse(name: str, value: object, expected: str) -> None:
@@ -1344,17 +1399,25 @@ def _check_below_one(name: str, value: float) -> None:
 
 
 def _check_layer(name: str, layer: int | str) -> None:
-    if isinstance(layer, int) and not 1 <= layer <= 9:
+    if (isinstance(layer, int) and not 1 <= layer <= 9) or layer == "":
         _refuse(
-            name, layer, "one of the paper's layers 1...9, or a name like up_blocks.1.attentions.1"
+            name,
+            layer or repr(layer),
+            "one of the paper's layers 1...9, or a name like up_blocks.1.attentions.1",
         )
 
 
 def _check_size(group: str, height: int, width: int) -> None:
     # Latents (a quarter or an eighth of it) and encoder patches (8 pixels) must be whole.
     for name, value in (("height", height), ("width", width)):
-        if value < 16 or value % 16:
-            _refuse(f"{group}.{name}".lstrip("."), value, "a multiple of 16, at least 16")
+        if not 16 <= value <= LARGEST_IMAGE or value % 16:
+            expected = f"a multiple of 16 between 16 and {LARGEST_IMAGE}"
+            _refuse(f"{group}.{name}".lstrip("."), value, expected)
+
+
+def _check_lengths(name: str, lengths: Sequence[int], low: int) -> None:
+    for length in lengths:
+        _check_within(name, length, low, LARGEST_IMAGE)
 
 
 def _check_unique(name: str, values: list[Any]) -> None:
@@ -1373,5 +1436,18 @@ def _check_several(option: str, values: Sequence[object]) -> None:
 
 
 def _check_name(option: str, name: str) -> None:
-    if not name or any(character in name for character in "/\\ \n"):
-        _refuse(option, repr(name), "a word without spaces and slashes (it names a folder)")
+    if not _NAME.fullmatch(name):
+        _refuse(
+            option,
+            repr(name),
+            "a word without spaces and slashes (it names a folder), of at most 60 signs, the first one no point",
+        )
+
+
+def _check_label(option: str, label: str) -> None:
+    """What tables and figures can show in one line; each of their formats escapes its own signs."""
+    if not label.isprintable() or not label.strip() or len(label) > 100:
+        _refuse(option, repr(label), "one line of at most 100 letters")
+
+
+_NAME = re.compile(r"(?!\.)[^\s/\\\x00-\x1f\x7f]{1,60}")

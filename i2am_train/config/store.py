@@ -7,6 +7,7 @@ messages of our own.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from pathlib import Path
@@ -17,15 +18,25 @@ from hydra import initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import InterpolationResolutionError
+from omegaconf.errors import InterpolationResolutionError, OmegaConfBaseException
+from yaml import YAMLError
 
-from i2am_train.config.build import build, plain
+from i2am_train.config.build import build, plain, shortened
 from i2am_train.config.locations import conf_folder, experiment_names
-from i2am_train.config.schema import COMMANDS, AblateConfig, TrainConfig, option_names
+from i2am_train.config.schema import (
+    COMMANDS,
+    AblateConfig,
+    TrainConfig,
+    absolute,
+    option_names,
+)
+from i2am_train.config.words import as_typed
 from i2am_train.errors import ConfigError
 
 BASE_ARM = "base"
 """The arm that is not trained: the checkpoint that all arms start from."""
+ARM_ENDINGS = (".yaml", ".yml")
+"""By these a path is told from the name of a shipped experiment."""
 
 SHARED_GROUPS = (
     "data",
@@ -64,8 +75,9 @@ def compose(command: str, overrides: Sequence[str] = ()) -> Any:
     """
     register_schemas()
     GlobalHydra.instance().clear()
+    words = as_typed(command, overrides)
     with initialize_config_dir(version_base="1.3", config_dir=str(conf_folder())):
-        return to_dataclass(command, hydra_compose(config_name=command, overrides=list(overrides)))
+        return to_dataclass(command, hydra_compose(config_name=command, overrides=words))
 
 
 def to_dataclass(command: str, config: DictConfig) -> Any:
@@ -73,14 +85,26 @@ def to_dataclass(command: str, config: DictConfig) -> Any:
     try:
         values = OmegaConf.to_container(config, resolve=True)
     except InterpolationResolutionError as error:
-        raise ConfigError(f"{error.full_key}: {str(error).splitlines()[0]}") from error
+        raise ConfigError(
+            f"{error.full_key}: {str(error).splitlines()[0]}. ${{...}} stands for another option; a text that holds "
+            "these signs is written \\${...}."
+        ) from error
     assert isinstance(values, dict)
     return build(COMMANDS[command], {str(name): value for name, value in values.items()})
 
 
 def to_yaml(config: Any) -> str:
     """A configuration as YAML; reading it back with ``from_yaml`` gives an equal one."""
-    return OmegaConf.to_yaml(OmegaConf.create(plain(config)))
+    return OmegaConf.to_yaml(OmegaConf.create(_literal(plain(config))))
+
+
+def _literal(value: Any) -> Any:
+    """Plain values whose texts OmegaConf takes as they are: ``${`` is no interpolation any more."""
+    if isinstance(value, str):
+        return value.replace("${", r"\${")
+    if isinstance(value, Mapping):
+        return {name: _literal(item) for name, item in value.items()}
+    return [_literal(item) for item in value] if isinstance(value, list) else value
 
 
 def from_yaml(command: str, text: str) -> Any:
@@ -101,45 +125,105 @@ def arm_config(study: AblateConfig, arm: str, seed: int, output: Path) -> TrainC
         ConfigError: there is no such arm, or its file sets an option that does not exist.
     """
     shared = {group: plain(getattr(study, group)) for group in SHARED_GROUPS}
-    values = _overlaid({"name": Path(arm).stem, "init": study.init, **shared}, arm_values(arm))
-    return build(TrainConfig, {**values, "seed": seed, "output": output})
+    names = {"name": arm_name(arm), "label": _stem(arm), "init": study.init}
+    own = arm_values(arm)
+    for option in ("seed", "output", "dry_run"):
+        if option in own:
+            raise ConfigError(
+                f"The arm '{arm}' sets {option}, which is the study's to set. Take it out of the file."
+            )
+    try:
+        values = _overlaid({**names, **shared}, own)
+        return build(TrainConfig, {**values, "seed": seed, "output": output})
+    except ConfigError as error:
+        raise ConfigError(f"The arm '{arm}' is not possible: {error}") from error
 
 
-def arm_values(arm: str) -> dict[str, Any]:
-    """The options that an experiment file sets, nested, unchecked."""
+def arm_name(arm: str) -> str:
+    """An arm's short name, which names folders: that of its file, without signs that a name cannot have.
+
+    >>> arm_name("refined"), arm_name("arms/my arm (2).yaml")
+    ('refined', 'my-arm-(2)')
+    """
+    return re.sub(r"[\s/\\]+", "-", _stem(arm)).lstrip(".-") or "arm"
+
+
+def _stem(arm: str) -> str:
+    return Path(arm).stem if arm.endswith(ARM_ENDINGS) else arm
+
+
+def arm_values(arm: str, readers: Sequence[Path] = ()) -> dict[str, Any]:
+    """The options that an experiment file sets, nested, unchecked.
+
+    Args:
+        arm: as for ``arm_config``.
+        readers: the files whose ``defaults`` led here.
+
+    Raises:
+        ConfigError: there is no such file, it sets nothing, or its ``defaults`` cannot be followed.
+    """
     path = conf_folder() / "experiment" / f"{arm}.yaml"
-    if arm.endswith((".yaml", ".yml")):
-        path = Path(arm).expanduser()
+    if arm.endswith(ARM_ENDINGS):
+        path = absolute(Path(arm))
     if not path.is_file():
         known = ", ".join([BASE_ARM, *experiment_names(option_names(TrainConfig))])
+        found = "is no file" if path.exists() else "is missing"
         raise ConfigError(
-            f"There is no arm '{arm}' ({path} is missing). Arms are {known}, or the path of a "
+            f"There is no arm '{arm}' ({path} {found}). Arms are {known}, or the path of a "
             "YAML file that sets options of `i2am train`."
         )
+    if path in readers:
+        raise ConfigError(f"The defaults in {path} lead back to itself. Take the entry out.")
     values = _read_yaml(path)
+    entries = values.pop("defaults", None) or []
+    if not isinstance(entries, list):
+        raise _impossible_default(entries, path)
     below: dict[str, Any] = {}
-    for entry in values.pop("defaults", []):
-        below = _overlaid(below, _default(entry, path))
+    for entry in entries:
+        below = _overlaid(below, _default(entry, path, readers))
     return _overlaid(below, values)
 
 
-def _default(entry: Any, path: Path) -> dict[str, Any]:
+def _default(entry: Any, path: Path, readers: Sequence[Path]) -> dict[str, Any]:
     """What an entry of an experiment's ``defaults`` stands for: another experiment, or a file of a group."""
     match entry:
         case str(name):
-            return arm_values(name)
-        case dict() if len(entry) == 1 and (word := next(iter(entry))).startswith("override /"):
-            group = word.removeprefix("override /")
-            return {group: _read_yaml(conf_folder() / group / f"{entry[word]}.yaml")}
-    raise ConfigError(
+            return arm_values(name, [*readers, path])
+        case dict() if len(entry) == 1 and str(word := next(iter(entry))).startswith("override /"):
+            file = f"{word.removeprefix('override /')}/{entry[word]}.yaml"
+            if not (conf_folder() / file).is_file():
+                raise ConfigError(
+                    f"There is no file conf/{file}, which the defaults in {path} name."
+                )
+            return {file.partition("/")[0]: _read_yaml(conf_folder() / file)}
+    raise _impossible_default(entry, path)
+
+
+def _impossible_default(entry: Any, path: Path) -> ConfigError:
+    return ConfigError(
         f"The entry '{entry}' under defaults in {path} is not possible: expected the name of another experiment, or "
         "'override /GROUP: FILE'."
     )
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
-    values = OmegaConf.to_container(OmegaConf.load(path))
-    return {str(name): value for name, value in values.items()} if isinstance(values, dict) else {}
+    """The options in a file, interpolations between them resolved.
+
+    Raises:
+        ConfigError: it is missing, not YAML, or sets no options.
+    """
+    expected = "expected options of `i2am train`, such as 'objective: {dcml: 0.1}'"
+    try:
+        values = OmegaConf.to_container(OmegaConf.load(path), resolve=True)
+    except (OSError, ValueError, RecursionError, YAMLError, OmegaConfBaseException) as error:
+        reason = shortened(str(error) or type(error).__name__, 200)
+        raise ConfigError(
+            f"{path} cannot be read as YAML in UTF-8 ({reason}): {expected}."
+        ) from error
+    if not isinstance(values, dict) or not values:
+        found = "nothing" if not values else f"a list ({shortened(values)})"
+        raise ConfigError(f"{path} holds {found}: {expected}.")
+    return {str(name): value for name, value in values.items()}
 
 
 def _overlaid(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:

@@ -44,6 +44,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from i2am_train.config.schema import expanded
 from i2am_train.datasets.object_storage import fetch, read_text
 from i2am_train.datasets.opening import AS_IT_LIES, Reading, split_layouts
 from i2am_train.datasets.reading import EpochPosition, SampleIndexError
@@ -247,9 +248,7 @@ class LatentCache:
         self.remote = "://" in self.place
         digest = hashlib.sha256(self.place.encode()).hexdigest()[:16]
         home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "i2am_train"
-        self.folder = (
-            (copies or home / "latents") / digest if self.remote else Path(self.place).expanduser()
-        )
+        self.folder = (copies or home / "latents") / digest if self.remote else expanded(self.place)
         self.index = CacheIndex.parse(self._read_index(), self.place)
         self.size = GridSize(*map(int, self.index.key.image_size.split("x")))
         self._open: dict[str, Any] = {}

@@ -20,6 +20,7 @@ import torchvision
 from torch import Tensor, nn
 from transformers import AutoModelForObjectDetection, AutoModelForUniversalSegmentation
 
+from i2am_train.config.schema import expanded
 from i2am_train.datasets.arrays import Image
 from i2am_train.errors import CheckpointError, WeightsMissingError
 from i2am_train.metrics.boxes import Box
@@ -103,12 +104,10 @@ class TorchvisionDetector:
                 f"detectors=[{TORCHVISION}{known[0]}], or give a folder or hub name for one of transformers."
             )
         weights = torchvision.models.get_model_weights(network).DEFAULT
-        tensors = (
-            _of_file(network, Path(file).expanduser()) if file else _published(network, weights)
-        )
+        tensors = _of_file(network, expanded(file)) if file else _published(network, weights)
         model = _built(network, weights, tensors, name)
         if file:
-            check_floating([Path(file).expanduser()], model, file)
+            check_floating([expanded(file)], model, file)
         return cls(model.eval(), weights.meta["categories"])
 
     def to(self, device: torch.device) -> TorchvisionDetector:

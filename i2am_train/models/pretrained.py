@@ -16,6 +16,7 @@ from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from transformers import AutoConfig, AutoModel, CLIPVisionModel, PreTrainedModel, SiglipVisionModel
 
 from i2am_train.config.hub import require_model
+from i2am_train.config.schema import expanded
 from i2am_train.errors import CheckpointError, I2AMError
 from i2am_train.weight_files import (
     PICKLES,
@@ -78,7 +79,7 @@ def place_of(source: str) -> Place:
     Raises:
         CheckpointError: it is no path here, and no model that the hub would give.
     """
-    path = Path(source).expanduser()
+    path = expanded(source)
     if path.exists():
         return Place(str(path))
     name, _, revision = source.partition("@")
@@ -88,7 +89,7 @@ def place_of(source: str) -> Place:
 
 def as_file(source: str) -> Path | None:
     """The single file that a source names, or None for a folder or a name on the hub."""
-    path = Path(source).expanduser()
+    path = expanded(source)
     return path if path.is_file() or path.suffix in SUFFIXES else None
 
 
@@ -336,7 +337,7 @@ def reading(source: str, read: Callable[[], Any]) -> Any:
         reason = " ".join(str(error).split())[:REASON] or type(error).__name__
         if not isinstance(error, (OSError, ValueError, RuntimeError)):  # whose texts need no name
             reason = f"{type(error).__name__}: {reason}"
-        if Path(source).expanduser().exists():
+        if expanded(source).exists():
             raise CheckpointError(
                 f"'{source}' cannot be read: {reason} The folder may be half downloaded, of another model, or its "
                 "weights a pickle with more than tensors in it; download it again, in safetensors where there is a "

@@ -161,12 +161,12 @@ class ImageGrid:
     def column_titles(self, titles: Sequence[str]) -> None:
         """Write one title over each column."""
         for axes, title in zip(self.axes[0], titles, strict=True):
-            axes.set_title(title, fontsize=8.5, pad=4, color=INK)
+            axes.set_title(plain_text(title), fontsize=8.5, pad=4, color=INK)
 
     def row_titles(self, titles: Sequence[str]) -> None:
         """Write one small upright title left of each row."""
         for axes, title in zip(self.axes, titles, strict=True):
-            axes[0].set_ylabel(title, fontsize=7, color=GREY, labelpad=3)
+            axes[0].set_ylabel(plain_text(title), fontsize=7, color=GREY, labelpad=3)
 
     def group_titles(self, titles: Sequence[str]) -> None:
         """Write a heading with a rule over each group of columns."""
@@ -325,6 +325,18 @@ def heat_scale(
     """What a colour bar of ``show_heat`` shows."""
     colors = heat_colormap() if over_picture else colormaps[HEAT]
     return ScalarMappable(Normalize(*limits), colors)
+
+
+def plain_text(text: str) -> str:
+    r"""A user's text for a figure: matplotlib sets what stands between two dollar signs as a formula.
+
+    A legend would leave out what begins with an underscore; as a formula of one sign it stays.
+
+    >>> plain_text("$5 or $6"), plain_text("_new")
+    ('\\$5 or \\$6', '$\\_$new')
+    """
+    text = text.replace("$", r"\$")
+    return r"$\_$" + text[1:] if text.startswith("_") else text
 
 
 def save_figure(figure: Figure, path: Path, dpi: int = 160, description: str = "") -> Path:

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from i2am_train.attribution.maps import normalise
 from i2am_train.attribution.sites import LayerId
 from i2am_train.ops.images import resize_maps
+from i2am_train.reporting.canvas import plain_text
 from i2am_train.reporting.cells import (
     TO_GENERATED,
     TO_REFERENCE,
@@ -81,7 +82,7 @@ def refinement(samples: Sequence[ExplainedSample]) -> Sheet:
         rows.append(row if index == 0 else untitled(row))
     section = Section(
         rows=tuple(rows),
-        row_titles=tuple(sample.model for sample in samples),
+        row_titles=tuple(plain_text(sample.model) for sample in samples),
         groups=(1, 1, 2, len(patches)),
         group_titles=("", "", "unified maps", f"patches, {layer_label(first.layer)}"),
     )
@@ -199,7 +200,7 @@ def _row_names(samples: Sequence[ExplainedSample]) -> list[str]:
     for sample in samples:
         about = [sample.model] if several_models else []
         about += [_guidance_title(sample.origin.guidance)] if several_scales else []
-        names.append("\n".join(filter(None, (sample.name, ", ".join(about)))))
+        names.append(plain_text("\n".join(filter(None, (sample.name, ", ".join(about))))))
     return names
 
 

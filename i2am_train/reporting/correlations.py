@@ -19,7 +19,7 @@ from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
 from i2am_train.metrics.registry import METRICS
-from i2am_train.reporting.canvas import GREY, OKABE_ITO, STYLE, new_figure
+from i2am_train.reporting.canvas import GREY, OKABE_ITO, STYLE, new_figure, plain_text
 from i2am_train.reporting.evaluations import Evaluation
 from i2am_train.reporting.figures import with_index
 from i2am_train.reporting.score_tables import (
@@ -207,7 +207,9 @@ def correlation_figure(evaluations: Sequence[Evaluation]) -> Figure | None:
             axes.xaxis.set_major_locator(MaxNLocator(4))  # more numbers would touch each other
             axes.set_ylabel(f"{METRICS[metric].label} {_arrow(metric)}")
     handles = [
-        Line2D([], [], color=colors[m], marker="o", markersize=4, linewidth=0.8, label=m)
+        Line2D(
+            [], [], color=colors[m], marker="o", markersize=4, linewidth=0.8, label=plain_text(m)
+        )
         for m in models
     ]
     figure.legend(handles=handles, loc="upper center", ncols=min(len(handles), 5), fontsize=8)

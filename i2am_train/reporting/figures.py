@@ -26,6 +26,7 @@ from i2am_train.reporting.canvas import (
     arm_colors,
     new_figure,
     overlay,
+    plain_text,
     save_figure,
 )
 from i2am_train.reporting.records import Curve, History, Results, arm_labels
@@ -77,7 +78,7 @@ def metric_curves(
     for axes in plots[-_columns_of(len(quantities)) :]:
         axes.set_xlabel("optimiser step")
     handles = [Line2D([], [], color=colors[arm], linewidth=2) for arm in arms]
-    texts = [(labels or {}).get(arm, arm) for arm in arms]
+    texts = [plain_text((labels or {}).get(arm, arm)) for arm in arms]
     figure.legend(handles, texts, loc="upper left", ncols=len(arms), fontsize=9)
     return figure
 
@@ -138,7 +139,7 @@ def difference_plot(results: Results, width: float = 11.0) -> Figure:
     better, orange where it is worse. Small dots are the single seeds.
     """
     columns = [c for c in metric_columns(results) if any(_entries(results, c))]
-    labels = arm_labels(results)
+    labels = {arm: plain_text(label) for arm, label in arm_labels(results).items()}
     arms = [arm for arm in labels if any(e["arm"] == arm for e in results["paired"])]
     cell_height = 0.8 + 0.24 * len(arms)
     figure, plots = _small_multiples(len(columns), width, cell_height)

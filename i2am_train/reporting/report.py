@@ -120,8 +120,9 @@ def build_report(run_folder: Path) -> Path:
 
 
 def _markdown(run: RunRecord) -> str:
-    sentences = "\n\n".join(verdict_sentences(run.results))
-    return f"# {_title(run.results)}\n\n{sentences}\n\n{table_formats.markdown(run.results)}"
+    sentences = "\n\n".join(map(table_formats.markdown_text, verdict_sentences(run.results)))
+    title = table_formats.markdown_text(_title(run.results))
+    return f"# {title}\n\n{sentences}\n\n{table_formats.markdown(run.results)}"
 
 
 def _title(results: Results) -> str:

@@ -20,6 +20,7 @@ from i2am_train.reporting.table_formats import (
     latex_line,
     latex_text,
     markdown_table,
+    markdown_text,
     minus,
 )
 
@@ -50,9 +51,12 @@ def _terminal_cell(cell: Cell | None) -> Text:
 def markdown(table: ScoreTable) -> str:
     """GitHub-flavoured Markdown with title and notes; second best values are in ``<u>``."""
     header = [table.corner, *(_grouped(heading.group, heading.text) for heading in table.headings)]
-    rows = [[_grouped(row.group, row.label), *map(_markdown_cell, row.cells)] for row in table.rows]
+    rows = [
+        [markdown_text(_grouped(row.group, row.label)), *map(_markdown_cell, row.cells)]
+        for row in table.rows
+    ]
     body = markdown_table(header, rows, right=range(1, len(header)))
-    notes = "\n".join(f"- {note}" for note in table.notes)
+    notes = "\n".join(f"- {markdown_text(note)}" for note in table.notes)
     return f"## {table.title} ({table.source})\n\n{body}\n\n{notes}\n"
 
 

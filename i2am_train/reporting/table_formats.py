@@ -1,7 +1,8 @@
 """Tables of results written down: for the terminal (rich), Markdown, HTML and LaTeX.
 
 What is said (best values, verdicts, digits, notes) is decided in ``reporting.tables``; here it is
-only put into the words of each format. HTML escapes every text that comes from the run.
+only put into the words of each format. Labels are the user's: each format has one function here
+that makes a text mean itself (``markdown_text``, ``html_label`` and ``escape``, ``latex_text``).
 """
 
 from __future__ import annotations
@@ -100,16 +101,29 @@ def markdown(results: Results, compared: Collection[str] | None = None) -> str:
     for of_arm in difference_tables(results):
         if compared is not None and of_arm.arm not in compared:
             continue
-        parts.append(f"**{of_arm.title}**, paired over {of_arm.over}:")
+        parts.append(f"**{markdown_text(of_arm.title)}**, paired over {of_arm.over}:")
         parts.append(_markdown_differences(of_arm))
-    parts += [f"> **Warning.** {text}" for text in collapse_warnings(results)]
-    parts.append("\n".join(f"- {note}" for note in notes(results)))
+    parts += [f"> **Warning.** {markdown_text(text)}" for text in collapse_warnings(results)]
+    parts.append("\n".join(f"- {markdown_text(note)}" for note in notes(results)))
     return "\n\n".join(parts) + "\n"
+
+
+_MARKDOWN_SPECIAL = re.compile(r"[\\`*<~$]|(?<!\w)_|_(?!\w)|(?<=\])\(|&(?=[#\w])")
+"""Signs where GitHub's Markdown would read more than themselves; an underscore inside a word is none."""
+
+
+def markdown_text(text: str) -> str:
+    r"""Text with everything escaped that GitHub's Markdown would read as markup.
+
+    >>> markdown_text("IMACS_g of *new* _run_, [0.1, 0.2]")
+    'IMACS_g of \\*new\\* \\_run\\_, [0.1, 0.2]'
+    """
+    return _MARKDOWN_SPECIAL.sub(r"\\\g<0>", text)
 
 
 def _markdown_main(table: MainTable) -> str:
     header = ["Arm", *(column.heading for column in table.columns)]
-    rows = [[row.label, *map(_markdown_value, row.values)] for row in table.rows]
+    rows = [[markdown_text(row.label), *map(_markdown_value, row.values)] for row in table.rows]
     return markdown_table(header, rows, right=range(1, len(header)))
 
 
@@ -173,7 +187,8 @@ def html_label(label: str) -> str:
     return _INDEX.sub(r"<sub>\1</sub>", escape(label))
 
 
-_INDEX = re.compile(r"_(\w)\b")
+_INDEX = re.compile(r"(?<=[A-Z])_([A-Za-z0-9])\b")
+"""The index of a metric's name; a user's label such as run_a has none."""
 
 
 def _html_heading(column: MetricColumn) -> str:
@@ -258,6 +273,8 @@ _LATEX_ESCAPES = {
     "λ": r"$\lambda$",
     "ρ": r"$\rho$",
     "²": "$^2$",
+    "[": "{[}",  # after a row's end it would be an option
+    "*": "{*}",
     "“": "``",
     "”": "''",
 }

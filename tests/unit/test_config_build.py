@@ -136,7 +136,7 @@ def test_a_required_option_is_asked_for() -> None:
             {"checkpoint": "tiny", "resize": [64, 48]},
             r"resize=\[64, 48\] .* null with a checkpoint",
         ),
-        ({"images": "a", "reference": "b", "resize": [64, 0]}, r"resize=0 .* at least 1"),
+        ({"images": "a", "reference": "b", "resize": [64, 0]}, r"resize=0 .* between 1 and 16384"),
         ({"images": "a", "reference": "b", "devices": 2}, r"devices=2 .* 1 for finished images"),
         ({"checkpoint": "tiny", "devices": 0}, r"devices=0 .* at least 1"),
         (

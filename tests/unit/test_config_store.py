@@ -108,13 +108,16 @@ def test_an_added_key_is_refused() -> None:
 
 def test_a_dangling_reference_is_one_line() -> None:
     """An interpolation that leads nowhere names the option that holds it."""
-    with pytest.raises(ConfigError, match=r"^sampling\.steps: Interpolation key 'foo' not found$"):
+    with pytest.raises(
+        ConfigError, match=r"^sampling\.steps: Interpolation key 'foo' not found\. "
+    ):
         compose("train", ["sampling.steps=${foo}"])
 
 
 def test_yaml_round_trip() -> None:
     """The YAML in a run folder reads back as the same configuration."""
-    config = compose("ablate", ["experiment=demo", "attribution.weighting=density"])
+    signs = ["attribution.weighting=density", "output=a${b (1)"]
+    config = compose("ablate", ["experiment=demo", *signs])
     assert from_yaml("ablate", to_yaml(config)) == config
 
 
@@ -144,3 +147,57 @@ def test_an_unknown_arm_lists_the_arms() -> None:
     """A misspelled arm says which there are."""
     with pytest.raises(ConfigError, match=r"no arm 'refind' .*base, baseline.*refined"):
         arm_config(AblateConfig(), "refind", seed=0, output=Path("cell"))
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", r"holds nothing: expected options of `i2am train`"),
+        (b"- 1\n- 2\n", r"holds a list \(\[1, 2\]\): expected options"),
+        (b"3\n", r"no option '3'|cannot be read as YAML"),
+        (bytes(range(256)), r"cannot be read as YAML in UTF-8"),
+        ("label: größe".encode("latin-1"), r"cannot be read as YAML in UTF-8"),
+        ("label: a".encode("utf-16"), r"cannot be read as YAML in UTF-8"),
+        (b"name: [a\n  b: {", r"cannot be read as YAML in UTF-8 \(while parsing a flow sequence"),
+        (b"label: a\nlabel: b\n", r"cannot be read as YAML in UTF-8 .*label"),
+        (b"a: &a [*a]", r"cannot be read as YAML in UTF-8 .*recursion"),
+        (b"name: !!python/object/apply:os.system [x]", r"cannot be read as YAML .*constructor"),
+        (b"label: ${nowhere}", r"Interpolation key 'nowhere' not found"),
+        (
+            b"objective: {dcmll: 1}",
+            r"my arm\.yaml' is not possible: .*no option 'objective\.dcmll'",
+        ),
+        (
+            b"optimization: {steps: many}",
+            r"my arm\.yaml' is not possible: optimization\.steps=many",
+        ),
+        (b"objective: null", r"is not possible: objective=null is not possible: .* a group"),
+        (b"checkpoint: tiny", r"no option 'checkpoint'"),
+        (b'label: "a\\nb"', r"label='a\\nb' is not possible: expected one line"),
+        (b'label: "a\\0b"', r"without the character NUL"),
+        (b"seed: 3", r"sets seed, which is the study's"),
+        (b"defaults: 3", r"entry '3' under defaults"),
+        (
+            b"defaults: [{override /data: nofile}]",
+            r"no file conf/data/nofile\.yaml, which the defaults",
+        ),
+        (b"defaults: [SELF]", r"defaults in .*my arm\.yaml lead back to itself"),
+        (b"defaults: [refind]", r"no arm 'refind'"),
+    ],
+)
+def test_what_is_no_arm_is_one_sentence(tmp_path: Path, content: bytes, message: str) -> None:
+    """Files that are torn, of another kind or encoding, or set what is not an arm's to set."""
+    file = tmp_path / "my arm.yaml"
+    file.write_bytes(content.replace(b"SELF", f"'{file}'".encode()))
+    with pytest.raises(ConfigError, match=message):
+        arm_config(AblateConfig(), str(file), seed=0, output=tmp_path / "cell")
+
+
+def test_a_file_of_any_name_is_an_arm(tmp_path: Path) -> None:
+    """Its folder has a name without spaces; tables call it as the user does."""
+    file = tmp_path / "größe 2 (neu), a=b.yaml"
+    file.write_text("sampling: {steps: 4}\noptimization: {steps: '${sampling.steps}'}\n")
+    study = compose("ablate", [f"arms=[baseline,'{file}']"])
+    cell = arm_config(study, study.arms[1], seed=0, output=tmp_path / "cell")
+    assert (cell.name, cell.label) == ("größe-2-(neu),-a=b", "größe 2 (neu), a=b")
+    assert cell.optimization.steps == 4

@@ -280,6 +280,18 @@ def test_page_shows_markup_in_texts_of_the_run_as_text(finished):
     assert "i2am ablate 'seeds=[0,1,2]' name=<demo>" in page.text
 
 
+def test_a_report_of_labels_that_look_like_formulas(tmp_path):
+    # After a whole study the report does not fail on what its arms are called.
+    run = tmp_path / "run"
+    results = write_run(run, pictures=True)
+    for arm, label in zip(results["arms"], [r"$\\frac$", "$a$b$_c", "_x"], strict=False):
+        arm["label"] = label
+    save_results(run, results)
+    text = Page(build_report(run)).text
+    assert r"$\\frac$" in text
+    assert "$a$b$_c" in text
+
+
 def test_all_files_are_written_and_none_is_left_unfinished(finished):
     run, _, _ = finished
     written = {path.name for path in run.iterdir()} | {p.name for p in (run / "figures").iterdir()}

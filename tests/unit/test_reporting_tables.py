@@ -2,16 +2,21 @@
 
 import io
 import re
+from html import escape
 
 import pytest
+from matplotlib.text import Text
 from rich.console import Console
 
+from i2am_train.reporting.canvas import plain_text
 from i2am_train.reporting.table_formats import (
     html_differences,
     html_main,
     latex,
     latex_label,
+    latex_text,
     markdown,
+    markdown_text,
     terminal,
 )
 from i2am_train.reporting.tables import (
@@ -256,3 +261,61 @@ def test_terminal_shows_all_tables_in_a_narrow_window(results):
     for part in ("Attention", "Image", "refined − baseline", "no difference shown", "Warning: "):
         assert part in text
     assert max(map(len, text.splitlines())) <= 80
+
+
+LABELS = [
+    r"$\frac$",
+    "$a$b$",
+    "100 % & #1",
+    "_new_ run_a",
+    r"\input{x}",
+    "*[/red]* `x` [b](c)",
+    "<b>&amp;</b>",
+    "[1] ~^{}",
+    ":smile:",
+    "größe 日本",
+]
+
+
+@pytest.mark.parametrize("label", LABELS)
+def test_labels_mean_themselves_in_every_format(results, label):
+    """What markup languages would read as their own is escaped, each in its one place."""
+    next(arm for arm in results["arms"] if arm["name"] == "refined")["label"] = label
+    console = Console(width=200, file=io.StringIO(), color_system=None, markup=False, emoji=False)
+    console.print(terminal(results))
+    assert label in console.file.getvalue()
+    assert f'<th scope="row" class="arm">{escape(label)}' in html_main(results)
+    assert f"| {markdown_text(label)}" in markdown(results)
+    assert (
+        re.sub(r"\\([!-/:-@[-`{-~])", r"\1", markdown_text(label)) == label
+    )  # CommonMark's escapes
+    rows = [line for line in latex(results).splitlines() if latex_text(label) in line]
+    assert len(re.findall(r"(?<!\\)&", rows[0])) == 4
+    assert not rows[0].startswith(("[", "*"))  # they would belong to the row before
+    assert not re.search(r"(?<!\\)[$%#_^~]", latex_text(label))
+
+
+@pytest.mark.parametrize(
+    ("text", "escaped"),
+    [
+        ("*a*", r"\*a\*"),
+        ("a_b _c_", r"a_b \_c\_"),
+        ("[a](b)", r"[a]\(b)"),
+        ("a < b & c &amp; $1$", r"a \< b & c \&amp; \$1\$"),
+        ("[0.1, 0.2]", "[0.1, 0.2]"),
+    ],
+)
+def test_markdown_escapes_only_what_is_markup(text, escaped):
+    """Ordinary words and intervals stay readable in the file itself."""
+    assert markdown_text(text) == escaped
+
+
+@pytest.mark.parametrize("label", LABELS)
+def test_figures_set_labels_as_they_are(label):
+    """No formula is made of a label, and a legend shows all of them."""
+    shown, is_formula = Text()._preprocess_math(plain_text(label))
+    assert not plain_text(label).startswith("_")
+    if label.startswith("_"):  # only this sign is one
+        assert plain_text(label) == r"$\_$" + label[1:]
+    else:
+        assert (shown, bool(is_formula)) == (label, False)

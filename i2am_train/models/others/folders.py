@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TypeVar
 
+from i2am_train.config.schema import expanded
 from i2am_train.errors import CheckpointError
 from i2am_train.models.tryon import INDEX_FILE
 from i2am_train.weight_files import read_object
@@ -26,7 +27,7 @@ def check_pipeline(source: str, expected: Sequence[str], model: str) -> None:
     Raises:
         CheckpointError: the folder is no pipeline's, or of another one.
     """
-    folder = Path(source).expanduser()
+    folder = expanded(source)
     if not folder.is_dir():
         return
     found = pipeline_class(folder)
