@@ -111,14 +111,6 @@ def test_the_region_does_not_tell_the_sleeves() -> None:
     assert np.mean(differences) > 0.85
 
 
-@pytest.mark.parametrize("index", range(6))
-def test_masks_of_flat_garments(index: int) -> None:
-    # Proves the flood fill on garments whose mask is known, after JPEG.
-    drawn = render_sample(0, index, GridSize(256, 192))
-    _, content = cv2.imencode(".jpg", drawn.garment)
-    assert overlap(garment_mask(cv2.imdecode(content, 1)), drawn.garment_mask) > 0.97
-
-
 def test_textured_backgrounds_and_empty_pictures_are_refused() -> None:
     # Proves that no mask is guessed.
     drawn = render_sample(0, 1, SIZE)
