@@ -1,9 +1,10 @@
 """Puts committed results and the support table into the documents: ``python scripts/update_readme.py``.
 
-``data/results/study.json`` is the ``results.json`` of ``i2am ablate experiment=study``, and
-``data/results/benchmark.json`` the last line of ``scripts/benchmark_capture.py``; the support table is the registry of
-recipes. The text between the markers ``<!-- name -->`` and ``<!-- /name -->`` is replaced; a test checks that the
-documents are what this script makes of them.
+``data/results/study.json`` and ``trajectory.json`` are the ``results.json`` of ``i2am ablate experiment=study`` and
+``experiment=trajectory``, whose differences are worked out anew; ``benchmark.json`` is the last line of
+``scripts/benchmark_capture.py``, ``layers.json`` is of ``scripts/layer_effect.py``, ``trajectory_checkpoints.json`` of
+``scripts/keep_checkpoints.py``; the support table is the registry of recipes. The text between the markers
+``<!-- name -->`` and ``<!-- /name -->`` is replaced; a test checks that the documents are what this script makes.
 """
 
 import json
@@ -12,13 +13,24 @@ from pathlib import Path
 from typing import Any
 
 from i2am_train.attribution.recipes import KNOWN_MODELS
+from i2am_train.reporting import score_table_formats
+from i2am_train.reporting.canvas import save_figure
+from i2am_train.reporting.correlations import correlation_figure, correlation_table
+from i2am_train.reporting.evaluations import Evaluation
+from i2am_train.reporting.records import recompared
 from i2am_train.reporting.table_formats import markdown
+from i2am_train.reporting.tables import describe_machine
+from i2am_train.types import Pairing
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "data" / "results"
 
-
-DOCUMENTS = ("README.md", "data/README.md", "data/results/study.md")
+STUDIES = ("study.json", "trajectory.json")
+DOCUMENTS = (
+    *("README.md", "data/README.md"),
+    *("data/results/study.md", "data/results/correlation.md"),
+)
+FIGURE = ROOT / "data" / "figures" / "correlation.png"
 
 
 def rendered(document: str) -> str:
@@ -26,6 +38,9 @@ def rendered(document: str) -> str:
     for name, text in (
         ("arms", arms((RESULTS / "study.json").read_text())),
         ("study", study((RESULTS / "study.json").read_text())),
+        ("effects", effects((RESULTS / "layers.json").read_text())),
+        ("layers", layers((RESULTS / "layers.json").read_text())),
+        ("correlation", correlation((RESULTS / "trajectory_checkpoints.json").read_text())),
         ("benchmark", benchmark((RESULTS / "benchmark.json").read_text())),
         ("recipes", recipes()),
     ):
@@ -44,6 +59,51 @@ def study(text: str) -> str:
 def arms(text: str) -> str:
     """The first of these tables."""
     return study(text).split("\n\n")[0]
+
+
+def renewed(text: str) -> str:
+    """The ``results.json`` of a study with means and differences by this version's rules."""
+    return json.dumps(recompared(json.loads(text)), indent=2) + "\n"
+
+
+def effects(text: str) -> str:
+    """What uniform attention of each layer changes in the picture: one row of means."""
+    return "\n".join(layers(text).splitlines()[:3])
+
+
+def layers(text: str) -> str:
+    """The same with the largest change of a sample, and how it was measured."""
+    result: dict[str, Any] = json.loads(text)
+    numbers = list(result["mean"])
+    rows = [
+        ["Attention made uniform: layer", *numbers],
+        ["---", *("---:" for _ in numbers)],
+        ["Change of the pixels, mean", *(f"{result['mean'][n]:.4f}" for n in numbers)],
+        ["Largest of a sample", *(f"{result['largest'][n]:.4f}" for n in numbers)],
+    ]
+    note = (
+        f"`{result['command']}`: {result['samples']} held-out samples, {result['steps']} steps, guidance "
+        f"{result['guidance']:g}; {describe_machine(result['machine'])}."
+    )
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows) + f"\n\n{note}"
+
+
+def checkpoints(text: str) -> tuple[Evaluation, ...]:
+    """The kept checkpoints as evaluations, of which nothing but origin and scores is known."""
+    return tuple(
+        Evaluation(
+            folder=Path(), model=row["label"], seed=None, truth=False, pairing=Pairing.PAIRED,
+            intervals={}, samples=(), protocol={}, settings={}, manifest={}, **row,
+        )
+        for row in json.loads(text)["checkpoints"]
+    )  # fmt: skip
+
+
+def correlation(text: str) -> str:
+    """The table over the kept checkpoints, as `i2am report` writes it."""
+    table = correlation_table(checkpoints(text))
+    assert table is not None
+    return score_table_formats.markdown(table).strip()
 
 
 def recipes() -> str:
@@ -76,6 +136,12 @@ def benchmark(text: str) -> str:
 
 
 def main() -> None:
+    for study_file in (RESULTS / name for name in STUDIES):
+        study_file.write_text(renewed(study_file.read_text()))
+    kept = (RESULTS / "trajectory_checkpoints.json").read_text()
+    figure = correlation_figure(checkpoints(kept))
+    assert figure is not None
+    save_figure(figure, FIGURE, dpi=200)
     for document in (ROOT / name for name in DOCUMENTS):
         document.write_text(rendered(document.read_text()))
 

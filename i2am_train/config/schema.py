@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import Field, dataclass, field, fields, is_dataclass
+from dataclasses import Field, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -28,6 +28,9 @@ LossVariantName = Literal[
     "mixed",
 ]
 """Names of ``losses.base.LossVariant``, which lies above this layer; a test keeps the two equal."""
+
+OWN_SIGMA: dict[LossVariantName, float] = {"authors_v1": 0.5}
+"""Where a variant's own ``cwg_sigma`` (``losses.base.RULES``) is not 1; a test keeps the two equal."""
 
 SamplerName = Literal["ddim", "dpmpp", "unipc"]
 Precision = Literal["32-true", "bf16-mixed", "16-mixed"]
@@ -164,9 +167,11 @@ class ObjectiveConfig:
     cwg: float = 0.0
     """Weight of center weighting (sharpness of the attention around its centre)."""
     supervised: float = 0.0
-    """Weight of the cross-entropy to the true correspondence: an upper bound, it uses truth."""
-    sigma: float = 1.0
-    """Standard deviation of the Gaussians of cwg and supervised, in reference patches."""
+    """Weight of the cross-entropy to the true correspondence, which only some data have; arms that
+    use it are marked and not ranked."""
+    sigma: float | None = None
+    """Standard deviation of the Gaussians of cwg and supervised, in reference patches; null: the
+    variant's own (0.5 for authors_v1, 1.0 for all others)."""
     margin: float = 1.0
     """Gap that the margin variant asks for, in reference patches per generated patch."""
     detach_centers: bool = False
@@ -175,9 +180,14 @@ class ObjectiveConfig:
     def __post_init__(self) -> None:
         for name in ("dcml", "tv", "cwg", "supervised"):
             _check_at_least(f"objective.{name}", getattr(self, name), 0.0)
-        _check_above("objective.sigma", self.sigma, 0.0)
+        _check_above("objective.sigma", self.width, 0.0)
         _check_at_least("objective.margin", self.margin, 0.0)
         _check_layer("objective.layer", self.layer)
+
+    @property
+    def width(self) -> float:
+        """The sigma that is used: the one given, or the variant's own."""
+        return OWN_SIGMA.get(self.variant, 1.0) if self.sigma is None else self.sigma
 
     @property
     def weights(self) -> dict[str, float]:
@@ -238,7 +248,8 @@ class OptimizationConfig:
     lora_alpha: int | None = None
     """Scale of the adapters times their rank; null: the rank, that is a scale of 1."""
     from_scratch: bool = False
-    """Draw the denoiser's and the projector's weights anew; only VAE and encoder come from init."""
+    """Draw the denoiser's and the projector's weights anew; VAE and encoder stay those of init (the
+    shipped encoder was trained with the true correspondence as a hint)."""
     condition_dropout: float = 0.2
     """Share of training samples whose garment is replaced by the null tokens."""
 
@@ -521,6 +532,8 @@ class TrainConfig:
         self.label = self.label or self.name
         _check_label("label", self.label)
         self.output = _absolute(self.output)
+        # Not in the group itself: a study hands its group to arms, which may set another variant.
+        self.objective = replace(self.objective, sigma=self.objective.width)
         if self.trainer.sharded:
             self._check_sharded()
 
@@ -633,9 +646,9 @@ class AblateConfig:
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
     """One training run per arm and seed."""
     confidence: float = 0.95
-    """Confidence of the bootstrap intervals."""
+    """Confidence of the intervals: Student's t over seeds; with one seed a bootstrap over samples."""
     bootstrap_samples: int = 10_000
-    """Resamples per interval."""
+    """Resamples per bootstrap interval."""
     device: Device = "auto"
     """Where to evaluate (training follows trainer.accelerator)."""
     data: DataConfig = field(default_factory=DataConfig)

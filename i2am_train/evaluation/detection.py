@@ -40,7 +40,7 @@ from i2am_train.metrics.boxes import (
 from i2am_train.models.detectors import Detector, best_detection
 from i2am_train.models.paint_by_example import PaintByExample, Painted, Painting, resized
 from i2am_train.reporting.detection import OURS, swept_name
-from i2am_train.reporting.statistics import mean_interval, paired_difference
+from i2am_train.reporting.statistics import Over, mean_interval, paired_difference
 from i2am_train.runs import read_json, write_json
 from i2am_train.seeds import seed_for
 from i2am_train.types import Direction, GridSize, LayerWeighting
@@ -352,7 +352,7 @@ def mean_iou(rows: Sequence[Mapping[str, Any]], kind: str, method: str) -> dict[
     """Mean IoU of the samples that count, its bootstrap interval over them, and how many there are."""
     values = [row["iou"][kind][method] for row in rows]
     known = [value for value in values if value is not None]
-    low, high = mean_interval(known, CONFIDENCE)
+    low, high = mean_interval(known, Over.SAMPLES, CONFIDENCE)
     return {
         "mean": float(np.mean(known)) if known else None,
         "low": low,
@@ -366,7 +366,7 @@ def mean_iou(rows: Sequence[Mapping[str, Any]], kind: str, method: str) -> dict[
 def difference(rows: Sequence[Mapping[str, Any]], method: str, against: str) -> dict[str, Any]:
     """Mean difference of two methods over the samples, with its interval."""
     first, second = ([row["iou"][GENERATED][name] for row in rows] for name in (method, against))
-    found = paired_difference(first, second, CONFIDENCE)
+    found = paired_difference(first, second, Over.SAMPLES, CONFIDENCE)
     return {
         "method": method,
         "against": against,

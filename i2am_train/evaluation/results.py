@@ -13,7 +13,7 @@ from torch import Tensor
 
 from i2am_train.evaluation.evaluator import EvaluationResult, Panel, score_columns
 from i2am_train.reporting.records import PANEL_ARRAYS, PANELS, RESULTS, SAMPLES, Panels
-from i2am_train.reporting.statistics import mean_interval
+from i2am_train.reporting.statistics import Over, mean_interval
 from i2am_train.runs import write_json, write_text
 
 CONFIDENCE = 0.95
@@ -47,7 +47,7 @@ def sample_intervals(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, f
     intervals = {}
     for name, values in score_columns(rows).items():
         known = [value for value in values if value is not None]
-        low, high = mean_interval(known, CONFIDENCE)
+        low, high = mean_interval(known, Over.SAMPLES, CONFIDENCE)
         if low is not None and high is not None:
             intervals[name] = {"low": low, "high": high, "confidence": CONFIDENCE, "n": len(known)}
     return intervals

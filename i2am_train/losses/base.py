@@ -26,7 +26,9 @@ class LossVariant(StrEnum):
     PAPER_WITHOUT_FACTOR = "paper_without_factor"
     """The same with true centres, the only meaningful reading of equation 15."""
     AUTHORS_V1 = "authors_v1"
-    """VITON-v1. Pass its scores: softmax over class token and patches, that column dropped."""
+    """VITON-v1. Its scores are a softmax over class token and patches, that column dropped; training
+    here gives all variants a softmax over the patches, which is the same without a class token. Its
+    CWG divides by the mask's cells of the whole batch."""
     AUTHORS_V2 = "authors_v2"
     """viton-step-1/v2."""
     HINGE = "hinge"
@@ -81,6 +83,9 @@ class VariantRules:
     cwg_sigma: float = 1.0
     """In reference patches."""
     cwg_norm: Normaliser = Normaliser.VALID
+    cwg_of_batch: bool = False
+    """Whether the number of valid cells is its mean over the batch's samples, so that the mean of
+    their values is the quotient of the batch's sums. The only rule that looks at other samples."""
 
 
 RULES: dict[LossVariant, VariantRules] = {
@@ -104,6 +109,7 @@ RULES: dict[LossVariant, VariantRules] = {
         tv_norm=Normaliser.ALL_SLOTS,
         cwg_squared_distance=False,
         cwg_sigma=0.5,
+        cwg_of_batch=True,
     ),
     LossVariant.AUTHORS_V2: VariantRules(
         dcml_force=PairForce.REWARD,

@@ -20,17 +20,24 @@ def center_weighted(
     variant: LossVariant = LossVariant.HINGE,
     sigma: float | None = None,
     detach_centers: bool = False,
+    counted: Bool[Tensor, " batch"] | None = None,
 ) -> Float[Tensor, " batch"]:
     """CWG of each sample, unweighted: minus the score mass near the centre, over masked patches.
 
     In [-1, 0] for the mean-normalised variants, -1 where every patch attends to a single place;
     exactly 0 without a gradient for an empty mask.
 
+    ``authors_v1`` divides by the masks' cells of the whole batch. Its values are such that their mean
+    over the samples that count is that quotient; the mean is in [-1, 0], single values may be below.
+    A batch is what the call sees: with several processes, or gradients accumulated over batches, the
+    mean over all is that of the batches' quotients, as in the authors' code.
+
     Args:
         centers: of the same scores and the same variant.
         sigma: in reference patches; None takes the variant's own (1, or 0.5 for ``authors_v1``).
         detach_centers: whether the gradient flows through the scores only. The default also drags
             the centre towards mass that exists, as the authors' code does.
+        counted: the samples that the caller averages over, None for all; the others' masks are empty.
 
     >>> scores = torch.tensor([[[0.0, 1.0, 0.0], [0.0, 0.5, 0.5]]])
     >>> centers = torch.tensor([[[0.0, 1.0], [0.0, 1.5]]])
@@ -54,7 +61,10 @@ def center_weighted(
         case Normaliser.ALL_SLOTS:
             return total / (scores.shape[1] * scores.shape[2])
         case Normaliser.VALID:
-            return total / mask.sum(dim=-1).clamp(min=1)
+            if not rules.cwg_of_batch:
+                return total / mask.sum(dim=-1).clamp(min=1)
+            samples = len(mask) if counted is None else counted.sum()
+            return total * samples / mask.sum().clamp(min=1)
 
 
 def _squared_distances(

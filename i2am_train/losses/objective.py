@@ -127,11 +127,14 @@ class AttentionObjective:
         target: Float[Tensor, "batch generated 2"] | None = None,
         conditioned: Bool[Tensor, " batch"] | None = None,
     ) -> dict[str, Float[Tensor, " batch"]]:
-        """Each active term, unweighted, one value per sample; 0 where the condition was dropped."""
+        """Each active term, unweighted, one value per sample; 0 where the condition was dropped.
+
+        Values depend on their own sample alone, but for CWG of ``authors_v1`` (:func:`center_weighted`).
+        """
         if conditioned is not None:
             scores = torch.where(conditioned[:, None, None], scores, 0.0)
             mask = mask & conditioned[:, None]
-        values = self._paper_terms(scores, mask, generated_grid, reference_grid)
+        values = self._paper_terms(scores, mask, generated_grid, reference_grid, conditioned)
         if "supervised" in self.weights.active:
             values["supervised"] = self._supervised(scores, mask, reference_grid, target)
         return values
@@ -142,6 +145,7 @@ class AttentionObjective:
         mask: Bool[Tensor, "batch generated"],
         generated_grid: GridSize,
         reference_grid: GridSize,
+        conditioned: Bool[Tensor, " batch"] | None,
     ) -> dict[str, Tensor]:
         variant, active, values = self.variant, self.weights.active, dict[str, Tensor]()
         centers = attention_centers(scores, reference_grid, variant)
@@ -151,7 +155,14 @@ class AttentionObjective:
             values["tv"] = total_variation(centers, mask, generated_grid, variant)
         if "cwg" in active:
             values["cwg"] = center_weighted(
-                scores, centers, mask, reference_grid, variant, self.sigma, self.detach_centers
+                scores,
+                centers,
+                mask,
+                reference_grid,
+                variant,
+                self.sigma,
+                self.detach_centers,
+                conditioned,
             )
         return values
 

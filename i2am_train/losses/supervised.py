@@ -1,4 +1,4 @@
-"""Attention supervised by the true correspondence: the upper bound that the other terms aim at.
+"""Attention supervised by the true correspondence, for comparison: no bound on what other terms reach.
 
 Not in the paper. It needs the exact position of each garment patch, which the embedded data has.
 """

@@ -124,9 +124,7 @@ def _cell(value: float, interval: tuple[float, float] | None, n: int) -> Cell:
     return Cell(number(value, DIGITS), value, interval, interval_text(interval, DIGITS), n=n)
 
 
-def correlate(
-    selection: Selection, side: str, metric: str, *, intervals: bool = True
-) -> Correlation | None:
+def correlate(selection: Selection, side: str, metric: str) -> Correlation | None:
     """Correlation of one IMACS with one metric over a selection; None where it is not defined."""
     points = [p for p in selection.points if side in p.metrics and metric in p.metrics]
     if len(points) < MIN_POINTS:
@@ -135,8 +133,7 @@ def correlate(
     if selection.at_equal_step:
         steps = [point.step for point in points]
         x, y = (_without_step_means(values, steps) for values in (x, y))
-    runs = [point.run for point in points]
-    return correlation(x, y, runs) if intervals else correlation(x, y, runs, resamples=0)
+    return correlation(x, y, [point.run for point in points])
 
 
 def _without_step_means(values: FloatArray, steps: Sequence[int | None]) -> FloatArray:
@@ -159,7 +156,8 @@ def _notes(evaluations: Sequence[Evaluation]) -> Iterator[str]:
             "gain by training longer counts for nothing."
         )
     yield (
-        "Brackets: 95 % interval, percentile bootstrap over whole training runs (none with fewer than four). IMACS "
+        "Brackets: 95 % interval (Fisher's z) for as many independent values as there are training runs, which is "
+        "wide where checkpoints of one run differ much; none with fewer than four runs, or at exactly 1 or -1. IMACS "
         "goes with quality where the sign is that of the arrow: plus for ↑, minus for ↓."
     )
 
@@ -198,7 +196,7 @@ def correlation_figure(evaluations: Sequence[Evaluation]) -> Figure | None:
                         linewidths=0.4,
                         zorder=3,
                     )
-            found = correlate(selection, side, metric, intervals=False)
+            found = correlate(selection, side, metric)
             if found is not None:
                 text = minus(f"r = {number(found.pearson, 2)}, ρ = {number(found.spearman, 2)}")
                 axes.set_title(text, fontsize=8, color=GREY)

@@ -162,7 +162,7 @@ def reference_arm(results: Results) -> str | None:
 
 
 def uses_truth(arm: Mapping[str, Any]) -> bool:
-    """Whether an arm is trained with ground-truth correspondence: an upper bound, no competitor.
+    """Whether an arm is trained with the true correspondence, so that it is not ranked among arms without.
 
     >>> uses_truth({"name": "supervised", "losses": {"weights": {"supervised": 0.1}}})
     True
@@ -283,19 +283,40 @@ def _curve(points: Mapping[int, float]) -> Curve:
 
 
 def _completed(results: dict[str, Any], cells: Sequence[CellRecord]) -> dict[str, Any]:
-    """Results with sample counts, summary and differences, worked out where the file has none."""
+    """Results with sample counts, and summary and differences by this version's rules, whichever wrote the file."""
     entries = [
         {**entry, "samples": entry.get("samples", record.evaluated)}
         for entry, record in zip(results["cells"], cells, strict=True)
     ]
-    completed = {**results, "cells": entries}
-    reference = reference_arm(results)
-    if any(pair.get("low") is not None for pair in results.get("paired", ())):
-        return completed
     samples = {e["folder"]: r.samples for e, r in zip(entries, cells, strict=True)}
+    return recompared({**results, "cells": entries}, samples)
+
+
+def recompared(
+    results: Results, samples: Mapping[str, Sequence[Mapping[str, Any]]] | None = None
+) -> dict[str, Any]:
+    """Results with ``summary`` and ``paired`` worked out anew from their cells.
+
+    ``samples`` are the scores of single samples by the cells' folders, for studies of one seed.
+    """
+    settings = results.get("settings") or {}
+    options = {
+        option: settings[name]
+        for option, name in (("confidence", "confidence"), ("resamples", "bootstrap_samples"))
+        if name in settings
+    }
     names = [arm["name"] for arm in results["arms"]]
-    computed = summarise_results(entries, results["metrics"], names, reference or "", samples)
-    return {**completed, **computed}
+    return {
+        **results,
+        **summarise_results(
+            results["cells"],
+            results["metrics"],
+            names,
+            reference_arm(results) or "",
+            samples,
+            **options,
+        ),
+    }
 
 
 def _missing_parts(cells: Sequence[CellRecord]) -> Iterator[str]:

@@ -211,7 +211,7 @@ def _difference_figure(run: RunRecord) -> FigureBlock | None:
         run,
         difference_plot(run.results),
         "differences.svg",
-        f"Paired differences to {reference}. Bar: interval; large dot: mean; small dots: single "
+        f"Paired differences to {reference}. Bar: the interval of the table; large dot: mean; small dots: single "
         "seeds. Green is better, orange is worse, grey: the interval touches zero.",
         f"Small plots, one per metric, of the difference to {reference} with its interval; "
         "the same numbers are in the table above.",

@@ -17,7 +17,7 @@ import numpy as np
 from i2am_train.metrics.imacs import imacs_column
 from i2am_train.metrics.registry import METRICS, MetricInfo
 from i2am_train.reporting.evaluations import Evaluation
-from i2am_train.reporting.statistics import seed_interval
+from i2am_train.reporting.statistics import Over, mean_interval
 from i2am_train.reporting.tables import TRUTH_MARK, arrow, interval_text, number, printed_ranks
 from i2am_train.types import Pairing
 
@@ -268,7 +268,7 @@ def _cell(evaluations: Sequence[Evaluation], column: _Column) -> Cell | None:
     if not of_column:
         return None
     values = [float(e.metrics[column.metric]) for e in of_column]
-    low, high = seed_interval(values, CONFIDENCE)
+    low, high = mean_interval(values, Over.SEEDS, CONFIDENCE)
     if len(values) == 1:
         over_samples = of_column[0].intervals.get(column.metric, {})
         low, high = over_samples.get("low"), over_samples.get("high")
@@ -302,7 +302,9 @@ def _notes(evaluations: Sequence[Evaluation], rows: Sequence[Row]) -> list[str]:
             "nothing about another training seed. Distances between sets have none."
         )
     if any(evaluation.truth for evaluation in evaluations):
-        notes.append(f"{TRUTH_MARK} trained with ground-truth correspondence: not ranked.")
+        notes.append(
+            f"{TRUTH_MARK} trained with the true correspondence, which the others do not have: not ranked."
+        )
     return notes
 
 

@@ -23,7 +23,7 @@ from i2am_train.tracking.session import finish_run, open_run
 ARM_COLUMNS = ("arm", "label", "metric", "mean", "standard deviation", "seeds")
 DIFFERENCE_COLUMNS = (
     *("arm", "against", "metric", "difference", "low", "high", "pairs", "pairs above zero"),
-    *("over", "shows"),
+    *("over", "interval", "shows"),
 )
 
 
@@ -83,7 +83,10 @@ def arm_rows(results: Mapping[str, Any]) -> list[list[Any]]:
 
 def difference_rows(results: Mapping[str, Any]) -> list[list[Any]]:
     """A row for each paired difference, in the order of ``DIFFERENCE_COLUMNS``."""
-    fields = ("arm", "against", "metric", "difference", "low", "high", "n", "positive", "over")
+    fields = (
+        *("arm", "against", "metric", "difference", "low", "high", "n", "positive"),
+        *("over", "interval"),
+    )
     return [
         [
             *(entry[name] for name in fields),

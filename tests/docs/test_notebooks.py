@@ -119,10 +119,10 @@ def test_read_the_report(tmp_path: Path) -> None:
         assert title in text
     gained, count, lost = numbers(text, r"(\d+) of (\d+) samples gained, (\d+) lost")
     assert gained + lost <= count == 4
-    (few,) = numbers(text, r" 2 seeds: .* in (\d+)%")
-    (many,) = numbers(text, r"30 seeds: .* in (\d+)%")
-    assert few < 75
-    assert many > 88
+    for count, bootstrap in ((2, 0), (30, 88)):
+        found = numbers(text, rf"{count:2} values: Student's t .* in (\d+)%, a bootstrap in (\d+)%")
+        assert 91 <= found[0] <= 98
+        assert bootstrap <= found[1] <= (60 if count == 2 else 98)
     assert len(list(tmp_path.rglob("report.html"))) == 2  # of the study, and of i2am report
 
 

@@ -1,6 +1,8 @@
 """The README is true: its commands compose, its Python runs, its links exist, its table is the committed study's."""
 
+import json
 import re
+import runpy
 import shlex
 from pathlib import Path
 from typing import Any
@@ -51,12 +53,86 @@ def test_length() -> None:
     assert len(README.splitlines()) < 250
 
 
-def test_tables_are_generated() -> None:
+UPDATE, KEEP = (
+    runpy.run_path(str(ROOT / "scripts" / f"{name}.py"))
+    for name in ("update_readme", "keep_checkpoints")
+)
+RESULTS = ROOT / "data" / "results"
+
+
+@pytest.mark.parametrize("name", UPDATE["DOCUMENTS"])
+def test_tables_are_generated(name: str) -> None:
     """Tables are what `scripts/update_readme.py` makes of `data/results` and the recipes, not typed by hand."""
-    script = ROOT / "scripts" / "update_readme.py"
-    namespace: dict[str, Any] = {"__file__": str(script)}
-    exec(script.read_text(), namespace)
-    for name in namespace["DOCUMENTS"]:
-        text = (ROOT / name).read_text()
-        assert "<!-- " in text
-        assert namespace["rendered"](text) == text, name
+    text = (ROOT / name).read_text()
+    assert "<!-- " in text
+    assert UPDATE["rendered"](text) == text
+
+
+@pytest.mark.parametrize("name", UPDATE["STUDIES"])
+def test_differences_are_those_of_the_cells(name: str) -> None:
+    """The committed results hold the intervals that this version makes of their cells."""
+    text = (RESULTS / name).read_text()
+    assert UPDATE["renewed"](text) == text
+
+
+def test_kept_checkpoints_have_the_ends_of_the_committed_study() -> None:
+    """Whatever else is kept, the ends are those of `trajectory.json`."""
+    kept = json.loads((RESULTS / "trajectory_checkpoints.json").read_text())["checkpoints"]
+    ends = KEEP["of_results"](RESULTS / "trajectory.json")["checkpoints"]
+    assert [row for row in kept if not row["snapshot"]] == ends
+
+
+def short(value: float, digits: int) -> str:
+    """As sentences print it: no zero before the point."""
+    return re.sub(r"^(-?)0\.", r"\1.", f"{value:.{digits}f}")
+
+
+@pytest.mark.parametrize(
+    ("study", "metric", "digits", "start"),
+    [
+        ("study", "imacs_g", 3, "IMACS_g +0.232 "),
+        ("study", "imacs_r", 3, "IMACS_r +0.017 "),
+        ("trajectory", "stlpips", 3, "ST-LPIPS is better, -.016 "),
+        ("trajectory", "ssim", 3, "SSIM +.009 "),
+        ("trajectory", "kd_efficientnet_lite0", 3, "KD -.015 "),
+        ("trajectory", "fd_efficientnet_lite0", 1, "FD -4.2 "),
+    ],
+)
+def test_sentences_have_the_numbers_of_the_results(
+    study: str, metric: str, digits: int, start: str
+) -> None:
+    """Difference and interval of the refined arm, as `results.json` has them."""
+    results = json.loads((RESULTS / f"{study}.json").read_text())
+    (found,) = (p for p in results["paired"] if (p["arm"], p["metric"]) == ("refined", metric))
+    said = " ".join(README.split())
+    printed = (lambda value: f"{value:.3f}") if study == "study" else (lambda v: short(v, digits))
+    assert f"{start}[{printed(found['low'])}, {printed(found['high'])}]" in said
+    assert printed(abs(found["difference"])) in start
+
+
+def test_sentences_claim_what_the_intervals_show() -> None:
+    """From scratch ST-LPIPS alone differs among image scores; in the study SSIM alone does not."""
+    for study, metrics in (
+        ("trajectory", {"stlpips"}),
+        ("study", {"stlpips", "fd_efficientnet_lite0", "kd_efficientnet_lite0"}),
+    ):
+        results = json.loads((RESULTS / f"{study}.json").read_text())
+        image = {name for name, of in results["metrics"].items() if of["group"] == "image"}
+        shown = {
+            entry["metric"]
+            for entry in results["paired"]
+            if entry["arm"] == "refined" and entry["low"] * entry["high"] > 0
+        }
+        assert shown & image == metrics
+
+
+def test_the_correlations_in_the_text_are_the_tables() -> None:
+    """And no count of checkpoints is claimed that the repository does not hold."""
+    table = (RESULTS / "correlation.md").read_text()
+    said = README.replace("\n", " ")
+    for name, column in (("SSIM ↑", 1), ("ST-LPIPS ↓", 3)):
+        row = next(line for line in table.splitlines() if f"All checkpoints: {name}" in line)
+        value, low, high = re.findall(r"-?[\d.]+", row.split("|")[column + 1])
+        assert f"{short(float(value), 2)} [{short(float(low), 2)}, {short(float(high), 2)}]" in said
+    kept = json.loads((RESULTS / "trajectory_checkpoints.json").read_text())["checkpoints"]
+    assert f"All checkpoints: {len(kept)} checkpoints of 6 training runs." in table

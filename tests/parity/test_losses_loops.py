@@ -1,9 +1,10 @@
-"""The vectorised losses against equations 15-21 written as loops, index by index."""
+"""The vectorised losses against equations 15-21, and the authors' batch means, written index by index."""
 
 from __future__ import annotations
 
 import math
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -93,3 +94,49 @@ def test_the_papers_equations_as_loops() -> None:
         )
         actual = torch.stack([value[n] for value in values])
         torch.testing.assert_close(actual, torch.tensor(expected, dtype=torch.float64))
+
+
+def authors_batch(scores: Tensor, mask: Tensor, variant: LossVariant) -> tuple[float, ...]:
+    """DCML, TV and CWG of a whole batch as the authors' two versions average them (spec 3.1)."""
+    first = variant is LossVariant.AUTHORS_V1
+    power, width = (1, 0.5) if first else (2, 1.0)
+    order = down = right = near = 0.0
+    for n in range(len(scores)):
+        field = {at: (y - 1, x - 1) for at, (y, x) in loop_centers(scores[n]).items()}
+        cells = inside(mask[n])
+        for i, j in cells:
+            y, x = field[i, j]
+            order += sum(max(0.0, field[r, c][1] - x) for r, c in cells if r == i and c > j)
+            order += sum(max(0.0, field[r, c][0] - y) for r, c in cells if c == j and r > i)
+            for axis, below in enumerate(((i + 1, j), (i, j + 1))):
+                if below in cells:
+                    change = sum(
+                        abs(a - b) ** power for a, b in zip(field[below], (y, x), strict=True)
+                    )
+                    down, right = (down + change, right) if axis == 0 else (down, right + change)
+            for k, a in enumerate(scores[n, i * GENERATED.width + j].tolist()):
+                distance = math.dist((y, x), divmod(k, REFERENCE.width))
+                near += math.exp(-distance / (2 * width**2)) * a
+    samples, (height, wide) = len(scores), GENERATED
+    slots = samples * GENERATED.tokens * REFERENCE.tokens
+    return (
+        -order / (samples * GENERATED.tokens**2),
+        down / (samples * (height - 1) * wide * 2) + right / (samples * height * (wide - 1) * 2),
+        -near / (int(mask.sum()) if first else slots),
+    )
+
+
+@pytest.mark.parametrize("variant", [LossVariant.AUTHORS_V1, LossVariant.AUTHORS_V2])
+def test_the_authors_average_over_whole_batches(variant: LossVariant) -> None:
+    """The mean of the samples' values is the authors' value of the batch, with masks of different sizes."""
+    scores, mask = sample()
+    mask[1, 2:] = False
+    centers = attention_centers(scores, REFERENCE, variant)
+    values = (
+        dcml(centers, mask, GENERATED, variant),
+        total_variation(centers, mask, GENERATED, variant),
+        center_weighted(scores, centers, mask, REFERENCE, variant),
+    )
+    means = torch.stack([value.mean() for value in values])
+    expected = torch.tensor(authors_batch(scores, mask, variant), dtype=torch.float64)
+    torch.testing.assert_close(means, expected, rtol=0.0, atol=1e-12)

@@ -19,7 +19,7 @@ from i2am_train.evaluation.results import (
     write_panels,
 )
 from i2am_train.reporting.records import Panels, read_panels, read_samples
-from i2am_train.reporting.statistics import mean_interval
+from i2am_train.reporting.statistics import Over, mean_interval
 from i2am_train.types import GridSize
 
 GENERATED, REFERENCE = GridSize(4, 3), GridSize(8, 6)
@@ -75,7 +75,7 @@ def test_intervals_are_of_means_over_samples() -> None:
     ]
     intervals = sample_intervals(rows)
     known = [value for value in values if value is not None]
-    low, high = mean_interval(known, 0.95)
+    low, high = mean_interval(known, Over.SAMPLES, 0.95)
     assert low is not None
     assert high is not None
     assert low < np.mean(known) < high

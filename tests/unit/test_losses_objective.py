@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import math
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
 
+from i2am_train.assembly import make_objective
+from i2am_train.config.schema import ObjectiveConfig, OptimizationConfig, TrainConfig
+from i2am_train.config.store import arm_config, compose
 from i2am_train.errors import ConfigError
 from i2am_train.losses.base import RULES, LossVariant
 from i2am_train.losses.objective import AttentionObjective, TermWeights
@@ -63,9 +70,12 @@ def test_nothing_switched_on_is_zero(logits: Tensor, mask: Tensor) -> None:
     assert value.terms == {}
 
 
-def test_dropped_conditions_take_no_part(logits: Tensor, mask: Tensor, target: Tensor) -> None:
+@pytest.mark.parametrize("variant", LossVariant)
+def test_dropped_conditions_take_no_part(
+    logits: Tensor, mask: Tensor, target: Tensor, variant: LossVariant
+) -> None:
     """Dropping a sample equals leaving it out of the batch, and its logits get no gradient."""
-    objective = AttentionObjective(weights=WEIGHTS)
+    objective = AttentionObjective(weights=WEIGHTS, variant=variant)
     kept = torch.tensor([True, False, True])
     value = objective(logits.softmax(-1), mask, target=target, conditioned=kept, **GRIDS)
     value.total.backward()
@@ -139,3 +149,44 @@ def test_impossible_weights_are_refused(weight: float) -> None:
 def test_every_variant_has_its_rules() -> None:
     """A new variant without a row in the table is found here and not in a training run."""
     assert set(RULES) == set(LossVariant)
+
+
+def configured(**options: Any) -> AttentionObjective:
+    return make_objective(ObjectiveConfig(**options), OptimizationConfig()).attention
+
+
+@pytest.mark.parametrize("variant", LossVariant)
+def test_a_variant_trains_with_its_own_sigma(variant: LossVariant) -> None:
+    """Unless a number is given; the settings of a training show the number that is used."""
+    own = RULES[variant].cwg_sigma
+    assert configured(variant=variant.value).sigma == own
+    assert configured(variant=variant.value, sigma=3.0).sigma == 3.0
+    for given, used in ((None, own), (3.0, 3.0)):
+        training = TrainConfig(objective=ObjectiveConfig(variant=variant.value, sigma=given))
+        assert training.objective.sigma == used
+
+
+@pytest.mark.parametrize(("sigma", "exponent"), [(None, 1.0), (1.0, 0.25)])
+def test_cwg_of_the_first_version_as_training_computes_it(
+    sigma: float | None, exponent: float
+) -> None:
+    """By hand: half the mass on each of two neighbours lies 1/2 from the centre; exp(-(1/2) / (2 sigma^2))."""
+    scores = torch.tensor([[[0.0, 0.5, 0.5], [0.5, 0.5, 0.0]]])
+    objective = configured(variant="authors_v1", sigma=sigma, cwg=1.0)
+    value = objective.terms(
+        scores,
+        torch.ones(1, 2, dtype=torch.bool),
+        generated_grid=GridSize(1, 2),
+        reference_grid=GridSize(1, 3),
+    )["cwg"]
+    torch.testing.assert_close(value, torch.tensor([-math.exp(-exponent)]))
+
+
+def test_an_arm_of_a_study_may_set_another_variant(tmp_path: Path) -> None:
+    """The study's own sigma is not handed to it as a number."""
+    arm = tmp_path / "arm.yaml"
+    arm.write_text("objective: {variant: authors_v1, cwg: 1.0}\n")
+    study = compose("ablate", ["objective.sigma=null"])
+    assert arm_config(study, str(arm), seed=0, output=tmp_path).objective.sigma == 0.5
+    study = compose("ablate", ["objective.sigma=2.0"])
+    assert arm_config(study, str(arm), seed=0, output=tmp_path).objective.sigma == 2.0

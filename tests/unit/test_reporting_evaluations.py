@@ -2,6 +2,7 @@
 
 import json
 import re
+import runpy
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,8 @@ from i2am_train.reporting.score_tables import score_tables
 from i2am_train.runs import RunFolder, provenance
 
 SAMPLES = 6
+SCRIPTS = Path(__file__).parents[2] / "scripts"
+SCRIPT_NAMES = ("keep_checkpoints.py", "update_readme.py")
 Make = Callable[..., Path]
 
 
@@ -284,6 +287,16 @@ def test_equal_steps_take_the_training_time_out(
     assert values["All checkpoints"] > 0.9
     assert values["At equal steps"] == pytest.approx(-1)
     assert values["Ends of training"] == pytest.approx(-1)
+
+
+def test_kept_checkpoints_give_the_same_correlation(study: Path) -> None:
+    """scripts/keep_checkpoints.py loses nothing that the table is made of, and its file needs no folder."""
+    keep, update = (runpy.run_path(str(SCRIPTS / name)) for name in SCRIPT_NAMES)
+    (study / "manifest.json").write_text(json.dumps({**provenance(), "started": "today"}))
+    text = json.dumps(keep["of_folder"](study))
+    assert str(study) not in text.partition('"checkpoints"')[2]
+    table = correlation_table(read_evaluations([study]))
+    assert table.rows == correlation_table(update["checkpoints"](text)).rows
 
 
 def test_too_few_checkpoints_have_no_correlation(tmp_path: Path, make_evaluation: Make) -> None:

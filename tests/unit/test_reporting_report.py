@@ -263,14 +263,14 @@ def test_page_says_what_the_numbers_say(finished):
     # The verdict is made from the intervals: far apart is "better", equal means are not.
     _, _, page = finished
     assert (
-        "Refined against baseline over 3 seeds (95 % intervals): better on IMACSg (+0.1"
+        "Refined against baseline over 3 seeds (95 % intervals, Student's t): better on IMACSg (+0.1"
         in page.text
     )
     verdict = re.search(r"Refined against baseline over 3 seeds(.*)", page.text)
     assert re.search(
         r"Centre spread \(\S+ \[\S+ \S+\]\) higher", verdict.group(1)
     )  # no end is good
-    assert "an upper bound, not ranked" in page.text
+    assert "which the others do not have: not ranked" in page.text
     assert "Supervised against" not in page.text
 
 
@@ -328,9 +328,21 @@ def test_single_seed_gets_intervals_over_samples_and_says_so(tmp_path):
     results = write_run(tmp_path, seeds=(0,))
     assert all(entry["low"] is None for entry in results["paired"])
     page = Page(build_report(tmp_path))
-    assert "over 8 samples of one training seed (95 % intervals): better on IMACSg" in page.text
+    sentence = (
+        "over 8 samples of one training seed (95 % intervals, bootstrap, BCa): better on IMACSg"
+    )
+    assert sentence in page.text
+    assert "With few samples they are too narrow" in page.text
     assert "they do not cover what another training seed would change" in page.text
     assert "not tested: FD (EfficientNet-Lite0)" in page.text
+
+
+def test_intervals_that_an_earlier_version_wrote_are_made_anew(tmp_path):
+    # Such a folder holds bootstrap intervals over seeds; the page says Student's t and means it.
+    results = write_run(tmp_path, seeds=(0, 1, 2))
+    narrow = [{**entry, "low": 1.0, "high": 2.0} for entry in results["paired"]]
+    save_results(tmp_path, {**results, "paired": narrow})
+    assert read_run(tmp_path).results["paired"] == results["paired"]
 
 
 def test_warnings_stand_before_the_tables_once_with_their_seeds(tmp_path):

@@ -1,4 +1,4 @@
-"""Means, spreads and paired bootstrap intervals against values known by hand or by theory."""
+"""Means, spreads, paired intervals and correlations against values known by hand, by theory or by simulation."""
 
 import json
 import math
@@ -6,16 +6,20 @@ import warnings
 
 import numpy as np
 import pytest
+from scipy.stats import binom, ttest_rel
 
 from i2am_train.reporting.statistics import (
     Over,
     PairedDifference,
+    correlation,
+    mean_interval,
     paired_difference,
     paired_over_samples,
     paired_over_seeds,
     summarise,
     summarise_results,
 )
+from i2am_train.reporting.tables import verdict
 
 
 def cell(arm, seed, **metrics):
@@ -37,45 +41,97 @@ def test_summary_of_one_seed_has_no_spread_and_values_that_are_not_finite_do_not
     assert "pck_1" not in summary
 
 
-def test_interval_is_close_to_theory_for_many_pairs():
+def draws(distribution, studies, seeds, arms=2):
+    """Values of arms that do not differ: ``[study, arm, seed]``."""
+    random = np.random.default_rng(seeds)
+    return getattr(random, distribution)(size=(studies, arms, seeds))
+
+
+def claims(values, over, **options):
+    """In how many studies the report would say better or worse."""
+    found = (paired_difference(first, second, over, **options) for first, second in values)
+    return sum(str(verdict(True, one.low, one.high)) in {"better", "worse"} for one in found)
+
+
+@pytest.mark.parametrize("seeds", [2, 3, 5])
+@pytest.mark.parametrize(("distribution", "exact"), [("normal", True), ("lognormal", False)])
+def test_differences_that_do_not_exist_are_claimed_in_a_twentieth_of_studies(
+    distribution, exact, seeds
+):
+    # No study of these has a true difference. Skewed values make t careful, never bold.
+    studies = 2000
+    claimed = claims(draws(distribution, studies, seeds), Over.SEEDS)
+    low, high = binom.ppf([1e-4, 1 - 1e-4], studies, 0.05)
+    assert claimed <= high
+    assert claimed >= (low if exact else 1)
+
+
+@pytest.mark.parametrize("seeds", [2, 3, 5])
+def test_a_bootstrap_over_seeds_would_claim_many(seeds):
+    # Why the interval over seeds is another than that over samples: the same studies, 15 to 50 %.
+    studies = 300
+    claimed = claims(draws("normal", studies, seeds), Over.SAMPLES, resamples=200)
+    assert claimed > binom.ppf(1 - 1e-4, studies, 0.05)
+
+
+@pytest.mark.parametrize("confidence", [0.95, 0.8])
+def test_interval_over_seeds_is_scipys_paired_t(confidence):
+    first, second = draws("normal", 1, 4)[0]
+    found = paired_difference(first, second, Over.SEEDS, confidence)
+    assert (found.low, found.high) == pytest.approx(
+        ttest_rel(first, second).confidence_interval(confidence)
+    )
+
+
+def test_two_seeds_leave_a_wide_interval():
+    # 12.7 standard errors to each side: 1 and 2 do not even show that the mean is above 0.
+    low, high = mean_interval([1.0, 2.0], Over.SEEDS)
+    assert (low, high) == pytest.approx((1.5 - 12.7062 * 0.5, 1.5 + 12.7062 * 0.5), abs=1e-3)
+
+
+def test_interval_over_samples_is_close_to_theory_for_many():
     # 400 normal differences: the interval is near mean +- 1.96 std / 20, and seeded.
     differences = np.random.default_rng(7).normal(0.3, 1.0, 400)
-    found = paired_difference(differences + 5.0, np.full(400, 5.0))
+    values = differences + 5.0, np.full(400, 5.0)
+    found = paired_difference(*values, Over.SAMPLES)
     half = 1.96 * differences.std(ddof=1) / 20
     assert found.low == pytest.approx(differences.mean() - half, abs=0.1 * half)
     assert found.high == pytest.approx(differences.mean() + half, abs=0.1 * half)
-    assert found == paired_difference(differences + 5.0, np.full(400, 5.0))
+    assert found == paired_difference(*values, Over.SAMPLES)
     assert found.positive == (differences > 0).sum()
 
 
-def test_pairing_removes_what_both_arms_share():
-    # Seeds differ by 10, arms by 0.1: unpaired the arms overlap, paired zero is excluded.
+@pytest.mark.parametrize("over", Over)
+def test_pairing_removes_what_both_arms_share(over):
+    # Pairs differ by 10, arms by 0.1: unpaired the arms overlap, paired zero is excluded.
     base = np.array([0.0, 10.0, 20.0, 30.0])
-    found = paired_difference(base + [0.1, 0.12, 0.08, 0.1], base)
+    found = paired_difference(base + [0.1, 0.12, 0.08, 0.1], base, over)
     assert found.excludes_zero
-    assert 0.08 <= found.low <= found.mean <= found.high <= 0.12
+    assert 0.07 <= found.low <= found.mean <= found.high <= 0.13
 
 
+@pytest.mark.parametrize("over", Over)
 @pytest.mark.parametrize("n", [2, 3, 64])
-def test_equal_differences_have_an_interval_without_width_and_no_warning(n):
+def test_equal_differences_have_an_interval_without_width_and_no_warning(n, over):
     # Equal up to rounding (0.3 - 0.1, 0.4 - 0.2 ...): scipy alone would warn and return NaN.
     other = 0.1 * np.arange(1, n + 1)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        found = paired_difference(other + 0.2, other)
+        found = paired_difference(other + 0.2, other, over)
     assert found.low == found.high == pytest.approx(0.2)
 
 
 @pytest.mark.parametrize("values", [[0.0, 0.0, 0.0, 1.0], [1.0, -1.0], [5.0, 0.0, 0.0]])
-def test_few_and_lumpy_pairs_give_a_finite_interval_and_no_warning(values):
+def test_few_and_lumpy_samples_give_a_finite_interval_and_no_warning(values):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        found = paired_difference(values, np.zeros(len(values)))
+        found = paired_difference(values, np.zeros(len(values)), Over.SAMPLES)
     assert min(values) <= found.low <= found.high <= max(values)
 
 
-def test_one_pair_has_no_interval_and_excludes_nothing():
-    found = paired_difference([2.0], [0.5])
+@pytest.mark.parametrize("over", Over)
+def test_one_pair_has_no_interval_and_excludes_nothing(over):
+    found = paired_difference([2.0], [0.5], over)
     assert (found.mean, found.low, found.high, found.n) == (1.5, None, None, 1)
     assert not found.excludes_zero
 
@@ -85,7 +141,7 @@ def test_touching_zero_is_not_excluding_it():
 
 
 def test_pairs_that_are_not_finite_are_left_out():
-    found = paired_difference([1.0, math.nan, 3.0], [0.0, 0.0, math.inf])
+    found = paired_difference([1.0, math.nan, 3.0], [0.0, 0.0, math.inf], Over.SEEDS)
     assert (found.mean, found.n) == (1.0, 1)
 
 
@@ -99,7 +155,7 @@ def test_pairs_that_are_not_finite_are_left_out():
 )
 def test_what_cannot_be_paired_is_refused(a, b, match):
     with pytest.raises(ValueError, match=match):
-        paired_difference(a, b)
+        paired_difference(a, b, Over.SEEDS)
 
 
 def test_seeds_are_matched_by_number_and_the_start_has_no_pair():
@@ -145,6 +201,7 @@ def test_results_entries_are_plain_json_and_follow_the_schema():
         "positive": 2,
         "confidence": 0.95,
         "over": "seeds",
+        "interval": "Student's t",
     }
 
 
@@ -163,3 +220,48 @@ def test_a_single_seed_falls_back_to_samples_only_if_they_are_given():
     ssim, fid = summarise_results(*arguments, samples=samples)["paired"]
     assert (ssim["over"], ssim["n"], ssim["low"] > 0) == ("samples", 3, True)
     assert (fid["over"], fid["low"], fid["difference"]) == ("seeds", None, -1.0)
+    assert ssim["interval"] == "bootstrap, BCa"
+
+
+def test_a_metric_known_for_one_of_two_seeds_is_not_compared_over_samples():
+    # Else one table would mix both kinds of intervals under one heading.
+    cells = [
+        cell(arm, seed, ssim=None if (arm, seed) == ("refined", 1) else 0.1 * seed)
+        for arm in ("baseline", "refined")
+        for seed in (0, 1)
+    ]
+    samples = {c["folder"]: [{"name": n, "ssim": 0.1} for n in "abc"] for c in cells}
+    arms = ["baseline", "refined"]
+    (entry,) = summarise_results(cells, ["ssim"], arms, "baseline", samples=samples)["paired"]
+    assert (entry["over"], entry["n"], entry["low"]) == ("seeds", 1, None)
+
+
+def runs_of_checkpoints(studies, steps, shared, relation=0.0, runs=6):
+    """Two scores of every checkpoint, ``[study, score, run, step]``; ``shared``: the runs' part of the variance."""
+    random = np.random.default_rng(steps)
+    mix = np.array([[1.0, 0.0], [relation, math.sqrt(1 - relation**2)]])
+    of_run, of_checkpoint = (
+        np.einsum("ab,nbrs->nars", mix, random.normal(size=(studies, 2, runs, count)))
+        for count in (1, steps)
+    )
+    return math.sqrt(shared) * of_run + math.sqrt(1 - shared) * of_checkpoint
+
+
+@pytest.mark.parametrize("relation", [0.0, 0.7])
+@pytest.mark.parametrize(("steps", "shared"), [(1, 1.0), (6, 0.9), (6, 0.3)])
+def test_intervals_of_correlations_cover_the_truth(steps, shared, relation):
+    # Six runs as in the repository. Checkpoints of one run resemble each other: never fewer than 95 %.
+    studies = 800
+    names = [f"run{number}" for number in range(6) for _ in range(steps)]
+    hits = 0
+    for x, y in runs_of_checkpoints(studies, steps, shared, relation):
+        low, high = correlation(x.ravel(), y.ravel(), names).pearson_interval
+        hits += low <= relation <= high
+    assert hits >= binom.ppf(1e-4, studies, 0.95)
+
+
+def test_a_correlation_of_few_runs_or_exactly_one_has_no_interval():
+    x, names = [1.0, 2.0, 3.0, 5.0], list("abcd")
+    assert correlation(x, [1.0, 2.0, 3.0, 4.0], names).pearson_interval is not None
+    assert correlation(x, x, names).pearson_interval is None
+    assert correlation(x, [1.0, 2.0, 3.0, 4.0], list("abcc")).pearson_interval is None

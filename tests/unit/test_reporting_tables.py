@@ -53,7 +53,7 @@ def pair(metric, difference, low, high, positive, arm="refined"):
 
 @pytest.fixture
 def results():
-    """Three arms and an upper bound; metrics of both groups out of order."""
+    """Three arms and one that is trained on the truth; metrics of both groups out of order."""
 
     def metric(label, better, digits, group):
         return {"label": label, "higher_is_better": better, "digits": digits, "group": group}
@@ -168,7 +168,7 @@ def test_differences_carry_one_more_digit_and_counts_in_favour(results):
 def test_sentence_names_what_is_better_and_what_is_not_shown(results):
     (sentence,) = verdict_sentences(results)  # none for the arm that saw the truth
     assert sentence == (
-        "Refined against baseline over 3 seeds (95 % intervals): "
+        "Refined against baseline over 3 seeds (95 % intervals, Student's t): "
         "better on IMACS_g (+0.200 [0.100, 0.300]) and Error & <co> (-1.00 [-1.20, -0.80]); "
         "Spread (+0.100 [0.050, 0.150]) higher; no difference shown: SSIM."
     )
@@ -179,9 +179,8 @@ def test_notes_tell_seeds_samples_intervals_machine_and_command(results):
     for part in (
         "over 3 training seeds (0, 1, 2)",
         "64 held-out samples",
-        "95 % bootstrap",
-        "70 % with 3",
-        "upper bound",
+        "Intervals: 95 % (Student's t) of paired differences over seeds",
+        "trained with the true correspondence, which the others do not have: not ranked",
         "i2am ablate seeds=[0,1,2]",
         "12 minutes on Xeon, 2 cores",
     ):
