@@ -44,6 +44,7 @@ from i2am_train.datasets.synthetic import make_dataset
 from i2am_train.errors import CheckpointError, ConfigError
 from i2am_train.evaluation.evaluator import EvaluationSettings
 from i2am_train.evaluation.scoring import ScoringOptions
+from i2am_train.fingerprints import data_state
 from i2am_train.losses.base import LossVariant
 from i2am_train.losses.objective import AttentionObjective, TermWeights
 from i2am_train.metrics.registry import metric_info
@@ -124,7 +125,7 @@ def open_cache(data: DataConfig, root: Path, model: TryOnModel) -> LatentCache |
     if data.cache is None:
         return None
     cache = LatentCache(data.cache, data.cache_copies)
-    cache.require(cache_key(model, root, reading_of(data)), augment=data.augment)
+    cache.require(cache_key(model, data_state(root), reading_of(data)), augment=data.augment)
     return cache
 
 

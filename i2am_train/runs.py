@@ -16,6 +16,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import warnings
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -24,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from i2am_train.errors import RunFolderError
+from i2am_train.fingerprints import RECORD_FILE, DataRecord, DataState
 
 SETTINGS_FILE = "settings.json"
 MANIFEST_FILE = "manifest.json"
@@ -33,8 +35,6 @@ SNAPSHOTS_FOLDER = "snapshots"
 """Where it keeps copies of the model on its way: ``snapshots/step-000100``, ..."""
 BEST_FOLDER, BEST_RECORD = "best", "best.json"
 """Where it keeps the best model by a validation score, and of which score, value and step that is."""
-DERIVED_REPORT, PREVIEWS = "derived.json", "previews"
-"""What ``i2am data derive`` leaves in a dataset folder beside the dataset."""
 
 REPORTED_PACKAGES = (
     "i2am-train",
@@ -109,37 +109,58 @@ class RunFolder:
         """True if the run came to its end."""
         return self.manifest.get("finished") is not None
 
-    def start(self, *, seed: int | None = None, data: str | None = None) -> None:
+    def start(self, *, seed: int | None = None, data: DataState | str | None = None) -> None:
         """Write the manifest of a run that begins now, or note in it that the run goes on.
 
         Args:
             seed: the run's seed.
-            data: fingerprint of the dataset, from ``fingerprint``.
+            data: the files of the dataset, or a fingerprint of other data.
 
         Raises:
-            RunFolderError: the run began with other data.
+            RunFolderError: the run began with other data; files that it could not read may have been replaced.
         """
-        manifest = self.manifest
+        manifest, fingerprint = (
+            self.manifest,
+            data if isinstance(data, str) else data and data.fingerprint,
+        )
         if manifest:
-            if (begun := manifest.get("data")) != data:
-                raise RunFolderError(
-                    f"The run in {self.path} began with other data: fingerprint {begun}, now {data}. Files of the "
-                    "dataset were added, removed or changed since. Nothing was changed. Give another output=FOLDER, or "
-                    "put the data back to continue that run."
-                )
+            if manifest.get("data") != fingerprint:
+                manifest["repaired"] = [*manifest.get("repaired", ()), *self._repaired(data)]
+                manifest["data"] = fingerprint
             manifest["resumed"] = [*manifest.get("resumed", ()), now()]
         else:
-            manifest = {**provenance(), "seed": seed, "data": data}
+            manifest = {**provenance(), "seed": seed, "data": fingerprint}
             manifest |= {"settings": read_json(self.path / SETTINGS_FILE)}
             manifest |= {"started": now(), "resumed": [], "finished": None}
+        if isinstance(data, DataState):
+            DataRecord(self.path).write(data)
         write_json(self.path / MANIFEST_FILE, manifest)
+
+    def _repaired(self, data: DataState | str | None) -> list[str]:
+        """Files that were replaced because this run could not read them; refuses other changes of the data."""
+        record, changes = DataRecord(self.path), ""
+        if isinstance(data, DataState):
+            if repaired := record.repaired(data):
+                warnings.warn(
+                    f"{len(repaired)} files that the run in {self.path} could not read were replaced "
+                    f"({', '.join(repaired[:3])}); it goes on with the new ones.",
+                    stacklevel=3,
+                )
+                return repaired
+            changes = record.changes(data)
+        raise RunFolderError(
+            f"The run in {self.path} began with other data: fingerprint {self.manifest.get('data')}, now "
+            f"{_fingerprint(data)}. Files of the dataset were added, removed or changed since"
+            f"{f': {changes}' if changes else ''}. Nothing was changed. Give another output=FOLDER, or put the data "
+            "back to continue that run."
+        )
 
     def discard(self) -> None:
         """Remove a folder that was made for this run and holds nothing of it yet.
 
         A folder that held the run already, or that holds more than its settings, is left alone.
         """
-        own = {SETTINGS_FILE, MANIFEST_FILE}
+        own = {SETTINGS_FILE, MANIFEST_FILE, RECORD_FILE}
         if self.resumed or not {entry.name for entry in self.path.iterdir()} <= own:
             return
         for name in own:
@@ -242,21 +263,8 @@ def read_json(path: Path) -> Any:
         ) from error
 
 
-def fingerprint(root: Path) -> str:
-    """A digest of a dataset folder: names and sizes of all files, and content of the pair lists.
-
-    16 hexadecimal digits. Fast (no picture is read); the folder's place and times do not matter, and neither do the
-    report and the previews of ``i2am data derive``.
-    """
-    digest = hashlib.sha256()
-    for file in sorted(path for path in root.rglob("*") if path.is_file()):
-        name = file.relative_to(root)
-        if name.parts[0] in (DERIVED_REPORT, PREVIEWS):
-            continue
-        digest.update(f"{name.as_posix()}\t{file.stat().st_size}\n".encode())
-        if file.suffix == ".txt" and "_pairs" in file.name:
-            digest.update(file.read_bytes())
-    return digest.hexdigest()[:16]
+def _fingerprint(data: DataState | str | None) -> str | None:
+    return data.fingerprint if isinstance(data, DataState) else data
 
 
 def file_fingerprint(path: Path) -> str:

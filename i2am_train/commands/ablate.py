@@ -62,9 +62,17 @@ def ablate(config: AblateConfig) -> dict[str, Any]:
     Raises:
         I2AMError: an arm, the checkpoint, the data or the folder do not fit the configuration.
     """
+    from i2am_train.datasets.broken import noted_in
+
+    with noted_in(config.folder):
+        return _ablate(config)
+
+
+def _ablate(config: AblateConfig) -> dict[str, Any]:
     from i2am_train.assembly import prepare_data
     from i2am_train.config.build import plain
-    from i2am_train.runs import RunFolder, fingerprint, write_json
+    from i2am_train.fingerprints import data_state
+    from i2am_train.runs import RunFolder, write_json
     from i2am_train.tracking.study import track_study
 
     _check(config)
@@ -79,7 +87,7 @@ def ablate(config: AblateConfig) -> dict[str, Any]:
             "tracking",
         ),
     )
-    folder.start(data=fingerprint(root))
+    folder.start(data=data_state(root))
     entries = []
     for cell, remaining in _with_time_left(list(_cells(config))):
         print(f"\n=== {cell.folder.removeprefix('cells/')}{remaining} ===", flush=True)

@@ -60,7 +60,8 @@ def derive(config: DataDeriveConfig) -> int:
     from i2am_train.datasets.derive import DeriveOptions, derive_dataset
     from i2am_train.datasets.opening import Reading
     from i2am_train.datasets.parsing import LABEL_SETS
-    from i2am_train.runs import DERIVED_REPORT, write_json
+    from i2am_train.fingerprints import DERIVED_REPORT
+    from i2am_train.runs import write_json
 
     options = DeriveOptions(
         category=config.category,

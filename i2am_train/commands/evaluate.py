@@ -172,7 +172,8 @@ def evaluate_folders(config: EvaluateConfig, folder: Path) -> dict[str, Any]:
     from i2am_train.evaluation.folders import open_folders
     from i2am_train.evaluation.results import read_results, write_evaluation
     from i2am_train.evaluation.scoring import check_scoring, score_images
-    from i2am_train.runs import RunFolder, fingerprint
+    from i2am_train.fingerprints import data_state
+    from i2am_train.runs import RunFolder
     from i2am_train.tracking.evaluation import track_evaluation
     from i2am_train.types import GridSize, Pairing
 
@@ -191,8 +192,8 @@ def evaluate_folders(config: EvaluateConfig, folder: Path) -> dict[str, Any]:
     check_scoring(images, reference, options)
     settings = _folder_settings(config)
     settings["fingerprints"] = {
-        "images": fingerprint(config.images),
-        "reference": fingerprint(config.reference),
+        "images": data_state(config.images).fingerprint,
+        "reference": data_state(config.reference).fingerprint,
     }
     opened = RunFolder.open(folder, settings, may_differ=WITHOUT_EFFECT_ON_SCORES)
     if opened.finished and (finished := read_results(folder)) is not None:
@@ -246,6 +247,13 @@ def evaluate_checkpoint(config: EvaluateConfig, checkpoint: str, folder: Path) -
     Raises:
         I2AMError: checkpoint, data or folder do not fit the configuration.
     """
+    from i2am_train.datasets.broken import noted_in
+
+    with noted_in(folder):
+        return _evaluate_checkpoint(config, checkpoint, folder)
+
+
+def _evaluate_checkpoint(config: EvaluateConfig, checkpoint: str, folder: Path) -> dict[str, Any]:
     from i2am_train.assembly import make_scoring, model_folder
     from i2am_train.config.build import plain
     from i2am_train.evaluation.generation import (
@@ -255,7 +263,8 @@ def evaluate_checkpoint(config: EvaluateConfig, checkpoint: str, folder: Path) -
         score_generated,
     )
     from i2am_train.evaluation.results import read_results, write_evaluation, write_panels
-    from i2am_train.runs import MANIFEST_FILE, RunFolder, fingerprint
+    from i2am_train.fingerprints import data_state
+    from i2am_train.runs import MANIFEST_FILE, RunFolder
     from i2am_train.tracking.artifacts import arm_name
     from i2am_train.tracking.evaluation import track_evaluation
     from i2am_train.types import Pairing
@@ -269,7 +278,7 @@ def evaluate_checkpoint(config: EvaluateConfig, checkpoint: str, folder: Path) -
     if opened.finished and finished is not None:
         return finished
     if first_process():
-        opened.start(seed=config.sampling.seed, data=fingerprint(datamodule.root))
+        opened.start(seed=config.sampling.seed, data=data_state(datamodule.root))
     dataset = datamodule.test_dataset()
     samples = GeneratedSamples(
         folder=folder, names=person_names(dataset), batch_size=config.evaluation.batch_size
@@ -346,6 +355,7 @@ def prepare(config: EvaluateConfig, checkpoint: str) -> tuple[TryOnModel, TryOnD
         make_settings,
         prepare_data,
     )
+    from i2am_train.datasets.broken import refuse_broken_pictures
     from i2am_train.evaluation.evaluator import check_settings
     from i2am_train.evaluation.generation import real_images
     from i2am_train.evaluation.scoring import check_scoring
@@ -363,7 +373,10 @@ def prepare(config: EvaluateConfig, checkpoint: str) -> tuple[TryOnModel, TryOnD
         test_samples=config.evaluation.samples,
         pairing=config.evaluation.pairing,
     )
-    real = real_images(datamodule.test_dataset())
+    dataset = datamodule.test_dataset()
+    if first_process():
+        refuse_broken_pictures([dataset])
+    real = real_images(dataset)
     check_scoring(real, real, make_scoring(config))
     return model, datamodule
 

@@ -61,15 +61,16 @@ def explain(config: ExplainConfig) -> Path:
     """
     from i2am_train.assembly import chosen_device, load_model, model_folder, prepare_data
     from i2am_train.config.build import plain
+    from i2am_train.fingerprints import data_state
     from i2am_train.reporting.explained import write_explained
     from i2am_train.reporting.explorer import PAGE, explorer_page
-    from i2am_train.runs import RunFolder, fingerprint, write_text
+    from i2am_train.runs import RunFolder, write_text
 
     device = chosen_device(config.device)
     names = _labels(config.checkpoints)
     models = {name: load_model(path, config.data) for name, path in names.items()}
     root = prepare_data(config.data)
-    data, samples = fingerprint(root), _samples(config, root)
+    data, samples = data_state(root).fingerprint, _samples(config, root)
     folders = {name: str(model_folder(path)) for name, path in names.items()}
     cases = {
         name: [

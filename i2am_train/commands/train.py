@@ -43,6 +43,13 @@ def train(config: TrainConfig) -> Path:
     Raises:
         I2AMError: data, checkpoint, layer or run folder do not fit the configuration.
     """
+    from i2am_train.datasets.broken import noted_in
+
+    with noted_in(config.folder):
+        return _train(config)
+
+
+def _train(config: TrainConfig) -> Path:
     from i2am_train.assembly import (
         ADAPTER_FOLDER,
         finish_tracking,
@@ -52,8 +59,9 @@ def train(config: TrainConfig) -> Path:
     )
     from i2am_train.callbacks.checkpoints import latest_checkpoint
     from i2am_train.config.build import plain
+    from i2am_train.fingerprints import data_state
     from i2am_train.models.lora import has_adapters, save_adapters
-    from i2am_train.runs import MANIFEST_FILE, MODEL_FOLDER, RunFolder, fingerprint
+    from i2am_train.runs import MANIFEST_FILE, MODEL_FOLDER, RunFolder
     from i2am_train.training.optimization import trained_weights
     from i2am_train.training.preflight import memory_advice
 
@@ -71,7 +79,7 @@ def train(config: TrainConfig) -> Path:
         print(f"{folder.path} is finished already; nothing to train.")
         return folder.path
     if first_process():
-        folder.start(seed=config.seed, data=fingerprint(datamodule.root))
+        folder.start(seed=config.seed, data=data_state(datamodule.root))
         print(trained_weights(module.model))
     trainer = make_trainer(config, folder.path)
     checkpoint = latest_checkpoint(folder.path)
@@ -134,6 +142,8 @@ def prepare(config: TrainConfig) -> tuple[TryOnModule, TryOnDataModule]:
         open_cache,
         prepare_data,
     )
+    from i2am_train.datasets.broken import refuse_broken_pictures
+    from i2am_train.datasets.reading import TryOnDataset
     from i2am_train.datasets.viton_hd import require_correspondence
     from i2am_train.evaluation.evaluator import check_settings
     from i2am_train.training.preflight import check_best, check_disk
@@ -158,9 +168,11 @@ def prepare(config: TrainConfig) -> tuple[TryOnModule, TryOnDataModule]:
         validation_samples=config.validation.samples,
         cache=open_cache(config.data, root, module.model),
     )
-    datamodule.train_dataset()
+    read: list[object] = [datamodule.train_dataset()]
     if config.validation.samples:
-        datamodule.validation_dataset()
+        read.append(datamodule.validation_dataset())
+    if first_process():
+        refuse_broken_pictures([one for one in read if isinstance(one, TryOnDataset)])
     check_disk(config, module.model)
     return module, datamodule
 

@@ -34,7 +34,7 @@ from i2am_train.datasets.pictures import (
     write_picture,
 )
 from i2am_train.errors import DataError
-from i2am_train.runs import PREVIEWS
+from i2am_train.fingerprints import PREVIEWS
 from i2am_train.types import GridSize
 
 TILE = GridSize(320, 240)

@@ -105,9 +105,10 @@ class TryOnDataset(Dataset[TryOnSample]):
         self.pairs = [pair for pairs in lists for pair in pairs]
         self.layouts = [layout for layout, pairs in zip(layouts, lists, strict=True) for _ in pairs]
         self.indices = list(range(len(self.pairs)) if indices is None else indices)
-        for layout in layouts:
+        self._layouts = list(layouts)
+        for layout, pairs in self.parts():
             layout.check_folders()
-            check_files(layout, self._pairs_in(layout), self.pairing)
+            check_files(layout, pairs, self.pairing)
         usual_rule = layouts[0].small_mask_rule and self.split is Split.TRAIN
         self.small_mask_rule = usual_rule if small_mask_rule is None else small_mask_rule
         self._augmentation = Augmentation() if augment else None
@@ -144,9 +145,12 @@ class TryOnDataset(Dataset[TryOnSample]):
         picture = self._photograph(self.layouts[index].path(PERSON, self.pairs[index].person))
         return torch.from_numpy(np.ascontiguousarray(picture)).permute(2, 0, 1)
 
-    def _pairs_in(self, layout: Layout) -> list[Pair]:
-        """The pairs of a layout that are read."""
-        return [self.pairs[index] for index in self.indices if self.layouts[index] is layout]
+    def parts(self) -> list[tuple[Layout, list[Pair]]]:
+        """Each layout with its pairs that are read."""
+        return [
+            (layout, [self.pairs[index] for index in self.indices if self.layouts[index] is layout])
+            for layout in self._layouts
+        ]
 
     def _read(self, layout: Layout, pair: Pair) -> SampleArrays:
         """All pictures of a sample at this dataset's size."""

@@ -9,7 +9,7 @@ that run to the bit; with another size, or on a GPU, to rounding.
 
 import hashlib
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
+from i2am_train.datasets.broken import noted_in, refuse_broken_pictures
 from i2am_train.datasets.latent_cache import (
     CORRESPONDENCE,
     ENCODED,
@@ -40,16 +41,17 @@ from i2am_train.datasets.opening import (
 from i2am_train.datasets.reading import EpochPosition
 from i2am_train.datasets.sample import TryOnBatch
 from i2am_train.errors import DataError
+from i2am_train.fingerprints import DataRecord, DataState, data_state
 from i2am_train.models.tryon import TryOnModel
-from i2am_train.runs import file_fingerprint, fingerprint, free_space
+from i2am_train.runs import file_fingerprint, free_space
 from i2am_train.types import Pairing, Split
 
 DECODER = ("decoder.", "post_quant_conv.")
 """Weights of a VAE that encoding does not use; a fine-tuned decoder does not make a cache useless."""
 
 
-def cache_key(model: TryOnModel, root: Path, reading: Reading = AS_IT_LIES) -> CacheKey:
-    """What a cache of this dataset for this model must have been made by and of."""
+def cache_key(model: TryOnModel, data: DataState, reading: Reading = AS_IT_LIES) -> CacheKey:
+    """What a cache of these files for this model must have been made by and of."""
     config = model.config
     size = f"{config.reference_height}x{config.reference_width}"
     return CacheKey(
@@ -57,7 +59,7 @@ def cache_key(model: TryOnModel, root: Path, reading: Reading = AS_IT_LIES) -> C
         reference_encoder=_digest(model.reference_encoder),
         garment_input=f"{size} mean {config.reference_mean} std {config.reference_std}",
         image_size=str(model.image_size),
-        data=fingerprint(root),
+        data=data.fingerprint,
         reading=f"{', '.join(reading.categories) or 'all'}; {reading.fit}",
     )
 
@@ -100,10 +102,32 @@ def make_cache(
     Raises:
         DataError: the dataset is broken, the folder holds another cache or something else, or the disk is too full.
     """
-    layout = layout or CacheLayout()
+    with noted_in(output):
+        return _make_cache(
+            model,
+            root,
+            output,
+            layout or CacheLayout(),
+            reading,
+            splits,
+            batch_size,
+            workers,
+            progress,
+        )
+
+
+def _make_cache(
+    model: TryOnModel, root: Path, output: Path, layout: CacheLayout, reading: Reading, splits: Sequence[Split],
+    batch_size: int, workers: int, progress: bool,
+) -> CacheIndex:  # fmt: skip
     samples = {str(s): list_length(root, s, Pairing.PAIRED, reading) for s in splits}
-    index = CacheIndex(key=cache_key(model, root, reading), layout=layout, samples=samples)
-    _keep_shards(root, output, index)
+    data = data_state(root)
+    index = CacheIndex(key=cache_key(model, data, reading), layout=layout, samples=samples)
+    _keep_shards(root, output, index, data)
+    sources = {
+        split: _Source(model, root, Split(split), layout, reading) for split in index.samples
+    }
+    refuse_broken_pictures([source.dataset for source in sources.values()])
     model.eval()
     rows = sum(n * layout.rows_per_sample(Split(name)) for name, n in index.samples.items())
     with tqdm(total=rows, desc="encoded", unit="sample", disable=not progress) as bar:
@@ -112,15 +136,17 @@ def make_cache(
             kept = index.shards[split]
             there = {shard.first for shard in kept}
             missing = [n for n in range(0, total, layout.shard_samples) if n not in there]
-            source = _Source(model, root, Split(split), layout, reading)
-            for shard in source.shards(output, missing, total, batch_size, workers, bar):
+            for shard in sources[split].shards(output, missing, total, batch_size, workers, bar):
                 kept.append(shard)
                 kept.sort(key=lambda one: one.first)
                 index.write(output)
+                DataRecord(output).keep(data)
+    index.write(output)
+    DataRecord(output).write(data)
     return index
 
 
-def _keep_shards(root: Path, output: Path, index: CacheIndex) -> None:
+def _keep_shards(root: Path, output: Path, index: CacheIndex, data: DataState) -> None:
     """Adds the sound shards that are there already, and splits that were made before, to a new index."""
     index.shards |= {split: [] for split in index.samples}
     if output.resolve().is_relative_to(root.resolve()):
@@ -142,7 +168,9 @@ def _keep_shards(root: Path, output: Path, index: CacheIndex) -> None:
             )
         return
     there = CacheIndex.parse(file.read_text(encoding="utf-8"), str(output))
-    differences = there.key.differences(index.key)
+    repaired = DataRecord(output).repaired(data)
+    key = replace(there.key, data=data.fingerprint) if repaired else there.key
+    differences = key.differences(index.key)
     mine, others = asdict(index.layout), asdict(there.layout)
     differences += [f"{n} {others[n]} instead of {mine[n]}" for n in mine if mine[n] != others[n]]
     if differences:

@@ -16,8 +16,9 @@ from i2am_train import assembly
 from i2am_train.commands.evaluate import evaluate
 from i2am_train.commands.train import train
 from i2am_train.config.store import compose
+from i2am_train.fingerprints import data_state
 from i2am_train.reporting.records import read_panels, read_samples
-from i2am_train.runs import fingerprint, read_json
+from i2am_train.runs import read_json
 from i2am_train.tracking import media, names
 from i2am_train.tracking.dashboard import dashboard_json
 
@@ -211,7 +212,7 @@ def test_configuration_and_provenance(run: Path, stored: Any, small_dataset: Pat
     assert stored.config["provenance"]["git"] == manifest["git"]
     assert stored.config["provenance"]["versions"] == manifest["versions"]
     assert stored.config["provenance"]["command"] == manifest["command"]
-    assert stored.config["provenance"]["data"] == fingerprint(small_dataset)
+    assert stored.config["provenance"]["data"] == data_state(small_dataset).fingerprint
     assert stored.run.run_group == "together"
     assert stored.run.job_type == "train"
     assert stored.run.display_name == "refined-seed0"
@@ -222,12 +223,12 @@ def test_lineage(run: Path, stored: Any, judged: Any, small_dataset: Path) -> No
     """Data -> training -> model -> evaluation: the same artifacts by name and content on both sides."""
     data, (model,) = stored.of_type("dataset"), stored.of_type("model")
     assert [(one.name, one.use_after_commit) for one in data] == [
-        (f"dataset-{fingerprint(small_dataset)}", True)
+        (f"dataset-{data_state(small_dataset).fingerprint}", True)
     ]
     assert (model.name, model.use_after_commit) == ("model-refined-seed0", False)
     metadata = json.loads(model.metadata)
     assert metadata["step"] == 4
-    assert metadata["data"] == fingerprint(small_dataset)
+    assert metadata["data"] == data_state(small_dataset).fingerprint
     assert metadata["metrics"]["imacs_g"] == pytest.approx(
         csv_scalars(run)["val/imacs_g"][3], rel=1e-6
     )

@@ -21,6 +21,7 @@ from i2am_train.datasets.latent_cache import (
 from i2am_train.datasets.reading import EpochPosition, TryOnDataset
 from i2am_train.datasets.viton_hd import VitonHDDataset
 from i2am_train.errors import DataError
+from i2am_train.fingerprints import data_state
 from i2am_train.training import caching
 from i2am_train.training.caching import cache_key, make_cache
 from i2am_train.types import GridSize, Split
@@ -201,19 +202,19 @@ def test_what_a_cache_is_keyed_by(
     tmp_path: Path,
 ) -> None:
     """Encoders, sizes, normalisation and data count; the denoiser and the VAE's decoder do not."""
-    cache, key = LatentCache(made), cache_key(model, small_dataset)
+    cache, key = LatentCache(made), cache_key(model, data_state(small_dataset))
     cache.require(key, augment=False)
     other = make_small_model()
     with torch.no_grad():
         other.unet.conv_in.weight.zero_()
         other.vae.decoder.conv_in.weight.zero_()
-    assert cache_key(other, small_dataset) == key
+    assert cache_key(other, data_state(small_dataset)) == key
     with torch.no_grad():
         other.vae.encoder.conv_in.weight[0, 0, 0, 0] += 1e-6
     other.config.reference_mean = [0.5, 0.5, 0.5]
     data = Path(shutil.copytree(small_dataset, tmp_path / "data"))
     (data / "train/image/50000_00.jpg").write_bytes(b"another picture")
-    changed = cache_key(other, data)
+    changed = cache_key(other, data_state(data))
     with pytest.raises(DataError, match="made by another model or of other data") as refused:
         cache.require(changed, augment=False)
     for part in ("vae ", "garment input 64x48 mean [0.485", "data "):
@@ -222,7 +223,7 @@ def test_what_a_cache_is_keyed_by(
 
 
 def test_augmentation_and_cache_must_agree(made: Path, small_dataset: Path, model: Any) -> None:
-    cache, key = LatentCache(made), cache_key(model, small_dataset)
+    cache, key = LatentCache(made), cache_key(model, data_state(small_dataset))
     with pytest.raises(DataError, match=r"data.augment=true, and the cache .* variants=N"):
         cache.require(key, augment=True)
     cache.index.layout = CacheLayout(variants=3)

@@ -10,10 +10,10 @@ import pytest
 
 from i2am_train import runs
 from i2am_train.errors import RunFolderError
+from i2am_train.fingerprints import data_state
 from i2am_train.runs import (
     RunFolder,
     command_line,
-    fingerprint,
     read_json,
     write_json,
     write_text,
@@ -141,7 +141,7 @@ def test_fingerprint_sees_content_that_matters(tmp_path: Path) -> None:
     for place, size, pairs in [("a", 3, "x y"), ("b", 3, "x y"), ("c", 4, "x y"), ("d", 3, "x z")]:
         write_text(tmp_path / place / "train_pairs.txt", pairs)
         write_text(tmp_path / place / "train" / "image" / "x.jpg", "." * size)
-        prints.append(fingerprint(tmp_path / place))
+        prints.append(data_state(tmp_path / place).fingerprint)
     assert prints[0] == prints[1]
     assert len(set(prints)) == 3
 
