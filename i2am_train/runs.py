@@ -119,10 +119,7 @@ class RunFolder:
         Raises:
             RunFolderError: the run began with other data; files that it could not read may have been replaced.
         """
-        manifest, fingerprint = (
-            self.manifest,
-            data if isinstance(data, str) else data and data.fingerprint,
-        )
+        manifest, fingerprint = self.manifest, _fingerprint(data)
         if manifest:
             if manifest.get("data") != fingerprint:
                 manifest["repaired"] = [*manifest.get("repaired", ()), *self._repaired(data)]

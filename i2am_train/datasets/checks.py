@@ -378,7 +378,7 @@ class _Job:
             return "is in the pair list, but there is no such file."
         file = self.layout.list_file(Pairing.PAIRED).name
         return (
-            f"does not exist: paired training reads the garment of the person's own name; column 2 of {file} names "
+            f"does not exist: paired samples read the garment of the person's own name; column 2 of {file} names "
             f"'{self.listed}', which only unpaired tests read. Give the garment its person's name."
         )
 

@@ -27,6 +27,7 @@ from i2am_train.datasets.picture_files import (
     is_there,
     read_rgb,
     read_size,
+    refuse_what_is_no_file,
 )
 from i2am_train.errors import DataError
 from i2am_train.metrics.boxes import Box
@@ -206,6 +207,7 @@ def read_coco(file: Path) -> COCO:
 
 def _read_json(file: Path) -> dict[str, Any]:
     try:
+        refuse_what_is_no_file(file)
         content = json.loads(file.read_text(encoding="utf-8"))
     except OSError as error:
         raise DataError(

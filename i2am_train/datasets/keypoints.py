@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from i2am_train.datasets.picture_files import refuse_what_is_no_file
 from i2am_train.errors import DataError
 from i2am_train.types import GridSize
 
@@ -43,6 +44,7 @@ def read_keypoints(path: Path, size: GridSize) -> Joints:
         DataError: the file is missing, broken, of another format, or shows nobody.
     """
     try:
+        refuse_what_is_no_file(path)
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise DataError(f"{path} is missing: keypoints are needed for every person.") from None

@@ -171,7 +171,7 @@ def refuse_what_is_no_file(path: Path) -> None:
     mode = path.stat().st_mode
     for is_kind, name in NOT_FILES:
         if is_kind(mode):
-            raise UnreadablePictureError.of(path, f"is {name} and no file", "Put a picture there.")
+            raise UnreadablePictureError.of(path, f"is {name} and no file", "Put a file there.")
 
 
 def is_there(path: Path) -> bool:

@@ -14,8 +14,9 @@ import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
-from i2am_train.datasets.coco import BenchSample
+from i2am_train.datasets.coco import BenchSample, read_coco
 from i2am_train.datasets.densepose import read_parts, read_pose_picture
+from i2am_train.datasets.keypoints import read_keypoints
 from i2am_train.datasets.parsing import VITON_HD, read_labels
 from i2am_train.datasets.photographs import read_photograph, read_region
 from i2am_train.datasets.picture_files import (
@@ -259,6 +260,17 @@ def test_what_is_no_file_is_refused_before_it_is_opened(
     make(path)
     with pytest.raises(UnreadablePictureError, match=message):
         read_size(path)
+
+
+@pytest.mark.parametrize(
+    "read", [read_coco, lambda path: read_keypoints(path, SIZE)], ids=["coco", "keypoints"]
+)
+def test_other_files_of_a_dataset_do_not_hang_either(
+    tmp_path: Path, read: Callable[[Path], Any]
+) -> None:
+    os.mkfifo(tmp_path / "x.json")
+    with pytest.raises(DataError, match=r"x\.json is a FIFO and no file"):
+        read(tmp_path / "x.json")
 
 
 def test_a_name_that_is_too_long_is_one_paragraph(tmp_path: Path) -> None:
