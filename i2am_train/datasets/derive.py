@@ -44,6 +44,7 @@ from i2am_train.datasets.layouts import (
     Pair,
     entries,
 )
+from i2am_train.datasets.missing import refuse_doubles
 from i2am_train.datasets.opening import Reading, split_layouts
 from i2am_train.datasets.parsing import (
     DRESS_CODE,
@@ -159,6 +160,9 @@ def derive_dataset(
         for layout in split_layouts(root, split, reading)
         if layout.list_file(Pairing.PAIRED).is_file() or split is Split.TRAIN
     ]
+    for part in parts:
+        people = dict.fromkeys((PERSON, PARSING, KEYPOINTS, POSE_PICTURE), part.people)
+        refuse_doubles(part.layout, people | {GARMENT: part.garments})
     report = DeriveReport(root, {part.layout.label: part.pose_source for part in parts})
     for part in parts:
         for role, make in part.models.items():

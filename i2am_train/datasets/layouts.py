@@ -92,7 +92,7 @@ class Layout(ABC):
         self.root, self.split = root, split
         self._found: dict[str, Place] = {}
         self._names: dict[Path, frozenset[str]] = {}
-        self._spellings: dict[Path, dict[str, list[str]]] = {}
+        self._unusual: dict[Path, dict[str, list[str]]] = {}
 
     @property
     @abstractmethod
@@ -131,7 +131,7 @@ class Layout(ABC):
 
     def _is_there(self, pair: Pair) -> bool:
         """Whether a person and a garment of these names have files."""
-        return pair.person in self._spelled(PERSON) and pair.garment in self._spelled(GARMENT)
+        return bool(self.spellings(PERSON, pair.person) and self.spellings(GARMENT, pair.garment))
 
     def key(self, stem: str) -> str:
         """What takes the place of ``{}`` in patterns."""
@@ -171,17 +171,18 @@ class Layout(ABC):
                 self._names[folder] = frozenset(entry.name for entry in scanned)
         return self._names[folder]
 
-    def _spelled(self, role: str) -> dict[str, list[str]]:
-        """The files of a role's folder by their names without ending, in the composed form of accents."""
+    def unusual(self, role: str) -> dict[str, list[str]]:
+        """Files of a role that are not named as most, by their names without ending in the composed form of accents."""
         place = self.place(role)
         folder = self.folder / place.folder
-        if folder not in self._spellings:
+        if folder not in self._unusual:
             found: dict[str, list[str]] = {}
-            for name in sorted(self.names(role)):
-                if _same_kind(name, place.ending):
+            for name in self.names(role):
+                is_usual = name.endswith(place.ending) and name.isascii()
+                if not is_usual and _same_kind(name, place.ending):
                     found.setdefault(stem_of(name), []).append(name)
-            self._spellings[folder] = found
-        return self._spellings[folder]
+            self._unusual[folder] = found
+        return self._unusual[folder]
 
     def has(self, role: str) -> bool:
         """Whether the folder of a role exists."""
@@ -200,7 +201,8 @@ class Layout(ABC):
     def spellings(self, role: str, stem: str) -> list[str]:
         """All files that could be that of a person or garment: more than one is not to be decided."""
         usual = self.place(role).pattern.format(self.key(stem))
-        return self._spelled(role).get(stem_of(usual), [])
+        others = self.unusual(role).get(stem_of(usual), [])
+        return sorted({*others, *([usual] if usual in self.names(role) else [])})
 
     def path(self, role: str, stem: str) -> Path:
         """The file of a person or garment in one of the roles."""

@@ -5,7 +5,7 @@ Each folder is listed once, however many samples there are: on a network disk, o
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import NamedTuple
 
 from i2am_train.datasets.layouts import (
@@ -45,7 +45,7 @@ def check_files(layout: Layout, pairs: Sequence[Pair], pairing: Pairing) -> None
     Raises:
         DataError: a file that one of the pairs is read from is missing, or there are two of its name.
     """
-    _refuse_doubles(layout, pairs)
+    refuse_doubles(layout, wanted_files(layout, pairs))
     gaps = find_gaps(layout, pairs)
     if gaps:
         raise DataError(
@@ -66,10 +66,18 @@ def find_gaps(layout: Layout, pairs: Sequence[Pair]) -> list[Gap]:
     return gaps
 
 
-def _refuse_doubles(layout: Layout, pairs: Sequence[Pair]) -> None:
-    """A name that two files have, but for their endings, does not say which is meant."""
-    for role, stems in wanted_files(layout, pairs).items():
-        for stem in sorted(stems):
+def refuse_doubles(layout: Layout, wanted: Mapping[str, Collection[str]]) -> None:
+    """Refuse names that two files have, but for their endings: which is meant is not said.
+
+    Args:
+        layout: where the files lie.
+        wanted: people or garments by role.
+
+    Raises:
+        DataError: there are such files.
+    """
+    for role, stems in wanted.items():
+        for stem in sorted(stems) if layout.unusual(role) else ():
             if len(files := layout.spellings(role, stem)) > 1:
                 raise DataError(
                     f"{layout.folder / layout.place(role).folder} holds {' and '.join(files)}, and which of them is "

@@ -12,6 +12,7 @@ from PIL import Image
 
 from i2am_train.datasets.checks import check_dataset
 from i2am_train.datasets.datamodule import TryOnDataModule
+from i2am_train.datasets.derive import DeriveOptions, derive_dataset
 from i2am_train.datasets.layouts import DESCRIPTION_FILE
 from i2am_train.datasets.opening import AS_IT_LIES, open_dataset
 from i2am_train.datasets.reading import TryOnDataset
@@ -144,6 +145,30 @@ def test_accents_may_be_stored_apart(viton_hd: Path) -> None:
     list_file.write_text(list_file.read_text().replace("00007_00", "caf\u00e9"))
     assert VitonHDDataset(viton_hd, "train", "paired", SIZE)[7]["name"] == "caf\u00e9"
     assert not check_dataset(viton_hd, progress=False).findings
+
+
+def test_names_that_are_too_long_are_missing_files(viton_hd: Path) -> None:
+    # Proves that no system's error comes through: such a name is said when the dataset is opened, checked, and derived.
+    name = "x" * 300
+    (viton_hd / "test_pairs.txt").write_text(f"{name}.jpg {name}.jpg\n")
+    with pytest.raises(DataError, match=r"1 of 1 in image \(x{300}\.jpg\)"):
+        VitonHDDataset(viton_hd, "test", "paired", SIZE)
+    codes = {f.code for f in check_dataset(viton_hd, progress=False).findings if f.level == "error"}
+    assert codes == {"missing_file"}
+    options = DeriveOptions(progress=False, pose="none", workers=1)
+    for split in ("train", "test"):
+        (viton_hd / split / "image-parse-v3").mkdir()
+    refused = derive_dataset(viton_hd, AS_IT_LIES, options).refused
+    assert any("File name too long" in one.reason for one in refused if one.name == name)
+
+
+def test_two_photographs_of_a_name_are_refused_before_anything_is_derived(viton_hd: Path) -> None:
+    for split in ("train", "test"):
+        (viton_hd / split / "image-parse-v3").mkdir()
+    photograph = viton_hd / "test/image/50001_00.jpg"
+    shutil.copy(photograph, photograph.with_suffix(".JPG"))
+    with pytest.raises(DataError, match=r"holds 50001_00\.JPG and 50001_00\.jpg, and which"):
+        derive_dataset(viton_hd, AS_IT_LIES, DeriveOptions(progress=False, pose="none"))
 
 
 def test_column_two_of_other_names_is_explained(viton_hd: Path) -> None:

@@ -6,11 +6,13 @@ import cv2
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from i2am_train.datasets.pictures import (
     Fit,
     fit_mask,
     fit_picture,
+    read_native_mask,
     window,
     write_picture,
 )
@@ -82,6 +84,15 @@ def test_samples_of_another_aspect_keep_their_truth(tmp_path: Path, fit: Fit) ->
     assert error.median() < 0.2
     shuffled = (read.flip(-1) - sample["person"]).abs().mean(0)[known]
     assert error.median() < 0.6 * shuffled.median()
+
+
+@pytest.mark.parametrize("name", ["x.png", "x.PNG", "x.webp", "x.bmp", "x.JPG", "x.jpeg"])
+def test_pictures_are_written_in_the_kind_of_their_name(tmp_path: Path, name: str) -> None:
+    # Proves that a file which ends otherwise than most can be made anew in its place.
+    write_picture(tmp_path / name, disc())
+    assert (read_native_mask(tmp_path / name) == disc()).all()
+    with Image.open(tmp_path / name) as opened:
+        assert opened.format == {"j": "JPEG", "p": "PNG", "w": "WEBP", "b": "BMP"}[name[2].lower()]
 
 
 def test_files_are_written_whole_or_not_at_all(tmp_path: Path) -> None:
