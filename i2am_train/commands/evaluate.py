@@ -105,7 +105,7 @@ def print_scores(results: dict[str, Any], expected: dict[str, float] | None = No
     from i2am_train.metrics.registry import METRICS
     from i2am_train.reporting.published import CAUTION
 
-    table = Table(title=f"{results['samples']} samples")
+    table = Table(title=f"{results['samples']} samples; intervals: bootstrap over them")
     paper = ["paper"] if expected else []
     for heading in ("score", "value", "95 % interval", *paper, "meaning"):
         numeric = heading not in ("score", "meaning")

@@ -30,7 +30,8 @@ def center_weighted(
     ``authors_v1`` divides by the masks' cells of the whole batch. Its values are such that their mean
     over the samples that count is that quotient; the mean is in [-1, 0], single values may be below.
     A batch is what the call sees: with several processes, or gradients accumulated over batches, the
-    mean over all is that of the batches' quotients, as in the authors' code.
+    mean over all samples is that of the batches' quotients, weighted by their numbers of samples, which
+    are equal in the authors' code.
 
     Args:
         centers: of the same scores and the same variant.

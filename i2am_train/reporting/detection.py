@@ -23,7 +23,13 @@ from i2am_train.reporting.sheet import Box, Sheet, draw_sheet
 from i2am_train.reporting.sheet import Cell as SheetCell
 from i2am_train.reporting.sheet import Section as SheetSection
 from i2am_train.reporting.table_formats import minus
-from i2am_train.reporting.tables import interval_text, number, percent, printed_ranks
+from i2am_train.reporting.tables import (
+    few_samples_note,
+    interval_text,
+    number,
+    percent,
+    printed_ranks,
+)
 from i2am_train.runs import write_text
 from i2am_train.types import GridSize
 
@@ -336,10 +342,17 @@ def _detector_note(results: Results) -> str:
 
 
 def _interval_note(results: Results) -> str:
-    return (
+    counts = [
+        score["n"]
+        for scores in results["miou"].values()
+        for score in scores.values()
+        if score["low"] is not None
+    ]
+    note = (
         "Brackets: 95 % bootstrap (BCa) over samples of one seed. Bold and underlined: best and second "
         "of its group."
     )
+    return note + few_samples_note(min(counts)) if counts else note
 
 
 def _difference_note(results: Results) -> str:

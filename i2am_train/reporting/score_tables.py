@@ -18,7 +18,14 @@ from i2am_train.metrics.imacs import imacs_column
 from i2am_train.metrics.registry import METRICS, MetricInfo
 from i2am_train.reporting.evaluations import Evaluation
 from i2am_train.reporting.statistics import Over, mean_interval
-from i2am_train.reporting.tables import TRUTH_MARK, arrow, interval_text, number, printed_ranks
+from i2am_train.reporting.tables import (
+    TRUTH_MARK,
+    arrow,
+    few_samples_note,
+    interval_text,
+    number,
+    printed_ranks,
+)
 from i2am_train.types import Pairing
 
 IMAGE_METRICS = (
@@ -294,12 +301,13 @@ def _notes(evaluations: Sequence[Evaluation], rows: Sequence[Row]) -> list[str]:
     seeds = {cell.n for cell in cells}
     if seeds - {1}:
         notes.append(
-            f"Mean over {_listed(seeds - {1})} training seeds; brackets: its 95 % interval (Student's t)."
+            f"Mean over {_listed(seeds - {1})} training seeds; brackets: its 95 % interval ({Over.SEEDS.interval})."
         )
     if 1 in seeds and any(cell.interval for cell in cells if cell.n == 1):
         notes.append(
-            "Of a single checkpoint: mean over samples; brackets: its 95 % interval (bootstrap, BCa), which says "
-            "nothing about another training seed. Distances between sets have none."
+            f"Of a single checkpoint: mean over samples; brackets: its 95 % interval ({Over.SAMPLES.interval}), which "
+            "says nothing about another training seed. Distances between sets have none."
+            f"{few_samples_note(min(samples))}"
         )
     if any(evaluation.truth for evaluation in evaluations):
         notes.append(

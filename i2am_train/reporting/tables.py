@@ -363,10 +363,15 @@ def _seeds_note(fewest: int) -> str:
 
 def _samples_note(fewest: int) -> str:
     note = " of one seed; they do not cover what another training seed would change."
-    if fewest < max(BOOTSTRAP_COVERAGE):
-        covers = ", ".join(f"{c} % with {n}" for n, c in BOOTSTRAP_COVERAGE.items())
-        note += f" With few samples they are too narrow (95 % intervals cover {covers})."
-    return note
+    return note + few_samples_note(fewest)
+
+
+def few_samples_note(fewest: int) -> str:
+    """What a bootstrap over so few samples is worth; empty where there are enough."""
+    if fewest >= max(BOOTSTRAP_COVERAGE):
+        return ""
+    covers = ", ".join(f"{c} % with {n}" for n, c in BOOTSTRAP_COVERAGE.items())
+    return f" With few samples they are too narrow (95 % intervals cover {covers})."
 
 
 _INTERVAL_NOTES = {Over.SEEDS: _seeds_note, Over.SAMPLES: _samples_note}

@@ -86,6 +86,22 @@ def test_dropped_conditions_take_no_part(
     torch.testing.assert_close(value.total, alone.total)
 
 
+@pytest.mark.parametrize("variant", [LossVariant.REWARD, LossVariant.AUTHORS_V1])
+def test_several_batches_weigh_by_their_samples(
+    logits: Tensor, mask: Tensor, variant: LossVariant
+) -> None:
+    """Two processes, or two accumulated batches, of 2 and 1: the mean of their losses is that over all three.
+
+    For the authors' first CWG that is the mean of the batches' quotients, each as often as it has samples.
+    """
+    objective = AttentionObjective(weights=TermWeights(cwg=1.0), variant=variant)
+    scores, parts = logits.softmax(-1), (slice(0, 2), slice(2, 3))
+    whole = [objective(scores[rows], mask[rows], **GRIDS).total for rows in parts]
+    shared = torch.tensor(1.5)
+    split = [objective(scores[rows], mask[rows], count=shared, **GRIDS).total for rows in parts]
+    torch.testing.assert_close(sum(split) / 2, (2 * whole[0] + whole[1]) / 3)
+
+
 def test_a_dropped_sample_may_hold_nan(logits: Tensor, mask: Tensor) -> None:
     """Whatever the null condition's attention is, it cannot poison the others."""
     broken = logits.detach().softmax(-1)
