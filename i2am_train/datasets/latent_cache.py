@@ -30,6 +30,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -44,14 +45,18 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from i2am_train.config.build import build, shortened
 from i2am_train.config.schema import expanded
-from i2am_train.datasets.object_storage import fetch, read_text
+from i2am_train.datasets.object_storage import fetch, read_bytes
 from i2am_train.datasets.opening import AS_IT_LIES, Reading, split_layouts
 from i2am_train.datasets.reading import EpochPosition, SampleIndexError
-from i2am_train.errors import DataError
+from i2am_train.errors import ConfigError, DataError
 from i2am_train.runs import file_fingerprint, free_space, write_json
 from i2am_train.types import GridSize, Pairing, Split
 
+_NONSENSE = (ValueError, TypeError, KeyError, AttributeError, RecursionError, ConfigError)
+"""What a file that is no index raises, wherever it differs from one."""
+_SHARD_FILE = re.compile(r"(train|test)-\d+\.safetensors")
 FORMAT = 1
 INDEX_FILE = "index.json"
 ENCODED = ("person", "agnostic", "densepose")
@@ -155,30 +160,56 @@ class CacheIndex:
         write_json(folder / INDEX_FILE, {"format": FORMAT, **asdict(self)})
 
     @classmethod
-    def parse(cls, text: str, where: str) -> CacheIndex:
-        """Read the file's text.
+    def parse(cls, content: bytes, where: str) -> CacheIndex:
+        """Read the file's content.
 
         Raises:
             DataError: it is not the index of a cache that this version reads.
         """
         try:
-            values = json.loads(text)
+            values = json.loads(content)
             if (found := values.pop("format")) != FORMAT:
                 raise ValueError(f"format {found}, expected {FORMAT}")
-            return cls(
-                key=CacheKey(**values["key"]),
-                layout=CacheLayout(**values["layout"]),
-                samples=dict(values["samples"]),
+            index = cls(
+                key=build(CacheKey, values["key"], "key."),
+                layout=build(CacheLayout, values["layout"], "layout."),
+                samples={str(Split(split)): n for split, n in values["samples"].items()},
                 shards={
-                    split: [Shard(**shard) for shard in shards]
+                    str(Split(split)): [build(Shard, shard, "shards.") for shard in shards]
                     for split, shards in values["shards"].items()
                 },
             )
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            index._check()
+        except _NONSENSE as error:
+            reason = f"no {error}" if isinstance(error, KeyError) else shortened(error)
             raise DataError(
-                f"{where}/{INDEX_FILE} is not the index of a cache ({error}). "
+                f"{where}/{INDEX_FILE} is not the index of a cache ({reason}). "
                 "Make the cache anew with 'i2am data cache', in an empty folder."
             ) from error
+        return index
+
+    def _check(self) -> None:
+        """Fails where rows could not be found by their index, or a file would be looked for elsewhere."""
+        if not re.fullmatch(r"[1-9]\d*x[1-9]\d*", self.key.image_size):
+            raise ValueError(f"key.image_size={self.key.image_size}, expected HEIGHTxWIDTH")
+        for name, low in (("shard_samples", 1), ("variants", 0)):
+            if (found := getattr(self.layout, name)) < low:
+                raise ValueError(f"layout.{name}={found}, expected at least {low}")
+        for split, total in self.samples.items():
+            if type(total) is not int or total < 1:
+                raise ValueError(f"samples.{split}={total}, expected a number above 0")
+        for split, shards in self.shards.items():
+            rows = self.layout.rows_per_sample(Split(split))
+            for shard in shards:
+                if not _SHARD_FILE.fullmatch(shard.file):
+                    raise ValueError(
+                        f"shards.file={shard.file}, expected such as train-000000.safetensors"
+                    )
+                whole = shard.first >= 0 and shard.first % self.layout.shard_samples == 0
+                if not whole or len(shard.crc32) != shard.samples * rows:
+                    raise ValueError(
+                        f"first, samples and crc32 of {shard.file} do not fit each other"
+                    )
 
 
 def pack_row(values: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
@@ -255,9 +286,9 @@ class LatentCache:
         for split, total in self.index.samples.items():
             self._check(split, total)
 
-    def _read_index(self) -> str:
+    def _read_index(self) -> bytes:
         try:
-            return read_text(f"{self.place}/{INDEX_FILE}")
+            return read_bytes(f"{self.place}/{INDEX_FILE}")
         except FileNotFoundError as error:
             copy = f", and copy that folder to {self.place}" if self.remote else ""
             raise DataError(

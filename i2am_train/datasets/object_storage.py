@@ -25,8 +25,8 @@ class TransferError(DataError):
     """A file did not come, or not as it should be; another attempt may do."""
 
 
-def read_text(url: str) -> str:
-    """The text of a small file: a URL, or a path.
+def read_bytes(url: str) -> bytes:
+    """The content of a small file: a URL, or a path.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -35,7 +35,7 @@ def read_text(url: str) -> str:
     with _errors_named(url):
         files, place = fsspec.url_to_fs(url)
         # Not files.open: over HTTP it calls a server that is down a missing file.
-        return bytes(files.cat_file(place)).decode("utf-8")
+        return bytes(files.cat_file(place))
 
 
 def fetch(url: str, path: Path, sha256: str) -> None:

@@ -167,7 +167,7 @@ def _keep_shards(root: Path, output: Path, index: CacheIndex, data: DataState) -
                 "Nothing was changed. Give another output=FOLDER."
             )
         return
-    there = CacheIndex.parse(file.read_text(encoding="utf-8"), str(output))
+    there = CacheIndex.parse(file.read_bytes(), str(output))
     repaired = DataRecord(output).repaired(data)
     key = replace(there.key, data=data.fingerprint) if repaired else there.key
     differences = key.differences(index.key)

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from i2am_train.datasets.object_storage import fetch, read_text
+from i2am_train.datasets.object_storage import fetch, read_bytes
 from i2am_train.errors import DataError
 
 CONTENT = bytes(range(256)) * 4096
@@ -29,7 +29,7 @@ def test_files_arrive_whole(url: str, tmp_path: Path) -> None:
     fetch(url, tmp_path / "copies" / "file", DIGEST)
     assert [file.name for file in (tmp_path / "copies").iterdir()] == ["file"]
     assert (tmp_path / "copies" / "file").read_bytes() == CONTENT
-    assert read_text(url.replace("/file", "/text")) == "ψ = 1\n"
+    assert read_bytes(url.replace("/file", "/text")) == "ψ = 1\n".encode()
 
 
 def test_parts_left_by_killed_processes_are_removed(url: str, tmp_path: Path) -> None:
@@ -47,7 +47,7 @@ def test_a_missing_file_is_no_failure_of_the_line(url: str, tmp_path: Path) -> N
     with pytest.raises(FileNotFoundError, match=r"nowhere|key does not exist"):
         fetch(url.replace("/file", "/nowhere"), tmp_path / "copies" / "file", DIGEST)
     with pytest.raises(FileNotFoundError, match=r"nowhere|key does not exist"):
-        read_text(url.replace("/file", "/nowhere"))
+        read_bytes(url.replace("/file", "/nowhere"))
     assert not list((tmp_path / "copies").iterdir())
 
 
@@ -88,7 +88,7 @@ def test_a_server_that_is_down(storage: Any, url: str, tmp_path: Path) -> None:
     storage.relay.shutdown()
     storage.relay.server_close()
     with pytest.raises(DataError, match=r"/place/text cannot be read \(\w+: .*Check the address"):
-        read_text(url.replace("/file", "/text"))
+        read_bytes(url.replace("/file", "/text"))
 
 
 @pytest.mark.parametrize(("protocol", "package"), [("s3", "s3fs"), ("gs", "gcsfs")])

@@ -1,5 +1,6 @@
 """datasets/latent_cache.py and training/caching.py: what is stored, found again, checked and refused."""
 
+import json
 import pickle
 import shutil
 from collections.abc import Callable
@@ -296,3 +297,75 @@ def test_keys_say_what_differs() -> None:
     assert one.differences(replace(one, image_size="128x96")) == [
         "image size 64x48 instead of 128x96"
     ]
+
+
+def altered(**changes: Any) -> Callable[[dict[str, Any]], object]:
+    """Sets dotted names (``__`` for the dot) of an index to other values; a shard's in its first shard."""
+
+    def alter(index: dict[str, Any]) -> None:
+        for name, value in changes.items():
+            *path, last = name.split("__")
+            place: Any = index
+            for word in path:
+                place = place[int(word) if word.isdigit() else word]
+            place[int(last) if last.isdigit() else last] = value
+
+    return alter
+
+
+@pytest.mark.parametrize(
+    ("alter", "message"),
+    [
+        (altered(format=2), "format 2, expected 1"),
+        (lambda index: index.pop("key"), "no 'key'"),
+        (lambda index: index["key"].pop("vae"), r"key\.vae is required"),
+        (altered(key=[]), "no attribute"),
+        (altered(key__vae=None), r"key\.vae=null .* a text"),
+        (altered(key__image_size="big"), r"key\.image_size=big, expected HEIGHTxWIDTH"),
+        (altered(key__image_size="0x5"), r"key\.image_size=0x5, expected"),
+        (altered(key__more="x"), r"no option 'key\.more'"),
+        (altered(layout__dtype="int4"), r"layout\.dtype=int4 .* float32, float16"),
+        (altered(layout__shard_samples=0), r"layout\.shard_samples=0, expected at least 1"),
+        (altered(layout__variants=-1), r"layout\.variants=-1"),
+        (altered(layout__seed="x"), r"layout\.seed=x .* a whole number"),
+        (altered(samples__train="many"), r"samples\.train=many, expected a number above 0"),
+        (altered(samples__train=True), r"samples\.train=True"),
+        (altered(samples__train=-1), r"samples\.train=-1"),
+        (altered(samples__valid=1), "'valid' is not a valid Split"),
+        (altered(shards__train=None), "not iterable"),
+        (altered(shards__train__0="x"), "no attribute"),
+        (altered(shards__train__0__file=5), r"shards\.file=5, expected such as"),
+        (altered(shards__train__0__file="../train-000000.safetensors"), r"file=\.\./train"),
+        (altered(shards__train__0__file="/etc/passwd"), r"file=/etc/passwd"),
+        (altered(shards__train__0__first=3), "do not fit each other"),
+        (altered(shards__train__0__samples=7), "do not fit each other"),
+        (altered(shards__train__0__crc32=[1]), "do not fit each other"),
+        (altered(shards__train__0__crc32="x"), r"crc32=x .* a list"),
+        (altered(shards__train__0__bytes="x"), r"bytes=x .* a whole number"),
+    ],
+)
+def test_an_index_of_nonsense_is_one_sentence(
+    made: Path, tmp_path: Path, alter: Callable[[dict[str, Any]], object], message: str
+) -> None:
+    """Missing entries, other types, and numbers that contradict each other or lead out of the folder."""
+    index = json.loads((made / "index.json").read_text())
+    alter(index)
+    (tmp_path / "index.json").write_text(json.dumps(index))
+    with pytest.raises(DataError, match=rf"is not the index of a cache \(.*{message}"):
+        LatentCache(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"[1, 2]", b"1", b"null", b"{", b"[" * 99999, b"\xff\xfe\x00"]
+)
+def test_another_file_is_no_index(
+    content: bytes, tmp_path: Path, small_dataset: Path, model: Any
+) -> None:
+    """Neither for training nor for making a cache, which leaves it as it is."""
+    (tmp_path / "index.json").write_bytes(content)
+    with pytest.raises(DataError, match="is not the index of a cache"):
+        LatentCache(tmp_path)
+    with pytest.raises(DataError, match="is not the index of a cache"):
+        make_cache(model, small_dataset, tmp_path, LAYOUT)
+    assert [file.name for file in tmp_path.iterdir()] == ["index.json"]
+    assert (tmp_path / "index.json").read_bytes() == content
