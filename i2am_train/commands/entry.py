@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from textwrap import dedent
 from typing import Any, NoReturn
@@ -53,6 +53,10 @@ HYDRA_FLAGS = (
     *("--shell-completion", "-sc"),
 )
 """Those of Hydra's flags that are offered; others speak of Hydra itself, and one unpickles a file."""
+VALUED_FLAGS = {
+    flag for flag in HYDRA_FLAGS if flag.startswith(("--c", "-c", "--p", "-p", "--i", "-i"))
+}
+"""Those that a value follows."""
 PLAIN_NAME = re.compile(r"(?!hydra\b)\w[\w.]*")
 """Name of an option, without the signs by which Hydra adds and deletes some."""
 MISSING_FILE = re.compile(
@@ -286,10 +290,26 @@ def _check_flags(command: str) -> None:
             raise ConfigError(
                 f"There is no flag '{shortened(word)}'; options have no dashes. {hint}"
             )
+    sys.argv[1:] = _flags_last(sys.argv[1:])
     try:
         parser.parse_known_args(sys.argv[1:])
     except ArgumentError as error:
         raise ConfigError(f"A flag is not possible: {error}. See --help.") from error
+
+
+def _flags_last(words: Sequence[str]) -> list[str]:
+    """The words with flags and their values behind the options: Hydra wants all options in a row.
+
+    >>> _flags_last(["seed=0,1", "-m", "--cfg", "job", "name=x"])
+    ['seed=0,1', 'name=x', '-m', '--cfg', 'job']
+    """
+    options: list[str] = []
+    flags: list[str] = []
+    waiting = False
+    for word in words:
+        (flags if waiting or word.startswith(DASHES) else options).append(word)
+        waiting = word in VALUED_FLAGS
+    return [*options, *flags]
 
 
 def _refuse_distributed_sweep(config: Any) -> None:

@@ -361,10 +361,10 @@ def prepare(config: EvaluateConfig, checkpoint: str) -> tuple[TryOnModel, TryOnD
     from i2am_train.evaluation.scoring import check_scoring
 
     check_test_trainer(config)
-    root = prepare_data(config.data)
     model = load_model(checkpoint, config.data)
     settings = make_settings(config.sampling, config.attribution, config.evaluation.metrics)
     check_settings(model, settings)
+    root = prepare_data(config.data)  # may draw the embedded dataset, which takes a while
     datamodule = make_datamodule(
         config.data,
         root,

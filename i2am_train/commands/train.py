@@ -149,17 +149,17 @@ def prepare(config: TrainConfig) -> tuple[TryOnModule, TryOnDataModule]:
     from i2am_train.training.preflight import check_best, check_disk
 
     check_trainer(config)
-    root = prepare_data(config.data)
+    check_best(config)
     torch.manual_seed(config.seed)
     module = make_module(config)
-    if config.objective.supervised:
-        require_correspondence(root)
-    check_best(config)
     if config.validation.samples:
         check_settings(
             module.model,
             make_settings(config.sampling, config.attribution, config.evaluation.metrics),
         )
+    root = prepare_data(config.data)  # may draw the embedded dataset, which takes a while
+    if config.objective.supervised:
+        require_correspondence(root)
     datamodule = make_datamodule(
         config.data,
         root,

@@ -429,8 +429,7 @@ class TrackingConfig:
 
     def __post_init__(self) -> None:
         self.folder = _absolute(self.folder)
-        if not re.fullmatch(r"[^/\\#?%:]{1,128}", self.project):
-            _refuse("tracking.project", repr(self.project), "1 to 128 signs without / \\ # ? % :")
+        _check_project("tracking.project", self.project)
         for tag in self.tags:
             if not 1 <= len(tag) <= 64:
                 _refuse("tracking.tags", repr(tag), "1 to 64 signs in a tag")
@@ -614,14 +613,21 @@ class EvaluateConfig:
             _check_at_least("devices", self.devices, 1)
         if self.strategy.startswith((SHARDED, "deepspeed")):
             _refuse("strategy", self.strategy, "auto or ddp: judging a model shards nothing")
-        if self.images is not None and self.multi_process:
-            _refuse("devices", self.devices, "1 for finished images")
-        if self.images is not None and self.snapshots:
-            _refuse("snapshots", self.snapshots, "false for finished images")
+        if self.images is not None:
+            self._check_finished_images()
         if self.resize is not None:
             if self.checkpoint is not None:
                 _refuse("resize", list(self.resize), "null with a checkpoint (it is for folders)")
             _check_lengths("resize", self.resize, 1)
+
+    def _check_finished_images(self) -> None:
+        """Refuses what belongs to a model that makes images."""
+        if self.multi_process:
+            _refuse("devices", self.devices, "1 for finished images")
+        if self.snapshots:
+            _refuse("snapshots", self.snapshots, "false for finished images")
+        if not self.evaluation.metrics:
+            _refuse("evaluation.metrics", [], "at least one image metric for finished images")
 
     @property
     def multi_process(self) -> bool:
@@ -1112,6 +1118,7 @@ class DashboardConfig:
 
     def __post_init__(self) -> None:
         self.output = _absolute(self.output)
+        _check_project("project", self.project)
 
 
 @dataclass(kw_only=True, slots=True)
@@ -1455,6 +1462,12 @@ def _check_name(option: str, name: str) -> None:
             repr(name),
             "a word without spaces and slashes (it names a folder), of at most 60 signs, the first one no point",
         )
+
+
+def _check_project(option: str, project: str) -> None:
+    """What Weights & Biases takes as one."""
+    if not re.fullmatch(r"[^/\\#?%:]{1,128}", project):
+        _refuse(option, repr(project), "1 to 128 signs without / \\ # ? % :")
 
 
 def _check_label(option: str, label: str) -> None:

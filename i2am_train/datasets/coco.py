@@ -41,6 +41,11 @@ TOLERANCE = 2.0
 
 _FILE_KEYS = ("images", "annotations", "categories")
 _IMAGE_KEYS = ("id", "file_name", "height", "width")
+_TYPES: Mapping[str, tuple[type, ...]] = {
+    **dict.fromkeys(("id", "image_id", "category_id"), (int, str)),
+    **dict.fromkeys(("width", "height", "area"), (int, float)),
+    **dict.fromkeys(("file_name", "name"), (str,)),
+}
 _ANNOTATION_KEYS = ("id", "image_id", "category_id", "bbox")
 _SHOWN = 5
 
@@ -215,7 +220,7 @@ def _read_json(file: Path) -> dict[str, Any]:
             "ROOT/annotations/instances_val2017.json beside ROOT/val2017/*.jpg; give root=ROOT, and split=NAME or "
             "annotations=FILE where they are called otherwise."
         ) from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DataError(
             f"{file} is no readable JSON ({error}). Download it again; COCO's comes in annotations_trainval2017.zip."
         ) from error
@@ -231,9 +236,15 @@ def _read_json(file: Path) -> dict[str, Any]:
 def _check_entries(content: Mapping[str, Any], file: Path) -> None:
     kinds = {"images": _IMAGE_KEYS, "annotations": _ANNOTATION_KEYS, "categories": ("id", "name")}
     for kind, keys in kinds.items():
+        if not isinstance(content[kind], list):
+            found = type(content[kind]).__name__
+            raise DataError(
+                f"{kind} in {file} is no list but of type {found}. Give an instances_*.json."
+            )
         for position, entry in enumerate(content[kind]):
-            lacking = [key for key in keys if key not in entry]
-            if lacking:
+            there = entry if isinstance(entry, dict) else {}
+            _check_types(there, f"Entry {position} of {kind} in {file}")
+            if lacking := [key for key in keys if key not in there]:
                 raise DataError(
                     f"Entry {position} of {kind} in {file} lacks {', '.join(lacking)}; expected {', '.join(keys)}. "
                     "Give an instances_*.json, not one of captions or panoptic segments."
@@ -243,6 +254,16 @@ def _check_entries(content: Mapping[str, Any], file: Path) -> None:
         if twice:
             raise DataError(
                 f"{len(twice)} ids of {kind} in {file} come twice ({_shown(twice)}). Give each entry an id of its own."
+            )
+
+
+def _check_types(entry: Mapping[str, Any], where: str) -> None:
+    for key, types in _TYPES.items():
+        value = entry.get(key, 0)
+        if key in entry and (not isinstance(value, types) or isinstance(value, bool)):
+            expected = " or ".join(kind.__name__ for kind in types)
+            raise DataError(
+                f"{where} has {key}={value!r}, expected a value of type {expected}. Correct it."
             )
 
 

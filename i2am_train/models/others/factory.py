@@ -67,7 +67,12 @@ def load_by_factory(source: Source) -> OtherModel:
         CaptureError: no recipe is known for it.
     """
     assert source.factory is not None, "checked with the configuration"
-    made = _imported(source.factory)(source.checkpoint, source.device)
+    factory = _imported(source.factory)
+    try:
+        inspect.signature(factory).bind(source.checkpoint, source.device)
+    except TypeError as error:
+        raise ConfigError(f"factory={source.factory} is no factory ({error}). {HOW}.") from error
+    made = factory(source.checkpoint, source.device)
     pipeline, recipe = made if isinstance(made, tuple) and len(made) == 2 else (made, None)
     _check(pipeline, recipe, source.factory)
 

@@ -1,0 +1,467 @@
+"""A hundred bad inputs to all commands: status 2, one paragraph that helps, nothing written, nothing changed, no hang.
+
+The table is data: a command, the words after it, a fragment of the answer. ``{x}`` names something in the world of the
+tests (``World``). Commands run in this process as a console would run them; a handful run as programs.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import FrameType
+from typing import Any, NoReturn
+
+import numpy as np
+import pytest
+from hydra.core.global_hydra import GlobalHydra
+from PIL import Image
+
+from i2am_train.commands import (
+    ablate,
+    dashboard,
+    data,
+    detect,
+    evaluate,
+    explain,
+    export,
+    init,
+    report,
+    train,
+)
+from i2am_train.commands.entry import entry
+from i2am_train.config.locations import checkout, dataset_folder
+from i2am_train.config.schema import COMMANDS
+from i2am_train.config.store import compose
+from i2am_train.datasets.shapes_coco import make_shapes
+from i2am_train.types import GridSize
+
+SECONDS = 60
+"""Longer than any refusal takes on a busy machine."""
+
+RUN: dict[str, Any] = {
+    "train": train.run,
+    "evaluate": evaluate.run,
+    "ablate": ablate.run,
+    "explain": explain.run,
+    "detect": detect.run,
+    "report": report.run,
+    "export": export.run,
+    "init": init.run,
+    "dashboard": dashboard.run,
+    "data_make": data.make,
+    "data_check": data.check,
+    "data_derive": data.derive,
+    "data_cache": data.cache,
+}
+
+SMALL = "data.root={data} data.height=64 data.width=48 data.workers=0"
+"""Options of the small dataset and model, in one word of the table."""
+
+MODEL = f"{SMALL} init={{model}} validation.samples=2 evaluation.metrics=[ssim]"
+JUDGE = f"{SMALL} checkpoint={{model}} evaluation.metrics=[ssim]"
+FOLDERS = "images={images} reference={reference} evaluation.metrics=[ssim]"
+SHOW = f"{SMALL} checkpoint={{model}} sampling.steps=1 attribution.time_groups=1"
+PAINT = (
+    "model=paint_by_example checkpoint={pipeline} image={images}/0.png mask={mask} "
+    "reference={reference}/0.png size=[32,48] sampling.steps=1 attribution.time_groups=1"
+)
+DETECT = "root={coco} pipeline={pipeline} height=32 width=48 steps=1"
+CACHE = "root={data} init={model} output=cache workers=0"
+
+CASES: list[tuple[str, str, list[str], str]] = [
+    # command, usual options (words apart by spaces), what is wrong (one word each), a fragment of the answer
+    ("train", MODEL, ["seed=18446744073709551616"], "whole number of at most"),
+    ("train", MODEL, ["seed=1e30"], "seed=1e+30 is not possible"),
+    ("train", MODEL, ["seed=-1"], "expected at least 0"),
+    ("train", MODEL, ["seed=" + "9" * 5000], "expected a whole number"),
+    ("train", MODEL, ["seed=true"], "seed=True is not possible: expected a whole number"),
+    ("train", MODEL, ["seed=0x10"], "seed=0x10 is not possible: expected a whole number"),
+    ("train", MODEL, ["--seed", "1"], "Write seed=VALUE."),
+    ("train", MODEL, ["--experiment", "refined"], "Write experiment=VALUE."),
+    ("train", MODEL, ["seed", "=", "1"], "The option 'seed' cannot be read"),
+    ("train", MODEL, ["seed:1"], "The option 'seed:1' cannot be read"),
+    ("train", MODEL, ["experiment=Refined"], "no file conf/experiment/Refined.yaml"),
+    ("train", MODEL, ["experiment=demo"], "no option 'arms'"),
+    ("train", MODEL, ["experiment=null"], "expected the name of a file of conf/experiment"),
+    ("train", MODEL, ["data=null"], "expected the name of a file of conf/data"),
+    ("train", MODEL, ["objective=1"], "expected the name of a file of conf/objective"),
+    ("train", MODEL, ["trainer=[]"], "expected the name of a file of conf/trainer"),
+    ("train", MODEL, ["data.synthetic=null"], "expected a group of options"),
+    ("train", MODEL, ["optimization.learning_rate=inf"], "expected a finite number"),
+    ("train", MODEL, ["optimization.learning_rate=1e-4,"], "expected a number"),
+    ("train", MODEL, ["optimization.learning_rate=1e-4 per step"], "expected a number"),
+    ("train", MODEL, ["optimization.learning_rate=true"], "expected a number"),
+    ("train", MODEL, ["optimization.betas=[0.9]"], "expected a list of 2 values"),
+    ("train", MODEL, ["optimization.steps=0"], "expected at least 1"),
+    ("train", MODEL, ["optimization.precision=fp16"], "expected one of 32-true"),
+    ("train", MODEL, ["optimization.lora_rank=1000000000"], "between 1 and 4096"),
+    ("train", MODEL, ["objective.cwg=nan"], "expected a finite number"),
+    ("train", MODEL, ["objective.variant=null"], "expected one of paper"),
+    ("train", MODEL, ["objective.layer="], "one of the paper's layers"),
+    ("train", MODEL, ["attribution.penalties=[1,inf]"], "penalties[1]=inf"),
+    ("train", MODEL, ["attribution.layers=[]"], "null for all, or a list that is not empty"),
+    ("train", MODEL, ["sampling.seed=1e25"], "whole number of at most"),
+    ("train", MODEL, ["evaluation.metrics=[SSIM]"], "No metric is called 'SSIM'"),
+    ("train", MODEL, ["evaluation.metrics=ssim"], "expected a list"),
+    ("train", MODEL, ["data.workers=100000"], "between 0 and 512"),
+    ("train", MODEL, ["data.batch_size=1000000000"], "fewer than one batch"),
+    ("train", MODEL, ["data.height=16000000"], "a multiple of 16 between 16 and 16384"),
+    ("train", MODEL, ["data.height=64px"], "expected a whole number"),
+    ("train", MODEL, ["data.root="], "data.root='' is not possible: expected a path"),
+    ("train", MODEL, ["data.root={empty}"], "no pair list"),
+    ("train", MODEL, ["data.root={text}"], "no pair list"),
+    ("train", MODEL, ["data.root={images}"], "no pair list"),
+    (
+        "train",
+        MODEL,
+        ["data.root=grösse (1) #2, a=b & c"],
+        "grösse (1) #2, a=b & c has no pair list",
+    ),
+    ("train", MODEL, ["data.root='a b"], "cannot be read"),
+    ("train", MODEL, ["data.root=${nowhere}"], "Interpolation key 'nowhere' not found"),
+    ("train", MODEL, ["data.layout=dresscode"], "no folder upper_body"),
+    ("train", MODEL, ["data.cache={empty}"], "There is no cache in"),
+    ("train", MODEL, ["data.cache={caches}/list"], "is not the index of a cache"),
+    ("train", MODEL, ["data.cache={caches}/missing"], "train-000000.safetensors is missing"),
+    ("train", MODEL, ["data.cache="], "a folder or a URL, or null"),
+    ("train", MODEL, ["init={pipeline}"], "lacks reference_encoder"),
+    ("train", MODEL, ["init={data}"], "no try-on model"),
+    ("train", MODEL, ["init=~nobody42/model"], "there is no user nobody42"),
+    ("train", MODEL, ["init=hub:x"], "names no model on the hub"),
+    ("train", MODEL, ["output=~nobody42/x"], "there is no user nobody42"),
+    ("train", MODEL, ["output={text}"], "is a file"),
+    ("train", MODEL, ["output={data}"], ""),
+    ("train", MODEL, ["output=/"], "holds files"),
+    ("train", MODEL, ["name=.."], "names a folder"),
+    ("train", MODEL, ["name=" + "n" * 300], "at most 60 signs"),
+    ("train", MODEL, ["label=a\nb"], "one line of at most 100 letters"),
+    ("train", MODEL, ["tracking.project=a/b"], "without / "),
+    ("train", MODEL, ["tracking.tags=['']"], "1 to 64 signs in a tag"),
+    ("train", MODEL, ["trainer.progress_bar=1"], "expected true or false"),
+    ("train", MODEL, ["trainer.devices=true"], "expected a whole number or a text"),
+    ("train", MODEL, ["--cfg", "jobs"], "invalid choice: 'jobs'"),
+    ("train", MODEL, ["+objective.weight=1"], "no option 'objective.weight'"),
+    ("train", MODEL, ["checkpoint={model}"], "no option 'checkpoint'"),
+    ("evaluate", SMALL, [], "What to judge is not clear"),
+    ("evaluate", JUDGE, ["evaluation.metrics=[nope]"], "No metric is called 'nope'"),
+    ("evaluate", JUDGE, ["evaluation.samples=7"], "7 test samples were asked for"),
+    ("evaluate", JUDGE, ["evaluation.pairing=Paired"], "Did you mean 'paired'?"),
+    ("evaluate", JUDGE, ["checkpoint="], "expected a folder, or tiny"),
+    ("evaluate", JUDGE, ["checkpoint={text}"], "is a file, and a checkpoint is a folder"),
+    ("evaluate", JUDGE, ["init={model}"], "no option 'init'"),
+    ("evaluate", JUDGE, ["images={images}"], "What to judge is not clear"),
+    ("evaluate", JUDGE, ["data.height=128", "data.width=96"], "made for images of 64x48"),
+    ("evaluate", JUDGE, ["snapshots=true"], "holds no snapshots"),
+    ("evaluate", JUDGE, ["output={torn}"], "not readable JSON"),
+    ("evaluate", FOLDERS, ["images={textual}", "reference={textual}"], "is no picture"),
+    ("evaluate", FOLDERS, ["images={empty}"], "holds no images"),
+    ("evaluate", FOLDERS, ["images={text}"], "There is no folder"),
+    ("evaluate", FOLDERS, ["images="], "expected a path"),
+    ("evaluate", FOLDERS, ["reference={single}"], "do not pair up"),
+    ("evaluate", FOLDERS, ["resize=64x48"], "expected a list of 2 values"),
+    ("evaluate", FOLDERS, ["resize=[99999,1]"], "between 1 and 16384"),
+    ("evaluate", FOLDERS, ["evaluation.metrics=[imacs_g]"], "No image metric is called"),
+    ("evaluate", FOLDERS, ["evaluation.metrics=[]"], "at least one image metric"),
+    ("evaluate", FOLDERS, ["output={images}"], "holds files"),
+    ("ablate", MODEL, ["arms=[baseline,{arms}/list.yaml]"], "holds a list"),
+    ("ablate", MODEL, ["arms=[baseline,{arms}/empty.yaml]"], "holds nothing"),
+    ("ablate", MODEL, ["arms=[baseline,{arms}/binary.yaml]"], "cannot be read as YAML"),
+    ("ablate", MODEL, ["arms=[baseline,{arms}/my arm (2), new.yaml]"], "no arm"),
+    (
+        "ablate",
+        MODEL,
+        ["arms=[baseline,'{arms}/my arm (2), new.yaml']"],
+        "no option 'objective.dcmll'",
+    ),
+    ("ablate", MODEL, ["arms=[baseline,{images}/0.png]"], "no arm"),
+    ("ablate", MODEL, ["arms=[baseline,{arms}/label.yaml]"], "one line of at most 100 letters"),
+    ("ablate", MODEL, ["arms=[baseline,{arms}/copy.yaml,refined]"], "both called Refined"),
+    (
+        "ablate",
+        MODEL,
+        ["arms=[{arms}/list.yaml,{arms}/one/list.yaml]", "reference={arms}/list.yaml"],
+        "list.yaml",
+    ),
+    ("ablate", MODEL, ["arms=[Baseline]"], "no arm 'Baseline'"),
+    ("ablate", MODEL, ["arms=[baseline,]"], "cannot be read"),
+    ("ablate", MODEL, ["seeds=0"], "expected a list"),
+    ("ablate", MODEL, ["confidence=95"], "a number in [0, 1)"),
+    ("ablate", MODEL, ["bootstrap_samples=1000000000"], "between 100 and 1000000"),
+    ("ablate", MODEL, ["trainer.devices=2"], "trainer.devices=2"),
+    ("explain", SHOW, ["sample=6"], "numbered from 0 to 5"),
+    ("explain", SHOW, ["sample=first"], "expected a whole number"),
+    ("explain", SHOW, ["attribution.time_groups=5"], "at most sampling.steps=1"),
+    ("explain", SHOW, ["attribution.layer=nowhere"], "No attention layer"),
+    ("explain", SHOW, ["generated_patches=[1,2]"], "expected a list of 2 values"),
+    ("explain", SHOW, ["image={images}/0.png"], "is for other people's models"),
+    ("explain", SHOW, ["checkpoint=[{model},{model}]"], "all different"),
+    ("explain", PAINT, ["image={text}"], "is no picture"),
+    ("explain", PAINT, ["image={images}"], "is a folder and no file"),
+    ("explain", PAINT, ["mask={black}"], "no white pixel"),
+    ("explain", PAINT, ["mask=null"], "mask= was not given"),
+    ("explain", PAINT, ["checkpoint={model}"], "needs the folder of a"),
+    ("explain", PAINT, ["size=64x48"], "expected a list of 2 values"),
+    ("explain", PAINT, ["prompt=hello"], "means nothing to model=paint_by_example"),
+    ("explain", PAINT, ["model=paintbyexample"], "Did you mean 'paint_by_example'?"),
+    ("explain", PAINT, ["sampling.guidance=inf"], "expected a finite number"),
+    (
+        "explain",
+        "model=factory reference={reference}/0.png sampling.steps=1 attribution.time_groups=1",
+        ["factory=json:loads"],
+        "takes (checkpoint, device)",
+    ),
+    ("detect", DETECT, ["root={empty}"], "instances_val2017.json"),
+    ("detect", DETECT, ["root={images}"], "instances_val2017.json"),
+    ("detect", DETECT, ["split=train2017"], "instances_train2017.json"),
+    ("detect", DETECT, ["annotations={text}"], "text.txt"),
+    ("detect", DETECT, ["annotations={torn}/results.json"], "results.json"),
+    ("detect", DETECT, ["annotations={nonsense}"], "nonsense.json"),
+    ("detect", DETECT, ["pipeline={model}"], "model"),
+    ("detect", DETECT, ["pipeline={text}"], "text.txt"),
+    ("detect", DETECT, ["detectors=[torchvision:nope]"], "no detector 'nope'"),
+    ("detect", DETECT, ["delta=40"], "a number in [0, 1)"),
+    ("detect", DETECT, ["samples=0"], "expected at least 1"),
+    ("detect", DETECT, ["height=1e9"], "a multiple of 16"),
+    ("detect", DETECT, ["output={images}"], "holds files"),
+    ("report", "", [], "nothing to report"),
+    ("report", "", ["runs={evaluation}"], "expected a list"),
+    ("report", "", ["runs=[{empty}]"], "empty"),
+    ("report", "", ["runs=[{torn}]"], "torn"),
+    ("report", "", ["runs=[{alien}]"], "alien"),
+    ("report", "", ["runs=[{text}]"], "text.txt"),
+    ("report", "", ["runs=[{model}]"], "model"),
+    ("report", "", ["explained=[{evaluation}]"], "i2am explain"),
+    ("report", "", ["explained=[{torn}]"], "torn"),
+    ("report", "", ["detected=[{evaluation}]"], "i2am detect"),
+    ("report", "runs=[{evaluation}]", ["names=[a,b]"], "names"),
+    ("report", "runs=[{evaluation}]", ["names=['a\nb']"], "one line of at most 100 letters"),
+    ("report", "runs=[{evaluation}]", ["formats=[jpg]"], "expected one of png, svg, pdf"),
+    ("report", "runs=[{evaluation}]", ["dpi=0"], "between 50 and 1200"),
+    ("report", "runs=[{evaluation}]", ["layers=[]"], "a list that is not empty"),
+    ("report", "runs=[{evaluation}]", ["output={evaluation}"], "evaluation"),
+    ("export", "output=out", [], "checkpoint is required"),
+    ("export", "checkpoint={model}", [], "output is required"),
+    ("export", "checkpoint={model} output=out", ["checkpoint={empty}"], "no try-on model"),
+    ("export", "checkpoint={model} output=out", ["output={data}"], "data"),
+    ("export", "checkpoint={model} output=out", ["output={model}"], "model"),
+    ("export", "checkpoint={model} output=out", ["output={text}"], "text.txt"),
+    ("export", "checkpoint={model} output=out", ["dtype=fp16"], "expected one of float32"),
+    ("export", "checkpoint={model} output=out", ["push=nobody"], "expected USER/NAME"),
+    ("init", "output=out", [], "What to start from is not clear"),
+    ("init", "output=out", ["unet={text}"], "text.txt"),
+    ("init", "output=out", ["unet={empty}"], "empty"),
+    ("init", "output=out", ["unet=a", "custom=b"], "What to start from is not clear"),
+    ("init", "output=out", ["custom={text}"], "text.txt"),
+    ("init", "output=out", ["custom={images}/0.png"], "0.png"),
+    ("init", "output=out", ["paint_by_example={empty}"], "empty"),
+    ("init", "output=out", ["unet={model}/unet", "vae={text}", "encoder={text}"], "text.txt"),
+    ("init", "unet={model}/unet", ["output={model}"], "exists"),
+    ("init", "output=out", ["unet=x", "projector_blocks=1000000"], "between 0 and 1000"),
+    ("init", "output=out", ["unet=x", "prediction_type=v"], "expected one of"),
+    ("dashboard", "", ["output="], "expected a path"),
+    ("dashboard", "", ["project=a/b"], "without / "),
+    ("data_make", "", ["root={text}"], "text.txt"),
+    ("data_make", "", ["root={images}", "train=2", "test=2"], "images"),
+    ("data_make", "", ["train=0"], "between 1 and 10000000"),
+    ("data_make", "", ["train=1000000000000"], "between 1 and 10000000"),
+    ("data_make", "", ["height=100"], "a multiple of 16"),
+    ("data_make", "", ["seed=inf"], "expected a finite number"),
+    ("data_make", "", ["workers=99999"], "between 1 and 512"),
+    ("data_make", "", ["annotations=true"], "Add root=FOLDER"),
+    ("data_derive", "", [], "root is required"),
+    ("data_derive", "", ["root={empty}"], "empty"),
+    ("data_derive", "", ["root={text}"], "text.txt"),
+    ("data_derive", "", ["root={data}", "parser={empty}"], "empty"),
+    ("data_derive", "", ["root={data}", "category=shirts"], "expected one of upper_body"),
+    ("data_check", "", ["root={data}", "height=64"], "Set both, or neither"),
+    ("data_check", "", ["root={data}", "height=-1", "width=-1"], "between 1 and"),
+    ("data_check", "", ["root="], "expected a path"),
+    ("data_check", "", ["root={data}", "fix=true"], "no option 'fix'"),
+    ("data_cache", "", ["root={data}"], "output is required"),
+    ("data_cache", CACHE, ["root={empty}"], "no pair list"),
+    ("data_cache", CACHE, ["output=s3://bucket/x"], "a folder; copy it"),
+    ("data_cache", CACHE, ["output={data}/cache"], "inside the dataset"),
+    ("data_cache", CACHE, ["output={images}"], "is no cache"),
+    ("data_cache", CACHE, ["output={caches}/list"], "is not the index of a cache"),
+    ("data_cache", CACHE, ["splits=[]"], "names nothing twice"),
+    ("data_cache", CACHE, ["splits=[val]"], "expected one of train, test"),
+    ("data_cache", CACHE, ["init={pipeline}"], "lacks reference_encoder"),
+    ("data_cache", CACHE, ["variants=1000000000"], "between 0 and 10000"),
+]
+
+
+@pytest.fixture(scope="module")
+def world(
+    small_dataset: Path,
+    small_checkpoint: Path,
+    paint_by_example: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> dict[str, str]:
+    """Good and bad things by the names that the table has for them."""
+    root = tmp_path_factory.mktemp("world")
+    draw = np.random.default_rng(0)
+    for name, count in (("images", 3), ("reference", 3), ("single", 1)):
+        (root / name).mkdir()
+        for index in range(count):
+            pixels = draw.integers(0, 256, (64, 48, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(root / name / f"{index}.png")
+    mask = np.zeros((64, 48), np.uint8)
+    Image.fromarray(mask).save(root / "black.png")
+    mask[20:40, 10:30] = 255
+    Image.fromarray(mask).save(root / "mask.png")
+    (root / "text.txt").write_text("hello\n")
+    (root / "empty").mkdir()
+    _write(root / "textual", {"0.png": "hello", "1.png": "hello"})
+    whole = ("results", "settings", "manifest", "explained", "index")
+    _write(root / "torn", {f"{name}.json": '{"schema": 1, "kin' for name in whole})
+    _write(root / "alien", {f"{name}.json": '{"kind": "ours"}' for name in whole})
+    _write(root, {"nonsense.json": '{"images": 3, "annotations": "x", "categories": null}'})
+    _write(
+        root / "arms",
+        {
+            "list.yaml": "- 1\n",
+            "empty.yaml": "",
+            "one/list.yaml": "- 2\n",
+            "binary.yaml": "\0\1\2",
+            "my arm (2), new.yaml": "objective: {dcmll: 1}\n",
+            "label.yaml": 'label: "a\\nb"\n',
+            "copy.yaml": "label: Refined\n",
+        },
+    )
+    _write(root / "caches", {"list/index.json": "[1, 2]", "missing/index.json": _cache_index()})
+    folders = {name: str(root / name) for name in ("images", "reference")}
+    places = {path.stem: str(path) for path in root.iterdir()} | folders
+    places |= {"data": str(small_dataset), "model": str(small_checkpoint)}
+    places |= {"pipeline": str(paint_by_example), "coco": str(make_shapes(root / "coco", 2))}
+    words = f"{FOLDERS} output={root / 'evaluation'} device=cpu progress_bar=false tracking=files"
+    config = compose("evaluate", words.format(**places).split())
+    evaluate.evaluate(config, root / "evaluation")
+    return places | {"evaluation": str(root / "evaluation")}
+
+
+def _write(folder: Path, files: dict[str, str]) -> None:
+    for name, text in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(text)
+
+
+def _cache_index() -> str:
+    key = dict.fromkeys(("vae", "reference_encoder", "garment_input", "data", "reading"), "x")
+    shard = {"file": "train-000000.safetensors", "first": 0, "samples": 2, "bytes": 9, "sha256": ""}
+    layout = {"dtype": "float32", "variants": 0, "seed": 0, "shard_samples": 128}
+    index = {"format": 1, "key": key | {"image_size": "64x48"}, "layout": layout}
+    shards = {"train": [shard | {"crc32": [0, 0]}]}
+    return json.dumps(index | {"samples": {"train": 2}, "shards": shards})
+
+
+@pytest.fixture
+def _as_a_fresh_process(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
+    """Each command starts in an empty folder, and ends with an error where it takes too long."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["i2am"])
+    for name in ("I2AM_DEBUG", "HYDRA_FULL_ERROR", "LOCAL_RANK"):
+        monkeypatch.setenv(name, "")  # registers the old value, to be put back
+        monkeypatch.delenv(name)
+
+    def too_long(number: int, frame: FrameType | None) -> NoReturn:
+        raise TimeoutError(f"no answer in {SECONDS} s")
+
+    before = signal.signal(signal.SIGALRM, too_long)
+    signal.alarm(SECONDS)
+    yield
+    signal.alarm(0)
+    signal.signal(signal.SIGALRM, before)
+    GlobalHydra.instance().clear()
+
+
+def _everything(world: dict[str, str]) -> set[tuple[str, int, int]]:
+    """All files of the world with size and time."""
+    files = (file for place in world.values() for file in [Path(place), *Path(place).rglob("*")])
+    stats = ((str(file), file.stat()) for file in files)
+    return {(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats}
+
+
+def _words(usual: str, wrong: list[str], world: dict[str, str]) -> list[str]:
+    return [word.format(**world) if "${" not in word else word for word in (*usual.split(), *wrong)]
+
+
+def _is_a_paragraph(printed: str, message: str) -> None:
+    assert printed.startswith("i2am: ")
+    assert printed.count("\n") == 1
+    assert len(printed) < 1500
+    assert "Traceback" not in printed
+    assert message in printed
+
+
+def test_there_are_a_hundred() -> None:
+    """No case stands there twice, and every command has its own."""
+    assert len(CASES) == len({(c, usual, *wrong) for c, usual, wrong, _ in CASES}) >= 100
+    assert {command for command, *_ in CASES} == set(RUN) == set(COMMANDS)
+
+
+@pytest.mark.filterwarnings("default")  # Lightning's and torch's own deprecations
+@pytest.mark.usefixtures("_as_a_fresh_process")
+@pytest.mark.parametrize(
+    ("command", "usual", "wrong", "message"),
+    CASES,
+    ids=[f"{c}-{' '.join(wrong)[:60]!a}" for c, _, wrong, _ in CASES],
+)
+def test_bad_input(
+    command: str,
+    usual: str,
+    wrong: list[str],
+    message: str,
+    world: dict[str, str],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Status 2, one paragraph with the fragment, and every file is as it was."""
+    before = _everything(world)
+    sys.argv = [f"i2am {command}", *_words(usual, wrong, world)]
+    with pytest.raises(SystemExit, match="2"):
+        entry(command, RUN[command])
+    _is_a_paragraph(capsys.readouterr().err, message.format(**world))
+    assert list(Path.cwd().iterdir()) == []
+    assert _everything(world) == before
+
+
+@pytest.mark.usefixtures("_as_a_fresh_process")
+@pytest.mark.parametrize("command", ["evaluate", "train"])
+def test_cheap_checks_come_before_a_dataset_is_drawn(
+    command: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A metric that does not exist is refused before the embedded dataset is made."""
+    folder = dataset_folder(GridSize(128, 96), 3, 2, 987654)
+    made = ["data.synthetic.train=3", "data.synthetic.test=2", "data.synthetic.seed=987654"]
+    checkpoint = {"evaluate": "checkpoint=tiny", "train": "init=tiny"}[command]
+    sys.argv = [f"i2am {command}", checkpoint, "evaluation.metrics=[nope]", *made]
+    with pytest.raises(SystemExit, match="2"):
+        entry(command, RUN[command])
+    _is_a_paragraph(capsys.readouterr().err, "No metric is called 'nope'")
+    assert not folder.exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("trian", "Did you mean 'train'?"),
+        ("data chek", "There are make, derive, check and cache"),
+        ("train --experiment refined", "Write experiment=VALUE."),
+        ("evaluate seed=1 --cfg job", "Did you mean"),
+        ("data make train=1e30", "whole number of at most"),
+    ],
+)
+def test_bad_input_of_a_program(words: str, message: str, tmp_path: Path) -> None:
+    """The same from a shell."""
+    program = f"import sys; from i2am_train.cli import main; main({words.split()})"
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=False, timeout=90,
+        cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(checkout())},
+    )  # fmt: skip
+    assert done.returncode == 2
+    _is_a_paragraph(done.stderr, message)
+    assert list(tmp_path.iterdir()) == []
