@@ -18,6 +18,7 @@ import subprocess
 import sys
 import warnings
 from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -102,7 +103,7 @@ class RunFolder:
     def manifest(self) -> dict[str, Any]:
         """What ``manifest.json`` says; empty before ``start``."""
         file = self.path / MANIFEST_FILE
-        return dict(read_json(file)) if file.is_file() else {}
+        return read_object(file) if file.is_file() else {}
 
     @property
     def finished(self) -> bool:
@@ -254,9 +255,41 @@ def read_json(path: Path) -> Any:
         raise RunFolderError(
             f"{path} is missing: {path.parent} is not the folder of a run."
         ) from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise RunFolderError(
             f"{path} is not readable JSON ({error}). Delete {path.parent} and run again."
+        ) from error
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """Read a JSON file that holds an object.
+
+    Raises:
+        RunFolderError: it is missing, damaged, or holds something else.
+    """
+    found = read_json(path)
+    if not isinstance(found, dict):
+        raise RunFolderError(
+            f"{path} holds a value of type {type(found).__name__} where an object is expected, so {path.parent} is not "
+            "the folder of a run, or the file was damaged. Run the command that made it again."
+        )
+    return found
+
+
+@contextmanager
+def entries_of(path: Path) -> Iterator[None]:
+    """While the entries of a file of ours are looked up: one that is missing or of another type names the file.
+
+    Raises:
+        RunFolderError: an entry is missing or has an impossible value.
+    """
+    try:
+        yield
+    except (KeyError, IndexError, TypeError, AttributeError, ValueError) as error:
+        reason = f"{error} is missing" if isinstance(error, KeyError) else str(error)
+        raise RunFolderError(
+            f"{path} has not the entries that this program writes ({reason}): it was changed, or is another program's. "
+            "Run the command that made its folder again."
         ) from error
 
 
@@ -335,7 +368,7 @@ def now() -> str:
 
 def _saved_settings(path: Path) -> dict[str, Any] | None:
     file = path / SETTINGS_FILE
-    return dict(read_json(file)) if file.is_file() else None
+    return read_object(file) if file.is_file() else None
 
 
 def _refuse_foreign_files(path: Path) -> None:

@@ -83,7 +83,7 @@ def expected_values(config: EvaluateConfig) -> dict[str, float]:
     """
     from i2am_train.config.locations import checkpoint_folder
     from i2am_train.reporting.published import TABLE_2, published_values
-    from i2am_train.runs import SETTINGS_FILE, read_json, run_of
+    from i2am_train.runs import SETTINGS_FILE, read_object, run_of
     from i2am_train.types import Pairing
 
     model = config.expected
@@ -91,7 +91,7 @@ def expected_values(config: EvaluateConfig) -> dict[str, float]:
         folder = checkpoint_folder(config.checkpoint)
         place = run_of(folder)
         settings = (folder if place is None else place[0]) / SETTINGS_FILE
-        model = read_json(settings).get("expected") if settings.is_file() else None
+        model = read_object(settings).get("expected") if settings.is_file() else None
     if model is None or model not in TABLE_2:
         return {}
     return published_values(model, paired=config.evaluation.pairing is Pairing.PAIRED)

@@ -24,7 +24,7 @@ from safetensors.numpy import save_file
 from i2am_train.errors import RunFolderError
 from i2am_train.reporting.canvas import Picture
 from i2am_train.reporting.records import PANELS, RESULTS, SAMPLES, read_samples
-from i2am_train.runs import read_json
+from i2am_train.runs import read_object
 
 SCHEMA, KIND = 1, "detection"
 """Version and kind that ``results.json`` states."""
@@ -89,7 +89,7 @@ def read_detected(folder: Path) -> Detected:
 
 def _read_results(folder: Path) -> Results:
     path = folder / RESULTS
-    results = dict(read_json(path)) if path.is_file() else {}
+    results = read_object(path) if path.is_file() else {}
     if results.get("kind") != KIND:
         what = f"whose results are no detection ({path})" if results else f"without {RESULTS}"
         raise RunFolderError(

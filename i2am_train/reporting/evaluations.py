@@ -20,7 +20,8 @@ from i2am_train.runs import (
     SETTINGS_FILE,
     best_step,
     checkpoint_label,
-    read_json,
+    entries_of,
+    read_object,
     run_of,
 )
 from i2am_train.types import Pairing
@@ -128,7 +129,7 @@ def _evaluation_folders(folder: Path) -> list[Path]:
 
 
 def _read(folder: Path) -> Evaluation:
-    results, manifest = dict(read_json(folder / RESULTS)), dict(read_json(folder / MANIFEST_FILE))
+    results, manifest = read_object(folder / RESULTS), read_object(folder / MANIFEST_FILE)
     if "metrics" not in results:
         raise RunFolderError(
             f"{folder} holds results of '{manifest.get('command')}', which are no evaluation. Give folders that "
@@ -139,19 +140,32 @@ def _read(folder: Path) -> Evaluation:
             f"The evaluation in {folder} is of another version of i2am_train (schema "
             f"{manifest.get('schema')!r}, this one reads {MANIFEST_SCHEMA}). Evaluate again into another folder."
         )
-    settings = results["settings"]
-    origin = _origin(settings, folder)
-    return Evaluation(
-        folder=folder,
-        pairing=Pairing(settings.get("evaluation", {}).get("pairing", "paired")),
-        metrics=results["metrics"],
-        intervals=results.get("intervals", {}),
-        samples=read_samples(folder / SAMPLES),
-        protocol=_protocol(results, manifest),
-        settings=settings,
-        manifest=manifest,
-        **origin,
-    )
+    with entries_of(folder / RESULTS):
+        settings = results["settings"]
+        origin = _origin(settings, folder)
+        return Evaluation(
+            folder=folder,
+            pairing=Pairing(settings.get("evaluation", {}).get("pairing", "paired")),
+            metrics=_scores(results["metrics"]),
+            intervals={n: _scores(ends) for n, ends in results.get("intervals", {}).items()},
+            samples=read_samples(folder / SAMPLES),
+            protocol=_protocol(results, manifest),
+            settings=settings,
+            manifest=manifest,
+            **origin,
+        )
+
+
+def _scores(found: Mapping[str, Any]) -> dict[str, Any]:
+    """Scores by name, those that are null left as they are.
+
+    Raises:
+        TypeError: one is no number.
+    """
+    for name, value in found.items():
+        if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float))):
+            raise TypeError(f"{name}={value!r} is no number")
+    return dict(found)
 
 
 def _origin(settings: Mapping[str, Any], folder: Path) -> dict[str, Any]:
@@ -184,13 +198,13 @@ def _origin(settings: Mapping[str, Any], folder: Path) -> dict[str, Any]:
 
 def _training_settings(run: Path) -> dict[str, Any] | None:
     file = run / SETTINGS_FILE
-    settings = dict(read_json(file)) if file.is_file() else {}
+    settings = read_object(file) if file.is_file() else {}
     return settings if "objective" in settings and "optimization" in settings else None
 
 
 def _protocol(results: Mapping[str, Any], manifest: Mapping[str, Any]) -> dict[str, Any]:
     settings = results["settings"]
-    compared: dict[str, Any] = {"data": manifest.get("data"), "samples": results["samples"]}
+    compared: dict[str, Any] = {"data": manifest.get("data"), "samples": int(results["samples"])}
     for group in COMPARED:
         options = settings.get(group) or {}
         compared |= {f"{group}.{n}": v for n, v in options.items() if n not in SWEPT}

@@ -31,7 +31,13 @@ from i2am_train.errors import RunFolderError
 from i2am_train.metrics.correspondence import target_on_grid
 from i2am_train.reporting.canvas import Picture
 from i2am_train.reporting.drawn import GridCell, Mask, array
-from i2am_train.runs import MANIFEST_FILE, checkpoint_label, read_json, write_json
+from i2am_train.runs import (
+    MANIFEST_FILE,
+    checkpoint_label,
+    entries_of,
+    read_object,
+    write_json,
+)
 from i2am_train.types import Direction, GridSize, LayerWeighting
 
 SCHEMA = 2
@@ -208,7 +214,7 @@ def sample_folders(run: Path) -> list[Path]:
 def _place(folder: Path) -> tuple[int, str]:
     """Position of a sample's checkpoint among those of its run, and its own name."""
     checkpoints = manifest_of(folder)["settings"]["checkpoint"]
-    own = read_json(folder / SCORES).get("origin", {}).get("checkpoint")
+    own = read_object(folder / SCORES).get("origin", {}).get("checkpoint")
     known = isinstance(checkpoints, list) and own in checkpoints
     return (checkpoints.index(own) if known else 0, folder.name)
 
@@ -220,7 +226,7 @@ def manifest_of(folder: Path) -> dict[str, Any]:
         RunFolderError: there is none, or the run did not come to its end.
     """
     inside = (folder / MANIFEST_FILE).is_file()
-    manifest = dict(read_json((folder if inside else folder.parent) / MANIFEST_FILE))
+    manifest = read_object((folder if inside else folder.parent) / MANIFEST_FILE)
     if manifest.get("finished") is None:
         raise RunFolderError(
             f"The run of {folder} did not come to its end. Give its command again: "
@@ -242,8 +248,16 @@ def read_explained(folder: Path, model: str | None = None) -> ExplainedSample:
     """
     manifest_of(folder)
     about = _checked_description(folder / SCORES)
+    with entries_of(folder / SCORES):
+        sample = _described(folder, about, model)
+    _check_sizes(folder, sample)
+    return sample
+
+
+def _described(folder: Path, about: dict[str, Any], model: str | None) -> ExplainedSample:
+    """The sample that a description tells of, with its pictures and maps."""
     origin = Origin(**about["origin"])
-    sample = ExplainedSample(
+    return ExplainedSample(
         name=about["name"],
         garment_name=about["garment_name"],
         paired=about["paired"],
@@ -262,12 +276,10 @@ def read_explained(folder: Path, model: str | None = None) -> ExplainedSample:
         weighting=LayerWeighting(about["weighting"]),
         time_groups=about["time_groups"],
     )
-    _check_sizes(folder, sample)
-    return sample
 
 
 def _checked_description(path: Path) -> dict[str, Any]:
-    about = dict(read_json(path))
+    about = read_object(path)
     if "recipe" in about:
         raise RunFolderError(
             f"{path.parent} explains a picture by another model ({about['recipe']}), whose figures "

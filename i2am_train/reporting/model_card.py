@@ -13,7 +13,7 @@ from typing import Any
 
 from i2am_train.metrics.registry import METRICS
 from i2am_train.reporting.evaluations import Evaluation, read_evaluations
-from i2am_train.runs import MANIFEST_FILE, SETTINGS_FILE, read_json
+from i2am_train.runs import MANIFEST_FILE, SETTINGS_FILE, read_object
 from i2am_train.types import GridSize
 
 TAGS = ["virtual-try-on", "attention", "i2am", "diffusers"]
@@ -158,9 +158,9 @@ def _training(facts: ModelFacts) -> Iterator[str]:
     if not (facts.run / SETTINGS_FILE).is_file():
         yield f"Not known: the model was exported from `{facts.origin}`, which is no folder of a training run."
         return
-    settings = dict(read_json(facts.run / SETTINGS_FILE))
+    settings = read_object(facts.run / SETTINGS_FILE)
     file = facts.run / MANIFEST_FILE
-    manifest = dict(read_json(file)) if file.is_file() else {}
+    manifest = read_object(file) if file.is_file() else {}
     git = manifest.get("git") or {}
     changed = " with local changes" if git.get("dirty") else ""
     yield (

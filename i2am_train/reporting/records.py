@@ -212,11 +212,14 @@ def read_samples(path: Path) -> tuple[Mapping[str, Any], ...]:
         return ()
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
-        return tuple(json.loads(line) for line in lines if line.strip())
-    except ValueError as error:
+        rows = tuple(json.loads(line) for line in lines if line.strip())
+    except (ValueError, RecursionError) as error:
         raise RunFolderError(
             f"{path} is not readable JSON lines: {error}. Evaluate again."
         ) from None
+    if not all(isinstance(row, dict) for row in rows):
+        raise RunFolderError(f"{path} has lines that are no JSON objects. Evaluate again.")
+    return rows
 
 
 def read_panels(path: Path) -> Panels | None:

@@ -20,7 +20,7 @@ from wandb.errors import CommError, UsageError
 
 from i2am_train.config.schema import TrackingConfig
 from i2am_train.metrics.registry import METRICS
-from i2am_train.runs import read_json, write_json
+from i2am_train.runs import read_object, write_json
 from i2am_train.tracking.names import ARM, STEP, TRAIN_JOB, VALIDATION, summary_of
 
 RUN_FILE = "wandb.json"
@@ -173,4 +173,4 @@ def run_id(folder: Path) -> str:
 def read_record(folder: Path) -> dict[str, Any]:
     """What a folder's ``wandb.json`` says; empty without one."""
     file = folder / RUN_FILE
-    return dict(read_json(file)) if file.is_file() else {}
+    return read_object(file) if file.is_file() else {}

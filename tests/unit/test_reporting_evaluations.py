@@ -372,3 +372,37 @@ def test_files_say_what_made_them(study: Path, tmp_path: Path) -> None:
     assert len(index["evaluations"]) == 13
     assert index["evaluations"][0]["checkpoint"] == "/weights/tiny"
     assert "refined-seed2/snapshots/step-000050" in sections[-1].html
+
+
+@pytest.mark.parametrize(
+    ("file", "change", "message"),
+    [
+        ("results.json", {"metrics": 5}, r"results\.json has not the entries .*no attribute"),
+        ("results.json", {"metrics": {"ssim": "high"}}, r"ssim='high' is no number"),
+        ("results.json", {"intervals": 5}, "has not the entries"),
+        ("results.json", {"intervals": {"ssim": 5}}, "has not the entries"),
+        ("results.json", {"settings": 5}, "has not the entries"),
+        (
+            "results.json",
+            {"settings": {"evaluation": {"pairing": "both"}}},
+            "'both' is not a valid",
+        ),
+        ("results.json", {"protocol": 5}, "has not the entries"),
+        ("results.json", {"samples": None}, "has not the entries"),
+        ("results.json", [1], r"results\.json holds a value of type list where an object"),
+        ("results.json", None, "holds a value of type NoneType where an object"),
+        ("manifest.json", [1], r"manifest\.json holds a value of type list"),
+        ("samples.jsonl", [1], r"samples\.jsonl has lines that are no JSON objects"),
+    ],
+)
+def test_entries_of_other_types_name_the_file(
+    tmp_path: Path, make_evaluation: Make, file: str, change: Any, message: str
+) -> None:
+    """A file that was changed by hand or by another program is refused when it is read, before a table is made."""
+    folder = make_evaluation(tmp_path / "one", "/models/a")
+    path = folder / file
+    if isinstance(change, dict):
+        change = json.loads(path.read_text()) | change
+    path.write_text(json.dumps(change))
+    with pytest.raises(RunFolderError, match=message):
+        read_evaluations([folder])
