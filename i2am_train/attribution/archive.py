@@ -15,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from i2am_train.attribution.finite import not_finite
 from i2am_train.attribution.maps import AttributionMaps
 from i2am_train.attribution.store import AttributionStore, LayerRecord
 from i2am_train.errors import DataError
@@ -38,9 +39,15 @@ def save_maps(
 ) -> Path:
     """Write everything that `maps` can be made from; the file appears whole or not at all.
 
-    ``names`` are those of the samples, in the order of the batch.
+    ``names`` are those of the samples, in the order of the batch. Raises `DataError` for maps that
+    are not finite, and for other numbers of names.
     """
     target = Path(path)
+    if (where := not_finite(maps.store)) is not None:
+        raise DataError(
+            f"The maps are not finite numbers: {where}. Nothing was written to '{target}'. Run the "
+            "model in a precision that holds its values (float32, bfloat16)."
+        )
     if names and len(names) != maps.store.batch:
         raise DataError(
             f"{len(names)} names were given for {maps.store.batch} samples. Give one name per "
@@ -61,7 +68,8 @@ def save_maps(
 
 
 def load_maps(path: str | os.PathLike[str]) -> Archive:
-    """Read what `save_maps` wrote. Raises `DataError` for anything else."""
+    """Read what `save_maps` wrote. Raises `DataError` for anything else, and for maps that are not
+    finite."""
     source = Path(path)
     try:
         with safe_open(source, framework="pt") as file:
@@ -87,8 +95,18 @@ def load_maps(path: str | os.PathLike[str]) -> Archive:
     layers = tuple(_layer(entry, tensors) for entry in json.loads(metadata["layers"]))
     recipe, partial, canvas = json.loads(metadata.get("model", '["", null, "stretch"]'))
     store = AttributionStore(
-        layers, tuple(json.loads(metadata["timesteps"])), recipe, partial, Canvas(canvas)
+        layers,
+        tuple(json.loads(metadata["timesteps"])),
+        recipe,
+        partial,
+        Canvas(canvas),
+        tuple(json.loads(metadata.get("model_layers", "[]"))),
     )
+    if (where := not_finite(store)) is not None:
+        raise DataError(
+            f"'{source}' holds maps that are not finite numbers: {where}. Make it again, with the "
+            "model in a precision that holds its values (float32, bfloat16)."
+        )
     return Archive(AttributionMaps(store), tuple(json.loads(metadata["names"])))
 
 
@@ -120,6 +138,7 @@ def _metadata(store: AttributionStore, names: Sequence[str]) -> dict[str, str]:
         "layers": json.dumps(layers),
         "timesteps": json.dumps(store.timesteps),
         "model": json.dumps([store.recipe, store.partial, store.canvas]),
+        "model_layers": json.dumps(list(store.model)),
         "names": json.dumps(list(names)),
     }
 

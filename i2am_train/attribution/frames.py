@@ -12,7 +12,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from i2am_train.types import GridSize
+from i2am_train.attribution.callers import UNKNOWN, Caller
+from i2am_train.types import Branch, GridSize
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,8 @@ class Frame:
 
     ``call`` counts evaluations since the listener was attached; ``timestep`` is what the root's
     forward was given (kept as it is: reading it would wait for the accelerator); ``latent`` and
-    ``batch`` are the size and the rows of its input.
+    ``batch`` are the size and the rows of its input. ``caller`` is who made the call, and ``branch``
+    the half of guidance that all of its rows belong to, where the caller names it.
     """
 
     call: int
@@ -64,12 +66,27 @@ class Frame:
     latent: GridSize
     batch: int
     announced: Announcement | None = None
+    caller: Caller = UNKNOWN
+    branch: Branch | None = None
 
     def read_timestep(self) -> float | None:
         """The scheduler's number as a float (the first row's if there is one per row), or None."""
         if isinstance(self.timestep, Tensor):
-            return float(self.timestep.flatten()[0]) if self.timestep.numel() else None
+            is_number = self.timestep.numel() and not self._is_embedded
+            return float(self.timestep.flatten()[0]) if is_number else None
         return None if self.timestep is None else float(self.timestep)
+
+    def time_embedding(self) -> Tensor | None:
+        """The first row's embedding of the time, where the model is given one in a number's place."""
+        if not isinstance(self.timestep, Tensor) or not self._is_embedded:
+            return None
+        return self.timestep[0].detach()
+
+    @property
+    def _is_embedded(self) -> bool:
+        """Whether the time is given as vectors, one for each row."""
+        time = self.timestep
+        return isinstance(time, Tensor) and time.ndim == 2 and time.shape[1] > 1
 
     @property
     def step_index(self) -> int | None:

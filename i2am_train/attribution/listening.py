@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from i2am_train.attribution.frames import Frame, announced_evaluation
-from i2am_train.attribution.probes import AttentionInputs, Probe, probe
+from i2am_train.attribution.probes import AttentionInputs, MaskGuard, Probe, probe
 from i2am_train.attribution.recipes import module_like, nearest_recipe
 from i2am_train.attribution.sites import (
     LatentSize,
@@ -30,6 +30,7 @@ from i2am_train.attribution.sites import (
     SiteModule,
     find_layer,
     named_modules,
+    similar_layer,
     uncompiled,
 )
 from i2am_train.errors import CaptureError
@@ -102,6 +103,15 @@ def _attention_like(root: nn.Module) -> str:
     return ", ".join(shown) or "no module with heads"
 
 
+def _forward_signature(root: nn.Module) -> inspect.Signature:
+    """Of the root's forward; of its class's where a tool has put a function of ``*args`` before it."""
+    signature = inspect.signature(root.forward)
+    kinds = {parameter.kind for parameter in signature.parameters.values()}
+    if "forward" in vars(root) and inspect.Parameter.VAR_POSITIONAL in kinds:
+        return inspect.signature(partial(type(root).forward, root))
+    return signature
+
+
 OnAttention = Callable[[SiteModule, Frame, AttentionInputs], None]
 """Called once per site and frame with what it attends with, all rows of the batch."""
 
@@ -144,7 +154,7 @@ class Listener:
                 "Leave the first one's block (or close it) before starting another."
             )
         kinds.add(self.kind)
-        signature = inspect.signature(self.root.forward)
+        signature = _forward_signature(self.root)
 
         def open_frame(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             self._open(signature.bind_partial(*args, **kwargs).arguments)
@@ -153,7 +163,8 @@ class Listener:
             self.root.register_forward_pre_hook(open_frame, with_kwargs=True),
             self.root.register_forward_hook(self._close, always_call=True),
         ]
-        for each in self._probes:
+        for site, each in zip(self.sites, self._probes, strict=True):
+            self._handles.append(MaskGuard(site, self._is_open).attach())
             self._handles += each.attach()
 
     def detach(self) -> None:
@@ -180,6 +191,8 @@ class Listener:
             announced=announced_evaluation(),
         )
         self._calls += 1
+        for each in self._probes:
+            self._handles += each.follow()
         self.on_open(self._frame)
 
     def _latent_size(self, arguments: dict[str, Any]) -> LatentSize:
@@ -188,10 +201,11 @@ class Listener:
         latent = arguments.get(self.recipe.latent)
         if not isinstance(latent, Tensor) or latent.ndim != 4:
             given = ", ".join(arguments) or "none"
+            replaced = "; its forward was replaced" if "forward" in vars(self.root) else ""
             raise CaptureError(
                 f"{type(self.root).__name__} was called without a picture '{self.recipe.latent}' "
                 "of shape "
-                f"[batch, channel, height, width] (arguments: {given}). Set the recipe's latent to "
+                f"[batch, channel, height, width] (arguments: {given}{replaced}). Set the recipe's latent to "
                 "its name, or to a function of the arguments if tokens are packed."
             )
         return LatentSize(latent.shape[0], GridSize(*latent.shape[-2:]))
@@ -209,10 +223,17 @@ class Listener:
             self.on_attention(site, self._frame, inputs)
 
 
-def choose_sites(sites: Sequence[SiteModule], layers: Sequence[LayerId]) -> tuple[SiteModule, ...]:
-    """The sites of the given layers, in the order given; an error that lists what there is."""
+def choose_sites(
+    sites: Sequence[SiteModule], layers: Sequence[LayerId], model: Sequence[str] | None = None
+) -> tuple[SiteModule, ...]:
+    """The sites of the given layers, in the order given; an error that lists what there is.
+
+    Numbers are those of `similar_layer` among the ``model``'s layers (None: those of the sites).
+    """
     by_name = {site.layer: site for site in sites}
-    return tuple(by_name[find_layer(layer, list(by_name))] for layer in layers)
+    known = list(by_name) if model is None else model
+    names = [find_layer(similar_layer(layer, known), list(by_name)) for layer in layers]
+    return tuple(by_name[name] for name in names)
 
 
 def eager_while_listening() -> AbstractContextManager[object]:

@@ -35,7 +35,8 @@ a pattern. Chosen by us: a few sums and one resize."""
 def normalise(
     values: Float[Tensor, "*batch height width"], *, joint_axes: int = 0, epsilon: float = 0.0
 ) -> Float[Tensor, "*batch height width"]:
-    """Min-max per map to [0, 1]; a map that is constant (to rounding) becomes zeros.
+    """Min-max per map to [0, 1]; a map that is constant (to rounding) becomes zeros, and one with a
+    value that is not a number stays without numbers.
 
     ``joint_axes`` counts the axes before height and width that share one minimum and maximum, so
     that maps can be compared. ``epsilon`` is added to the range (the authors' code adds 1e-8).
@@ -48,14 +49,14 @@ def normalise(
     high = values.amax(dim=axes, keepdim=True)
     rounding = _ROUNDING * torch.finfo(values.dtype).eps * torch.maximum(low.abs(), high.abs())
     spread = (values - low) / (high - low + epsilon)
-    return torch.where(high - low > rounding, spread, torch.zeros_like(values))
+    return torch.where(high - low <= rounding, torch.zeros_like(values), spread)
 
 
 def threshold(
     values: Float[Tensor, "*batch height width"], delta: float
 ) -> Float[Tensor, "*batch height width"]:
     """Values above ``delta`` as they are, others zero: ``m * 1(m > delta)`` (paper eq. 13; strictly
-    greater).
+    greater). What is not a number stays so.
 
     >>> threshold(torch.tensor([[0.2, 0.4, 0.7]]), 0.4).tolist()
     [[0.0, 0.0, 0.699999988079071]]
@@ -64,7 +65,7 @@ def threshold(
         raise ConfigError(
             f"delta is {delta}; it must be at least 0 and below 1 (the paper uses 0.4)."
         )
-    return torch.where(values > delta, values, torch.zeros_like(values))
+    return torch.where(values <= delta, torch.zeros_like(values), values)
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,8 @@ they are, other kernels not at all. Neither changes a result.
 
 from __future__ import annotations
 
+import inspect
+import sys
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from typing import Any, NamedTuple, Protocol, runtime_checkable
@@ -52,6 +54,10 @@ class Probe(Protocol):
         """Register the hooks."""
         ...
 
+    def follow(self) -> list[RemovableHandle]:
+        """Hook what has been put in the place of a hooked module since (an adapter's wrapper)."""
+        ...
+
     def clear(self) -> None:
         """Drop what is left of an evaluation, also one that ended in an error."""
         ...
@@ -67,6 +73,26 @@ def probe(site: SiteModule, deliver: Deliver, is_open: Callable[[], bool]) -> Pr
     return kinds[site.site.via](site, deliver, is_open)
 
 
+class _Projection:
+    """One projection by its place in the model, whatever stands there: peft puts a layer with an
+    adapter in the place of the plain one, which goes on inside it."""
+
+    def __init__(self, parent: nn.Module, name: str, keep: Callable[..., None]) -> None:
+        self._parent, self._name, self._keep = parent, name, keep
+        self._hooked: nn.Module | None = None
+        self._handle: RemovableHandle | None = None
+
+    def follow(self) -> list[RemovableHandle]:
+        """Hook the module that is there now, and no other; its handle, if that is new."""
+        now: nn.Module = getattr(self._parent, self._name)
+        if now is self._hooked:
+            return []
+        if self._handle is not None:
+            self._handle.remove()
+        self._hooked, self._handle = now, now.register_forward_hook(self._keep)
+        return [self._handle]
+
+
 class ProjectionProbe:
     """Keeps the outputs of both projections until their module has run."""
 
@@ -74,8 +100,13 @@ class ProjectionProbe:
         _refuse_unseen_tokens(site)
         self._layer = site.layer
         self._module = site.module
-        self._generated_projection = _submodule(site, site.site.generated_projection)
-        self._reference_projection = _submodule(site, site.site.reference_projection)
+        self._projections = tuple(
+            _Projection(_parent(site, path), path.rpartition(".")[2], keep)
+            for path, keep in (
+                (site.site.generated_projection, self._keep_generated),
+                (site.site.reference_projection, self._keep_reference),
+            )
+        )
         self._heads = _heads(site)
         self._scale = site.site.scale
         self._deliver = deliver
@@ -86,10 +117,13 @@ class ProjectionProbe:
     def attach(self) -> list[RemovableHandle]:
         """Hook the projections, and the module that they belong to."""
         return [
-            self._generated_projection.register_forward_hook(self._keep_generated),
-            self._reference_projection.register_forward_hook(self._keep_reference),
+            *(handle for projection in self._projections for handle in projection.follow()),
             self._module.register_forward_hook(self._emit),
         ]
+
+    def follow(self) -> list[RemovableHandle]:
+        """Hook projections that replaced those hooked before."""
+        return [handle for projection in self._projections for handle in projection.follow()]
 
     def clear(self) -> None:
         """Forget projections whose module did not come to its end."""
@@ -151,6 +185,10 @@ class SdpaProbe(TorchFunctionMode):
             self._site.module.register_forward_pre_hook(self._watch),
             self._site.module.register_forward_hook(self._stop, always_call=True),
         ]
+
+    def follow(self) -> list[RemovableHandle]:
+        """Nothing to do: the attention itself is watched, whatever its parts are."""
+        return []
 
     def clear(self) -> None:
         """Stop watching; harmless when it did not."""
@@ -251,9 +289,46 @@ def _refuse_unseen_tokens(site: SiteModule) -> None:
         )
 
 
-def _submodule(site: SiteModule, path: str) -> nn.Module:
+class MaskGuard:
+    """Refuses calls of a module in which a mask keeps tokens from the reference: the maps would give
+    them a share that they do not have."""
+
+    def __init__(self, site: SiteModule, is_open: Callable[[], bool]) -> None:
+        self._layer, self._module, self._is_open = site.layer, site.module, is_open
+        names = list(inspect.signature(site.module.forward).parameters)
+        self._places = {
+            name: names.index(name) if name in names else sys.maxsize for name in site.site.masks
+        }
+
+    def attach(self) -> RemovableHandle:
+        """Look at the arguments of each call."""
+        return self._module.register_forward_pre_hook(self._look, with_kwargs=True)
+
+    def _look(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if not self._is_open():
+            return
+        for name, place in self._places.items():
+            mask = args[place] if place < len(args) else kwargs.get(name)
+            if mask is not None and _masks_anything(mask):
+                raise CaptureError(
+                    f"Layer {self._layer} attends under a mask ({name}), and maps of the scores "
+                    "without it would not be what the model saw. Call the model without it (drop "
+                    "the tokens that it hides), or leave this layer out of the recipe."
+                )
+
+
+def _masks_anything(mask: Any) -> bool:
+    """Whether a mask does anything; one for each region of the picture (a list) always does."""
+    if isinstance(mask, Tensor):
+        return _changes_scores(mask)
+    return any(one is not None for one in mask)
+
+
+def _parent(site: SiteModule, path: str) -> nn.Module:
+    """The module that holds a projection, which must be there."""
     try:
-        return site.module.get_submodule(path)
+        site.module.get_submodule(path)
+        return site.module.get_submodule(path.rpartition(".")[0])
     except AttributeError:
         children = ", ".join(name for name, _ in site.module.named_children()) or "none"
         raise CaptureError(

@@ -16,7 +16,6 @@ from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor, nn
 
-from i2am_train.attribution.frames import Frame
 from i2am_train.attribution.sites import (
     Latent,
     LatentSize,
@@ -25,6 +24,7 @@ from i2am_train.attribution.sites import (
     Site,
     Tokens,
     named_modules,
+    with_rows,
 )
 from i2am_train.errors import CaptureError
 from i2am_train.types import Backend, Canvas, GridSize
@@ -48,28 +48,31 @@ SDXL_BLOCKS = r"up_blocks\.\d+\.attentions\.\d+\.transformer_blocks\.[1-9]\d*"
 def diffusers_decoder(
     reference_grid: GridSize | None,
     special_tokens: int = 0,
-    rows: Rows = "second_half",
+    rows: Rows | None = None,
     root: str = "unet",
+    guided: bool | None = None,
 ) -> Recipe:
     """Recipe for any diffusers U-Net whose decoder cross-attends to reference tokens.
 
     ``reference_grid`` None means tokens without a place in the picture (pooled vectors, words);
-    ``special_tokens`` counts the class tokens in front of the patches.
+    ``special_tokens`` counts the class tokens in front of the patches. ``guided`` and ``rows`` are
+    for callers that do not say whether they use guidance (see `Recipe`); ``rows`` leaves nothing to
+    ask.
     """
     site = Site(DIFFUSERS_DECODER, reference=Tokens(reference_grid, skip=special_tokens))
-    return Recipe(root, (site,), rows, name="diffusers_decoder", absent=(SDXL_BLOCKS,))
-
-
-def _rows(guided: bool, conditional: str = "second_half") -> str:
-    """Unconditional rows come first, as nearly everywhere, unless ``conditional`` says otherwise."""
-    return conditional if guided else "all"
+    recipe = Recipe(root, (site,), name="diffusers_decoder", absent=(SDXL_BLOCKS,), guided=guided)
+    return recipe if rows is None else with_rows(recipe, rows)
 
 
 def tryon(
-    reference_grid: GridSize | None = None, special_tokens: int = 0, rows: Rows = "second_half"
+    reference_grid: GridSize | None = None,
+    special_tokens: int = 0,
+    rows: Rows | None = None,
+    guided: bool | None = None,
 ) -> Recipe:
     """This package's exported pipelines, which know their grid."""
-    return replace(diffusers_decoder(reference_grid, special_tokens, rows), name="tryon")
+    recipe = diffusers_decoder(reference_grid, special_tokens, rows, guided=guided)
+    return replace(recipe, name="tryon")
 
 
 DINOV2_GRID = GridSize(37, 28)
@@ -77,7 +80,7 @@ DINOV2_GRID = GridSize(37, 28)
 
 
 def custom(
-    reference_grid: GridSize = DINOV2_GRID, special_tokens: int = 1, guided: bool = True
+    reference_grid: GridSize = DINOV2_GRID, special_tokens: int = 1, guided: bool | None = None
 ) -> Recipe:
     """The paper's own model in its authors' code (adapters note 2.1): conditional rows come
     first."""
@@ -88,79 +91,79 @@ def custom(
         "n_heads",
         reference=Tokens(reference_grid, skip=special_tokens),
     )
-    rows = _rows(guided, conditional="first_half")
-    return Recipe("diffusion.unet", (site,), rows, "x", None, name="custom")
+    return Recipe(
+        "diffusion.unet", (site,), "first_half", "x", "time", name="custom", guided=guided
+    )
 
 
-def paint_by_example(guided: bool = True) -> Recipe:
+def paint_by_example(guided: bool | None = None) -> Recipe:
     """Paint-by-Example in diffusers: one pooled token (adapters note 2.2)."""
-    return replace(diffusers_decoder(None, rows=_rows(guided)), name="paint_by_example")
+    site = Site(DIFFUSERS_DECODER, reference=Tokens(None, count=1))
+    recipe = diffusers_decoder(None, guided=guided)
+    return replace(recipe, sites=(site,), name="paint_by_example")
 
 
 _LDM_ROOT = "model.diffusion_model"
 
 
-def paint_by_example_ldm(guided: bool = True) -> Recipe:
+def paint_by_example_ldm(guided: bool | None = None) -> Recipe:
     """Paint-by-Example in its authors' code."""
-    site = Site(LDM_DECODER, reference=Tokens(None))
-    return Recipe(_LDM_ROOT, (site,), _rows(guided), "x", "timesteps", name="paint_by_example_ldm")
+    site = Site(LDM_DECODER, reference=Tokens(None, count=1))
+    name = "paint_by_example_ldm"
+    return Recipe(_LDM_ROOT, (site,), latent="x", timestep="timesteps", name=name, guided=guided)
 
 
 _WARPED = "the warped garment also enters by four input channels and the start noise"
 
 
-def dci_vton(guided: bool = False) -> Recipe:
-    """DCI-VTON: as Paint-by-Example, without guidance by default (adapters note 2.3)."""
+def dci_vton(guided: bool | None = None) -> Recipe:
+    """DCI-VTON: as Paint-by-Example (adapters note 2.3)."""
     return replace(paint_by_example_ldm(guided), name="dci_vton", partial=_WARPED)
 
 
-def dci_vton_diffusers(guided: bool = False) -> Recipe:
+def dci_vton_diffusers(guided: bool | None = None) -> Recipe:
     """DCI-VTON as a pipeline of diffusers, which ``i2am init dci_vton=FILE`` makes."""
     return replace(paint_by_example(guided), name="dci_vton_diffusers", partial=_WARPED)
 
 
-def _first_of_two_calls(frame: Frame) -> slice | None:
-    return slice(0, frame.batch) if frame.call % 2 == 0 else None
-
-
-def stableviton(guided: bool = False) -> Recipe:
+def stableviton(guided: bool | None = None) -> Recipe:
     """StableVITON's warping blocks (adapters note 2.4). With guidance (a scale other than 1) each
     step makes two calls, the conditional one first."""
     site = Site(
         r"(?P<layer>warp_flow_blks\.\d+)\.transformer_blocks\.0\.attn2",
     )
-    rows: Rows = _first_of_two_calls if guided else "all"
     return Recipe(
         _LDM_ROOT,
         (site,),
-        rows,
+        "first_call",
         "x",
         "timesteps",
         name="stableviton",
+        guided=guided,
         partial="a CLIP embedding of the garment also enters by cross-attention",
     )
 
 
-def pasd(guided: bool = True) -> Recipe:
+def pasd(guided: bool | None = None) -> Recipe:
     """PASD's pixel attention, 12 sites (adapters note 2.5)."""
     site = Site(r"(?P<layer>up_blocks\.\d+\.pixel_attentions\.\d+)\.transformer_blocks\.0\.attn2")
     return Recipe(
         "unet",
         (site,),
-        _rows(guided),
+        guided=guided,
         name="pasd",
         once_per_step=True,
         partial="features of the low-resolution picture are also added to the skip connections",
     )
 
 
-def pasd_light(guided: bool = True) -> Recipe:
+def pasd_light(guided: bool | None = None) -> Recipe:
     """PASD-light: the same attention inside the text transformers."""
     site = Site(r"(?P<layer>up_blocks\.\d+\.attentions\.\d+)\.transformer_blocks\.0\.attn2_plus")
     return replace(pasd(guided), sites=(site,), name="pasd_light")
 
 
-def seesr(guided: bool = True) -> Recipe:
+def seesr(guided: bool | None = None) -> Recipe:
     """SeeSR's image attention in the decoder: 145 tokens, the mean and 12x12 (adapters note
     2.6)."""
     site = Site(
@@ -170,14 +173,14 @@ def seesr(guided: bool = True) -> Recipe:
     return Recipe(
         "unet",
         (site,),
-        _rows(guided),
+        guided=guided,
         name="seesr",
         once_per_step=True,
         partial="a control network and the start noise also carry the low-resolution picture",
     )
 
 
-def _doubled(name: str, root: str, rows: Rows) -> Recipe:
+def _doubled(name: str, root: str, rows: Rows, guided: bool | None) -> Recipe:
     """Self-attention over the generated tokens and as many of the garment, one after the other."""
     site = Site(
         DIFFUSERS_SELF_ATTENTION,
@@ -185,27 +188,26 @@ def _doubled(name: str, root: str, rows: Rows) -> Recipe:
         reference=Tokens(block=(1, 2)),
         joint=True,
     )
-    return Recipe(root, (site,), rows, name=name)
+    return Recipe(root, (site,), rows, name=name, guided=guided)
 
 
-def idm_vton(guided: bool = True) -> Recipe:
+def idm_vton(guided: bool | None = None) -> Recipe:
     """IDM-VTON: 70 self-attentions (adapters note 2.7)."""
     return replace(
-        _doubled("idm_vton", "unet", _rows(guided)),
+        _doubled("idm_vton", "unet", "second_half", guided),
         partial="16 IP-Adapter tokens of the garment also enter by cross-attention",
     )
 
 
-def ootdiffusion(guided: bool = True) -> Recipe:
+def ootdiffusion(guided: bool | None = None) -> Recipe:
     """OOTDiffusion: 16 self-attentions, conditional rows first (adapters note 2.8)."""
-    rows = _rows(guided, conditional="first_half")
     return replace(
-        _doubled("ootdiffusion", "unet_vton", rows),
+        _doubled("ootdiffusion", "unet_vton", "first_half", guided),
         partial="a CLIP embedding of the garment also enters by cross-attention",
     )
 
 
-def catvton(guided: bool = True, side_by_side: bool = False) -> Recipe:
+def catvton(guided: bool | None = None, side_by_side: bool = False) -> Recipe:
     """CatVTON: one canvas, person above garment (adapters note 2.9); ``side_by_side``: left and
     right."""
     person, garment = (0.0, 0.5, 0.0, 1.0), (0.5, 1.0, 0.0, 1.0)
@@ -217,45 +219,58 @@ def catvton(guided: bool = True, side_by_side: bool = False) -> Recipe:
         reference=Tokens(crop=garment),
         joint=True,
     )
-    return Recipe("unet", (site,), _rows(guided), name="catvton", canvas=Canvas.LETTERBOX)
+    return Recipe("unet", (site,), name="catvton", canvas=Canvas.LETTERBOX, guided=guided)
 
 
-def ladi_vton(first: int = 11, count: int = 16, guided: bool = True) -> Recipe:
+def ladi_vton(first: int = 11, count: int = 16, guided: bool | None = None) -> Recipe:
     """LaDI-VTON: pseudo-words among 77 words (adapters note 2.10). ``first`` is the position of the
     first one: 11 after "a photo of a model wearing an upper body garment", 9 after "... a
     dress"."""
-    site = Site(DIFFUSERS_DECODER, reference=Tokens(None, skip=first, stop=first + count))
+    site = Site(
+        DIFFUSERS_DECODER, reference=Tokens(None, skip=first, stop=first + count, count=count)
+    )
     return Recipe(
         "unet",
         (site,),
-        _rows(guided),
+        guided=guided,
         name="ladi_vton",
         absent=(SDXL_BLOCKS,),
         partial="the warped garment also enters by input channels",
     )
 
 
-def _ip_adapter(name: str, tokens: Tokens, adapter: int, guided: bool, canvas: Canvas) -> Recipe:
+def _ip_adapter(
+    name: str, tokens: Tokens, adapter: int, guided: bool | None, canvas: Canvas
+) -> Recipe:
     site = Site(
         DIFFUSERS_SELF_ATTENTION.replace("attn1", "attn2"),
         reference_projection=f"processor.to_k_ip.{adapter}",
         reference=tokens,
         sdpa_call=1 + adapter,  # after the text; right as long as no adapter's scale is zero
+        masks=("ip_adapter_masks",),  # attention masks are for the text
     )
-    return Recipe("unet", (site,), _rows(guided), name=name, canvas=canvas)
+    return Recipe("unet", (site,), name=name, canvas=canvas, guided=guided, partial=_other_adapters)
 
 
-def ip_adapter(adapter: int = 0, guided: bool = True) -> Recipe:
+def _other_adapters(unet: nn.Module) -> str | None:
+    """What a network with several adapters says of the maps of one."""
+    loaded = getattr(part(unet, "encoder_hid_proj"), "num_ip_adapters", 1)
+    if loaded == 1:
+        return None
+    return f"the pictures of {loaded - 1} other adapter{'s' * (loaded > 2)} also enter beside it"
+
+
+def ip_adapter(adapter: int = 0, guided: bool | None = None) -> Recipe:
     """IP-Adapter, 4 pooled tokens (adapters note 2.11); ``adapter`` counts the loaded ones."""
     return _ip_adapter("ip_adapter", Tokens(None), adapter, guided, Canvas.STRETCH)
 
 
-def ip_adapter_plus(adapter: int = 0, guided: bool = True) -> Recipe:
+def ip_adapter_plus(adapter: int = 0, guided: bool | None = None) -> Recipe:
     """IP-Adapter plus: 16 tokens of a resampler, without a place in the picture."""
     return _ip_adapter("ip_adapter_plus", Tokens(None), adapter, guided, Canvas.STRETCH)
 
 
-def ip_adapter_full_face(adapter: int = 0, guided: bool = True) -> Recipe:
+def ip_adapter_full_face(adapter: int = 0, guided: bool | None = None) -> Recipe:
     """IP-Adapter full-face: the class token and 16x16 patches of CLIP's centre crop."""
     tokens = Tokens(GridSize(16, 16), skip=1)
     return _ip_adapter("ip_adapter_full_face", tokens, adapter, guided, Canvas.CENTRE_CROP)
@@ -269,7 +284,7 @@ def flux_kontext(
     generated_grid: GridSize = KONTEXT_GRID,
     reference_grid: GridSize = KONTEXT_GRID,
     text_tokens: int = 512,
-    guided: bool = False,
+    guided: bool | None = None,
 ) -> Recipe:
     """FLUX.1 Kontext in diffusers: all blocks attend to [text; generated; reference picture].
 
@@ -288,9 +303,10 @@ def flux_kontext(
     return Recipe(
         "transformer",
         (site,),
-        _first_of_two_calls if guided else "all",
+        "first_call",
         _packed_pictures(generated_grid, reference_grid),
         name="flux_kontext",
+        guided=guided,
     )
 
 
@@ -403,7 +419,7 @@ class KnownModel:
         and "partial" and "mass" where they apply."""
         recipe = self.made()
         words = ["functional" if self.functional else "not functional"]
-        words += ["partial"] if recipe.partial else []
+        words += ["partial"] if isinstance(recipe.partial, str) else []
         words += ["mass"] if any(site.joint for site in recipe.sites) else []
         return tuple(words)
 
@@ -419,14 +435,9 @@ class KnownModel:
 
 
 def _read_tryon(pipeline: Any) -> dict[str, Any]:
-    def rows(frame: Frame) -> slice:
-        first = frame.batch // 2 if pipeline.do_classifier_free_guidance else 0
-        return slice(first, frame.batch)
-
     return {
         "reference_grid": GridSize(*pipeline.reference_grid),
         "special_tokens": int(pipeline.config.class_token),
-        "rows": rows,
     }
 
 

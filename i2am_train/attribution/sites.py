@@ -15,10 +15,11 @@ from typing import Any, NamedTuple, TypeAlias
 import torch
 from torch import Tensor, nn
 
+from i2am_train.attribution.callers import Caller
 from i2am_train.attribution.frames import Frame
 from i2am_train.errors import CaptureError
 from i2am_train.ops.grids import solve_grid
-from i2am_train.types import Backend, Canvas, GridSize
+from i2am_train.types import Backend, Branch, Canvas, GridSize
 
 LayerId: TypeAlias = int | str
 """A layer by its name (``"up_blocks.1.attentions.1"``) or by the paper's number (``2``)."""
@@ -94,6 +95,7 @@ def similar_layer(layer: LayerId, available: Sequence[str]) -> str:
     """
     if isinstance(layer, str) or any(paper_number(name) for name in available):
         return find_layer(layer, available)
+    layer_name(layer)  # refuses other numbers than the paper's
     decoder = [name for name in available if name.startswith("up_blocks.")] or list(available)
     return decoder[(layer - 1) * len(decoder) // len(PAPER_LAYERS)]
 
@@ -150,8 +152,8 @@ class Tokens:
     tokens without a place in a picture. ``block=(i, n)`` takes the i-th of n equal parts of the
     sequence (models that concatenate tokens); of that, ``skip`` and ``stop`` are the bounds of a
     slice, negative ones from the end: ``skip`` leading tokens (class token, pooled token) belong to
-    no cell. ``crop=(top, bottom, left, right)`` takes a part of the grid in fractions (models that
-    concatenate in space).
+    no cell, and exactly ``count`` must be left (None: any number). ``crop=(top, bottom, left,
+    right)`` takes a part of the grid in fractions (models that concatenate in space).
     """
 
     grid: GridSize | str | None = "latent"
@@ -159,6 +161,7 @@ class Tokens:
     stop: int | None = None
     block: tuple[int, int] = (0, 1)
     crop: tuple[float | int, float | int, float | int, float | int] = (0, 1, 0, 1)
+    count: int | None = None
 
     def __post_init__(self) -> None:
         if isinstance(self.grid, str) and self.grid != "latent":
@@ -188,6 +191,12 @@ class Tokens:
             raise CaptureError(
                 f"Of {length} tokens none is left between {self.skip} and {self.stop}. "
                 "Set the recipe's numbers of special tokens."
+            )
+        if self.count is not None and count != self.count:
+            raise CaptureError(
+                f"{count} reference tokens are left of {length}, and a model of this recipe has "
+                f"{self.count}. This is another model (one that attends to words, for instance), or "
+                "other numbers: set those of the recipe."
             )
         grid = self._grid(count, latent)
         if grid is None or self.crop == (0, 1, 0, 1):
@@ -228,7 +237,8 @@ class Site:
     number or an attribute of the module; ``scale`` defaults to ``head_width ** -0.5``. By ``sdpa``:
     ``sdpa_call`` counts the calls of ``scaled_dot_product_attention`` in one forward of the module,
     from 0 (an IP-Adapter attends to the text first, to its first picture next); heads and scale are
-    those of the call.
+    those of the call. ``masks`` are arguments of the module's forward that keep tokens from the
+    reference: maps know nothing of them, so that a call that uses one is refused.
     """
 
     pattern: str
@@ -241,6 +251,7 @@ class Site:
     joint: bool = False
     via: Backend | str = Backend.PROJECTIONS
     sdpa_call: int = 0
+    masks: tuple[str, ...] = ("attention_mask", "mask")
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "via", _backend(self.via))
@@ -309,15 +320,19 @@ class SiteModule:
 
 
 Rows: TypeAlias = str | Callable[[Frame], slice | None]
-"""``"all"``, ``"first_half"``, ``"second_half"``, or a function of the frame (None: skip this
-call)."""
+"""Where the conditional rows are under guidance: ``"first_half"`` or ``"second_half"`` of the batch,
+``"first_call"`` (each step makes two calls, the conditional one first), ``"all"`` (never an
+unconditional row), or a function of the frame (None: skip this call)."""
 
-_NAMED_ROWS = ("all", "first_half", "second_half")
+_HALVES = ("first_half", "second_half")
+_NAMED_ROWS = ("all", *_HALVES, "first_call")
+_ANSWER = (
+    "Say it: trace(..., rows='second_half') or rows='first_half' for a batch of both halves of "
+    "guidance, rows='all' for one without (guided=True or False in a recipe's options)."
+)
 
 
-def _named_rows(name: str, batch: int) -> slice:
-    if name == "all":
-        return slice(0, batch)
+def _half(name: str, batch: int) -> slice:
     if batch % 2:
         raise CaptureError(
             f"The recipe takes the {name.replace('_', ' ')} of the batch as conditional, as under "
@@ -346,13 +361,15 @@ class Recipe:
 
     ``root`` is the path of the denoiser in the traced object (``""``: the object itself);
     ``latent`` (see `Latent`) and ``timestep`` are names of arguments of its forward. ``rows`` says which rows of
-    the batch are conditional whenever the sampler does not announce them itself (see
+    a guided batch are conditional (see `Rows`), and ``guided`` whether there is guidance; None: the
+    pipeline that calls the denoiser says so (`i2am_train.attribution.callers`), and it is an error
+    if nobody does. What a sampler announces comes first (see
     `i2am_train.attribution.frames.announce`). ``absent`` are patterns of module paths that a model
     of this kind does not have, by which a similar one is refused. ``once_per_step`` refuses a
     second evaluation of a step: such a sampler cuts large pictures into tiles, whose maps are not
     those of the picture. ``canvas`` says which part of the reference picture the reference grid covers.
     ``partial`` says by which other ways the reference reaches the image, so that the maps do not
-    tell all of it; every result repeats it.
+    tell all of it (or finds them in the root's modules); every result repeats it.
     """
 
     root: str
@@ -364,7 +381,8 @@ class Recipe:
     absent: tuple[str, ...] = ()
     once_per_step: bool = False
     canvas: Canvas = Canvas.STRETCH
-    partial: str | None = None
+    partial: str | Callable[[nn.Module], str | None] | None = None
+    guided: bool | None = None
 
     def __post_init__(self) -> None:
         if isinstance(self.rows, str) and self.rows not in _NAMED_ROWS:
@@ -373,13 +391,67 @@ class Recipe:
                 "function of the frame."
             )
 
+    def partial_in(self, root: nn.Module) -> str | None:
+        """By which other ways the reference reaches the image in this very model."""
+        return self.partial(root) if callable(self.partial) else self.partial
+
     def conditional_rows(self, frame: Frame) -> slice | None:
-        """Conditional rows of a call; what the sampler announced comes first."""
+        """Conditional rows of a call (None: it has none)."""
         if frame.announced is not None:
             return frame.announced.conditional_rows
         if callable(self.rows):
             return self.rows(frame)
-        return _named_rows(self.rows, frame.batch)
+        every = slice(0, frame.batch)
+        if frame.branch is not None:
+            return every if frame.branch is Branch.CONDITIONAL else None
+        guided = self._guided(frame.caller)
+        self._check_samples(frame, guided)
+        if not guided:
+            return every
+        if self.rows in _HALVES:
+            return _half(self.rows, frame.batch)
+        return every if frame.call % 2 == 0 else None
+
+    def _guided(self, caller: Caller) -> bool:
+        """Whether there is guidance; an error if nobody knows, or recipe and caller disagree."""
+        given = False if self.rows == "all" else self.guided
+        if given is None and caller.guided is None:
+            raise CaptureError(
+                f"Whoever called the model does not say whether it uses guidance, so it is not known "
+                f"which rows of its batch are conditional (recipe '{self.name}'). {_ANSWER}"
+            )
+        if given is not None and caller.guided is not None and given != caller.guided:
+            one, other = ("with", "without") if given else ("without", "with")
+            raise CaptureError(
+                f"The recipe '{self.name}' is {one} guidance (rows={self.rows!r}, "
+                f"guided={self.guided}), and the pipeline samples {other} it. Leave the pipeline to "
+                "say it (guided=None, rows=None), or call it as the recipe says."
+            )
+        return bool(caller.guided) if given is None else given
+
+    def _check_samples(self, frame: Frame, guided: bool) -> None:
+        """Refuse a batch that guidance alone does not explain."""
+        samples = frame.caller.samples
+        if samples is None:
+            return
+        expected = 2 * samples if guided and self.rows in _HALVES else samples
+        if frame.batch != expected:
+            raise CaptureError(
+                f"The model was called with {frame.batch} rows for {samples} "
+                f"sample{'s' * (samples != 1)}; expected {expected} {'with' if guided else 'without'} "
+                "guidance. The pipeline guides in another way as well (perturbed attention, pictures "
+                "and words apart), or works on parts of the picture. Switch that off, or say which "
+                "rows are conditional: trace(..., rows=function of the frame)."
+            )
+
+
+def with_rows(recipe: Recipe, rows: Rows) -> Recipe:
+    """The same recipe for a batch that is known to be so: nobody is asked about guidance.
+
+    >>> with_rows(Recipe("", ()), "all").guided, with_rows(Recipe("", ()), "first_half").guided
+    (False, True)
+    """
+    return replace(recipe, rows=rows, guided=None if callable(rows) else rows != "all")
 
 
 def replace_backend(recipe: Recipe, via: Backend | str) -> Recipe:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from jaxtyping import Float
 from torch import Tensor
 
-from i2am_train.attribution.sites import LayerId, find_layer, paper_number
+from i2am_train.attribution.sites import LayerId, find_layer, paper_number, similar_layer
 from i2am_train.errors import CaptureError
 from i2am_train.types import Canvas, Direction, GridSize
 
@@ -69,7 +69,8 @@ class AttributionStore:
 
     ``timesteps`` holds the scheduler's number of each step, noisiest first, or None where the model
     was not told. ``recipe``, ``partial`` and ``canvas`` are those of the recipe
-    (`i2am_train.attribution.sites.Recipe`).
+    (`i2am_train.attribution.sites.Recipe`). ``model`` names all layers of the recipe, captured or
+    not, by which layer numbers are understood; empty: those that were captured.
     """
 
     layers: tuple[LayerRecord, ...]
@@ -77,6 +78,7 @@ class AttributionStore:
     recipe: str = ""
     partial: str | None = None
     canvas: Canvas = Canvas.STRETCH
+    model: tuple[str, ...] = ()
 
     @property
     def batch(self) -> int:
@@ -122,8 +124,13 @@ class AttributionStore:
         return tuple(record.layer for record in self.layers)
 
     def layer(self, layer: LayerId) -> LayerRecord:
-        """One layer by name or by the paper's number."""
-        return self.layers[self.names.index(find_layer(layer, self.names))]
+        """One layer by name or by number (`similar_layer`)."""
+        return self.layers[self.index(layer)]
+
+    def index(self, layer: LayerId) -> int:
+        """Position of a layer among those captured; an error that lists them if it is none."""
+        name = similar_layer(layer, self.model or self.names)
+        return self.names.index(find_layer(name, self.names))
 
     def select(self, layers: Sequence[LayerId]) -> AttributionStore:
         """Only the given layers."""

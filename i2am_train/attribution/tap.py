@@ -71,7 +71,9 @@ class ScoreTap:
     ) -> None:
         self.recipe = chosen_recipe(target, recipe)
         root = resolve_root(target, self.recipe)
-        self._sites = choose_sites(resolve_sites(root, self.recipe), layers)
+        sites = resolve_sites(root, self.recipe)
+        self._model = tuple(site.layer for site in sites)
+        self._sites = choose_sites(sites, layers)
         self._listener = Listener(
             root, self.recipe, self._sites, self._keep, "score tap", self._forget
         )
@@ -129,7 +131,7 @@ class ScoreTap:
         return grid
 
     def _last_forward(self, layer: LayerId) -> _LastForward:
-        name = choose_sites(self._sites, [layer])[0].layer
+        name = choose_sites(self._sites, [layer], self._model)[0].layer
         if name not in self._last:
             raise CaptureError(
                 f"Layer {name} has no scores yet: no forward with gradient ran since the tap was "

@@ -3,16 +3,19 @@ the images."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
-from types import TracebackType
+from dataclasses import dataclass, replace
+from functools import partial
+from types import FrameType, TracebackType
 from typing import Any
 
 import torch
 from jaxtyping import Bool
-from torch import Tensor
+from torch import Tensor, nn
 
+from i2am_train.attribution.callers import find_caller, hear_branches
+from i2am_train.attribution.finite import not_finite
 from i2am_train.attribution.frames import Frame
 from i2am_train.attribution.listening import (
     Listener,
@@ -25,11 +28,18 @@ from i2am_train.attribution.maps import AttributionMaps
 from i2am_train.attribution.probes import AttentionInputs
 from i2am_train.attribution.recipes import chosen_recipe
 from i2am_train.attribution.reduce import SiteRecorder, undisturbed
-from i2am_train.attribution.sites import LayerId, Recipe, SiteModule, replace_backend
+from i2am_train.attribution.sites import (
+    LayerId,
+    Recipe,
+    Rows,
+    SiteModule,
+    replace_backend,
+    with_rows,
+)
 from i2am_train.attribution.store import AttributionStore, LayerRecord, SiteSummary, SiteTable
 from i2am_train.errors import CaptureError
 from i2am_train.ops.attention import DEFAULT_BYTE_BUDGET
-from i2am_train.types import Backend
+from i2am_train.types import Backend, Branch
 
 
 def trace(
@@ -41,6 +51,7 @@ def trace(
     generated_mask: Bool[Tensor, "batch height width"] | None = None,
     byte_budget: int = DEFAULT_BYTE_BUDGET,
     via: Backend | str | None = None,
+    rows: Rows | None = None,
 ) -> Trace:
     """Capture the attention of a model or pipeline inside a ``with`` block.
 
@@ -52,21 +63,27 @@ def trace(
 
     ``recipe`` None asks the model itself (``attention_recipe()``) or recognises a known one, whose
     name may also be given (``i2am explain --recipes`` lists them). ``layers`` restricts the capture
-    (default: all of the recipe's). ``matrix_layers`` (None: all captured ones) also keep their
+    (default: all of the recipe's); numbers are the paper's, or the same depth of a decoder that has
+    others (`similar_layer`). ``matrix_layers`` (None: all captured ones) also keep their
     head- and step-mean score matrices, which maps of single patches and attention centres need.
     ``generated_mask`` (one per sample, any size, True = counts) restricts the mean that makes
     reference-side maps to generated positions inside it, as the authors' hook does with the
     inpainting mask; the paper averages over all. ``byte_budget`` bounds the scratch memory. ``via``
     observes all sites by another backend than the recipe says (`Backend`): ``"sdpa"`` reads the
-    arguments of ``scaled_dot_product_attention``.
+    arguments of ``scaled_dot_product_attention``. ``rows`` says which rows of each call are
+    conditional (`Rows`), where neither sampler nor pipeline says it: a denoiser in a loop of your
+    own.
 
     The images are bit-identical with and without; all hooks are gone after the block, also when it
-    fails. Raises `CaptureError` for a model that does not fit the recipe.
+    fails. Raises `CaptureError` for a model that does not fit the recipe, and as soon as a call is
+    made whose maps would not be those of the images.
     """
     chosen = chosen_recipe(target, recipe)
+    if via is not None:
+        chosen = replace_backend(chosen, via)
     return Trace(
         target,
-        chosen if via is None else replace_backend(chosen, via),
+        chosen if rows is None else with_rows(chosen, rows),
         None if layers is None else tuple(layers),
         None if matrix_layers is None else tuple(matrix_layers),
         generated_mask,
@@ -80,6 +97,26 @@ class _Evaluation:
 
     step_index: int | None
     timestep: float | None
+    run: FrameType | None
+    embedding: Tensor | None
+    """Of the time, where the model is told no number."""
+
+    def begins_run_after(self, before: Sequence[_Evaluation]) -> bool:
+        """Whether this cannot belong to the sampling run that others made.
+
+        A run goes from noise to picture. Samplers of higher order evaluate a timestep twice, but
+        never the first; a pipeline that is seen to go on may do as it likes.
+        """
+        last = before[-1]
+        if self.step_index is not None and last.step_index is not None:
+            return self.step_index < last.step_index
+        if self.run is not None and self.run is last.run:
+            return False
+        if self.timestep is None or last.timestep is None:
+            first = before[0].embedding
+            return self.embedding is not None and first is not None and self.embedding.equal(first)
+        again = self.timestep == last.timestep and (self.run is not None or len(before) == 1)
+        return self.timestep > last.timestep or again
 
     def is_step_of(self, other: _Evaluation) -> bool:
         """Whether both belong to one sampling step (samplers of higher order evaluate a step
@@ -112,6 +149,9 @@ class Trace:
         self._evaluations: list[_Evaluation] = []
         self._rows: slice | None = None
         self._batch: int | None = None
+        self._model: tuple[str, ...] = ()
+        self._partial: str | None = None
+        self._branch: Callable[[], Branch | None] = lambda: None
         self._exit = ExitStack()
 
     def __enter__(self) -> Trace:
@@ -121,13 +161,18 @@ class Trace:
             )
         root = resolve_root(self._target, self.recipe)
         sites = resolve_sites(root, self.recipe)
+        self._model = tuple(site.layer for site in sites)
         if self._layers is not None:
             sites = choose_sites(sites, self._layers)
         matrix_layers = self._matrix_layers
-        with_matrices = set(sites if matrix_layers is None else choose_sites(sites, matrix_layers))
-        listener = Listener(root, self.recipe, sites, self._record, "trace", self._open)
+        with_matrices = set(
+            sites if matrix_layers is None else choose_sites(sites, matrix_layers, self._model)
+        )
+        opened = partial(self._open, root)
+        listener = Listener(root, self.recipe, sites, self._record, "trace", opened)
         with ExitStack() as stack:
             stack.enter_context(eager_while_listening())
+            self._branch = stack.enter_context(hear_branches(root))
             stack.callback(listener.detach)
             listener.attach()
             self._exit = stack.pop_all()
@@ -144,6 +189,7 @@ class Trace:
         traceback: TracebackType | None,
     ) -> None:
         self._exit.close()
+        self._evaluations = [replace(each, run=None) for each in self._evaluations]
 
     @property
     def sites(self) -> SiteTable:
@@ -153,34 +199,58 @@ class Trace:
 
     def maps(self) -> AttributionMaps:
         """All attribution maps of the run (on the CPU). Raises `CaptureError` if a site saw no or
-        too few calls."""
+        too few calls, or attended with queries or keys that are not finite."""
         self._check_complete()
         steps = _group_steps(self._evaluations)
-        return AttributionMaps(
-            AttributionStore(
-                layers=tuple(_layer_record(recorder, steps) for recorder in self._run_order),
-                timesteps=tuple(self._evaluations[step[0]].timestep for step in steps),
-                recipe=self.recipe.name,
-                partial=self.recipe.partial,
-                canvas=self.recipe.canvas,
-            )
+        store = AttributionStore(
+            layers=tuple(_layer_record(recorder, steps) for recorder in self._run_order),
+            timesteps=tuple(self._evaluations[step[0]].timestep for step in steps),
+            recipe=self.recipe.name,
+            partial=self._partial,
+            canvas=self.recipe.canvas,
+            model=self._model,
         )
+        if (where := not_finite(store)) is not None:
+            raise CaptureError(
+                f"The model computed with values that are not finite numbers, first seen in {where}, "
+                "so there are no maps, and the images are not to be trusted. Run it in a precision "
+                "that holds its values (float32, bfloat16), and check its weights."
+            )
+        return AttributionMaps(store)
 
-    def _open(self, frame: Frame) -> None:
+    def _open(self, root: nn.Module, frame: Frame) -> None:
+        self._partial = self.recipe.partial_in(root)
+        if frame.announced is None:
+            frame = replace(frame, caller=find_caller(), branch=self._branch())
+        _refuse_crops(frame)
         self._rows = self.recipe.conditional_rows(frame)
+        evaluation = _Evaluation(
+            frame.step_index, frame.read_timestep(), frame.caller.run, frame.time_embedding()
+        )
         if self._rows is None:
+            self._check_skipped(frame, evaluation)
             return
         self._check_batch(len(range(*self._rows.indices(frame.batch))))
-        evaluation = _Evaluation(frame.step_index, frame.read_timestep())
-        last = self._evaluations[-1].step_index if self._evaluations else None
-        if last is not None and evaluation.step_index is not None and evaluation.step_index < last:
-            raise CaptureError(
-                f"A second sampling run began inside one trace (step {evaluation.step_index} after "
-                f"{last}). "
-                "Use one trace per run."
-            )
         self._check_not_tiled(evaluation)
+        if self._evaluations and evaluation.begins_run_after(self._evaluations):
+            raise CaptureError(
+                f"A second sampling run began inside one trace ({_moment(evaluation)} after "
+                f"{_moment(self._evaluations[-1])}), or unconditional calls are taken for "
+                "conditional ones. Use one trace per run; a sampler of your own that goes back in "
+                "time announces its steps (i2am_train.attribution.announce)."
+            )
         self._evaluations.append(evaluation)
+
+    def _check_skipped(self, frame: Frame, evaluation: _Evaluation) -> None:
+        """A call that is skipped because each step makes two must be the second of its step."""
+        if self.recipe.rows != "first_call" or frame.announced or frame.branch:
+            return
+        if self._evaluations and not evaluation.is_step_of(self._evaluations[-1]):
+            raise CaptureError(
+                f"The recipe '{self.recipe.name}' expects two calls in each step under guidance, and "
+                f"the model was called once at {_moment(self._evaluations[-1])}. Without guidance "
+                "set guided=False."
+            )
 
     def _check_not_tiled(self, evaluation: _Evaluation) -> None:
         before = self._evaluations[-1] if self._evaluations else None
@@ -226,6 +296,22 @@ class Trace:
                 f"These layers did not attend in each of the {expected} evaluations: {counts}. "
                 "Switch off caches that skip blocks, or leave these layers out of the recipe."
             )
+
+
+def _moment(evaluation: _Evaluation) -> str:
+    """When an evaluation was, for messages."""
+    if evaluation.step_index is not None:
+        return f"step {evaluation.step_index}"
+    return "a step" if evaluation.timestep is None else f"timestep {evaluation.timestep:g}"
+
+
+def _refuse_crops(frame: Frame) -> None:
+    if frame.caller.crops:
+        raise CaptureError(
+            "The pipeline was called with padding_mask_crop, so that it works on a part of the "
+            "picture and pastes it in: the maps would be of that part and the picture whole. Call "
+            "it without, on a part of the picture that you cut out yourself."
+        )
 
 
 def _refuse_blind(recorders: Sequence[SiteRecorder]) -> None:

@@ -695,7 +695,7 @@ class RecipeConfig:
 
     guided: bool | None = None
     """Whether the batch holds both halves of guidance; null: by sampling.guidance for models that
-    are loaded here, by the recipe for a factory's."""
+    are loaded here, by what a factory's pipeline itself says."""
     side_by_side: bool | None = None
     """catvton: person and garment beside each other on the canvas, not one above the other."""
     first: int | None = None

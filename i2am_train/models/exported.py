@@ -12,7 +12,12 @@ import torch
 
 from i2am_train.errors import CheckpointError
 from i2am_train.models import pipeline, projector
-from i2am_train.models.tryon import INDEX_FILE, TryOnModel, convert_weights
+from i2am_train.models.tryon import (
+    INDEX_FILE,
+    NOISE_SCHEDULE,
+    TryOnModel,
+    convert_weights,
+)
 
 CARD_FILE = "README.md"
 
@@ -63,4 +68,11 @@ def _index(model: TryOnModel) -> dict[str, object]:
         "reference_encoder": ["transformers", type(model.reference_encoder).__name__],
         "projector": ["projector", "ReferenceProjector"],
         "scheduler": ["diffusers", "DDIMScheduler"],
+        NOISE_SCHEDULE: _noise_schedule(model),
     } | asdict(model.config)
+
+
+def _noise_schedule(model: TryOnModel) -> dict[str, object]:
+    """What the model was trained with, by which a scheduler in the place of its own is judged."""
+    config = model.schedule.scheduler.config
+    return {name: value for name, value in config.items() if not name.startswith("_")}

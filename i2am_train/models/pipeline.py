@@ -19,6 +19,11 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 from torch.nn.functional import interpolate
 
+_ADVICE = (
+    "Make it with X.from_config(pipeline.scheduler.config), where X is DDIMScheduler, EulerDiscreteScheduler, "
+    "UniPCMultistepScheduler or DPMSolverMultistepScheduler."
+)
+
 
 @dataclass
 class TryOnOutput(BaseOutput):
@@ -48,6 +53,7 @@ class TryOnPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin):
         class_token: bool = False,
         reference_mean: list = [0.485, 0.456, 0.406],  # type: ignore[type-arg]  # noqa: B006
         reference_std: list = [0.229, 0.224, 0.225],  # type: ignore[type-arg]  # noqa: B006
+        noise_schedule: dict | None = None,  # type: ignore[type-arg]
     ) -> None:
         super().__init__()
         self.register_modules(
@@ -65,7 +71,10 @@ class TryOnPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin):
             class_token=class_token,
             reference_mean=list(reference_mean),
             reference_std=list(reference_std),
+            noise_schedule=noise_schedule,
         )
+        schedule = dict(scheduler.config) if noise_schedule is None else noise_schedule
+        self._trained_scheduler = DDIMScheduler.from_config(schedule)
         factor = 2 ** (len(vae.config.block_out_channels) - 1)
         self.latent_size = (height // factor, width // factor)
         self.image_processor = VaeImageProcessor(vae_scale_factor=factor)
@@ -114,6 +123,7 @@ class TryOnPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin):
             return_dict: False gives the tuple ``(images,)``.
             callback_on_step_end: called after each step with pipeline, step, timestep and ``{"latents": ...}``.
         """
+        self._check_scheduler()
         device, dtype = self._execution_device, self.unet.dtype
         pictures = [self._tensor(value, device, dtype) for value in (garment, agnostic, densepose)]
         if len({len(value) for value in pictures}) > 1:
@@ -137,15 +147,17 @@ class TryOnPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin):
         if len(latents) != count:
             raise ValueError(f"{len(latents)} generators were given for {count} images.")
         steps = self._steps(num_inference_steps, device)
+        latents = latents * self.scheduler.init_noise_sigma
         for index, (timestep, following) in enumerate(self.progress_bar(steps)):
-            rows = latents.repeat(2, 1, 1, 1) if self.do_classifier_free_guidance else latents
-            at = torch.full((len(rows),), int(timestep), device=device)
+            scaled = self.scheduler.scale_model_input(latents, timestep)
+            rows = scaled.repeat(2, 1, 1, 1) if self.do_classifier_free_guidance else scaled
+            at = torch.as_tensor(timestep, device=device).expand(len(rows))
             inputs = torch.cat([rows.to(dtype), *conditions], dim=1)
             prediction = self.unet(inputs, at, tokens).sample.float()
             if self.do_classifier_free_guidance:
                 unconditional, conditional = prediction.chunk(2)
                 prediction = unconditional + guidance_scale * (conditional - unconditional)
-            latents = self._step(prediction, latents, timestep, following)
+            latents = self._step(prediction, latents, timestep, following, generator)
             if callback_on_step_end is not None:
                 changed = callback_on_step_end(self, index, int(timestep), {"latents": latents})
                 latents = (changed or {}).get("latents", latents)
@@ -189,24 +201,63 @@ class TryOnPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin):
         projected: Tensor = self.projector(kept)
         return projected
 
+    def _check_scheduler(self) -> None:
+        """Refuses a scheduler that would not sample this model, before anything is computed."""
+        scheduler, own = self.scheduler, self._trained_scheduler
+        name, kind = type(scheduler).__name__, own.config.prediction_type
+        parts = ("step", "scale_model_input", "init_noise_sigma")
+        fits = all(hasattr(scheduler, part) for part in parts)
+        taken = inspect.signature(scheduler.step).parameters if fits else {}
+        needed = [key for key, one in taken.items() if one.default is one.empty]
+        if needed != ["model_output", "timestep", "sample"]:
+            raise ValueError(f"{name} does not sample a model of {kind}. {_ADVICE}")
+        if scheduler.config.get("prediction_type") != kind:
+            raise ValueError(
+                f"{name} is for prediction_type={scheduler.config.get('prediction_type')!r}, and this model was "
+                f"trained with {kind!r}. {_ADVICE}"
+            )
+        levels = getattr(scheduler, "alphas_cumprod", torch.empty(0)).float().cpu()
+        trained = own.alphas_cumprod
+        if levels.shape != trained.shape or not torch.allclose(levels, trained, rtol=0, atol=1e-4):
+            raise ValueError(
+                f"{name} has other noise levels than those that this model was trained with (betas, or "
+                f"rescale_betas_zero_snr={own.config.rescale_betas_zero_snr}, which not every scheduler knows). "
+                f"{_ADVICE}"
+            )
+
+    @property
+    def _samples_as_trained(self) -> bool:
+        """Whether steps are the model's own; another scheduler, or DDIM with other options, makes diffusers' steps."""
+        own = {key: value for key, value in self._trained_scheduler.config.items() if key[0] != "_"}
+        is_ddim = type(self.scheduler).__name__ == "DDIMScheduler"
+        return is_ddim and all(self.scheduler.config.get(key) == own[key] for key in own)
+
     def _steps(self, count: int, device: torch.device) -> list[tuple[Any, int]]:
         """Timesteps of evaluation, each with the one that its step leads to.
 
         DDIM steps on the authors' grid {0, 20, ..., 980, 999}, which diffusers has not; another scheduler, put in
         place of the model's own, on its own grid.
         """
-        if type(self.scheduler).__name__ != "DDIMScheduler":
+        if not self._samples_as_trained:
             self.scheduler.set_timesteps(count, device=device)
-            return [(timestep, 0) for timestep in self.scheduler.timesteps]
+            timesteps = self.scheduler.timesteps
+            if timesteps[0] < timesteps[-1]:
+                raise ValueError(
+                    f"{type(self.scheduler).__name__} goes from pictures to noise. {_ADVICE}"
+                )
+            return [(timestep, 0) for timestep in timesteps]
         length = self.scheduler.config.num_train_timesteps
         grid = [length * index // count for index in range(count)] + [length - 1]
         return [(grid[i], grid[i - 1]) for i in range(count, 0, -1)]
 
-    def _step(self, prediction: Tensor, latents: Tensor, timestep: Any, following: int) -> Tensor:
-        if type(self.scheduler).__name__ != "DDIMScheduler":
-            stepped: Tensor = self.scheduler.step(prediction, timestep, latents, return_dict=False)[
-                0
-            ]
+    def _step(
+        self, prediction: Tensor, latents: Tensor, timestep: Any, following: int, generator: Any
+    ) -> Tensor:
+        if not self._samples_as_trained:
+            step = self.scheduler.step
+            draws = "generator" in inspect.signature(step).parameters
+            options = {"generator": generator} if draws else {}
+            stepped: Tensor = step(prediction, timestep, latents, return_dict=False, **options)[0]
             return stepped
         alphas = self.scheduler.alphas_cumprod.double()
         signals = alphas.sqrt().float().to(latents.device)

@@ -42,6 +42,8 @@ transformers_logging.disable_progress_bar()
 
 INDEX_FILE = "model_index.json"
 COMPONENTS = ("unet", "vae", "reference_encoder", "projector", "scheduler")
+NOISE_SCHEDULE = "noise_schedule"
+"""Entry of an exported pipeline's index; the model reads its scheduler instead."""
 INPUT_CHANNELS = 12
 """Of the U-Net: the noisy latent, the agnostic latent and the pose latent."""
 IMAGENET_MEAN = [0.485, 0.456, 0.406]
@@ -393,7 +395,8 @@ def _read_index(folder: Path) -> TryOnConfig:
             "The folder may be half copied; copy or export it again."
         )
     index = read_object(index_file)
-    options = {k: v for k, v in index.items() if k not in COMPONENTS and not k.startswith("_")}
+    others = {*COMPONENTS, NOISE_SCHEDULE}
+    options = {k: v for k, v in index.items() if k not in others and not k.startswith("_")}
     try:
         config = build(TryOnConfig, options)
     except ConfigError as error:

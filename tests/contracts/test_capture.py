@@ -41,11 +41,11 @@ def unet(shared_unet):
     return copy.deepcopy(shared_unet)
 
 
-def inputs(batch=BATCH, latent=LATENT, tokens=REFERENCE.tokens, seed=1):
+def inputs(batch=BATCH, latent=LATENT, tokens=REFERENCE.tokens, seed=1, timestep=500):
     generator = torch.Generator().manual_seed(seed)
     return (
         torch.randn(batch, 12, *latent, generator=generator),
-        torch.tensor(500),
+        torch.tensor(timestep),
         torch.randn(batch, tokens, CONTEXT, generator=generator),
     )
 
@@ -325,7 +325,7 @@ class TestErrors:
         with trace(unet, recipe()) as attention:
             run(unet)
             unet.up_blocks[3].attentions[0].forward = lambda hidden, *args, **kwargs: (hidden,)
-            run(unet)
+            run(unet, timestep=400)
         with pytest.raises(CaptureError, match=r"each of the 2 .*: up_blocks.3.attentions.0 \(1\)"):
             attention.maps()
 
@@ -335,7 +335,7 @@ class TestErrors:
 
     def test_changed_picture_size(self, unet):
         with pytest.raises(CaptureError, match=r"one trace per picture size"):
-            traced(unet, recipe(), {}, {"latent": GridSize(16, 16)})
+            traced(unet, recipe(), {}, {"latent": GridSize(16, 16), "timestep": 400})
 
     def test_odd_batch_with_a_recipe_for_guidance(self, unet):
         with pytest.raises(CaptureError, match=r"called with 3 rows.*rows='all'"):

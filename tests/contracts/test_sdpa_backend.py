@@ -153,7 +153,12 @@ def run_flux(model, generated=HALF, reference=REFERENCE):
 
 def flux_recipe(model):
     return named_recipe(
-        model, "flux_kontext", generated_grid=HALF, reference_grid=REFERENCE, text_tokens=TEXT
+        model,
+        "flux_kontext",
+        generated_grid=HALF,
+        reference_grid=REFERENCE,
+        text_tokens=TEXT,
+        guided=False,
     )
 
 

@@ -48,7 +48,8 @@ class MyPipeline:
 
     @torch.no_grad()
     def __call__(self, guidance, **_):
-        rows = 2 if guidance == 1 else 4
+        do_classifier_free_guidance = guidance != 1
+        rows = 4 if do_classifier_free_guidance else 2
         for module in self.unet.modules():
             if isinstance(module, GarmentAttention):
                 module.garment = torch.randn(rows, GARMENT.tokens + 1, WIDTH)

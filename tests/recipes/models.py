@@ -585,7 +585,6 @@ CASES = (
         make_tryon,
         run_tryon,
         decoder_sites(HEADS[2::-1], range(1, 21), REFERENCE),
-        options=lambda guided: {},
     ),
     Case(
         "paint_by_example",

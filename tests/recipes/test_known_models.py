@@ -209,7 +209,7 @@ class TestIPAdapter:
         target = fresh(case)
         masks = {"ip_adapter_masks": [torch.ones(1, 2, 12, 8).double()]}
         masked = self.evaluation(target, 6, cross_attention_kwargs=masks)
-        with pytest.raises(CaptureError, match=r"twice in one evaluation.*one reference picture"):
+        with pytest.raises(CaptureError, match=r"under a mask \(ip_adapter_masks\)"):
             traced(target, recipe_of(case, target, False), masked)
 
     def test_faces_of_two_pictures_do_not_fit_one_grid(self):
@@ -276,7 +276,7 @@ class TestRefusals:
         target = fresh(case)
         tile = functools.partial(case.run, target, 2, 0, True)
         with pytest.raises(CaptureError, match=rf"twice at timestep 801.*{name} cuts .*tiling off"):
-            traced(target, name, tile, tile)
+            traced(target, recipe_of(case, target, True), tile, tile)
 
     def test_moved_to_another_device_while_traced(self):
         target = fresh(BY_NAME["ladi_vton"])
@@ -303,7 +303,7 @@ class TestRefusals:
         case = BY_NAME["pasd"]
         target = fresh(case)
         with pytest.raises(CaptureError, match=r"called with 3 rows.*rows='all'"):
-            traced(target, "pasd", lambda: case.run(target, 3, 0, False))
+            traced(target, recipe_of(case, target, True), lambda: case.run(target, 3, 0, False))
 
 
 def test_every_row_of_the_support_table_is_proven() -> None:

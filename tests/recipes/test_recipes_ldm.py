@@ -133,7 +133,7 @@ def test_halves_of_a_batch_that_has_none() -> None:
     case = case_of("stableviton")
     target = fresh(case)
     with (
-        trace(target, named_recipe(target, "paint_by_example_ldm")),
+        trace(target, named_recipe(target, "paint_by_example_ldm", guided=True)),
         torch.no_grad(),
         pytest.raises(CaptureError, match=r"called with 3 rows.*rows='all'"),
     ):

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from i2am_train.attribution.callers import Caller
 from i2am_train.attribution.frames import Announcement, Frame, announce, announced_evaluation
 from i2am_train.attribution.recipes import (
     detect_recipe,
@@ -18,13 +19,14 @@ from i2am_train.attribution.sites import (
     paper_number,
 )
 from i2am_train.errors import CaptureError
-from i2am_train.types import GridSize
+from i2am_train.types import Branch, GridSize
 
 LATENT = GridSize(64, 48)
 
 
-def frame(batch=4, announced=None):
-    return Frame(call=0, timestep=None, latent=LATENT, batch=batch, announced=announced)
+def frame(batch=4, announced=None, call=0, **caller):
+    branch = caller.pop("branch", None)
+    return Frame(call, None, LATENT, batch, announced, Caller(**caller), branch)
 
 
 def test_paper_numbers_and_names_are_inverse():
@@ -96,17 +98,73 @@ def test_a_pattern_may_name_the_layer():
     assert Site(r"blocks\.\d+\.attn").layer_of("blocks.3.attn") == "blocks.3.attn"
 
 
+FIRST, SECOND, ALL = slice(0, 2), slice(2, 4), slice(0, 4)
+
+
+@pytest.mark.parametrize("said", ["recipe", "caller"])
 @pytest.mark.parametrize(
-    ("rows", "expected"),
+    ("rows", "guided", "expected"),
     [
-        ("all", slice(0, 4)),
-        ("first_half", slice(0, 2)),
-        ("second_half", slice(2, 4)),
-        (lambda frame: slice(1, frame.batch), slice(1, 4)),
+        ("first_half", True, FIRST),
+        ("second_half", True, SECOND),
+        ("first_half", False, ALL),
+        ("second_half", False, ALL),
+        ("first_call", False, ALL),
+        ("first_call", True, ALL),
     ],
 )
-def test_rows_of_the_conditional_branch(rows, expected):
-    assert Recipe("", (), rows=rows).conditional_rows(frame()) == expected
+def test_rows_of_the_conditional_branch(rows, guided, expected, said):
+    # the batch is even with and without guidance: its size says nothing
+    recipe = Recipe("", (), rows=rows, guided=guided if said == "recipe" else None)
+    caller = {"guided": guided} if said == "caller" else {}
+    assert recipe.conditional_rows(frame(**caller)) == expected
+    second = recipe.conditional_rows(frame(call=1, **caller))
+    assert second == (None if rows == "first_call" and guided else expected)
+
+
+def test_rows_that_need_no_question():
+    assert Recipe("", (), rows="all").conditional_rows(frame()) == ALL
+    own = Recipe("", (), rows=lambda frame: slice(1, frame.batch))
+    assert own.conditional_rows(frame(guided=True, samples=4)) == slice(1, 4)
+
+
+@pytest.mark.parametrize(("branch", "expected"), [("conditional", ALL), ("unconditional", None)])
+def test_calls_that_the_pipeline_names(branch, expected):
+    recipe = Recipe("", (), rows="first_call")
+    assert recipe.conditional_rows(frame(call=1, branch=Branch(branch))) == expected
+
+
+@pytest.mark.parametrize("rows", ["first_half", "second_half", "first_call"])
+def test_a_caller_that_says_nothing_is_asked_for_an_answer(rows):
+    with pytest.raises(CaptureError, match=r"does not say whether.*rows='all'.*guided=True"):
+        Recipe("", (), rows=rows).conditional_rows(frame())
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [({"guided": True}, False), ({"guided": False}, True), ({"rows": "all"}, True)],
+)
+def test_a_recipe_that_contradicts_the_pipeline_is_refused(options, said):
+    with pytest.raises(CaptureError, match=r"recipe '' is with.*and the pipeline samples with"):
+        Recipe("", (), **options).conditional_rows(frame(guided=said))
+
+
+@pytest.mark.parametrize(
+    ("guided", "samples", "rows"),
+    [
+        (True, 2, "second_half"),
+        (False, 4, "second_half"),
+        (True, 4, "first_call"),
+        (False, 4, "all"),
+    ],
+)
+def test_a_batch_that_guidance_does_not_explain_is_refused(guided, samples, rows):
+    # perturbed attention guidance has a third part, pictures and words apart too
+    recipe = Recipe("", (), rows=rows)
+    recipe.conditional_rows(frame(guided=guided, samples=samples))
+    for other in (6, 2 if guided and rows == "second_half" else 8):
+        with pytest.raises(CaptureError, match=rf"{other} rows for {samples} samples; expected 4"):
+            recipe.conditional_rows(frame(batch=other, guided=guided, samples=samples))
 
 
 def test_an_announcement_comes_before_the_recipe():

@@ -1,14 +1,21 @@
 """models/pipeline.py and models/exported.py: the exported folder makes the images of the model, without i2am_train."""
 
+import inspect
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import pytest
 import torch
-from diffusers import DiffusionPipeline, DPMSolverMultistepScheduler
+from diffusers import (
+    DDIMScheduler,
+    DiffusionPipeline,
+    DPMSolverMultistepScheduler,
+    EulerDiscreteScheduler,
+)
 from safetensors.torch import load_file
 
 from i2am_train.attribution.trace import trace
@@ -98,6 +105,121 @@ def test_another_scheduler(model: TryOnModel, exported: Path, inputs: dict[str, 
     )
     ours = sample(model, **inputs, seeds=SEEDS, steps=3, guidance=2.0, sampler="dpmpp")
     assert made(pipeline, inputs).equal(ours)
+
+
+SAMPLE_IT = {
+    "DDIMParallelScheduler", "DDPMParallelScheduler", "DDPMScheduler", "DPMSolverMultistepScheduler",
+    "EulerAncestralDiscreteScheduler", "EulerDiscreteScheduler", "LCMScheduler", "TCDScheduler",
+    "UniPCMultistepScheduler",
+}  # fmt: skip
+"""Schedulers that know a schedule that ends in pure noise, which a model of v has."""
+SAMPLE_EPSILON = SAMPLE_IT | {
+    "DEISMultistepScheduler", "DPMSolverSinglestepScheduler", "HeunDiscreteScheduler",
+    "KDPM2AncestralDiscreteScheduler", "KDPM2DiscreteScheduler", "LMSDiscreteScheduler", "PNDMScheduler",
+    "SASolverScheduler",
+}  # fmt: skip
+ALL_SCHEDULERS = sorted(
+    name for name in dir(diffusers.schedulers) if name.endswith("Scheduler") and "Flax" not in name
+)
+NEEDS_MORE = {"DPMSolverSDEScheduler": "torchsde", "CosineDPMSolverMultistepScheduler": "torchsde"}
+
+
+def by_hand(pipeline: Any, scheduler: Any, inputs: dict[str, Any], steps: int) -> Any:
+    """The loop of any pipeline of diffusers with guidance 2, one sample at a time of its batch of networks."""
+    scheduler.set_timesteps(steps)
+    generators = [torch.Generator().manual_seed(seed) for seed in SEEDS]
+    noise = [torch.randn(1, 4, *pipeline.latent_size, generator=one) for one in generators]
+    latents = torch.cat(noise) * scheduler.init_noise_sigma
+    tokens = pipeline._tokens(inputs["garment"])
+    nothing = pipeline.projector.null_tokens.expand_as(tokens)
+    beside = [pipeline._latents(inputs[name]) for name in ("agnostic", "densepose")]
+    options: dict[str, Any] = {"return_dict": False}
+    if "generator" in inspect.signature(scheduler.step).parameters:
+        options["generator"] = generators
+    for timestep in scheduler.timesteps:
+        scaled = torch.cat([scheduler.scale_model_input(latents, timestep), *beside], dim=1)
+        without, within = (
+            pipeline.unet(scaled, timestep, context).sample for context in (nothing, tokens)
+        )
+        prediction = without + 2 * (within - without)
+        latents = scheduler.step(prediction, timestep, latents, **options)[0]
+    return pipeline.vae.decode(latents / pipeline.vae.config.scaling_factor).sample.clamp(-1, 1)
+
+
+@pytest.mark.parametrize("kind", ["v_prediction", "epsilon"])
+@pytest.mark.parametrize("name", ALL_SCHEDULERS)
+def test_every_scheduler_is_right_or_refused(
+    name: str, kind: str, pipelines: dict[str, Any], inputs: dict[str, Any]
+) -> None:
+    """Scaled inputs and noise, fractional timesteps, evaluations twice, noise of each step's own: by a loop by hand."""
+    if name in NEEDS_MORE:
+        pytest.skip(f"made only with {NEEDS_MORE[name]}, which is not installed")
+    pipeline = pipelines[kind]
+    own = pipeline.scheduler
+    accepted = name == "DDIMScheduler" or name in (SAMPLE_IT if kind[0] == "v" else SAMPLE_EPSILON)
+    try:
+        scheduler = getattr(diffusers.schedulers, name).from_config(own.config)
+    except (TypeError, ValueError):  # it cannot be made of the model's options at all
+        assert not accepted
+        return
+    pipeline.scheduler = scheduler
+    try:
+        if not accepted:
+            with pytest.raises(ValueError, match=r"from_config\(pipeline.scheduler.config\)"):
+                made(pipeline, inputs)
+        elif name != "DDIMScheduler":
+            found = made(pipeline, inputs, steps=4)
+            with torch.no_grad():
+                expected = by_hand(pipeline, pipeline.scheduler, inputs, 4)
+            torch.testing.assert_close(found, expected, rtol=0, atol=2e-4)
+            assert expected.std() > 0.05
+    finally:
+        pipeline.scheduler = own
+
+
+@pytest.fixture(scope="module")
+def pipelines(
+    pipeline: Any, make_small_model: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, Any]:
+    """A model of v, and one of epsilon, as exported pipelines."""
+    folder = tmp_path_factory.mktemp("epsilon") / "model"
+    export_pipeline(
+        make_small_model(prediction_type="epsilon"), folder, dtype=torch.float32, card=""
+    )
+    return {"v_prediction": pipeline, "epsilon": read(folder)}
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "message"),
+    [
+        (EulerDiscreteScheduler(), "for prediction_type='epsilon'.*trained with 'v_prediction'"),
+        (EulerDiscreteScheduler(prediction_type="v_prediction"), "has other noise levels"),
+        (DDIMScheduler(prediction_type="v_prediction"), "has other noise levels"),
+    ],
+)
+def test_a_scheduler_of_another_model_is_refused(
+    exported: Path, inputs: dict[str, Any], scheduler: Any, message: str
+) -> None:
+    """Also where the pipeline is read with it: what the model was trained with is in its index."""
+    pipeline = DiffusionPipeline.from_pretrained(
+        str(exported), custom_pipeline=str(exported), trust_remote_code=True, scheduler=scheduler
+    )
+    with pytest.raises(ValueError, match=message):
+        made(pipeline, inputs)
+
+
+@pytest.mark.parametrize("options", [{"use_karras_sigmas": True}, {"timestep_spacing": "trailing"}])
+def test_options_of_a_scheduler_are_obeyed(
+    exported: Path, inputs: dict[str, Any], options: dict[str, Any]
+) -> None:
+    """Fractional timesteps of Euler's, and DDIM on diffusers' own grid."""
+    pipeline = read(exported)
+    kind = EulerDiscreteScheduler if "use_karras_sigmas" in options else DDIMScheduler
+    pipeline.scheduler = kind.from_config(pipeline.scheduler.config, **options)
+    found = made(pipeline, inputs, steps=4)
+    with torch.no_grad():
+        expected = by_hand(pipeline, pipeline.scheduler, inputs, 4)
+    torch.testing.assert_close(found, expected, rtol=0, atol=2e-4)
 
 
 @pytest.mark.parametrize("guidance", [1.0, 2.5])
