@@ -95,9 +95,24 @@ class StableVITON:
             self.device
         )
         for timestep in torch.linspace(981, 1, steps):
-            latent = latent - self.model.diffusion_model(latent, timestep[None], cloth) / steps
+            latent = latent - self.p_sample(latent, timestep[None], cloth) / steps
         bright = (latent[0, :3].permute(1, 2, 0).sigmoid() * 255).to(torch.uint8).cpu().numpy()
         return PillowImage.fromarray(bright).resize((width, height))
+
+    def p_sample(
+        self,
+        x: Tensor,
+        t: Tensor,
+        c: Tensor,
+        unconditional_guidance_scale: float = 1.0,
+        unconditional_conditioning: Tensor | None = None,
+    ) -> Tensor:
+        """As the repository's samplers are called: its own inference runs without guidance."""
+        within: Tensor = self.model.diffusion_model(x, t, c)
+        if unconditional_conditioning is None or unconditional_guidance_scale == 1:
+            return within
+        without = self.model.diffusion_model(x, t, unconditional_conditioning)
+        return without + unconditional_guidance_scale * (within - without)
 
     def latent(self, picture: PillowImage.Image, height: int, width: int) -> Tensor:
         small = np.asarray(picture.convert("RGBA").resize((width // 4, height // 4)), np.float32)

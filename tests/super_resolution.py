@@ -103,7 +103,9 @@ class TinySuperResolution:
         seed: int, **_: Any,
     ) -> Image.Image:  # fmt: skip
         low = _encoded(reference, height // SCALE, width // SCALE)
-        self.set_references(low, rows=2)
+        do_classifier_free_guidance = guidance > 1  # as the authors' pipelines name it
+        rows = 1 + do_classifier_free_guidance
+        self.set_references(low, rows)
         noise = torch.randn(low.shape, generator=torch.Generator().manual_seed(seed))
         alpha = float(self.scheduler.alphas_cumprod[-1])
         latents = low_resolution_start(low, noise, alpha, self.residual)
@@ -112,8 +114,8 @@ class TinySuperResolution:
             warnings.filterwarnings("ignore", category=DeprecationWarning, message="__array__")
             self.scheduler.set_timesteps(steps)
         for timestep in self.scheduler.timesteps:
-            both = self.unet(latents.repeat(2, 1, 1, 1), timestep, self.text).sample
-            without, with_text = both.chunk(2)
+            both = self.unet(latents.repeat(rows, 1, 1, 1), timestep, self.text[-rows:]).sample
+            without, with_text = both[:1], both[-1:]
             predicted = without + guidance * (with_text - without)
             latents = self.scheduler.step(predicted, timestep, latents).prev_sample
         return _decoded(latents, height, width)

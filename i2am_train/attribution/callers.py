@@ -102,7 +102,10 @@ def _guided(known: Mapping[str, Any]) -> bool | None:
             return bool(known[name])
     if _LDM_SCALE in known and _LDM_CONDITION in known:
         return known[_LDM_CONDITION] is not None and known[_LDM_SCALE] != 1
-    said = getattr(known.get("self"), _GUIDED, None)
+    try:
+        said = getattr(known.get("self"), _GUIDED, None)
+    except TypeError:  # a property of a pipeline that was never called, and has no scale yet
+        return None
     return said if isinstance(said, bool) else None
 
 

@@ -152,10 +152,20 @@ class ProjectionProbe:
         generated, reference = self._generated, self._reference
         self.clear()
         if self._is_open() and generated is not None and reference is not None:
+            self._check_rows(len(generated), len(reference))
             self._deliver(
                 AttentionInputs(
                     self._split_heads(generated), self._split_heads(reference), self._scale
                 )
+            )
+
+    def _check_rows(self, generated: int, reference: int) -> None:
+        """Keys of other rows are cut anew by the model, so that samples see each other's reference."""
+        if generated != reference:
+            raise CaptureError(
+                f"Layer {self._layer} attends with queries of {generated} rows and keys of "
+                f"{reference}. Give the model one reference for each row (IP-Adapter in diffusers "
+                "takes one picture for all prompts, and repeats it itself)."
             )
 
     def _split_heads(self, tokens: Tensor) -> Tensor:
