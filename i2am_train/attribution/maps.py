@@ -49,7 +49,8 @@ def normalise(
     high = values.amax(dim=axes, keepdim=True)
     rounding = _ROUNDING * torch.finfo(values.dtype).eps * torch.maximum(low.abs(), high.abs())
     spread = (values - low) / (high - low + epsilon)
-    return torch.where(high - low <= rounding, torch.zeros_like(values), spread)
+    constant = (high - low <= rounding) & rounding.isfinite()
+    return torch.where(constant, torch.zeros_like(values), spread)
 
 
 def threshold(

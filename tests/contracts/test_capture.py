@@ -146,6 +146,114 @@ def test_lora_injected_before_the_trace_is_what_is_seen(unet):
     assert not torch.allclose(first, second, rtol=1e-3)
 
 
+def seeded_lora(unet):
+    torch.manual_seed(4)
+    return add_lora(unet)
+
+
+@pytest.mark.parametrize("when", ["inside the trace", "between two steps"])
+def test_lora_injected_after_the_hooks_is_what_is_seen(unet, when):
+    # peft puts a layer around each projection; the maps are those of the adapted model
+    adapted = seeded_lora(copy.deepcopy(unet))
+    expected = []
+    for timestep, model in (
+        (500, unet if when == "between two steps" else adapted),
+        (400, adapted),
+    ):
+        with trace(model, recipe()) as attention:
+            run(model, timestep=timestep)
+        expected.append(attention.maps().store.layer(2).to_generated[:, 0])
+    before = hook_count(unet)
+    with trace(unet, recipe()) as attention:
+        if when == "inside the trace":
+            seeded_lora(unet)
+        run(unet, timestep=500)
+        if when == "between two steps":
+            seeded_lora(unet)
+        run(unet, timestep=400)
+    found = attention.maps().store.layer(2).to_generated
+    assert torch.equal(found, torch.stack(expected, dim=1))
+    assert hook_count(unet) == before
+
+
+def test_a_replaced_forward_is_read_by_its_class(unet):
+    # tools put a function of *args before it; positional arguments are the class's
+    with trace(unet, recipe()) as attention:
+        run(unet)
+    plain, forward = attention.maps(), unet.forward
+    unet.forward = lambda *args, **kwargs: forward(*args, **kwargs)
+    with trace(unet, recipe()) as attention:
+        run(unet)
+    found, expected = attention.maps().store.layer(5), plain.store.layer(5)
+    assert torch.equal(found.to_reference, expected.to_reference)
+    unet.forward = lambda picture, time, words: forward(picture, time, words)
+    message = r"without a picture 'sample'.*picture, time, words; its forward was replaced"
+    with pytest.raises(CaptureError, match=message):
+        traced(unet, recipe(), {})
+
+
+@pytest.mark.parametrize("via", ["projections", "sdpa"])
+class TestMasks:
+    """encoder_attention_mask hides reference tokens; True is let through."""
+
+    @staticmethod
+    def evaluate(unet, mask):
+        with torch.no_grad():
+            unet(*inputs(), encoder_attention_mask=mask)
+
+    def test_hidden_tokens_are_refused(self, unet, via):
+        mask = torch.ones(BATCH, REFERENCE.tokens, dtype=torch.bool)
+        mask[1, 10:] = False
+        message = r"Layer up_blocks.1.attentions.0 attends under a mask \(attention_mask\)"
+        with trace(unet, recipe(), via=via), pytest.raises(CaptureError, match=message):
+            self.evaluate(unet, mask)
+        assert hook_count(unet) == 0
+
+    def test_a_mask_that_hides_nothing_changes_nothing(self, unet, via):
+        stores = []
+        for mask in (None, torch.ones(BATCH, REFERENCE.tokens, dtype=torch.bool)):
+            with trace(unet, recipe(), via=via) as attention:
+                self.evaluate(unet, mask)
+            stores.append(attention.maps().store)
+        one, other = (store.layer(2).to_reference for store in stores)
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=0)
+
+
+BROKEN = "up_blocks.2.attentions.1"
+
+
+class TestValuesThatAreNoNumbers:
+    """An error names where they began: layer and step."""
+
+    @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+    @pytest.mark.parametrize("projection", ["to_q", "to_k"])
+    def test_a_layer_that_overflows_in_the_second_step(self, unet, projection, value):
+        module = unet.get_submodule(f"{BROKEN}.transformer_blocks.0.attn2.{projection}")
+        with trace(unet, recipe()) as attention:
+            run(unet, timestep=900)
+            with torch.no_grad():
+                module.weight[3, 2] = value
+            run(unet, timestep=500)
+            run(unet, timestep=100)
+        message = rf"first seen in the attention of layer {BROKEN} in step 2 of 3 \(timestep 500\)"
+        with pytest.raises(CaptureError, match=message):
+            attention.maps()
+
+    def test_one_value_of_one_sample(self, unet):
+        # an unconditional row would not be looked at: it has no map
+        sample, timestep, context = inputs()
+        context[1, 7, 4] = float("inf")
+        for rows, refused in ((slice(0, 1), False), (slice(0, BATCH), True)):
+            announced = announce(step_index=4, conditional_rows=rows)
+            with trace(unet, recipe()) as attention, torch.no_grad(), announced:
+                unet(sample, timestep, context)
+            if refused:
+                with pytest.raises(CaptureError, match=r"up_blocks.1.attentions.0 in step 1 of 1"):
+                    attention.maps()
+            else:
+                assert attention.maps().store.batch == 1
+
+
 def test_attaching_twice_is_refused_and_leaves_the_first_intact(unet):
     with trace(unet, recipe()) as attention:
         with pytest.raises(CaptureError, match="already has a trace"), trace(unet, recipe()):

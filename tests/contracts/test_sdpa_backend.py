@@ -2,6 +2,7 @@
 does not change, nothing stays attached, and blindness is an error."""
 
 import copy
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -340,6 +341,36 @@ def test_kontext_is_recognised_and_refuses_pictures_of_other_sizes(flux):
     with pytest.raises(CaptureError, match="0x0 reference"), trace(flux, flux_recipe(flux)):
         run_flux(flux, reference=GridSize(0, 0))
     assert_nothing_remains(flux)
+
+
+@pytest.mark.parametrize("names", [("cond", "uncond"), ("pred_uncond", "pred_cond")])
+def test_calls_that_a_pipeline_names_are_told_apart(names, flux):
+    # diffusers runs each half of guidance in a cache context of that name, in either order
+    recipe = replace(flux_recipe(flux), guided=None)
+    maps = []
+    for called in (names, [name for name in names if not name.endswith("uncond")]):
+        with trace(flux, recipe) as attention:
+            for name in called:
+                model = flux if "uncond" not in name else Negated(flux)
+                with flux.cache_context(name):
+                    run_flux(model)
+        maps.append(attention.maps().store)
+        assert "cache_context" not in vars(flux)
+    for one, other in zip(maps[0].layers, maps[1].layers, strict=True):
+        assert torch.equal(one.to_generated, other.to_generated)
+    with pytest.raises(CaptureError, match="does not say whether"), trace(flux, recipe):
+        run_flux(flux)
+    assert_nothing_remains(flux)
+
+
+class Negated:
+    """The same network on another text."""
+
+    def __init__(self, model):
+        self.model = model
+
+    def __call__(self, encoder_hidden_states, **others):
+        return self.model(encoder_hidden_states=-encoder_hidden_states, **others)
 
 
 def compile_it(unet):

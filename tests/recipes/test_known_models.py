@@ -27,6 +27,8 @@ from i2am_train.config.store import compose
 from i2am_train.errors import CaptureError, ConfigError
 from i2am_train.types import Canvas, GridSize
 from tests.recipes.ldm_cases import CASES as LDM_CASES
+from tests.recipes.ldm_cases import CONTEXT as LDM_CONTEXT
+from tests.recipes.ldm_cases import LATENT as LDM_LATENT
 from tests.recipes.models import CASES, CONTEXT, SDXL, TIMESTEPS, evaluate, make_unet, noise
 from tests.recipes.slow import G2R, R2G, Case, fresh, recipe_of, traced_run, wrap_in_compile
 
@@ -277,6 +279,47 @@ class TestRefusals:
         tile = functools.partial(case.run, target, 2, 0, True)
         with pytest.raises(CaptureError, match=rf"twice at timestep 801.*{name} cuts .*tiling off"):
             traced(target, recipe_of(case, target, True), tile, tile)
+
+    @pytest.mark.parametrize("name", ["paint_by_example_ldm", "dci_vton", "paint_by_example"])
+    def test_words_in_the_place_of_a_picture_s_token(self, name):
+        # Stable Diffusion's inpainting network has Paint-by-Example's modules, and attends to text
+        case = {**BY_NAME, **{str(case): case for case in LDM_CASES}}[name]
+        target = fresh(case)
+        message = r"77 reference tokens are left of 77, and a model of this recipe has 1"
+
+        def with_words():
+            if name == "paint_by_example":
+                return evaluate(target.unet, 2, 0, tokens=77)
+            words, latent = noise(2, 77, LDM_CONTEXT, seed=7), noise(2, 9, *LDM_LATENT, seed=0)
+            return target.predict(latent, torch.full((2,), 801), words, False)
+
+        with pytest.raises(CaptureError, match=message):
+            traced(target, recipe_of(case, target, False), with_words)
+
+    def test_fewer_words_than_pseudo_words(self):
+        case = BY_NAME["ladi_vton"]
+        target = fresh(case)
+        with pytest.raises(CaptureError, match=r"9 reference tokens are left of 20.*has 16"):
+            traced(
+                target,
+                recipe_of(case, target, False),
+                lambda: evaluate(target.unet, 2, 0, tokens=20),
+            )
+
+    def test_numbers_mean_the_same_depth_of_an_adapter_s_decoder(self):
+        case = BY_NAME["ip_adapter"]
+        target = fresh(case)
+        recipe = recipe_of(case, target, False)
+        with trace(target, recipe, layers=[2, 9], matrix_layers=[9]) as attention, torch.no_grad():
+            case.run(target, 2, 0, False)
+        maps = attention.maps()
+        second, ninth = "up_blocks.1.attentions.1", "up_blocks.3.attentions.2"
+        assert set(maps.layers) == {f"{name}.transformer_blocks.0" for name in (second, ninth)}
+        assert maps.store.layer(2).layer.startswith(second)
+        assert maps.scores(9).shape == (2, 96, 4)
+        for layer, message in ((5, "No attention layer is called"), (10, "no layer number 10")):
+            with pytest.raises(CaptureError, match=message):
+                maps.store.layer(layer)
 
     def test_moved_to_another_device_while_traced(self):
         target = fresh(BY_NAME["ladi_vton"])

@@ -1,5 +1,7 @@
 """attribution/archive.py: a capture survives the disk, and other files are refused."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from safetensors import safe_open
@@ -12,7 +14,7 @@ from i2am_train.attribution import (
     load_maps,
     save_maps,
 )
-from i2am_train.errors import DataError
+from i2am_train.errors import CaptureError, DataError
 from i2am_train.types import Direction, GridSize
 
 BATCH, STEPS = 2, 3
@@ -100,3 +102,48 @@ def test_an_archive_of_another_version_is_called_that(maps, tmp_path):
     save_file(tensors, path, metadata)
     with pytest.raises(DataError, match=r"of another version \(its format is 'i2am-attribution-9'"):
         load_maps(path)
+
+
+@pytest.mark.parametrize(
+    ("field", "where", "message"),
+    [
+        (
+            "to_generated",
+            (1, 2, 3, 5),
+            r"layer up_blocks.1.attentions.1 in step 3 of 3 \(timestep 1\)",
+        ),
+        ("to_reference", (0, 1, 0, 2), r"layer up_blocks.1.attentions.1 in step 2 of 3\."),
+        ("scores_over_generated", (1, 3, 2), r"the score matrix of layer up_blocks.1.attentions.0"),
+    ],
+)
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_maps_that_are_no_numbers_are_neither_written_nor_read(
+    maps, tmp_path, field, where, message, value
+):  # fmt: skip
+    file = save_maps(maps, tmp_path / "maps.safetensors")
+    with safe_open(file, framework="pt") as opened:
+        metadata = opened.metadata()
+        tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+    record = maps.store.layers[field[0] == "t"]
+    getattr(record, field)[where] = value
+    with pytest.raises(DataError, match=rf"{message}.*Nothing was written"):
+        save_maps(maps, tmp_path / "other.safetensors")
+    assert [path.name for path in tmp_path.iterdir()] == [file.name]
+    tensors[f"{record.layer}/{field}"][where] = value
+    save_file(tensors, file, metadata)
+    with pytest.raises(DataError, match=rf"holds maps that are not finite numbers: .*{message}"):
+        load_maps(file)
+
+
+def test_layer_numbers_are_those_of_the_whole_model(maps, tmp_path):
+    # one layer of nine was captured; its number is not that of the only one
+    names = tuple(
+        f"up_blocks.{b}.attentions.{a}.transformer_blocks.0" for b in (1, 2, 3) for a in range(3)
+    )
+    layer = replace(maps.store.layers[0], layer=names[4])
+    store = AttributionStore((layer,), (999.0, None, 1.0), model=names)
+    read = load_maps(save_maps(AttributionMaps(store), tmp_path / "maps.safetensors")).maps.store
+    for one in (store, read):
+        assert one.layer(5) is one.layers[0]
+        with pytest.raises(CaptureError, match=rf"No attention layer is called '{names[1]}'"):
+            one.layer(2)

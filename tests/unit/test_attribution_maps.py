@@ -239,6 +239,15 @@ class TestHeatMap:
         with pytest.raises(ConfigError, match="at least 0 and below 1"):
             threshold(self.values, delta)
 
+    def test_what_is_not_a_number_stays_so(self):
+        # never a clean map of zeros, also not where one value of many is bad
+        values = torch.rand(3, 4, 5)
+        values[0, 1, 2], values[1, 3, 4] = float("nan"), float("inf")
+        heat = HeatMap(values, Direction.REFERENCE_TO_GENERATED)
+        for made in (heat.normalised(), heat.thresholded(0.4), heat.on_picture(GridSize(8, 10))):
+            finite = made.values.isfinite().flatten(1).all(dim=1)
+            assert finite.tolist() == [False, False, True]
+
     def test_resizing_forgets_the_normalisation(self):
         # so that a threshold after it normalises again, as the authors do
         found = self.heat_map().normalised().resized(GridSize(2, 6))

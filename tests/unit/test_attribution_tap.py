@@ -10,6 +10,7 @@ from diffusers import UNet2DConditionModel
 from i2am_train.attribution import ScoreTap, diffusers_decoder
 from i2am_train.errors import CaptureError
 from i2am_train.types import GridSize
+from tests.lora import add_lora
 
 BATCH, LATENT, REFERENCE, CONTEXT = 3, GridSize(24, 16), GridSize(5, 4), 10
 LAYER = "up_blocks.1.attentions.1"
@@ -179,3 +180,23 @@ def test_only_chosen_layers_and_one_tap(unet):
             ScoreTap(unet, recipe()).attach()
     tap.attach()  # a tap may be used again
     tap.close()
+
+
+def test_lora_added_after_the_tap_gets_its_gradient(unet):
+    # the hooks move to the layers that peft puts around the projections
+    with ScoreTap(unet, recipe(), layers=[2]) as tap:
+        add_lora(unet)
+        unet(*inputs())
+        late = tap.scores(2)
+        own = [
+            weight
+            for name, weight in unet.named_parameters()
+            if f"{LAYER}.transformer_blocks.0.attn2" in name
+            and (".down." in name or ".up." in name)
+        ]
+        reached = torch.autograd.grad(late.square().sum(), own, allow_unused=True)
+    with ScoreTap(unet, recipe(), layers=[2]) as tap:
+        unet(*inputs())
+        torch.testing.assert_close(late, tap.scores(2))
+    assert len(own) == 4
+    assert all(gradient is not None and gradient.abs().sum() > 0 for gradient in reached)
