@@ -187,7 +187,7 @@ class SdpaProbe(TorchFunctionMode):
         self._deliver = deliver
         self._is_open = is_open
         self._watching = ExitStack()
-        self._calls = 0
+        self._calls = self._meant = 0
 
     def attach(self) -> list[RemovableHandle]:
         """Hook the module's beginning and its end (also by an error)."""
@@ -206,7 +206,7 @@ class SdpaProbe(TorchFunctionMode):
 
     def _watch(self, *_: Any) -> None:
         if self._is_open():
-            self._calls = 0
+            self._calls, self._meant = 0, self._site.site.call_in(self._site.module)
             self._watching.enter_context(self)
 
     def _stop(self, *_: Any) -> None:
@@ -222,7 +222,7 @@ class SdpaProbe(TorchFunctionMode):
         """Every torch function runs as it would; the meant call's arguments are delivered."""
         result = func(*args, **(kwargs or {}))
         if func is _SDPA:
-            if self._calls == self._site.site.sdpa_call:
+            if self._calls == self._meant:
                 self._deliver(self._read(*args, **(kwargs or {})))
             self._calls += 1
         return result

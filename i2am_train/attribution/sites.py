@@ -236,7 +236,8 @@ class Site:
     projections are submodules (by path) whose outputs are the projected tokens; ``heads`` is a
     number or an attribute of the module; ``scale`` defaults to ``head_width ** -0.5``. By ``sdpa``:
     ``sdpa_call`` counts the calls of ``scaled_dot_product_attention`` in one forward of the module,
-    from 0 (an IP-Adapter attends to the text first, to its first picture next); heads and scale are
+    from 0, or tells it of the module as it is (an IP-Adapter attends to the text first, to its first
+    picture next, and leaves out adapters whose scale is zero; -1: no call); heads and scale are
     those of the call. ``masks`` are arguments of the module's forward that keep tokens from the
     reference: maps know nothing of them, so that a call that uses one is refused.
     """
@@ -250,16 +251,20 @@ class Site:
     scale: float | None = None
     joint: bool = False
     via: Backend | str = Backend.PROJECTIONS
-    sdpa_call: int = 0
+    sdpa_call: int | Callable[[nn.Module], int] = 0
     masks: tuple[str, ...] = ("attention_mask", "mask")
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "via", _backend(self.via))
-        if self.sdpa_call < 0:
+        if not callable(self.sdpa_call) and self.sdpa_call < 0:
             raise CaptureError(
                 f"Site.sdpa_call is {self.sdpa_call}; expected the number of an attention call in "
                 "the module's forward, counted from 0."
             )
+
+    def call_in(self, module: nn.Module) -> int:
+        """Which attention call of a module is meant, as it is now."""
+        return self.sdpa_call(module) if callable(self.sdpa_call) else self.sdpa_call
 
     def layer_of(self, path: str) -> str | None:
         """Layer name of a module path, or None if the site is not there."""

@@ -294,7 +294,8 @@ class Trace:
             counts = ", ".join(f"{site.layer} ({site.calls})" for site in short)
             raise CaptureError(
                 f"These layers did not attend in each of the {expected} evaluations: {counts}. "
-                "Switch off caches that skip blocks, or leave these layers out of the recipe."
+                "Switch off caches that skip blocks, give the adapter a scale above zero, or leave these "
+                "layers out of the recipe."
             )
 
 
@@ -323,7 +324,7 @@ def _refuse_blind(recorders: Sequence[SiteRecorder]) -> None:
     ]
     if blind:
         names = ", ".join(site.layer for site in blind)
-        calls = sorted({site.site.sdpa_call for site in blind})
+        calls = sorted({site.site.call_in(site.module) for site in blind})
         raise CaptureError(
             f"These layers were observed by the backend '{Backend.SDPA}' and never called "
             f"scaled_dot_product_attention (call number {', '.join(map(str, calls))}): {names}. "

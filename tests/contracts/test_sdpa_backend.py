@@ -236,6 +236,30 @@ def test_both_backends_give_the_same_maps(name, unet):
                 torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-9)
 
 
+@pytest.mark.parametrize(("scales", "seen"), [([0.0, 1.0], 1), ([1.0, 0.0], 0)])
+def test_an_adapter_whose_scale_is_zero_is_not_taken_for_another(scales, seen, unet):
+    # diffusers leaves its attention call out, so that the next one's comes in its place
+    two_adapters(unet)
+    for processor in unet.attn_processors.values():
+        if isinstance(processor, IPAdapterAttnProcessor2_0):
+            processor.scale = scales
+    for adapter in (0, 1):
+        stores = []
+        for via in Backend:
+            with trace(
+                unet, named_recipe(unet, "ip_adapter", adapter=adapter, guided=False), via=via
+            ) as attention:
+                run_unet(unet, IP_CONTEXT)
+            if adapter == seen:
+                stores.append(attention.maps().store)
+            else:
+                with pytest.raises(CaptureError, match=r"did not attend|never called"):
+                    attention.maps()
+        if stores:
+            by_projections, by_sdpa = (store.layers[0].to_reference for store in stores)
+            torch.testing.assert_close(by_sdpa, by_projections, rtol=1e-6, atol=1e-9)
+
+
 def slow_maps(query, key, scale, generated, reference):
     """Both column means and the mass, by loops over rows, heads and tokens, in float64."""
     rows, heads = query.shape[:2]
