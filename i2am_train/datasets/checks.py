@@ -1,8 +1,7 @@
 """Everything that is wrong with a dataset folder, in VITON-HD or DressCode layout, found before training does.
 
 An *error* means that training or evaluation would fail or learn from wrong pictures; a *warning* is worth a look.
-Masks are judged by simple rules that hold for shop pictures: the garment's mask does not touch most of the
-border, the agnostic picture is grey where its mask says so, and the worn garment lies inside the inpainting region.
+What pictures show is judged in :mod:`i2am_train.datasets.judging`.
 """
 
 from __future__ import annotations
@@ -14,29 +13,27 @@ from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from i2am_train.datasets.arrays import Mask
+from i2am_train.datasets.judging import Judgement, Level, Seen, judge_garment, judge_person
 from i2am_train.datasets.layouts import (
-    AGNOSTIC,
     CORRESPONDENCE,
     GARMENT,
-    GARMENT_MASK,
     GARMENT_ROLES,
-    INPAINT_MASK,
+    KEYPOINTS,
     MASK_ROLES,
     OPTIONAL_ROLES,
+    PARSING,
     PERSON,
     PERSON_ROLES,
-    WARPED_MASK,
     Layout,
     Pair,
 )
-from i2am_train.datasets.opening import AS_IT_LIES, Reading, split_layouts
+from i2am_train.datasets.opening import AS_IT_LIES, Reading, absent_halves, split_layouts
+from i2am_train.datasets.parsing import usual_labels
 from i2am_train.datasets.picture_files import (
     UnreadablePictureError,
     is_there,
@@ -48,10 +45,10 @@ from i2am_train.datasets.reading import read_encoded_correspondence
 from i2am_train.errors import DataError
 from i2am_train.types import GridSize, Pairing, Split
 
-Level = Literal["error", "warning"]
-
+ANNOTATION_ROLES = (PARSING, KEYPOINTS)
+"""What ``derive`` starts from; training does not read it."""
 CHECK_SIZE = 128
-"""Masks are judged on pictures reduced to about this height: enough for their polarity, and fast."""
+"""Pictures are judged on pictures reduced to about this height: enough for their polarity, and fast."""
 ROWS_PER_CODE = 8
 """Findings of one kind that the table lists in full."""
 
@@ -165,8 +162,10 @@ def check_dataset(
     except DataError as error:
         refused = Finding("error", "missing_folder", "", "", "", str(error))
         return DatasetReport(root, [refused], {}, 0, size)
-    findings: list[Finding] = []
-    parts = [_Part(layout, *_check_lists(layout, findings)) for layout in layouts]
+    absent = absent_halves(layouts)
+    findings = [_absent_half(layout) for layout in absent]
+    there = [layout for layout in layouts if layout not in absent]
+    parts = [_Part(layout, *_check_lists(layout, findings)) for layout in there]
     findings += _check_overlap(parts)
     for part in parts:
         findings += _check_folders(part.layout)
@@ -200,7 +199,7 @@ class _Part:
     @property
     def roles(self) -> list[str]:
         """Roles whose folders exist."""
-        known = [*PERSON_ROLES, *GARMENT_ROLES, *OPTIONAL_ROLES]
+        known = [*PERSON_ROLES, *GARMENT_ROLES, *OPTIONAL_ROLES, *ANNOTATION_ROLES]
         return [role for role in known if self.layout.has(role)]
 
     def stems(self, role: str) -> set[str]:
@@ -217,9 +216,9 @@ class _Part:
         garment_roles = [role for role in self.roles if role in GARMENT_ROLES]
         people, garments = sorted(self.stems(PERSON)), sorted(self.stems(GARMENT))
         return [
-            *(_Job(self.layout, person_roles, stem, _judge_person) for stem in people),
+            *(_Job(self.layout, person_roles, stem, judge_person) for stem in people),
             *(
-                _Job(self.layout, garment_roles, stem, _judge_garment, instead.get(stem))
+                _Job(self.layout, garment_roles, stem, judge_garment, instead.get(stem))
                 for stem in garments
             ),
         ]
@@ -233,6 +232,15 @@ class _Part:
             for own, pair in zip(self.paired, listed, strict=True)
             if own.garment not in named
         }
+
+
+def _absent_half(layout: Layout) -> Finding:
+    file = layout.list_file(Pairing.PAIRED).name
+    can, cannot = (
+        ("evaluation", "training") if layout.split is Split.TRAIN else ("training", "tests")
+    )
+    text = f"is not there, and nothing else of this half: the dataset is for {can} alone, {cannot} would fail."
+    return Finding("warning", "missing_half", layout.label, "", file, text)
 
 
 def _check_lists(layout: Layout, findings: list[Finding]) -> tuple[list[Pair], list[Pair]]:
@@ -336,11 +344,6 @@ class _Checked:
     sizes: list[_Sized] = field(default_factory=list)
 
 
-Pictures = dict[str, NDArray[Any]]
-Judgement = tuple[Level, str, str, str]
-"""Level, code, role, message."""
-
-
 @dataclass(frozen=True)
 class _Job:
     """Read all pictures of a person or a garment, then judge them together."""
@@ -348,7 +351,7 @@ class _Job:
     layout: Layout
     roles: list[str]
     stem: str
-    judge: Callable[[Pictures], Iterable[Judgement]]
+    judge: Callable[[Seen], Iterable[Judgement]]
     listed: str | None = None
     """Of a garment that no list names and that is read as its person's own: what column 2 names instead."""
 
@@ -360,14 +363,21 @@ class _Job:
                     f"is one of {', '.join(files)}: which of them is meant is not said; keep one."
                 )
                 checked.findings.append(self._finding(role, "ambiguous_name", text))
-        pictures = {
-            role: picture
-            for role in self.roles
-            if (picture := self._read(role, checked)) is not None
-        }
-        for level, code, role, text in self.judge(pictures):
+        for level, code, role, text in self.judge(self._seen(checked)):
             checked.findings.append(self._finding(role, code, text, level))
         return checked
+
+    def _seen(self, checked: _Checked) -> Seen:
+        """What there is to judge; what cannot be read is a finding."""
+        seen = Seen(labels=usual_labels(self.layout.category))
+        for role in self.roles:
+            if role in ANNOTATION_ROLES:
+                path = self.layout.path(role, self.stem)
+                seen.files |= {role: path} if is_there(path) else {}
+            elif (picture := self._read(role, checked)) is not None:
+                seen.pictures[role] = picture
+                seen.size = checked.sizes[-1].size if role == PERSON else seen.size
+        return seen
 
     def _finding(self, role: str, code: str, text: str, level: Level = "error") -> Finding:
         path = self.layout.path(role, self.stem)
@@ -404,109 +414,6 @@ def _reduced(path: Path, role: str) -> NDArray[Any]:
     if role in MASK_ROLES:
         return read_grey(path, CHECK_SIZE)
     return read_rgb(path, about=CHECK_SIZE)
-
-
-def _judge_garment(pictures: Pictures) -> Iterable[Judgement]:
-    """The flat garment's mask: neither empty nor inverted."""
-    if GARMENT_MASK not in pictures:
-        return
-    mask = pictures[GARMENT_MASK] >= 128
-    if not mask.any():
-        yield (
-            "error",
-            "empty_mask",
-            GARMENT_MASK,
-            "has no white pixel: the garment would be ignored.",
-        )
-    elif _border_share(mask) > 0.5 and _center_share(mask) < 0.5:
-        yield (
-            "error",
-            "inverted_mask",
-            GARMENT_MASK,
-            "is white around the garment; white must be the garment.",
-        )
-
-
-def _judge_person(pictures: Pictures) -> Iterable[Judgement]:
-    """The person's masks, against each other and against the agnostic picture."""
-    inpaint = pictures[INPAINT_MASK] >= 128 if INPAINT_MASK in pictures else None
-    if inpaint is not None:
-        judgements = list(_judge_inpaint(inpaint, pictures.get(AGNOSTIC)))
-        yield from judgements
-        if any(code == "inverted_mask" for _, code, _, _ in judgements):
-            inpaint = ~inpaint  # so that the other masks are judged against what was meant
-    if WARPED_MASK in pictures:
-        yield from _judge_warped(pictures[WARPED_MASK] >= 128, inpaint)
-    if CORRESPONDENCE in pictures:
-        encoded = pictures[CORRESPONDENCE]
-        if encoded.dtype != np.uint16 or encoded.ndim != 3:
-            yield (
-                "error",
-                "wrong_format",
-                CORRESPONDENCE,
-                "must have 16 bits and three channels (y, x, valid).",
-            )
-
-
-def _judge_inpaint(inpaint: Mask, agnostic: NDArray[Any] | None) -> Iterable[Judgement]:
-    """The region to paint: neither empty nor everything, and grey in the agnostic picture."""
-    if not inpaint.any():
-        yield (
-            "error",
-            "empty_mask",
-            INPAINT_MASK,
-            "has no white pixel: nothing would be painted.",
-        )
-        return
-    if inpaint.all():
-        yield (
-            "warning",
-            "full_mask",
-            INPAINT_MASK,
-            "is white everywhere: the whole picture would be painted.",
-        )
-        return
-    if agnostic is None or agnostic.shape[:2] != inpaint.shape:
-        return
-    grey = np.asarray((np.abs(agnostic.astype(np.int16) - 128) <= 10).all(axis=-1))
-    inside, outside = float(grey[inpaint].mean()), float(grey[~inpaint].mean())
-    if outside > inside + 0.3:
-        text = (
-            f"is black where the agnostic picture is grey ({outside:.0%} grey outside, {inside:.0%} inside); "
-            "white must be the region to paint."
-        )
-        yield "error", "inverted_mask", INPAINT_MASK, text
-    elif inside < 0.25:
-        text = f"is grey in only {inside:.0%} of its mask: it may show the clothes."
-        yield "warning", "agnostic_not_grey", AGNOSTIC, text
-
-
-def _judge_warped(warped: Mask, inpaint: Mask | None) -> Iterable[Judgement]:
-    """The garment on the person: not empty, and inside the region to paint."""
-    if not warped.any():
-        yield (
-            "warning",
-            "empty_mask",
-            WARPED_MASK,
-            "has no white pixel: attention losses skip this sample.",
-        )
-        return
-    if inpaint is None or inpaint.shape != warped.shape or inpaint.all() or not inpaint.any():
-        return
-    if warped[~inpaint].mean() > 0.5 and warped[inpaint].mean() < 0.9:
-        text = "is white around the person; white must be the garment on the person."
-        yield "error", "inverted_mask", WARPED_MASK, text
-
-
-def _border_share(mask: Mask) -> float:
-    """White share of the outermost pixels."""
-    return float(np.concatenate([mask[0], mask[-1], mask[:, 0], mask[:, -1]]).mean())
-
-
-def _center_share(mask: Mask) -> float:
-    """White share of the middle quarter."""
-    height, width = mask.shape
-    return float(mask[3 * height // 8 : 5 * height // 8, 3 * width // 8 : 5 * width // 8].mean())
 
 
 def _run(

@@ -2,7 +2,7 @@
 
 Parts (detectron2's numbering): 1, 2 torso; 3, 4 hands; 5, 6 feet; 7-10 upper legs; 11-14 lower legs; 15-18 upper arms;
 19-22 lower arms; 23, 24 head. Their colours are OpenCV's colour map PARULA at label x 255 / 24, on black. DressCode
-stores the labels themselves.
+stores the labels themselves. The embedded dataset draws its bodies in colours of its own, which are read, too.
 """
 
 from __future__ import annotations
@@ -28,8 +28,10 @@ SURE = 40
 """Largest distance of a colour from a part's colour, in RGB: beyond it, it is no DensePose colour."""
 GRID_BITS, CELL_BITS = 5, 3
 """Colours are looked up with the upper 5 of their 8 bits."""
+SMALLEST_BODY = 0.005
+"""Share of a pose picture that a body covers."""
 LARGEST_UNSURE_SHARE = 0.1
-"""Share of coloured pixels that may be far from every part's colour (edges are blurred by JPEG)."""
+"""Share of coloured pixels, edges left out, that may be far from every part's colour."""
 
 
 def _palette() -> Image:
@@ -42,6 +44,25 @@ def _palette() -> Image:
 
 
 PALETTE = _palette()
+# fmt: off
+EMBEDDED_COLOURS = {
+    2: (48, 96, 232), 23: (232, 228, 64), 16: (232, 80, 48), 15: (48, 208, 80), 20: (248, 168, 48), 19: (112, 240, 208),
+    3: (248, 144, 208), 4: (250, 170, 220), 9: (152, 48, 208), 10: (72, 152, 152),
+}
+# fmt: on
+"""RGB by part of the embedded dataset's pose pictures, which are drawn and not DensePose's."""
+
+
+def _embedded_palette() -> Image:
+    """Like the other palette; parts that are not drawn have the colour of no part."""
+    colours = np.zeros_like(PALETTE)
+    for part, colour in EMBEDDED_COLOURS.items():
+        colours[part] = colour
+    return colours
+
+
+PALETTES = (PALETTE, _embedded_palette())
+"""Whose colours are read: one picture has those of one."""
 
 
 def coloured(labels: NDArray[np.uint8]) -> Image:
@@ -81,28 +102,57 @@ def parts_of(picture: Image, path: Path) -> NDArray[np.uint8]:
     Raises:
         DataError: many colours are far from all of DensePose's.
     """
-    nearest, distances = _nearest()
-    cells = (picture >> CELL_BITS).astype(np.int32)
-    index = (cells[..., 0] << 2 * GRID_BITS) | (cells[..., 1] << GRID_BITS) | cells[..., 2]
-    labels: NDArray[np.uint8] = nearest[index]
     foreground = picture.max(axis=-1) > SURE
-    unsure = foreground & (distances[index] > SURE)
-    if unsure.sum() > LARGEST_UNSURE_SHARE * max(1, foreground.sum()):
+    labels, unsure = _explained(picture, foreground & _even(picture))
+    if unsure > LARGEST_UNSURE_SHARE:
         raise DataError(
-            f"{path} is not in DensePose's colours ({unsure.sum() / foreground.sum():.0%} of its body is none of "
+            f"{path} is not in DensePose's colours ({unsure:.0%} of its body is none of "
             "them); expected detectron2's dp_segm on black (OpenCV's PARULA), or labels 0...24. Use pose=keypoints."
         )
     return labels
 
 
+def what_is_strange(picture: Image) -> str | None:
+    """Why a pose picture ``[H, W, 3]``, maybe reduced, shows no body in DensePose's colours; None if it does."""
+    if not np.ptp(picture, axis=-1).any() and 0 < picture.max() <= PARTS:
+        return None  # labels
+    foreground = picture.max(axis=-1) > SURE
+    if foreground.mean() < SMALLEST_BODY:
+        return f"shows nobody: {1 - foreground.mean():.0%} of it is black"
+    _, unsure = _explained(picture, foreground & _even(picture))
+    if unsure > LARGEST_UNSURE_SHARE:
+        return f"is not in DensePose's colours: {unsure:.0%} of its body is none of them"
+    return None
+
+
+def _even(picture: Image) -> Mask:
+    """Where there is no edge within 3x3 pixels: edges are blurred, by JPEG and where a picture was reduced."""
+    square = np.ones((3, 3), np.uint8)
+    range_ = cv2.dilate(picture, square).astype(np.int16) - cv2.erode(picture, square)
+    return np.asarray(range_.max(axis=-1) <= SURE)
+
+
+def _explained(picture: Image, body: Mask) -> tuple[NDArray[np.uint8], float]:
+    """Labels by the palette that explains a body best, and the share of it that is far from all of its colours."""
+    cells = (picture >> CELL_BITS).astype(np.int32)
+    index = (cells[..., 0] << 2 * GRID_BITS) | (cells[..., 1] << GRID_BITS) | cells[..., 2]
+    found = []
+    for palette in range(len(PALETTES)):
+        nearest, distances = _nearest(palette)
+        unsure = float((body & (distances[index] > SURE)).sum() / max(1, body.sum()))
+        found.append((unsure, palette, nearest))
+    unsure, _, nearest = min(found, key=lambda entry: entry[:2])
+    return np.asarray(nearest[index]), unsure
+
+
 @cache
-def _nearest() -> tuple[NDArray[np.uint8], NDArray[np.float32]]:
+def _nearest(palette: int) -> tuple[NDArray[np.uint8], NDArray[np.float32]]:
     """The nearest label and its distance for every cell of a coarse grid of colours: much faster than every pixel."""
     levels = np.arange(1 << GRID_BITS, dtype=np.float32) * (1 << CELL_BITS) + (1 << CELL_BITS) / 2
     colours = np.stack(np.meshgrid(levels, levels, levels, indexing="ij"), axis=-1).reshape(
         -1, 1, 3
     )
-    distances = np.linalg.norm(colours - PALETTE.astype(np.float32), axis=-1)
+    distances = np.linalg.norm(colours - PALETTES[palette].astype(np.float32), axis=-1)
     return distances.argmin(axis=1).astype(np.uint8), distances.min(axis=1)
 
 

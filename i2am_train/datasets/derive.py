@@ -4,7 +4,9 @@ Order of work: parsing maps and keypoints that are missing (through models, if t
 then the people. Files that exist are kept unless told otherwise, every file is written in one step, and what cannot be
 made is refused sample by sample with its reason, so a stopped run goes on where it was and one bad picture stops
 nothing.
-The rules are those of :mod:`~i2am_train.datasets.agnostic` and :mod:`~i2am_train.datasets.flat_garments`.
+The rules are those of :mod:`~i2am_train.datasets.agnostic` and :mod:`~i2am_train.datasets.flat_garments`. A mask beside
+an agnostic picture that is kept is read off its grey (:mod:`~i2am_train.datasets.agnostic_regions`), and an agnostic
+picture beside a mask that is kept is made with it: regions of two rules are never mixed.
 """
 
 from __future__ import annotations
@@ -23,11 +25,17 @@ import numpy as np
 from tqdm import tqdm
 
 from i2am_train.datasets import densepose
-from i2am_train.datasets.agnostic import Pose, person_masks
-from i2am_train.datasets.arrays import Image
+from i2am_train.datasets.agnostic import PersonMasks, Pose, person_masks
+from i2am_train.datasets.agnostic_regions import grey_region
+from i2am_train.datasets.arrays import Image, Mask
 from i2am_train.datasets.bodies import drawn_parts
 from i2am_train.datasets.flat_garments import garment_mask
-from i2am_train.datasets.keypoints import Joints, openpose_json, read_keypoints
+from i2am_train.datasets.keypoints import (
+    Joints,
+    openpose_json,
+    read_keypoints,
+    require_on_body,
+)
 from i2am_train.datasets.layouts import (
     AGNOSTIC,
     DRAWN_POSE,
@@ -45,17 +53,22 @@ from i2am_train.datasets.layouts import (
     entries,
 )
 from i2am_train.datasets.missing import refuse_doubles
-from i2am_train.datasets.opening import Reading, split_layouts
+from i2am_train.datasets.opening import Reading, absent_halves, split_layouts
 from i2am_train.datasets.parsing import (
-    DRESS_CODE,
-    VITON_HD,
+    HEAD,
     LabelMap,
     LabelSet,
     read_labels,
+    usual_labels,
     write_labels,
 )
 from i2am_train.datasets.picture_files import is_there
-from i2am_train.datasets.pictures import read_colour, write_bytes, write_picture
+from i2am_train.datasets.pictures import (
+    read_colour,
+    read_native_mask,
+    write_bytes,
+    write_picture,
+)
 from i2am_train.datasets.previews import write_sheet
 from i2am_train.errors import DataError
 from i2am_train.types import GridSize, Pairing, Split
@@ -154,11 +167,13 @@ def derive_dataset(
     Raises:
         DataError: before anything is written: there is no list, no photographs, and nothing to derive from.
     """
+    layouts = [layout for split in Split for layout in split_layouts(root, split, reading)]
+    absent = absent_halves(layouts)
     parts = [
         _Part(layout, options, parser, estimator)
-        for split in Split
-        for layout in split_layouts(root, split, reading)
-        if layout.list_file(Pairing.PAIRED).is_file() or split is Split.TRAIN
+        for layout in layouts
+        if layout not in absent
+        and (layout.split is Split.TRAIN or layout.list_file(Pairing.PAIRED).is_file())
     ]
     for part in parts:
         people = dict.fromkeys((PERSON, PARSING, KEYPOINTS, POSE_PICTURE), part.people)
@@ -187,8 +202,7 @@ class _Part:
         unpaired = layout.listed(Pairing.UNPAIRED) if layout.split is Split.TEST else []
         self.people = sorted({pair.person for pair in pairs})
         self.garments = sorted({pair.garment for pair in [*pairs, *unpaired]})
-        usual = VITON_HD if layout.category is None else DRESS_CODE
-        self.labels = options.labels or usual
+        self.labels = options.labels or usual_labels(layout.category)
         self.category: Category = layout.category or options.category
         self.parser, self.estimator = parser, estimator
         self.models: dict[str, Callable[[list[str]], set[str]]] = {}
@@ -293,12 +307,28 @@ class _Part:
         labels = read_labels(path, self.labels)
         _same_size(path, labels.shape, size)
         pose = self._pose(stem, size)
+        if isinstance(pose, dict):
+            head = self.labels.inside(labels, HEAD | {"hair"})
+            require_on_body(pose, labels > 0, head, self.layout.path(KEYPOINTS, stem))
         masks = person_masks(labels, self.labels, self.category, pose)
+        masks = PersonMasks(masks.worn, self._region(stem, files, photograph, masks.region))
         files.write(INPAINT_MASK, masks.region)
         files.write(AGNOSTIC, masks.agnostic(photograph))
         files.write(WARPED_MASK, masks.worn)
         if self.draws_pose and isinstance(pose, dict):
             files.write(DRAWN_POSE, densepose.coloured(drawn_parts(pose, size)))
+
+    def _region(self, stem: str, files: _Files, photograph: Image, derived: Mask) -> Mask:
+        """The region to paint: of a mask or an agnostic picture that is kept, else the derived one; never a mixture."""
+        if INPAINT_MASK in files.kept:
+            path = self.layout.path(INPAINT_MASK, stem)
+            mask = read_native_mask(path)
+            _same_size(path, mask.shape, GridSize(*derived.shape))
+            return mask
+        if AGNOSTIC in files.kept:
+            path = self.layout.path(AGNOSTIC, stem)
+            return grey_region(read_colour(path), photograph, path)
+        return derived
 
     def _pose(self, stem: str, size: GridSize) -> Pose:
         if self.pose_source == "keypoints":

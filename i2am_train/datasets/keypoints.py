@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from i2am_train.datasets.arrays import Mask
 from i2am_train.datasets.picture_files import refuse_what_is_no_file
 from i2am_train.errors import DataError
 from i2am_train.types import GridSize
@@ -35,6 +36,10 @@ BODY_25 = (*_UPPER, "middle_hip", *_LOWER, "right_eye", "left_eye", "right_ear",
 
 DRESS_CODE_SIZE = GridSize(512, 384)
 SMALLEST_CONFIDENCE = 0.05
+OUTSIDE, SMALLEST_OUTSIDE = 1.02, 0.2
+"""Share of the photograph's size beyond which a joint is outside, and share of such joints that is refused."""
+REACH, SMALLEST_ON_BODY = 0.03, 0.5
+"""Distance (share of the height) at which a joint is still on the body, and share of joints that must be."""
 
 
 def read_keypoints(path: Path, size: GridSize) -> Joints:
@@ -51,6 +56,7 @@ def read_keypoints(path: Path, size: GridSize) -> Joints:
     except (OSError, ValueError) as error:
         raise DataError(f"{path} is not readable JSON ({error}). Make it again.") from error
     table = _table(content, path, size)
+    _refuse_other_scale(table, path, size)
     names = BODY_25 if len(table) == 25 else COCO_18
     joints = {
         name: row for name, row in zip(names, table, strict=False) if row[0] > 1 and row[1] > 1
@@ -58,6 +64,57 @@ def read_keypoints(path: Path, size: GridSize) -> Joints:
     if not joints:
         raise DataError(f"{path} shows nobody: no joint was seen. Make it again, or use pose=none.")
     return joints
+
+
+def require_on_body(joints: Joints, body: Mask, head: Mask, path: Path) -> None:
+    """Refuse joints of another person or size.
+
+    Args:
+        joints: in pixels of the photograph.
+        body: where the person is, ``[H, W]``, in the photograph's size.
+        head: where face and hair are.
+        path: of the keypoints, for messages.
+
+    Raises:
+        DataError: most joints lie beside the body, or the nose beside the head.
+    """
+    on_body = sum(_is_on(joint, body) for joint in joints.values())
+    nose_off = "nose" in joints and head.any() and not _is_on(joints["nose"], head)
+    if not body.any() or (on_body >= SMALLEST_ON_BODY * len(joints) and not nose_off):
+        return
+    lowest = max(float(joint[1]) for joint in joints.values())
+    what = f"{len(joints) - on_body} of {len(joints)} joints" + (", the nose," if nose_off else "")
+    raise DataError(
+        f"{path} has {what} beside the person of the parsing map: joints reach down to row {lowest:.0f}, and the "
+        f"person to row {np.flatnonzero(body.any(axis=1))[-1]} of {body.shape[0]}. They are of another size or person; "
+        "make them again from this photograph."
+    )
+
+
+def _is_on(joint: Point, mask: Mask) -> bool:
+    """Whether a mask is near a joint."""
+    reach = max(1, round(REACH * mask.shape[0]))
+    column, row = np.rint(joint).astype(int)
+    rows, columns = (
+        slice(max(0, place - reach), max(0, place + reach + 1)) for place in (row, column)
+    )
+    return bool(mask[rows, columns].any())
+
+
+def _refuse_other_scale(table: NDArray[np.float64], path: Path, size: GridSize) -> None:
+    seen = table[(table > 0).all(axis=1)]
+    if len(seen) and seen.max() <= 1.0:
+        raise DataError(
+            f"{path} holds places from 0 to 1; expected pixels of the photograph ({size}, height x width). Multiply "
+            "them by its width and height, or make them again."
+        )
+    beyond = (seen > [OUTSIDE * size.width, OUTSIDE * size.height]).any(axis=1)
+    if beyond.sum() > SMALLEST_OUTSIDE * len(seen):
+        right, low = seen.max(axis=0)
+        raise DataError(
+            f"{path} has {beyond.sum()} of {len(seen)} joints outside of the photograph (up to column {right:.0f}, row "
+            f"{low:.0f}; it is {size}, height x width): they are of another size. Make them again from this photograph."
+        )
 
 
 def openpose_json(joints: Joints) -> str:

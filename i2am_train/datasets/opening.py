@@ -68,6 +68,14 @@ def split_layouts(root: Path, split: Split, reading: Reading) -> list[Layout]:
     return [VitonHDLayout(root, split)]
 
 
+def absent_halves(layouts: Sequence[Layout]) -> list[Layout]:
+    """The halves that a dataset does not have: no pair list, and no folder of their own (never all of them)."""
+    without = [one for one in layouts if not one.list_file(Pairing.PAIRED).is_file()]
+    taken = {one.folder for one in layouts if one not in without}
+    absent = [one for one in without if one.folder in taken or not one.folder.is_dir()]
+    return absent if len(absent) < len(layouts) else []
+
+
 def list_length(root: Path, split: Split, pairing: Pairing, reading: Reading) -> int:
     """How many pairs the lists of a split hold."""
     return sum(len(layout.listed(pairing)) for layout in split_layouts(root, split, reading))

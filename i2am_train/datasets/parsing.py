@@ -11,6 +11,7 @@ import io
 from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,7 +19,7 @@ from PIL import Image as PILImage
 
 from i2am_train.datasets.arrays import Image, Mask
 from i2am_train.datasets.layouts import Category
-from i2am_train.datasets.picture_files import is_there, read_values
+from i2am_train.datasets.picture_files import is_there, open_picture, read_values
 from i2am_train.datasets.pictures import write_bytes
 from i2am_train.errors import DataError
 
@@ -72,6 +73,12 @@ DRESS_CODE = LabelSet(
 # fmt: on
 LABEL_SETS = {"viton_hd": VITON_HD, "dresscode": DRESS_CODE}
 
+
+def usual_labels(category: Category | None) -> LabelSet:
+    """The set of a layout that says its category (DressCode's), or of one that does not (VITON-HD's)."""
+    return VITON_HD if category is None else DRESS_CODE
+
+
 WORN: dict[Category, frozenset[str]] = {
     "upper_body": frozenset({"upper_clothes", "coat", "dress"}),
     "lower_body": frozenset({"skirt", "pants"}),
@@ -84,6 +91,8 @@ SHOES = frozenset({"left_shoe", "right_shoe"})
 HEAD = frozenset({"face", "hat", "sunglasses"})
 LOWER_CLOTHES = frozenset({"skirt", "pants", "belt", "socks"})
 HELD = frozenset({"bag", "glove"})
+LARGEST_GLASSES = 0.05
+"""Share of a person that sunglasses cover."""
 
 
 def read_labels(path: Path, labels: LabelSet) -> LabelMap:
@@ -94,7 +103,7 @@ def read_labels(path: Path, labels: LabelSet) -> LabelMap:
     """
     if not is_there(path):
         raise DataError(f"{path} is missing: a parsing map is needed for every person.")
-    values = read_values(path, palette=True)
+    values, palette = _read(path)
     if values.ndim == 3:
         values = _from_colours(values, path, labels)
     unknown = np.unique(values[values >= len(labels.names)])
@@ -103,7 +112,52 @@ def read_labels(path: Path, labels: LabelSet) -> LabelMap:
             f"{path} holds unknown labels {', '.join(map(str, unknown[:5]))}; expected 0...{len(labels.names) - 1}, "
             f"those of {labels.title}. Choose the other set with labels={_other(labels)}, or make the map again."
         )
-    return np.asarray(values, np.uint8)
+    known = np.asarray(values, np.uint8)
+    if palette is not None:
+        _refuse_other_palette(np.unique(known), palette, path, labels)
+    other = LABEL_SETS[_other(labels)]
+    if not _is_person(known, labels) and _is_person(known, other):
+        raise DataError(
+            f"{path} holds labels that are in their places only as {other.title}; as those of {labels.title}, legs or "
+            f"glasses would be where clothes are. Choose them with labels={_other(labels)}, or make the map again."
+        )
+    return known
+
+
+def _read(path: Path) -> tuple[NDArray[Any], NDArray[np.uint8] | None]:
+    """Values or colours, and the palette ``[N, 3]`` if the file has one."""
+    values = read_values(path, palette=True)
+    with open_picture(path) as picture:
+        entries = picture.getpalette("RGB") if picture.mode == "P" else None
+    return values, None if entries is None else np.asarray(entries, np.uint8).reshape(-1, 3)
+
+
+def _refuse_other_palette(
+    used: NDArray[np.uint8], palette: NDArray[np.uint8], path: Path, labels: LabelSet
+) -> None:
+    """Palettes that name other labels by a set's own colours; unknown colours (Pascal's, grey) name nothing."""
+    for value in used[used < len(palette)]:
+        colour = tuple(palette[value].tolist())
+        for one in LABEL_SETS.values():
+            if colour in one.colours and labels.colours[value] != colour:
+                meant = one.names[one.colours.index(colour)]
+                raise DataError(
+                    f"{path} shows label {value} in the colour of {meant}, and in {labels.title} it is "
+                    f"{labels.names[value]}: its palette is that of other labels. Choose the other set with "
+                    f"labels={_other(labels)}, or make the map again."
+                )
+
+
+def _is_person(values: LabelMap, labels: LabelSet) -> bool:
+    """Whether labels lie as on a person: glasses are small, legs below the clothes, the face above them."""
+    clothes = labels.inside(values, {"upper_clothes", "coat", "dress", "skirt", "pants"})
+    glasses = labels.inside(values, {"sunglasses"})
+    if not clothes.any() or glasses.sum() > LARGEST_GLASSES * (values > 0).sum():
+        return False
+    middle = float(np.nonzero(clothes)[0].mean())
+    legs, faces = labels.inside(values, LEGS), labels.inside(values, {"face"})
+    above = bool(faces.any()) and float(np.nonzero(faces)[0].mean()) > middle
+    return not above and not (legs.any() and float(np.nonzero(legs)[0].mean()) < middle)
 
 
 def write_labels(path: Path, values: LabelMap, labels: LabelSet) -> None:

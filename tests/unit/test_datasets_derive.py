@@ -396,3 +396,99 @@ def test_lower_bodies_keep_shoes_arms_and_tops() -> None:
         person_masks(
             labels, VITON_HD, "lower_body", {k: v for k, v in joints.items() if k != "left_hip"}
         )
+
+
+def distributed(root: Path, level: int = 128) -> dict[Path, np.ndarray]:
+    """Agnostic pictures by another, wider rule, and no masks: as VITON-HD is distributed. Returns each one's region."""
+    regions = {}
+    for file in sorted(root.glob("*/image/*.jpg")):
+        photograph = np.asarray(Image.open(file).convert("RGB"))
+        mask = np.zeros(SIZE, bool)
+        mask[28:96, 14:84] = True
+        mask[28:44, 40:56] = False
+        agnostic = file.parent.parent / "agnostic-v3.2" / file.name
+        agnostic.parent.mkdir(exist_ok=True)
+        greyed = np.where(mask[..., None], np.uint8(level), photograph)
+        Image.fromarray(greyed).save(agnostic, quality=90)
+        regions[file.parent.parent / f"agnostic-mask/{file.stem}_mask.png"] = mask
+    return regions
+
+
+def test_masks_are_read_off_agnostic_pictures(photographs: Path) -> None:
+    # Proves that a distributed picture gets the mask of its own grey, and is kept.
+    regions = distributed(photographs)
+    before = (photographs / "train/agnostic-v3.2/00001_00.jpg").read_bytes()
+    report = derived(photographs)
+    assert report.refused == []
+    assert report.kept["agnostic-v3.2"] == report.made["agnostic-mask"] == 6
+    assert min(overlap(read_native_mask(file), mask) for file, mask in regions.items()) > 0.95
+    assert (photographs / "train/agnostic-v3.2/00001_00.jpg").read_bytes() == before
+    assert check_dataset(photographs, progress=False).findings == []
+
+
+def test_an_agnostic_picture_is_made_with_the_mask_that_is_there(photographs: Path) -> None:
+    # Proves the other direction: another author's mask without its picture.
+    regions = distributed(photographs)
+    shutil.rmtree(photographs / "train/agnostic-v3.2")
+    shutil.rmtree(photographs / "test/agnostic-v3.2")
+    for file, mask in regions.items():
+        file.parent.mkdir(exist_ok=True)
+        cv2.imwrite(str(file), mask.astype(np.uint8) * 255)
+    assert derived(photographs).refused == []
+    for file, mask in regions.items():
+        name = file.name.replace("_mask.png", ".jpg")
+        picture = np.asarray(Image.open(file.parent.parent / "agnostic-v3.2" / name)).astype(int)
+        grey = (np.abs(picture - 128) <= 10).all(-1)
+        assert grey[mask].mean() > 0.95
+
+
+def coloured_region(picture: np.ndarray, photograph: np.ndarray) -> np.ndarray:
+    painted = (np.abs(picture.astype(int) - photograph) > 24).any(-1, keepdims=True)
+    return np.where(painted, np.uint8([200, 0, 0]), picture)
+
+
+def another_person(picture: np.ndarray, photograph: np.ndarray) -> np.ndarray:
+    return np.ascontiguousarray(picture[:, ::-1])
+
+
+def unchanged(picture: np.ndarray, photograph: np.ndarray) -> np.ndarray:
+    return photograph
+
+
+def smaller(picture: np.ndarray, photograph: np.ndarray) -> np.ndarray:
+    return picture[::2, ::2]
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (coloured_region, r"\d+% of what differs from the photograph is \((19|20)\d, \d+, \d+\)"),
+        (another_person, r"\d+% of what differs from the photograph is"),
+        (unchanged, r"it differs from the photograph in 0\.\d% of its pixels"),
+        (smaller, r"it is 64x48 \(height x width\), and the photograph is 128x96"),
+    ],
+)
+def test_a_region_that_cannot_be_told_is_refused(
+    photographs: Path, change: Callable[[np.ndarray, np.ndarray], np.ndarray], reason: str
+) -> None:
+    # Proves that no mask by another rule is put beside an agnostic picture.
+    distributed(photographs)
+    file = photographs / "train/agnostic-v3.2/00001_00.jpg"
+    photograph = np.asarray(Image.open(photographs / "train/image/00001_00.jpg"))
+    changed = change(np.asarray(Image.open(file)), photograph)
+    Image.fromarray(changed).save(file, quality=97)
+    report = derived(photographs)
+    assert [(one.part, one.name) for one in report.refused] == [("train", "00001_00")]
+    assert re.search(f"agnostic-v3.2/00001_00.jpg: {reason}", report.refused[0].reason)
+    assert not (photographs / "train/agnostic-mask/00001_00_mask.png").exists()
+
+
+def test_a_grey_garment_in_a_grey_region_is_refused(photographs: Path) -> None:
+    # Proves that the grey is not guessed where the photograph has it, too.
+    file = photographs / "train/image/00001_00.jpg"
+    picture = np.asarray(Image.open(file)).copy()
+    picture[60:128, 8:88] = 128
+    Image.fromarray(picture).save(file, quality=97)
+    distributed(photographs)
+    (refused,) = derived(photographs).refused
+    assert "the photograph is as grey as it" in refused.reason
