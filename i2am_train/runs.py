@@ -83,18 +83,31 @@ class RunFolder:
             RunFolderError: the folder holds other settings, or files that are not a run's.
         """
         path = path.absolute()
+        resumed = cls.check(path, settings, resume=resume, may_differ=may_differ)
+        if not resumed:
+            write_json(path / SETTINGS_FILE, settings)
+        return cls(path, resumed=resumed)
+
+    @staticmethod
+    def check(
+        path: Path,
+        settings: Mapping[str, Any],
+        *,
+        resume: bool = True,
+        may_differ: Collection[str] = (),
+    ) -> bool:
+        """Fail as ``open`` would, before work that ends there, and write nothing; True if the run is there already."""
         saved = _saved_settings(path)
         if saved is None:
             _refuse_foreign_files(path)
-            write_json(path / SETTINGS_FILE, settings)
-            return cls(path, resumed=False)
+            return False
         if not resume:
             raise RunFolderError(
                 f"{path} already holds a run, and resume=false. Nothing was changed. "
                 "Give another output=FOLDER, or delete that one."
             )
         _refuse_other_settings(path, saved, _as_json(settings), may_differ)
-        return cls(path, resumed=True)
+        return True
 
     def __truediv__(self, name: str) -> Path:
         return self.path / name

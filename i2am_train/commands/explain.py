@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 RECIPES = "--recipes"
 """Flag that lists the known models."""
 
+MAY_DIFFER = ("output", "device")
+"""Options that change nothing in what is drawn."""
 KEPT = ("images", "masks")
 """Folders of the sample's own pictures, beside those that are drawn."""
 
@@ -72,6 +74,9 @@ def explain(config: ExplainConfig) -> Path:
     root = prepare_data(config.data)
     data, samples = data_state(root).fingerprint, _samples(config, root)
     folders = {name: str(model_folder(path)) for name, path in names.items()}
+    where = list(folders.values())
+    settings = plain(config) | {"checkpoint": where if len(where) > 1 else where[0]}
+    RunFolder.check(_folder(config), settings, may_differ=MAY_DIFFER)  # before images are made
     cases = {
         name: [
             _case(config, name, model, sample, device, _origin(config, folders[name], data))
@@ -80,9 +85,7 @@ def explain(config: ExplainConfig) -> Path:
         for name, model in models.items()
     }
     page_data = _page_data(config, samples, cases)
-    where = list(folders.values())
-    settings = plain(config) | {"checkpoint": where if len(where) > 1 else where[0]}
-    folder = RunFolder.open(_folder(config), settings, may_differ=("output", "device"))
+    folder = RunFolder.open(_folder(config), settings, may_differ=MAY_DIFFER)
     folder.start(seed=config.sampling.seed, data=data)
     for case in (case for made in cases.values() for case in made):
         write_explained(folder / case.folder, case.sample)

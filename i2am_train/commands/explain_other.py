@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 FILES = ("image", "mask", "reference", "reference_mask", "adapter")
 ALWAYS_TAKEN = ("reference_mask", "size")
+MAY_DIFFER = ("output", "device")
+"""Options that change nothing in what is drawn."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,8 +46,9 @@ def explain_picture(config: ExplainConfig) -> Path:
     from i2am_train.reporting.others import write_picture
     from i2am_train.runs import RunFolder, write_text
 
+    RunFolder.check(_folder(config), plain(config), may_differ=MAY_DIFFER)  # before it is made
     case = _explained(config)
-    folder = RunFolder.open(_folder(config), plain(config), may_differ=("output", "device"))
+    folder = RunFolder.open(_folder(config), plain(config), may_differ=MAY_DIFFER)
     folder.start(seed=config.sampling.seed)
     marks = " ".join(case.explained.maps.marks)
     for name, figure in case.figures.items():
