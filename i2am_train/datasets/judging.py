@@ -47,6 +47,8 @@ EDGE = 40
 """Range of grey values within 3x3 pixels that is an edge and not a place of one value."""
 VALUE_NOISE = 12
 """Distance from a mask's two values that JPEG explains."""
+BLACK = 48
+"""Largest grey value of a mask's outside."""
 LARGEST_OTHER = 0.03
 """Share of the places of one value that may have neither."""
 GREY_NOISE = 10
@@ -151,12 +153,14 @@ def share_of_other_values(grey: Image) -> float:
     if not len(values):
         return 1.0
     low, high = values[values < 128], values[values >= 128]
-    strange = sum(
-        int((np.abs(side - np.median(side)) > VALUE_NOISE).sum())
-        for side in (low, high)
-        if len(side)
-    )
-    return strange / len(values)
+    if len(low) and np.median(low) > BLACK:
+        return _strange(high) / len(values) + len(low) / len(values)
+    return (_strange(low) + _strange(high)) / len(values)
+
+
+def _strange(values: NDArray[np.int16]) -> int:
+    """How many values are not the usual one."""
+    return int((np.abs(values - np.median(values)) > VALUE_NOISE).sum()) if len(values) else 0
 
 
 def _judge_region(region: Mask, seen: Seen) -> Iterator[Judgement]:

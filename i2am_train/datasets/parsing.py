@@ -135,16 +135,19 @@ def _read(path: Path) -> tuple[NDArray[Any], NDArray[np.uint8] | None]:
 def _refuse_other_palette(
     used: NDArray[np.uint8], palette: NDArray[np.uint8], path: Path, labels: LabelSet
 ) -> None:
-    """Palettes that name other labels by a set's own colours; unknown colours (Pascal's, grey) name nothing."""
-    for value in used[used < len(palette)]:
-        colour = tuple(palette[value].tolist())
-        for one in LABEL_SETS.values():
-            if colour in one.colours and labels.colours[value] != colour:
-                meant = one.names[one.colours.index(colour)]
+    """Refuse palettes that name other labels by a set's own colours; others (Pascal's, grey) name nothing."""
+    shown = {
+        int(value): tuple(palette[value].tolist()) for value in used[used < len(palette)] if value
+    }
+    for one in LABEL_SETS.values():
+        if len(shown) < 2 or not set(shown.values()) <= set(one.colours):
+            continue
+        for value, colour in shown.items():
+            if labels.colours[value] != colour:
                 raise DataError(
-                    f"{path} shows label {value} in the colour of {meant}, and in {labels.title} it is "
-                    f"{labels.names[value]}: its palette is that of other labels. Choose the other set with "
-                    f"labels={_other(labels)}, or make the map again."
+                    f"{path} shows label {value} in the colour of {one.names[one.colours.index(colour)]}, and in "
+                    f"{labels.title} it is {labels.names[value]}: its palette is that of other labels. Choose the "
+                    f"other set with labels={_other(labels)}, or make the map again."
                 )
 
 

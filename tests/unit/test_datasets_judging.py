@@ -214,6 +214,30 @@ def test_parts_in_densepose_colours_and_labels_are_fine(copy: Path) -> None:
     assert densepose.what_is_strange(np.repeat(parts[..., None], 3, axis=-1)) is None
 
 
+def test_palettes_that_name_nothing_are_read(copy: Path) -> None:
+    # Proves that maps in Pascal's colours (SCHP writes them), some of which are the set's at other labels, are fine.
+    values = Image.open(copy / "train" / MAP)
+    pascal = [
+        sum(((label >> 3 * bit + channel) & 1) << 7 - bit for bit in range(8))
+        for label in range(256)
+        for channel in range(3)
+    ]
+    assert pascal[6:9] == [0, 128, 0]  # hair; a skirt in VITON-HD's palette
+    values.putpalette(pascal)
+    values.save(copy / "train" / MAP)
+    assert check(copy).findings == []
+
+
+@pytest.mark.parametrize("grey", [0, 128, 192, 255])
+def test_agnostic_pictures_of_any_grey_are_no_masks(grey: int) -> None:
+    # Proves that light greys, beside light backgrounds, do not pass as the white of a mask.
+    for index in (*range(6), 50000, 50001, 50002, 50003):
+        drawn = render_sample(0, index, SIZE)
+        picture = np.where(drawn.inpaint_mask[..., None], np.uint8(grey), drawn.person)
+        shown = cv2.cvtColor(picture, cv2.COLOR_RGB2GRAY)
+        assert share_of_other_values(shown[::2, ::2]) > 0.03
+
+
 @pytest.mark.parametrize("quality", [75, 95])
 def test_masks_after_jpeg_have_two_values(quality: int) -> None:
     # Proves the other side of "not a mask", for masks of all kinds, full and empty ones included.
