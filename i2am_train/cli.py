@@ -83,6 +83,6 @@ def _version() -> str:
 
 
 def _unknown(command: str) -> str:
-    near = get_close_matches(command, COMMANDS, n=1)
+    near = get_close_matches(command.lower(), COMMANDS, n=1)
     hint = f"Did you mean '{near[0]}'?" if near else f"There are {', '.join(COMMANDS)}."
     return f"There is no command '{command}'. {hint}"

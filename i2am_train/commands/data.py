@@ -57,11 +57,12 @@ def check(config: DataCheckConfig) -> int:
 
 def derive(config: DataDeriveConfig) -> int:
     """Make masks and agnostic pictures; status 1 if a picture was refused."""
-    from i2am_train.datasets.derive import DeriveOptions, derive_dataset
+    from i2am_train.datasets.derive import DeriveOptions, derive_dataset, split_lists
     from i2am_train.datasets.opening import Reading
     from i2am_train.datasets.parsing import LABEL_SETS
     from i2am_train.fingerprints import DERIVED_REPORT
     from i2am_train.runs import write_json
+    from i2am_train.types import Pairing
 
     options = DeriveOptions(
         category=config.category,
@@ -71,6 +72,9 @@ def derive(config: DataDeriveConfig) -> int:
         preview=config.preview,
         workers=config.workers,
     )
+    reading = Reading(config.layout, tuple(config.categories))
+    for layout in split_lists(config.root, reading):
+        layout.pairs(Pairing.PAIRED)  # bad lists are refused before models are loaded
     parser = estimator = None
     if config.parser is not None:
         from i2am_train.models.parsing import HumanParser
@@ -80,7 +84,6 @@ def derive(config: DataDeriveConfig) -> int:
         from i2am_train.models.poses import ViTPoseEstimator
 
         estimator = ViTPoseEstimator.from_pretrained(config.estimator, config.device)
-    reading = Reading(config.layout, tuple(config.categories))
     report = derive_dataset(config.root, reading, options, parser, estimator)
     file = config.json or config.root / DERIVED_REPORT
     write_json(file, report.to_dict())

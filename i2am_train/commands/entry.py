@@ -254,7 +254,9 @@ def readable(error: Exception, command: str) -> str:
         return unknown_option(match[1], _known_options(command))
     if match := MISSING_FILE.search(text):
         choices = ", ".join(match["choices"].split())
-        return f"There is no file conf/{match['file']}.yaml. {match['group']} can be {choices}."
+        told = f"There is no file conf/{match['file'].removesuffix('.yaml')}.yaml. {match['group']} can be {choices}."
+        own = match["group"] == "experiment" and match["file"].endswith((".yaml", ".yml"))
+        return told + (" A file of your own is an arm: i2am ablate arms=[FILE]." if own else "")
     if isinstance(error, OverrideParseException):
         word = str(error.override)
         name, equals, _ = word.partition("=")

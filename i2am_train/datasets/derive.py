@@ -151,6 +151,22 @@ class DeriveReport:
         return "\n".join(lines)
 
 
+def split_lists(root: Path, reading: Reading) -> list[Layout]:
+    """The splits (of each category) that have a pair list.
+
+    Raises:
+        DataError: there is none, or no dataset.
+    """
+    layouts = [layout for split in Split for layout in split_layouts(root, split, reading)]
+    absent = absent_halves(layouts)
+    return [
+        layout
+        for layout in layouts
+        if layout not in absent
+        and (layout.split is Split.TRAIN or layout.list_file(Pairing.PAIRED).is_file())
+    ]
+
+
 def derive_dataset(
     root: Path, reading: Reading, options: DeriveOptions, parser: Parser | None = None,
     estimator: PoseEstimator | None = None,
@@ -167,14 +183,7 @@ def derive_dataset(
     Raises:
         DataError: before anything is written: there is no list, no photographs, and nothing to derive from.
     """
-    layouts = [layout for split in Split for layout in split_layouts(root, split, reading)]
-    absent = absent_halves(layouts)
-    parts = [
-        _Part(layout, options, parser, estimator)
-        for layout in layouts
-        if layout not in absent
-        and (layout.split is Split.TRAIN or layout.list_file(Pairing.PAIRED).is_file())
-    ]
+    parts = [_Part(layout, options, parser, estimator) for layout in split_lists(root, reading)]
     for part in parts:
         people = dict.fromkeys((PERSON, PARSING, KEYPOINTS, POSE_PICTURE), part.people)
         refuse_doubles(part.layout, people | {GARMENT: part.garments})

@@ -280,6 +280,7 @@ CASES: list[tuple[str, str, list[str], str]] = [
     ("data_derive", "", ["root={empty}"], "empty"),
     ("data_derive", "", ["root={text}"], "text.txt"),
     ("data_derive", "", ["root={data}", "parser={empty}"], "empty"),
+    ("data_derive", "", ["root={images}", "parser={empty}"], "{images} has no pair list"),
     ("data_derive", "", ["root={data}", "category=shirts"], "expected one of upper_body"),
     ("data_check", "", ["root={data}", "height=64"], "Set both, or neither"),
     ("data_check", "", ["root={data}", "height=-1", "width=-1"], "between 1 and"),
