@@ -37,6 +37,10 @@ class TrackingError(I2AMError):
     """Weights & Biases cannot be reached, or refuses what it is asked for."""
 
 
+class NotFiniteError(I2AMError):
+    """A model computed NaN or infinity: no picture, map or score can come of it."""
+
+
 class RunFolderError(I2AMError):
     """A run folder already holds something that this run would overwrite."""
 

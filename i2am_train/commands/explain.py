@@ -252,7 +252,7 @@ def _sample(
     clean: tuple[CleanImage, ...],
 ) -> ExplainedSample:
     """All that figures need, as plain arrays."""
-    from i2am_train.evaluation.evaluator import attention_scores, finite
+    from i2am_train.evaluation.evaluator import attention_scores, value_or_none
     from i2am_train.reporting.explained import IMAGES, MASKS, ExplainedSample
     from i2am_train.runs import checkpoint_label
 
@@ -271,7 +271,7 @@ def _sample(
         correspondence=batch["correspondence"][0].numpy() if known else None,
         clean=clean,
         maps=explained.maps,
-        scores={name: finite(float(value[0])) for name, value in scores.items()},
+        scores={name: value_or_none(float(value[0])) for name, value in scores.items()},
         generated_patches=tuple(generated),
         reference_patches=tuple(reference),
         model=checkpoint_label(Path(origin.checkpoint)),

@@ -23,6 +23,7 @@ from i2am_train.attribution.sites import LayerId
 from i2am_train.attribution.trace import trace
 from i2am_train.config.schema import AttributionConfig, SamplingConfig
 from i2am_train.datasets.sample import TryOnBatch, batch_on
+from i2am_train.evaluation.scoring import check_scores
 from i2am_train.losses.base import LossVariant
 from i2am_train.losses.centers import attention_centers
 from i2am_train.metrics.correspondence import (
@@ -38,6 +39,7 @@ from i2am_train.metrics.imacs import imacs, imacs_column
 from i2am_train.metrics.registry import METRICS, image_metrics, image_pair_score, metric_info
 from i2am_train.models.sampling import SamplingStep, sample
 from i2am_train.models.tryon import TryOnModel
+from i2am_train.models.watch import Watch
 from i2am_train.ops.images import to_uint8
 from i2am_train.ops.masks import mask_on_grid
 from i2am_train.seeds import seed_for
@@ -107,9 +109,14 @@ def generate_with_attention(
 ) -> Explained:
     """Samples a batch, whose tensors lie on the model's device, and keeps the attention of that very pass.
 
+    Every number of it is finite: NaN in a score then means "no value", and nothing else.
+
     What comes back is on the CPU: this is the one place where images, maps, masks and truth leave the device. Score
     matrices are kept of ``attribution.layer`` and of ``matrix_layers`` (None: of every layer); ``on_step`` is the
     sampler's.
+
+    Raises:
+        NotFiniteError: images or attention became NaN or infinite; the message says where, and of which samples.
     """
     seeds = [seed_for(sampling.seed, "sampling", int(index)) for index in batch["index"]]
     with trace(
@@ -128,13 +135,14 @@ def generate_with_attention(
             steps=sampling.steps,
             guidance=sampling.guidance,
             sampler=sampling.sampler,
+            names=batch["name"],
             on_step=on_step,
         )
     maps = attention.maps()
     record = maps.store.layer(attribution.layer)
     scores = maps.scores(attribution.layer)
     size = GridSize(*generated.shape[-2:])
-    return Explained(
+    explained = Explained(
         batch=batch_on(batch, "cpu"),
         generated=generated.cpu(),
         maps=maps,
@@ -146,6 +154,17 @@ def generate_with_attention(
         generated_grid=record.generated_grid,
         reference_grid=model.reference_grid,
     )
+    _check_numbers(explained)
+    return explained
+
+
+def _check_numbers(explained: Explained) -> None:
+    watch = Watch(explained.batch["name"])
+    watch.see(explained.scores, f"The attention of layer {explained.layer}")
+    watch.see(explained.centers, f"The attention centres of layer {explained.layer}")
+    watch.see(explained.map_generated, "The map on the generated image, over all layers and steps,")
+    watch.see(explained.map_reference, "The map on the reference, over all layers and steps,")
+    watch.check()
 
 
 def _unified(
@@ -316,6 +335,8 @@ class Evaluator:
         generated, real = (to_uint8(images).to(self.device) for images in pictures)
         self._set_metrics.update(generated, real, batch["index"].to(self.device))
         scores = {name: score(generated, real).cpu() for name, score in self._pair_scores.items()}
+        for name, values in scores.items():
+            check_scores(name, values.tolist(), batch["name"])
         return {
             name: torch.where(batch["paired"], values, torch.nan) for name, values in scores.items()
         }
@@ -324,6 +345,8 @@ class Evaluator:
         """The result over all samples of all processes; collective under torch.distributed."""
         rows = list(from_all_processes(self.rows).values())
         set_scores = {name: float(value) for name, value in self._set_metrics.compute().items()}
+        for name, value in set_scores.items():
+            check_scores(name, [value])
         return EvaluationResult.from_rows(rows, set_scores)
 
 
@@ -336,7 +359,7 @@ def sample_rows(batch: TryOnBatch, scores: Mapping[str, Tensor]) -> dict[int, di
             "name": batch["name"][position],
             "garment_name": batch["garment_name"][position],
         }
-        | {name: finite(values[position]) for name, values in columns.items()}
+        | {name: value_or_none(values[position]) for name, values in columns.items()}
         for position, index in enumerate(batch["index"])
     }
 
@@ -382,9 +405,12 @@ def make_panels(explained: Explained, wanted: set[int]) -> dict[int, Panel]:
     }
 
 
-def finite(value: float) -> float | None:
-    """The number, or None in place of NaN and infinity, which JSON does not have."""
-    return value if math.isfinite(value) else None
+def value_or_none(score: float) -> float | None:
+    """The score, or None in place of NaN: the sample has no value (empty mask, no truth, no partner).
+
+    Faults do not come here: maps and images are checked to be numbers before they are scored.
+    """
+    return None if math.isnan(score) else score
 
 
 def _mean(values: list[float | None]) -> float:

@@ -17,7 +17,7 @@ from i2am_train.config.schema import AttributionConfig
 from i2am_train.datasets.arrays import Image, Mask
 from i2am_train.datasets.pictures import fit_mask
 from i2am_train.errors import DataError
-from i2am_train.evaluation.evaluator import finite, imacs_table
+from i2am_train.evaluation.evaluator import imacs_table, value_or_none
 from i2am_train.models.others.base import OtherModel, Request
 from i2am_train.types import Direction, GridSize
 
@@ -105,4 +105,4 @@ def attended_scores(
             maps.unified(direction, attribution.weighting).on_picture(GridSize(*mask.shape)).values
         )
         scores |= imacs_table(name, heat, region, attribution)
-    return {name: finite(float(value[0])) for name, value in scores.items()}
+    return {name: value_or_none(float(value[0])) for name, value in scores.items()}

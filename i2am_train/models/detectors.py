@@ -22,10 +22,11 @@ from transformers import AutoModelForObjectDetection, AutoModelForUniversalSegme
 
 from i2am_train.config.schema import expanded
 from i2am_train.datasets.arrays import Image
-from i2am_train.errors import CheckpointError, WeightsMissingError
+from i2am_train.errors import CheckpointError, NotFiniteError, WeightsMissingError
 from i2am_train.metrics.boxes import Box
 from i2am_train.models.parsing import load_with_processor
 from i2am_train.models.pretrained import load_config, place_of
+from i2am_train.models.watch import advice
 from i2am_train.weight_files import PublishedFile, check_floating, check_network, read_weights
 
 TORCHVISION = "torchvision:"
@@ -234,6 +235,11 @@ def boxes_of_segments(found: dict[str, Any]) -> dict[str, Tensor]:
 def _detections(
     found: dict[str, Tensor], threshold: float, category: Callable[[int], str]
 ) -> list[Detection]:
+    for name in ("boxes", "scores"):
+        if not bool(found[name].isfinite().all()):
+            raise NotFiniteError(
+                f"A detector gives {name} that are NaN or infinite, which no picture can. {advice(found[name].dtype)}"
+            )
     rows = zip(*(found[name].tolist() for name in ("boxes", "scores", "labels")), strict=True)
     return [
         Detection(box=Box(*box), score=score, category=str(category(label)))

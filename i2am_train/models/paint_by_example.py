@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -17,14 +18,16 @@ from diffusers import AutoencoderKL, DDIMScheduler, PaintByExamplePipeline, UNet
 from diffusers.pipelines.deprecated.paint_by_example import PaintByExampleImageEncoder
 from numpy.typing import NDArray
 from PIL import Image as PillowImage
+from torch import Tensor
 from transformers import CLIPImageProcessor, CLIPVisionConfig
 
 from i2am_train.attribution import AttributionMaps, Recipe, Site, Tokens, trace
 from i2am_train.attribution.recipes import paint_by_example
 from i2am_train.config.schema import WeightType
 from i2am_train.datasets.arrays import Image, Mask
-from i2am_train.errors import CheckpointError, ConfigError
+from i2am_train.errors import CheckpointError, ConfigError, NotFiniteError
 from i2am_train.models.pretrained import load_network, load_part
+from i2am_train.models.watch import Watch, advice
 from i2am_train.types import GridSize
 
 CHANNELS = 9
@@ -137,8 +140,9 @@ class PaintByExample:
             guidance: scale of classifier-free guidance; 1 is none.
 
         Raises:
-            ConfigError: the images are no numbers, as half precision can make them.
+            NotFiniteError: the images are no numbers, as half precision can make them.
         """
+        watch = Watch()
         side = self.pipeline.image_encoder.config.image_size
         with trace(self.pipeline, _recipe(guided=guidance > 1)) as attention:
             images = self.pipeline(
@@ -149,13 +153,28 @@ class PaintByExample:
                 guidance_scale=guidance,
                 generator=[torch.Generator().manual_seed(one.seed) for one in paintings],
                 output_type="np",
+                callback=partial(see_step, watch, steps),
             ).images
-        if not np.isfinite(images).all():
-            raise ConfigError(
-                f"The pipeline made images that are no numbers, computing in {self.pipeline.dtype}. Set dtype=float32 "
-                "(or bfloat16 on a GPU that has it)."
-            )
-        return Painted(images=(images * 255).round().astype(np.uint8), maps=attention.maps())
+        return Painted(images=bytes_of(images, watch, self.pipeline.dtype), maps=attention.maps())
+
+
+def see_step(watch: Watch, steps: int, index: int, timestep: Any, latents: Tensor) -> None:
+    """Notes what a step of a pipeline's sampling gave."""
+    watch.see(
+        latents, f"Step {index + 1} of {steps} of sampling (timestep {int(timestep)}): the latents"
+    )
+
+
+def bytes_of(images: NDArray[np.float32], watch: Watch, dtype: torch.dtype) -> NDArray[np.uint8]:
+    """Images ``[batch, height, width, 3]`` in [0, 1] as bytes, rounded as diffusers does.
+
+    Raises:
+        NotFiniteError: they, or what a step gave, are no numbers.
+    """
+    watch.check()
+    if not np.isfinite(images).all():
+        raise NotFiniteError(f"The images that the VAE decodes are no numbers. {advice(dtype)}")
+    return (images * 255).round().astype(np.uint8)
 
 
 def _check_unet(unet: Any, source: str) -> None:

@@ -17,8 +17,9 @@ from transformers import AutoImageProcessor, AutoModelForSemanticSegmentation
 
 from i2am_train.datasets.arrays import Image
 from i2am_train.datasets.parsing import DRESS_CODE, VITON_HD, LabelMap, LabelSet
-from i2am_train.errors import CheckpointError
+from i2am_train.errors import CheckpointError, NotFiniteError
 from i2am_train.models.pretrained import load_model, load_processor
+from i2am_train.models.watch import advice
 
 SPELLINGS = {
     "unlabelled": "background", "upperclothes": "upper_clothes", "head": "face", "glasses": "sunglasses",
@@ -80,6 +81,11 @@ class HumanParser:
             return []
         inputs = self.processor(images=list(pictures), return_tensors="pt")
         logits = self.model(pixel_values=inputs["pixel_values"].to(self.model.device)).logits
+        if not bool(logits.isfinite().all()):
+            raise NotFiniteError(
+                f"The parser {self.name} gives values that are NaN or infinite, which no picture can. "
+                f"{advice(logits.dtype)}"
+            )
         table = np.array([_value(name, labels) for name in self.labels], np.uint8)
         maps = []
         for picture, scores in zip(pictures, logits, strict=True):

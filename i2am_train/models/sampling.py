@@ -16,6 +16,7 @@ from i2am_train.config.schema import SamplerName
 from i2am_train.models.diffusion import guided
 from i2am_train.models.solvers import make_solver
 from i2am_train.models.tryon import Conditions, TryOnModel
+from i2am_train.models.watch import Watch
 
 
 class SamplingStep(NamedTuple):
@@ -47,27 +48,41 @@ def sample(
     steps: int = 50,
     guidance: float = 5.0,
     sampler: SamplerName = "ddim",
+    names: Sequence[str] | None = None,
     on_step: Callable[[SamplingStep], None] | None = None,
 ) -> Float[Tensor, "batch 3 height width"]:
     """Images in [-1, 1] of the persons in the garments; all inputs are in [-1, 1].
 
     ``steps``, ``guidance`` and ``sampler`` default to the paper's. With guidance 1 the unconditional half is not
-    computed. Every sampler evaluates the network once per step, which ``trace`` hears of.
+    computed. Every sampler evaluates the network once per step, which ``trace`` hears of. ``names`` of the samples are
+    for messages.
+
+    Raises:
+        NotFiniteError: a network gave NaN or infinity; the message names the step and the samples.
     """
     conditions = Conditions(
         model.encode_latents(agnostic),
         model.encode_latents(densepose),
         model.encode_reference(garment),
     )
+    watch = Watch(names)
+    watch.see(conditions.agnostic, "The VAE's latents of the agnostic image")
+    watch.see(conditions.pose, "The VAE's latents of the DensePose image")
+    watch.see(conditions.tokens, "The reference encoder's tokens of the garment")
     latents = initial_noise(model, seeds)
     solver = make_solver(sampler, model.schedule, steps)
     for step_index, timestep in enumerate(solver.timesteps):
         at = torch.full((len(latents),), timestep, device=latents.device)
         prediction = _predict(model, latents, at, conditions, guidance, step_index)
         latents, clean = solver.step(step_index, prediction, latents)
+        watch.see(
+            latents,
+            f"Step {step_index + 1} of {steps} of sampling (timestep {timestep}): the latents",
+        )
         if on_step is not None:
             on_step(SamplingStep(step_index, timestep, clean))
-    return model.decode_latents(latents)
+    watch.check()
+    return model.decode_latents(latents, names)
 
 
 def _predict(

@@ -12,7 +12,7 @@ import math
 import os
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import NamedTuple, Self
@@ -34,6 +34,7 @@ from i2am_train.models.diffusion import NoiseSchedule
 from i2am_train.models.lora import copy_adapters, merged
 from i2am_train.models.pretrained import load_encoder, load_network, load_part, reading
 from i2am_train.models.projector import ReferenceProjector
+from i2am_train.models.watch import Watch
 from i2am_train.types import GridSize
 from i2am_train.weight_files import check_numbers, read_object
 
@@ -169,10 +170,19 @@ class TryOnModel(nn.Module):
         return scaled
 
     def decode_latents(
-        self, latents: Float[Tensor, "batch 4 latent_height latent_width"]
+        self,
+        latents: Float[Tensor, "batch 4 latent_height latent_width"],
+        names: Sequence[str] | None = None,
     ) -> Float[Tensor, "batch 3 height width"]:
-        """Images in [-1, 1]."""
+        """Images in [-1, 1]; ``names`` of the samples are for messages.
+
+        Raises:
+            NotFiniteError: the VAE gives NaN or infinity, which clamping would hide.
+        """
         images: Tensor = self.vae.decode(latents / self.vae.config["scaling_factor"]).sample
+        watch = Watch(names)
+        watch.see(images, "The images that the VAE decodes")
+        watch.check()
         return images.clamp(-1, 1)
 
     def encode_reference(

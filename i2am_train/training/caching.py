@@ -40,9 +40,10 @@ from i2am_train.datasets.opening import (
 )
 from i2am_train.datasets.reading import EpochPosition
 from i2am_train.datasets.sample import TryOnBatch
-from i2am_train.errors import DataError
+from i2am_train.errors import DataError, NotFiniteError
 from i2am_train.fingerprints import DataRecord, DataState, data_state
 from i2am_train.models.tryon import TryOnModel
+from i2am_train.ops.numbers import rows_at_fault
 from i2am_train.runs import file_fingerprint, free_space
 from i2am_train.types import Pairing, Split
 
@@ -250,6 +251,7 @@ class _Source:
         dtype = getattr(torch, self.layout.dtype)
         for rows, batch in zip(batches, loader, strict=True):
             values = self._encode(batch)
+            _check_numbers(values, batch["name"], dtype)
             yield [
                 pack_row({name: value[row] for name, value in values.items()}, dtype)
                 for row in range(len(set(rows)))
@@ -263,6 +265,23 @@ class _Source:
             values |= {f"{name}_mean": moments.mean, f"{name}_std": moments.std}
         values[TOKENS] = self.model.encode_garment(batch["garment"].to(device))
         return values
+
+
+def _check_numbers(values: dict[str, Tensor], names: Sequence[str], dtype: torch.dtype) -> None:
+    """Refuses what would train a model on NaN: a masked correspondence alone has no numbers in places."""
+    for name, value in values.items():
+        if name in (WARPED_MASK, CORRESPONDENCE):
+            continue
+        if bool((bad := rows_at_fault(value.to(dtype))).any()):
+            reason = "encoders give NaN or infinity"
+            if not bool(rows_at_fault(value).any()):
+                reason = f"encoders give numbers that are too large for {dtype}".replace(
+                    "torch.", ""
+                )
+            raise NotFiniteError(
+                f"{name} of {names[int(bad.int().argmax())]} cannot be stored: the {reason}. Nothing of its shard was "
+                "written. Look at the sample's pictures; take another checkpoint, or dtype=float32."
+            )
 
 
 def _check_space(output: Path, row: dict[str, Tensor], rows: int) -> None:

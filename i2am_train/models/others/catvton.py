@@ -31,7 +31,9 @@ from i2am_train.models.others.base import (
     latent_multiple,
 )
 from i2am_train.models.others.folders import fitting
+from i2am_train.models.paint_by_example import see_step
 from i2am_train.models.pretrained import load_network, load_part
+from i2am_train.models.watch import Watch
 from i2am_train.ops.images import to_uint8
 from i2am_train.weight_files import check_used, read_weights
 
@@ -85,9 +87,14 @@ class CatVTON:
             self._canvas(small, torch.zeros_like(small), masked, reference)
             for reference in (torch.zeros_like(masked), self._encoded(garment))
         ]
-        latents = self._sampled(torch.cat(conditions), request)
+        watch = Watch()
+        latents = self._sampled(torch.cat(conditions), request, watch)
+        watch.check()
         made = latents.chunk(2, dim=self.axis)[0] / self.vae.config.scaling_factor
-        return cast(Image, to_uint8(self.vae.decode(made).sample)[0].permute(1, 2, 0).cpu().numpy())
+        decoded = self.vae.decode(made).sample
+        watch.see(decoded, "The images that the VAE decodes")
+        watch.check()
+        return cast(Image, to_uint8(decoded)[0].permute(1, 2, 0).cpu().numpy())
 
     def _canvas(self, mask: Tensor, empty: Tensor, masked: Tensor, reference: Tensor) -> Tensor:
         """Mask and pictures of the whole canvas, ``[1, 5, height, width]``."""
@@ -95,8 +102,10 @@ class CatVTON:
             [torch.cat([mask, empty], self.axis), torch.cat([masked, reference], self.axis)], dim=1
         )
 
-    def _sampled(self, conditions: Float[Tensor, "2 5 h w"], request: Request) -> Tensor:
-        """Latents of the canvas, after all steps."""
+    def _sampled(
+        self, conditions: Float[Tensor, "2 5 h w"], request: Request, watch: Watch
+    ) -> Tensor:
+        """Latents of the canvas, after all steps, which are watched."""
         is_guided = request.guidance > NO_GUIDANCE
         rows = conditions if is_guided else conditions[1:]
         noise = torch.Generator().manual_seed(request.seed)
@@ -118,6 +127,7 @@ class CatVTON:
             latents = self.scheduler.step(
                 direction, timestep, latents, eta=ETA, variance_noise=fresh
             ).prev_sample
+            see_step(watch, request.steps, step, timestep, latents)
         return latents
 
     def _tensor(self, picture: Image) -> Float[Tensor, "1 3 height width"]:

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
-import numpy as np
 import torch
 from diffusers import (
     AutoencoderKL,
@@ -25,7 +24,9 @@ from i2am_train.errors import CaptureError, CheckpointError
 from i2am_train.models.others.base import OtherModel, Request, Source, latent_multiple
 from i2am_train.models.others.folders import check_pipeline, fitting
 from i2am_train.models.others.painting import pillow
+from i2am_train.models.paint_by_example import bytes_of, see_step
 from i2am_train.models.pretrained import load_network, load_part, load_pipeline
+from i2am_train.models.watch import Watch
 from i2am_train.weight_files import read_adapter
 
 ENCODER = "image_encoder"
@@ -73,6 +74,12 @@ def load_ip_adapter(source: Source) -> OtherModel:
 
 def _make(pipeline: Any, request: Request) -> Image:
     """With a mask by inpainting, else from noise."""
+    watch = Watch()
+
+    def see(_: Any, index: int, timestep: Any, kept: dict[str, Tensor]) -> dict[str, Tensor]:
+        see_step(watch, request.steps, index, timestep, kept["latents"])
+        return kept
+
     arguments: dict[str, Any] = {
         "prompt": request.prompt,
         "ip_adapter_image": pillow(request.reference),
@@ -81,6 +88,8 @@ def _make(pipeline: Any, request: Request) -> Image:
         "num_inference_steps": request.steps,
         "guidance_scale": request.guidance,
         "generator": torch.Generator().manual_seed(request.seed),
+        "output_type": "np",
+        "callback_on_step_end": see,
     }
     if request.image is not None and request.mask is not None:
         pipeline = StableDiffusionInpaintPipeline(
@@ -92,7 +101,7 @@ def _make(pipeline: Any, request: Request) -> Image:
             "mask_image": pillow(fit_mask(request.mask, request.size, "stretch")),
             "strength": 1.0,
         }
-    return np.asarray(pipeline(**arguments).images[0])
+    return cast(Image, bytes_of(pipeline(**arguments).images, watch, pipeline.dtype)[0])
 
 
 def _encoder_folder(adapter: Path) -> Path:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from functools import partial
+from typing import cast
+
 import numpy as np
 import torch
 from PIL import Image as PillowImage
@@ -10,7 +13,8 @@ from i2am_train.datasets.arrays import Image
 from i2am_train.datasets.pictures import fit_mask, fit_picture
 from i2am_train.models.others.base import OtherModel, Request, Source
 from i2am_train.models.others.folders import check_pipeline
-from i2am_train.models.paint_by_example import PaintByExample
+from i2am_train.models.paint_by_example import PaintByExample, bytes_of, see_step
+from i2am_train.models.watch import Watch
 from i2am_train.types import GridSize
 
 
@@ -28,6 +32,7 @@ def load_paint_by_example(source: Source) -> OtherModel:
     def make(request: Request) -> Image:
         assert request.image is not None
         assert request.mask is not None
+        watch = Watch()
         made = pipeline(
             image=pillow(fit_picture(request.image, request.size, "stretch", 0)),
             mask_image=pillow(fit_mask(request.mask, request.size, "stretch")),
@@ -40,8 +45,10 @@ def load_paint_by_example(source: Source) -> OtherModel:
             num_inference_steps=request.steps,
             guidance_scale=request.guidance,
             generator=torch.Generator().manual_seed(request.seed),
+            output_type="np",
+            callback=partial(see_step, watch, request.steps),
         )
-        return np.asarray(made.images[0])
+        return cast(Image, bytes_of(made.images, watch, pipeline.dtype)[0])
 
     return OtherModel(
         target=pipeline,

@@ -1,0 +1,89 @@
+"""Watches what a sampling run computes, and says where it stopped being numbers.
+
+In half precision a network can overflow in one step; all that follows is NaN, which a picture shows as black and a
+score as nothing at all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from i2am_train.errors import NotFiniteError
+from i2am_train.ops.numbers import rows_at_fault
+
+SHOWN = 4
+"""Samples that an error names."""
+
+
+class Watch:
+    """Sees tensors in the order in which they are computed.
+
+    Nothing is read from the device before :meth:`check`, so that watching does not slow it down.
+
+    Args:
+        names: of the samples in the batch; None: they are numbered.
+    """
+
+    def __init__(self, names: Sequence[str] | None = None) -> None:
+        self._names = names
+        self._seen: list[tuple[str, Bool[Tensor, " batch"]]] = []
+        self._dtype: torch.dtype | None = None
+
+    def see(self, values: Float[Tensor, "batch *shape"], what: str) -> None:
+        """Notes which samples of a batch are not finite in ``what``."""
+        if self._dtype is None:
+            self._dtype = computing_dtype(values)
+        self._seen.append((what, rows_at_fault(values)))
+
+    def check(self) -> None:
+        """Reads what was noted.
+
+        Raises:
+            NotFiniteError: something was no finite number; the message names the first, and the samples.
+        """
+        if not self._seen:
+            return
+        faults = torch.stack([rows for _, rows in self._seen]).cpu()
+        at_fault = faults.any(dim=1)
+        if not at_fault.any():
+            return
+        first = int(at_fault.int().argmax())
+        rows = faults[first].nonzero().flatten().tolist()
+        raise NotFiniteError(
+            f"{self._seen[first][0]} became NaN or infinite for {self._of(rows)}, so nothing that follows can be drawn "
+            f"or scored. {advice(self._dtype or torch.float32)}"
+        )
+
+    def _of(self, rows: list[int]) -> str:
+        names = [
+            f"sample {row + 1} of the batch" if self._names is None else self._names[row]
+            for row in rows
+        ]
+        return ", ".join(names[:SHOWN]) + (
+            f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+        )
+
+
+def computing_dtype(values: Tensor) -> torch.dtype:
+    """What networks compute in where these values came from: autocast's type, else the values' own."""
+    kind = values.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else values.dtype
+
+
+def advice(dtype: torch.dtype) -> str:
+    """What to do about numbers that overflowed in a type."""
+    name = str(dtype).removeprefix("torch.")
+    if dtype != torch.float16:
+        return (
+            f"The networks compute in {name}, which no sound model overflows: look at these samples, or take another "
+            "checkpoint."
+        )
+    return (
+        f"The networks compute in {name}, whose largest number is 65,504. Compute in float32, or in bfloat16 where the "
+        "machine has it: precision=32-true of 'i2am evaluate', optimization.precision=32-true of 'i2am train', "
+        "dtype=float32 elsewhere."
+    )
