@@ -27,6 +27,7 @@ from typing import Any
 
 from i2am_train.errors import RunFolderError
 from i2am_train.fingerprints import RECORD_FILE, DataRecord, DataState
+from i2am_train.redaction import shown, without_secrets
 
 SETTINGS_FILE = "settings.json"
 MANIFEST_FILE = "manifest.json"
@@ -252,8 +253,9 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write a value as indented JSON in one step; paths become text, NaN becomes null."""
-    write_text(path, json.dumps(_without_nan(value), indent=2, default=str, allow_nan=False) + "\n")
+    """Write a value as indented JSON in one step; paths become text, NaN null, secrets in addresses ``***``."""
+    plain = shown(_without_nan(value))
+    write_text(path, json.dumps(plain, indent=2, default=str, allow_nan=False) + "\n")
 
 
 def read_json(path: Path) -> Any:
@@ -334,7 +336,7 @@ def command_line() -> str:
     # `i2am train` runs the module i2am_train/commands/train.py, and Python then calls the program by that file.
     is_command = path.parts[-3:-1] == ("i2am_train", "commands")
     name = f"i2am {path.stem}" if is_command else path.name
-    return " ".join([name, *map(shlex.quote, words)])
+    return without_secrets(" ".join([name, *map(shlex.quote, words)]))
 
 
 def git_state() -> dict[str, Any] | None:
@@ -381,7 +383,7 @@ def now() -> str:
 
 def _saved_settings(path: Path) -> dict[str, Any] | None:
     file = path / SETTINGS_FILE
-    return read_object(file) if file.is_file() else None
+    return dict(shown(read_object(file))) if file.is_file() else None
 
 
 def _refuse_foreign_files(path: Path) -> None:
@@ -407,9 +409,9 @@ def _refuse_other_settings(
         if not any(name == free or name.startswith(f"{free}.") for free in may_differ)
     ]
     if differences:
-        shown = ", ".join(differences[:8]) + (", ..." if len(differences) > 8 else "")
+        named = ", ".join(differences[:8]) + (", ..." if len(differences) > 8 else "")
         raise RunFolderError(
-            f"{path} already holds a run of another configuration: {shown}. Nothing was changed. "
+            f"{path} already holds a run of another configuration: {named}. Nothing was changed. "
             "Give another output=FOLDER, or the same options to continue that run."
         )
 
@@ -432,8 +434,11 @@ def _leaves(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, 
 
 
 def _as_json(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings as they read after a round trip through the file."""
-    return dict(json.loads(json.dumps(_without_nan(settings), default=str)))
+    """The settings as they read after a round trip through the file.
+
+    A run goes on with another password, or another token, in the address of the same cache.
+    """
+    return dict(shown(json.loads(json.dumps(_without_nan(settings), default=str))))
 
 
 def _without_nan(value: Any) -> Any:

@@ -22,6 +22,7 @@ from i2am_train.config.schema import COMMANDS, option_names
 from i2am_train.errors import ConfigError, I2AMError
 from i2am_train.processes import first_process
 from i2am_train.quiet import quiet_libraries
+from i2am_train.redaction import without_secrets
 
 FAILED_CHECK = 1
 """Exit status of a command that worked and found the input wanting (``i2am data check``)."""
@@ -176,7 +177,8 @@ def errors_as_text() -> Iterator[None]:
             raise
         # The other processes of a distributed run fail the same way: one paragraph is enough.
         if first_process():
-            print(f"i2am: {WORKER_TRACEBACK.sub('', str(error)).strip()}", file=sys.stderr)
+            text = without_secrets(WORKER_TRACEBACK.sub("", str(error)).strip())
+            print(f"i2am: {text}", file=sys.stderr)
         sys.exit(error.status)
     except KeyboardInterrupt:
         print("\nInterrupted. The same command continues where possible.", file=sys.stderr)

@@ -112,13 +112,14 @@ def rehearse(config: TrainConfig) -> None:
 
     from i2am_train.assembly import measure_steps
     from i2am_train.config.store import to_yaml
+    from i2am_train.redaction import without_secrets
     from i2am_train.training.rehearsal import describe
 
     module, datamodule = prepare(config)
     measured = measure_steps(config, module, datamodule)
     if not first_process():
         return
-    print(to_yaml(config))
+    print(without_secrets(to_yaml(config)))
     table = Table(title=f"{config.label}: what it takes", title_justify="left", show_header=False)
     for term, text in describe(config, module.model, measured):
         table.add_row(term, text)

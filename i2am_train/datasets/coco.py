@@ -15,7 +15,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from contextlib import redirect_stdout
 from dataclasses import dataclass
 from io import StringIO
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
@@ -201,6 +201,7 @@ def read_coco(file: Path) -> COCO:
     """
     content = _read_json(file)
     _check_entries(content, file)
+    _check_names(content, file)
     _check_links(content, file)
     _check_boxes(content, file)
     coco = COCO()
@@ -265,6 +266,27 @@ def _check_types(entry: Mapping[str, Any], where: str) -> None:
             raise DataError(
                 f"{where} has {key}={value!r}, expected a value of type {expected}. Correct it."
             )
+
+
+def _check_names(content: Mapping[str, Any], file: Path) -> None:
+    """Images lie in their folder, or below it: a downloaded file must not name other files of this machine."""
+    outside = [
+        entry["file_name"] for entry in content["images"] if not _is_below(entry["file_name"])
+    ]
+    if outside:
+        raise DataError(
+            f"{len(outside)} images in {file} have a file_name that leads out of the folder of images, or is none "
+            f"({_shown(list(map(repr, outside)))}). Expected names below that folder, with / between folders. Do not "
+            "use a file that you did not make without looking at it; correct the names."
+        )
+
+
+def _is_below(name: Any) -> bool:
+    """Whether a name stays in its folder; links that lie there are the user's own."""
+    if not isinstance(name, str) or not name or "\\" in name or "\0" in name:
+        return False
+    path = PurePosixPath(name)
+    return not path.is_absolute() and ".." not in path.parts and path.name != ""
 
 
 def _check_links(content: Mapping[str, Any], file: Path) -> None:

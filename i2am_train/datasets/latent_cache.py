@@ -51,6 +51,7 @@ from i2am_train.datasets.object_storage import fetch, read_bytes
 from i2am_train.datasets.opening import AS_IT_LIES, Reading, split_layouts
 from i2am_train.datasets.reading import EpochPosition, SampleIndexError
 from i2am_train.errors import ConfigError, DataError
+from i2am_train.redaction import without_secrets
 from i2am_train.runs import file_fingerprint, free_space, write_json
 from i2am_train.types import GridSize, Pairing, Split
 
@@ -276,11 +277,12 @@ class LatentCache:
 
     def __init__(self, place: str | Path, copies: Path | None = None) -> None:
         self.place = str(place).rstrip("/")
+        self.shown = without_secrets(self.place)
         self.remote = "://" in self.place
-        digest = hashlib.sha256(self.place.encode()).hexdigest()[:16]
+        digest = hashlib.sha256(self.shown.encode()).hexdigest()[:16]
         home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "i2am_train"
         self.folder = (copies or home / "latents") / digest if self.remote else expanded(self.place)
-        self.index = CacheIndex.parse(self._read_index(), self.place)
+        self.index = CacheIndex.parse(self._read_index(), self.shown)
         self.size = GridSize(*map(int, self.index.key.image_size.split("x")))
         self._open: dict[str, Any] = {}
         for split, total in self.index.samples.items():
@@ -288,20 +290,27 @@ class LatentCache:
 
     def _read_index(self) -> bytes:
         try:
-            return read_bytes(f"{self.place}/{INDEX_FILE}")
+            return read_bytes(self._address(INDEX_FILE))
         except FileNotFoundError as error:
-            copy = f", and copy that folder to {self.place}" if self.remote else ""
+            copy = f", and copy that folder to {self.shown}" if self.remote else ""
             raise DataError(
-                f"There is no cache in {self.place}: it has no {INDEX_FILE}. Make one with 'i2am data cache root=... "
+                f"There is no cache in {self.shown}: it has no {INDEX_FILE}. Make one with 'i2am data cache root=... "
                 f"init=... output=FOLDER'{copy}."
             ) from error
+
+    def _address(self, file: str) -> str:
+        """Of a file of the cache; what a URL says behind a question mark stays at its end."""
+        if not self.remote:
+            return f"{self.place}/{file}"
+        folder, mark, query = self.place.partition("?")
+        return f"{folder.rstrip('/')}/{file}{mark}{query}"
 
     def _check(self, split: str, total: int) -> None:
         shards = self.index.shards.get(split, [])
         done = sum(shard.samples for shard in shards)
         if done < total:
             raise DataError(
-                f"The cache in {self.place} is not finished: {done} of {total} {split} samples are there. "
+                f"The cache in {self.shown} is not finished: {done} of {total} {split} samples are there. "
                 "Run its 'i2am data cache' command again; it goes on where it was."
             )
         for shard in shards:
@@ -324,7 +333,7 @@ class LatentCache:
 
     def _advice(self, shard: Shard) -> str:
         if self.remote:
-            return f"Delete this copy of {self.place}/{shard.file}; it is fetched again."
+            return f"Delete this copy of {self.shown}/{shard.file}; it is fetched again."
         return REPAIR
 
     def require_space(self, split: Split) -> None:
@@ -338,7 +347,7 @@ class LatentCache:
         existing, free = free_space(self.folder)
         if needed > free:
             raise DataError(
-                f"{existing} has {free / 2**20:.0f} MiB free, and copies of the {split} shards in {self.place} take "
+                f"{existing} has {free / 2**20:.0f} MiB free, and copies of the {split} shards in {self.shown} take "
                 f"{needed / 2**20:.0f} MiB. Make room, or set data.cache_copies to a folder on another disk."
             )
 
@@ -350,19 +359,19 @@ class LatentCache:
         """
         if differences := self.index.key.differences(key):
             raise DataError(
-                f"The cache in {self.place} was made by another model or of other data: "
+                f"The cache in {self.shown} was made by another model or of other data: "
                 f"{'; '.join(differences)}. Make one for this run with 'i2am data cache', or leave data.cache out."
             )
         variants = self.index.layout.variants
         if augment and not variants:
             raise DataError(
-                f"data.augment=true, and the cache in {self.place} holds each sample once, as it is: encoded samples "
+                f"data.augment=true, and the cache in {self.shown} holds each sample once, as it is: encoded samples "
                 "cannot be augmented. Make a cache with variants=N (N augmented variants of each sample, shown in "
                 "turn from epoch to epoch), set data.augment=false, or leave data.cache out."
             )
         if variants and not augment:
             raise DataError(
-                f"data.augment=false, and the cache in {self.place} holds {variants} augmented variants of each "
+                f"data.augment=false, and the cache in {self.shown} holds {variants} augmented variants of each "
                 "sample. Set data.augment=true, or make a cache with variants=0."
             )
 
@@ -405,13 +414,13 @@ class LatentCache:
 
     def _fetch(self, shard: Shard) -> None:
         """Copy a shard; processes that want the same one each bring a copy, and the last one stays."""
-        url = f"{self.place}/{shard.file}"
+        url = self._address(shard.file)
         try:
             fetch(url, self._path(shard), shard.sha256)
         except FileNotFoundError as error:
             raise DataError(
-                f"{url} is missing, and the cache's index names it: the cache was not copied whole. Copy its folder "
-                "there again from where it was made."
+                f"{without_secrets(url)} is missing, and the cache's index names it: the cache was not copied whole. "
+                "Copy its folder there again from where it was made."
             ) from error
 
     def _damaged(self, shard: Shard, error: Exception) -> DataError:
@@ -442,7 +451,7 @@ class CachedDataset(Dataset[dict[str, Any]]):
         self.cache, self.split = cache, Split(split)
         if self.split not in cache.index.samples:
             raise DataError(
-                f"The cache in {cache.place} has no {split} samples; it has {', '.join(cache.index.samples)}. "
+                f"The cache in {cache.shown} has no {split} samples; it has {', '.join(cache.index.samples)}. "
                 f"Make it anew with splits=[train,test]."
             )
         cache.require_space(self.split)

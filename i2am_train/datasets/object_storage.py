@@ -13,6 +13,7 @@ from pathlib import Path
 import fsspec
 
 from i2am_train.errors import DataError
+from i2am_train.redaction import without_secrets
 from i2am_train.runs import file_fingerprint
 
 PAUSES = (1.0, 5.0)
@@ -77,8 +78,8 @@ def _copy(url: str, path: Path, sha256: str) -> None:
         files.get_file(place, str(path))
     if (found := file_fingerprint(path)) != sha256:
         raise TransferError(
-            f"{url} is damaged: {path.stat().st_size} bytes came with the SHA-256 {found[:16]}..., expected "
-            f"{sha256[:16]}... Copy the folder there again from where it was made."
+            f"{without_secrets(url)} is damaged: {path.stat().st_size} bytes came with the SHA-256 {found[:16]}..., "
+            f"expected {sha256[:16]}... Copy the folder there again from where it was made."
         )
 
 
@@ -91,11 +92,12 @@ def _errors_named(url: str) -> Iterator[None]:
         raise
     except ImportError as error:
         raise DataError(
-            f"{url} cannot be read: {error}. Install that package where i2am_train is installed (pip install ...)."
+            f"{without_secrets(url)} cannot be read: {error}. Install that package where i2am_train is "
+            "installed (pip install ...)."
         ) from error
     except Exception as error:  # each client fails in its own words
-        reason = (str(error).strip() or "no reason given").splitlines()[0]
+        reason = without_secrets((str(error).strip() or "no reason given").splitlines()[0])
         raise TransferError(
-            f"{url} cannot be read ({type(error).__name__}: {reason}). Check the address, the network and the "
-            "credentials; the same command then goes on where it was."
+            f"{without_secrets(url)} cannot be read ({type(error).__name__}: {reason}). Check the address, the network "
+            "and the credentials; the same command then goes on where it was."
         ) from error

@@ -20,6 +20,7 @@ from wandb.errors import CommError, UsageError
 
 from i2am_train.config.schema import TrackingConfig
 from i2am_train.metrics.registry import METRICS
+from i2am_train.redaction import shown
 from i2am_train.runs import read_object, write_json
 from i2am_train.tracking.names import ARM, STEP, TRAIN_JOB, VALIDATION, summary_of
 
@@ -69,7 +70,7 @@ def open_run(
         "group": tracking.group,
         "job_type": job_type,
         "tags": list(dict.fromkeys([*tags, *tracking.tags])),
-        "config": {**config, ARM: tracking.arm or arm},
+        "config": shown({**config, ARM: tracking.arm or arm}),
         "dir": str(place),
         "id": run_id(folder),
         "resume": "allow",
