@@ -57,6 +57,7 @@ def check(config: DataCheckConfig) -> int:
 
 def derive(config: DataDeriveConfig) -> int:
     """Make masks and agnostic pictures; status 1 if a picture was refused."""
+    from i2am_train.config.hub import revisions
     from i2am_train.datasets.derive import DeriveOptions, derive_dataset, split_lists
     from i2am_train.datasets.opening import Reading
     from i2am_train.datasets.parsing import LABEL_SETS
@@ -86,7 +87,7 @@ def derive(config: DataDeriveConfig) -> int:
         estimator = ViTPoseEstimator.from_pretrained(config.estimator, config.device)
     report = derive_dataset(config.root, reading, options, parser, estimator)
     file = config.json or config.root / DERIVED_REPORT
-    write_json(file, report.to_dict())
+    write_json(file, report.to_dict() | revisions(config.parser, config.estimator))
     print(f"{report.summary()}\nReport: {file}")
     return FAILED_CHECK if report.refused else 0
 

@@ -63,6 +63,7 @@ def detect(config: DetectConfig, folder: Path) -> dict[str, Any]:
     """
     from i2am_train.assembly import chosen_device
     from i2am_train.config.build import plain
+    from i2am_train.config.hub import revisions
     from i2am_train.datasets.coco import read_bench
     from i2am_train.evaluation.detection import KeptPaintings, paint_bench
     from i2am_train.models.detectors import load_detector
@@ -77,7 +78,7 @@ def detect(config: DetectConfig, folder: Path) -> dict[str, Any]:
     model = PaintByExample.from_pretrained(config.pipeline, device, config.dtype)
     model.check_size(config.size)
     detectors = {name: load_detector(name) for name in config.detectors}
-    settings = plain(config) | {"bench": bench.fingerprint}
+    settings = plain(config) | {"bench": bench.fingerprint} | revisions(config.pipeline)
     opened = RunFolder.open(folder, settings, may_differ=WITHOUT_EFFECT_ON_IMAGES)
     before = scores_of(read_json(folder / RESULTS)) if opened.finished else None
     opened.start(seed=config.seed, data=bench.fingerprint)
@@ -93,7 +94,7 @@ def detect(config: DetectConfig, folder: Path) -> dict[str, Any]:
             arm=Path(config.pipeline).name,
             use_inputs=partial(_use_data_and_pipeline, config, bench, images),
         )
-    opened.finish()
+    opened.finish(detectors=revisions(*config.detectors).get("revisions", {}))
     return results
 
 

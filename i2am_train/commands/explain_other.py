@@ -41,14 +41,17 @@ def explain_picture(config: ExplainConfig) -> Path:
         I2AMError: model, weights, pictures or layers do not fit; nothing is written then.
     """
     from i2am_train.config.build import plain
+    from i2am_train.config.hub import revisions
     from i2am_train.reporting.canvas import save_figure
     from i2am_train.reporting.explorer import PAGE, explorer_page
     from i2am_train.reporting.others import write_picture
     from i2am_train.runs import RunFolder, write_text
 
-    RunFolder.check(_folder(config), plain(config), may_differ=MAY_DIFFER)  # before it is made
+    # Before it is made, when a model of the hub may not be there yet.
+    RunFolder.check(_folder(config), plain(config), may_differ=(*MAY_DIFFER, "revisions"))
     case = _explained(config)
-    folder = RunFolder.open(_folder(config), plain(config), may_differ=MAY_DIFFER)
+    settings = plain(config) | revisions(*config.checkpoints)
+    folder = RunFolder.open(_folder(config), settings, may_differ=MAY_DIFFER)
     folder.start(seed=config.sampling.seed)
     marks = " ".join(case.explained.maps.marks)
     for name, figure in case.figures.items():

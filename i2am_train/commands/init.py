@@ -23,6 +23,7 @@ def run(config: InitConfig) -> None:
     Raises:
         I2AMError: a part is missing, damaged or does not fit, the folder exists, or the disk is full.
     """
+    from i2am_train.config.hub import revisions
     from i2am_train.errors import RunFolderError
     from i2am_train.models.key_report import KeyMismatchError
 
@@ -37,6 +38,9 @@ def run(config: InitConfig) -> None:
             f"{error} All keys: {write_report(config.output, [error.report])}", error.report
         ) from error
     print(made.description)
+    fetched = revisions(config.unet, config.vae, config.encoder).get("revisions", {})
+    for name, commit in fetched.items():
+        print(f"From the hub: {name}, revision {commit}")
     for report in made.reports:
         print(report.summary())
     if made.reports:

@@ -59,6 +59,7 @@ def _train(config: TrainConfig) -> Path:
     )
     from i2am_train.callbacks.checkpoints import latest_checkpoint
     from i2am_train.config.build import plain
+    from i2am_train.config.hub import revisions
     from i2am_train.fingerprints import data_state
     from i2am_train.models.lora import has_adapters, save_adapters
     from i2am_train.runs import MANIFEST_FILE, MODEL_FOLDER, RunFolder
@@ -70,7 +71,7 @@ def _train(config: TrainConfig) -> Path:
         wait_for(config.folder / MANIFEST_FILE)
     folder = RunFolder.open(
         config.folder,
-        plain(config),
+        plain(config) | revisions(config.init),
         resume=config.resume
         or not first_process(),  # the others find the folder that the first made
         may_differ=WITHOUT_EFFECT_ON_WEIGHTS,

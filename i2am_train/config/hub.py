@@ -59,6 +59,34 @@ def require_model(name: str, revision: str | None = None) -> None:
             HfApi().model_info(name, revision=revision, timeout=constants.HF_HUB_ETAG_TIMEOUT)
 
 
+def revisions(*names: str | None) -> dict[str, dict[str, str]]:
+    """For a run's settings: the commits of those models that came from the hub, by name; empty if none did.
+
+    A branch moves on; a run that is asked for again must not go on with other weights.
+    """
+    found = {name: commit for name in names if name is not None and (commit := _commit(name))}
+    return {"revisions": found} if found else {}
+
+
+def _commit(name: str) -> str | None:
+    """The commit of a model that was fetched, OWNER/NAME[@REVISION] with or without ``hub:``; else None."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+
+    if Path(name).expanduser().exists():
+        return None
+    repository, _, revision = name.removeprefix(HUB).partition("@")
+    if not NAME.fullmatch(repository):
+        return None
+    try:
+        folder = snapshot_download(
+            repository, revision=revision or None, local_files_only=True, allow_patterns=[]
+        )
+    except (HFValidationError, LocalEntryNotFoundError):
+        return None
+    return Path(folder).name
+
+
 def check_repository(name: str) -> None:
     """Fails where ``name`` is not of the form USER/NAME."""
     if not NAME.fullmatch(name):

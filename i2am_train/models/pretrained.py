@@ -343,9 +343,11 @@ def reading(source: str, read: Callable[[], Any]) -> Any:
                 "weights a pickle with more than tensors in it; download it again, in safetensors where there is a "
                 "choice."
             ) from error
+        name, _, revision = source.partition("@")
+        at = f" --revision {revision}" if revision else ""
         raise CheckpointError(
             f"There is no folder '{source}' here, and the hub did not give it: {reason} Check the name and the "
-            f"network, or fetch it elsewhere with `hf download {source} --local-dir FOLDER` and give the folder."
+            f"network, or fetch it elsewhere with `hf download {name}{at} --local-dir FOLDER` and give the folder."
         ) from error
 
 

@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import os
 import secrets
+import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +22,7 @@ from wandb.errors import CommError, UsageError
 
 from i2am_train.config.schema import TrackingConfig
 from i2am_train.metrics.registry import METRICS
-from i2am_train.redaction import shown
+from i2am_train.redaction import shown, without_secrets
 from i2am_train.runs import read_object, write_json
 from i2am_train.tracking.names import ARM, STEP, TRAIN_JOB, VALIDATION, summary_of
 
@@ -79,10 +81,22 @@ def open_run(
             init_timeout=START_TIMEOUT, finish_timeout=tracking.finish_timeout
         ),
     }
-    run = _start(arguments, online=tracking.wandb == "online")
+    with _arguments_without_secrets():
+        run = _start(arguments, online=tracking.wandb == "online")
     if job_type == TRAIN_JOB:
         _define_curves(run)
     return run
+
+
+@contextmanager
+def _arguments_without_secrets() -> Iterator[None]:
+    """W&B keeps the command line as it finds it when a run begins."""
+    words = sys.argv
+    sys.argv = [without_secrets(word) for word in words]
+    try:
+        yield
+    finally:
+        sys.argv = words
 
 
 def _stage_in(folder: Path) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from i2am_train.config.hub import pull, revisions
 from i2am_train.errors import CheckpointError
 from i2am_train.models.parsing import HumanParser
 from i2am_train.models.pretrained import load_encoder
@@ -114,3 +115,60 @@ def test_what_is_in_the_cache_needs_no_network(
     encoder.save_pretrained(cached / "snapshots" / commit)
     loaded = load_encoder("me/dino")
     assert loaded.config.hidden_size == encoder.config.hidden_size
+
+
+COMMITS = {"main": "a" * 40, "v2": "b" * 40}
+"""Of the model below, by branch and tag."""
+
+
+@pytest.fixture
+def fetched(hub: Callable[[str], Path], make_parts: Callable[..., Any]) -> Path:
+    """The hub's cache with two revisions of an encoder, as a download leaves them; nothing can be fetched."""
+    repository = hub(NOBODY) / "models--someone--encoder"
+    for number, (name, commit) in enumerate(COMMITS.items()):
+        (repository / "refs").mkdir(parents=True, exist_ok=True)
+        (repository / "refs" / name).write_text(commit)
+        encoder = make_parts("dinov2")
+        encoder.layernorm.bias.data.fill_(number)
+        encoder.save_pretrained(repository / "snapshots" / commit)
+    return repository
+
+
+@pytest.mark.parametrize(("asked", "bias"), [("", 0.0), ("@v2", 1.0), (f"@{'b' * 40}", 1.0)])
+def test_a_revision_is_the_one_that_is_read(
+    fetched: Path, monkeypatch: pytest.MonkeyPatch, asked: str, bias: float
+) -> None:
+    """By branch, tag or commit; the commit is what a manifest gets."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    name = f"someone/encoder{asked}"
+    assert load_encoder(name).layernorm.bias.data.unique().tolist() == [bias]
+    commit = COMMITS["v2" if asked else "main"]
+    assert revisions(name, "/nowhere", None) == {"revisions": {name: commit}}
+    assert revisions(f"hub:{name}")["revisions"].popitem()[1] == commit
+    assert Path(pull(f"hub:{name}")).name == commit
+
+
+def test_a_revision_that_is_not_there(fetched: Path) -> None:
+    """Another one is not taken in its place."""
+    with pytest.raises(CheckpointError, match="someone/encoder@v3"):
+        load_encoder("someone/encoder@v3")
+    assert revisions("someone/encoder@v3", "tiny", "a/b/c") == {}
+
+
+def test_nan_from_the_hub_is_found(fetched: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was fetched is checked like what lies here: values, and types in the files."""
+    from safetensors.torch import load_file, save_file
+
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    file = fetched / "snapshots" / COMMITS["main"] / "model.safetensors"
+    weights = load_file(file)
+    for value, message in (
+        (weights["layernorm.bias"] * float("nan"), "not finite"),
+        (weights["layernorm.bias"].int(), "whole numbers"),
+    ):
+        save_file(weights | {"layernorm.bias": value}, file, {"format": "pt"})
+        with pytest.raises(
+            CheckpointError,
+            match=rf"'someone/encoder' hold .*{message}.* .layernorm.bias|hold {message}",
+        ):
+            load_encoder("someone/encoder")
