@@ -147,6 +147,11 @@ def key_report(
     )
 
 
+def lacking(error: Exception) -> str:
+    """Of a table of tensors that was looked through in vain: what is not there, or not as it should be."""
+    return f"no {error}" if isinstance(error, KeyError) else f"tensors of other shapes ({error})"
+
+
 def load_renamed(network: nn.Module, renamed: Renamed, file: str) -> None:
     """Gives a network on the meta device its weights, as float32 copies.
 

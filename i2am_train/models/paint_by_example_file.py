@@ -23,7 +23,14 @@ from transformers import CLIPImageProcessor, CLIPVisionConfig
 
 from i2am_train.errors import CheckpointError
 from i2am_train.models.build import BETA_END, BETA_START
-from i2am_train.models.key_report import KeyReport, Renamed, key_report, load_renamed, renamed
+from i2am_train.models.key_report import (
+    KeyReport,
+    Renamed,
+    key_report,
+    lacking,
+    load_renamed,
+    renamed,
+)
 from i2am_train.models.paint_by_example import CHANNELS
 from i2am_train.models.single_file import UNET_PREFIX, empty_unet_part, empty_vae_part
 from i2am_train.models.tryon import INDEX_FILE
@@ -140,9 +147,9 @@ def empty_encoder(tensors: Mapping[str, Tensor], file: str) -> PaintByExampleIma
         positions = tensors["model.embeddings.position_embedding.weight"].shape[0]
         intermediate = tensors["model.encoder.layers.0.mlp.fc1.weight"].shape[0]
         token = tensors["proj_out.weight"].shape[0]
-    except KeyError as error:
+    except (KeyError, IndexError, ValueError) as error:
         raise CheckpointError(
-            f"The image encoder in '{file}' is not Paint-by-Example's: it has nothing for {error}. Expected CLIP "
+            f"The image encoder in '{file}' is not Paint-by-Example's: it has {lacking(error)}. Expected CLIP "
             f"ViT-L/14 under '{CLIP_PREFIX}'."
         ) from error
     layers = {name.split(".")[3] for name in tensors if name.startswith("model.encoder.layers.")}

@@ -16,7 +16,7 @@ from i2am_train.config.schema import InitConfig, Normalisation
 from i2am_train.errors import CheckpointError, ConfigError
 from i2am_train.models import authors_layout
 from i2am_train.models.build import make_scheduler
-from i2am_train.models.key_report import KeyReport, Renamed, key_report, load_renamed
+from i2am_train.models.key_report import KeyReport, Renamed, key_report, lacking, load_renamed
 from i2am_train.models.pretrained import as_file, load_encoder, load_network
 from i2am_train.models.projector import ReferenceProjector
 from i2am_train.models.single_file import (
@@ -332,9 +332,9 @@ def _empty_projector(renamed: Renamed, file: str, heads: int) -> ReferenceProjec
             "context_width": renamed.tensors["output.weight"].shape[0],
             "tokens": renamed.tensors["null_tokens"].shape[1],
         }
-    except KeyError as error:
+    except (KeyError, IndexError) as error:
         raise CheckpointError(
-            f"'{file}' has no projector as in VITON-v1: nothing for {error}. Expected the keys "
+            f"'{file}' has no projector as in VITON-v1: it has {lacking(error)}. Expected the keys "
             f"{authors_layout.PROJECTOR_PREFIX}0, 1.blocks and 2, and {authors_layout.NULL_TOKENS}."
         ) from error
     depth = len({name.split(".")[1] for name in renamed.tensors if name.startswith("blocks.")})

@@ -17,7 +17,13 @@ from diffusers.loaders.single_file_utils import (
 from torch import Tensor, nn
 
 from i2am_train.errors import CheckpointError
-from i2am_train.models.key_report import KeyReport, Renamed, key_report, load_renamed
+from i2am_train.models.key_report import (
+    KeyReport,
+    Renamed,
+    key_report,
+    lacking,
+    load_renamed,
+)
 
 UNET_PREFIX = "model.diffusion_model."
 EMA_PREFIX = "model_ema."
@@ -125,10 +131,10 @@ def empty_unet(ldm: Mapping[str, Tensor], file: str) -> UNet2DConditionModel:
         ]
         context = ldm["input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight"].shape[1]
         channels = ldm["input_blocks.0.0.weight"].shape[1], ldm["out.2.weight"].shape[0]
-    except KeyError as error:
+    except (KeyError, IndexError) as error:
         raise CheckpointError(
-            f"The U-Net in '{file}' is not of Stable Diffusion 1.5's topology: it has no {error}. Expected four levels "
-            "of two blocks with cross-attention in the upper three, as in v1-5-pruned.ckpt."
+            f"The U-Net in '{file}' is not of Stable Diffusion 1.5's topology: it has {lacking(error)}. Expected four "
+            "levels of two blocks with cross-attention in the upper three, as in v1-5-pruned.ckpt."
         ) from error
     with torch.device("meta"):
         return UNet2DConditionModel(
@@ -148,9 +154,9 @@ def empty_vae(ldm: Mapping[str, Tensor], file: str) -> AutoencoderKL:
         levels = len({name.split(".")[2] for name in ldm if name.startswith("encoder.down.")})
         widths = [ldm[f"encoder.down.{n}.block.0.conv2.weight"].shape[0] for n in range(levels)]
         latent = ldm["decoder.conv_in.weight"].shape[1]
-    except KeyError as error:
+    except (KeyError, IndexError) as error:
         raise CheckpointError(
-            f"The VAE in '{file}' is not of Stable Diffusion's topology: it has no {error}. Expected the VAE of "
+            f"The VAE in '{file}' is not of Stable Diffusion's topology: it has {lacking(error)}. Expected the VAE of "
             "v1-5-pruned.ckpt, or one fine-tuned from it."
         ) from error
     with torch.device("meta"):

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from i2am_train.config.locations import checkpoint_folder
 from i2am_train.errors import CheckpointError
+from i2am_train.models.single_file import unet_from_weights, vae_from_weights
 from i2am_train.models.tryon import TryOnModel
 
 UNET = "unet/diffusion_pytorch_model.safetensors"
@@ -220,3 +221,28 @@ def test_a_checkpoint_that_is_a_file(tmp_path: Path) -> None:
         CheckpointError, match=r"model.safetensors is a file, and a checkpoint is a folder"
     ):
         checkpoint_folder(str(file))
+
+
+PREFIX = "model.diffusion_model."
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        (f"{PREFIX}input_blocks.0.0.weight", torch.ones(3)),
+        (f"{PREFIX}input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight", torch.tensor(1.0)),
+        (f"{PREFIX}out.2.weight", torch.tensor(1.0)),
+        (f"{PREFIX}middle_block.1.proj_in.weight", torch.ones(7, 5, 3, 3)),
+        ("first_stage_model.decoder.conv_in.weight", torch.ones(2)),
+    ],
+)
+def test_a_single_file_of_other_shapes(
+    make_parts: Any, original_layout: Any, key: str, value: Tensor
+) -> None:
+    """Tensors that lack dimensions, too."""
+    network = "unet" if key.startswith(PREFIX) else "vae"
+    tensors = original_layout(**{network: make_parts(network)})
+    assert key in tensors
+    read: Any = unet_from_weights if network == "unet" else vae_from_weights
+    with pytest.raises(CheckpointError, match=r"'a\.ckpt'|a\.ckpt: "):
+        read({**tensors, key: value}, "a.ckpt")

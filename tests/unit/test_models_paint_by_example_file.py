@@ -286,7 +286,7 @@ def test_other_models_are_refused(weights: dict[str, Tensor]) -> None:
     with pytest.raises(CheckpointError, match=r"no checkpoint of Paint-by-Example.*unet=FILE"):
         pipeline_from_weights(text, "sd.ckpt")
     blind = {n: v for n, v in weights.items() if "patch_embedding" not in n}
-    with pytest.raises(CheckpointError, match=r"nothing for .model\.embeddings\.patch_embedding"):
+    with pytest.raises(CheckpointError, match=r"no .model\.embeddings\.patch_embedding"):
         pipeline_from_weights(blind, "blind.ckpt")
 
 
