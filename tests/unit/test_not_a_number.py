@@ -16,7 +16,6 @@ from torch.utils.data import default_collate
 from i2am_train.config.schema import (
     AttributionConfig,
     EvaluateConfig,
-    ExportConfig,
     InitConfig,
     SamplingConfig,
     TrainConfig,
@@ -248,24 +247,9 @@ def _train(checkpoint: Path, data: Path, output: Path) -> None:
     run(config)
 
 
-def _export(checkpoint: Path, data: Path, output: Path) -> None:
-    from i2am_train.commands.export import run
-
-    run(ExportConfig(checkpoint=str(checkpoint), output=output))
-
-
-def _cache(checkpoint: Path, data: Path, output: Path) -> None:
-    from i2am_train.commands.data import cache
-    from i2am_train.config.schema import DataCacheConfig
-
-    cache(DataCacheConfig(root=data, init=str(checkpoint), output=output))
-
-
 COMMANDS: dict[str, Callable[[Path, Path, Path], None]] = {
     "evaluate": _evaluate,
     "train": _train,
-    "export": _export,
-    "cache": _cache,
 }
 
 
