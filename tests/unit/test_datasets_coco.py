@@ -154,9 +154,6 @@ def test_what_is_wrong_with_a_file_is_said(changed: Any, change: Any, message: s
         "..\\secret.jpg",
         "a\\b.jpg",
         "a\0.jpg",
-        3,
-        None,
-        ["a"],
     ],
 )
 def test_images_stay_below_their_folder(changed: Any, name: Any) -> None:
