@@ -3,10 +3,11 @@
 PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
+OLDEST := .venv-oldest
 # Two workers, each on one core: torch would otherwise start a thread per core in each of them.
 TEST_WORKERS ?= 2
 
-.PHONY: help demo test test-slow test-gpu check format notebooks install wheel clean
+.PHONY: help demo test test-slow test-gpu test-oldest check format notebooks install wheel clean
 .DEFAULT_GOAL := help
 
 help:  ## list what there is to make
@@ -23,6 +24,10 @@ test-slow: $(STAMP)  ## the tests that `make test` leaves out
 
 test-gpu: $(STAMP)  ## the real commands on a CUDA device (a few minutes; skipped where there is none)
 	@$(BIN)/python -m pytest -q -m gpu tests/cuda
+
+# The oldest packages warn of what newer ones changed: warnings are no errors there.
+test-oldest: $(OLDEST)/.installed  ## the tests of `make test` with the oldest packages that pyproject.toml allows
+	@OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest -q -n $(TEST_WORKERS) --dist worksteal -W default -m "not slow and not gpu"
 
 check: $(STAMP)  ## lint, formatting, types, direction of imports
 	@echo "ruff check";    $(BIN)/ruff check --quiet .
@@ -42,7 +47,7 @@ wheel: $(STAMP)  ## dist/i2am_train-*.whl
 	@$(BIN)/python -m build --wheel --no-isolation
 
 clean:  ## remove the virtual environment and everything that tools cached (not runs/ and data/)
-	@rm -rf .venv build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	@rm -rf .venv $(OLDEST) build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
 	@find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(STAMP): pyproject.toml scripts/constraints.txt
@@ -52,4 +57,10 @@ $(STAMP): pyproject.toml scripts/constraints.txt
 	@$(BIN)/python -m pip install --quiet --quiet --disable-pip-version-check --constraint scripts/constraints.txt torch torchvision
 	@echo "Installing the other packages (versions: scripts/constraints.txt)"
 	@$(BIN)/python -m pip install --quiet --quiet --disable-pip-version-check --constraint scripts/constraints.txt --editable '.[dev]'
+	@touch $@
+
+$(OLDEST)/.installed: pyproject.toml scripts/constraints-oldest.txt
+	@test -x $(OLDEST)/bin/python || $(PYTHON) -m venv $(OLDEST)
+	@echo "Installing the oldest packages (versions: scripts/constraints-oldest.txt)"
+	@$(OLDEST)/bin/python -m pip install --quiet --quiet --disable-pip-version-check --constraint scripts/constraints-oldest.txt --editable '.[dev]'
 	@touch $@

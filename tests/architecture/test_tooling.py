@@ -42,6 +42,24 @@ def test_every_requirement_has_an_exact_version() -> None:
     assert "i2am-train" not in pinned
 
 
+def test_the_oldest_versions_are_those_that_are_allowed() -> None:
+    """`make test-oldest` tests the very versions that pyproject.toml states as lowest."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    wanted = [*project["dependencies"], *project["optional-dependencies"]["dev"]]
+    lowest = dict(re.findall(r"([\w-]+)>=([\d.]+)", "\n".join(wanted)))
+    lines = (ROOT / "scripts" / "constraints-oldest.txt").read_text(encoding="utf-8").splitlines()
+    pinned = {
+        normal(name): version for name, _, version in (line.partition("==") for line in lines)
+    }
+
+    different = {
+        name: (version, pinned.get(normal(name)))
+        for name, version in lowest.items()
+        if not f"{pinned.get(normal(name))}.0".startswith(f"{version}.")
+    }
+    assert not different
+
+
 def test_top_level_is_tidy() -> None:
     """What is committed lies in the folders that the README names."""
     if not (ROOT / ".git").exists():

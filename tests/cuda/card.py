@@ -259,6 +259,7 @@ MACHINE: dict[str, Callable[..., Any]] = {
     "get_device_properties": lambda *_: PROPERTIES,
     "get_device_capability": lambda *_: (PROPERTIES.major, PROPERTIES.minor),
     "is_bf16_supported": lambda *_, **__: True,
+    "is_current_stream_capturing": lambda: False,
     "synchronize": _nothing,
     "empty_cache": _nothing,
     "max_memory_allocated": lambda *_: 0,

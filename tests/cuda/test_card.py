@@ -1,5 +1,6 @@
 """The card itself: it refuses what torch's FakeTensorMode refuses and nothing else, and it computes."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -28,7 +29,6 @@ OPERATIONS: dict[str, Operation] = {
     "where number": lambda h, t: torch.where(h(3, 2) > 0, h(3, 2), t()),
     "comparison": lambda h, t: h(3, 2) > t(3, 2),
     "product": lambda h, t: h(3, 2) @ t(2, 3),
-    "convolution": lambda h, t: F.conv2d(h(1, 2, 4, 4), t(3, 2, 1, 1)),
     "embedding": lambda h, t: F.embedding(h(3).long(), t(5, 2)),
     "attention": lambda h, t: F.scaled_dot_product_attention(
         h(1, 2, 3, 4), h(1, 2, 3, 4), t(1, 2, 3, 4)
@@ -62,6 +62,16 @@ STRICTER = {
 """A card refuses these; FakeTensorMode takes single numbers and indices from everywhere."""
 
 
+@functools.cache
+def fake_tensors_need_no_driver() -> bool:
+    with FakeTensorMode():
+        try:
+            torch.zeros(2, device="cuda").copy_(torch.zeros(2))
+        except RuntimeError:
+            return False
+    return True
+
+
 def outcome(operation: Operation, first: str, second: str) -> str | None:
     """The device of what comes out; None where it is refused."""
 
@@ -85,6 +95,8 @@ def test_the_same_rules_as_torch(name: str, first: str, second: str) -> None:
     if (name, first, second) in STRICTER:
         assert found is None
         return
+    if "cuda" in (first, second) and not fake_tensors_need_no_driver():
+        pytest.skip("this torch's FakeTensorMode asks the driver of a card")
     with FakeTensorMode():
         expected = outcome(operation, first, second)
     assert found == expected
