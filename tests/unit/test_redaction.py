@@ -7,10 +7,12 @@ from pathlib import Path
 
 import pytest
 
+from i2am_train.config.schema import TrackingConfig
 from i2am_train.datasets.latent_cache import INDEX_FILE, LatentCache
 from i2am_train.errors import DataError, RunFolderError
 from i2am_train.redaction import without_secrets
 from i2am_train.runs import RunFolder, command_line
+from i2am_train.tracking.session import open_run
 
 SECRET = "hush-hush"
 
@@ -78,3 +80,20 @@ def test_run_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ) as error:
         RunFolder.open(tmp_path / "run", settings(SECRET, "other"))
     assert SECRET not in str(error.value)
+
+
+@pytest.mark.filterwarnings("default")  # W&B's own
+def test_weights_and_biases(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither the configuration nor the command line, which W&B keeps by itself."""
+    address = f"s3://key:{SECRET}@host/cache"
+    monkeypatch.setattr(sys, "argv", ["i2am_train/commands/train.py", f"data.cache={address}"])
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    run = open_run(
+        TrackingConfig(wandb="offline"), tmp_path, name="a", job_type="train", arm="b",
+        config={"data": {"cache": address}},
+    )  # fmt: skip
+    run.finish()
+    files = [file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()]
+    assert any(b"***@host/cache" in content for content in files)
+    assert not any(SECRET.encode() in content for content in files)
+    assert sys.argv[1].endswith(address)
