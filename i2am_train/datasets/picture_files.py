@@ -283,7 +283,7 @@ def _decoded(
     if picture.mode.startswith("I"):
         upper = np.asarray(picture).astype(np.uint32) >> 8
         picture = PillowImage.fromarray(upper.astype(np.uint8))
-    picture = picture.convert(mode)
+    picture = picture if picture.mode == mode else picture.convert(mode)
     return cast(Image, turn(np.array(picture.reduce(factor) if factor > 1 else picture)))
 
 

@@ -89,7 +89,7 @@ def open_folders(
 
 
 def list_images(folder: Path) -> dict[str, Path]:
-    """Image files of a folder by their name without its ending, sorted; sub-folders are not entered.
+    """Image files of a folder by their name without its ending, sorted; sub-folders and hidden files are left out.
 
     Raises:
         DataError: there is no such folder, no image in it, or two of the same name.
@@ -97,7 +97,9 @@ def list_images(folder: Path) -> dict[str, Path]:
     if not folder.is_dir():
         raise DataError(f"There is no folder {folder}. Give the folder that holds the images.")
     files = sorted(
-        path for path in folder.iterdir() if path.suffix.lower() in EXTENSIONS and not path.is_dir()
+        path
+        for path in folder.iterdir()
+        if path.suffix.lower() in EXTENSIONS and path.name[0] != "." and not path.is_dir()
     )
     if not files:
         found = ", ".join(sorted(path.name for path in folder.iterdir())[:5]) or "nothing"

@@ -43,6 +43,7 @@ def test_images_pair_by_stem_and_come_in_order(tmp_path: Path, real: Path) -> No
     """Endings do not matter, files of other kinds are not counted, pixels are those of the files."""
     images = fill(tmp_path / "images", "c.bmp", "a.webp", "b.png")
     (images / "notes.txt").write_text("made on Tuesday")
+    (images / "._a.webp").write_bytes(b"what macOS leaves beside a file")
     first, second = open_pair(images, real)
     assert first.names == second.names == ("a", "b", "c")
     assert first.size == SIZE
