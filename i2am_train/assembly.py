@@ -50,7 +50,13 @@ from i2am_train.losses.objective import AttentionObjective, TermWeights
 from i2am_train.metrics.registry import metric_info
 from i2am_train.models.tryon import INDEX_FILE, TryOnModel
 from i2am_train.processes import first_process, wait_for
-from i2am_train.runs import BEST_FOLDER, MODEL_FOLDER, SNAPSHOTS_FOLDER, RunFolder
+from i2am_train.runs import (
+    BEST_FOLDER,
+    MODEL_FOLDER,
+    SNAPSHOTS_FOLDER,
+    RunFolder,
+    require_apart,
+)
 from i2am_train.tracking.artifacts import log_model, use_dataset
 from i2am_train.tracking.names import TRAIN_JOB
 from i2am_train.tracking.session import open_run
@@ -100,12 +106,17 @@ def load_model(name: str, data: DataConfig) -> TryOnModel:
     return model
 
 
-def prepare_data(data: DataConfig) -> Path:
-    """The dataset's folder; the embedded dataset is made if it is not there yet."""
-    if data.root is not None:
-        return data.root
+def prepare_data(data: DataConfig, *outputs: Path | None) -> Path:
+    """The dataset's folder; the embedded dataset is made if it is not there yet.
+
+    Raises:
+        RunFolderError: one of the folders that the command writes lies in it, or it in one of them.
+    """
     synthetic = data.synthetic
-    root = dataset_folder(data.size, synthetic.train, synthetic.test, synthetic.seed)
+    root = data.root or dataset_folder(data.size, synthetic.train, synthetic.test, synthetic.seed)
+    require_apart(root, *outputs, data.cache_copies)
+    if data.root is not None:
+        return root
     if not first_process():
         wait_for(root)
     elif not root.is_dir():
@@ -257,8 +268,8 @@ def finish_tracking(trainer: L.Trainer, *, failed: bool = False) -> None:
             logger.end(failed=failed)
 
 
-def check_trainer(config: TrainConfig) -> None:
-    """Fails as the trainer would on this machine, before anything is written.
+def check_trainer(config: TrainConfig) -> int:
+    """Fails as the trainer would on this machine, before anything is written; the number of processes.
 
     Raises:
         ConfigError: no such accelerator, strategy, number of devices or optimizer, or not on this machine; the global
@@ -274,6 +285,7 @@ def check_trainer(config: TrainConfig) -> None:
         "trainer.accelerator=auto takes what this machine has.",
     )
     accumulation(config, tried.world_size)
+    return tried.world_size
 
 
 def check_test_trainer(config: EvaluateConfig) -> None:

@@ -7,7 +7,10 @@ and would lose the command otherwise.
 
 from __future__ import annotations
 
+import errno
+import os
 import runpy
+import select
 import sys
 from collections.abc import Sequence
 from difflib import get_close_matches
@@ -25,7 +28,9 @@ COMMANDS = {
     "dashboard": "make a workspace and a report of the runs in Weights & Biases",
     "data": "make the embedded dataset, derive what a dataset lacks, or check one",
 }
-BAD_INPUT = 2
+BAD_INPUT, INTERRUPTED = 2, 130
+OUTPUT_CLOSED = 141
+"""Exit status of a program whose reader went away, as the shell has it: 128 + SIGPIPE."""
 
 HELP = """\
 usage: i2am COMMAND [name=value ...]
@@ -53,6 +58,28 @@ examples:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run ``i2am`` with the given arguments (``sys.argv`` where None)."""
     words = list(sys.argv[1:] if arguments is None else arguments)
+    _open_closed_streams()
+    try:
+        try:
+            _answer(words)
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        if not _output_is_closed():
+            raise
+        sys.exit(OUTPUT_CLOSED)
+    except OSError as error:
+        if error.errno != errno.ENOSPC or error.filename is not None:
+            raise
+        _discard_output()  # all other files have names, and are the commands' own affair
+        print("i2am: Standard output cannot be written: the disk is full.", file=sys.stderr)
+        sys.exit(BAD_INPUT)
+    except KeyboardInterrupt:  # before the command itself takes the signal
+        print("i2am: SIGINT received: nothing was begun.", file=sys.stderr)
+        sys.exit(INTERRUPTED)
+
+
+def _answer(words: list[str]) -> None:
     command = words[0] if words else "--help"
     if command in ("--help", "-h", "help"):
         print(_help())
@@ -63,6 +90,34 @@ def main(arguments: Sequence[str] | None = None) -> None:
     else:
         print(f"i2am: {_unknown(command)}", file=sys.stderr)
         sys.exit(BAD_INPUT)
+
+
+def _discard_output() -> None:
+    """What is still printed goes nowhere, at the interpreter's end, too."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _output_is_closed() -> bool:
+    """Whether it was standard output that broke (``i2am ... | head``); nothing more goes there then, and no word."""
+    watch = select.poll()
+    watch.register(sys.stdout.fileno(), 0)
+    if not watch.poll(0):
+        return False
+    _discard_output()
+    return True
+
+
+def _open_closed_streams() -> None:
+    """Standard streams that were closed (``>&-``) lead nowhere: files opened later would get their numbers, and
+    prints would land in them.
+    """
+    for number, (name, mode) in enumerate((("stdin", "r"), ("stdout", "w"), ("stderr", "w"))):
+        if getattr(sys, name) is None:
+            nowhere = os.open(os.devnull, os.O_RDWR)
+            if nowhere != number:
+                os.dup2(nowhere, number)
+                os.close(nowhere)
+            setattr(sys, name, os.fdopen(number, mode))
 
 
 def run_command(command: str, words: Sequence[str]) -> None:

@@ -45,6 +45,18 @@ class RunFolderError(I2AMError):
     """A run folder already holds something that this run would overwrite."""
 
 
+class FolderInUseError(RunFolderError):
+    """Another command writes the folder at this moment."""
+
+
+class OutputError(I2AMError):
+    """The operating system refuses to write: a full disk, a read-only folder, an impossible path."""
+
+
+class ProcessKilledError(I2AMError):
+    """A process that reads or draws samples for the command was killed by the system."""
+
+
 class TrainingError(I2AMError):
     """Training cannot go on: a loss or gradient that is not finite, or too little memory."""
 
@@ -57,4 +69,12 @@ class TrainingInterruptedError(I2AMError):
         super().__init__(
             f"{name} received: training stopped after step {step}, its state is saved. The same command continues it."
         )
+        self.status = 128 + number
+
+
+class CommandStopped(BaseException):
+    """A signal told the command to stop. Not an ``Exception``, so that nothing that handles errors swallows it."""
+
+    def __init__(self, number: int, done: str = "the command was stopped.") -> None:
+        super().__init__(f"{signal.Signals(number).name} received: {done}")
         self.status = 128 + number

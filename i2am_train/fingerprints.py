@@ -18,6 +18,9 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from i2am_train.files import written
+from i2am_train.locks import LOCK
+
 DERIVED_REPORT, PREVIEWS = "derived.json", "previews"
 """What ``i2am data derive`` leaves in a dataset folder beside the dataset."""
 RECORD_FILE = "data_files.json.gz"
@@ -42,7 +45,7 @@ def data_state(root: Path) -> DataState:
     digest, files = hashlib.sha256(), {}
     for file in sorted(_files(root, ())):
         name = file.relative_to(root)
-        if name.parts[0] in (DERIVED_REPORT, PREVIEWS):
+        if name.parts[0] in (DERIVED_REPORT, PREVIEWS) or name.name.startswith(LOCK):
             continue
         size = str(file.stat().st_size)
         digest.update(f"{name.as_posix()}\t{size}\n".encode())
@@ -144,9 +147,8 @@ class DataRecord:
             return {"files": {}, "failures": []}
 
     def _write(self, content: Mapping[str, Any]) -> None:
-        temporary = self.file.with_name(f".{self.file.name}.{os.getpid()}.tmp")
-        temporary.write_bytes(gzip.compress(json.dumps(content).encode(), mtime=0))
-        temporary.replace(self.file)
+        with written(self.file) as unfinished:
+            unfinished.write_bytes(gzip.compress(json.dumps(content).encode(), mtime=0))
 
 
 def note_unreadable(folder: Path, failure: str) -> None:

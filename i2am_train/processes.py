@@ -4,6 +4,7 @@ Lightning starts the others itself, or torchrun, SLURM and the like start all at
 """
 
 import os
+import signal
 import time
 from pathlib import Path
 
@@ -18,6 +19,11 @@ PATIENCE = 600.0
 def first_process() -> bool:
     """False in all processes of a run but one."""
     return all(os.environ.get(name, "0") == "0" for name in RANKS)
+
+
+def ignore_interrupts(_number: int = 0) -> None:
+    """For processes that read or draw for this one: Ctrl-C reaches them, too, and this one decides when they end."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def wait_for(path: Path, seconds: float = PATIENCE) -> None:

@@ -26,7 +26,9 @@ from pathlib import Path
 from typing import Any
 
 from i2am_train.errors import RunFolderError
+from i2am_train.files import written
 from i2am_train.fingerprints import RECORD_FILE, DataRecord, DataState
+from i2am_train.locks import LOCK
 from i2am_train.redaction import shown, without_secrets
 
 SETTINGS_FILE = "settings.json"
@@ -173,11 +175,14 @@ class RunFolder:
         A folder that held the run already, or that holds more than its settings, is left alone.
         """
         own = {SETTINGS_FILE, MANIFEST_FILE, RECORD_FILE}
-        if self.resumed or not {entry.name for entry in self.path.iterdir()} <= own:
+        if self.resumed or not {entry.name for entry in self.path.iterdir()} <= {*own, LOCK}:
             return
         for name in own:
             (self.path / name).unlink(missing_ok=True)
-        self.path.rmdir()
+        if not (
+            self.path / LOCK
+        ).is_file():  # else whoever holds the lock removes the folder at the end
+            self.path.rmdir()
 
     def finish(self, **results: Any) -> None:
         """Note in the manifest that the run came to its end, with what else is worth noting."""
@@ -233,6 +238,54 @@ def best_step(run: Path) -> int | None:
     return int(read_json(file)["step"]) if file.is_file() else None
 
 
+def require_apart(dataset: Path, *outputs: Path | None) -> None:
+    """Fails where a command would write into its own dataset, or a dataset lies in what it writes.
+
+    The first would change the dataset with every file, so that nothing made of it could ever be continued.
+
+    Raises:
+        RunFolderError: one of the folders lies inside the other, through links, too.
+    """
+    root = Path(os.path.realpath(dataset))
+    for output in filter(None, outputs):
+        place = Path(os.path.realpath(output))
+        if place.is_relative_to(root):
+            raise RunFolderError(
+                f"{output} lies inside the dataset {root}, which everything written there would change. Nothing was "
+                "written. Give a folder outside, for example with output=FOLDER."
+            )
+        if root.is_relative_to(place):
+            raise RunFolderError(
+                f"The dataset {root} lies inside {output}, which is to be this command's own folder. Nothing was "
+                "written. Give another folder, for example with output=FOLDER."
+            )
+
+
+def require_own_json(path: Path, names: Collection[str]) -> None:
+    """Fails where a file that is to be written is there already and is not an older one of the same kind.
+
+    Args:
+        path: of the file.
+        names: that every such file has at its top, or those of its first entry if it is a list.
+
+    Raises:
+        RunFolderError: it is something else.
+    """
+    if not os.path.lexists(path):
+        return
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        there = content[0] if isinstance(content, list) else content
+        ours = isinstance(there, dict) and set(names) <= there.keys()
+    except (OSError, ValueError, IndexError):
+        ours = False
+    if not ours:
+        raise RunFolderError(
+            f"{path} exists and is no file that this command writes. Nothing was changed. Give another name, or move "
+            "that file away."
+        )
+
+
 def free_space(folder: Path) -> tuple[Path, int]:
     """Bytes that are free where a folder lies or will lie, and the nearest folder of it that exists."""
     folder = folder.absolute()
@@ -242,14 +295,8 @@ def free_space(folder: Path) -> tuple[Path, int]:
 
 def write_text(path: Path, text: str) -> None:
     """Write a file in one step: readers see the old content or the new, never a part."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # The process id keeps two writers of the same file apart.
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_text(text, encoding="utf-8")
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with written(path) as unfinished:
+        unfinished.write_text(text, encoding="utf-8")
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -389,8 +436,9 @@ def _saved_settings(path: Path) -> dict[str, Any] | None:
 def _refuse_foreign_files(path: Path) -> None:
     if path.exists() and not path.is_dir():
         raise RunFolderError(f"{path} is a file. Give another output=FOLDER.")
-    if path.is_dir() and any(path.iterdir()):
-        names = ", ".join(sorted(entry.name for entry in path.iterdir())[:5])
+    foreign = sorted({entry.name for entry in path.iterdir()} - {LOCK}) if path.is_dir() else []
+    if foreign:
+        names = ", ".join(foreign[:5])
         raise RunFolderError(
             f"{path} holds files ({names}) but no {SETTINGS_FILE}, so it is not the folder of a "
             "run. Nothing was changed. Give another output=FOLDER, or empty that one."

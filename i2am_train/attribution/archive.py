@@ -8,7 +8,6 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from tempfile import NamedTemporaryFile
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
@@ -19,6 +18,7 @@ from i2am_train.attribution.finite import not_finite
 from i2am_train.attribution.maps import AttributionMaps
 from i2am_train.attribution.store import AttributionStore, LayerRecord
 from i2am_train.errors import DataError
+from i2am_train.files import written
 from i2am_train.types import Canvas, GridSize
 
 _NAME = "i2am-attribution-"
@@ -53,17 +53,8 @@ def save_maps(
             f"{len(names)} names were given for {maps.store.batch} samples. Give one name per "
             "sample, or none."
         )
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with NamedTemporaryFile(
-        dir=target.parent, prefix=f".{target.name}.", delete=False
-    ) as temporary:
-        unfinished = Path(temporary.name)
-    try:
+    with written(target) as unfinished:
         save_file(_tensors(maps.store), unfinished, metadata=_metadata(maps.store, names))
-        unfinished.chmod(0o644)  # temporary files are private, results are not
-        unfinished.replace(target)
-    finally:
-        unfinished.unlink(missing_ok=True)
     return target
 
 

@@ -5,12 +5,19 @@ with an empty epoch, after which noise and order are those of another epoch than
 checkpoint waits for the end of the epoch.
 """
 
+import itertools
+import os
 import re
+import zipfile
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 from lightning.pytorch.callbacks import Checkpoint
+
+from i2am_train.errors import CheckpointError
+from i2am_train.processes import first_process
 
 FOLDER = "checkpoints"
 """Where a run keeps them, inside the run folder."""
@@ -43,26 +50,81 @@ class CheckpointCallback(Checkpoint):
         if step // every == self._saved // every:
             return
         self._saved = step
-        trainer.save_checkpoint(self.folder / f"step-{step:06d}.ckpt")
+        trainer.save_checkpoint(self.folder / f"{_stem(step)}.ckpt")
         if trainer.is_global_zero:
-            for file in sorted(self.folder.glob("step-*.ckpt"))[: -self.keep]:
+            ours = [(n, file) for n, file in _checkpoints(self.folder) if file.stem == _stem(n)]
+            for _, file in ours[self.keep :]:
                 file.unlink()
 
 
-def latest_checkpoint(run: Path) -> Path | None:
-    """The checkpoint of the last step in a run folder, whoever wrote it; None if there is none."""
-    steps = _checkpoints(run)
-    return steps[max(steps)] if steps else None
+def resume_point(run: Path) -> tuple[Path | None, list[str]]:
+    """The checkpoint of the last step that is whole, None if there is none at all, and what is to be said of others.
+
+    Damaged ones that are newer get another name, under which they stay. Every byte is read: the time is that of
+    loading it, which follows from memory.
+
+    Raises:
+        CheckpointError: there are checkpoints, and all are damaged.
+    """
+    damaged: list[tuple[Path, str]] = []
+    for _, file in _checkpoints(run / FOLDER):
+        fault = what_is_damaged(file)
+        if fault is None:
+            return file, [_set_aside(one, why, file) for one, why in damaged]
+        damaged.append((file, fault))
+    if damaged:
+        faults = ", ".join(f"{file.name} {fault}" for file, fault in damaged)
+        raise CheckpointError(
+            f"No checkpoint in {run / FOLDER} can be read: {faults}. Nothing was changed. Put a whole one back, or "
+            "delete them to train this run anew from its first step."
+        )
+    return None, []
+
+
+def what_is_damaged(file: Path) -> str | None:
+    """Why a file cannot be a whole checkpoint, or None; torch writes a ZIP archive with a checksum of every part."""
+    if file.is_dir():
+        return "is a folder"
+    try:
+        if file.stat().st_size == 0:
+            return "is empty"
+        with zipfile.ZipFile(file) as archive:
+            if not any(name.endswith("/data.pkl") for name in archive.namelist()):
+                return "is no checkpoint"
+            part = archive.testzip()
+    except zipfile.BadZipFile:
+        return "is cut off, or no checkpoint"
+    except (OSError, EOFError, NotImplementedError) as error:
+        return f"cannot be read ({error})"
+    return None if part is None else f"is damaged (in {part})"
+
+
+def _set_aside(file: Path, fault: str, instead: Path) -> str:
+    kept = file.with_name(f"{file.name}.damaged")
+    for number in itertools.count(2):
+        if not os.path.lexists(kept):
+            break
+        kept = file.with_name(f"{file.name}.damaged{number}")
+    if first_process():
+        with suppress(FileNotFoundError):
+            file.rename(kept)
+    return f"{file} {fault}; it is kept as {kept.name}. The run goes on from {instead.name}."
 
 
 def steps_done(run: Path) -> int:
-    """The optimizer steps of that checkpoint; 0 if there is none."""
-    return max(_checkpoints(run), default=0)
+    """The optimizer steps of the newest checkpoint, whoever wrote it; 0 if there is none."""
+    return max((step for step, _ in _checkpoints(run / FOLDER)), default=0)
 
 
-def _checkpoints(run: Path) -> dict[int, Path]:
-    return {
-        int(match[1]): file
-        for file in (run / FOLDER).glob("*.ckpt")
+def _checkpoints(folder: Path) -> list[tuple[int, Path]]:
+    """Checkpoints with their steps, the latest first."""
+    found = [
+        (int(match[1]), file)
+        for file in folder.glob("*.ckpt")
         if (match := re.search(r"step-(\d+)\.ckpt$", file.name))
-    }
+    ]
+    return sorted(found, reverse=True)
+
+
+def _stem(step: int) -> str:
+    return f"step-{step:06d}"

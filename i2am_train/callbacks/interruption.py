@@ -18,7 +18,7 @@ from typing import Any
 import lightning as L
 from lightning.pytorch.utilities import rank_zero_warn
 
-from i2am_train.errors import TrainingInterruptedError
+from i2am_train.errors import CommandStopped, TrainingInterruptedError
 
 WAITED_FOR = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 STEM = "interrupted-step"
@@ -33,12 +33,14 @@ class InterruptionCallback(L.Callback):
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._originals: dict[int, Any] = {}
+        self._process = os.getpid()
         self._received: int | None = None
         self._step = 0
         self._saved = False
         self._requeue = False
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._process = os.getpid()
         self._received = None
         self._saved = False
         self._step = trainer.global_step
@@ -51,8 +53,13 @@ class InterruptionCallback(L.Callback):
                 signal.signal(number, self._receive)
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
+        if (
+            os.getpid() != self._process
+        ):  # a copy that reads samples; it is needed until the step's end
+            return
         if self._received == signal.SIGINT == number:
-            raise KeyboardInterrupt
+            # Not KeyboardInterrupt, at which Lightning ends the process with status 1.
+            raise CommandStopped(number, "training was stopped at once, without saving.")
         self._received = number
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
@@ -89,6 +96,10 @@ class InterruptionCallback(L.Callback):
         if trainer.is_global_zero:
             for file in self.folder.glob(f"{STEM}-*.ckpt"):
                 file.unlink()
+
+    def on_exception(self, trainer: L.Trainer, *_: Any) -> None:
+        """Before Lightning puts back those that it found, which would be lost otherwise."""
+        self.restore()
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         self.restore()

@@ -36,13 +36,15 @@ def run(config: AblateConfig) -> None:
     """Fill all cells, write results and report, and show the table."""
     from rich.console import Console
 
+    from i2am_train.locks import locked
     from i2am_train.reporting.report import build_report
     from i2am_train.reporting.table_formats import terminal
     from i2am_train.reporting.tables import verdict_sentences
     from i2am_train.tracking.session import sync_advice
 
     results = ablate(config)
-    report = build_report(config.folder)
+    with locked(config.folder):
+        report = build_report(config.folder)
     # Where the output goes to a file there is no width to fit; 80 columns would cut the tables' words.
     # Labels and paths with brackets are no markup.
     console = Console(width=None if sys.stdout.isatty() else LOG_WIDTH, markup=False, emoji=False)
@@ -60,11 +62,13 @@ def ablate(config: AblateConfig) -> dict[str, Any]:
     """The study's results; cells that are finished already are not run again.
 
     Raises:
-        I2AMError: an arm, the checkpoint, the data or the folder do not fit the configuration.
+        I2AMError: an arm, the checkpoint, the data or the folder do not fit the configuration, or another process
+            writes it.
     """
     from i2am_train.datasets.broken import noted_in
+    from i2am_train.locks import locked
 
-    with noted_in(config.folder):
+    with locked(config.folder), noted_in(config.folder):
         return _ablate(config)
 
 
@@ -76,7 +80,7 @@ def _ablate(config: AblateConfig) -> dict[str, Any]:
     from i2am_train.tracking.study import track_study
 
     _check(config)
-    root = prepare_data(config.data)
+    root = prepare_data(config.data, config.folder, config.tracking.folder)
     arms = {arm: _arm_settings(config, arm) for arm in config.arms}
     folder = RunFolder.open(
         config.folder,
@@ -135,7 +139,7 @@ def _check(config: AblateConfig) -> None:
     cells = {arm: arm_config(config, arm, 0, config.folder) for arm in trained}
     _check_different("names", {arm: arm_name(arm) for arm in config.arms})
     _check_different("labels", {arm: _arm_settings(config, arm)["label"] for arm in config.arms})
-    evaluate.prepare(_evaluation(config, config.init), config.init)
+    evaluate.prepare(_evaluation(config, config.init), config.init, config.folder)
     for cell in cells.values():
         train.prepare(cell)
 

@@ -12,10 +12,11 @@ def run(config: DashboardConfig) -> None:
     Raises:
         TrackingError: not logged in, or the server cannot be reached.
     """
-    from i2am_train.runs import write_json
+    from i2am_train.runs import require_own_json, write_json
     from i2am_train.tracking.dashboard import dashboard_json, save_dashboard
 
     if config.output is not None:
+        require_own_json(config.output, ("project", "workspace", "report"))
         write_json(config.output, dashboard_json(config.project, config.group))
         print(f"Definition of workspace and report: {config.output}")
         return

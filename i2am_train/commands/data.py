@@ -45,8 +45,11 @@ def check(config: DataCheckConfig) -> int:
     """Print the report on a dataset folder; status 1 if training would fail."""
     from i2am_train.datasets.checks import check_dataset
     from i2am_train.datasets.opening import Reading
-    from i2am_train.runs import write_text
+    from i2am_train.runs import require_apart, require_own_json, write_text
 
+    if config.json is not None:
+        require_apart(config.root, config.json)
+        require_own_json(config.json, ("root", "ok", "findings"))
     reading = Reading(config.layout, tuple(config.categories))
     report = check_dataset(config.root, config.size, reading=reading)
     print(report.table())
@@ -62,9 +65,14 @@ def derive(config: DataDeriveConfig) -> int:
     from i2am_train.datasets.opening import Reading
     from i2am_train.datasets.parsing import LABEL_SETS
     from i2am_train.fingerprints import DERIVED_REPORT
-    from i2am_train.runs import write_json
+    from i2am_train.locks import locked
+    from i2am_train.runs import require_apart, require_own_json, write_json
     from i2am_train.types import Pairing
 
+    file = config.json or config.root / DERIVED_REPORT
+    if file != config.root / DERIVED_REPORT:
+        require_apart(config.root, file)
+    require_own_json(file, ("root", "made", "refused"))
     options = DeriveOptions(
         category=config.category,
         labels=LABEL_SETS.get(config.labels),
@@ -85,9 +93,9 @@ def derive(config: DataDeriveConfig) -> int:
         from i2am_train.models.poses import ViTPoseEstimator
 
         estimator = ViTPoseEstimator.from_pretrained(config.estimator, config.device)
-    report = derive_dataset(config.root, reading, options, parser, estimator)
-    file = config.json or config.root / DERIVED_REPORT
-    write_json(file, report.to_dict() | revisions(config.parser, config.estimator))
+    with locked(config.root):
+        report = derive_dataset(config.root, reading, options, parser, estimator)
+        write_json(file, report.to_dict() | revisions(config.parser, config.estimator))
     print(f"{report.summary()}\nReport: {file}")
     return FAILED_CHECK if report.refused else 0
 
@@ -97,7 +105,9 @@ def cache(config: DataCacheConfig) -> None:
     from i2am_train.assembly import chosen_device, model_folder
     from i2am_train.datasets.latent_cache import CacheLayout
     from i2am_train.datasets.opening import Reading
+    from i2am_train.locks import locked
     from i2am_train.models.tryon import TryOnModel
+    from i2am_train.runs import require_apart
     from i2am_train.training.caching import make_cache
 
     device = chosen_device(config.device)
@@ -107,17 +117,20 @@ def cache(config: DataCacheConfig) -> None:
         seed=config.seed,
         shard_samples=config.shard_samples,
     )
-    index = make_cache(
-        TryOnModel.from_pretrained(model_folder(config.init)).to(device),
-        config.root,
-        config.output,
-        layout,
-        reading=Reading(config.layout, tuple(config.categories), config.fit),
-        splits=config.splits,
-        batch_size=config.batch_size,
-        workers=config.workers,
-        progress=config.progress_bar,
-    )
+    require_apart(config.root, config.output)
+    model = TryOnModel.from_pretrained(model_folder(config.init)).to(device)
+    with locked(config.output):
+        index = make_cache(
+            model,
+            config.root,
+            config.output,
+            layout,
+            reading=Reading(config.layout, tuple(config.categories), config.fit),
+            splits=config.splits,
+            batch_size=config.batch_size,
+            workers=config.workers,
+            progress=config.progress_bar,
+        )
     shards = [shard for made in index.shards.values() for shard in made]
     counts = " and ".join(f"{total} {split}" for split, total in index.samples.items())
     print(

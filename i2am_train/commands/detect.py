@@ -33,12 +33,14 @@ def run(config: DetectConfig) -> None:
     """Run the experiment, print its tables and say where everything lies."""
     from rich.console import Console
 
+    from i2am_train.locks import locked
     from i2am_train.reporting.detection import tables_of
     from i2am_train.reporting.score_table_formats import terminal
     from i2am_train.tracking.session import sync_advice
 
     folder = output_folder(config)
-    results = detect(config, folder)
+    with locked(folder):
+        results = detect(config, folder)
     console = Console(markup=False, emoji=False)
     for table in tables_of(results):
         console.print(terminal(table))

@@ -10,16 +10,20 @@ from __future__ import annotations
 
 import os
 import re
+import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from textwrap import dedent
 from typing import Any, NoReturn
 
+from i2am_train.commands.faults import as_user_error
+from i2am_train.commands.stopping import sentence, stopped_by_signals
 from i2am_train.config.build import shortened, unknown_option
 from i2am_train.config.documentation import help_text
 from i2am_train.config.schema import COMMANDS, option_names
-from i2am_train.errors import ConfigError, I2AMError
+from i2am_train.errors import CommandStopped, ConfigError, RunFolderError
 from i2am_train.processes import first_process
 from i2am_train.quiet import quiet_libraries
 from i2am_train.redaction import without_secrets
@@ -28,7 +32,6 @@ FAILED_CHECK = 1
 """Exit status of a command that worked and found the input wanting (``i2am data check``)."""
 BAD_INPUT = 2
 """Exit status for input that the user can put right."""
-INTERRUPTED = 130
 
 HELP_FLAGS = ("--help", "-h")
 DEBUG_FLAG = "--debug"
@@ -159,30 +162,38 @@ def entry(command: str, run: Callable[[Any], int | None]) -> NoReturn:
     if DEBUG_FLAG in arguments:
         sys.argv.remove(DEBUG_FLAG)
         os.environ[DEBUG_VARIABLE] = "1"
-    with errors_as_text():
+    with errors_as_text(command), stopped_by_signals():
         sys.exit(run_with_hydra(command, run))
     raise AssertionError("unreachable: sys.exit raises")
 
 
 @contextmanager
-def errors_as_text() -> Iterator[None]:
+def errors_as_text(command: str = "") -> Iterator[None]:
     """Print an error that the user can put right as one paragraph and exit with status 2.
 
-    With ``--debug`` or I2AM_DEBUG=1 the error goes on instead, with its traceback.
+    With ``--debug`` or I2AM_DEBUG=1 the error goes on instead, with its traceback. A signal that stopped the command is
+    said, too.
     """
     try:
         yield
-    except I2AMError as error:
-        if os.environ.get(DEBUG_VARIABLE, "0") not in ("", "0"):
+    except CommandStopped as stop:
+        _say(sentence(command, stop))
+        sys.exit(stop.status)
+    except KeyboardInterrupt:  # from a library that handles the signal itself
+        _say(sentence(command, CommandStopped(signal.SIGINT)))
+        sys.exit(CommandStopped(signal.SIGINT).status)
+    except Exception as error:
+        told = as_user_error(error)
+        if told is None or os.environ.get(DEBUG_VARIABLE, "0") not in ("", "0"):
             raise
-        # The other processes of a distributed run fail the same way: one paragraph is enough.
-        if first_process():
-            text = without_secrets(WORKER_TRACEBACK.sub("", str(error)).strip())
-            print(f"i2am: {text}", file=sys.stderr)
-        sys.exit(error.status)
-    except KeyboardInterrupt:
-        print("\nInterrupted. The same command continues where possible.", file=sys.stderr)
-        sys.exit(INTERRUPTED)
+        _say(without_secrets(WORKER_TRACEBACK.sub("", str(told)).strip()))
+        sys.exit(told.status)
+
+
+def _say(text: str) -> None:
+    """One paragraph on standard error. The other processes of a distributed run end the same way: one is enough."""
+    if first_process():
+        print(f"i2am: {text}", file=sys.stderr)
 
 
 def command_help(command: str) -> str:
@@ -239,9 +250,10 @@ class _Task:
         from i2am_train.config.store import to_dataclass
 
         # Here, and not only around Hydra: it announces every exception that passes through it.
-        with errors_as_text():
+        with errors_as_text(self.command):
             config = to_dataclass(self.command, composed)
             _refuse_distributed_sweep(config)
+            _refuse_sweep_inside_data(config)
             self.entered = True
             quiet_libraries()
             self.status = self.run(config) or 0
@@ -330,6 +342,24 @@ def _refuse_distributed_sweep(config: Any) -> None:
         f"not work together. Found {', '.join(f'{prefix}{n}={getattr(group, n)}' for n in names)}. "
         "Set each to 1, or start the jobs one by one in a shell loop."
     )
+
+
+def _refuse_sweep_inside_data(config: Any) -> None:
+    """A sweep's own file would change the dataset for all runs on it."""
+    from hydra.core.hydra_config import HydraConfig
+    from hydra.types import RunMode
+
+    from i2am_train.runs import require_apart
+
+    root = getattr(getattr(config, "data", config), "root", None)
+    if root is not None and HydraConfig.get().mode == RunMode.MULTIRUN:
+        folder = Path(HydraConfig.get().sweep.dir).absolute()
+        try:
+            require_apart(root, folder)
+        except RunFolderError as error:
+            raise RunFolderError(
+                f"{error} Hydra keeps a sweep's options there: give hydra.sweep.dir=FOLDER, and delete {folder}."
+            ) from error
 
 
 def _indented(text: str) -> str:

@@ -152,11 +152,14 @@ def evaluate(config: EvaluateConfig, folder: Path) -> dict[str, Any]:
     """The results of a checkpoint or of finished images; computed unless the folder holds them already.
 
     Raises:
-        I2AMError: checkpoint, data, images or folder do not fit the configuration.
+        I2AMError: checkpoint, data, images or folder do not fit the configuration, or another process writes it.
     """
-    if config.checkpoint is None:
-        return evaluate_folders(config, folder)
-    return evaluate_checkpoint(config, config.checkpoint, folder)
+    from i2am_train.locks import locked
+
+    with locked(folder):
+        if config.checkpoint is None:
+            return evaluate_folders(config, folder)
+        return evaluate_checkpoint(config, config.checkpoint, folder)
 
 
 def evaluate_folders(config: EvaluateConfig, folder: Path) -> dict[str, Any]:
@@ -173,13 +176,15 @@ def evaluate_folders(config: EvaluateConfig, folder: Path) -> dict[str, Any]:
     from i2am_train.evaluation.results import read_results, write_evaluation
     from i2am_train.evaluation.scoring import check_scoring, score_images
     from i2am_train.fingerprints import data_state
-    from i2am_train.runs import RunFolder
+    from i2am_train.runs import RunFolder, require_apart
     from i2am_train.tracking.evaluation import track_evaluation
     from i2am_train.types import GridSize, Pairing
 
     assert config.images is not None  # the schema's check
     assert config.reference is not None
     check_device(config.device)
+    for root in (config.images, config.reference):
+        require_apart(root, folder, config.tracking.folder)
     paired = config.evaluation.pairing is Pairing.PAIRED
     images, reference = open_folders(
         config.images,
@@ -269,7 +274,7 @@ def _evaluate_checkpoint(config: EvaluateConfig, checkpoint: str, folder: Path) 
     from i2am_train.tracking.evaluation import track_evaluation
     from i2am_train.types import Pairing
 
-    model, datamodule = prepare(config, checkpoint)
+    model, datamodule = prepare(config, checkpoint, folder)
     settings = plain(config) | {"checkpoint": str(model_folder(checkpoint))}
     if not first_process():
         wait_for(folder / MANIFEST_FILE)
@@ -341,8 +346,10 @@ def generate(
     trainer.test(make_untrained_module(model), datamodule, verbose=False)
 
 
-def prepare(config: EvaluateConfig, checkpoint: str) -> tuple[TryOnModel, TryOnDataModule]:
-    """Model and data of an evaluation, made before its folder: bad input leaves nothing behind.
+def prepare(
+    config: EvaluateConfig, checkpoint: str, folder: Path
+) -> tuple[TryOnModel, TryOnDataModule]:
+    """Model and data of an evaluation in ``folder``; bad input leaves nothing behind.
 
     Raises:
         I2AMError: device, checkpoint, data, layers, metrics or number of samples do not fit the configuration.
@@ -364,7 +371,8 @@ def prepare(config: EvaluateConfig, checkpoint: str) -> tuple[TryOnModel, TryOnD
     model = load_model(checkpoint, config.data)
     settings = make_settings(config.sampling, config.attribution, config.evaluation.metrics)
     check_settings(model, settings)
-    root = prepare_data(config.data)  # may draw the embedded dataset, which takes a while
+    # May draw the embedded dataset, which takes a while.
+    root = prepare_data(config.data, folder, config.tracking.folder)
     datamodule = make_datamodule(
         config.data,
         root,

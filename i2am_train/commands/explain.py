@@ -42,14 +42,17 @@ class _Case:
 
 def run(config: ExplainConfig) -> None:
     """Explain the samples, or the picture of another model, and say where pictures and page lie."""
+    from i2am_train.locks import locked
     from i2am_train.reporting.explorer import PAGE
 
     if config.model == TRYON:
-        folder = explain(config)
+        with locked(folder_of(config)):
+            folder = explain(config)
     else:
-        from i2am_train.commands.explain_other import explain_picture
+        from i2am_train.commands import explain_other
 
-        folder = explain_picture(config)
+        with locked(explain_other.folder_of(config)):
+            folder = explain_other.explain_picture(config)
     pictures = len([path for path in folder.rglob("*.png") if path.parent.name not in KEPT])
     size = (folder / PAGE).stat().st_size / 10**6
     print(f"{pictures} pictures, scores, maps and {PAGE} ({size:.1f} MB) in {folder}")
@@ -71,12 +74,12 @@ def explain(config: ExplainConfig) -> Path:
     device = chosen_device(config.device)
     names = _labels(config.checkpoints)
     models = {name: load_model(path, config.data) for name, path in names.items()}
-    root = prepare_data(config.data)
+    root = prepare_data(config.data, folder_of(config))
     data, samples = data_state(root).fingerprint, _samples(config, root)
     folders = {name: str(model_folder(path)) for name, path in names.items()}
     where = list(folders.values())
     settings = plain(config) | {"checkpoint": where if len(where) > 1 else where[0]}
-    RunFolder.check(_folder(config), settings, may_differ=MAY_DIFFER)  # before images are made
+    RunFolder.check(folder_of(config), settings, may_differ=MAY_DIFFER)  # before images are made
     cases = {
         name: [
             _case(config, name, model, sample, device, _origin(config, folders[name], data))
@@ -85,7 +88,7 @@ def explain(config: ExplainConfig) -> Path:
         for name, model in models.items()
     }
     page_data = _page_data(config, samples, cases)
-    folder = RunFolder.open(_folder(config), settings, may_differ=MAY_DIFFER)
+    folder = RunFolder.open(folder_of(config), settings, may_differ=MAY_DIFFER)
     folder.start(seed=config.sampling.seed, data=data)
     for case in (case for made in cases.values() for case in made):
         write_explained(folder / case.folder, case.sample)
@@ -106,7 +109,8 @@ def _labels(checkpoints: list[str]) -> dict[str, str]:
     return dict(zip(short if unique else checkpoints, checkpoints, strict=True))
 
 
-def _folder(config: ExplainConfig) -> Path:
+def folder_of(config: ExplainConfig) -> Path:
+    """``output``, or a folder in ``runs/`` named after what is explained."""
     if config.output is not None:
         return config.output
     checkpoints = "+".join(Path(checkpoint).name for checkpoint in config.checkpoints)

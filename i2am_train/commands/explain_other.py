@@ -48,10 +48,10 @@ def explain_picture(config: ExplainConfig) -> Path:
     from i2am_train.runs import RunFolder, write_text
 
     # Before it is made, when a model of the hub may not be there yet.
-    RunFolder.check(_folder(config), plain(config), may_differ=(*MAY_DIFFER, "revisions"))
+    RunFolder.check(folder_of(config), plain(config), may_differ=(*MAY_DIFFER, "revisions"))
     case = _explained(config)
     settings = plain(config) | revisions(*config.checkpoints)
-    folder = RunFolder.open(_folder(config), settings, may_differ=MAY_DIFFER)
+    folder = RunFolder.open(folder_of(config), settings, may_differ=MAY_DIFFER)
     folder.start(seed=config.sampling.seed)
     marks = " ".join(case.explained.maps.marks)
     for name, figure in case.figures.items():
@@ -228,7 +228,8 @@ def _name(config: ExplainConfig) -> str:
     return "-".join(path.stem for path in files if path is not None)
 
 
-def _folder(config: ExplainConfig) -> Path:
+def folder_of(config: ExplainConfig) -> Path:
+    """``output``, or a folder in ``runs/`` named after model and picture."""
     if config.output is not None:
         return config.output
     model = config.model if config.model != FACTORY else str(config.factory).partition(":")[0]

@@ -26,11 +26,13 @@ def run(config: InitConfig) -> None:
     from i2am_train.config.hub import revisions
     from i2am_train.errors import RunFolderError
     from i2am_train.models.key_report import KeyMismatchError
+    from i2am_train.runs import require_own_json
 
     if config.output.exists():
         raise RunFolderError(
             f"'{config.output}' exists. Nothing was written. Give another output=FOLDER."
         )
+    require_own_json(report_file(config.output), ("file", "mapped", "unexpected"))
     try:
         made = _make_model(config) if config.pipeline_file is None else _make_pipeline(config)
     except KeyMismatchError as error:
@@ -90,11 +92,16 @@ The pipeline's own call masks away the warped garment, which DCI-VTON keeps in t
 as the start noise (latents=); for its images, call pipeline.unet with both, and no guidance."""
 
 
+def report_file(output: Path) -> Path:
+    """Where what became of every key is written: beside the model's folder."""
+    return output.with_name(f"{output.name}.keys.json")
+
+
 def write_report(output: Path, reports: Sequence[KeyReport]) -> Path:
     """Writes what became of every key beside the model's folder."""
     from i2am_train.runs import write_json
 
-    file = output.with_name(f"{output.name}.keys.json")
+    file = report_file(output)
     write_json(file, [report.as_json() for report in reports])
     return file
 

@@ -20,10 +20,12 @@ Write = Callable[[Path], "tuple[dict[str, Any], list[Section]]"]
 
 def run(config: ReportConfig) -> None:
     """Make the report, and say what was made, what was left out and why."""
+    from i2am_train.locks import locked
     from i2am_train.reporting.paper_page import left_out
     from i2am_train.runs import read_json
 
-    folder = report(config)
+    with locked(config.folder):
+        folder = report(config)
     index = read_json(folder / INDEX)
     for table in index.get("tables", ()):
         print(f"{table['paper']:<12} {table['table']:<19} {', '.join(table['files'])}")

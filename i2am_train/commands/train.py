@@ -41,11 +41,12 @@ def train(config: TrainConfig) -> Path:
     """Train one run, or continue it, or leave it if it is finished; the run folder.
 
     Raises:
-        I2AMError: data, checkpoint, layer or run folder do not fit the configuration.
+        I2AMError: data, checkpoint, layer or run folder do not fit the configuration, or another process writes it.
     """
     from i2am_train.datasets.broken import noted_in
+    from i2am_train.locks import locked
 
-    with noted_in(config.folder):
+    with locked(config.folder), noted_in(config.folder):
         return _train(config)
 
 
@@ -57,14 +58,14 @@ def _train(config: TrainConfig) -> Path:
         record_model,
         release_signals,
     )
-    from i2am_train.callbacks.checkpoints import latest_checkpoint
+    from i2am_train.callbacks.checkpoints import resume_point
     from i2am_train.config.build import plain
     from i2am_train.config.hub import revisions
     from i2am_train.fingerprints import data_state
     from i2am_train.models.lora import has_adapters, save_adapters
     from i2am_train.runs import MANIFEST_FILE, MODEL_FOLDER, RunFolder
     from i2am_train.training.optimization import trained_weights
-    from i2am_train.training.preflight import memory_advice
+    from i2am_train.training.preflight import check_trained, memory_advice
 
     module, datamodule = prepare(config)
     if not first_process():
@@ -82,13 +83,16 @@ def _train(config: TrainConfig) -> Path:
     if first_process():
         folder.start(seed=config.seed, data=data_state(datamodule.root))
         print(trained_weights(module.model))
+    checkpoint, damage = resume_point(folder.path)
+    if first_process():
+        print(*damage, sep="\n", end="\n" if damage else "")
     trainer = make_trainer(config, folder.path)
-    checkpoint = latest_checkpoint(folder.path)
     try:
         with memory_advice(trainer):
             trainer.fit(
                 module, datamodule, ckpt_path=None if checkpoint is None else str(checkpoint)
             )
+        check_trained(trainer, config)
         if (model := module.whole_model()) is not None:
             model.save_pretrained(folder / MODEL_FOLDER)
             if has_adapters(model.unet):
@@ -148,9 +152,9 @@ def prepare(config: TrainConfig) -> tuple[TryOnModule, TryOnDataModule]:
     from i2am_train.datasets.reading import TryOnDataset
     from i2am_train.datasets.viton_hd import require_correspondence
     from i2am_train.evaluation.evaluator import check_settings
-    from i2am_train.training.preflight import check_best, check_disk
+    from i2am_train.training.preflight import check_batches, check_best, check_disk
 
-    check_trainer(config)
+    processes = check_trainer(config)
     check_best(config)
     torch.manual_seed(config.seed)
     module = make_module(config)
@@ -159,7 +163,8 @@ def prepare(config: TrainConfig) -> tuple[TryOnModule, TryOnDataModule]:
             module.model,
             make_settings(config.sampling, config.attribution, config.evaluation.metrics),
         )
-    root = prepare_data(config.data)  # may draw the embedded dataset, which takes a while
+    # May draw the embedded dataset, which takes a while.
+    root = prepare_data(config.data, config.folder, config.tracking.folder)
     if config.objective.supervised:
         require_correspondence(root)
     datamodule = make_datamodule(
@@ -170,9 +175,14 @@ def prepare(config: TrainConfig) -> tuple[TryOnModule, TryOnDataModule]:
         validation_samples=config.validation.samples,
         cache=open_cache(config.data, root, module.model),
     )
-    read: list[object] = [datamodule.train_dataset()]
+    training = datamodule.train_dataset()
+    read: list[object] = [training]
+    held_out = 0
     if config.validation.samples:
-        read.append(datamodule.validation_dataset())
+        validation = datamodule.validation_dataset()
+        read.append(validation)
+        held_out = len(validation)
+    check_batches(config, len(training), held_out, processes)
     if first_process():
         refuse_broken_pictures([one for one in read if isinstance(one, TryOnDataset)])
     check_disk(config, module.model)

@@ -454,8 +454,9 @@ class TrainerConfig:
     checkpoint_every_n_steps: int | None = None
     """Optimizer steps between two checkpoints, from which a stopped run goes on; null: one at the
     end of each epoch. A run that is told to stop (Ctrl-C, SIGTERM) saves one in any case."""
-    keep_checkpoints: int = 1
-    """Latest checkpoints that are kept."""
+    keep_checkpoints: int = 2
+    """Latest checkpoints that are kept; a stopped run goes on from the one before if the newest is
+    damaged."""
     keep_best: str | None = None
     """Validation score by which the best model so far is kept in best/, e.g. imacs_g; null: none."""
     snapshot_every_n_steps: int | None = None
@@ -479,6 +480,8 @@ class TrainerConfig:
             if getattr(self, name) is not None:
                 _check_at_least(f"trainer.{name}", getattr(self, name), 1)
         _check_at_least("trainer.keep_checkpoints", self.keep_checkpoints, 1)
+        if self.limit_train_batches == 0:
+            _refuse("trainer.limit_train_batches", 0, "above 0, or null for all: 0 trains nothing")
         if self.strategy.startswith(("deepspeed", f"{SHARDED}_")):
             _refuse("trainer.strategy", self.strategy, f"{SHARDED}, which shards by itself")
 

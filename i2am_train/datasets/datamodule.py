@@ -28,6 +28,7 @@ from i2am_train.datasets.opening import AS_IT_LIES, Reading, list_length, open_d
 from i2am_train.datasets.reading import EpochPosition, TryOnDataset
 from i2am_train.datasets.sample import TryOnSample
 from i2am_train.errors import DataError
+from i2am_train.processes import ignore_interrupts
 from i2am_train.types import GridSize, Pairing, Split
 
 
@@ -183,7 +184,7 @@ class TryOnDataModule(L.LightningDataModule):
         mine = self.test_batches[self._rank() :: self._processes()] or self.test_batches[:1]
         return DataLoader(
             dataset, batch_sampler=[list(batch) for batch in mine], num_workers=self.workers,
-            pin_memory=torch.cuda.is_available(),
+            worker_init_fn=ignore_interrupts, pin_memory=torch.cuda.is_available(),
             generator=torch.Generator().manual_seed(self.seed),
         )  # fmt: skip
 
@@ -205,6 +206,7 @@ class TryOnDataModule(L.LightningDataModule):
         """How loaders read, whatever they read."""
         return {
             "num_workers": self.workers,
+            "worker_init_fn": ignore_interrupts,
             "persistent_workers": self.workers > 0,
             "pin_memory": torch.cuda.is_available(),
             # They would otherwise draw a seed from the global stream, and so change what training draws next.

@@ -51,6 +51,7 @@ from i2am_train.datasets.object_storage import fetch, read_bytes
 from i2am_train.datasets.opening import AS_IT_LIES, Reading, split_layouts
 from i2am_train.datasets.reading import EpochPosition, SampleIndexError
 from i2am_train.errors import ConfigError, DataError
+from i2am_train.files import written
 from i2am_train.redaction import without_secrets
 from i2am_train.runs import file_fingerprint, free_space, write_json
 from i2am_train.types import GridSize, Pairing, Split
@@ -251,17 +252,12 @@ def write_shard(
 ) -> Shard:
     """Write packed rows as one file; it appears complete or not at all."""
     file = f"{split}-{first:06d}.safetensors"
-    temporary = folder / f".{file}.{os.getpid()}.tmp"
-    try:
-        save_file({name: torch.stack([row[name] for row in rows]) for name in rows[0]}, temporary)
-        shard = Shard(
-            file=file, first=first, samples=samples, bytes=temporary.stat().st_size,
-            sha256=file_fingerprint(temporary), crc32=[row_checksum(row) for row in rows],
+    with written(folder / file) as unfinished:
+        save_file({name: torch.stack([row[name] for row in rows]) for name in rows[0]}, unfinished)
+        return Shard(
+            file=file, first=first, samples=samples, bytes=unfinished.stat().st_size,
+            sha256=file_fingerprint(unfinished), crc32=[row_checksum(row) for row in rows],
         )  # fmt: skip
-        temporary.replace(folder / file)
-    finally:
-        temporary.unlink(missing_ok=True)
-    return shard
 
 
 class LatentCache:

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import ClassVar, Literal, NamedTuple
 
 from i2am_train.errors import DataError
+from i2am_train.locks import LOCK
 from i2am_train.types import Pairing, Split
 
 PERSON, GARMENT = "image", "cloth"
@@ -351,7 +352,8 @@ def entries(folder: Path) -> str:
     """The names in a folder, for messages."""
     if not folder.is_dir():
         return "no such folder"
-    return ", ".join(sorted(entry.name for entry in folder.iterdir())) or "nothing"
+    names = (entry.name for entry in folder.iterdir() if entry.name != LOCK)
+    return ", ".join(sorted(names)) or "nothing"
 
 
 def _nearby(root: Path, list_name: str) -> str:

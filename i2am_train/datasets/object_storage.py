@@ -4,7 +4,6 @@ Each protocol has a client library of its own, and each client its own errors; h
 :class:`~i2am_train.errors.DataError` that names the URL and says what to do.
 """
 
-import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -13,6 +12,7 @@ from pathlib import Path
 import fsspec
 
 from i2am_train.errors import DataError
+from i2am_train.files import DISK_FULL, UNFINISHED, written
 from i2am_train.redaction import without_secrets
 from i2am_train.runs import file_fingerprint
 
@@ -46,27 +46,21 @@ def fetch(url: str, path: Path, sha256: str) -> None:
         FileNotFoundError: there is no such file.
         DataError: it cannot be read, or has another digest than it should.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # The process id keeps two readers of the same file apart.
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    _remove_abandoned(path)
-    try:
+    _remove_abandoned(path.parent)
+    with written(path) as unfinished:
         for pause in PAUSES:
             try:
-                _copy(url, temporary, sha256)
+                _copy(url, unfinished, sha256)
                 break
             except TransferError:
                 time.sleep(pause)
         else:
-            _copy(url, temporary, sha256)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+            _copy(url, unfinished, sha256)
 
 
-def _remove_abandoned(path: Path) -> None:
-    """Removes parts of a file that nobody brings any more: a process that is killed cannot remove its own."""
-    for part in path.parent.glob(f".{path.name}.*.tmp"):
+def _remove_abandoned(folder: Path) -> None:
+    """Removes parts of files that nobody brings any more: a process that is killed cannot remove its own."""
+    for part in folder.glob(f".*{UNFINISHED}"):
         with suppress(FileNotFoundError):  # its own process was faster
             if time.time() - part.stat().st_mtime > ABANDONED:
                 part.unlink()
@@ -90,14 +84,22 @@ def _errors_named(url: str) -> Iterator[None]:
         yield
     except FileNotFoundError:
         raise
+    except OSError as error:
+        if error.errno in DISK_FULL:  # not the storage's fault: the copy here has no room
+            raise
+        raise _unreadable(url, error) from error
     except ImportError as error:
         raise DataError(
             f"{without_secrets(url)} cannot be read: {error}. Install that package where i2am_train is "
             "installed (pip install ...)."
         ) from error
     except Exception as error:  # each client fails in its own words
-        reason = without_secrets((str(error).strip() or "no reason given").splitlines()[0])
-        raise TransferError(
-            f"{without_secrets(url)} cannot be read ({type(error).__name__}: {reason}). Check the address, the network "
-            "and the credentials; the same command then goes on where it was."
-        ) from error
+        raise _unreadable(url, error) from error
+
+
+def _unreadable(url: str, error: Exception) -> TransferError:
+    reason = without_secrets((str(error).strip() or "no reason given").splitlines()[0])
+    return TransferError(
+        f"{without_secrets(url)} cannot be read ({type(error).__name__}: {reason}). Check the address, the network "
+        "and the credentials; the same command then goes on where it was."
+    )

@@ -7,9 +7,8 @@ the whole picture and adds equal margins on two sides, ``crop`` keeps the larges
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -25,7 +24,7 @@ from i2am_train.datasets.picture_files import (
     read_grey,
     read_rgb,
 )
-from i2am_train.errors import DataError
+from i2am_train.files import written
 from i2am_train.types import GridSize
 
 Fit = Literal["stretch", "pad", "crop"]
@@ -76,11 +75,7 @@ def advice_on(path: Path) -> Iterator[None]:
 
 
 def write_picture(path: Path, picture: NDArray[Any]) -> None:
-    """Write RGB, grey or a mask (True as 255) in one step: readers see a whole picture or none.
-
-    Raises:
-        DataError: the folder cannot be written.
-    """
+    """Write RGB, grey or a mask (True as 255) in one step: readers see a whole picture or none."""
     if picture.dtype == np.bool_:
         picture = picture.astype(np.uint8) * np.uint8(255)
     if picture.ndim == 3:
@@ -91,23 +86,9 @@ def write_picture(path: Path, picture: NDArray[Any]) -> None:
 
 
 def write_bytes(path: Path, content: bytes) -> None:
-    """Write a file in one step.
-
-    Raises:
-        DataError: the folder cannot be written.
-    """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_bytes(content)
-        temporary.replace(path)
-    except OSError as error:
-        with suppress(OSError):
-            temporary.unlink()
-        raise DataError(
-            f"Could not write {path}: {error.strerror or error}. "
-            "Check that the disk has room and the folder is writable."
-        ) from error
+    """Write a file in one step."""
+    with written(path) as unfinished:
+        unfinished.write_bytes(content)
 
 
 # -- one size ------------------------------------------------------------------------------------------------------

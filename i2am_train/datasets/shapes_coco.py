@@ -6,8 +6,6 @@ photographs. Every picture is a function of (seed, index) alone.
 
 from __future__ import annotations
 
-import os
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +15,7 @@ from numpy.typing import NDArray
 
 from i2am_train.datasets.arrays import Image, Mask
 from i2am_train.datasets.pictures import write_picture
+from i2am_train.locks import staged
 from i2am_train.runs import write_json
 from i2am_train.types import GridSize
 
@@ -39,23 +38,26 @@ def make_shapes(root: Path, images: int, seed: int = 0) -> Path:
     """
     if root.is_dir():
         return root
-    partial = root.with_name(f"{root.name}.{os.getpid()}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
+    with staged(root) as folder:
+        _draw_all(folder, images, seed)
+    return root
+
+
+def _draw_all(folder: Path, images: int, seed: int) -> None:
+    """Pictures and the file of their annotations."""
     entries: list[dict[str, Any]] = []
     annotations: list[dict[str, Any]] = []
     for index in range(images):
         picture, objects = draw_shapes(seed, index)
         image_id, name = index + 1, f"{index + 1:012d}.jpg"
-        write_picture(partial / SPLIT / name, picture)
+        write_picture(folder / SPLIT / name, picture)
         height, width = picture.shape[:2]
         entries.append({"id": image_id, "file_name": name, "height": height, "width": width})
         for entry in objects:
             annotations.append({"id": len(annotations) + 1, "image_id": image_id, **entry})
     categories = [{"id": i + 1, "name": name} for i, name in enumerate(CATEGORIES)]
     content = {"images": entries, "annotations": annotations, "categories": categories}
-    write_json(partial / "annotations" / f"instances_{SPLIT}.json", content)
-    partial.rename(root)
-    return root
+    write_json(folder / "annotations" / f"instances_{SPLIT}.json", content)
 
 
 def draw_shapes(seed: int, index: int) -> tuple[Image, list[dict[str, Any]]]:

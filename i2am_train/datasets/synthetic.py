@@ -11,7 +11,6 @@ import json
 import math
 import multiprocessing
 import os
-import shutil
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
@@ -41,6 +40,9 @@ from i2am_train.datasets.meshes import (
 from i2am_train.datasets.parsing import VITON_HD, LabelMap, write_labels
 from i2am_train.datasets.people import SIDES, Body, Person
 from i2am_train.errors import DataError
+from i2am_train.files import named_errors
+from i2am_train.locks import staged
+from i2am_train.processes import ignore_interrupts
 from i2am_train.runs import write_text
 from i2am_train.types import GridSize, Split
 
@@ -576,16 +578,14 @@ def make_dataset(
     if root.exists():
         _check_same(root, description)
         return root
-    partial_root = root.with_name(root.name + ".partial")
-    shutil.rmtree(partial_root, ignore_errors=True)
-    _make_folders(partial_root)
-    write = partial(_render_and_write, partial_root, size, seed, annotations)
-    jobs = [(Split.TRAIN, index) for index in range(train)]
-    jobs += [(Split.TEST, FIRST_TEST_INDEX + index) for index in range(test)]
-    _write_samples(write, jobs, workers, progress)
-    _write_pairs(partial_root, train, test)
-    (partial_root / DESCRIPTION_FILE).write_text(json.dumps(description, indent=2) + "\n")
-    os.replace(partial_root, root)
+    with staged(root) as folder:
+        _make_folders(folder)
+        write = partial(_render_and_write, folder, size, seed, annotations)
+        jobs = [(Split.TRAIN, index) for index in range(train)]
+        jobs += [(Split.TEST, FIRST_TEST_INDEX + index) for index in range(test)]
+        _write_samples(write, jobs, workers, progress)
+        _write_pairs(folder, train, test)
+        (folder / DESCRIPTION_FILE).write_text(json.dumps(description, indent=2) + "\n")
     return root
 
 
@@ -645,7 +645,7 @@ def _write_samples(
         return
     # A fork of a process that already runs threads (torch, OpenCV) may hang.
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(count, mp_context=context) as pool:
+    with ProcessPoolExecutor(count, context, initializer=ignore_interrupts) as pool:
         for _ in bar(pool.map(write, jobs, chunksize=16)):
             pass
 
@@ -684,12 +684,12 @@ def write_sample(folder: Path, sample: SyntheticSample) -> None:
 
 
 def _write(path: Path, picture: NDArray[np.generic]) -> None:
-    """Write a picture or say why not."""
+    """Write a picture; not in one step, as the whole folder appears in one."""
     options = JPEG if path.suffix == ".jpg" else PNG
-    if not cv2.imwrite(str(path), np.ascontiguousarray(picture), options):
-        raise DataError(
-            f"Could not write {path}. Check that the disk has room and the folder is writable."
-        )
+    # Not cv2.imwrite, which does not say why it failed.
+    _, content = cv2.imencode(path.suffix, np.ascontiguousarray(picture), options)
+    with named_errors(path):
+        path.write_bytes(content.tobytes())
 
 
 def _write_pairs(root: Path, train: int, test: int) -> None:

@@ -29,6 +29,7 @@ from i2am_train.datasets.arrays import Image
 from i2am_train.datasets.coco import Bench, BenchSample
 from i2am_train.evaluation.batches import batches
 from i2am_train.evaluation.results import CONFIDENCE, IMAGES, write_image
+from i2am_train.files import written
 from i2am_train.metrics.boxes import (
     Box,
     authors_box,
@@ -86,13 +87,9 @@ class KeptPaintings:
         """Keep a batch: images first, maps last and in one step."""
         for position, image in zip(batch, painted.images, strict=True):
             write_image(self.folder, self.samples[position].name, torch.from_numpy(image))
-        place = self._place(batch)
-        place.parent.mkdir(parents=True, exist_ok=True)
-        temporary = place.with_name(f".{place.name}.tmp")
-        save_file(
-            unified_maps(painted, weighting), temporary, {FUNCTIONAL: str(painted.functional)}
-        )
-        temporary.replace(place)
+        maps = unified_maps(painted, weighting)
+        with written(self._place(batch)) as unfinished:
+            save_file(maps, unfinished, {FUNCTIONAL: str(painted.functional)})
 
     def maps(self, batch: range) -> dict[str, Tensor]:
         """The maps ``[batch, height, width]`` of a batch, by name."""

@@ -28,6 +28,7 @@ from i2am_train.evaluation.results import (
     write_panels,
 )
 from i2am_train.evaluation.scoring import ImageScores, ScoringOptions, score_images
+from i2am_train.files import UNFINISHED
 from i2am_train.reporting.records import PANEL_ARRAYS, PANELS, Panels, read_panels
 from i2am_train.runs import read_json, write_json
 
@@ -78,7 +79,7 @@ class GeneratedSamples:
     def clear(self) -> None:
         """Removes what the finished evaluation holds elsewhere."""
         shutil.rmtree(self.folder / PARTIAL, ignore_errors=True)
-        for half_written in (self.folder / IMAGES).glob(".*.tmp"):
+        for half_written in (self.folder / IMAGES).glob(f".*{UNFINISHED}"):
             half_written.unlink()
 
     def image_path(self, position: int) -> Path:

@@ -1,7 +1,6 @@
 """Files of an evaluation: scores as JSON, samples as JSON lines, images as PNG, panels as safetensors."""
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from safetensors.numpy import save_file
 from torch import Tensor
 
 from i2am_train.evaluation.evaluator import EvaluationResult, Panel, score_columns
+from i2am_train.files import written
 from i2am_train.reporting.records import PANEL_ARRAYS, PANELS, RESULTS, SAMPLES, Panels
 from i2am_train.reporting.statistics import Over, mean_interval
 from i2am_train.runs import write_json, write_text
@@ -55,11 +55,8 @@ def sample_intervals(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, f
 
 def write_image(folder: Path, name: str, image: Tensor) -> None:
     """Writes a uint8 [height, width, 3] image as ``images/<name>.png``."""
-    path = folder / IMAGES / f"{name}.png"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    Image.fromarray(image.cpu().numpy()).save(temporary, format="PNG")
-    os.replace(temporary, path)
+    with written(folder / IMAGES / f"{name}.png") as unfinished:
+        Image.fromarray(image.cpu().numpy()).save(unfinished, format="PNG")
 
 
 def stack_panels(panels: Mapping[int, Panel]) -> Panels:
@@ -88,10 +85,8 @@ def write_panels(folder: Path, panels: Panels) -> None:
         "names": json.dumps(panels.names),
         "garment_names": json.dumps(panels.garment_names),
     }
-    folder.mkdir(parents=True, exist_ok=True)
-    temporary = folder / f".{PANELS}.{os.getpid()}.tmp"
-    save_file({name: getattr(panels, name) for name in PANEL_ARRAYS}, temporary, metadata)
-    os.replace(temporary, folder / PANELS)
+    with written(folder / PANELS) as unfinished:
+        save_file({name: getattr(panels, name) for name in PANEL_ARRAYS}, unfinished, metadata)
 
 
 def read_results(folder: Path) -> dict[str, Any] | None:

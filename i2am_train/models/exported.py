@@ -1,9 +1,7 @@
 """Writes a model as a pipeline folder of diffusers, with the code that it needs, for people without i2am_train."""
 
 import json
-import os
 import shutil
-import tempfile
 from dataclasses import asdict
 from pathlib import Path
 
@@ -11,6 +9,7 @@ import diffusers
 import torch
 
 from i2am_train.errors import CheckpointError
+from i2am_train.locks import staged
 from i2am_train.models import pipeline, projector
 from i2am_train.models.tryon import (
     INDEX_FILE,
@@ -32,19 +31,14 @@ def export_pipeline(model: TryOnModel, folder: Path, *, dtype: torch.dtype, card
         CheckpointError: the folder exists and is not empty.
     """
     check_free(folder)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as temporary:
-        staged = Path(temporary) / "model"
-        model.save_pretrained(staged)
-        for file in staged.rglob("*.safetensors"):
+    with staged(folder) as content:
+        model.write(content)
+        for file in content.rglob("*.safetensors"):
             convert_weights(file, dtype)
-        (staged / INDEX_FILE).write_text(json.dumps(_index(model), indent=2) + "\n")
-        shutil.copyfile(pipeline.__file__, staged / "pipeline.py")
-        shutil.copyfile(projector.__file__, staged / "projector" / "projector.py")
-        (staged / CARD_FILE).write_text(card, encoding="utf-8")
-        if folder.is_dir():
-            folder.rmdir()
-        os.replace(staged, folder)
+        (content / INDEX_FILE).write_text(json.dumps(_index(model), indent=2) + "\n")
+        shutil.copyfile(pipeline.__file__, content / "pipeline.py")
+        shutil.copyfile(projector.__file__, content / "projector" / "projector.py")
+        (content / CARD_FILE).write_text(card, encoding="utf-8")
 
 
 def check_free(folder: Path) -> None:

@@ -8,9 +8,7 @@ reference (``learnable_vector``). The order of input channels is that of diffuse
 
 import json
 import math
-import os
 import re
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -22,6 +20,7 @@ from torch import Tensor
 from transformers import CLIPImageProcessor, CLIPVisionConfig
 
 from i2am_train.errors import CheckpointError
+from i2am_train.locks import staged
 from i2am_train.models.build import BETA_END, BETA_START
 from i2am_train.models.key_report import (
     KeyReport,
@@ -117,12 +116,9 @@ def write_pipeline(pipeline: PaintByExamplePipeline, folder: Path, *, half: bool
     if half:
         for part in ("unet", "vae", "image_encoder"):
             check_network(getattr(pipeline, part).half(), "the pipeline in float16", part)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as temporary:
-        staged = Path(temporary) / "pipeline"
-        pipeline.save_pretrained(staged)
-        _name_encoder(staged / INDEX_FILE)
-        os.replace(staged, folder)
+    with staged(folder) as content:
+        pipeline.save_pretrained(content)
+        _name_encoder(content / INDEX_FILE)
 
 
 def _name_encoder(index: Path) -> None:

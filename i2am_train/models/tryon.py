@@ -9,9 +9,6 @@ garment's patch tokens; nothing else tells it about the garment. A folder in dif
 import inspect
 import json
 import math
-import os
-import shutil
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -30,11 +27,13 @@ from i2am_train.attribution.recipes import diffusers_decoder
 from i2am_train.attribution.sites import Recipe
 from i2am_train.config.build import build
 from i2am_train.errors import CheckpointError, ConfigError
+from i2am_train.locks import staged
 from i2am_train.models.diffusion import NoiseSchedule
 from i2am_train.models.lora import copy_adapters, merged
 from i2am_train.models.pretrained import load_encoder, load_network, load_part, reading
 from i2am_train.models.projector import ReferenceProjector
 from i2am_train.models.watch import Watch
+from i2am_train.runs import free_space
 from i2am_train.types import GridSize
 from i2am_train.weight_files import check_numbers, read_object
 
@@ -42,6 +41,8 @@ diffusers_logging.disable_progress_bar()  # "Writing model shards" for files of 
 transformers_logging.disable_progress_bar()
 
 INDEX_FILE = "model_index.json"
+PARTS = ("scheduler", "unet", "vae", "reference_encoder", "projector")
+"""Folders of a model's folder."""
 COMPONENTS = ("unet", "vae", "reference_encoder", "projector", "scheduler")
 NOISE_SCHEDULE = "noise_schedule"
 """Entry of an exported pipeline's index; the model reads its scheduler instead."""
@@ -306,34 +307,30 @@ class TryOnModel(nn.Module):
     def save_pretrained(self, folder: str | Path, *, half: bool = False) -> None:
         """Writes the model's folder; it appears complete or not at all. Adapters are merged into the U-Net's weights.
 
-        ``half`` stores the weights as float16. Raises ``CheckpointError`` when the folder exists and is not a model, or
-        when the disk has not enough space for it.
+        ``half`` stores the weights as float16. Raises ``CheckpointError`` when the folder exists and holds anything but
+        such a model, or when the disk has not enough space for it.
         """
-        folder = Path(folder)
-        if folder.exists() and any(folder.iterdir()) and not (folder / INDEX_FILE).is_file():
+        folder = Path(folder).absolute()
+        if foreign := _foreign_files(folder):
             raise CheckpointError(
-                f"'{folder}' exists and holds something that is not a try-on model (no {INDEX_FILE}). "
+                f"'{folder}' exists and holds something that is not a try-on model ({', '.join(foreign[:5])}). "
                 "Nothing was written. Choose another folder."
             )
-        folder.parent.mkdir(parents=True, exist_ok=True)
         self._check_space(folder.parent)
-        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as temporary:
-            staged = Path(temporary) / "model"
-            self._write(staged, half)
-            if folder.exists():
-                os.replace(folder, Path(temporary) / "previous")
-            os.replace(staged, folder)
+        with staged(folder) as content:
+            self.write(content, half=half)
 
     def _check_space(self, folder: Path) -> None:
         needed = sum(value.numel() * value.element_size() for value in self.state_dict().values())
-        free = shutil.disk_usage(folder).free
+        existing, free = free_space(folder)
         if free < needed:
             raise CheckpointError(
-                f"The model needs {needed / 2**30:.1f} GiB in '{folder}', and {free / 2**30:.1f} GiB are free there. "
+                f"The model needs {needed / 2**30:.1f} GiB in '{existing}', and {free / 2**30:.1f} GiB are free there. "
                 "Nothing was written. Make room, or choose a folder on another disk."
             )
 
-    def _write(self, folder: Path, half: bool) -> None:
+    def write(self, folder: Path, *, half: bool = False) -> None:
+        """Writes the files of :meth:`save_pretrained` into a new folder, one after another."""
         from i2am_train import __version__
 
         self.schedule.scheduler.save_pretrained(folder / "scheduler")
@@ -387,6 +384,18 @@ def _check_fit(model: TryOnModel, folder: Path) -> None:
             f"The networks in '{folder}' do not fit each other: {'; '.join(wrong)}. They come from different models, "
             f"or {INDEX_FILE} was changed. Make the model with 'i2am init', which fits foreign networks together."
         )
+
+
+def _foreign_files(folder: Path) -> list[str]:
+    """What lies in a folder that :meth:`TryOnModel.save_pretrained` did not write there; of another model, all."""
+    if not folder.is_dir():
+        return [folder.name] if folder.exists() else []
+    try:
+        index = json.loads((folder / INDEX_FILE).read_text(encoding="utf-8"))
+        ours = {INDEX_FILE, *PARTS} if index["_class_name"] == TryOnModel.__name__ else set()
+    except (OSError, ValueError, TypeError, KeyError):
+        ours = set()
+    return sorted({entry.name for entry in folder.iterdir()} - ours)
 
 
 def _read_index(folder: Path) -> TryOnConfig:

@@ -24,6 +24,8 @@ from matplotlib.typing import RcStyleType
 from numpy.typing import ArrayLike, NDArray
 from PIL import Image as PillowImage
 
+from i2am_train.files import written
+
 Picture: TypeAlias = NDArray[np.uint8]
 """One picture ``[height, width, 3]``."""
 
@@ -347,12 +349,9 @@ def save_figure(figure: Figure, path: Path, dpi: int = 160, description: str = "
     """
     path = Path(path)
     file_format = path.suffix.lower().lstrip(".")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".{path.name}.unfinished")
-    with mpl.rc_context(STYLE):
+    with written(path) as unfinished, mpl.rc_context(STYLE):
         metadata = _metadata(file_format, description)
         figure.savefig(unfinished, format=file_format, dpi=dpi, metadata=metadata)
-    unfinished.replace(path)
     return path
 
 

@@ -10,7 +10,6 @@ In its folder, beside images, maps and detections::
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +21,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from i2am_train.errors import RunFolderError
+from i2am_train.files import written
 from i2am_train.reporting.canvas import Picture
 from i2am_train.reporting.records import PANELS, RESULTS, SAMPLES, read_samples
 from i2am_train.runs import read_object
@@ -70,9 +70,8 @@ def write_examples(folder: Path, examples: Sequence[Example]) -> None:
         return
     stacks = {name: np.stack([getattr(one, name) for one in examples]) for name in ARRAYS}
     names = {"names": json.dumps([one.row["name"] for one in examples])}
-    temporary = folder / f".{PANELS}.{os.getpid()}.tmp"
-    save_file(stacks, temporary, names)
-    temporary.replace(folder / PANELS)
+    with written(folder / PANELS) as unfinished:
+        save_file(stacks, unfinished, names)
 
 
 def read_detected(folder: Path) -> Detected:

@@ -28,6 +28,7 @@ from safetensors.numpy import load_file, save_file
 from i2am_train.attribution.archive import load_maps, save_maps
 from i2am_train.attribution.maps import AttributionMaps
 from i2am_train.errors import RunFolderError
+from i2am_train.files import written
 from i2am_train.metrics.correspondence import target_on_grid
 from i2am_train.reporting.canvas import Picture
 from i2am_train.reporting.drawn import GridCell, Mask, array
@@ -165,10 +166,8 @@ def write_explained(folder: Path, sample: ExplainedSample) -> None:
     for name, picture in pictures.items():
         write_png(folder / f"{name}.png", picture)
     if sample.correspondence is not None:
-        target = folder / "correspondence.safetensors"
-        unfinished = target.with_name(f".{target.name}.unfinished")
-        save_file({"correspondence": np.ascontiguousarray(sample.correspondence)}, unfinished)
-        unfinished.replace(target)
+        with written(folder / "correspondence.safetensors") as unfinished:
+            save_file({"correspondence": np.ascontiguousarray(sample.correspondence)}, unfinished)
     save_maps(sample.maps, folder / "maps.safetensors", [sample.name])
     write_json(folder / SCORES, _description(sample))
 
@@ -352,10 +351,8 @@ def _unreadable(path: Path, error: Exception) -> RunFolderError:
 
 def write_png(path: Path, picture: NDArray[np.uint8]) -> None:
     """Write a picture in one step."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".{path.name}.unfinished")
-    PillowImage.fromarray(picture).save(unfinished, format="PNG")
-    unfinished.replace(path)
+    with written(path) as unfinished:
+        PillowImage.fromarray(picture).save(unfinished, format="PNG")
 
 
 def numbered(names: Sequence[str]) -> list[str]:

@@ -41,10 +41,12 @@ from i2am_train.datasets.opening import (
 from i2am_train.datasets.reading import EpochPosition
 from i2am_train.datasets.sample import TryOnBatch
 from i2am_train.errors import DataError, NotFiniteError
-from i2am_train.fingerprints import DataRecord, DataState, data_state
+from i2am_train.fingerprints import RECORD_FILE, DataRecord, DataState, data_state
+from i2am_train.locks import LOCK
 from i2am_train.models.tryon import TryOnModel
 from i2am_train.ops.numbers import rows_at_fault
-from i2am_train.runs import file_fingerprint, free_space
+from i2am_train.processes import ignore_interrupts
+from i2am_train.runs import file_fingerprint, free_space, require_apart
 from i2am_train.types import Pairing, Split
 
 DECODER = ("decoder.", "post_quant_conv.")
@@ -137,7 +139,7 @@ def _make_cache(
             kept = index.shards[split]
             there = {shard.first for shard in kept}
             missing = [n for n in range(0, total, layout.shard_samples) if n not in there]
-            for shard in sources[split].shards(output, missing, total, batch_size, workers, bar):
+            for shard in sources[split].shards(index, output, missing, batch_size, workers, bar):
                 kept.append(shard)
                 kept.sort(key=lambda one: one.first)
                 index.write(output)
@@ -150,17 +152,11 @@ def _make_cache(
 def _keep_shards(root: Path, output: Path, index: CacheIndex, data: DataState) -> None:
     """Adds the sound shards that are there already, and splits that were made before, to a new index."""
     index.shards |= {split: [] for split in index.samples}
-    if output.resolve().is_relative_to(root.resolve()):
-        raise DataError(
-            f"output={output} lies inside the dataset {root}, which it would change. Give a folder outside."
-        )
+    require_apart(root, output)
     file = output / INDEX_FILE
     if not file.is_file():
-        # A first shard may be half made, or whole and not yet in an index.
         foreign = (
-            [p.name for p in output.iterdir() if ".safetensors" not in p.name]
-            if output.is_dir()
-            else []
+            {p.name for p in output.iterdir()} - {LOCK, RECORD_FILE} if output.is_dir() else set()
         )
         if foreign or output.is_file():
             raise DataError(
@@ -216,9 +212,10 @@ class _Source:
             self.keep.append(CORRESPONDENCE)
 
     def shards(
-        self, output: Path, firsts: Sequence[int], total: int, batch_size: int, workers: int, bar: Any
+        self, index: CacheIndex, output: Path, firsts: Sequence[int], batch_size: int, workers: int, bar: Any
     ) -> Iterator[Shard]:  # fmt: skip
-        """Writes the shards that begin with the given samples."""
+        """Writes the shards that begin with the given samples; first the index, which says whose they are."""
+        total = index.samples[self.split]
         variants = self.layout.rows_per_sample(self.split)
         counts = [min(self.layout.shard_samples, total - first) for first in firsts]
         batches = []
@@ -237,7 +234,7 @@ class _Source:
                 made += next(encoded)
             if first == firsts[0]:
                 _check_space(output, made[0], remaining)
-            output.mkdir(parents=True, exist_ok=True)
+                index.write(output)
             yield write_shard(output, self.split, first, count, made)
             bar.update(len(made))
 
@@ -246,7 +243,7 @@ class _Source:
         self, batches: list[list[EpochPosition]], workers: int
     ) -> Iterator[list[dict[str, Tensor]]]:
         loader: DataLoader[Any] = DataLoader(
-            self.dataset, batch_sampler=batches, num_workers=workers
+            self.dataset, batch_sampler=batches, num_workers=workers, worker_init_fn=ignore_interrupts
         )  # fmt: skip
         dtype = getattr(torch, self.layout.dtype)
         for rows, batch in zip(batches, loader, strict=True):

@@ -1,5 +1,6 @@
 """What is checked before a training run begins, and said when the machine turns out too small after all."""
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -34,6 +35,11 @@ def check_best(config: TrainConfig) -> None:
             f"trainer.keep_best={best} needs validation, and validation.samples is 0. Set it to 2 or more, or "
             "trainer.keep_best to null."
         )
+    if config.trainer.limit_val_batches == 0:
+        raise ConfigError(
+            f"trainer.keep_best={best} needs validation, and trainer.limit_val_batches is 0. Set it to null, or "
+            "trainer.keep_best to null."
+        )
     if best not in scores:
         more = (
             f" For {best}, add it to evaluation.metrics."
@@ -43,6 +49,47 @@ def check_best(config: TrainConfig) -> None:
         raise ConfigError(
             f"trainer.keep_best={best} is no score that validation makes with a better end. Choose one of "
             f"{', '.join(scores)}.{more}"
+        )
+
+
+def check_batches(config: TrainConfig, training: int, validation: int, processes: int) -> None:
+    """Fails where an epoch would have no batch, so that nothing would be trained, or nothing validated.
+
+    Args:
+        config: of the run.
+        training: samples of the training set.
+        validation: samples held out for validation; 0: none is wanted.
+        processes: that share them.
+
+    Raises:
+        ConfigError: the share of batches that was asked for is less than one.
+    """
+    shares = [
+        ("train", training // (config.data.batch_size * processes)),
+        ("val", math.ceil(math.ceil(validation / processes) / config.evaluation.batch_size)),
+    ]
+    for kind, batches in shares:
+        limit = getattr(config.trainer, f"limit_{kind}_batches")
+        if kind == "val" and not validation:
+            continue
+        if batches == 0 or (isinstance(limit, float) and limit > 0 and int(batches * limit) == 0):
+            raise ConfigError(
+                f"An epoch would have no batch: trainer.limit_{kind}_batches={limit} of {batches} batches a process. "
+                "Set it to a whole number of batches or a larger share, or to null for all; or lower data.batch_size."
+            )
+
+
+def check_trained(trainer: L.Trainer, config: TrainConfig) -> None:
+    """Fails where training ended early without a word, before a model that is not trained is taken for one that is.
+
+    Raises:
+        TrainingError: fewer steps were taken than asked for.
+    """
+    if trainer.global_step < config.optimization.steps:
+        raise TrainingError(
+            f"Training ended after {trainer.global_step} of {config.optimization.steps} steps, and why is not known: "
+            "an epoch may have had no batches. No model was saved. Check data and the trainer's options; the same "
+            "command goes on from the last checkpoint."
         )
 
 

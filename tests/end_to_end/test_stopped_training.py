@@ -13,10 +13,12 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import lightning as L
+import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -26,7 +28,14 @@ from i2am_train import assembly
 from i2am_train.callbacks.interruption import requeue
 from i2am_train.commands.train import train
 from i2am_train.config.store import compose
-from i2am_train.errors import ConfigError, DataError, TrainingError
+from i2am_train.errors import (
+    ConfigError,
+    DataError,
+    FolderInUseError,
+    RunFolderError,
+    TrainingError,
+)
+from i2am_train.evaluation.generation import GeneratedSamples
 
 pytestmark = pytest.mark.filterwarnings("default")  # Lightning's and torch's own deprecations
 LONG = ("optimization.steps=12", "validation.samples=0", "data.batch_size=4")
@@ -116,6 +125,8 @@ def test_a_killed_run_ends_as_if_it_had_not_been(
     for step in sorted(moments.sample(range(1, 11), 3)):
         attempt = Run(options, tmp_path / "killed")
         attempt.wait_for_step(step)
+        with pytest.raises(FolderInUseError, match=rf"in use .* process {attempt.process.pid}, "):
+            train(compose("train", [*options, f"output={tmp_path / 'killed'}"]))
         time.sleep(moments.random() * 0.3)
         attempt.stop(signal.SIGKILL)
     Run(options, tmp_path / "killed").finish()
@@ -123,17 +134,37 @@ def test_a_killed_run_ends_as_if_it_had_not_been(
     assert rows(tmp_path / "killed") == rows(whole)
     assert steps(whole) == list(range(13))
     assert drawn_steps(tmp_path / "killed") == drawn_steps(whole) == list(range(12))
+    assert not [path for path in (tmp_path / "killed").rglob("*") if path.name.startswith(".")]
+
+
+def crash() -> None:
+    raise RuntimeError("the machine went down")
 
 
 class Fault(L.Callback):
-    """Ends the process's work as a crash would, before a step."""
+    """Lets something happen before a step: ends the process's work, as a crash would."""
 
-    def __init__(self, step: int) -> None:
+    def __init__(self, step: int, happen: Callable[[], None]) -> None:
         self.step = step
+        self.happen = happen
 
     def on_train_batch_start(self, trainer: L.Trainer, *_: Any) -> None:
         if trainer.global_step == self.step:
-            raise RuntimeError("the machine went down")
+            self.happen()
+
+
+def stop_before_step(
+    step: int, monkeypatch: pytest.MonkeyPatch, happen: Callable[[], None] = crash
+) -> None:
+    """Trainers that are made from now on come to that step and no further."""
+    make = assembly.make_trainer
+
+    def make_failing(*arguments: Any) -> L.Trainer:
+        trainer = make(*arguments)
+        trainer.callbacks.insert(0, Fault(step, happen))
+        return trainer
+
+    monkeypatch.setattr(assembly, "make_trainer", make_failing)
 
 
 def test_it_goes_on_from_any_step(
@@ -141,21 +172,114 @@ def test_it_goes_on_from_any_step(
 ) -> None:
     """In the middle of an epoch, at its last step and at the first of the next."""
     options = [*options, "data.workers=0"]
-    make = assembly.make_trainer
     for step in (2, 5, 6):  # an epoch has five steps
         output = tmp_path / str(step)
-
-        def make_failing(*arguments: Any, at: int = step) -> L.Trainer:
-            trainer = make(*arguments)
-            trainer.callbacks.insert(0, Fault(at))
-            return trainer
-
         with monkeypatch.context() as patch:
-            patch.setattr(assembly, "make_trainer", make_failing)
+            stop_before_step(step, patch)
             with pytest.raises(RuntimeError, match="went down"):
                 train(compose("train", [*options, f"output={output}"]))
         assert same_weights(whole, train(compose("train", [*options, f"output={output}"])))
         assert rows(whole) == rows(output)
+
+
+def test_a_damaged_checkpoint_costs_a_step(
+    options: list[str], whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    """The run goes on from the one before and ends as it would have; the damaged one is kept."""
+    options = [*options, "data.workers=0", f"output={tmp_path / 'run'}"]
+    stop_before_step(6, monkeypatch)
+    with pytest.raises(RuntimeError, match="went down"):
+        train(compose("train", options))
+    monkeypatch.undo()
+    newest = tmp_path / "run/checkpoints/step-000006.ckpt"
+    content = newest.read_bytes()[:-100]
+    newest.write_bytes(content)
+    capsys.readouterr()
+    assert same_weights(whole, train(compose("train", options)))
+    assert rows(whole) == rows(tmp_path / "run")
+    assert f"{newest} is cut off" in capsys.readouterr().out
+    assert newest.with_name("step-000006.ckpt.damaged").read_bytes() == content
+
+
+def i2am(command: str, options: Sequence[str], monkeypatch: pytest.MonkeyPatch) -> int:
+    """The exit status of a command that is run in this process."""
+    from i2am_train.commands.entry import entry
+
+    module = import_module(f"i2am_train.commands.{command}")
+    monkeypatch.setattr(sys, "argv", [f"i2am {command}", *options])
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
+    with pytest.raises(SystemExit, match=r"\d+") as stop:
+        entry(command, module.run)
+    return int(str(stop.value.code))
+
+
+def test_told_twice_it_stops_at_once(
+    options: list[str], whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    """A second Ctrl-C does not wait for the end of the step; what continues is said, and does."""
+    options = [*options, "data.workers=0", f"output={tmp_path / 'run'}"]
+
+    def interrupt_twice() -> None:
+        for _ in range(2):
+            os.kill(os.getpid(), signal.SIGINT)
+
+    stop_before_step(6, monkeypatch, interrupt_twice)
+    assert i2am("train", options, monkeypatch) == 130
+    assert capsys.readouterr().err.splitlines()[-1] == (
+        "i2am: SIGINT received: training was stopped at once, without saving. The same command goes on from the last "
+        "checkpoint."
+    )
+    monkeypatch.undo()
+    assert same_weights(whole, train(compose("train", options)))
+
+
+def test_a_killed_reader_is_said(
+    options: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    """As the system does where memory runs out."""
+
+    def kill_reader() -> None:
+        for reader in psutil.Process().children():
+            reader.kill()
+            psutil.wait_procs([reader])
+        time.sleep(1)  # torch hears of it
+
+    stop_before_step(1, monkeypatch, kill_reader)
+    more = ["data.workers=1", f"output={tmp_path / 'run'}", "optimization.steps=12"]
+    assert i2am("train", [*options, *more], monkeypatch) == 2
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert said.startswith("i2am: A process that helps this one was killed")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_evaluation_that_is_told_to_stop_says_what_continues(
+    overrides: list[str], small_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str], number: int,
+) -> None:  # fmt: skip
+    """Whole batches are kept, the lock is not."""
+    write = GeneratedSamples.write
+
+    def stop_after(samples: GeneratedSamples, *arguments: Any) -> None:
+        write(samples, *arguments)
+        os.kill(os.getpid(), number)
+
+    monkeypatch.setattr(GeneratedSamples, "write", stop_after)
+    options = [
+        *overrides, f"checkpoint={small_checkpoint}", "device=cpu", "evaluation.metrics=[ssim]",
+        "evaluation.batch_size=3", "progress_bar=false", "tracking=files", f"output={tmp_path / 'out'}",
+    ]  # fmt: skip
+    assert i2am("evaluate", options, monkeypatch) == 128 + number
+    said = capsys.readouterr().err.splitlines()[-1]
+    name = signal.Signals(number).name
+    assert said == (
+        f"i2am: {name} received: the command was stopped. The same command goes on with the batches that are not there "
+        "yet."
+    )
+    assert len(list((tmp_path / "out/images").iterdir())) == 3
+    assert not list((tmp_path / "out").glob(".*"))
 
 
 @pytest.mark.parametrize(
@@ -324,7 +448,12 @@ def test_what_cannot_work_is_refused_before_anything_is_written(
             ["trainer.keep_best=imacs_g", "validation.samples=0"],
         ),
         ("needs a CUDA device", ["optimization.optimizer=adamw8bit"]),
-    ]
+        ("An epoch would have no batch: trainer.limit_train_batches=0.3", ["trainer.limit_train_batches=0.3"]),
+        (
+            "keep_best=imacs_g needs validation, and trainer.limit_val_batches is 0",
+            ["trainer.keep_best=imacs_g", "trainer.limit_val_batches=0"],
+        ),
+    ]  # fmt: skip
     for message, more in cases:
         with pytest.raises(ConfigError, match=message):
             train(compose("train", [*training, *more, f"output={tmp_path / 'run'}"]))
@@ -332,6 +461,49 @@ def test_what_cannot_work_is_refused_before_anything_is_written(
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=10**5))
     with pytest.raises(ConfigError, match=r"has 0.0 GiB free, and this run will keep about"):
         train(compose("train", [*training, f"output={tmp_path / 'run'}"]))
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("limit", ["0", "0.0"])
+def test_training_of_nothing_is_refused(training: list[str], limit: str) -> None:
+    with pytest.raises(ConfigError, match=r"limit_train_batches=0.*0 trains nothing"):
+        compose("train", [*training, f"trainer.limit_train_batches={limit}"])
+
+
+def test_a_training_that_ends_early_saves_no_model(
+    training: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever the reason: here the trainer is told to stop."""
+    make = assembly.make_trainer
+
+    def make_stopping(*arguments: Any) -> L.Trainer:
+        trainer = make(*arguments)
+        trainer.callbacks.insert(0, Fault(2, lambda: setattr(trainer, "should_stop", True)))
+        return trainer
+
+    monkeypatch.setattr(assembly, "make_trainer", make_stopping)
+    with pytest.raises(TrainingError, match=r"ended after 3 of 4 steps.*No model was saved"):
+        train(compose("train", [*training, f"output={tmp_path / 'run'}"]))
+    assert not (tmp_path / "run/model").exists()
+
+
+def test_an_output_inside_the_dataset_is_refused(
+    training: list[str], small_dataset: Path, tmp_path: Path
+) -> None:
+    """It would change the dataset with every file, and could never go on; through links, too, and vice versa."""
+    before = sorted(small_dataset.rglob("*"))
+    (tmp_path / "link").symlink_to(small_dataset / "train")
+    elsewhere = f"output={tmp_path / 'run'}"
+    for options, message in (
+        ([f"output={small_dataset / 'runs' / 'run'}"], "lies inside the dataset"),
+        ([f"output={tmp_path / 'link' / 'run'}"], "lies inside the dataset"),
+        ([elsewhere, f"tracking.folder={small_dataset}"], "lies inside the dataset"),
+        ([elsewhere, f"data.cache_copies={small_dataset / 'copies'}"], "lies inside the dataset"),
+        ([f"output={small_dataset.parent}"], f"The dataset {small_dataset} lies inside"),
+    ):
+        with pytest.raises(RunFolderError, match=message):
+            train(compose("train", [*training, *options]))
+    assert sorted(small_dataset.rglob("*")) == before
     assert not (tmp_path / "run").exists()
 
 

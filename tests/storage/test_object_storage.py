@@ -10,6 +10,7 @@ import pytest
 
 from i2am_train.datasets.object_storage import fetch, read_bytes
 from i2am_train.errors import DataError
+from i2am_train.files import UNFINISHED
 
 CONTENT = bytes(range(256)) * 4096
 DIGEST = hashlib.sha256(CONTENT).hexdigest()
@@ -34,13 +35,14 @@ def test_files_arrive_whole(url: str, tmp_path: Path) -> None:
 
 def test_parts_left_by_killed_processes_are_removed(url: str, tmp_path: Path) -> None:
     """Once they are old: another process may be at work on a young one."""
-    old, young, other = (tmp_path / f".{name}.tmp" for name in ("file.17", "file.18", "files.19"))
-    for part in (old, young, other):
+    names = (f".file.17{UNFINISHED}", f".file.18{UNFINISHED}", ".theirs.19.tmp")
+    old, young, theirs = (tmp_path / name for name in names)
+    for part in (old, young, theirs):
         part.write_bytes(b"part")
-    for part in (old, other):
+    for part in (old, theirs):
         os.utime(part, (0, 0))
     fetch(url, tmp_path / "file", DIGEST)
-    assert [part.exists() for part in (old, young, other)] == [False, True, True]
+    assert [part.exists() for part in (old, young, theirs)] == [False, True, True]
 
 
 def test_a_missing_file_is_no_failure_of_the_line(url: str, tmp_path: Path) -> None:

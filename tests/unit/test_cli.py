@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
 from hydra.core.global_hydra import GlobalHydra
+from safetensors import SafetensorError
 from torch.utils.data import DataLoader, Dataset
 
 from i2am_train import cli
@@ -190,14 +196,140 @@ def test_a_fault_of_the_program_keeps_its_traceback() -> None:
         entry("train", fail)
 
 
-def test_interrupting_is_status_130(capsys: pytest.CaptureFixture[str]) -> None:
-    """Ctrl-C ends with a sentence."""
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_a_command_with_a_sentence(
+    number: signal.Signals, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What was received, and what continues; nothing that handles errors on the way swallows it."""
+
+    def wait(config: Any) -> None:
+        with suppress(Exception):
+            os.kill(os.getpid(), number)
+            time.sleep(10)
+
+    before = signal.getsignal(number)
+    assert run_command("train", [], wait) == 128 + number
+    sentence = capsys.readouterr().err
+    assert sentence == (
+        f"i2am: {number.name} received: the command was stopped. The same command goes on from the last checkpoint.\n"
+    )
+    assert run_command("report", [], wait) == 128 + number
+    assert "starts anew; nothing that was there before was changed" in capsys.readouterr().err
+    assert signal.getsignal(number) == before
+
+
+def test_a_library_may_have_taken_the_interrupt(capsys: pytest.CaptureFixture[str]) -> None:
+    """What it makes of it ends the command in the same way."""
 
     def interrupt(config: TrainConfig) -> None:
         raise KeyboardInterrupt
 
-    assert run_command("train", [], interrupt) == 130
-    assert "Interrupted" in capsys.readouterr().err
+    assert run_command("evaluate", ["checkpoint=tiny"], interrupt) == 130
+    assert "goes on with the batches that are not there yet" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("error", "paragraph"),
+    [
+        (OSError(errno.ENOSPC, "", "/a/b"), "/a/b cannot be used: no space left on device. Make room"),
+        (OSError(errno.ENOSPC, ""), "A file cannot be used: no space left on device. Make room"),
+        (OSError(errno.EROFS, "", "/a"), "/a cannot be used: read-only file system. Give another"),
+        (OSError(errno.EACCES, "", "/a"), "/a cannot be used: permission denied. Give another"),
+        (OSError(errno.ELOOP, "", "/a"), "too many levels of symbolic links. Links in that path"),
+        (OSError(errno.ENAMETOOLONG, "", "/a"), "file name too long. A name in that path"),
+        (OSError(errno.ENOTDIR, "", "/a"), "not a directory. A part of that path is a file"),
+        (OSError(errno.EMFILE, ""), "too many open files. Raise the limit"),
+        (RuntimeError("Symlink loop from '/a'"), "Links in that path lead in a circle"),
+        (
+            RuntimeError("DataLoader worker (pid 17) is killed by signal: Killed. "),
+            "A process that helps this one was killed (Killed), most often by the system because memory",
+        ),
+        (
+            RuntimeError("DataLoader worker (pid(s) 17, 18) exited unexpectedly"),
+            "A process that helps this one was killed, most often",
+        ),
+        (BrokenProcessPool("terminated abruptly"), "A process that helps this one was killed"),
+        (
+            SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"),
+            "no space left on device. Make room",
+        ),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_faults_of_the_machine_are_said(
+    error: Exception, paragraph: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Whoever raises them: status 2 and one paragraph."""
+
+    def fail(config: TrainConfig) -> None:
+        raise error
+
+    assert run_command("train", [], fail) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("i2am: ")
+    assert said.count("\n") == 1
+    assert paragraph in said
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        FileNotFoundError(errno.ENOENT, "", "/a"),
+        FileExistsError(errno.EEXIST, "", "/a"),
+        OSError(errno.EBADF, ""),
+        PermissionError(errno.EPERM, ""),  # of a system call that has no path
+        BrokenPipeError(errno.EPIPE, ""),
+        OSError("in words only"),
+    ],
+    ids=str,
+)
+def test_errors_of_the_system_that_may_be_the_programs_keep_their_traceback(
+    error: OSError,
+) -> None:
+    """A file that is missing where we left it is our own fault."""
+
+    def fail(config: TrainConfig) -> None:
+        raise error
+
+    sys.argv = ["i2am train"]
+    with pytest.raises(type(error)):
+        entry("train", fail)
+
+
+def closed(redirection: str, words: str = "--help") -> subprocess.CompletedProcess[str]:
+    """The program under a shell that does something to its standard output."""
+    line = f"{sys.executable} -m i2am_train {words} {redirection}"
+    command = ["bash", "-c", line]
+    environment = os.environ | {"PYTHONPATH": str(Path(cli.__file__).parents[1])}
+    return subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+
+
+@pytest.mark.parametrize("words", ["--help", "data make --help", "train --cfg job"])
+def test_a_reader_that_goes_away_ends_it_quietly(words: str) -> None:
+    """`i2am ... | head` is no error, and a closed output is none either."""
+    piped = closed("| (exec <&-; sleep 2); exit ${PIPESTATUS[0]}", words)
+    assert (piped.returncode, piped.stderr) == (cli.OUTPUT_CLOSED, "")
+    shut = closed(">&-", words)
+    assert (shut.returncode, shut.stderr) == (0, "")
+
+
+def test_an_output_that_cannot_be_written_is_said() -> None:
+    full = closed("> /dev/full")
+    assert (full.returncode, full.stderr) == (
+        2, "i2am: Standard output cannot be written: the disk is full.\n",
+    )  # fmt: skip
+
+
+def test_a_sweep_keeps_its_file_out_of_the_dataset(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """`cd dataset; i2am train -m data.root=.`: Hydra's own file would change it for all runs."""
+    status = run_command("train", ["-m", f"data.root={tmp_path}", "seed=0,1", "output=/elsewhere"])
+    assert status == 2
+    assert re.search(
+        r"sweeps lies inside the dataset .*give hydra\.sweep\.dir=FOLDER, and delete",
+        capsys.readouterr().err,
+    )
 
 
 def test_data_has_three_sub_commands(capsys: pytest.CaptureFixture[str]) -> None:

@@ -21,7 +21,7 @@ from i2am_train.datasets.latent_cache import (
 )
 from i2am_train.datasets.reading import EpochPosition, TryOnDataset
 from i2am_train.datasets.viton_hd import VitonHDDataset
-from i2am_train.errors import DataError
+from i2am_train.errors import DataError, RunFolderError
 from i2am_train.fingerprints import data_state
 from i2am_train.training import caching
 from i2am_train.training.caching import cache_key, make_cache
@@ -241,7 +241,13 @@ def test_other_caches_and_other_files_are_not_overwritten(
     (tmp_path / "thesis/chapter1.tex").write_text("...")
     with pytest.raises(DataError, match=r"is no cache: it holds chapter1\.tex"):
         make_cache(model, small_dataset, tmp_path / "thesis")
-    with pytest.raises(DataError, match="lies inside the dataset"):
+    theirs = tmp_path / "weights/train-000000.safetensors"
+    theirs.parent.mkdir()
+    theirs.write_text("trained for weeks")
+    with pytest.raises(DataError, match=r"is no cache: it holds train-000000\.safetensors"):
+        make_cache(model, small_dataset, theirs.parent)
+    assert theirs.read_text() == "trained for weeks"
+    with pytest.raises(RunFolderError, match="lies inside the dataset"):
         make_cache(model, small_dataset, small_dataset / "cache")
     with pytest.raises(DataError, match="There is no cache in"):
         LatentCache(tmp_path / "nowhere")
@@ -258,6 +264,34 @@ def test_a_full_disk_is_noticed_before_anything_is_written(
     with pytest.raises(DataError, match=r"and the cache takes 0\.\d MiB \(20 rows\)"):
         make_cache(model, small_dataset, tmp_path / "cache")
     assert not (tmp_path / "cache").exists()
+
+
+def test_a_cache_that_was_stopped_before_its_first_shard_is_gone_on_with(
+    small_dataset: Path, model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A shard that is whole and not in the index yet is known for ours by the index, which comes first."""
+    with monkeypatch.context() as patch:
+
+        def killed(*_: Any) -> None:
+            raise KeyboardInterrupt("before the index")
+
+        patch.setattr(caching.CacheIndex, "write", _second_time(caching.CacheIndex.write, killed))
+        with pytest.raises(KeyboardInterrupt, match="before the index"):
+            make_cache(model, small_dataset, tmp_path / "cache", LAYOUT, batch_size=8)
+    names = sorted(path.name for path in (tmp_path / "cache").iterdir())
+    assert names == ["index.json", "train-000000.safetensors"]
+    make_cache(model, small_dataset, tmp_path / "cache", LAYOUT, batch_size=8)
+    assert len(LatentCache(tmp_path / "cache").index.shards["train"]) == 3
+
+
+def _second_time(first: Callable[..., None], then: Callable[..., None]) -> Callable[..., None]:
+    calls: list[int] = []
+
+    def call(*arguments: Any) -> None:
+        calls.append(1)
+        (first if len(calls) == 1 else then)(*arguments)
+
+    return call
 
 
 def test_a_remote_cache_is_copied_shard_by_shard(

@@ -1,7 +1,7 @@
 """The embedded data: deterministic, exact, and written in the VITON-HD layout."""
 
 import json
-from dataclasses import fields
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 
 import cv2
@@ -17,7 +17,8 @@ from i2am_train.datasets.synthetic import (
     render_pair,
     render_sample,
 )
-from i2am_train.errors import DataError
+from i2am_train.errors import DataError, RunFolderError
+from i2am_train.locks import LOCK, Owner
 from i2am_train.types import GridSize
 
 SIZE = GridSize(64, 48)
@@ -139,11 +140,25 @@ def test_an_existing_dataset_is_kept_and_another_folder_is_refused(tmp_path: Pat
 
 def test_a_half_written_dataset_is_begun_again(tmp_path: Path) -> None:
     # Proves that an interruption leaves no folder that looks complete, and does not stand in the way.
-    (tmp_path / "set.partial/train/image").mkdir(parents=True)
-    (tmp_path / "set.partial/train/image/left_over.jpg").touch()
+    half_made = tmp_path / "set.partial"
+    (half_made / "content/train/image").mkdir(parents=True)
+    (half_made / "content/train/image/left_over.jpg").touch()
+    dead = replace(Owner.this_process(), born="another time")
+    (half_made / LOCK).write_text(json.dumps(asdict(dead)))
     root = make_dataset(tmp_path / "set", 3, 2, SIZE, 0, workers=1, progress=False)
     assert not (root / "train/image/left_over.jpg").exists()
-    assert not (tmp_path / "set.partial").exists()
+    assert not half_made.exists()
+
+
+def test_a_partial_folder_of_somebody_else_stays(tmp_path: Path) -> None:
+    # Proves that a name is not enough to take a folder for our own, and delete it.
+    theirs = tmp_path / "set.partial/weeks_of_work.jpg"
+    theirs.parent.mkdir()
+    theirs.touch()
+    with pytest.raises(RunFolderError, match=r"set\.partial .* no command of ours left there"):
+        make_dataset(tmp_path / "set", 3, 2, SIZE, 0, workers=1, progress=False)
+    assert theirs.exists()
+    assert not (tmp_path / "set").exists()
 
 
 @pytest.mark.parametrize(

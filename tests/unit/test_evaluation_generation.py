@@ -17,6 +17,7 @@ from i2am_train.evaluation.generation import (
     real_images,
 )
 from i2am_train.evaluation.scoring import ImageScores
+from i2am_train.files import UNFINISHED
 from i2am_train.ops.images import to_uint8
 from i2am_train.types import GridSize, Pairing, Split
 
@@ -100,7 +101,7 @@ def test_a_finished_evaluation_keeps_its_images_only(samples: GeneratedSamples) 
     """Neither partial files nor what a killed process left half-written."""
     for positions in ((0, 1), (2, 3), (4,)):
         make(samples, *positions)
-    (samples.folder / "images" / ".c.png.77.tmp").write_bytes(b"half")
+    (samples.folder / "images" / f".c.77{UNFINISHED}").write_bytes(b"half")
     samples.clear()
     assert [path.name for path in samples.folder.iterdir()] == ["images"]
     assert sorted(path.name for path in (samples.folder / "images").iterdir()) == [

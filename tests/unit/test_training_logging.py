@@ -8,7 +8,8 @@ import pytest
 import torch
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 
-from i2am_train.training.checkpoint_io import AtomicCheckpointIO
+from i2am_train.errors import CheckpointError
+from i2am_train.training.checkpoint_io import PARTS, AtomicCheckpointIO
 from i2am_train.training.csv_history import ContinuedCSVLogger
 
 pytestmark = pytest.mark.filterwarnings("default")  # Lightning's own deprecations
@@ -88,7 +89,19 @@ def test_a_failed_save_leaves_the_last_checkpoint(
 def test_a_save_replaces_the_last_checkpoint(tmp_path: Path) -> None:
     """The new content under the same name, and no temporary file beside it."""
     path, writer = tmp_path / "last.ckpt", AtomicCheckpointIO()
+    rest: dict[str, Any] = {name: {} for name in PARTS - {"state_dict"}}
     for value in (1.0, 2.0):
-        writer.save_checkpoint({"weights": torch.full((2, 3), value)}, path)
-    assert torch.equal(writer.load_checkpoint(path)["weights"], torch.full((2, 3), 2.0))
+        state = {"weights": torch.full((2, 3), value)}
+        writer.save_checkpoint({"state_dict": state, **rest}, path)
+    weights = writer.load_checkpoint(path)["state_dict"]["weights"]
+    assert torch.equal(weights, torch.full((2, 3), 2.0))
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_another_file_of_torch_is_no_checkpoint(tmp_path: Path) -> None:
+    """Somebody's weights under a checkpoint's name are not taken for one."""
+    torch.save({"weights": torch.zeros(2, 3)}, tmp_path / "step-000007.ckpt")
+    with pytest.raises(
+        CheckpointError, match="is no checkpoint of a training: expected global_step"
+    ):
+        AtomicCheckpointIO().load_checkpoint(tmp_path / "step-000007.ckpt")
