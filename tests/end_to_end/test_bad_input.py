@@ -135,8 +135,8 @@ CASES: list[tuple[str, str, list[str], str]] = [
     ("train", MODEL, ["init=hub:x"], "names no model on the hub"),
     ("train", MODEL, ["output=~nobody42/x"], "there is no user nobody42"),
     ("train", MODEL, ["output={text}"], "is a file"),
-    ("train", MODEL, ["output={data}"], ""),
-    ("train", MODEL, ["output=/"], "holds files"),
+    ("train", MODEL, ["output={data}"], "lies inside"),
+    ("train", MODEL, ["output=/"], "lies inside /, which is to be"),
     ("train", MODEL, ["name=.."], "names a folder"),
     ("train", MODEL, ["name=" + "n" * 300], "at most 60 signs"),
     ("train", MODEL, ["label=a\nb"], "one line of at most 100 letters"),
@@ -158,6 +158,7 @@ CASES: list[tuple[str, str, list[str], str]] = [
     ("evaluate", JUDGE, ["data.height=128", "data.width=96"], "made for images of 64x48"),
     ("evaluate", JUDGE, ["snapshots=true"], "holds no snapshots"),
     ("evaluate", JUDGE, ["output={torn}"], "not readable JSON"),
+    ("evaluate", JUDGE, ["output={text}/x"], "text.txt"),
     ("evaluate", FOLDERS, ["images={textual}", "reference={textual}"], "is no picture"),
     ("evaluate", FOLDERS, ["images={empty}"], "holds no images"),
     ("evaluate", FOLDERS, ["images={text}"], "There is no folder"),
@@ -167,7 +168,7 @@ CASES: list[tuple[str, str, list[str], str]] = [
     ("evaluate", FOLDERS, ["resize=[99999,1]"], "between 1 and 16384"),
     ("evaluate", FOLDERS, ["evaluation.metrics=[imacs_g]"], "No image metric is called"),
     ("evaluate", FOLDERS, ["evaluation.metrics=[]"], "at least one image metric"),
-    ("evaluate", FOLDERS, ["output={images}"], "holds files"),
+    ("evaluate", FOLDERS, ["output={images}"], "lies inside the dataset"),
     ("ablate", MODEL, ["arms=[baseline,{arms}/list.yaml]"], "holds a list"),
     ("ablate", MODEL, ["arms=[baseline,{arms}/empty.yaml]"], "holds nothing"),
     ("ablate", MODEL, ["arms=[baseline,{arms}/binary.yaml]"], "cannot be read as YAML"),
@@ -267,6 +268,8 @@ CASES: list[tuple[str, str, list[str], str]] = [
     ("init", "output=out", ["unet=x", "projector_blocks=1000000"], "between 0 and 1000"),
     ("init", "output=out", ["unet=x", "prediction_type=v"], "expected one of"),
     ("dashboard", "", ["output="], "expected a path"),
+    ("dashboard", "", ["output={images}"], "images"),
+    ("dashboard", "", ["output={text}/x.json"], "text.txt"),
     ("dashboard", "", ["project=a/b"], "without / "),
     ("data_make", "", ["root={text}"], "text.txt"),
     ("data_make", "", ["root={images}", "train=2", "test=2"], "images"),
@@ -384,10 +387,11 @@ def _as_a_fresh_process(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iter
 
 
 def _everything(world: dict[str, str]) -> set[tuple[str, int, int]]:
-    """All files of the world with size and time."""
-    files = (file for place in world.values() for file in [Path(place), *Path(place).rglob("*")])
-    stats = ((str(file), file.stat()) for file in files)
-    return {(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats}
+    """All files of the world with size and time, and all folders, in which a lock may have lain for a moment."""
+    files = [file for place in world.values() for file in [Path(place), *Path(place).rglob("*")]]
+    folders = {(str(file), 0, 0) for file in files if file.is_dir()}
+    stats = ((str(file), file.stat()) for file in files if file.is_file())
+    return folders | {(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats}
 
 
 def _words(usual: str, wrong: list[str], world: dict[str, str]) -> list[str]:
