@@ -102,4 +102,4 @@ def test_a_missing_client_is_named(protocol: str, package: str, tmp_path: Path) 
     ):
         fetch(f"{protocol}://b/file", tmp_path / "file", DIGEST)
     with pytest.raises(DataError, match="Protocol not known: s4"):
-        read_text("s4://b/file")
+        read_bytes("s4://b/file")
