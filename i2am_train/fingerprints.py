@@ -12,15 +12,20 @@ import hashlib
 import json
 import os
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path, PurePath, PurePosixPath
 from typing import Any
 
 from i2am_train.files import written
 from i2am_train.locks import LOCK
+from i2am_train.types import CATEGORIES, Split
 
+DATASET_FOLDERS = (*Split, *CATEGORIES)
+"""The folders of a dataset, VITON-HD's and DressCode's. What lies beside them (runs, reports) is no part of it."""
+DESCRIPTION_FILE = "dataset.json"
+"""What made a dataset, in its root; datasets that were photographed have none."""
 DERIVED_REPORT, PREVIEWS = "derived.json", "previews"
 """What ``i2am data derive`` leaves in a dataset folder beside the dataset."""
 RECORD_FILE = "data_files.json.gz"
@@ -37,19 +42,45 @@ class DataState:
     """By name below the root: the size, of pair lists also a digest."""
 
 
+def is_of_dataset(name: PurePath) -> bool:
+    """Whether a name below a dataset's root belongs to the dataset: its folders, pair lists and description.
+
+    >>> [is_of_dataset(PurePath(name)) for name in ("train/cloth/a.jpg", "train_pairs.txt", "runs/a", "report.json")]
+    [True, True, False, False]
+    """
+    return (
+        name.parts[:1] == (DESCRIPTION_FILE,)
+        or _is_pair_list(name)
+        or name.parts[0] in DATASET_FOLDERS
+    )
+
+
+def _is_pair_list(name: PurePath) -> bool:
+    return name.suffix == ".txt" and "_pairs" in name.name
+
+
 def data_state(root: Path) -> DataState:
-    """The files of a dataset folder, links to folders included; those that ``i2am data derive`` reports in are not.
+    """The files of a dataset; what else lies in its folder is left out, so that outputs may lie there, too.
 
     Fast (no picture is read); the folder's place and times do not matter.
     """
+    return _state(root, is_of_dataset)
+
+
+def folder_state(folder: Path) -> DataState:
+    """As `data_state`, of all files of a folder that is no dataset."""
+    return _state(folder, lambda name: True)
+
+
+def _state(root: Path, counts: Callable[[PurePath], bool]) -> DataState:
     digest, files = hashlib.sha256(), {}
-    for file in sorted(_files(root, ())):
+    for file in sorted(_files(root, (), lambda path: counts(path.relative_to(root)))):
         name = file.relative_to(root)
-        if name.parts[0] in (DERIVED_REPORT, PREVIEWS) or name.name.startswith(LOCK):
+        if name.name.startswith(LOCK):
             continue
         size = str(file.stat().st_size)
         digest.update(f"{name.as_posix()}\t{size}\n".encode())
-        if file.suffix == ".txt" and "_pairs" in file.name:
+        if _is_pair_list(name):
             content = file.read_bytes()
             digest.update(content)
             size += f" {hashlib.sha256(content).hexdigest()[:16]}"
@@ -57,20 +88,22 @@ def data_state(root: Path) -> DataState:
     return DataState(digest.hexdigest()[:16], files)
 
 
-def _files(folder: Path, above: tuple[Path, ...]) -> Iterator[Path]:
-    """All files below a folder; a link to one of the folders above it is not followed."""
+def _files(folder: Path, above: tuple[Path, ...], counts: Callable[[Path], bool]) -> Iterator[Path]:
+    """All files below a folder that count; a link to one of the folders above it is not followed."""
     real = folder.resolve()
     if real in above:
         return
     with os.scandir(folder) as scanned:
         entries = list(scanned)
     for entry in entries:
+        if not above and not counts(Path(entry.path)):
+            continue
         try:
             is_folder, is_file = entry.is_dir(), entry.is_file()
         except OSError:  # a link that leads to itself
             continue
         if is_folder:
-            yield from _files(Path(entry.path), (*above, real))
+            yield from _files(Path(entry.path), (*above, real), counts)
         elif is_file:
             yield Path(entry.path)
 

@@ -17,17 +17,17 @@ import shutil
 import subprocess
 import sys
 import warnings
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 from i2am_train.errors import RunFolderError
 from i2am_train.files import written
-from i2am_train.fingerprints import RECORD_FILE, DataRecord, DataState
+from i2am_train.fingerprints import RECORD_FILE, DataRecord, DataState, is_of_dataset
 from i2am_train.locks import LOCK
 from i2am_train.redaction import shown, without_secrets
 
@@ -238,26 +238,35 @@ def best_step(run: Path) -> int | None:
     return int(read_json(file)["step"]) if file.is_file() else None
 
 
-def require_apart(dataset: Path, *outputs: Path | None) -> None:
-    """Fails where a command would write into its own dataset, or a dataset lies in what it writes.
+def require_apart(
+    data: Path,
+    *outputs: Path | None,
+    counts: Callable[[PurePath], bool] = is_of_dataset,
+) -> None:
+    """Fails where a command would write among the data that it reads, or the data lie in what it writes.
 
-    The first would change the dataset with every file, so that nothing made of it could ever be continued.
+    The first would change the data with every file, so that nothing made of them could ever be continued.
+
+    Args:
+        data: the folder of a dataset, or of pictures.
+        outputs: folders and files that the command writes.
+        counts: whether a name below ``data`` belongs to the data; beside a dataset's own files there is room.
 
     Raises:
         RunFolderError: one of the folders lies inside the other, through links, too.
     """
-    root = Path(os.path.realpath(dataset))
+    root = Path(os.path.realpath(data))
     for output in filter(None, outputs):
         place = Path(os.path.realpath(output))
-        if place.is_relative_to(root):
-            raise RunFolderError(
-                f"{output} lies inside the dataset {root}, which everything written there would change. Nothing was "
-                "written. Give a folder outside, for example with output=FOLDER."
-            )
         if root.is_relative_to(place):
             raise RunFolderError(
-                f"The dataset {root} lies inside {output}, which is to be this command's own folder. Nothing was "
+                f"The data in {root} lie inside {output}, which is to be this command's own folder. Nothing was "
                 "written. Give another folder, for example with output=FOLDER."
+            )
+        if place.is_relative_to(root) and counts(place.relative_to(root)):
+            raise RunFolderError(
+                f"{output} lies among the data in {root}, which everything written there would change. Nothing was "
+                "written. Give another place, for example with output=FOLDER."
             )
 
 

@@ -6,7 +6,7 @@ Everything here is plain Python, so that any module may import it at no cost.
 from __future__ import annotations
 
 from enum import StrEnum
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 
 class GridSize(NamedTuple):
@@ -96,3 +96,8 @@ class Pairing(StrEnum):
 
     PAIRED = "paired"
     UNPAIRED = "unpaired"
+
+
+Category = Literal["upper_body", "lower_body", "dresses"]
+CATEGORIES: tuple[Category, ...] = ("upper_body", "lower_body", "dresses")
+"""What a garment covers; the names are DressCode's folders."""

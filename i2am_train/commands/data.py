@@ -70,8 +70,7 @@ def derive(config: DataDeriveConfig) -> int:
     from i2am_train.types import Pairing
 
     file = config.json or config.root / DERIVED_REPORT
-    if file != config.root / DERIVED_REPORT:
-        require_apart(config.root, file)
+    require_apart(config.root, file)
     require_own_json(file, ("root", "made", "refused"))
     options = DeriveOptions(
         category=config.category,

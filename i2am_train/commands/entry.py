@@ -14,7 +14,6 @@ import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from textwrap import dedent
 from typing import Any, NoReturn
 
@@ -23,7 +22,7 @@ from i2am_train.commands.stopping import sentence, stopped_by_signals
 from i2am_train.config.build import shortened, unknown_option
 from i2am_train.config.documentation import help_text
 from i2am_train.config.schema import COMMANDS, option_names
-from i2am_train.errors import CommandStopped, ConfigError, RunFolderError
+from i2am_train.errors import CommandStopped, ConfigError
 from i2am_train.processes import first_process
 from i2am_train.quiet import quiet_libraries
 from i2am_train.redaction import without_secrets
@@ -253,7 +252,6 @@ class _Task:
         with errors_as_text(self.command):
             config = to_dataclass(self.command, composed)
             _refuse_distributed_sweep(config)
-            _refuse_sweep_inside_data(config)
             self.entered = True
             quiet_libraries()
             self.status = self.run(config) or 0
@@ -342,24 +340,6 @@ def _refuse_distributed_sweep(config: Any) -> None:
         f"not work together. Found {', '.join(f'{prefix}{n}={getattr(group, n)}' for n in names)}. "
         "Set each to 1, or start the jobs one by one in a shell loop."
     )
-
-
-def _refuse_sweep_inside_data(config: Any) -> None:
-    """A sweep's own file would change the dataset for all runs on it."""
-    from hydra.core.hydra_config import HydraConfig
-    from hydra.types import RunMode
-
-    from i2am_train.runs import require_apart
-
-    root = getattr(getattr(config, "data", config), "root", None)
-    if root is not None and HydraConfig.get().mode == RunMode.MULTIRUN:
-        folder = Path(HydraConfig.get().sweep.dir).absolute()
-        try:
-            require_apart(root, folder)
-        except RunFolderError as error:
-            raise RunFolderError(
-                f"{error} Hydra keeps a sweep's options there: give hydra.sweep.dir=FOLDER, and delete {folder}."
-            ) from error
 
 
 def _indented(text: str) -> str:

@@ -175,7 +175,7 @@ def evaluate_folders(config: EvaluateConfig, folder: Path) -> dict[str, Any]:
     from i2am_train.evaluation.folders import open_folders
     from i2am_train.evaluation.results import read_results, write_evaluation
     from i2am_train.evaluation.scoring import check_scoring, score_images
-    from i2am_train.fingerprints import data_state
+    from i2am_train.fingerprints import folder_state
     from i2am_train.runs import RunFolder, require_apart
     from i2am_train.tracking.evaluation import track_evaluation
     from i2am_train.types import GridSize, Pairing
@@ -184,7 +184,7 @@ def evaluate_folders(config: EvaluateConfig, folder: Path) -> dict[str, Any]:
     assert config.reference is not None
     check_device(config.device)
     for root in (config.images, config.reference):
-        require_apart(root, folder, config.tracking.folder)
+        require_apart(root, folder, config.tracking.folder, counts=lambda name: True)
     paired = config.evaluation.pairing is Pairing.PAIRED
     images, reference = open_folders(
         config.images,
@@ -197,8 +197,8 @@ def evaluate_folders(config: EvaluateConfig, folder: Path) -> dict[str, Any]:
     check_scoring(images, reference, options)
     settings = _folder_settings(config)
     settings["fingerprints"] = {
-        "images": data_state(config.images).fingerprint,
-        "reference": data_state(config.reference).fingerprint,
+        "images": folder_state(config.images).fingerprint,
+        "reference": folder_state(config.reference).fingerprint,
     }
     opened = RunFolder.open(folder, settings, may_differ=WITHOUT_EFFECT_ON_SCORES)
     if opened.finished and (finished := read_results(folder)) is not None:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from i2am_train.errors import ConfigError
-from i2am_train.types import GridSize, LayerWeighting, Pairing, PredictionType, Split
+from i2am_train.types import Category, GridSize, LayerWeighting, Pairing, PredictionType, Split
 
 LossVariantName = Literal[
     "paper",
@@ -49,7 +49,6 @@ MOST_SAMPLES = 10_000_000
 MOST_WORKERS = 512
 """Likewise, of processes that are started at once."""
 LayoutName = Literal["auto", "viton_hd", "dresscode"]
-CategoryName = Literal["upper_body", "lower_body", "dresses"]
 FitName = Literal["stretch", "pad", "crop"]
 WeightType = Literal["float32", "float16", "bfloat16"]
 FigureFormat = Literal["png", "svg", "pdf"]
@@ -110,7 +109,7 @@ class DataConfig:
     """Folder in VITON-HD or DressCode layout; null: the embedded dataset, made when missing."""
     layout: LayoutName = "auto"
     """How the folder is laid out; auto: dresscode where it has folders of categories."""
-    categories: list[CategoryName] = field(default_factory=list)
+    categories: list[Category] = field(default_factory=list)
     """Categories of DressCode to read: upper_body, lower_body, dresses; empty: all that exist."""
     fit: FitName = "stretch"
     """Pictures of another aspect: stretch changes the proportions, pad adds margins (white, around
@@ -1169,9 +1168,9 @@ class DataDeriveConfig:
     """Dataset folder in VITON-HD or DressCode layout: pair lists, people and flat garments."""
     layout: LayoutName = "auto"
     """How the folder is laid out; auto: dresscode where it has folders of categories."""
-    categories: list[CategoryName] = field(default_factory=list)
+    categories: list[Category] = field(default_factory=list)
     """Categories of DressCode to work on; empty: all that exist."""
-    category: CategoryName = "upper_body"
+    category: Category = "upper_body"
     """What the garments cover, in VITON-HD layout (DressCode's folders say it)."""
     labels: Literal["auto", "viton_hd", "dresscode"] = "auto"
     """Labels of the parsing maps: the 20 of image-parse-v3 or the 18 of label_maps; auto: those
@@ -1218,7 +1217,7 @@ class DataCheckConfig:
     """Dataset folder in VITON-HD or DressCode layout."""
     layout: LayoutName = "auto"
     """How the folder is laid out; auto: dresscode where it has folders of categories."""
-    categories: list[CategoryName] = field(default_factory=list)
+    categories: list[Category] = field(default_factory=list)
     """Categories of DressCode to check; empty: all that exist."""
     height: int | None = None
     """Height that every image must have, in pixels; null: the pictures of a person must agree."""
@@ -1257,7 +1256,7 @@ class DataCacheConfig:
     """Dataset folder in VITON-HD or DressCode layout."""
     layout: LayoutName = "auto"
     """How the folder is laid out; auto: dresscode where it has folders of categories."""
-    categories: list[CategoryName] = field(default_factory=list)
+    categories: list[Category] = field(default_factory=list)
     """Categories of DressCode to encode; empty: all that exist."""
     fit: FitName = "stretch"
     """Pictures of another aspect, as in data.fit."""

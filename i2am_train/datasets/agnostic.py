@@ -51,7 +51,6 @@ from i2am_train.datasets.bodies import (
     torso_corners,
 )
 from i2am_train.datasets.keypoints import Joints
-from i2am_train.datasets.layouts import Category
 from i2am_train.datasets.parsing import (
     ARMS,
     HEAD,
@@ -64,6 +63,7 @@ from i2am_train.datasets.parsing import (
     LabelSet,
 )
 from i2am_train.errors import DataError
+from i2am_train.types import Category
 
 GARMENT_GROWTH = 0.1
 BODY_GROWTH = 0.15

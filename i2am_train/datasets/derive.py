@@ -47,7 +47,6 @@ from i2am_train.datasets.layouts import (
     PERSON,
     POSE_PICTURE,
     WARPED_MASK,
-    Category,
     Layout,
     Pair,
     entries,
@@ -71,7 +70,7 @@ from i2am_train.datasets.pictures import (
 )
 from i2am_train.datasets.previews import write_sheet
 from i2am_train.errors import DataError
-from i2am_train.types import GridSize, Pairing, Split
+from i2am_train.types import Category, GridSize, Pairing, Split
 
 T = TypeVar("T")
 

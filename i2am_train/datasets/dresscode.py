@@ -20,7 +20,6 @@ from pathlib import Path
 
 from i2am_train.datasets.layouts import (
     AGNOSTIC,
-    CATEGORIES,
     CORRESPONDENCE,
     DERIVED_ROLES,
     DRAWN_POSE,
@@ -32,7 +31,6 @@ from i2am_train.datasets.layouts import (
     PERSON,
     POSE_PICTURE,
     WARPED_MASK,
-    Category,
     Layout,
     Pair,
     Place,
@@ -41,7 +39,7 @@ from i2am_train.datasets.layouts import (
 from i2am_train.datasets.pictures import Fit
 from i2am_train.datasets.reading import TryOnDataset
 from i2am_train.errors import DataError
-from i2am_train.types import GridSize, Pairing, Split
+from i2am_train.types import CATEGORIES, Category, GridSize, Pairing, Split
 
 
 class DressCodeLayout(Layout):

@@ -14,11 +14,11 @@ import unicodedata
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import ClassVar, Literal, NamedTuple
+from typing import ClassVar, NamedTuple
 
 from i2am_train.errors import DataError
 from i2am_train.locks import LOCK
-from i2am_train.types import Pairing, Split
+from i2am_train.types import Category, Pairing, Split
 
 PERSON, GARMENT = "image", "cloth"
 AGNOSTIC, INPAINT_MASK, POSE_PICTURE = "agnostic-v3.2", "agnostic-mask", "image-densepose"
@@ -36,13 +36,6 @@ OPTIONAL_ROLES = (WARPED_MASK, CORRESPONDENCE)
 MASK_ROLES = (INPAINT_MASK, GARMENT_MASK, WARPED_MASK)
 DERIVED_ROLES = (AGNOSTIC, INPAINT_MASK, GARMENT_MASK, WARPED_MASK)
 """What ``i2am data derive`` makes."""
-
-Category = Literal["upper_body", "lower_body", "dresses"]
-CATEGORIES: tuple[Category, ...] = ("upper_body", "lower_body", "dresses")
-"""What a garment covers; the names are DressCode's folders."""
-
-DESCRIPTION_FILE = "dataset.json"
-"""What made a dataset, in its root; datasets that were photographed have none."""
 
 ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 """Of pictures, in capitals or not."""

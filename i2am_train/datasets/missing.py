@@ -10,7 +10,6 @@ from typing import NamedTuple
 
 from i2am_train.datasets.layouts import (
     DERIVED_ROLES,
-    DESCRIPTION_FILE,
     GARMENT_ROLES,
     OPTIONAL_ROLES,
     PERSON_ROLES,
@@ -18,6 +17,7 @@ from i2am_train.datasets.layouts import (
     Pair,
 )
 from i2am_train.errors import DataError
+from i2am_train.fingerprints import DESCRIPTION_FILE
 from i2am_train.types import Pairing
 
 FILES_NAMED = 3

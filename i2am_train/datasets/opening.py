@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Literal
 
 from i2am_train.datasets.dresscode import dresscode_layouts
-from i2am_train.datasets.layouts import CATEGORIES, Category, Layout
+from i2am_train.datasets.layouts import Layout
 from i2am_train.datasets.pictures import Fit
 from i2am_train.datasets.reading import TryOnDataset
 from i2am_train.datasets.viton_hd import VitonHDLayout
 from i2am_train.errors import DataError
-from i2am_train.types import GridSize, Pairing, Split
+from i2am_train.types import CATEGORIES, Category, GridSize, Pairing, Split
 
 LayoutName = Literal["auto", "viton_hd", "dresscode"]
 

@@ -18,10 +18,10 @@ from numpy.typing import NDArray
 from PIL import Image as PILImage
 
 from i2am_train.datasets.arrays import Image, Mask
-from i2am_train.datasets.layouts import Category
 from i2am_train.datasets.picture_files import is_there, open_picture, read_values
 from i2am_train.datasets.pictures import write_bytes
 from i2am_train.errors import DataError
+from i2am_train.types import Category
 
 LabelMap = NDArray[np.uint8]
 

@@ -28,7 +28,7 @@ from i2am_train.datasets.arrays import GREY, Image, Mask, SampleArrays
 from i2am_train.datasets.correspondence_files import encode_correspondence
 from i2am_train.datasets.garments import Garment
 from i2am_train.datasets.keypoints import Joints, openpose_json
-from i2am_train.datasets.layouts import DESCRIPTION_FILE, KEYPOINTS, PARSING
+from i2am_train.datasets.layouts import KEYPOINTS, PARSING
 from i2am_train.datasets.meshes import (
     FIRST_TRIANGLE_LABEL,
     Camera,
@@ -41,6 +41,7 @@ from i2am_train.datasets.parsing import VITON_HD, LabelMap, write_labels
 from i2am_train.datasets.people import SIDES, Body, Person
 from i2am_train.errors import DataError
 from i2am_train.files import named_errors
+from i2am_train.fingerprints import DESCRIPTION_FILE
 from i2am_train.locks import staged
 from i2am_train.processes import ignore_interrupts
 from i2am_train.runs import write_text

@@ -23,14 +23,13 @@ from i2am_train.datasets.layouts import (
     PERSON,
     POSE_PICTURE,
     WARPED_MASK,
-    Category,
     Layout,
     Place,
 )
 from i2am_train.datasets.pictures import Fit
 from i2am_train.datasets.reading import TryOnDataset
 from i2am_train.errors import DataError
-from i2am_train.types import GridSize, Pairing, Split
+from i2am_train.types import Category, GridSize, Pairing, Split
 
 
 def require_correspondence(root: Path) -> None:

@@ -324,14 +324,14 @@ def test_a_file_of_another_kind_is_not_overwritten(
 
 
 @pytest.mark.parametrize("command", ["evaluate", "explain", "ablate", "data cache", "data check"])
-def test_an_output_inside_the_dataset(
+def test_an_output_among_the_data(
     command: str, commands: Callable[..., Any], small_dataset: Path, tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
     """No run on a dataset can be continued that it changes itself; training: test_stopped_training.py."""
     before = sorted(small_dataset.rglob("*"))
-    name, words = commands(command, small_dataset / "runs")
+    name, words = commands(command, small_dataset / "train" / "runs")
     capsys.readouterr()
     assert i2am(name, words) == 2
-    assert f"lies inside the dataset {small_dataset}" in said(capsys)
+    assert f"lies among the data in {small_dataset}" in said(capsys)
     assert sorted(small_dataset.rglob("*")) == before

@@ -487,7 +487,7 @@ def test_a_training_that_ends_early_saves_no_model(
     assert not (tmp_path / "run/model").exists()
 
 
-def test_an_output_inside_the_dataset_is_refused(
+def test_an_output_among_the_data_is_refused(
     training: list[str], small_dataset: Path, tmp_path: Path
 ) -> None:
     """It would change the dataset with every file, and could never go on; through links, too, and vice versa."""
@@ -495,11 +495,14 @@ def test_an_output_inside_the_dataset_is_refused(
     (tmp_path / "link").symlink_to(small_dataset / "train")
     elsewhere = f"output={tmp_path / 'run'}"
     for options, message in (
-        ([f"output={small_dataset / 'runs' / 'run'}"], "lies inside the dataset"),
-        ([f"output={tmp_path / 'link' / 'run'}"], "lies inside the dataset"),
-        ([elsewhere, f"tracking.folder={small_dataset}"], "lies inside the dataset"),
-        ([elsewhere, f"data.cache_copies={small_dataset / 'copies'}"], "lies inside the dataset"),
-        ([f"output={small_dataset.parent}"], f"The dataset {small_dataset} lies inside"),
+        ([f"output={small_dataset / 'test' / 'run'}"], "lies among the data"),
+        ([f"output={tmp_path / 'link' / 'run'}"], "lies among the data"),
+        (
+            [elsewhere, f"tracking.folder={small_dataset}"],
+            f"The data in {small_dataset} lie inside",
+        ),
+        ([elsewhere, f"data.cache_copies={small_dataset / 'train'}"], "lies among the data"),
+        ([f"output={small_dataset.parent}"], f"The data in {small_dataset} lie inside"),
     ):
         with pytest.raises(RunFolderError, match=message):
             train(compose("train", [*training, *options]))

@@ -320,18 +320,6 @@ def test_an_output_that_cannot_be_written_is_said() -> None:
     )  # fmt: skip
 
 
-def test_a_sweep_keeps_its_file_out_of_the_dataset(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """`cd dataset; i2am train -m data.root=.`: Hydra's own file would change it for all runs."""
-    status = run_command("train", ["-m", f"data.root={tmp_path}", "seed=0,1", "output=/elsewhere"])
-    assert status == 2
-    assert re.search(
-        r"sweeps lies inside the dataset .*give hydra\.sweep\.dir=FOLDER, and delete",
-        capsys.readouterr().err,
-    )
-
-
 def test_data_has_three_sub_commands(capsys: pytest.CaptureFixture[str]) -> None:
     """`i2am data` explains itself, and a misspelled sub-command names all three."""
     data.main()

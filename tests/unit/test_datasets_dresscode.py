@@ -16,12 +16,11 @@ from i2am_train.datasets.checks import check_dataset
 from i2am_train.datasets.datamodule import TryOnDataModule
 from i2am_train.datasets.derive import DeriveOptions, derive_dataset
 from i2am_train.datasets.dresscode import DressCodeDataset
-from i2am_train.datasets.layouts import CATEGORIES
 from i2am_train.datasets.opening import AS_IT_LIES, Reading, detect_layout, open_dataset
 from i2am_train.datasets.parsing import DRESS_CODE, VITON_HD
 from i2am_train.datasets.synthetic import render_annotations, render_sample
 from i2am_train.errors import DataError
-from i2am_train.types import GridSize, Pairing, Split
+from i2am_train.types import CATEGORIES, GridSize, Pairing, Split
 
 SIZE = GridSize(128, 96)
 GARMENT_LABEL = {"upper_body": "upper_clothes", "lower_body": "skirt", "dresses": "dress"}

@@ -247,8 +247,8 @@ def test_other_caches_and_other_files_are_not_overwritten(
     with pytest.raises(DataError, match=r"is no cache: it holds train-000000\.safetensors"):
         make_cache(model, small_dataset, theirs.parent)
     assert theirs.read_text() == "trained for weeks"
-    with pytest.raises(RunFolderError, match="lies inside the dataset"):
-        make_cache(model, small_dataset, small_dataset / "cache")
+    with pytest.raises(RunFolderError, match="lies among the data"):
+        make_cache(model, small_dataset, small_dataset / "train/cache")
     with pytest.raises(DataError, match="There is no cache in"):
         LatentCache(tmp_path / "nowhere")
     (cache / "index.json").write_text("{}")

@@ -13,11 +13,11 @@ from PIL import Image
 from i2am_train.datasets.checks import check_dataset
 from i2am_train.datasets.datamodule import TryOnDataModule
 from i2am_train.datasets.derive import DeriveOptions, derive_dataset
-from i2am_train.datasets.layouts import DESCRIPTION_FILE
 from i2am_train.datasets.opening import AS_IT_LIES, open_dataset
 from i2am_train.datasets.reading import TryOnDataset
 from i2am_train.datasets.viton_hd import VitonHDDataset
 from i2am_train.errors import DataError
+from i2am_train.fingerprints import DESCRIPTION_FILE
 from i2am_train.types import GridSize, Pairing, Split
 
 SIZE = GridSize(64, 48)

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from i2am_train.errors import RunFolderError
-from i2am_train.fingerprints import DataState, data_state, note_unreadable
+from i2am_train.fingerprints import DataState, data_state, folder_state, note_unreadable
 from i2am_train.runs import RunFolder
 
 BROKEN = "train/image/b.jpg"
@@ -33,6 +33,36 @@ def test_links_to_folders_count_and_circles_end(root: Path, tmp_path: Path) -> N
     (root / "train/self").symlink_to(root / "train/self")
     assert data_state(root) == before
     (tmp_path / "elsewhere/c.jpg").write_bytes(b"c")
+    assert data_state(root) != before
+
+
+@pytest.mark.parametrize(
+    "name", ["runs/a/metrics.csv", "report.json", "previews/a.jpg", "notes.txt"]
+)
+def test_what_lies_beside_the_data_does_not_count(root: Path, name: str) -> None:
+    """Outputs may lie in a dataset's folder; of a folder of pictures everything counts."""
+    before, whole = data_state(root), folder_state(root)
+    (root / name).parent.mkdir(parents=True, exist_ok=True)
+    (root / name).write_text("1")
+    assert data_state(root) == before
+    assert folder_state(root) != whole
+
+
+def test_a_run_beside_the_data_goes_on(root: Path) -> None:
+    """`cd dataset; i2am train data.root=.` writes to runs/ there."""
+    for resumed in (False, True):
+        folder = RunFolder.open(root / "runs/a", {"seed": 1})
+        folder.start(data=data_state(root))
+        (folder.path / "weights").write_bytes(b"1")
+        assert folder.resumed is resumed
+
+
+@pytest.mark.parametrize("name", ["test_pairs.txt", "dataset.json", "dresses/images/a.jpg"])
+def test_what_belongs_to_the_data_counts(root: Path, name: str) -> None:
+    """Both layouts' folders, the lists and the description."""
+    before = data_state(root)
+    (root / name).parent.mkdir(parents=True, exist_ok=True)
+    (root / name).write_text("1")
     assert data_state(root) != before
 
 
