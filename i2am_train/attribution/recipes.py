@@ -12,7 +12,6 @@ import inspect
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from functools import partial
 from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor, nn
@@ -247,19 +246,24 @@ def _ip_adapter(
         DIFFUSERS_SELF_ATTENTION.replace("attn1", "attn2"),
         reference_projection=f"processor.to_k_ip.{adapter}",
         reference=tokens,
-        sdpa_call=partial(_call_of_adapter, adapter),
+        sdpa_call=_AdapterCall(adapter),
         masks=("ip_adapter_masks",),  # attention masks are for the text
     )
     return Recipe("unet", (site,), name=name, canvas=canvas, guided=guided, partial=_other_adapters)
 
 
-def _call_of_adapter(adapter: int, attention: nn.Module) -> int:
+@dataclass(frozen=True)
+class _AdapterCall:
     """Which attention call is an adapter's: after the text and those before it, of which each with
     a scale of zero is left out; -1 if it is itself."""
-    scales: list[float] = list(getattr(attention.processor, "scale", ()))
-    if not any(scales[adapter : adapter + 1]):
-        return -1
-    return 1 + sum(scale != 0 for scale in scales[:adapter])
+
+    adapter: int
+
+    def __call__(self, attention: nn.Module) -> int:
+        scales: list[float] = list(getattr(attention.processor, "scale", ()))
+        if not any(scales[self.adapter : self.adapter + 1]):
+            return -1
+        return 1 + sum(scale != 0 for scale in scales[: self.adapter])
 
 
 def _other_adapters(unet: nn.Module) -> str | None:

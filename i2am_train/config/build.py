@@ -159,7 +159,7 @@ def _convert_union(hints: tuple[Any, ...], value: Any, path: str) -> Any:
         return None
     members = [hint for hint in hints if hint is not type(None)]
     exact = [hint for hint in members if type(value) is hint]
-    if isinstance(value, bool) or value is None:
+    if (isinstance(value, bool) and not exact) or value is None:
         raise _mismatch(path, value, " or ".join(map(_type_name, members)))
     alike = [m for m in members if (get_origin(m) is list) == isinstance(value, (list, tuple))]
     return _convert((exact or alike[-1:] or members[-1:])[0], value, path)

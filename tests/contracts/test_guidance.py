@@ -224,7 +224,8 @@ def adapted(kind: Any) -> Any:
     unet = copy.deepcopy(model_of("ip_adapter").unet).float()
     unet.register_to_config(sample_size=64)  # inpainting pipelines compare it
     pipeline = kind(
-        vae=small_vae(), text_encoder=None, tokenizer=None, unet=unet, scheduler=DDIMScheduler(),
+        vae=small_vae(), text_encoder=None, tokenizer=None, unet=unet,
+        scheduler=DDIMScheduler(clip_sample=False, steps_offset=1),
         safety_checker=None, feature_extractor=None, requires_safety_checker=False,
     )  # fmt: skip
     pipeline.set_progress_bar_config(disable=True)
@@ -402,6 +403,7 @@ def test_references_of_other_rows_are_refused() -> None:
         draw(pipeline, 1.0, prompts=2, pictures=2)
 
 
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # diffusers' own
 def test_evaluations_of_one_run_may_repeat_a_timestep() -> None:
     """Heun: two evaluations of each step but the last."""
     pipeline = adapted(StableDiffusionPipeline)
@@ -410,7 +412,7 @@ def test_evaluations_of_one_run_may_repeat_a_timestep() -> None:
         with trace(pipeline) as attention:
             draw(pipeline)
     finally:
-        pipeline.scheduler = DDIMScheduler()
+        pipeline.scheduler = DDIMScheduler(clip_sample=False, steps_offset=1)
     assert {site.calls for site in attention.sites} == {2 * STEPS - 1}
     assert attention.maps().store.steps == STEPS
 

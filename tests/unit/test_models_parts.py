@@ -492,7 +492,7 @@ def test_nothing_is_overwritten_and_space_is_checked_first(
     with pytest.raises(RunFolderError, match=r"exists\. Nothing was written"):
         run(options(pipeline, tmp_path / "model"))
     usage = shutil.disk_usage(tmp_path)
-    monkeypatch.setattr(tryon.shutil, "disk_usage", lambda _: usage._replace(free=1000))
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1000))
     with pytest.raises(
         CheckpointError, match=r"needs 0\.0 GiB .* 0\.0 GiB are free .* Nothing was"
     ):
