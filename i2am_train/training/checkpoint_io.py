@@ -24,11 +24,12 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             super().save_checkpoint(checkpoint, unfinished, storage_options)
 
     def load_checkpoint(self, path: Any, *arguments: Any, **options: Any) -> dict[str, Any]:
-        """Loads a checkpoint of a training.
+        """Loads a checkpoint of a training, as tensors and plain values: a pickle could run any program.
 
         Raises:
             CheckpointError: it is something else that torch wrote.
         """
+        options["weights_only"] = True
         try:
             checkpoint = super().load_checkpoint(path, *arguments, **options)
         except (RuntimeError, pickle.UnpicklingError) as error:

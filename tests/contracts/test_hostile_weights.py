@@ -30,6 +30,7 @@ from i2am_train.models.parts import assemble
 from i2am_train.models.poses import ViTPoseEstimator
 from i2am_train.models.pretrained import load_encoder
 from i2am_train.models.tryon import TryOnModel
+from i2am_train.training.checkpoint_io import AtomicCheckpointIO
 from i2am_train.weight_files import PublishedFile, read_adapter, read_weights
 from tests.detectors import tiny_yolos
 from tests.pipelines import tiny_catvton, tiny_ip_adapter
@@ -324,3 +325,12 @@ def test_an_index_stays_in_its_folder(small_checkpoint: Path, tmp_path: Path) ->
     )
     with pytest.raises(CheckpointError, match=r"outside its folder .\.\./elsewhere"):
         TryOnModel.from_pretrained(folder)
+
+
+def test_a_checkpoint_of_a_training(tmp_path: Path, marker: Path) -> None:
+    """A run's folder may come from somebody else, too."""
+    file = tmp_path / "step=1.ckpt"
+    torch.save({"state_dict": {}, "x": Harmful(marker)}, file)
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        AtomicCheckpointIO().load_checkpoint(file)
+    assert not marker.exists()
