@@ -9,14 +9,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import lightning as L
 import numpy as np
 import pytest
 from safetensors.torch import load_file
 
-from i2am_train import assembly
 from i2am_train.commands.train import train
 from i2am_train.config.store import compose
+from tests.crash import going_down
 
 pytestmark = [
     pytest.mark.gpu,
@@ -26,14 +25,6 @@ pytestmark = [
 
 def weights(folder: Path) -> dict[str, Any]:
     return load_file(folder / "model" / "unet" / "diffusion_pytorch_model.safetensors")
-
-
-class Stop(L.Callback):
-    """Ends the process's work as a crash would, at the beginning of the second epoch."""
-
-    def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if trainer.current_epoch == 1:
-            raise RuntimeError("the machine went down")
 
 
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "16-mixed"])
@@ -46,17 +37,8 @@ def test_resumed_equals_uninterrupted(
     ]  # fmt: skip
     whole = train(compose("train", [*options, f"output={tmp_path / 'whole'}"]))
     again = [*options, f"output={tmp_path / 'stopped'}"]
-    with monkeypatch.context() as patch:
-        make = assembly.make_trainer
-
-        def make_stopping(*arguments: Any) -> L.Trainer:
-            trainer = make(*arguments)
-            trainer.callbacks.append(Stop())
-            return trainer
-
-        patch.setattr(assembly, "make_trainer", make_stopping)
-        with pytest.raises(RuntimeError, match="went down"):
-            train(compose("train", again))
+    with going_down(monkeypatch):
+        train(compose("train", again))
     resumed = train(compose("train", again))
     assert all(weights(resumed)[name].equal(value) for name, value in weights(whole).items())
 

@@ -8,14 +8,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import lightning as L
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from i2am_train import assembly
 from i2am_train.attribution.archive import load_maps
 from i2am_train.commands.ablate import ablate
 from i2am_train.commands.evaluate import evaluate
@@ -30,6 +28,7 @@ from i2am_train.reporting.explained import read_explained, sample_folders
 from i2am_train.reporting.paper_figures import PAPER_FIGURES
 from i2am_train.reporting.report import build_report
 from i2am_train.types import Direction
+from tests.crash import going_down
 
 pytestmark = pytest.mark.filterwarnings("default")  # Lightning's and torch's own deprecations
 
@@ -86,14 +85,6 @@ def test_training_of_adapters(training: list[str], small_checkpoint: Path, tmp_p
     assert len(adapters) == 2 * len(attention)
 
 
-class Stop(L.Callback):
-    """Ends the process's work as a crash would, at the beginning of the second epoch."""
-
-    def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if trainer.current_epoch == 1:
-            raise RuntimeError("the machine went down")
-
-
 @pytest.mark.parametrize(
     "extra",
     [
@@ -108,17 +99,8 @@ def test_resumed_equals_uninterrupted(
     """A run stopped at an epoch's border and started again ends at the same weights and keeps its curves."""
     options = [*training, *extra, "experiment=refined"]
     whole = run_training(options, tmp_path / "whole")
-    with monkeypatch.context() as patch:
-        make = assembly.make_trainer
-
-        def make_stopping(*arguments: Any) -> L.Trainer:
-            trainer = make(*arguments)
-            trainer.callbacks.append(Stop())
-            return trainer
-
-        patch.setattr(assembly, "make_trainer", make_stopping)
-        with pytest.raises(RuntimeError, match="went down"):
-            run_training(options, tmp_path / "stopped")
+    with going_down(monkeypatch):
+        run_training(options, tmp_path / "stopped")
     resumed = run_training(options, tmp_path / "stopped")
     assert all(weights(resumed)[name].equal(value) for name, value in weights(whole).items())
     curves = [(run / "metrics.csv").read_text().count("\n") for run in (whole, resumed)]

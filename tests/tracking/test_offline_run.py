@@ -6,13 +6,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import lightning as L
 import numpy as np
 import pytest
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from i2am_train import assembly
 from i2am_train.commands.evaluate import evaluate
 from i2am_train.commands.train import train
 from i2am_train.config.store import compose
@@ -21,6 +19,7 @@ from i2am_train.reporting.records import read_panels, read_samples
 from i2am_train.runs import read_json
 from i2am_train.tracking import media, names
 from i2am_train.tracking.dashboard import dashboard_json
+from tests.crash import going_down
 
 pytestmark = pytest.mark.filterwarnings("default")  # Lightning's, TensorBoard's and W&B's own
 
@@ -297,31 +296,14 @@ def test_evaluation_scores_and_tables(evaluation: Path, judged: Any) -> None:
     assert judged.run.display_name == "refined-seed0-evaluation-paired"
 
 
-class Stop(L.Callback):
-    """Ends the process's work as a crash would, at the beginning of the second epoch."""
-
-    def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if trainer.current_epoch == 1:
-            raise RuntimeError("the machine went down")
-
-
 def test_a_resumed_training_continues_its_run(
     training: list[str], run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     read_runs: Callable[[Path], list[Any]], stored: Any,
 ) -> None:  # fmt: skip
     """Both parts have one id, and together the scalars of an uninterrupted run."""
     config = compose("train", [*training, f"output={tmp_path / 'run'}"])
-    with monkeypatch.context() as patch:
-        make = assembly.make_trainer
-
-        def make_stopping(*arguments: Any) -> L.Trainer:
-            trainer = make(*arguments)
-            trainer.callbacks.append(Stop())
-            return trainer
-
-        patch.setattr(assembly, "make_trainer", make_stopping)
-        with pytest.raises(RuntimeError, match="went down"):
-            train(config)
+    with going_down(monkeypatch):
+        train(config)
     train(config)
     first, second = read_runs(tmp_path / "run")
     assert first.run.run_id == second.run.run_id != stored.run.run_id
