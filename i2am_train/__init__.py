@@ -14,11 +14,11 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from i2am_train.attribution.maps import AttributionMaps as AttributionMaps
-    from i2am_train.attribution.maps import HeatMap as HeatMap
-    from i2am_train.attribution.sites import Recipe as Recipe
-    from i2am_train.attribution.tap import ScoreTap as ScoreTap
-    from i2am_train.attribution.trace import trace as trace
+    from i2am_train.attention.live import ScoreTap as ScoreTap
+    from i2am_train.attention.maps import AttributionMaps as AttributionMaps
+    from i2am_train.attention.maps import HeatMap as HeatMap
+    from i2am_train.attention.recipe import Recipe as Recipe
+    from i2am_train.attention.trace import trace as trace
     from i2am_train.config.store import compose as compose
     from i2am_train.losses.base import LossVariant as LossVariant
     from i2am_train.losses.center_weighted import center_weighted as center_weighted
@@ -46,11 +46,11 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOME_OF = {
-    "AttributionMaps": "attribution.maps",
-    "HeatMap": "attribution.maps",
-    "Recipe": "attribution.sites",
-    "ScoreTap": "attribution.tap",
-    "trace": "attribution.trace",
+    "AttributionMaps": "attention.maps",
+    "HeatMap": "attention.maps",
+    "Recipe": "attention.recipe",
+    "ScoreTap": "attention.live",
+    "trace": "attention.trace",
     "compose": "config.store",
     "LossVariant": "losses.base",
     "center_weighted": "losses.center_weighted",

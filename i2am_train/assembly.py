@@ -37,10 +37,10 @@ from i2am_train.config.schema import (
     SamplingConfig,
     TrainConfig,
 )
-from i2am_train.datasets.datamodule import TryOnDataModule
-from i2am_train.datasets.latent_cache import LatentCache
-from i2am_train.datasets.opening import Reading
-from i2am_train.datasets.synthetic import make_dataset
+from i2am_train.data.cache import LatentCache
+from i2am_train.data.module import TryOnDataModule
+from i2am_train.data.opening import Reading
+from i2am_train.data.synthetic.dataset import make_dataset
 from i2am_train.errors import CheckpointError, ConfigError
 from i2am_train.evaluation.evaluator import EvaluationSettings
 from i2am_train.evaluation.scoring import ScoringOptions

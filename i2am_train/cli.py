@@ -123,7 +123,7 @@ def _open_closed_streams() -> None:
 def run_command(command: str, words: Sequence[str]) -> None:
     """Run a command's module as ``__main__`` with the given words as its arguments."""
     sys.argv = [f"i2am {command}", *words]
-    runpy.run_module(f"i2am_train.commands.{command}", run_name="__main__", alter_sys=True)
+    runpy.run_module(f"i2am_train.workflows.{command}", run_name="__main__", alter_sys=True)
 
 
 def _help() -> str:

@@ -37,7 +37,7 @@ from unittest.mock import patch
 import torch
 from torch import Tensor
 
-from i2am_train.attribution import diffusers_decoder, trace
+from i2am_train.attention import diffusers_decoder, trace
 from i2am_train.ops.attention import ColumnMeans
 from i2am_train.types import GridSize
 
@@ -68,7 +68,7 @@ def two_softmaxes(
 @contextmanager
 def traced_with_softmaxes(target: object, recipe: Any = None) -> Iterator[None]:
     """`trace` with the rival's reduction."""
-    with patch("i2am_train.attribution.reduce.column_means", two_softmaxes), trace(target, recipe):
+    with patch("i2am_train.attention.reduction.column_means", two_softmaxes), trace(target, recipe):
         yield
 
 
@@ -157,7 +157,7 @@ def tiny_case(batch: int = 4, steps: int = 4) -> Case:
 
 def train_case(batch: int = 8) -> Case:
     """Training steps of two copies of the tiny model."""
-    from i2am_train.attribution import ScoreTap
+    from i2am_train.attention import ScoreTap
     from i2am_train.losses.objective import AttentionObjective, TermWeights
     from i2am_train.training.draws import draw
     from i2am_train.training.step import TrainingObjective

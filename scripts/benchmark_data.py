@@ -23,7 +23,7 @@ from typing import Any
 
 import cv2
 
-from i2am_train.datasets.synthetic import (
+from i2am_train.data.synthetic.dataset import (
     FOLDERS,
     SyntheticSample,
     make_dataset,
@@ -75,7 +75,7 @@ def measure_all(
         )
     }
     # Imported here, as worker processes import this file: they would load torch before they draw.
-    from i2am_train.datasets.viton_hd import VitonHDDataset
+    from i2am_train.data.layouts.viton_hd import VitonHDDataset
 
     few = min(samples, 128)
     dataset = VitonHDDataset(root, Split.TRAIN, Pairing.PAIRED, size, augment=True)

@@ -40,10 +40,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
-from i2am_train.attribution import ScoreTap
-from i2am_train.datasets.latent_cache import ENCODED, TOKENS, CachedDataset, LatentCache
-from i2am_train.datasets.synthetic import make_dataset
-from i2am_train.datasets.viton_hd import VitonHDDataset
+from i2am_train.attention import ScoreTap
+from i2am_train.data.cache import ENCODED, TOKENS, CachedDataset, LatentCache
+from i2am_train.data.layouts.viton_hd import VitonHDDataset
+from i2am_train.data.synthetic.dataset import make_dataset
 from i2am_train.losses.objective import AttentionObjective, TermWeights
 from i2am_train.models.build import build_model
 from i2am_train.models.projector import ReferenceProjector

@@ -12,9 +12,9 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from i2am_train.reporting.evaluations import read_evaluations
-from i2am_train.reporting.records import arm_labels, read_results
 from i2am_train.reporting.score_tables import ATTENTION_METRICS, IMAGE_METRICS
+from i2am_train.results.evaluations import read_evaluations
+from i2am_train.results.finished_runs import arm_labels, read_results
 from i2am_train.runs import MANIFEST_FILE, read_json
 from i2am_train.types import Pairing
 

@@ -22,9 +22,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from i2am_train.attribution.sites import PAPER_LAYERS, LayerId, layer_name
+from i2am_train.attention.recipe import PAPER_LAYERS, LayerId, layer_name
 from i2am_train.config.locations import checkpoint_folder
-from i2am_train.datasets.synthetic import FIRST_TEST_INDEX, render_sample
+from i2am_train.data.synthetic.dataset import FIRST_TEST_INDEX, render_sample
 from i2am_train.models.sampling import sample
 from i2am_train.models.tryon import TryOnModel
 from i2am_train.runs import machine

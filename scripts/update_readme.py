@@ -12,14 +12,14 @@ import re
 from pathlib import Path
 from typing import Any
 
-from i2am_train.attribution.recipes import KNOWN_MODELS
+from i2am_train.attention.known import KNOWN_MODELS
 from i2am_train.reporting import score_table_formats
-from i2am_train.reporting.canvas import save_figure
 from i2am_train.reporting.correlations import correlation_figure, correlation_table
-from i2am_train.reporting.evaluations import Evaluation
-from i2am_train.reporting.records import recompared
+from i2am_train.reporting.figures.canvas import save_figure
 from i2am_train.reporting.table_formats import markdown
 from i2am_train.reporting.tables import describe_machine
+from i2am_train.results.evaluations import Evaluation
+from i2am_train.results.finished_runs import recompared
 from i2am_train.types import Pairing
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -14,7 +14,7 @@ install_import_hook(
         "i2am_train.ops",
         "i2am_train.losses",
         "i2am_train.metrics",
-        "i2am_train.attribution",
+        "i2am_train.attention",
         "i2am_train.evaluation.folders",
         "i2am_train.evaluation.scoring",
         "i2am_train.models.diffusion",
@@ -44,7 +44,7 @@ def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(scope="session")
 def small_dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A synthetic dataset of 64x48 images: 20 training and 6 test samples."""
-    from i2am_train.datasets.synthetic import make_dataset
+    from i2am_train.data.synthetic.dataset import make_dataset
     from i2am_train.types import GridSize
 
     root = tmp_path_factory.mktemp("data") / "small"

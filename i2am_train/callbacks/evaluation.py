@@ -13,7 +13,7 @@ import lightning as L
 import numpy as np
 from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
 
-from i2am_train.datasets.sample import TryOnBatch
+from i2am_train.data.sample import TryOnBatch
 from i2am_train.evaluation.evaluator import (
     EvaluationResult,
     EvaluationSettings,
@@ -23,9 +23,9 @@ from i2am_train.evaluation.evaluator import (
     make_panels,
 )
 from i2am_train.evaluation.results import stack_panels, write_panels
-from i2am_train.reporting.canvas import save_figure
-from i2am_train.reporting.records import Panels
-from i2am_train.reporting.sample_panel import sample_panel
+from i2am_train.reporting.figures.canvas import save_figure
+from i2am_train.reporting.figures.samples import sample_panel
+from i2am_train.results.finished_runs import Panels
 from i2am_train.tracking.media import generated_overlays, reference_overlays, sample_table
 from i2am_train.tracking.names import (
     ATTRIBUTION_GENERATED,

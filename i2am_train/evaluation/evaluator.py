@@ -18,11 +18,11 @@ from jaxtyping import Bool, Float, UInt8
 from torch import Tensor
 from torchmetrics import MetricCollection
 
-from i2am_train.attribution.maps import AttributionMaps, HeatMap, threshold
-from i2am_train.attribution.sites import LayerId
-from i2am_train.attribution.trace import trace
+from i2am_train.attention.maps import AttributionMaps, HeatMap, threshold
+from i2am_train.attention.recipe import LayerId
+from i2am_train.attention.trace import trace
 from i2am_train.config.schema import AttributionConfig, SamplingConfig
-from i2am_train.datasets.sample import TryOnBatch, batch_on
+from i2am_train.data.sample import TryOnBatch, batch_on
 from i2am_train.evaluation.scoring import check_scores
 from i2am_train.losses.base import LossVariant
 from i2am_train.losses.centers import attention_centers

@@ -16,8 +16,8 @@ from jaxtyping import UInt8
 from PIL import Image
 from torch import Tensor
 
-from i2am_train.datasets.layouts import stem_of
-from i2am_train.datasets.picture_files import (
+from i2am_train.data.layouts.base import stem_of
+from i2am_train.data.picture_files import (
     UnreadablePictureError,
     is_deep,
     open_picture,

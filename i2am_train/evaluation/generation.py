@@ -16,7 +16,7 @@ import numpy as np
 from jaxtyping import UInt8
 from torch import Tensor
 
-from i2am_train.datasets.reading import TryOnDataset
+from i2am_train.data.reading import TryOnDataset
 from i2am_train.errors import DataError
 from i2am_train.evaluation.batches import batches
 from i2am_train.evaluation.evaluator import EvaluationResult, Panel
@@ -29,7 +29,7 @@ from i2am_train.evaluation.results import (
 )
 from i2am_train.evaluation.scoring import ImageScores, ScoringOptions, score_images
 from i2am_train.files import UNFINISHED
-from i2am_train.reporting.records import PANEL_ARRAYS, PANELS, Panels, read_panels
+from i2am_train.results.finished_runs import PANEL_ARRAYS, PANELS, Panels, read_panels
 from i2am_train.runs import read_json, write_json
 
 PARTIAL, ROWS = "partial", "rows.json"

@@ -8,14 +8,14 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from i2am_train.attribution.listening import resolve_root, resolve_sites
-from i2am_train.attribution.maps import AttributionMaps
-from i2am_train.attribution.rollups import time_groups
-from i2am_train.attribution.sites import LayerId, similar_layer
-from i2am_train.attribution.trace import trace
+from i2am_train.attention.hooks import resolve_root, resolve_sites
+from i2am_train.attention.maps import AttributionMaps
+from i2am_train.attention.recipe import LayerId, similar_layer
+from i2am_train.attention.sums import time_groups
+from i2am_train.attention.trace import trace
 from i2am_train.config.schema import AttributionConfig
-from i2am_train.datasets.arrays import Image, Mask
-from i2am_train.datasets.pictures import fit_mask
+from i2am_train.data.arrays import Image, Mask
+from i2am_train.data.pictures import fit_mask
 from i2am_train.errors import DataError
 from i2am_train.evaluation.evaluator import imacs_table, value_or_none
 from i2am_train.models.others.base import OtherModel, Request

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from i2am_train.evaluation.evaluator import EvaluationResult, Panel, score_columns
 from i2am_train.files import written
-from i2am_train.reporting.records import PANEL_ARRAYS, PANELS, RESULTS, SAMPLES, Panels
-from i2am_train.reporting.statistics import Over, mean_interval
+from i2am_train.results.finished_runs import PANEL_ARRAYS, PANELS, RESULTS, SAMPLES, Panels
+from i2am_train.results.statistics import Over, mean_interval
 from i2am_train.runs import write_json, write_text
 
 CONFIDENCE = 0.95

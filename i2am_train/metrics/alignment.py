@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from i2am_train.attribution.maps import AttributionMaps
+from i2am_train.attention.maps import AttributionMaps
 from i2am_train.ops.grids import aligned_coordinates, reference_coordinates
 from i2am_train.ops.precision import at_least_float32
 from i2am_train.types import Direction, GridSize

@@ -21,6 +21,19 @@ from torch import Tensor
 from i2am_train.errors import ConfigError
 from i2am_train.types import GridSize
 
+METHODS_OF_MAPS = ("i2am", "i2am_inverted", "i2am_authors")
+"""The same map read in three ways: the paper's, inverted as the authors show it, and by the authors' script."""
+METHOD_LABELS = {
+    "daam": "DAAM's softmax",
+    "overall": "Overall (whole image)",
+    "random": "Random 10–30 %",
+    "random_authors": "Random 10–30 %, authors' rule †",
+    "i2am": "I²AM",
+    "i2am_inverted": "I²AM, inverted map",
+    "i2am_authors": "I²AM, authors' code †",
+}
+"""Methods without a detector, in the paper's order."""
+
 RANDOM_AREA = (0.1, 0.3)
 """Share of the picture that a random box covers: uniform (paper Table 1)."""
 RANDOM_ASPECT = (0.5, 2.0)

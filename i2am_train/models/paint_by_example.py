@@ -21,10 +21,10 @@ from PIL import Image as PillowImage
 from torch import Tensor
 from transformers import CLIPImageProcessor, CLIPVisionConfig
 
-from i2am_train.attribution import AttributionMaps, Recipe, Site, Tokens, trace
-from i2am_train.attribution.recipes import paint_by_example
+from i2am_train.attention import AttributionMaps, Recipe, Site, Tokens, trace
+from i2am_train.attention.known import paint_by_example
 from i2am_train.config.schema import WeightType
-from i2am_train.datasets.arrays import Image, Mask
+from i2am_train.data.arrays import Image, Mask
 from i2am_train.errors import CheckpointError, ConfigError, NotFiniteError
 from i2am_train.models.pretrained import load_network, load_part
 from i2am_train.models.watch import Watch, advice

@@ -9,9 +9,9 @@ import numpy as np
 import torch
 from transformers import VitPoseForPoseEstimation
 
-from i2am_train.datasets.arrays import Image
-from i2am_train.datasets.derive import Box
-from i2am_train.datasets.keypoints import Joints
+from i2am_train.data.arrays import Image
+from i2am_train.data.derive.derivation import Box
+from i2am_train.data.derive.keypoints import Joints
 from i2am_train.errors import CheckpointError
 from i2am_train.models.parsing import load_with_processor
 

@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from i2am_train.attribution.frames import announce
+from i2am_train.attention.frames import announce
 from i2am_train.config.schema import SamplerName
 from i2am_train.models.diffusion import guided
 from i2am_train.models.solvers import make_solver

@@ -19,9 +19,8 @@ from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
 from i2am_train.metrics.registry import METRICS
-from i2am_train.reporting.canvas import GREY, OKABE_ITO, STYLE, new_figure, plain_text
-from i2am_train.reporting.evaluations import Evaluation
-from i2am_train.reporting.figures import with_index
+from i2am_train.reporting.figures.canvas import GREY, OKABE_ITO, STYLE, new_figure, plain_text
+from i2am_train.reporting.figures.training import with_index
 from i2am_train.reporting.score_tables import (
     ATTENTION_METRICS,
     IMAGE_METRICS,
@@ -30,9 +29,10 @@ from i2am_train.reporting.score_tables import (
     Row,
     ScoreTable,
 )
-from i2am_train.reporting.statistics import Correlation, correlation
 from i2am_train.reporting.table_formats import minus
 from i2am_train.reporting.tables import arrow, interval_text, number
+from i2am_train.results.evaluations import Evaluation
+from i2am_train.results.statistics import Correlation, correlation
 from i2am_train.types import Pairing
 
 DIGITS = 2

@@ -4,7 +4,7 @@ In the run folder (beside ``settings.json`` and ``manifest.json``), or in a fold
 it where a run explains several::
 
     scores.json                 names, layer, patches, origin, options, scores
-    maps.safetensors            the capture (attribution/archive.py)
+    maps.safetensors            the capture (attention/archive.py)
     images/*.png                garment, agnostic, densepose, person, generated, clean-<step>
     masks/*.png                 garment, inpaint, warped_garment; white inside
     correspondence.safetensors  true place of each person pixel on the garment, where known
@@ -25,13 +25,13 @@ from PIL import UnidentifiedImageError
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
-from i2am_train.attribution.archive import load_maps, save_maps
-from i2am_train.attribution.maps import AttributionMaps
+from i2am_train.attention.archive import load_maps, save_maps
+from i2am_train.attention.maps import AttributionMaps
 from i2am_train.errors import RunFolderError
 from i2am_train.files import written
 from i2am_train.metrics.correspondence import target_on_grid
-from i2am_train.reporting.canvas import Picture
-from i2am_train.reporting.drawn import GridCell, Mask, array
+from i2am_train.reporting.figures.canvas import Picture
+from i2am_train.reporting.figures.explained import GridCell, Mask, array
 from i2am_train.runs import (
     MANIFEST_FILE,
     checkpoint_label,

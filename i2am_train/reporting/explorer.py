@@ -16,26 +16,26 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from i2am_train.attribution.maps import AttributionMaps
-from i2am_train.attribution.rollups import time_groups
-from i2am_train.attribution.sites import paper_number, similar_layer
-from i2am_train.attribution.store import AttributionStore, LayerRecord
+from i2am_train.attention.maps import AttributionMaps
+from i2am_train.attention.recipe import paper_number, similar_layer
+from i2am_train.attention.store import AttributionStore, LayerRecord
+from i2am_train.attention.sums import time_groups
 from i2am_train.config.schema import AttributionConfig
-from i2am_train.datasets.sample import TryOnSample
+from i2am_train.data.sample import TryOnSample
 from i2am_train.errors import ConfigError
 from i2am_train.metrics.correspondence import target_on_grid
 from i2am_train.ops.images import to_uint8
 from i2am_train.ops.masks import mask_on_grid
-from i2am_train.reporting.canvas import (
+from i2am_train.reporting.figures.canvas import (
     OKABE_ITO,
     TRUTH_COLOR,
     Picture,
     arm_colors,
     heat_colormap,
 )
-from i2am_train.reporting.cells import short_name
+from i2am_train.reporting.figures.elements import short_name
+from i2am_train.reporting.figures.samples import TEAR
 from i2am_train.reporting.pages import as_base64, embedded_picture, page_environment
-from i2am_train.reporting.sample_panel import TEAR
 from i2am_train.types import Direction, GridSize
 
 PAGE = "explorer.html"

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from i2am_train.metrics.registry import METRICS
-from i2am_train.reporting.evaluations import Evaluation, read_evaluations
+from i2am_train.results.evaluations import Evaluation, read_evaluations
 from i2am_train.runs import MANIFEST_FILE, SETTINGS_FILE, read_object
 from i2am_train.types import GridSize
 

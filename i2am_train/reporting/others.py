@@ -3,7 +3,7 @@
 In the run folder (beside ``settings.json`` and ``manifest.json``)::
 
     scores.json         recipe, marks, layer, patches, scores, mean share of attention (mass)
-    maps.safetensors    the capture (attribution/archive.py)
+    maps.safetensors    the capture (attention/archive.py)
     images/*.png        generated, reference
     masks/*.png         generated (the region that was filled in), reference; white inside
 """
@@ -19,12 +19,14 @@ import numpy as np
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
-from i2am_train.attribution.archive import save_maps
-from i2am_train.attribution.maps import AttributionMaps
-from i2am_train.attribution.recipes import of_same_picture
-from i2am_train.reporting.canvas import Picture
-from i2am_train.reporting.cells import TO_GENERATED, TO_REFERENCE, map_cell
-from i2am_train.reporting.drawn import (
+from i2am_train.attention.archive import save_maps
+from i2am_train.attention.known import of_same_picture
+from i2am_train.attention.maps import AttributionMaps
+from i2am_train.reporting.explained import SCORES, write_png
+from i2am_train.reporting.figures.by_layer import layer_maps, time_and_head_maps
+from i2am_train.reporting.figures.canvas import Picture
+from i2am_train.reporting.figures.elements import TO_GENERATED, TO_REFERENCE, map_cell
+from i2am_train.reporting.figures.explained import (
     SHOWN_AT_MOST,
     WHITE,
     GridCell,
@@ -34,10 +36,8 @@ from i2am_train.reporting.drawn import (
     frame_of,
     framed,
 )
-from i2am_train.reporting.explained import SCORES, write_png
-from i2am_train.reporting.levels import layer_maps, time_and_head_maps
-from i2am_train.reporting.patches import reverse_across_layers, specific_reference
-from i2am_train.reporting.sheet import Cell, Section, Sheet, draw_sheet
+from i2am_train.reporting.figures.patches import reverse_across_layers, specific_reference
+from i2am_train.reporting.figures.sheet import Cell, Section, Sheet, draw_sheet
 from i2am_train.reporting.super_resolution import (
     alignment_plot,
     alignment_sheet,

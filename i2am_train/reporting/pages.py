@@ -14,8 +14,8 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from matplotlib.figure import Figure
 from PIL import Image as PillowImage
 
-from i2am_train.reporting.canvas import STYLE
-from i2am_train.reporting.canvas import Picture as PictureArray
+from i2am_train.reporting.figures.canvas import STYLE
+from i2am_train.reporting.figures.canvas import Picture as PictureArray
 from i2am_train.reporting.tables import describe, describe_machine
 
 

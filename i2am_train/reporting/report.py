@@ -17,8 +17,8 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from i2am_train.reporting import table_formats
-from i2am_train.reporting.canvas import arm_colors
-from i2am_train.reporting.figures import (
+from i2am_train.reporting.figures.canvas import arm_colors
+from i2am_train.reporting.figures.training import (
     PanelPart,
     difference_plot,
     metric_curves,
@@ -31,17 +31,6 @@ from i2am_train.reporting.pages import (
     page_environment,
     provenance_rows,
 )
-from i2am_train.reporting.records import (
-    CellRecord,
-    History,
-    Panels,
-    Results,
-    RunRecord,
-    arm_labels,
-    read_run,
-    reference_arm,
-    uses_truth,
-)
 from i2am_train.reporting.table_formats import minus
 from i2am_train.reporting.tables import (
     MetricColumn,
@@ -53,6 +42,17 @@ from i2am_train.reporting.tables import (
     notes,
     number,
     verdict_sentences,
+)
+from i2am_train.results.finished_runs import (
+    CellRecord,
+    History,
+    Panels,
+    Results,
+    RunRecord,
+    arm_labels,
+    read_run,
+    reference_arm,
+    uses_truth,
 )
 from i2am_train.runs import write_text
 

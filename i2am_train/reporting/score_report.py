@@ -11,16 +11,16 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from i2am_train.reporting import score_table_formats as formats
-from i2am_train.reporting.canvas import save_figure
 from i2am_train.reporting.correlations import (
     CAPTION,
     NEED,
     correlation_figure,
     correlation_table,
 )
-from i2am_train.reporting.evaluations import Evaluation, incomparable, read_evaluations
+from i2am_train.reporting.figures.canvas import save_figure
 from i2am_train.reporting.pages import Picture, Section, code_state, embedded_figure
 from i2am_train.reporting.score_tables import ScoreTable, models_of, score_tables
+from i2am_train.results.evaluations import Evaluation, incomparable, read_evaluations
 from i2am_train.runs import command_line, git_state, write_json, write_text
 from i2am_train.types import Pairing
 

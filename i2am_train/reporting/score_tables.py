@@ -16,8 +16,6 @@ import numpy as np
 
 from i2am_train.metrics.imacs import imacs_column
 from i2am_train.metrics.registry import METRICS, MetricInfo
-from i2am_train.reporting.evaluations import Evaluation
-from i2am_train.reporting.statistics import Over, mean_interval
 from i2am_train.reporting.tables import (
     TRUTH_MARK,
     arrow,
@@ -26,6 +24,8 @@ from i2am_train.reporting.tables import (
     number,
     printed_ranks,
 )
+from i2am_train.results.evaluations import Evaluation
+from i2am_train.results.statistics import Over, mean_interval
 from i2am_train.types import Pairing
 
 IMAGE_METRICS = (

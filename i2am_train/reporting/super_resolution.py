@@ -13,12 +13,12 @@ import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from i2am_train.attribution.maps import AttributionMaps
-from i2am_train.attribution.sites import LayerId
-from i2am_train.attribution.store import LayerRecord
+from i2am_train.attention.maps import AttributionMaps
+from i2am_train.attention.recipe import LayerId
+from i2am_train.attention.store import LayerRecord
 from i2am_train.metrics.alignment import even_alignment, layer_alignment, patch_distance
-from i2am_train.reporting.canvas import GREY, OKABE_ITO, STYLE, new_figure
-from i2am_train.reporting.cells import (
+from i2am_train.reporting.figures.canvas import GREY, OKABE_ITO, STYLE, new_figure
+from i2am_train.reporting.figures.elements import (
     TO_GENERATED,
     TO_REFERENCE,
     layer_title,
@@ -30,8 +30,8 @@ from i2am_train.reporting.cells import (
     same_place,
     specific_cells,
 )
-from i2am_train.reporting.drawn import Drawn, GridCell
-from i2am_train.reporting.sheet import (
+from i2am_train.reporting.figures.explained import Drawn, GridCell
+from i2am_train.reporting.figures.sheet import (
     LINE,
     Box,
     Cell,

@@ -16,7 +16,6 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from i2am_train.reporting.records import Results
 from i2am_train.reporting.tables import (
     ArmRow,
     DifferenceRow,
@@ -31,6 +30,7 @@ from i2am_train.reporting.tables import (
     notes,
     percent,
 )
+from i2am_train.results.finished_runs import Results
 
 # ---- terminal ----------------------------------------------------------------------------------
 

@@ -14,13 +14,13 @@ from enum import StrEnum
 from itertools import groupby
 from typing import Any, Self
 
-from i2am_train.reporting.records import (
+from i2am_train.results.finished_runs import (
     START_ARM,
     Results,
     arm_labels,
     uses_truth,
 )
-from i2am_train.reporting.statistics import Over
+from i2am_train.results.statistics import Over
 
 GROUP_TITLES = {"attention": "Attention", "image": "Image"}
 TRUTH_MARK = "†"

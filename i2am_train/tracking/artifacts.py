@@ -13,7 +13,7 @@ from typing import Any
 
 import wandb
 
-from i2am_train.datasets.opening import AS_IT_LIES, list_lengths
+from i2am_train.data.opening import AS_IT_LIES, list_lengths
 from i2am_train.runs import (
     MODEL_FOLDER,
     SETTINGS_FILE,

@@ -15,8 +15,8 @@ from wandb.sdk.lib.service.service_connection import WandbApiFailedError  # publ
 
 from i2am_train.config.schema import EvaluationConfig
 from i2am_train.errors import TrackingError
+from i2am_train.metrics.boxes import METHOD_LABELS, METHODS_OF_MAPS
 from i2am_train.metrics.registry import METRICS
-from i2am_train.reporting.detection import LABELS, OURS
 from i2am_train.tracking.names import (
     ARM,
     ATTRIBUTION,
@@ -109,12 +109,14 @@ def sections() -> list[DashboardSection]:
             ),
             panels=[
                 *(
-                    _bars(f"{DETECTION}generated/{name}", f"{LABELS[name]}: mean IoU")
+                    _bars(f"{DETECTION}generated/{name}", f"{METHOD_LABELS[name]}: mean IoU")
                     for name in ("i2am", "i2am_inverted", "overall", "random")
                 ),
                 *(
-                    _curve(DETECTION_SWEEP + name, f"{LABELS[name]}: mean IoU", DETECTION_DELTA)
-                    for name in OURS
+                    _curve(
+                        DETECTION_SWEEP + name, f"{METHOD_LABELS[name]}: mean IoU", DETECTION_DELTA
+                    )
+                    for name in METHODS_OF_MAPS
                 ),
                 _media("Boxes on painted images", DETECTION_BOXES),
                 reports.WeavePanelSummaryTable(table_name=DETECTION_METHODS),

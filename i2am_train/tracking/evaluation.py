@@ -6,8 +6,8 @@ from typing import Any
 
 from i2am_train.config.schema import TrackingConfig
 from i2am_train.evaluation.evaluator import EvaluationResult
-from i2am_train.reporting.records import PANELS, RESULTS, Panels
-from i2am_train.reporting.records import SAMPLES as SAMPLES_FILE
+from i2am_train.results.finished_runs import PANELS, RESULTS, Panels
+from i2am_train.results.finished_runs import SAMPLES as SAMPLES_FILE
 from i2am_train.runs import RunFolder
 from i2am_train.tracking.artifacts import log_results, results_name
 from i2am_train.tracking.media import sample_table, score_table

@@ -1,4 +1,4 @@
-"""Makes a cache of what the frozen encoders give for a dataset (:mod:`i2am_train.datasets.latent_cache`).
+"""Makes a cache of what the frozen encoders give for a dataset (:mod:`i2am_train.data.cache`).
 
 It can be stopped and started again: shards that are whole and sound are kept, others are made anew.
 
@@ -18,8 +18,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from i2am_train.datasets.broken import noted_in, refuse_broken_pictures
-from i2am_train.datasets.latent_cache import (
+from i2am_train.data.cache import (
     CORRESPONDENCE,
     ENCODED,
     INDEX_FILE,
@@ -32,14 +31,15 @@ from i2am_train.datasets.latent_cache import (
     pack_row,
     write_shard,
 )
-from i2am_train.datasets.opening import (
+from i2am_train.data.checks.broken import noted_in, refuse_broken_pictures
+from i2am_train.data.opening import (
     AS_IT_LIES,
     Reading,
     list_length,
     open_dataset,
 )
-from i2am_train.datasets.reading import EpochPosition
-from i2am_train.datasets.sample import TryOnBatch
+from i2am_train.data.reading import EpochPosition
+from i2am_train.data.sample import TryOnBatch
 from i2am_train.errors import DataError, NotFiniteError
 from i2am_train.fingerprints import RECORD_FILE, DataRecord, DataState, data_state
 from i2am_train.locks import LOCK

@@ -8,9 +8,9 @@ from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor
 
-from i2am_train.attribution.tap import ScoreTap
+from i2am_train.attention.live import ScoreTap
 from i2am_train.config.schema import OptimizationConfig
-from i2am_train.datasets.sample import TryOnBatch
+from i2am_train.data.sample import TryOnBatch
 from i2am_train.models.lora import add_adapters
 from i2am_train.models.tryon import TryOnModel
 from i2am_train.training.accumulation import ConditionedCount, batches_of_step

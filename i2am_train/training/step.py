@@ -1,6 +1,6 @@
 """What one training step computes: the denoising loss plus the weighted attention losses of one layer.
 
-A batch holds pictures, or what the frozen encoders made of them (:mod:`i2am_train.datasets.latent_cache`).
+A batch holds pictures, or what the frozen encoders made of them (:mod:`i2am_train.data.cache`).
 """
 
 from dataclasses import dataclass, field
@@ -11,10 +11,10 @@ import torch.distributed as dist
 from jaxtyping import Float
 from torch import Tensor
 
-from i2am_train.attribution.sites import LayerId
-from i2am_train.attribution.tap import ScoreTap
-from i2am_train.datasets.latent_cache import ENCODED, TOKENS, CachedBatch
-from i2am_train.datasets.sample import TryOnBatch
+from i2am_train.attention.live import ScoreTap
+from i2am_train.attention.recipe import LayerId
+from i2am_train.data.cache import ENCODED, TOKENS, CachedBatch
+from i2am_train.data.sample import TryOnBatch
 from i2am_train.errors import CaptureError
 from i2am_train.losses.denoising import denoising_loss, snr_weights
 from i2am_train.losses.objective import AttentionObjective, ObjectiveValue

@@ -7,7 +7,7 @@ import pytest
 import torch
 from diffusers import UNet2DConditionModel
 
-from i2am_train.attribution import Recipe, ScoreTap, Site, announce, diffusers_decoder, trace
+from i2am_train.attention import Recipe, ScoreTap, Site, announce, diffusers_decoder, trace
 from i2am_train.errors import CaptureError
 from i2am_train.models.sampling import sample
 from i2am_train.types import Direction, GridSize

@@ -29,7 +29,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
-from i2am_train.attribution import named_recipe, trace
+from i2am_train.attention import named_recipe, trace
 from i2am_train.errors import CaptureError
 from i2am_train.types import GridSize
 from tests.recipes.ldm_cases import CASES as LDM_CASES

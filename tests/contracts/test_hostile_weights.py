@@ -17,16 +17,16 @@ from torch import nn
 
 from i2am_train.config.schema import InitConfig
 from i2am_train.errors import CheckpointError, I2AMError, WeightsMissingError
+from i2am_train.experiments.detection import detectors
+from i2am_train.experiments.detection.detectors import load_detector
 from i2am_train.metrics import features
-from i2am_train.models import detectors
-from i2am_train.models.detectors import load_detector
+from i2am_train.models.convert.components import assemble
+from i2am_train.models.convert.paint_by_example_file import read_pipeline
 from i2am_train.models.others.base import Source
 from i2am_train.models.others.catvton import load_catvton
 from i2am_train.models.others.ip_adapter import load_ip_adapter
 from i2am_train.models.paint_by_example import PaintByExample
-from i2am_train.models.paint_by_example_file import read_pipeline
 from i2am_train.models.parsing import HumanParser
-from i2am_train.models.parts import assemble
 from i2am_train.models.poses import ViTPoseEstimator
 from i2am_train.models.pretrained import load_encoder
 from i2am_train.models.tryon import TryOnModel

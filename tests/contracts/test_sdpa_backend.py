@@ -17,7 +17,7 @@ from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn import functional as F
 
-from i2am_train.attribution import (
+from i2am_train.attention import (
     Recipe,
     ScoreTap,
     Site,

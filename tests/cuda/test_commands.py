@@ -10,21 +10,21 @@ import pytest
 from diffusers import DiffusionPipeline
 from PIL import Image, ImageDraw
 
-from i2am_train.commands.ablate import ablate
-from i2am_train.commands.data import cache
-from i2am_train.commands.detect import detect
-from i2am_train.commands.evaluate import evaluate
-from i2am_train.commands.explain import explain
-from i2am_train.commands.explain import run as run_explain
-from i2am_train.commands.export import run as run_export
-from i2am_train.commands.init import run as run_init
-from i2am_train.commands.train import rehearse, train
 from i2am_train.config.store import compose
-from i2am_train.datasets.parsing import DRESS_CODE
-from i2am_train.datasets.shapes_coco import make_shapes
+from i2am_train.data.derive.parsing import DRESS_CODE
+from i2am_train.experiments.detection.shapes import make_shapes
 from i2am_train.models.parsing import HumanParser
 from i2am_train.models.poses import ViTPoseEstimator
 from i2am_train.models.tryon import TryOnModel
+from i2am_train.workflows.ablate import ablate
+from i2am_train.workflows.data import cache
+from i2am_train.workflows.detect import detect
+from i2am_train.workflows.evaluate import evaluate
+from i2am_train.workflows.explain import explain
+from i2am_train.workflows.explain import run as run_explain
+from i2am_train.workflows.export import run as run_export
+from i2am_train.workflows.init import run as run_init
+from i2am_train.workflows.train import rehearse, train
 from tests.cuda.card import card, on_card
 from tests.detectors import tiny_maskformer, tiny_rt_detr, tiny_yolos
 from tests.pipelines import tiny_catvton, tiny_ip_adapter

@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 from safetensors.torch import load_file
 
-from i2am_train.commands.train import train
 from i2am_train.config.store import compose
+from i2am_train.workflows.train import train
 from tests.crash import going_down
 
 pytestmark = [

@@ -10,15 +10,14 @@ from torch import Tensor
 from torch.utils.data import default_collate
 
 from i2am_train.assembly import make_objective
-from i2am_train.attribution.tap import ScoreTap
-from i2am_train.attribution.trace import trace
-from i2am_train.commands.data import cache
+from i2am_train.attention.live import ScoreTap
+from i2am_train.attention.trace import trace
 from i2am_train.config.locations import experiment_names
 from i2am_train.config.schema import SamplerName, TrainConfig
 from i2am_train.config.store import compose, option_names
-from i2am_train.datasets.latent_cache import CachedDataset, LatentCache
-from i2am_train.datasets.sample import batch_on
-from i2am_train.datasets.viton_hd import VitonHDDataset
+from i2am_train.data.cache import CachedDataset, LatentCache
+from i2am_train.data.layouts.viton_hd import VitonHDDataset
+from i2am_train.data.sample import batch_on
 from i2am_train.losses.base import LossVariant
 from i2am_train.losses.objective import AttentionObjective, TermWeights
 from i2am_train.metrics import correspondence
@@ -36,6 +35,7 @@ from i2am_train.training.draws import Draws, draw
 from i2am_train.training.optimization import set_trainable
 from i2am_train.training.step import TrainingObjective
 from i2am_train.types import Backend, Direction, GridSize, Pairing, Split
+from i2am_train.workflows.data import cache
 from tests.cuda.card import on_card
 
 SAMPLES = [1, 4, 6]

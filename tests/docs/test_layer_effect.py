@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from i2am_train.attribution.trace import trace
+from i2am_train.attention.trace import trace
 from i2am_train.models.sampling import sample
 from i2am_train.types import GridSize
 

@@ -1,4 +1,4 @@
-"""attribution/README.md is true: its blocks run as they stand, on a model such as it describes."""
+"""attention/README.md is true: its blocks run as they stand, on a model such as it describes."""
 
 import re
 from pathlib import Path
@@ -10,7 +10,7 @@ from diffusers import UNet2DConditionModel
 from diffusers.models.attention_processor import Attention
 from torch import nn
 
-from i2am_train.attribution import recipes
+from i2am_train.attention import known as recipes
 from i2am_train.types import GridSize
 
 README = (Path(recipes.__file__).parent / "README.md").read_text()
@@ -72,7 +72,7 @@ def ran(monkeypatch, capsys):
     names = {"pipeline": MyPipeline(), "MyPipeline": MyPipeline}
     seen = []
     for block in BLOCKS:
-        exec(compile(block, "attribution/README.md", "exec"), names)
+        exec(compile(block, "attention/README.md", "exec"), names)
         seen.append(names.get("attention"))
     return SimpleNamespace(names=names, traces=seen, printed=capsys.readouterr().out)
 
@@ -102,7 +102,7 @@ def test_every_recipe_word_in_the_table_exists():
     # keywords in the table are fields of the classes
     from dataclasses import fields
 
-    from i2am_train.attribution import Recipe, Site, Tokens
+    from i2am_train.attention import Recipe, Site, Tokens
 
     known = {field.name for kind in (Recipe, Site, Tokens) for field in fields(kind)}
     table = README[README.index("| the model |") : README.index("`joint=True` also")]

@@ -8,9 +8,9 @@ import pytest
 from torch import Tensor
 
 from i2am_train.assembly import make_trainer
-from i2am_train.commands.train import prepare
 from i2am_train.config.store import compose
 from i2am_train.training.draws import draw
+from i2am_train.workflows.train import prepare
 
 pytestmark = pytest.mark.filterwarnings("default")  # Lightning's and torch's own deprecations
 

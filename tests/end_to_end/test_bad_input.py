@@ -21,7 +21,13 @@ import pytest
 from hydra.core.global_hydra import GlobalHydra
 from PIL import Image
 
-from i2am_train.commands import (
+from i2am_train.config.locations import checkout, dataset_folder
+from i2am_train.config.schema import COMMANDS
+from i2am_train.config.store import compose
+from i2am_train.entry.command import entry
+from i2am_train.experiments.detection.shapes import make_shapes
+from i2am_train.types import GridSize
+from i2am_train.workflows import (
     ablate,
     dashboard,
     data,
@@ -33,12 +39,6 @@ from i2am_train.commands import (
     report,
     train,
 )
-from i2am_train.commands.entry import entry
-from i2am_train.config.locations import checkout, dataset_folder
-from i2am_train.config.schema import COMMANDS
-from i2am_train.config.store import compose
-from i2am_train.datasets.shapes_coco import make_shapes
-from i2am_train.types import GridSize
 
 SECONDS = 60
 """Longer than any refusal takes on a busy machine."""

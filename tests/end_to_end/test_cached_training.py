@@ -10,10 +10,10 @@ import torch
 from safetensors.torch import load_file
 
 from i2am_train import assembly
-from i2am_train.commands.data import cache, main
-from i2am_train.commands.train import train
 from i2am_train.config.store import compose
 from i2am_train.errors import DataError
+from i2am_train.workflows.data import cache, main
+from i2am_train.workflows.train import train
 
 pytestmark = pytest.mark.filterwarnings("default")  # Lightning's and torch's own deprecations
 REFINED = (

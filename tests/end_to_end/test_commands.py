@@ -14,20 +14,20 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from i2am_train.attribution.archive import load_maps
-from i2am_train.commands.ablate import ablate
-from i2am_train.commands.evaluate import evaluate
-from i2am_train.commands.explain import explain
-from i2am_train.commands.report import report
-from i2am_train.commands.report import run as run_report
-from i2am_train.commands.train import train
+from i2am_train.attention.archive import load_maps
 from i2am_train.config.store import compose
 from i2am_train.errors import CaptureError, CheckpointError, ConfigError, DataError, RunFolderError
 from i2am_train.metrics.imacs import imacs
 from i2am_train.reporting.explained import read_explained, sample_folders
-from i2am_train.reporting.paper_figures import PAPER_FIGURES
+from i2am_train.reporting.figures.paper import PAPER_FIGURES
 from i2am_train.reporting.report import build_report
 from i2am_train.types import Direction
+from i2am_train.workflows.ablate import ablate
+from i2am_train.workflows.evaluate import evaluate
+from i2am_train.workflows.explain import explain
+from i2am_train.workflows.report import report
+from i2am_train.workflows.report import run as run_report
+from i2am_train.workflows.train import train
 from tests.crash import going_down
 
 pytestmark = pytest.mark.filterwarnings("default")  # Lightning's and torch's own deprecations

@@ -18,11 +18,11 @@ import functools, json, sys
 import lightning as L
 import torch
 from i2am_train import assembly
-from i2am_train.commands.train import train
+from i2am_train.workflows.train import train
 from i2am_train.config.store import compose
 from i2am_train.training.optimization import compiled_graphs
 
-# Everything but the code that inductor writes, whose C++ takes minutes to compile (see test_attribution_compiled.py).
+# Everything but the code that inductor writes, whose C++ takes minutes to compile (see test_attention_compiled.py).
 torch.nn.Module.compile = functools.partialmethod(torch.nn.Module.compile, backend="aot_eager")
 
 

@@ -9,15 +9,15 @@ from typing import Any
 
 import pytest
 
-from i2am_train.commands import detect as command
-from i2am_train.commands.report import report
-from i2am_train.commands.report import run as run_report
 from i2am_train.config.store import compose
-from i2am_train.datasets.shapes_coco import make_shapes
 from i2am_train.errors import CheckpointError, ConfigError, DataError, I2AMError, RunFolderError
-from i2am_train.evaluation import detection
-from i2am_train.reporting.detected import read_detected
-from i2am_train.reporting.detection import write_report
+from i2am_train.experiments.detection import evaluation as detection
+from i2am_train.experiments.detection.report import write_report
+from i2am_train.experiments.detection.results import read_detected
+from i2am_train.experiments.detection.shapes import make_shapes
+from i2am_train.workflows import detect as command
+from i2am_train.workflows.report import report
+from i2am_train.workflows.report import run as run_report
 from tests.detectors import tiny_rt_detr, tiny_yolos
 
 SAMPLES = 5

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from i2am_train.commands.evaluate import evaluate, print_scores
 from i2am_train.config.store import compose
 from i2am_train.errors import ConfigError, DataError, RunFolderError
+from i2am_train.workflows.evaluate import evaluate, print_scores
 
 
 def fill(folder: Path, count: int, seed: int, size: tuple[int, int] = (40, 32)) -> Path:

@@ -17,17 +17,17 @@ import torch
 from matplotlib.figure import Figure
 from PIL import Image, ImageDraw
 
-from i2am_train.attribution import load_maps
-from i2am_train.commands.explain import run
+from i2am_train.attention import load_maps
 from i2am_train.config.schema import AttributionConfig
 from i2am_train.config.store import compose
 from i2am_train.errors import CaptureError, CheckpointError, ConfigError, DataError, I2AMError
 from i2am_train.evaluation.others import generate_attended
 from i2am_train.models.others.base import Request, Source
 from i2am_train.models.others.catvton import load_attention, load_catvton
-from i2am_train.reporting.canvas import save_figure
 from i2am_train.reporting.explained import read_explained
+from i2am_train.reporting.figures.canvas import save_figure
 from i2am_train.types import Direction, GridSize
+from i2am_train.workflows.explain import run
 from tests.pipelines import tiny_catvton, tiny_ip_adapter, tiny_stable_diffusion
 
 WHERE = "not functional: with a single reference token"
@@ -355,7 +355,7 @@ def test_a_partial_model_is_marked_everywhere(
         words[path.stem] = [text.get_text().replace("\n", " ") for text in figure.texts]
         save_figure(figure, path, **options)
 
-    monkeypatch.setattr("i2am_train.reporting.canvas.save_figure", noted)
+    monkeypatch.setattr("i2am_train.reporting.figures.canvas.save_figure", noted)
     folder = explain("model=factory", "factory=tests.stableviton_like:build")
     way = "a CLIP embedding of the garment also enters by cross-attention"
     scores = scores_of(folder)

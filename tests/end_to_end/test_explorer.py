@@ -24,14 +24,14 @@ from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.support.select import Select
 from selenium.webdriver.support.wait import WebDriverWait
 
-from i2am_train.attribution.archive import load_maps, save_maps
-from i2am_train.attribution.maps import AttributionMaps, HeatMap
-from i2am_train.attribution.rollups import Rollup
-from i2am_train.attribution.sites import PAPER_LAYERS
-from i2am_train.attribution.store import AttributionStore, LayerRecord
+from i2am_train.attention.archive import load_maps, save_maps
+from i2am_train.attention.maps import AttributionMaps, HeatMap
+from i2am_train.attention.recipe import PAPER_LAYERS
+from i2am_train.attention.store import AttributionStore, LayerRecord
+from i2am_train.attention.sums import Rollup
 from i2am_train.config.schema import AttributionConfig
-from i2am_train.datasets.sample import TryOnSample
-from i2am_train.datasets.viton_hd import VitonHDDataset
+from i2am_train.data.layouts.viton_hd import VitonHDDataset
+from i2am_train.data.sample import TryOnSample
 from i2am_train.losses.base import LossVariant
 from i2am_train.losses.centers import attention_centers
 from i2am_train.metrics.correspondence import correspondence_error, target_on_grid

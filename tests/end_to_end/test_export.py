@@ -17,12 +17,12 @@ import pytest
 import torch
 from huggingface_hub import ModelCard
 
-from i2am_train.commands.evaluate import evaluate
-from i2am_train.commands.export import run as run_export
-from i2am_train.commands.train import train
 from i2am_train.config.store import compose
 from i2am_train.errors import CheckpointError, ConfigError
 from i2am_train.models.tryon import TryOnModel
+from i2am_train.workflows.evaluate import evaluate
+from i2am_train.workflows.export import run as run_export
+from i2am_train.workflows.train import train
 
 pytestmark = pytest.mark.filterwarnings("default")  # Lightning's and diffusers' own deprecations
 

@@ -16,11 +16,11 @@ from typing import Any
 import pytest
 from hydra.core.global_hydra import GlobalHydra
 
-from i2am_train.commands import explain
-from i2am_train.commands.entry import entry
 from i2am_train.config.store import compose
+from i2am_train.entry.command import entry
 from i2am_train.files import UNFINISHED
 from i2am_train.locks import LOCK, locked
+from i2am_train.workflows import explain
 
 pytestmark = pytest.mark.filterwarnings("default")  # Lightning's and torch's own deprecations
 
@@ -40,7 +40,7 @@ def i2am(command: str, words: Sequence[str]) -> int:
     GlobalHydra.instance().clear()
     sys.argv = [f"i2am {command}", *words]
     module, _, part = command.partition(" ")
-    run = getattr(import_module(f"i2am_train.commands.{module}"), part or "run")
+    run = getattr(import_module(f"i2am_train.workflows.{module}"), part or "run")
     with pytest.raises(SystemExit, match=r"\d*") as stop:
         entry(command.replace(" ", "_"), run)
     return int(stop.value.code or 0)
@@ -65,7 +65,7 @@ def mounted(folder: Path, options: str) -> Iterator[Path]:
 @pytest.fixture(scope="session")
 def photographs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A few photographs with parsing maps and keypoints, and none of what is derived."""
-    from i2am_train.datasets.synthetic import make_dataset
+    from i2am_train.data.synthetic.dataset import make_dataset
     from i2am_train.types import GridSize
 
     root = tmp_path_factory.mktemp("photographs") / "set"
@@ -140,7 +140,7 @@ COMMANDS = (
 
 
 def make_coco(folder: Path) -> None:
-    from i2am_train.datasets.shapes_coco import make_shapes
+    from i2am_train.experiments.detection.shapes import make_shapes
 
     make_shapes(folder, 2)
 

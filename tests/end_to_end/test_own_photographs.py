@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file, save_file
 
-from i2am_train.commands import data, evaluate, export, init, train
 from i2am_train.config.store import compose
-from i2am_train.datasets.synthetic import make_dataset
+from i2am_train.data.synthetic.dataset import make_dataset
 from i2am_train.types import GridSize
+from i2am_train.workflows import data, evaluate, export, init, train
 
 pytestmark = pytest.mark.filterwarnings("default")  # Lightning's and torch's own deprecations
 

@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 import torch
 
-from i2am_train.commands.evaluate import evaluate
 from i2am_train.config.store import compose
-from i2am_train.reporting.records import PANEL_ARRAYS, read_panels
+from i2am_train.results.finished_runs import PANEL_ARRAYS, read_panels
+from i2am_train.workflows.evaluate import evaluate
 
 pytestmark = pytest.mark.filterwarnings("default")  # Lightning's and torch's own deprecations
 

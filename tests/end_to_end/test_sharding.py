@@ -17,9 +17,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from i2am_train.commands.train import train
 from i2am_train.config.store import compose
 from i2am_train.models.tryon import TryOnModel
+from i2am_train.workflows.train import train
 
 pytestmark = pytest.mark.filterwarnings("default")  # Lightning's and torch's own deprecations
 

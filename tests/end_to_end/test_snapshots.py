@@ -7,16 +7,16 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from i2am_train.commands.ablate import ablate
-from i2am_train.commands.evaluate import run as run_evaluate
-from i2am_train.commands.report import report
-from i2am_train.commands.train import train
 from i2am_train.config.store import compose
 from i2am_train.errors import CheckpointError
 from i2am_train.metrics.imacs import imacs_column
-from i2am_train.reporting.evaluations import read_evaluations
+from i2am_train.results.evaluations import read_evaluations
 from i2am_train.runs import checkpoint_label
 from i2am_train.tracking.artifacts import arm_name
+from i2am_train.workflows.ablate import ablate
+from i2am_train.workflows.evaluate import run as run_evaluate
+from i2am_train.workflows.report import report
+from i2am_train.workflows.train import train
 
 pytestmark = pytest.mark.filterwarnings("default")  # Lightning's and torch's own deprecations
 

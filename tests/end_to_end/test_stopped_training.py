@@ -26,7 +26,6 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from i2am_train import assembly
 from i2am_train.callbacks.interruption import requeue
-from i2am_train.commands.train import train
 from i2am_train.config.store import compose
 from i2am_train.errors import (
     ConfigError,
@@ -36,6 +35,7 @@ from i2am_train.errors import (
     TrainingError,
 )
 from i2am_train.evaluation.generation import GeneratedSamples
+from i2am_train.workflows.train import train
 
 pytestmark = pytest.mark.filterwarnings("default")  # Lightning's and torch's own deprecations
 LONG = ("optimization.steps=12", "validation.samples=0", "data.batch_size=4")
@@ -204,9 +204,9 @@ def test_a_damaged_checkpoint_costs_a_step(
 
 def i2am(command: str, options: Sequence[str], monkeypatch: pytest.MonkeyPatch) -> int:
     """The exit status of a command that is run in this process."""
-    from i2am_train.commands.entry import entry
+    from i2am_train.entry.command import entry
 
-    module = import_module(f"i2am_train.commands.{command}")
+    module = import_module(f"i2am_train.workflows.{command}")
     monkeypatch.setattr(sys, "argv", [f"i2am {command}", *options])
     monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
     with pytest.raises(SystemExit, match=r"\d+") as stop:
@@ -526,7 +526,7 @@ def test_a_missing_picture_is_found_before_the_first_step(
 def test_a_dry_run_measures_and_writes_nothing(
     training: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from i2am_train.commands.train import run
+    from i2am_train.workflows.train import run
 
     more = [
         "dry_run=true",

@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from i2am_train.attribution import load_maps
-from i2am_train.commands.explain_other import explain_picture
+from i2am_train.attention import load_maps
 from i2am_train.config.store import compose
 from i2am_train.types import Direction, GridSize
+from i2am_train.workflows.explain_other import explain_picture
 
 SIZE = GridSize(96, 64)
 MODELS = {"pasd": (20, 4, 12), "seesr": (50, 5, 9)}

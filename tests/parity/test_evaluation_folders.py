@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from torchmetrics.image.fid import FrechetInceptionDistance
 from torchmetrics.image.kid import KernelInceptionDistance
 
-from i2am_train.commands.evaluate import evaluate
 from i2am_train.config.store import compose
+from i2am_train.workflows.evaluate import evaluate
 
 COUNT, HEIGHT, WIDTH = 7, 64, 48
 

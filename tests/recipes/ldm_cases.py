@@ -9,7 +9,7 @@ import torch
 from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 
-from i2am_train.attribution.sites import PAPER_LAYERS
+from i2am_train.attention.recipe import PAPER_LAYERS
 from i2am_train.types import GridSize
 from tests.recipes.ldm_models import AuthorsDiffusion, ControlLDM, LatentDiffusion
 from tests.recipes.models import noise

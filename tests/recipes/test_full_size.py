@@ -8,7 +8,7 @@ import torch
 from diffusers import UNet2DConditionModel
 from diffusers.models.embeddings import ImageProjection, IPAdapterFullImageProjection
 
-from i2am_train.attribution import named_recipe
+from i2am_train.attention import named_recipe
 from i2am_train.types import GridSize
 from tests.recipes.models import (
     NormalisedGarmentBlock,

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from i2am_train.attribution import (
+from i2am_train.attention import (
     KnownModel,
     Recipe,
     Site,
@@ -20,8 +20,8 @@ from i2am_train.attribution import (
     register,
     trace,
 )
-from i2am_train.attribution import recipes as recipes_module
-from i2am_train.attribution.recipes import KNOWN_MODELS
+from i2am_train.attention import known as recipes_module
+from i2am_train.attention.known import KNOWN_MODELS
 from i2am_train.config.schema import RecipeConfig
 from i2am_train.config.store import compose
 from i2am_train.errors import CaptureError, ConfigError

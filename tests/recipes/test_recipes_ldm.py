@@ -6,11 +6,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from i2am_train.attribution import detect_recipe, named_recipe, trace
-from i2am_train.attribution.frames import Frame
-from i2am_train.attribution.listening import Listener, SiteModule, resolve_root, resolve_sites
-from i2am_train.attribution.probes import AttentionInputs
-from i2am_train.attribution.sites import paper_number
+from i2am_train.attention import detect_recipe, named_recipe, trace
+from i2am_train.attention.frames import Frame
+from i2am_train.attention.hooks import Listener, SiteModule, resolve_root, resolve_sites
+from i2am_train.attention.inputs import AttentionInputs
+from i2am_train.attention.recipe import paper_number
 from i2am_train.errors import CaptureError
 from i2am_train.types import Direction, GridSize
 from tests.recipes.ldm_cases import (

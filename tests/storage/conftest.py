@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from i2am_train.datasets import object_storage
+from i2am_train.data import object_storage
 
 
 class Relay(socketserver.ThreadingTCPServer):

@@ -9,13 +9,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from i2am_train.commands.train import train
 from i2am_train.config.store import compose
-from i2am_train.datasets import latent_cache
-from i2am_train.datasets.latent_cache import CachedDataset, CacheLayout, LatentCache
+from i2am_train.data import cache as latent_cache
+from i2am_train.data.cache import CachedDataset, CacheLayout, LatentCache
 from i2am_train.errors import ConfigError, DataError
 from i2am_train.training.caching import make_cache
 from i2am_train.types import Split
+from i2am_train.workflows.train import train
 
 SHARD = "train-000008.safetensors"
 

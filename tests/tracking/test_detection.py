@@ -10,13 +10,17 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from i2am_train.commands import detect as command
 from i2am_train.config.store import compose
-from i2am_train.datasets.shapes_coco import make_shapes
-from i2am_train.reporting.records import read_samples
+from i2am_train.experiments.detection.shapes import make_shapes
+from i2am_train.experiments.detection.tracking import (
+    METHOD_COLUMNS,
+    PICTURE_COLUMNS,
+    THRESHOLD_COLUMNS,
+)
+from i2am_train.results.finished_runs import read_samples
 from i2am_train.runs import read_json
 from i2am_train.tracking.dashboard import dashboard_json
-from i2am_train.tracking.detection import METHOD_COLUMNS, PICTURE_COLUMNS, THRESHOLD_COLUMNS
+from i2am_train.workflows import detect as command
 from tests.detectors import tiny_yolos
 
 pytestmark = pytest.mark.filterwarnings("default")  # W&B's own

@@ -11,14 +11,14 @@ import pytest
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from i2am_train.commands.evaluate import evaluate
-from i2am_train.commands.train import train
 from i2am_train.config.store import compose
 from i2am_train.fingerprints import data_state
-from i2am_train.reporting.records import read_panels, read_samples
+from i2am_train.results.finished_runs import read_panels, read_samples
 from i2am_train.runs import read_json
 from i2am_train.tracking import media, names
 from i2am_train.tracking.dashboard import dashboard_json
+from i2am_train.workflows.evaluate import evaluate
+from i2am_train.workflows.train import train
 from tests.crash import going_down
 
 pytestmark = pytest.mark.filterwarnings("default")  # Lightning's, TensorBoard's and W&B's own

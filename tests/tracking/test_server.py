@@ -14,9 +14,9 @@ import pytest
 import wandb
 
 from i2am_train import assembly
-from i2am_train.commands.train import train
 from i2am_train.config.store import compose
 from i2am_train.tracking import session
+from i2am_train.workflows.train import train
 
 pytestmark = pytest.mark.filterwarnings("default")  # Lightning's, TensorBoard's and W&B's own
 

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from i2am_train.attribution import AttributionMaps, AttributionStore, LayerRecord
-from i2am_train.attribution.sites import PAPER_LAYERS
+from i2am_train.attention import AttributionMaps, AttributionStore, LayerRecord
+from i2am_train.attention.recipe import PAPER_LAYERS
 from i2am_train.reporting.explained import (
     IMAGES,
     MASKS,

@@ -21,10 +21,10 @@ from safetensors import SafetensorError
 from torch.utils.data import DataLoader, Dataset
 
 from i2am_train import cli
-from i2am_train.commands import data
-from i2am_train.commands.entry import entry
 from i2am_train.config.schema import TrainConfig
+from i2am_train.entry.command import entry
 from i2am_train.errors import DataError
+from i2am_train.workflows import data
 
 HEAVY = ("torch", "numpy", "lightning", "diffusers", "transformers", "cv2", "matplotlib")
 
@@ -366,7 +366,7 @@ def test_help_and_composition_load_nothing_heavy(words: list[str]) -> None:
 def test_a_command_s_module_is_main() -> None:
     """Lightning restarts `__main__.__spec__.name` with `sys.argv[1:]`: both are the command's."""
     program = (
-        "import sys, i2am_train.commands.entry as module\n"
+        "import sys, i2am_train.entry.command as module\n"
         "module.entry = lambda command, run: print(\n"
         "    sys.modules['__main__'].__spec__.name, run.__module__, sys.argv[1:])\n"
         "from i2am_train.cli import main; main(['train', 'seed=1'])"
@@ -374,4 +374,4 @@ def test_a_command_s_module_is_main() -> None:
     done = subprocess.run(
         [sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=60
     )
-    assert done.stdout == "i2am_train.commands.train __main__ ['seed=1']\n"
+    assert done.stdout == "i2am_train.workflows.train __main__ ['seed=1']\n"

@@ -6,9 +6,9 @@ from dataclasses import fields
 
 import pytest
 
-from i2am_train.commands.entry import EXAMPLES, command_help
 from i2am_train.config.documentation import WIDTH, field_docstrings
 from i2am_train.config.schema import COMMANDS, group_of, option_names
+from i2am_train.entry.command import EXAMPLES, command_help
 
 
 @pytest.mark.parametrize("command", COMMANDS)

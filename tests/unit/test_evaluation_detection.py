@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from i2am_train.config.schema import DetectConfig
-from i2am_train.datasets.coco import Bench, BenchSample
-from i2am_train.evaluation.detection import (
+from i2am_train.experiments.detection.coco import Bench, BenchSample
+from i2am_train.experiments.detection.evaluation import (
     KeptPaintings,
     boxes_of,
     iou_of,

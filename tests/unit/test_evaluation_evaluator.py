@@ -11,9 +11,9 @@ import torch
 from skimage.metrics import structural_similarity
 from torch.utils.data import default_collate
 
-from i2am_train.attribution.trace import trace
+from i2am_train.attention.trace import trace
 from i2am_train.config.schema import AttributionConfig, SamplingConfig
-from i2am_train.datasets.viton_hd import VitonHDDataset
+from i2am_train.data.layouts.viton_hd import VitonHDDataset
 from i2am_train.errors import CaptureError, ConfigError
 from i2am_train.evaluation.evaluator import (
     EvaluationResult,

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from i2am_train.datasets.viton_hd import VitonHDDataset
+from i2am_train.data.layouts.viton_hd import VitonHDDataset
 from i2am_train.errors import DataError
 from i2am_train.evaluation.evaluator import Panel
 from i2am_train.evaluation.generation import (

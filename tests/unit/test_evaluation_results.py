@@ -18,8 +18,8 @@ from i2am_train.evaluation.results import (
     write_image,
     write_panels,
 )
-from i2am_train.reporting.records import Panels, read_panels, read_samples
-from i2am_train.reporting.statistics import Over, mean_interval
+from i2am_train.results.finished_runs import Panels, read_panels, read_samples
+from i2am_train.results.statistics import Over, mean_interval
 from i2am_train.types import GridSize
 
 GENERATED, REFERENCE = GridSize(4, 3), GridSize(8, 6)

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from i2am_train.attribution import AttributionMaps, AttributionStore, LayerRecord
+from i2am_train.attention import AttributionMaps, AttributionStore, LayerRecord
 from i2am_train.metrics.alignment import alignment, layer_alignment
 from i2am_train.types import GridSize
 

@@ -12,15 +12,15 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from i2am_train.commands.init import run
 from i2am_train.config.schema import InitConfig
 from i2am_train.errors import CheckpointError, ConfigError
-from i2am_train.models.authors_layout import projector_weights, unet_weights, vae_weights
-from i2am_train.models.key_report import KeyMismatchError, key_report
-from i2am_train.models.parts import assemble
+from i2am_train.models.convert.authors_layout import projector_weights, unet_weights, vae_weights
+from i2am_train.models.convert.components import assemble
+from i2am_train.models.convert.key_report import KeyMismatchError, key_report
+from i2am_train.models.convert.single_file import empty_unet, empty_vae, renamed_unet, renamed_vae
 from i2am_train.models.projector import ReferenceProjector
-from i2am_train.models.single_file import empty_unet, empty_vae, renamed_unet, renamed_vae
 from i2am_train.models.tryon import Conditions, TryOnModel
+from i2am_train.workflows.init import run
 from tests.recipes.ldm_models import AuthorsDiffusion, AuthorsSelfAttention
 
 WIDTHS = (32, 32, 64, 64)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from i2am_train.config.locations import checkpoint_folder
 from i2am_train.errors import CheckpointError
-from i2am_train.models.single_file import unet_from_weights, vae_from_weights
+from i2am_train.models.convert.single_file import unet_from_weights, vae_from_weights
 from i2am_train.models.tryon import TryOnModel
 
 UNET = "unet/diffusion_pytorch_model.safetensors"

@@ -9,10 +9,10 @@ import torch
 from safetensors.torch import load_file
 from torch.utils.data import default_collate
 
-from i2am_train.attribution.tap import ScoreTap
-from i2am_train.attribution.trace import trace
+from i2am_train.attention.live import ScoreTap
+from i2am_train.attention.trace import trace
 from i2am_train.config.schema import OptimizationConfig
-from i2am_train.datasets.viton_hd import VitonHDDataset
+from i2am_train.data.layouts.viton_hd import VitonHDDataset
 from i2am_train.errors import ConfigError
 from i2am_train.losses.objective import AttentionObjective, TermWeights
 from i2am_train.models.lora import add_adapters, has_adapters, merged, save_adapters

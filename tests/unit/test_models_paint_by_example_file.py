@@ -18,17 +18,17 @@ from torch.nn import functional as F
 from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModel
 
 from i2am_train import trace
-from i2am_train.commands.init import run
 from i2am_train.config.schema import InitConfig
 from i2am_train.errors import CheckpointError, ConfigError, RunFolderError
-from i2am_train.models.key_report import KeyMismatchError, key_report
-from i2am_train.models.paint_by_example_file import (
+from i2am_train.models.convert.key_report import KeyMismatchError, key_report
+from i2am_train.models.convert.paint_by_example_file import (
     ENCODER_PARTS,
     empty_encoder,
     pipeline_from_weights,
     renamed_encoder,
 )
-from i2am_train.models.single_file import empty_unet_part
+from i2am_train.models.convert.single_file import empty_unet_part
+from i2am_train.workflows.init import run
 from tests.recipes.ldm_models import LatentDiffusion
 
 WIDTHS, CONTEXT = (32, 32, 64, 64), 24

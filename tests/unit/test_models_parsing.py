@@ -12,7 +12,7 @@ from transformers import (
     SegformerImageProcessor,
 )
 
-from i2am_train.datasets.parsing import DRESS_CODE, VITON_HD
+from i2am_train.data.derive.parsing import DRESS_CODE, VITON_HD
 from i2am_train.errors import CheckpointError
 from i2am_train.models.parsing import HumanParser
 

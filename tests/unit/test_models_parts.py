@@ -1,4 +1,4 @@
-"""models/parts.py and commands/init.py: models from files of every format, and what is refused."""
+"""models/convert/components.py and workflows/init.py: models from files of every format, and what is refused."""
 
 import argparse
 import json
@@ -13,16 +13,16 @@ import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from safetensors.torch import save_file
 
-from i2am_train.commands.init import run
 from i2am_train.config.schema import InitConfig
 from i2am_train.errors import CheckpointError, ConfigError, RunFolderError
 from i2am_train.models import tryon
-from i2am_train.models.key_report import KeyMismatchError
-from i2am_train.models.parts import NORMALISATIONS, assemble
+from i2am_train.models.convert.components import NORMALISATIONS, assemble
+from i2am_train.models.convert.key_report import KeyMismatchError
 from i2am_train.models.pretrained import load_encoder
 from i2am_train.models.tryon import TryOnModel
 from i2am_train.types import GridSize, PredictionType
 from i2am_train.weight_files import read_weights
+from i2am_train.workflows.init import run
 
 Layout = Callable[..., dict[str, torch.Tensor]]
 SIZE = {"height": 128, "width": 64}
@@ -110,7 +110,7 @@ def test_from_a_pipeline_folder(
 
 def test_the_paper_s_reference_size() -> None:
     """512x384 at patches of 14 is 518x392, 37x28 patches (spec 1.1)."""
-    from i2am_train.models.parts import reference_geometry
+    from i2am_train.models.convert.components import reference_geometry
 
     class Encoder:
         class config:  # noqa: N801

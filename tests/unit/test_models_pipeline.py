@@ -1,4 +1,4 @@
-"""models/pipeline.py and models/exported.py: the exported folder makes the images of the model, without i2am_train."""
+"""The pipeline and its export: the exported folder makes the images of the model, without i2am_train."""
 
 import inspect
 import subprocess
@@ -18,9 +18,9 @@ from diffusers import (
 )
 from safetensors.torch import load_file
 
-from i2am_train.attribution.trace import trace
+from i2am_train.attention.trace import trace
 from i2am_train.errors import CheckpointError
-from i2am_train.models.exported import export_pipeline
+from i2am_train.models.convert.exported import export_pipeline
 from i2am_train.models.lora import add_adapters, save_adapters
 from i2am_train.models.pipeline import TryOnPipeline
 from i2am_train.models.sampling import sample

@@ -8,7 +8,7 @@ import torch
 from diffusers import DDIMScheduler
 from torch import Tensor
 
-from i2am_train.attribution.trace import trace
+from i2am_train.attention.trace import trace
 from i2am_train.config.schema import SamplerName
 from i2am_train.errors import ConfigError
 from i2am_train.models.diffusion import NoiseSchedule

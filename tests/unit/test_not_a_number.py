@@ -20,8 +20,8 @@ from i2am_train.config.schema import (
     SamplingConfig,
     TrainConfig,
 )
-from i2am_train.datasets.latent_cache import CacheLayout
-from i2am_train.datasets.opening import AS_IT_LIES, open_dataset
+from i2am_train.data.cache import CacheLayout
+from i2am_train.data.opening import AS_IT_LIES, open_dataset
 from i2am_train.errors import CheckpointError, I2AMError, NotFiniteError
 from i2am_train.evaluation.evaluator import (
     EvaluationSettings,
@@ -31,8 +31,8 @@ from i2am_train.evaluation.evaluator import (
 )
 from i2am_train.evaluation.folders import ImageSet
 from i2am_train.evaluation.scoring import ScoringOptions, score_images
+from i2am_train.experiments.detection.detectors import _detections
 from i2am_train.metrics import features
-from i2am_train.models.detectors import _detections
 from i2am_train.models.sampling import sample
 from i2am_train.models.tryon import TryOnModel
 from i2am_train.models.watch import Watch
@@ -230,7 +230,7 @@ def test_nothing_that_was_watched() -> None:
 
 
 def _evaluate(checkpoint: Path, data: Path, output: Path) -> None:
-    from i2am_train.commands.evaluate import run
+    from i2am_train.workflows.evaluate import run
 
     config = EvaluateConfig(
         checkpoint=str(checkpoint), output=output, device="cpu", progress_bar=False
@@ -240,7 +240,7 @@ def _evaluate(checkpoint: Path, data: Path, output: Path) -> None:
 
 
 def _train(checkpoint: Path, data: Path, output: Path) -> None:
-    from i2am_train.commands.train import run
+    from i2am_train.workflows.train import run
 
     config = TrainConfig(init=str(checkpoint), output=output)
     config.data.root, config.data.height, config.data.width = data, *SMALL
@@ -274,7 +274,7 @@ def test_conversions_do_not_overflow(
     make_small_model: Any, small_checkpoint: Path, tmp_path: Path
 ) -> None:
     """What float16 cannot hold is refused when it is written, with nothing left behind."""
-    from i2am_train.models.exported import export_pipeline
+    from i2am_train.models.convert.exported import export_pipeline
 
     model = make_small_model()
     with torch.no_grad():
@@ -288,7 +288,7 @@ def test_conversions_do_not_overflow(
 
 def test_single_files_are_numbers(make_parts: Any, original_layout: Any, tmp_path: Path) -> None:
     """Under the file's own names, and only where the network uses them."""
-    from i2am_train.models.parts import assemble
+    from i2am_train.models.convert.components import assemble
 
     weights = original_layout(make_parts("unet"), make_parts("vae"))
     weights = {name: value.contiguous() for name, value in weights.items()}

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from i2am_train.config.schema import TrackingConfig
-from i2am_train.datasets.latent_cache import INDEX_FILE, LatentCache
+from i2am_train.data.cache import INDEX_FILE, LatentCache
 from i2am_train.errors import DataError, RunFolderError
 from i2am_train.redaction import without_secrets
 from i2am_train.runs import RunFolder, command_line
@@ -67,7 +67,7 @@ def test_run_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def settings(secret: str, cache: str = "cache") -> dict[str, object]:
         return {"data": {"cache": f"s3://key:{secret}@host/{cache}"}, "seed": 0}
 
-    words = ["i2am_train/commands/train.py", f"data.cache=s3://key:{SECRET}@host/cache"]
+    words = ["i2am_train/workflows/train.py", f"data.cache=s3://key:{SECRET}@host/cache"]
     monkeypatch.setattr(sys, "argv", words)
     assert SECRET not in command_line()
     run = RunFolder.open(tmp_path / "run", settings(SECRET))
@@ -86,7 +86,7 @@ def test_run_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_weights_and_biases(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Neither the configuration nor the command line, which W&B keeps by itself."""
     address = f"s3://key:{SECRET}@host/cache"
-    monkeypatch.setattr(sys, "argv", ["i2am_train/commands/train.py", f"data.cache={address}"])
+    monkeypatch.setattr(sys, "argv", ["i2am_train/workflows/train.py", f"data.cache={address}"])
     monkeypatch.setenv("WANDB_SILENT", "true")
     run = open_run(
         TrackingConfig(wandb="offline"), tmp_path, name="a", job_type="train", arm="b",

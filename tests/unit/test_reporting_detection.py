@@ -8,15 +8,21 @@ from typing import Any
 import numpy as np
 import pytest
 
-from i2am_train.commands.report import report
 from i2am_train.config.store import compose
+from i2am_train.experiments.detection.report import main_table, sample_sheet, threshold_table
+from i2am_train.experiments.detection.results import (
+    KIND,
+    SCHEMA,
+    Example,
+    read_detected,
+    write_examples,
+)
 from i2am_train.reporting import score_table_formats as formats
-from i2am_train.reporting.detected import KIND, SCHEMA, Example, read_detected, write_examples
-from i2am_train.reporting.detection import main_table, sample_sheet, threshold_table
 from i2am_train.reporting.explained import ExplainedSample
 from i2am_train.reporting.published import published_iou
-from i2am_train.reporting.records import RESULTS, SAMPLES
+from i2am_train.results.finished_runs import RESULTS, SAMPLES
 from i2am_train.runs import RunFolder, write_json, write_text
+from i2am_train.workflows.report import report
 
 YOLO, MASKFORMER = "hustvl/yolos-tiny", "facebook/maskformer-swin-tiny-coco"
 

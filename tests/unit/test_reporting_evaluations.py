@@ -19,10 +19,10 @@ from i2am_train.evaluation.results import write_evaluation
 from i2am_train.metrics.imacs import imacs_column
 from i2am_train.reporting import score_table_formats as formats
 from i2am_train.reporting.correlations import correlation_figure, correlation_table, selections
-from i2am_train.reporting.evaluations import read_evaluations
 from i2am_train.reporting.paper_page import paper_page
 from i2am_train.reporting.score_report import plan_tables
 from i2am_train.reporting.score_tables import score_tables
+from i2am_train.results.evaluations import read_evaluations
 from i2am_train.runs import RunFolder, provenance
 
 SAMPLES = 6

@@ -11,9 +11,9 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from i2am_train.attribution import AttributionMaps, AttributionStore, LayerRecord
+from i2am_train.attention import AttributionMaps, AttributionStore, LayerRecord
 from i2am_train.config.schema import AttributionConfig
-from i2am_train.datasets.sample import TryOnSample
+from i2am_train.data.sample import TryOnSample
 from i2am_train.errors import CaptureError, ConfigError
 from i2am_train.reporting import explorer
 from i2am_train.reporting.explorer import Explanation, explored, explorer_data, explorer_page

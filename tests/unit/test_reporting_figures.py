@@ -8,8 +8,10 @@ import pytest
 from matplotlib.collections import LineCollection
 from PIL import Image
 
-from i2am_train.reporting.canvas import arm_colors, image_grid
-from i2am_train.reporting.figures import (
+from i2am_train.reporting.figures.canvas import arm_colors, image_grid
+from i2am_train.reporting.figures.samples import mesh
+from i2am_train.reporting.figures.sheet import Cell, Section, Sheet, draw_sheet
+from i2am_train.reporting.figures.training import (
     PanelPart,
     difference_plot,
     metric_curves,
@@ -17,9 +19,7 @@ from i2am_train.reporting.figures import (
     sample_panel,
     save_figure,
 )
-from i2am_train.reporting.records import Curve, History, Panels
-from i2am_train.reporting.sample_panel import mesh
-from i2am_train.reporting.sheet import Cell, Section, Sheet, draw_sheet
+from i2am_train.results.finished_runs import Curve, History, Panels
 from i2am_train.types import GridSize
 
 SIZE = (16, 12)

@@ -10,27 +10,32 @@ import numpy as np
 import pytest
 import torch
 
-from i2am_train.attribution.sites import PAPER_LAYERS
+from i2am_train.attention.recipe import PAPER_LAYERS
 from i2am_train.config.schema import FigureName
 from i2am_train.errors import CaptureError
-from i2am_train.reporting.cells import layers_of, same_place, specific_cells
-from i2am_train.reporting.comparisons import (
+from i2am_train.reporting.figures.by_layer import (
+    layer_maps,
+    overview,
+    time_and_head_maps,
+    two_axis_maps,
+)
+from i2am_train.reporting.figures.comparisons import (
     daam_direction,
     daam_map,
     guidance_effect,
     refinement,
     scores_under_maps,
 )
-from i2am_train.reporting.figure_files import plan_figures
-from i2am_train.reporting.levels import layer_maps, overview, time_and_head_maps, two_axis_maps
-from i2am_train.reporting.paper_figures import PAPER_FIGURES, PlannedFigure, plan
-from i2am_train.reporting.patches import (
+from i2am_train.reporting.figures.elements import layers_of, same_place, specific_cells
+from i2am_train.reporting.figures.files import plan_figures
+from i2am_train.reporting.figures.paper import PAPER_FIGURES, PlannedFigure, plan
+from i2am_train.reporting.figures.patches import (
     generation_flow,
     reverse_across_layers,
     specific_across_layers,
     specific_reference,
 )
-from i2am_train.reporting.sheet import MarkKind, draw_sheet
+from i2am_train.reporting.figures.sheet import MarkKind, draw_sheet
 from i2am_train.types import Direction, GridSize
 
 TO_GENERATED = Direction.REFERENCE_TO_GENERATED

@@ -6,7 +6,6 @@ from typing import Any, get_args
 
 import pytest
 
-from i2am_train.commands.evaluate import expected_values, print_scores
 from i2am_train.config.schema import EvaluateConfig, EvaluationConfig, PublishedModel
 from i2am_train.config.store import arm_config, compose
 from i2am_train.errors import ConfigError
@@ -14,6 +13,7 @@ from i2am_train.metrics.registry import METRICS
 from i2am_train.reporting.published import TABLE_2, UNPAIRED, published_row, published_values
 from i2am_train.training.preflight import accumulation
 from i2am_train.types import Pairing
+from i2am_train.workflows.evaluate import expected_values, print_scores
 
 
 def test_rows() -> None:

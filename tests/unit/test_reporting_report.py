@@ -13,9 +13,9 @@ from PIL import Image, ImageDraw
 from safetensors.numpy import save_file
 
 from i2am_train.errors import RunFolderError
-from i2am_train.reporting.records import read_history, read_run
 from i2am_train.reporting.report import build_report, focus_arm, sample_list
-from i2am_train.reporting.statistics import summarise_results
+from i2am_train.results.finished_runs import read_history, read_run
+from i2am_train.results.statistics import summarise_results
 
 ARMS = ("base", "baseline", "refined", "supervised")
 GENERATED, REFERENCE = (8, 6), (16, 12)

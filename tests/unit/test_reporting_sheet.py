@@ -5,7 +5,7 @@ import pytest
 from matplotlib.contour import QuadContourSet
 from matplotlib.patches import ConnectionPatch, Rectangle
 
-from i2am_train.reporting.sheet import Box, Cell, Mark, MarkKind, Section, Sheet, draw_sheet
+from i2am_train.reporting.figures.sheet import Box, Cell, Mark, MarkKind, Section, Sheet, draw_sheet
 
 PICTURE = np.full((8, 6, 3), 120, np.uint8)
 

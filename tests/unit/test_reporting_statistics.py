@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from scipy.stats import binom, ttest_rel
 
-from i2am_train.reporting.statistics import (
+from i2am_train.reporting.tables import verdict
+from i2am_train.results.statistics import (
     Over,
     PairedDifference,
     correlation,
@@ -19,7 +20,6 @@ from i2am_train.reporting.statistics import (
     summarise,
     summarise_results,
 )
-from i2am_train.reporting.tables import verdict
 
 
 def cell(arm, seed, **metrics):

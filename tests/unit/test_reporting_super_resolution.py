@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from i2am_train.attribution import AttributionMaps, AttributionStore, LayerRecord
+from i2am_train.attention import AttributionMaps, AttributionStore, LayerRecord
 from i2am_train.reporting.others import ExplainedPicture, description, figures
 from i2am_train.reporting.super_resolution import alignment_plot, alignment_sheet, alignment_table
 from i2am_train.types import GridSize, LayerWeighting

@@ -8,7 +8,7 @@ import pytest
 from matplotlib.text import Text
 from rich.console import Console
 
-from i2am_train.reporting.canvas import plain_text
+from i2am_train.reporting.figures.canvas import plain_text
 from i2am_train.reporting.table_formats import (
     html_differences,
     html_main,

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import default_collate
 
-from i2am_train.attribution.tap import ScoreTap
+from i2am_train.attention.live import ScoreTap
 from i2am_train.config.schema import OptimizationConfig
-from i2am_train.datasets.viton_hd import VitonHDDataset
+from i2am_train.data.layouts.viton_hd import VitonHDDataset
 from i2am_train.errors import CaptureError
 from i2am_train.losses.denoising import snr_weights
 from i2am_train.losses.objective import AttentionObjective, TermWeights

@@ -9,10 +9,10 @@ from typing import Any
 
 import torch
 
-from i2am_train.attribution.recipes import named_recipe
-from i2am_train.attribution.sites import Recipe
-from i2am_train.datasets.arrays import Image, Mask
-from i2am_train.datasets.pictures import Fit
+from i2am_train.attention.known import named_recipe
+from i2am_train.attention.recipe import Recipe
+from i2am_train.data.arrays import Image, Mask
+from i2am_train.data.pictures import Fit
 from i2am_train.errors import ConfigError
 from i2am_train.types import GridSize
 

@@ -18,9 +18,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from i2am_train.attribution.frames import announce
-from i2am_train.datasets.arrays import Image
-from i2am_train.datasets.pictures import fit_mask, fit_picture
+from i2am_train.attention.frames import announce
+from i2am_train.data.arrays import Image
+from i2am_train.data.pictures import fit_mask, fit_picture
 from i2am_train.errors import CheckpointError
 from i2am_train.models.diffusion import guided
 from i2am_train.models.others.base import (

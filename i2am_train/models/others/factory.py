@@ -13,10 +13,10 @@ import numpy as np
 import torch
 from PIL import Image as PillowImage
 
-from i2am_train.attribution.recipes import detect_recipe, named_recipe
-from i2am_train.attribution.sites import Recipe
-from i2am_train.datasets.arrays import Image
-from i2am_train.datasets.pictures import resize_picture
+from i2am_train.attention.known import detect_recipe, named_recipe
+from i2am_train.attention.recipe import Recipe
+from i2am_train.data.arrays import Image
+from i2am_train.data.pictures import resize_picture
 from i2am_train.errors import ConfigError
 from i2am_train.models.others.base import OtherModel, Request, Source
 from i2am_train.models.others.painting import pillow

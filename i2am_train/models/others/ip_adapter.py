@@ -17,9 +17,9 @@ from diffusers.models.embeddings import ImageProjection
 from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPVisionModelWithProjection
 
-from i2am_train.attribution.recipes import detect_recipe
-from i2am_train.datasets.arrays import Image
-from i2am_train.datasets.pictures import fit_mask, fit_picture
+from i2am_train.attention.known import detect_recipe
+from i2am_train.data.arrays import Image
+from i2am_train.data.pictures import fit_mask, fit_picture
 from i2am_train.errors import CaptureError, CheckpointError
 from i2am_train.models.others.base import OtherModel, Request, Source, latent_multiple
 from i2am_train.models.others.folders import check_pipeline, fitting

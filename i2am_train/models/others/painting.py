@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from PIL import Image as PillowImage
 
-from i2am_train.datasets.arrays import Image
-from i2am_train.datasets.pictures import fit_mask, fit_picture
+from i2am_train.data.arrays import Image
+from i2am_train.data.pictures import fit_mask, fit_picture
 from i2am_train.models.others.base import OtherModel, Request, Source
 from i2am_train.models.others.folders import check_pipeline
 from i2am_train.models.paint_by_example import PaintByExample, bytes_of, see_step

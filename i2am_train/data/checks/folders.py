@@ -1,0 +1,469 @@
+"""Everything that is wrong with a dataset folder, in VITON-HD or DressCode layout, found before training does.
+
+An *error* means that training or evaluation would fail or learn from wrong pictures; a *warning* is worth a look.
+What pictures show is judged in :mod:`i2am_train.data.checks.judging`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from numpy.typing import NDArray
+from tqdm import tqdm
+
+from i2am_train.data.checks.judging import Judgement, Level, Seen, judge_garment, judge_person
+from i2am_train.data.derive.parsing import usual_labels
+from i2am_train.data.layouts.base import (
+    CORRESPONDENCE,
+    GARMENT,
+    GARMENT_ROLES,
+    KEYPOINTS,
+    MASK_ROLES,
+    OPTIONAL_ROLES,
+    PARSING,
+    PERSON,
+    PERSON_ROLES,
+    Layout,
+    Pair,
+)
+from i2am_train.data.opening import AS_IT_LIES, Reading, absent_halves, split_layouts
+from i2am_train.data.picture_files import (
+    UnreadablePictureError,
+    is_there,
+    read_grey,
+    read_rgb,
+    read_size,
+)
+from i2am_train.data.reading import read_encoded_correspondence
+from i2am_train.errors import DataError
+from i2am_train.types import GridSize, Pairing, Split
+
+ANNOTATION_ROLES = (PARSING, KEYPOINTS)
+"""What ``derive`` starts from; training does not read it."""
+CHECK_SIZE = 128
+"""Pictures are judged on pictures reduced to about this height: enough for their polarity, and fast."""
+ROWS_PER_CODE = 8
+"""Findings of one kind that the table lists in full."""
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that is wrong."""
+
+    level: Level
+    code: str
+    split: str
+    folder: str
+    file: str
+    message: str
+
+
+@dataclass(frozen=True)
+class DatasetReport:
+    """All findings on a dataset folder."""
+
+    root: Path
+    findings: list[Finding]
+    samples: dict[str, int]
+    """Length of each pair list."""
+    files: int
+    """Pictures that were read."""
+    size: GridSize | None
+    """The size that pictures were compared with: the one asked for, or the most frequent one."""
+
+    @property
+    def ok(self) -> bool:
+        """Whether training can start: there is no error (there may be warnings)."""
+        return not any(finding.level == "error" for finding in self.findings)
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """Findings per level."""
+        return {
+            level: sum(f.level == level for f in self.findings) for level in ("error", "warning")
+        }
+
+    def table(self) -> str:
+        """Plain text: a summary line, and one row per finding (long lists of one kind are cut)."""
+        head = ("level", "code", "split", "folder", "file", "message")
+        rows = [head, *self._rows()]
+        widths = [max(len(row[column]) for row in rows) for column in range(5)]
+        widths.append(0)
+        lines = ["  ".join(map(str.ljust, row, widths)) for row in rows]
+        return "\n".join([self._summary(), *(lines if self.findings else [])])
+
+    def _rows(self) -> Iterable[tuple[str, ...]]:
+        ordered = sorted(self.findings, key=lambda f: (f.level, f.code, f.split, f.folder, f.file))
+        seen: Counter[tuple[str, ...]] = Counter()
+        for finding in ordered:
+            kind: tuple[str, ...] = (finding.level, finding.code, finding.split, finding.folder)
+            seen[kind] += 1
+            if seen[kind] <= ROWS_PER_CODE:
+                yield (*kind, finding.file, finding.message)
+        for kind, count in seen.items():
+            if count > ROWS_PER_CODE:
+                yield (
+                    *kind,
+                    "...",
+                    f"and {count - ROWS_PER_CODE} more (all of them are in the JSON report)",
+                )
+
+    def _summary(self) -> str:
+        lists = ", ".join(f"{count} {split}" for split, count in self.samples.items()) or "no"
+        verdict = "can be used" if self.ok else "cannot be used as it is"
+        size = f" of {self.size}" if self.size else ""
+        return (
+            f"{self.root} {verdict}: {lists} pairs, {self.files} pictures read{size}, "
+            f"{self.counts['error']} errors, {self.counts['warning']} warnings."
+        )
+
+    def to_json(self) -> str:
+        """The whole report as JSON."""
+        content = {
+            "schema": 1, "root": str(self.root), "ok": self.ok, "counts": self.counts, "samples": self.samples,
+            "files": self.files, "size": list(self.size) if self.size else None,
+            "findings": [asdict(finding) for finding in self.findings],
+        }  # fmt: skip
+        return json.dumps(content, indent=2) + "\n"
+
+
+def check_dataset(
+    root: Path | str,
+    size: GridSize | None = None,
+    *,
+    reading: Reading = AS_IT_LIES,
+    threads: int | None = None,
+    progress: bool = True,
+) -> DatasetReport:
+    """Check a dataset folder: layout, pair lists, and every picture that they name.
+
+    Args:
+        root: the dataset folder.
+        size: size that every picture must have; None: the pictures of a person or garment must agree.
+        reading: layout and categories.
+        threads: readers at a time; None: two per core.
+        progress: show a bar with the time left.
+    """
+    root = Path(root)
+    if not root.is_dir():
+        missing = Finding(
+            "error", "missing_folder", "", "", "", f"There is no folder {root}. Check root=."
+        )
+        return DatasetReport(root, [missing], {}, 0, size)
+    try:
+        layouts = [layout for split in Split for layout in split_layouts(root, split, reading)]
+    except DataError as error:
+        refused = Finding("error", "missing_folder", "", "", "", str(error))
+        return DatasetReport(root, [refused], {}, 0, size)
+    absent = absent_halves(layouts)
+    findings = [_absent_half(layout) for layout in absent]
+    there = [layout for layout in layouts if layout not in absent]
+    parts = [_Part(layout, *_check_lists(layout, findings)) for layout in there]
+    findings += _check_overlap(parts)
+    for part in parts:
+        findings += _check_folders(part.layout)
+    findings += _check_unlisted(parts)
+    jobs = [job for part in parts for job in part.jobs()]
+    checked = _run(jobs, threads, progress)
+    sizes = [entry for result in checked for entry in result.sizes]
+    findings += [finding for result in checked for finding in result.findings]
+    expected, wrong = _check_sizes(checked, size)
+    counts = {part.layout.label: part.samples for part in parts if part.samples}
+    return DatasetReport(root, findings + wrong, counts, len(sizes), expected)
+
+
+# -- lists and folders ---------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Part:
+    """A split (of a category) and its lists."""
+
+    layout: Layout
+    paired: list[Pair]
+    """People with their own garments."""
+    unpaired: list[Pair]
+    """The test list of other garments; of training, empty."""
+
+    @property
+    def samples(self) -> int:
+        return len(self.paired)
+
+    @property
+    def roles(self) -> list[str]:
+        """Roles whose folders exist."""
+        known = [*PERSON_ROLES, *GARMENT_ROLES, *OPTIONAL_ROLES, *ANNOTATION_ROLES]
+        return [role for role in known if self.layout.has(role)]
+
+    def stems(self, role: str) -> set[str]:
+        """People or garments whose file a folder must hold."""
+        pairs = [*self.paired, *self.unpaired]
+        if role in GARMENT_ROLES:
+            return {pair.garment for pair in pairs}
+        return {pair.person for pair in pairs}
+
+    def jobs(self) -> list[_Job]:
+        """One job per person and one per garment."""
+        instead = self._named_instead()
+        person_roles = [role for role in self.roles if role not in GARMENT_ROLES]
+        garment_roles = [role for role in self.roles if role in GARMENT_ROLES]
+        people, garments = sorted(self.stems(PERSON)), sorted(self.stems(GARMENT))
+        return [
+            *(_Job(self.layout, person_roles, stem, judge_person) for stem in people),
+            *(
+                _Job(self.layout, garment_roles, stem, judge_garment, instead.get(stem))
+                for stem in garments
+            ),
+        ]
+
+    def _named_instead(self) -> dict[str, str]:
+        """What column 2 names for people whose own garment no list names."""
+        listed = self.layout.listed(Pairing.PAIRED) if self.paired else []
+        named = {pair.garment for pair in [*listed, *self.unpaired]}
+        return {
+            own.garment: pair.garment
+            for own, pair in zip(self.paired, listed, strict=True)
+            if own.garment not in named
+        }
+
+
+def _absent_half(layout: Layout) -> Finding:
+    file = layout.list_file(Pairing.PAIRED).name
+    can, cannot = (
+        ("evaluation", "training") if layout.split is Split.TRAIN else ("training", "tests")
+    )
+    text = f"is not there, and nothing else of this half: the dataset is for {can} alone, {cannot} would fail."
+    return Finding("warning", "missing_half", layout.label, "", file, text)
+
+
+def _check_lists(layout: Layout, findings: list[Finding]) -> tuple[list[Pair], list[Pair]]:
+    """Pairs of people and their own garments, and the unpaired tests, with findings on the lists."""
+    file = layout.list_file(Pairing.UNPAIRED).name
+    try:
+        paired = layout.pairs(Pairing.PAIRED)
+        unpaired = layout.listed(Pairing.UNPAIRED) if layout.split is Split.TEST else []
+    except DataError as error:
+        findings.append(Finding("error", "pair_list", layout.label, "", file, str(error)))
+        return [], []
+    repeated = [
+        name for name, count in Counter(pair.person for pair in paired).items() if count > 1
+    ]
+    if repeated:
+        text = f"lists {len(repeated)} people more than once, for example {repeated[0]}; remove the extra lines."
+        findings.append(Finding("warning", "repeated_name", layout.label, "", file, text))
+    same = sum(layout.worn(pair) for pair in unpaired)
+    if same:
+        text = f"{same} of {len(unpaired)} unpaired tests give people their own garment; use another one in column 2."
+        findings.append(Finding("warning", "not_unpaired", layout.label, "", file, text))
+    return paired, unpaired
+
+
+def _check_overlap(parts: list[_Part]) -> list[Finding]:
+    """People who are in a training and in a test list of the same folder or category."""
+    people = {
+        split: {
+            (part.layout.category, pair.person)
+            for part in parts
+            if part.layout.split is split
+            for pair in part.paired
+        }
+        for split in Split
+    }
+    both = sorted(name for _, name in people[Split.TRAIN] & people[Split.TEST])
+    if not both:
+        return []
+    text = f"{len(both)} people are in both lists, for example {both[0]}: test scores would be too good."
+    return [Finding("warning", "split_overlap", "", "", "", text)]
+
+
+def _check_folders(layout: Layout) -> list[Finding]:
+    """Needed folders that do not exist."""
+    return [
+        Finding(
+            "error",
+            "missing_folder",
+            layout.label,
+            layout.place(role).folder,
+            "",
+            f"is missing. {layout.advice(role)}",
+        )
+        for role in layout.missing
+    ]
+
+
+def _check_unlisted(parts: list[_Part]) -> list[Finding]:
+    """Files that no pair uses: one finding per folder (DressCode's splits and roles share folders)."""
+    expected: dict[Path, set[str]] = {}
+    labels: dict[Path, list[str]] = {}
+    for part in parts:
+        for role in part.roles:
+            folder = part.layout.folder / part.layout.place(role).folder
+            names = {part.layout.path(role, stem).name for stem in part.stems(role)}
+            expected.setdefault(folder, set()).update(names)
+            labels.setdefault(folder, []).append(part.layout.label)
+    found = []
+    for folder, names in expected.items():
+        # DensePose's UV maps lie beside DressCode's labels
+        extra = sorted(
+            entry.name
+            for entry in folder.iterdir()
+            if entry.name not in names and entry.suffix != ".npz"
+        )
+        if extra:
+            label = ", ".join(dict.fromkeys(labels[folder]))
+            text = f"{len(extra)} files belong to no pair of the lists: a list is too short, or they are left over."
+            found.append(Finding("warning", "unpaired_file", label, folder.name, extra[0], text))
+    return found
+
+
+# -- pictures ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Sized:
+    """A picture and its size."""
+
+    split: str
+    folder: str
+    file: str
+    size: GridSize
+
+
+@dataclass
+class _Checked:
+    """What one job found."""
+
+    findings: list[Finding] = field(default_factory=list)
+    sizes: list[_Sized] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class _Job:
+    """Read all pictures of a person or a garment, then judge them together."""
+
+    layout: Layout
+    roles: list[str]
+    stem: str
+    judge: Callable[[Seen], Iterable[Judgement]]
+    listed: str | None = None
+    """Of a garment that no list names and that is read as its person's own: what column 2 names instead."""
+
+    def __call__(self) -> _Checked:
+        checked = _Checked()
+        for role in self.roles:
+            if len(files := self.layout.spellings(role, self.stem)) > 1:
+                text = (
+                    f"is one of {', '.join(files)}: which of them is meant is not said; keep one."
+                )
+                checked.findings.append(self._finding(role, "ambiguous_name", text))
+        for level, code, role, text in self.judge(self._seen(checked)):
+            checked.findings.append(self._finding(role, code, text, level))
+        return checked
+
+    def _seen(self, checked: _Checked) -> Seen:
+        """What there is to judge; what cannot be read is a finding."""
+        seen = Seen(labels=usual_labels(self.layout.category))
+        for role in self.roles:
+            if role in ANNOTATION_ROLES:
+                path = self.layout.path(role, self.stem)
+                seen.files |= {role: path} if is_there(path) else {}
+            elif (picture := self._read(role, checked)) is not None:
+                seen.pictures[role] = picture
+                seen.size = checked.sizes[-1].size if role == PERSON else seen.size
+        return seen
+
+    def _finding(self, role: str, code: str, text: str, level: Level = "error") -> Finding:
+        path = self.layout.path(role, self.stem)
+        return Finding(level, code, self.layout.label, path.parent.name, path.name, text)
+
+    def _missing(self) -> str:
+        if self.listed is None:
+            return "is in the pair list, but there is no such file."
+        file = self.layout.list_file(Pairing.PAIRED).name
+        return (
+            f"does not exist: paired samples read the garment of the person's own name; column 2 of {file} names "
+            f"'{self.listed}', which only unpaired tests read. Give the garment its person's name."
+        )
+
+    def _read(self, role: str, checked: _Checked) -> NDArray[Any] | None:
+        """A picture, reduced where that saves time; its faults and its size go to ``checked``."""
+        path = self.layout.path(role, self.stem)
+        try:
+            size, picture = read_size(path), _reduced(path, role)
+        except UnreadablePictureError as error:
+            missing = not is_there(path)
+            text = self._missing() if missing else f"{error.fault}. {error.advice}"
+            code = "missing_file" if missing else "unreadable"
+            checked.findings.append(self._finding(role, code, text))
+            return None
+        checked.sizes.append(_Sized(self.layout.label, path.parent.name, path.name, size))
+        return picture
+
+
+def _reduced(path: Path, role: str) -> NDArray[Any]:
+    """A picture as it is judged: grey for masks, reduced while it is large."""
+    if role == CORRESPONDENCE:
+        return read_encoded_correspondence(path)
+    if role in MASK_ROLES:
+        return read_grey(path, CHECK_SIZE)
+    return read_rgb(path, about=CHECK_SIZE)
+
+
+def _run(
+    jobs: Sequence[Callable[[], _Checked]], threads: int | None, progress: bool
+) -> list[_Checked]:
+    """Run all jobs on threads (reading and decoding leave Python's lock)."""
+    count = threads or 2 * (os.cpu_count() or 1)
+    with ThreadPoolExecutor(count) as pool:
+        results = pool.map(lambda job: job(), jobs)
+        return list(
+            tqdm(
+                results,
+                total=len(jobs),
+                desc="checking pictures",
+                unit="item",
+                disable=not progress,
+            )
+        )
+
+
+def _check_sizes(
+    checked: list[_Checked], wanted: GridSize | None
+) -> tuple[GridSize | None, list[Finding]]:
+    """Pictures that differ from the wanted size, or from the others of their person or garment.
+
+    People may differ from each other, as own photographs do: then there is no common size, and a warning.
+    """
+    groups = [result.sizes for result in checked if result.sizes]
+    if not groups:
+        return wanted, []
+    common = [Counter(entry.size for entry in group).most_common(1)[0][0] for group in groups]
+    findings = [
+        _wrong_size(entry, wanted or usual, "was asked for" if wanted else "is the size of most")
+        for group, usual in zip(groups, common, strict=True)
+        for entry in group
+        if entry.size != (wanted or usual)
+    ]
+    usual, number = Counter(common).most_common(1)[0]
+    if wanted is None and number < len(groups):
+        other = next(group[0] for group, size in zip(groups, common, strict=True) if size != usual)
+        text = (
+            f"is {other.size} (height x width), one of {len(groups) - number} people or garments that are not "
+            f"{usual}: data.fit says how they come to one size."
+        )
+        findings.append(
+            Finding("warning", "mixed_sizes", other.split, other.folder, other.file, text)
+        )
+    return wanted or usual, findings
+
+
+def _wrong_size(entry: _Sized, expected: GridSize, origin: str) -> Finding:
+    text = f"is {entry.size} (height x width); {expected} {origin}."
+    return Finding("error", "wrong_size", entry.split, entry.folder, entry.file, text)

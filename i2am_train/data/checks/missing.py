@@ -1,0 +1,129 @@
+"""Files that samples are read from and that are not there: found when a dataset is opened, not in the tenth epoch.
+
+Each folder is listed once, however many samples there are: on a network disk, one question per file takes minutes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from typing import NamedTuple
+
+from i2am_train.data.layouts.base import (
+    DERIVED_ROLES,
+    GARMENT_ROLES,
+    OPTIONAL_ROLES,
+    PERSON_ROLES,
+    Layout,
+    Pair,
+)
+from i2am_train.errors import DataError
+from i2am_train.fingerprints import DESCRIPTION_FILE
+from i2am_train.types import Pairing
+
+FILES_NAMED = 3
+"""Missing files of a folder that a message names."""
+
+
+class Gap(NamedTuple):
+    """What a role's folder lacks."""
+
+    role: str
+    missing: list[str]
+    """File names, sorted; never empty."""
+    wanted: int
+    """Files that the samples are read from, missing ones included."""
+
+
+def check_files(layout: Layout, pairs: Sequence[Pair], pairing: Pairing) -> None:
+    """Refuse samples that could not be read to the end.
+
+    Args:
+        layout: where the files lie; its folders exist.
+        pairs: the samples that are read.
+        pairing: how they were listed, for the message.
+
+    Raises:
+        DataError: a file that one of the pairs is read from is missing, or there are two of its name.
+    """
+    refuse_doubles(layout, wanted_files(layout, pairs))
+    gaps = find_gaps(layout, pairs)
+    if gaps:
+        raise DataError(
+            f"{layout.folder} lacks files that {layout.list_file(pairing).name} asks for: "
+            f"{'; '.join(_described(layout, gap) for gap in gaps)}. Copy them there, or take the lines of their "
+            f"samples out of the list. {_own_garments(layout, gaps, pairing)}{_remedies(layout, gaps)}"
+            f"Run 'i2am data check root={layout.root}' for everything that is wrong with the dataset."
+        )
+
+
+def find_gaps(layout: Layout, pairs: Sequence[Pair]) -> list[Gap]:
+    """What the folders lack of the files that pairs are read from."""
+    gaps = []
+    for role, stems in wanted_files(layout, pairs).items():
+        files = {layout.file_name(role, stem) for stem in stems}
+        if missing := sorted(files - layout.names(role)):
+            gaps.append(Gap(role, missing, len(files)))
+    return gaps
+
+
+def refuse_doubles(layout: Layout, wanted: Mapping[str, Collection[str]]) -> None:
+    """Refuse names that two files have, but for their endings: which is meant is not said.
+
+    Args:
+        layout: where the files lie.
+        wanted: people or garments by role.
+
+    Raises:
+        DataError: there are such files.
+    """
+    for role, stems in wanted.items():
+        for stem in sorted(stems) if layout.unusual(role) else ():
+            if len(files := layout.spellings(role, stem)) > 1:
+                raise DataError(
+                    f"{layout.folder / layout.place(role).folder} holds {' and '.join(files)}, and which of them is "
+                    f"meant by '{stem}' is not said. Keep one of them there."
+                )
+
+
+def wanted_files(layout: Layout, pairs: Sequence[Pair]) -> dict[str, set[str]]:
+    """Per role, whose files :class:`~i2am_train.data.reading.TryOnDataset` reads."""
+    people = {pair.person for pair in pairs}
+    garments = {pair.garment for pair in pairs}
+    dressed = {pair.person for pair in pairs if layout.worn(pair)}
+    return {
+        **dict.fromkeys(PERSON_ROLES, people),
+        **dict.fromkeys(GARMENT_ROLES, garments),
+        **{role: dressed for role in OPTIONAL_ROLES if layout.has(role)},
+    }
+
+
+def _described(layout: Layout, gap: Gap) -> str:
+    """As ``2 of 20 in cloth (00002_00.jpg, 00007_00.jpg)``."""
+    place = layout.place(gap.role)
+    named = ", ".join(gap.missing[:FILES_NAMED])
+    more = ", ..." if len(gap.missing) > FILES_NAMED else ""
+    return f"{len(gap.missing)} of {gap.wanted} in {place.folder} ({named}{more})"
+
+
+def _own_garments(layout: Layout, gaps: Sequence[Gap], pairing: Pairing) -> str:
+    """What column 2 means, where garments are missing that it does not name."""
+    if pairing is Pairing.UNPAIRED or not any(gap.role in GARMENT_ROLES for gap in gaps):
+        return ""
+    others = [pair for pair in layout.listed(pairing) if not layout.worn(pair)]
+    if not others:
+        return ""
+    return (
+        f"Paired samples read the garment of the person's own name, and column 2 of "
+        f"{layout.list_file(pairing).name} names others (as '{others[0].garment}' for '{others[0].person}'), which "
+        "only unpaired tests read: give garments the names of those who wear them. "
+    )
+
+
+def _remedies(layout: Layout, gaps: Sequence[Gap]) -> str:
+    """What makes missing files again, as sentences with a space behind each."""
+    text = ""
+    if any(gap.role in DERIVED_ROLES for gap in gaps):
+        text += f"'i2am data derive root={layout.root}' makes missing masks and agnostic pictures. "
+    if (layout.root / DESCRIPTION_FILE).is_file():
+        text += "'i2am data make' draws this dataset again once its folder is deleted. "
+    return text

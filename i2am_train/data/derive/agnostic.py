@@ -1,0 +1,221 @@
+"""What a try-on model must not see: the region to paint, and the photograph with that region grey.
+
+The rules, for a garment of a category. Lengths are in *units*, the distance of the shoulders.
+
+**The worn garment** (``gt_cloth_warped_mask``): the pixels with a label of the category. Upper body: upper_clothes,
+coat, dress; lower body: skirt, pants; dresses: dress.
+
+**The region to paint** (``agnostic-mask``) is the union of
+
+- the worn garment, grown by 0.1 units;
+- bare arms (legs) and the bare neck of the parsing map;
+- where any other garment of the category could be, from the body alone, so that the region does not tell the
+  garment's outline. From keypoints: upper bodies get a torso a quarter unit wider than the shoulders on each side and
+  0.35 units longer than to the hips, a neck 0.5 units wide, and arms 0.6 units wide from shoulder to wrist; lower
+  bodies get the convex hull of hips, knees and ankles with legs 0.6 units wide; dresses get both, as far as it is in
+  the picture. From DensePose: torso and arms (legs), grown by 0.15 units. Without either (``pose=none``): the bare
+  limbs, grown likewise; such a region follows the garment's outline, which lets a model guess lengths, and hands are
+  painted as well;
+
+without what is kept:
+
+- face, hat, glasses and hair above the chin, which is the lowest row of the face; in maps without a neck (ATR's labels
+  count it as face) at most half-way from the nose to the neck of the keypoints;
+- hands: bare arm beyond its wrist (keypoints) or in DensePose's hands; for lower bodies both arms; shoes, bags, gloves;
+- clothes and legs that do not belong to the category, but only against the growth of the worn garment.
+
+**The agnostic picture** (``agnostic-v3.2``) is the photograph with 128 inside the region.
+
+HR-VITON's rules are of the same kind, but keep all lower clothes: there the trousers' edge tells the hem of the top.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+
+from i2am_train.data.arrays import GREY, Image, Mask
+from i2am_train.data.derive import densepose
+from i2am_train.data.derive.bodies import (
+    SIDES,
+    body_unit,
+    chain,
+    draw_hull,
+    draw_limb,
+    hands_of,
+    require,
+    shoulders_middle,
+    torso_corners,
+)
+from i2am_train.data.derive.keypoints import Joints
+from i2am_train.data.derive.parsing import (
+    ARMS,
+    HEAD,
+    HELD,
+    LEGS,
+    LOWER_CLOTHES,
+    SHOES,
+    WORN,
+    LabelMap,
+    LabelSet,
+)
+from i2am_train.errors import DataError
+from i2am_train.types import Category
+
+GARMENT_GROWTH = 0.1
+BODY_GROWTH = 0.15
+ARM_WIDTH, LEG_WIDTH, NECK_WIDTH = 0.6, 0.6, 0.5
+TORSO_WIDER, TORSO_LONGER = 0.25, 0.35
+
+Pose = Joints | NDArray[np.uint8] | None
+"""Keypoints, DensePose's part labels, or nothing."""
+
+
+@dataclass(frozen=True)
+class PersonMasks:
+    """What is derived from one photograph."""
+
+    worn: Mask
+    region: Mask
+
+    def agnostic(self, photograph: Image) -> Image:
+        """The photograph with the region to paint in grey."""
+        return np.where(self.region[..., None], np.uint8(GREY), photograph)
+
+
+def person_masks(labels: LabelMap, names: LabelSet, category: Category, pose: Pose) -> PersonMasks:
+    """Worn garment and region to paint of a person, by this module's rules.
+
+    Raises:
+        DataError: no pixel has a label of the category, or the pose lacks what the category needs.
+    """
+    worn = names.inside(labels, WORN[category])
+    if not worn.any():
+        raise DataError(
+            f"the garment is empty: no pixel is {' or '.join(sorted(WORN[category]))} (found: {names.found(labels)}). "
+            "Check the category, or leave the picture out."
+        )
+    body, unit = _body(labels, names, category, pose)
+    others = _other_clothes(labels, names, category)
+    region = (_grown(worn, GARMENT_GROWTH * unit) & ~others) | body
+    return PersonMasks(worn, (region | worn) & ~_kept(labels, names, category, pose))
+
+
+def _body(labels: LabelMap, names: LabelSet, category: Category, pose: Pose) -> tuple[Mask, float]:
+    """Where a garment of the category could be, and the unit of length in pixels."""
+    upper, lower = category != "lower_body", category != "upper_body"
+    limbs = (ARMS | {"neck"} if upper else frozenset()) | (LEGS if lower else frozenset())
+    bare = names.inside(labels, limbs)
+    if isinstance(pose, dict):
+        chin = _chin(labels, names, pose)
+        drawn = _drawn_body(pose, labels.shape, chin, upper, lower)
+        return bare | drawn, _unit(pose, category)
+    if pose is not None:
+        parts = (*densepose.TORSO, *densepose.ARMS) if upper else ()
+        parts = (*parts, *densepose.LEGS) if lower else parts
+        dense, unit = _dense_body(pose, parts, lower)
+        return bare | dense, unit
+    columns = np.flatnonzero(names.inside(labels, WORN[category]).any(axis=0))
+    unit = 0.6 * float(columns[-1] - columns[0] + 1)
+    return _grown(bare, BODY_GROWTH * unit), unit
+
+
+def _unit(joints: Joints, category: Category) -> float:
+    """Shoulder distance; of legs alone, twice the distance of the hips."""
+    if category == "lower_body" and not {"right_shoulder", "left_shoulder"} <= set(joints):
+        require(joints, ("right_hip", "left_hip"))
+        return 2.0 * float(np.linalg.norm(joints["right_hip"] - joints["left_hip"]))
+    return body_unit(joints)
+
+
+def _drawn_body(
+    joints: Joints, shape: tuple[int, ...], chin: int, upper: bool, lower: bool
+) -> Mask:
+    """Torso, neck below the chin and arms, and hips and legs, drawn from keypoints."""
+    canvas = np.zeros(shape, np.uint8)
+    if upper:
+        unit = body_unit(joints)
+        draw_hull(canvas, torso_corners(joints, TORSO_WIDER, TORSO_LONGER), 1)
+        if "nose" in joints:
+            neck = np.zeros_like(canvas)
+            draw_limb(neck, [shoulders_middle(joints), joints["nose"]], NECK_WIDTH * unit, 1)
+            canvas[chin:] |= neck[chin:]
+        for side in SIDES:
+            points = chain(joints, side, ("shoulder", "elbow", "wrist"))
+            draw_limb(canvas, points, ARM_WIDTH * unit, 1)
+    if lower and not upper:
+        require(joints, ("right_hip", "left_hip"))
+    if lower:
+        unit = _unit(joints, "lower_body")
+        legs = np.zeros(shape, np.uint8)
+        for side in SIDES:
+            points = chain(joints, side, ("hip", "knee", "ankle"))
+            draw_limb(legs, points, LEG_WIDTH * unit, 1)
+        canvas |= _hull(legs > 0).astype(np.uint8)
+    return canvas > 0
+
+
+def _dense_body(pose: NDArray[np.uint8], parts: tuple[int, ...], lower: bool) -> tuple[Mask, float]:
+    """Body parts, grown; legs with what is between them."""
+    torso = densepose.inside(pose, densepose.TORSO)
+    if not torso.any():
+        raise DataError("DensePose shows no torso. Leave the picture out, or use pose=keypoints.")
+    unit = float(np.median(torso.sum(axis=1)[torso.any(axis=1)]))
+    body = densepose.inside(pose, parts)
+    if lower:
+        body |= _hull(densepose.inside(pose, densepose.LEGS))
+    return _grown(body, BODY_GROWTH * unit), unit
+
+
+def _other_clothes(labels: LabelMap, names: LabelSet, category: Category) -> Mask:
+    """What the growth of the worn garment stops at."""
+    others = {"lower_body": frozenset({"upper_clothes", "coat", "dress"})}.get(
+        category, LOWER_CLOTHES | LEGS if category == "upper_body" else frozenset()
+    )
+    return names.inside(labels, others)
+
+
+def _kept(labels: LabelMap, names: LabelSet, category: Category, pose: Pose) -> Mask:
+    """What is never painted."""
+    above = np.arange(labels.shape[0])[:, None] <= _chin(labels, names, pose)
+    kept = names.inside(labels, HEAD | {"hair"}) & above
+    kept |= names.inside(labels, SHOES | HELD)
+    if category == "lower_body":
+        return kept | names.inside(labels, ARMS)
+    if isinstance(pose, dict):
+        sides = {side: names.inside(labels, {f"{side}_arm"}) for side in SIDES}
+        return kept | hands_of(pose, sides)
+    if pose is not None:
+        return kept | (names.inside(labels, ARMS) & densepose.inside(pose, densepose.HANDS))
+    return kept
+
+
+def _chin(labels: LabelMap, names: LabelSet, pose: Pose) -> int:
+    """The row of the chin; without a face, below the picture."""
+    rows = np.flatnonzero(names.inside(labels, {"face"}).any(axis=1))
+    chin = int(rows[-1]) if len(rows) else labels.shape[0]
+    no_neck = not names.inside(labels, {"neck"}).any()
+    if no_neck and isinstance(pose, dict) and {"nose", "neck"} <= set(pose):
+        return min(chin, round(float(pose["nose"][1] + pose["neck"][1]) / 2))
+    return chin
+
+
+def _grown(mask: Mask, radius: float) -> Mask:
+    """Everything within a distance of a mask."""
+    outside = (~mask).astype(np.uint8)
+    if outside.all():
+        return mask
+    distance = cv2.distanceTransform(outside, cv2.DIST_L2, cv2.DIST_MASK_PRECISE)
+    return np.asarray(distance <= max(1.0, radius))
+
+
+def _hull(mask: Mask) -> Mask:
+    """The convex hull of a mask."""
+    rows, columns = np.nonzero(mask)
+    hull = np.zeros(mask.shape, np.uint8)
+    if len(rows):
+        draw_hull(hull, list(np.stack([columns, rows], axis=-1).astype(np.float64)), 1)
+    return hull > 0

@@ -1,0 +1,432 @@
+"""``i2am data derive``: masks and agnostic pictures from photographs, parsing maps and poses.
+
+Order of work: parsing maps and keypoints that are missing (through models, if there are any), masks of flat garments,
+then the people. Files that exist are kept unless told otherwise, every file is written in one step, and what cannot be
+made is refused sample by sample with its reason, so a stopped run goes on where it was and one bad picture stops
+nothing.
+The rules are those of :mod:`~i2am_train.data.derive.agnostic` and :mod:`~i2am_train.data.derive.flat_garments`.
+A mask beside an agnostic picture that is kept is read off its grey
+(:mod:`~i2am_train.data.derive.agnostic_regions`), and an agnostic picture beside a mask that is kept is made with it:
+regions of two rules are never mixed.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import numpy as np
+from tqdm import tqdm
+
+from i2am_train.data.arrays import Image, Mask
+from i2am_train.data.checks.missing import refuse_doubles
+from i2am_train.data.derive import densepose
+from i2am_train.data.derive.agnostic import PersonMasks, Pose, person_masks
+from i2am_train.data.derive.agnostic_regions import grey_region
+from i2am_train.data.derive.bodies import drawn_parts
+from i2am_train.data.derive.flat_garments import garment_mask
+from i2am_train.data.derive.keypoints import (
+    Joints,
+    openpose_json,
+    read_keypoints,
+    require_on_body,
+)
+from i2am_train.data.derive.parsing import (
+    HEAD,
+    LabelMap,
+    LabelSet,
+    read_labels,
+    usual_labels,
+    write_labels,
+)
+from i2am_train.data.derive.previews import write_sheet
+from i2am_train.data.layouts.base import (
+    AGNOSTIC,
+    DRAWN_POSE,
+    GARMENT,
+    GARMENT_MASK,
+    INPAINT_MASK,
+    KEYPOINTS,
+    PARSING,
+    PERSON,
+    POSE_PICTURE,
+    WARPED_MASK,
+    Layout,
+    Pair,
+    entries,
+)
+from i2am_train.data.opening import Reading, absent_halves, split_layouts
+from i2am_train.data.picture_files import is_there
+from i2am_train.data.pictures import (
+    read_colour,
+    read_native_mask,
+    write_bytes,
+    write_picture,
+)
+from i2am_train.errors import DataError
+from i2am_train.types import Category, GridSize, Pairing, Split
+
+T = TypeVar("T")
+
+PoseSource = Literal["auto", "keypoints", "densepose", "none"]
+Parser = Callable[[Sequence[Image], LabelSet], list[LabelMap]]
+"""Parsing maps of photographs, in the labels of a set; the photographs' sizes are kept."""
+
+Box = tuple[float, float, float, float]
+"""Left, top, width and height in pixels."""
+PoseEstimator = Callable[[Sequence[Image], Sequence[Box]], list[Joints]]
+"""Keypoints of the people in photographs, each in a box."""
+
+PERSON_FILES = (INPAINT_MASK, AGNOSTIC, WARPED_MASK)
+MODEL_BATCH = 4
+"""Photographs that a model sees at a time."""
+
+
+@dataclass(frozen=True)
+class DeriveOptions:
+    """What to make and from what."""
+
+    category: Category = "upper_body"
+    """Of all garments, where the layout does not say."""
+    labels: LabelSet | None = None
+    """Of the parsing maps; None: what is usual in the layout."""
+    pose: PoseSource = "auto"
+    """Where bodies come from; auto: keypoints where their folder exists, else DensePose."""
+    overwrite: bool = False
+    preview: bool = False
+    workers: int | None = None
+    """Threads; None: one per core."""
+    progress: bool = True
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """A picture that nothing could be made of."""
+
+    part: str
+    name: str
+    reason: str
+
+
+@dataclass
+class DeriveReport:
+    """What was made, kept and refused."""
+
+    root: Path
+    pose: dict[str, str] = field(default_factory=dict)
+    """Where bodies came from, per split (and category)."""
+    made: Counter[str] = field(default_factory=Counter)
+    """Files per folder."""
+    kept: Counter[str] = field(default_factory=Counter)
+    refused: list[Refusal] = field(default_factory=list)
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return {
+            "schema": 1, "root": str(self.root), "pose": self.pose, "made": dict(self.made), "kept": dict(self.kept),
+            "refused": [asdict(refusal) for refusal in self.refused],
+        }  # fmt: skip
+
+    def summary(self) -> str:
+        """A paragraph: counts per folder, and the first refusals."""
+        counts = [
+            f"{folder}: {self.made[folder]} made, {self.kept[folder]} kept"
+            for folder in sorted({*self.made, *self.kept})
+        ]
+        lines = [
+            f"{self.root}: {'; '.join(counts) or 'nothing to make'}; {len(self.refused)} refused."
+        ]
+        lines += [f"  {one.part} {one.name}: {one.reason}" for one in self.refused[:10]]
+        if len(self.refused) > 10:
+            lines.append(
+                f"  and {len(self.refused) - 10} more (all of them are in the JSON report)"
+            )
+        return "\n".join(lines)
+
+
+def split_lists(root: Path, reading: Reading) -> list[Layout]:
+    """The splits (of each category) that have a pair list.
+
+    Raises:
+        DataError: there is none, or no dataset.
+    """
+    layouts = [layout for split in Split for layout in split_layouts(root, split, reading)]
+    absent = absent_halves(layouts)
+    return [
+        layout
+        for layout in layouts
+        if layout not in absent
+        and (layout.split is Split.TRAIN or layout.list_file(Pairing.PAIRED).is_file())
+    ]
+
+
+def derive_dataset(
+    root: Path, reading: Reading, options: DeriveOptions, parser: Parser | None = None,
+    estimator: PoseEstimator | None = None,
+) -> DeriveReport:  # fmt: skip
+    """Make what a dataset lacks.
+
+    Args:
+        root: dataset folder with pair lists, photographs of people and flat garments.
+        reading: layout and categories.
+        options: what to make and from what.
+        parser: makes missing parsing maps.
+        estimator: makes missing keypoints.
+
+    Raises:
+        DataError: before anything is written: there is no list, no photographs, and nothing to derive from.
+    """
+    parts = [_Part(layout, options, parser, estimator) for layout in split_lists(root, reading)]
+    for part in parts:
+        people = dict.fromkeys((PERSON, PARSING, KEYPOINTS, POSE_PICTURE), part.people)
+        refuse_doubles(part.layout, people | {GARMENT: part.garments})
+    report = DeriveReport(root, {part.layout.label: part.pose_source for part in parts})
+    for part in parts:
+        for role, make in part.models.items():
+            _run_model(part, role, make, report)
+        _run(part, part.garments, part.derive_garment, "garments", report)
+        _run(part, part.people, part.derive_person, "people", report)
+    return report
+
+
+class _Part:
+    """A split (of a category): what is there, checked before anything is written."""
+
+    def __init__(
+        self,
+        layout: Layout,
+        options: DeriveOptions,
+        parser: Parser | None,
+        estimator: PoseEstimator | None,
+    ) -> None:
+        self.layout, self.options = layout, options
+        pairs = layout.pairs(Pairing.PAIRED)
+        unpaired = layout.listed(Pairing.UNPAIRED) if layout.split is Split.TEST else []
+        self.people = sorted({pair.person for pair in pairs})
+        self.garments = sorted({pair.garment for pair in [*pairs, *unpaired]})
+        self.labels = options.labels or usual_labels(layout.category)
+        self.category: Category = layout.category or options.category
+        self.parser, self.estimator = parser, estimator
+        self.models: dict[str, Callable[[list[str]], set[str]]] = {}
+        if parser is not None:
+            self.models[PARSING] = self.parse
+        if estimator is not None:
+            self.models[KEYPOINTS] = self.estimate
+        self._check_inputs()
+        self.pose_source = self._pose_source()
+        has_densepose = layout.has(POSE_PICTURE) and layout.place(POSE_PICTURE).folder != DRAWN_POSE
+        self.draws_pose = self.pose_source == "keypoints" and not has_densepose
+
+    def _check_inputs(self) -> None:
+        needed = [PERSON, GARMENT] + ([] if self.parser is not None else [PARSING])
+        missing = [role for role in needed if not self.layout.has(role)]
+        if missing:
+            folders = ", ".join(self.layout.folder_names(role) for role in missing)
+            advice = (
+                "Give parser=FOLDER_OR_NAME to make parsing maps." if PARSING in missing else ""
+            )
+            raise DataError(
+                f"{self.layout.folder} has no folder {folders} (found: {entries(self.layout.folder)}). "
+                f"Nothing was written. {advice}".strip()
+            )
+
+    def _pose_source(self) -> str:
+        """Keypoints, densepose or none."""
+        roles = {"keypoints": KEYPOINTS, "densepose": POSE_PICTURE}
+        wanted = self.options.pose
+        if wanted == "none":
+            return wanted
+        if self.estimator is not None and wanted != "densepose":
+            return "keypoints"
+        names = [*roles] if wanted == "auto" else [wanted]
+        there = [name for name in names if self.layout.has(roles[name])]
+        if not there:
+            folders = " or ".join(self.layout.folder_names(roles[name]) for name in names)
+            raise DataError(
+                f"{self.layout.folder} has no folder {folders} (found: {entries(self.layout.folder)}): where bodies "
+                "are is not known. Nothing was written. Add keypoints or DensePose pictures (data/README.md), give "
+                "estimator=FOLDER_OR_NAME to make keypoints, or use pose=none for regions from the parsing map alone."
+            )
+        return there[0]
+
+    # -- models ----------------------------------------------------------------------------------------------------
+
+    def parse(self, stems: list[str]) -> set[str]:
+        """Write parsing maps; returns the people that cannot be read (who are refused when they are derived)."""
+        assert self.parser is not None
+        pictures, refused = _all(stems, self._photograph)
+        found = self.parser(list(pictures.values()), self.labels)
+        for stem, labels in zip(pictures, found, strict=True):
+            write_labels(self.layout.path(PARSING, stem), labels, self.labels)
+        return refused
+
+    def estimate(self, stems: list[str]) -> set[str]:
+        """Write keypoints of the person in the parsing map's box; returns the people that cannot be read."""
+        assert self.estimator is not None
+        boxes, refused = _all(stems, self._box)
+        pictures, unreadable = _all(list(boxes), self._photograph)
+        found = self.estimator(list(pictures.values()), [boxes[stem] for stem in pictures])
+        for stem, joints in zip(pictures, found, strict=True):
+            content = openpose_json(joints).encode()
+            write_bytes(self.layout.path(KEYPOINTS, stem), content)
+        return refused | unreadable
+
+    def _photograph(self, stem: str) -> Image:
+        return read_colour(self.layout.path(PERSON, stem))
+
+    def _box(self, stem: str) -> Box:
+        path = self.layout.path(PARSING, stem)
+        rows, columns = np.nonzero(read_labels(path, self.labels))
+        if not len(rows):
+            raise DataError(f"{path} shows nobody: all of it is background. Make it again.")
+        left, top = float(columns.min()), float(rows.min())
+        return left, top, float(columns.max()) - left + 1, float(rows.max()) - top + 1
+
+    # -- one garment, one person -----------------------------------------------------------------------------------
+
+    def derive_garment(self, stem: str) -> _Files:
+        """The mask of a flat garment."""
+        files = _Files(self.layout, stem, [GARMENT_MASK], self.options.overwrite)
+        if files.wanted:
+            files.write(GARMENT_MASK, garment_mask(read_colour(self.layout.path(GARMENT, stem))))
+        return files
+
+    def derive_person(self, stem: str) -> _Files:
+        """Region to paint, agnostic picture and worn garment of a person, and a pose picture where there is none."""
+        drawn = [DRAWN_POSE] if self.draws_pose else []
+        files = _Files(self.layout, stem, [*PERSON_FILES, *drawn], self.options.overwrite)
+        if files.wanted:
+            self._make(stem, files)
+        if self.options.preview:
+            garment = self.layout.own_garment(stem)
+            write_sheet(self.layout, Pair(stem, garment), self.labels)
+        return files
+
+    def _make(self, stem: str, files: _Files) -> None:
+        photograph = read_colour(self.layout.path(PERSON, stem))
+        size = GridSize(*photograph.shape[:2])
+        path = self.layout.path(PARSING, stem)
+        labels = read_labels(path, self.labels)
+        _same_size(path, labels.shape, size)
+        pose = self._pose(stem, size)
+        if isinstance(pose, dict):
+            head = self.labels.inside(labels, HEAD | {"hair"})
+            require_on_body(pose, labels > 0, head, self.layout.path(KEYPOINTS, stem))
+        masks = person_masks(labels, self.labels, self.category, pose)
+        masks = PersonMasks(masks.worn, self._region(stem, files, photograph, masks.region))
+        files.write(INPAINT_MASK, masks.region)
+        files.write(AGNOSTIC, masks.agnostic(photograph))
+        files.write(WARPED_MASK, masks.worn)
+        if self.draws_pose and isinstance(pose, dict):
+            files.write(DRAWN_POSE, densepose.coloured(drawn_parts(pose, size)))
+
+    def _region(self, stem: str, files: _Files, photograph: Image, derived: Mask) -> Mask:
+        """The region to paint: of a mask or an agnostic picture that is kept, else the derived one; never a mixture."""
+        if INPAINT_MASK in files.kept:
+            path = self.layout.path(INPAINT_MASK, stem)
+            mask = read_native_mask(path)
+            _same_size(path, mask.shape, GridSize(*derived.shape))
+            return mask
+        if AGNOSTIC in files.kept:
+            path = self.layout.path(AGNOSTIC, stem)
+            return grey_region(read_colour(path), photograph, path)
+        return derived
+
+    def _pose(self, stem: str, size: GridSize) -> Pose:
+        if self.pose_source == "keypoints":
+            return read_keypoints(self.layout.path(KEYPOINTS, stem), size)
+        if self.pose_source == "densepose":
+            path = self.layout.path(POSE_PICTURE, stem)
+            parts = densepose.read_parts(path)
+            _same_size(path, parts.shape, size)
+            return parts
+        return None
+
+
+class _Files:
+    """The files to make of one person or garment; those that exist are kept unless they are to be overwritten."""
+
+    def __init__(self, layout: Layout, stem: str, roles: list[str], overwrite: bool) -> None:
+        self.paths = {role: layout.path(role, stem) for role in roles}
+        self.kept = [role for role in roles if not overwrite and is_there(self.paths[role])]
+        self.made: list[str] = []
+
+    @property
+    def wanted(self) -> bool:
+        return len(self.kept) < len(self.paths)
+
+    def write(self, role: str, picture: np.ndarray[Any, Any]) -> None:
+        """Write a picture or mask, unless it is to be kept."""
+        if role not in self.kept:
+            write_picture(self.paths[role], picture)
+            self.made.append(role)
+
+
+def _same_size(path: Path, shape: tuple[int, ...], size: GridSize) -> None:
+    if tuple(shape) != tuple(size):
+        raise DataError(
+            f"{path} is {shape[0]}x{shape[1]} (height x width), and the photograph is {size}; expected the same size. "
+            "Make it again from the photograph."
+        )
+
+
+def _run(
+    part: _Part,
+    stems: list[str],
+    work: Callable[[str], _Files],
+    what: str,
+    report: DeriveReport,
+) -> None:
+    """Do the work of many on threads (OpenCV leaves Python's lock)."""
+    with ThreadPoolExecutor(part.options.workers or os.cpu_count() or 1) as pool:
+        results = pool.map(partial(_attempt, work), stems)
+        for stem, outcome in zip(
+            stems, _bar(results, len(stems), part, f"{part.layout.label} {what}"), strict=True
+        ):
+            if isinstance(outcome, _Files):
+                report.made.update(outcome.made)
+                report.kept.update(outcome.kept)
+            else:
+                report.refused.append(Refusal(part.layout.label, stem, outcome))
+
+
+def _attempt(work: Callable[[str], _Files], stem: str) -> _Files | str:
+    """The result, or the reason of a refusal."""
+    try:
+        return work(stem)
+    except DataError as error:
+        return str(error)
+
+
+def _run_model(
+    part: _Part, role: str, make: Callable[[list[str]], set[str]], report: DeriveReport
+) -> None:
+    """Make the files of a role that are missing, in batches."""
+    there = {stem for stem in part.people if is_there(part.layout.path(role, stem))}
+    kept = set() if part.options.overwrite else there
+    report.kept[role] += len(kept)
+    todo = [stem for stem in part.people if stem not in kept]
+    batches = [todo[first : first + MODEL_BATCH] for first in range(0, len(todo), MODEL_BATCH)]
+    for batch in _bar(batches, len(batches), part, f"{part.layout.label} {role}"):
+        refused = make(batch)
+        report.made[role] += len(batch) - len(refused)
+
+
+def _all(stems: list[str], read: Callable[[str], T]) -> tuple[dict[str, T], set[str]]:
+    """What can be read, and whose cannot."""
+    found: dict[str, T] = {}
+    for stem in stems:
+        with suppress(DataError):
+            found[stem] = read(stem)
+    return found, set(stems) - set(found)
+
+
+def _bar(items: Iterable[Any], total: int, part: _Part, what: str) -> tqdm[Any]:
+    return tqdm(items, total=total, desc=what, unit="item", disable=not part.options.progress)

@@ -1,0 +1,158 @@
+"""Pose keypoints: OpenPose's JSON as VITON-HD has it, and DressCode's.
+
+VITON-HD: ``{"people": [{"pose_keypoints_2d": [x, y, confidence, ...]}]}``, 25 or 18 joints, pixels of the photograph.
+DressCode: ``{"keypoints": [[x, y, ...], ...]}``, 18 joints, pixels of a picture of 512 x 384 whatever the photograph's
+size. Joints that were not seen are 0 or negative. "Left" is the person's own.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from i2am_train.data.arrays import Mask
+from i2am_train.data.picture_files import refuse_what_is_no_file
+from i2am_train.errors import DataError
+from i2am_train.types import GridSize
+
+Point = NDArray[np.float64]
+"""x, y in pixels."""
+Joints = dict[str, Point]
+"""The joints that were seen."""
+
+# fmt: off
+_UPPER = (
+    "nose", "neck", "right_shoulder", "right_elbow", "right_wrist", "left_shoulder", "left_elbow", "left_wrist",
+)
+_LOWER = ("right_hip", "right_knee", "right_ankle", "left_hip", "left_knee", "left_ankle")
+# fmt: on
+COCO_18 = (*_UPPER, *_LOWER, "right_eye", "left_eye", "right_ear", "left_ear")
+BODY_25 = (*_UPPER, "middle_hip", *_LOWER, "right_eye", "left_eye", "right_ear", "left_ear")
+"""The 6 joints of the feet, which follow, are not used."""
+
+DRESS_CODE_SIZE = GridSize(512, 384)
+SMALLEST_CONFIDENCE = 0.05
+OUTSIDE, SMALLEST_OUTSIDE = 1.02, 0.2
+"""Share of the photograph's size beyond which a joint is outside, and share of such joints that is refused."""
+REACH, SMALLEST_ON_BODY = 0.03, 0.5
+"""Distance (share of the height) at which a joint is still on the body, and share of joints that must be."""
+
+
+def read_keypoints(path: Path, size: GridSize) -> Joints:
+    """The joints of the person in a photograph of a size; of several people, the most certain one.
+
+    Raises:
+        DataError: the file is missing, broken, of another format, or shows nobody.
+    """
+    try:
+        refuse_what_is_no_file(path)
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise DataError(f"{path} is missing: keypoints are needed for every person.") from None
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path} is not readable JSON ({error}). Make it again.") from error
+    table = _table(content, path, size)
+    _refuse_other_scale(table, path, size)
+    names = BODY_25 if len(table) == 25 else COCO_18
+    joints = {
+        name: row for name, row in zip(names, table, strict=False) if row[0] > 1 and row[1] > 1
+    }
+    if not joints:
+        raise DataError(f"{path} shows nobody: no joint was seen. Make it again, or use pose=none.")
+    return joints
+
+
+def require_on_body(joints: Joints, body: Mask, head: Mask, path: Path) -> None:
+    """Refuse joints of another person or size.
+
+    Args:
+        joints: in pixels of the photograph.
+        body: where the person is, ``[H, W]``, in the photograph's size.
+        head: where face and hair are.
+        path: of the keypoints, for messages.
+
+    Raises:
+        DataError: most joints lie beside the body, or the nose beside the head.
+    """
+    on_body = sum(_is_on(joint, body) for joint in joints.values())
+    nose_off = "nose" in joints and head.any() and not _is_on(joints["nose"], head)
+    if not body.any() or (on_body >= SMALLEST_ON_BODY * len(joints) and not nose_off):
+        return
+    lowest = max(float(joint[1]) for joint in joints.values())
+    what = f"{len(joints) - on_body} of {len(joints)} joints" + (", the nose," if nose_off else "")
+    raise DataError(
+        f"{path} has {what} beside the person of the parsing map: joints reach down to row {lowest:.0f}, and the "
+        f"person to row {np.flatnonzero(body.any(axis=1))[-1]} of {body.shape[0]}. They are of another size or person; "
+        "make them again from this photograph."
+    )
+
+
+def _is_on(joint: Point, mask: Mask) -> bool:
+    """Whether a mask is near a joint."""
+    reach = max(1, round(REACH * mask.shape[0]))
+    column, row = np.rint(joint).astype(int)
+    rows, columns = (
+        slice(max(0, place - reach), max(0, place + reach + 1)) for place in (row, column)
+    )
+    return bool(mask[rows, columns].any())
+
+
+def _refuse_other_scale(table: NDArray[np.float64], path: Path, size: GridSize) -> None:
+    seen = table[(table > 0).all(axis=1)]
+    if len(seen) and seen.max() <= 1.0:
+        raise DataError(
+            f"{path} holds places from 0 to 1; expected pixels of the photograph ({size}, height x width). Multiply "
+            "them by its width and height, or make them again."
+        )
+    beyond = (seen > [OUTSIDE * size.width, OUTSIDE * size.height]).any(axis=1)
+    if beyond.sum() > SMALLEST_OUTSIDE * len(seen):
+        right, low = seen.max(axis=0)
+        raise DataError(
+            f"{path} has {beyond.sum()} of {len(seen)} joints outside of the photograph (up to column {right:.0f}, row "
+            f"{low:.0f}; it is {size}, height x width): they are of another size. Make them again from this photograph."
+        )
+
+
+def openpose_json(joints: Joints) -> str:
+    """Joints as OpenPose writes them, 25 of them.
+
+    >>> openpose_json({"nose": np.array([3.0, 4.0])})[48:90]
+    '"pose_keypoints_2d": [3.0, 4.0, 1.0, 0.0, '
+    """
+    values: list[float] = []
+    for name in BODY_25:
+        seen = name in joints
+        values += [*np.round(joints[name], 2).tolist(), 1.0] if seen else [0.0, 0.0, 0.0]
+    values += [0.0] * (75 - len(values))
+    people = [{"person_id": [-1], "pose_keypoints_2d": values}]
+    return json.dumps({"version": 1.3, "people": people})
+
+
+def _table(content: Any, path: Path, size: GridSize) -> NDArray[np.float64]:
+    """x and y of every joint in pixels of the photograph, one row each; zero where it was not seen."""
+    try:
+        if "keypoints" in content:
+            table = np.asarray([row[:2] for row in content["keypoints"]], np.float64).reshape(18, 2)
+            return table * [
+                size.width / DRESS_CODE_SIZE.width,
+                size.height / DRESS_CODE_SIZE.height,
+            ]
+        people = [
+            np.asarray(person["pose_keypoints_2d"], np.float64).reshape(-1, 3)
+            for person in content["people"]
+        ]
+        if any(len(person) not in (18, 25) for person in people):
+            raise ValueError("neither 18 nor 25 joints")
+    except (KeyError, TypeError, ValueError):
+        raise DataError(
+            f"{path} is in another format; expected OpenPose's people[].pose_keypoints_2d with 25 or 18 joints, or "
+            "DressCode's 18 keypoints."
+        ) from None
+    if not people:
+        raise DataError(f"{path} shows nobody: people is empty. Make it again, or use pose=none.")
+    best = max(people, key=lambda person: float(person[:, 2].sum()))
+    return np.where(best[:, 2:] >= SMALLEST_CONFIDENCE, best[:, :2], 0.0)

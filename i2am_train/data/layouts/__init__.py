@@ -1,0 +1,1 @@
+"""Folder layouts of datasets: VITON-HD, DressCode, and what they share."""

@@ -1,0 +1,140 @@
+"""The VITON-HD folder layout (spec 2.1): the real dataset, the embedded one and own photographs alike.
+
+Two distributions are about: ``zalando-hd-resized``, and the folders of HR-VITON and StableVITON. They differ in
+spelling (``cloth_mask`` for ``cloth-mask``, ``agnostic`` for ``agnostic-v3.2``, ...) and in what they hold;
+:data:`VitonHDLayout.places` lists the spellings that are read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from i2am_train.data.layouts.base import (
+    AGNOSTIC,
+    CORRESPONDENCE,
+    DERIVED_ROLES,
+    DRAWN_POSE,
+    GARMENT,
+    GARMENT_MASK,
+    INPAINT_MASK,
+    KEYPOINTS,
+    PARSING,
+    PERSON,
+    POSE_PICTURE,
+    WARPED_MASK,
+    Layout,
+    Place,
+)
+from i2am_train.data.pictures import Fit
+from i2am_train.data.reading import TryOnDataset
+from i2am_train.errors import DataError
+from i2am_train.types import Category, GridSize, Pairing, Split
+
+
+def require_correspondence(root: Path) -> None:
+    """Raise DataError unless training samples have their true correspondence, which only synthetic data has."""
+    folder = root / Split.TRAIN / CORRESPONDENCE
+    if not folder.is_dir():
+        raise DataError(
+            f"objective.supervised teaches the true correspondence, and {root} has none (no folder {folder}). "
+            "Use the embedded dataset, or set objective.supervised=0."
+        )
+
+
+def _spelled(folders: Sequence[str], patterns: Sequence[str]) -> tuple[Place, ...]:
+    """All combinations, the usual folder and pattern first."""
+    return tuple(Place(folder, pattern) for folder in folders for pattern in patterns)
+
+
+class VitonHDLayout(Layout):
+    """``<root>/{train,test}/<role>/<name>``, and ``<root>/{train,test}_pairs.txt``."""
+
+    small_mask_rule = True
+    places = {
+        PERSON: _spelled(["image"], ["{}.jpg", "{}.png", "{}.jpeg"]),
+        GARMENT: _spelled(["cloth"], ["{}.jpg", "{}.png", "{}.jpeg"]),
+        GARMENT_MASK: _spelled(["cloth-mask", "cloth_mask"], ["{}.jpg", "{}.png"]),
+        AGNOSTIC: _spelled(["agnostic-v3.2", "agnostic-v3.3", "agnostic"], ["{}.jpg", "{}.png"]),
+        INPAINT_MASK: _spelled(
+            ["agnostic-mask", "agnostic_mask"], ["{}_mask.png", "{}.png", "{}.jpg"]
+        ),
+        POSE_PICTURE: _spelled(
+            ["image-densepose", "image_densepose", DRAWN_POSE], ["{}.jpg", "{}.png"]
+        ),
+        DRAWN_POSE: _spelled([DRAWN_POSE], ["{}.jpg"]),
+        WARPED_MASK: _spelled(
+            ["gt_cloth_warped_mask", "gt-cloth-warped-mask"], ["{}.jpg", "{}.png"]
+        ),
+        CORRESPONDENCE: _spelled(["correspondence"], ["{}.png"]),
+        PARSING: _spelled(["image-parse-v3", "image-parse"], ["{}.png"]),
+        KEYPOINTS: _spelled(["openpose_json", "openpose-json"], ["{}_keypoints.json"]),
+    }
+
+    @property
+    def folder(self) -> Path:
+        """The split's folder."""
+        return self.root / self.split
+
+    @property
+    def label(self) -> str:
+        """The split."""
+        return str(self.split)
+
+    @property
+    def category(self) -> Category | None:
+        """VITON-HD has upper garments; own photographs may have others."""
+        return None
+
+    def list_file(self, pairing: Pairing) -> Path:
+        """Both pairings share a list."""
+        return self.root / f"{self.split}_pairs.txt"
+
+    def own_garment(self, person: str) -> str:
+        """The garment of the same name."""
+        return person
+
+    def advice(self, role: str) -> str:
+        """Where the files of a role come from."""
+        if role in DERIVED_ROLES:
+            return (
+                f"Some downloads of VITON-HD lack it; 'i2am data derive root={self.root}' makes it from human-parsing "
+                "maps and keypoints or DensePose."
+            )
+        if role == POSE_PICTURE:
+            return (
+                "DensePose pictures come with VITON-HD's zalando-hd-resized, or from detectron2; 'i2am data derive' "
+                "draws a stand-in from keypoints."
+            )
+        return (
+            "It comes with VITON-HD (zalando-hd-resized); for own photographs see data/README.md."
+        )
+
+
+class VitonHDDataset(TryOnDataset):
+    """Try-on samples from a folder in VITON-HD layout.
+
+    Args:
+        root: folder with ``train/``, ``test/`` and the two pair lists.
+        split: which half to read.
+        pairing: paired uses the person's own garment whatever the list says; unpaired takes the list's second column.
+        size: picture size, height first; files of another size are resized.
+        augment: apply the authors' training augmentations (:mod:`i2am_train.data.transforms`).
+        seed: of the augmentations.
+        indices: positions in the pair list to read; default all.
+        small_mask_rule: replace small inpainting masks by all ones; default in training only, as the authors do.
+        fit: how pictures of another aspect come to ``size``.
+
+    Raises:
+        DataError: a folder, list or file is missing or broken.
+    """
+
+    def __init__(
+        self, root: Path | str, split: Split | str, pairing: Pairing | str, size: GridSize, augment: bool = False,
+        seed: int = 0, indices: Sequence[int] | None = None, small_mask_rule: bool | None = None,
+        fit: Fit = "stretch",
+    ) -> None:  # fmt: skip
+        super().__init__(
+            [VitonHDLayout(Path(root), Split(split))], Pairing(pairing), size, augment=augment, seed=seed,
+            indices=indices, small_mask_rule=small_mask_rule, fit=fit,
+        )  # fmt: skip

@@ -1,0 +1,232 @@
+"""Loaders of training, validation, test and prediction samples for Lightning.
+
+Validation is the last ``validation_samples`` of the training list, which training then leaves out; testing and
+prediction use the test list. The order of an epoch is a function of (seed, epoch), and the loader of training
+(torchdata's) knows its position in it, so a run that was stopped anywhere goes on exactly as an uninterrupted one.
+
+Several processes: the samplers here split the data themselves (``Trainer(use_distributed_sampler=False)``; they are
+DistributedSamplers, so Lightning would keep them anyway). Training gives every process equally many samples and
+interleaves them, so that W processes with batch B see the samples that one process with batch W x B would. Validation
+and test are split without padding: no sample is seen twice and none is left out, so a set's score does not change
+with the number of processes; processes may differ by one sample, hence nothing may synchronise inside an
+evaluation step. ``i2am evaluate`` lists its test batches itself; processes take whole batches in turn.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import lightning as L
+import torch
+from torch.utils.data import DataLoader, Dataset, DistributedSampler
+from torchdata.stateful_dataloader import StatefulDataLoader
+
+from i2am_train.data.cache import CachedDataset, LatentCache
+from i2am_train.data.opening import AS_IT_LIES, Reading, list_length, open_dataset
+from i2am_train.data.reading import EpochPosition, TryOnDataset
+from i2am_train.data.sample import TryOnSample
+from i2am_train.errors import DataError
+from i2am_train.processes import ignore_interrupts
+from i2am_train.types import GridSize, Pairing, Split
+
+
+class EpochSampler(DistributedSampler[Any]):
+    """Shuffles by (seed, epoch) and tells the dataset the epoch together with each position."""
+
+    def __init__(
+        self, dataset: Dataset[Any], seed: int, epoch: int = 0, replicas: int = 1, rank: int = 0
+    ) -> None:
+        super().__init__(
+            dataset, num_replicas=replicas, rank=rank, shuffle=True, seed=seed, drop_last=True
+        )
+        self.epoch = epoch
+        self._samples: tuple[int, list[int]] | None = None
+
+    def __iter__(self) -> Iterator[EpochPosition]:
+        """Positions of this process, in this epoch's order."""
+        positions = list(super().__iter__())
+        return iter([EpochPosition(self.epoch, position) for position in positions])
+
+    def samples(self) -> list[int]:
+        """Dataset indices of this process's samples, in this epoch's order."""
+        if self._samples is None or self._samples[0] != self.epoch:  # asked for at every batch
+            dataset = cast(TryOnDataset | CachedDataset, self.dataset)
+            self._samples = self.epoch, [dataset.indices[position] for _, position in self]
+        return self._samples[1]
+
+
+class ExactSampler(DistributedSampler[Any]):
+    """Splits a dataset over processes in order, each sample once."""
+
+    def __init__(self, dataset: Dataset[Any], replicas: int = 1, rank: int = 0) -> None:
+        super().__init__(dataset, num_replicas=replicas, rank=rank, shuffle=False)
+        self.positions = range(rank, len(cast(TryOnDataset, dataset)), replicas)
+
+    def __iter__(self) -> Iterator[int]:
+        """Every ``replicas``-th position, beginning with the rank."""
+        return iter(self.positions)
+
+    def __len__(self) -> int:
+        return len(self.positions)
+
+
+class TryOnDataModule(L.LightningDataModule):
+    """All loaders of a run.
+
+    Args:
+        root: dataset folder.
+        size: picture size, height first.
+        batch_size: training samples per process and step.
+        eval_batch_size: samples per process and step elsewhere.
+        workers: reading processes per loader; 0 reads in the main process.
+        augment: augment training samples.
+        seed: of the shuffling and the augmentations.
+        validation_samples: how many of the last training samples are held out for validation.
+        test_samples: how many of the test samples to use; None for all.
+        test_pairing: whether test and prediction give people their own garment.
+        reading: layout, categories, and how other aspects are dealt with.
+        cache: where training samples are read from instead, encoded; it was checked to fit.
+
+    Attributes:
+        test_batches: positions in the test dataset that ``test_dataloader`` reads, batch by batch; None for all.
+            Processes take whole batches in turn, so that a batch is the same on any number of them.
+    """
+
+    def __init__(
+        self, root: Path | str, size: GridSize, *, batch_size: int = 16, eval_batch_size: int = 16, workers: int = 0,
+        augment: bool = True, seed: int = 0, validation_samples: int = 0, test_samples: int | None = None,
+        test_pairing: Pairing = Pairing.PAIRED, reading: Reading = AS_IT_LIES,
+        cache: LatentCache | None = None,
+    ) -> None:  # fmt: skip
+        super().__init__()
+        self.root, self.size = Path(root), GridSize(*size)
+        self.batch_size, self.eval_batch_size, self.workers = batch_size, eval_batch_size, workers
+        self.augment, self.seed, self.reading, self.cache = augment, seed, reading, cache
+        self.validation_samples, self.test_samples, self.test_pairing = (
+            validation_samples,
+            test_samples,
+            test_pairing,
+        )
+        self.test_batches: Sequence[Sequence[int]] | None = None
+
+    # -- datasets --------------------------------------------------------------------------------------------------
+
+    def train_dataset(self) -> TryOnDataset | CachedDataset:
+        """The training list without the samples held out for validation, as pictures or from the cache."""
+        indices = range(self._train_total() - self.validation_samples)
+        if len(indices) < self.batch_size * self._processes():
+            raise DataError(
+                f"{self.root} has {self._train_total()} training samples; with {self.validation_samples} held out for "
+                f"validation, {len(indices)} are left, fewer than one batch of {self.batch_size * self._processes()}. "
+                "Use more samples, or lower data.batch_size or validation.samples."
+            )
+        if self.cache is not None:
+            return CachedDataset(
+                self.cache, self.root, Split.TRAIN, self.reading, indices, self.seed
+            )
+        return open_dataset(
+            self.root, Split.TRAIN, Pairing.PAIRED, self.size, self.reading, augment=self.augment, seed=self.seed,
+            indices=indices,
+        )  # fmt: skip
+
+    def validation_dataset(self) -> TryOnDataset:
+        """The held-out end of the training list, never augmented and read like test samples."""
+        total = self._train_total()
+        indices = range(total - self.validation_samples, total)
+        return open_dataset(
+            self.root, Split.TRAIN, Pairing.PAIRED, self.size, self.reading, indices=indices, small_mask_rule=False
+        )  # fmt: skip
+
+    def test_dataset(self) -> TryOnDataset:
+        """The test list, or its first ``test_samples``."""
+        total = list_length(self.root, Split.TEST, self.test_pairing, self.reading)
+        if self.test_samples is not None and self.test_samples > total:
+            raise DataError(
+                f"{self.test_samples} test samples were asked for, but {self.root} has {total}. "
+                f"Ask for {total} or fewer."
+            )
+        indices = range(total if self.test_samples is None else self.test_samples)
+        return open_dataset(
+            self.root, Split.TEST, self.test_pairing, self.size, self.reading, indices=indices
+        )
+
+    def _train_total(self) -> int:
+        total = list_length(self.root, Split.TRAIN, Pairing.PAIRED, self.reading)
+        if not 0 <= self.validation_samples < total:
+            raise DataError(
+                f"{self.validation_samples} validation samples cannot be held out of the {total} training samples in "
+                f"{self.root}. Set validation.samples between 0 and {total - 1}."
+            )
+        return total
+
+    # -- loaders ---------------------------------------------------------------------------------------------------
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        dataset = self.train_dataset()
+        sampler = EpochSampler(dataset, self.seed, self._epoch(), self._processes(), self._rank())
+        loader: DataLoader[Any] = StatefulDataLoader(
+            dataset, batch_size=self.batch_size, sampler=sampler, drop_last=True, **self._reading()
+        )
+        return loader
+
+    def val_dataloader(self) -> DataLoader[TryOnSample] | list[Any]:
+        if self.validation_samples == 0:
+            return []
+        return self._evaluation_loader(self.validation_dataset())
+
+    def test_dataloader(self) -> DataLoader[TryOnSample]:
+        dataset = self.test_dataset()
+        if self.test_batches is None:
+            return self._evaluation_loader(dataset)
+        # A process without a batch repeats the first: Lightning's processes must all take part.
+        mine = self.test_batches[self._rank() :: self._processes()] or self.test_batches[:1]
+        return DataLoader(
+            dataset, batch_sampler=[list(batch) for batch in mine], num_workers=self.workers,
+            worker_init_fn=ignore_interrupts, pin_memory=torch.cuda.is_available(),
+            generator=torch.Generator().manual_seed(self.seed),
+        )  # fmt: skip
+
+    def predict_dataloader(self) -> DataLoader[TryOnSample]:
+        return self._evaluation_loader(self.test_dataset())
+
+    def _evaluation_loader(self, dataset: TryOnDataset) -> DataLoader[TryOnSample]:
+        if len(dataset) < self._processes():  # an idle process would never join the others' scores
+            raise DataError(
+                f"{len(dataset)} samples cannot be evaluated on {self._processes()} processes. Set validation.samples "
+                f"or evaluation.samples to {self._processes()} or more."
+            )
+        sampler = ExactSampler(dataset, self._processes(), self._rank())
+        return DataLoader(
+            dataset, batch_size=self.eval_batch_size, sampler=sampler, **self._reading()
+        )
+
+    def _reading(self) -> dict[str, Any]:
+        """How loaders read, whatever they read."""
+        return {
+            "num_workers": self.workers,
+            "worker_init_fn": ignore_interrupts,
+            "persistent_workers": self.workers > 0,
+            "pin_memory": torch.cuda.is_available(),
+            # They would otherwise draw a seed from the global stream, and so change what training draws next.
+            "generator": torch.Generator().manual_seed(self.seed),
+        }
+
+    # -- the trainer that this belongs to --------------------------------------------------------------------------
+
+    def _processes(self) -> int:
+        return 1 if self.trainer is None else self.trainer.world_size
+
+    def _rank(self) -> int:
+        return 0 if self.trainer is None else self.trainer.global_rank
+
+    def _epoch(self) -> int:
+        """The epoch that the loader starts with.
+
+        Lightning makes the first iterator before it tells the sampler the epoch, so a resumed run would begin
+        with the order of epoch 0; what it will tell is read here instead.
+        """
+        if self.trainer is None:
+            return 0
+        return int(self.trainer.fit_loop.epoch_progress.current.processed)  # type: ignore[attr-defined]

@@ -1,0 +1,106 @@
+"""Opening a dataset without knowing its layout: what the options of ``data`` mean."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from i2am_train.data.layouts.base import Layout
+from i2am_train.data.layouts.dresscode import dresscode_layouts
+from i2am_train.data.layouts.viton_hd import VitonHDLayout
+from i2am_train.data.pictures import Fit
+from i2am_train.data.reading import TryOnDataset
+from i2am_train.errors import DataError
+from i2am_train.types import CATEGORIES, Category, GridSize, Pairing, Split
+
+LayoutName = Literal["auto", "viton_hd", "dresscode"]
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How a dataset folder is read."""
+
+    layout: LayoutName = "auto"
+    """auto: dresscode where a category's folder exists, viton_hd otherwise."""
+    categories: tuple[Category, ...] = ()
+    """Of DressCode, in this order; empty: all that exist."""
+    fit: Fit = "stretch"
+    """How pictures of another aspect come to the size that is asked for."""
+
+
+AS_IT_LIES = Reading()
+"""The layout found by looking, all categories, the proportions of the size that is asked for."""
+
+
+def detect_layout(root: Path) -> Literal["viton_hd", "dresscode"]:
+    """The layout of a folder, from its sub-folders.
+
+    Raises:
+        DataError: the folder is one category of DressCode.
+    """
+    if any((root / category).is_dir() for category in CATEGORIES):
+        return "dresscode"
+    if root.name in CATEGORIES and (root / "images").is_dir():
+        raise DataError(
+            f"{root} is one category of DressCode; expected the folder above it. "
+            f"Set data.root={root.parent} data.categories=[{root.name}]."
+        )
+    return "viton_hd"
+
+
+def split_layouts(root: Path, split: Split, reading: Reading) -> list[Layout]:
+    """The layouts of a split: one, or one per category.
+
+    Raises:
+        DataError: categories were asked for that are not there.
+    """
+    name = detect_layout(root) if reading.layout == "auto" else reading.layout
+    if name == "dresscode":
+        there = tuple(category for category in CATEGORIES if (root / category).is_dir())
+        return dresscode_layouts(root, split, reading.categories or there or CATEGORIES)
+    if reading.categories:
+        raise DataError(
+            f"data.categories={list(reading.categories)} belongs to DressCode, and {root} is in VITON-HD layout. "
+            "Leave it out, or check data.root."
+        )
+    return [VitonHDLayout(root, split)]
+
+
+def absent_halves(layouts: Sequence[Layout]) -> list[Layout]:
+    """The halves that a dataset does not have: no pair list, and no folder of their own (never all of them)."""
+    without = [one for one in layouts if not one.list_file(Pairing.PAIRED).is_file()]
+    taken = {one.folder for one in layouts if one not in without}
+    absent = [one for one in without if one.folder in taken or not one.folder.is_dir()]
+    return absent if len(absent) < len(layouts) else []
+
+
+def list_length(root: Path, split: Split, pairing: Pairing, reading: Reading) -> int:
+    """How many pairs the lists of a split hold."""
+    return sum(len(layout.listed(pairing)) for layout in split_layouts(root, split, reading))
+
+
+def list_lengths(root: Path, reading: Reading) -> dict[str, int]:
+    """How many people each list that exists holds, by split (and category)."""
+    return {
+        layout.label: len(layout.listed(Pairing.PAIRED))
+        for split in Split
+        for layout in split_layouts(root, split, reading)
+        if layout.list_file(Pairing.PAIRED).is_file()
+    }
+
+
+def open_dataset(
+    root: Path, split: Split, pairing: Pairing, size: GridSize, reading: Reading, *,
+    augment: bool = False, seed: int = 0, indices: Sequence[int] | None = None, small_mask_rule: bool | None = None,
+) -> TryOnDataset:  # fmt: skip
+    """The samples of a split; options as :class:`TryOnDataset` has them.
+
+    Raises:
+        DataError: a folder, list or file is missing or broken.
+    """
+    return TryOnDataset(
+        split_layouts(root, split, reading), pairing, size, augment=augment, seed=seed, indices=indices,
+        small_mask_rule=small_mask_rule, fit=reading.fit,
+    )  # fmt: skip

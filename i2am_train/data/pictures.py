@@ -1,0 +1,223 @@
+"""Pictures of a try-on dataset at one size, masks as booleans (files: :mod:`~i2am_train.data.picture_files`).
+
+Pictures of another size than the one asked for are resized. Where the aspect differs, too, ``Fit`` says how:
+``stretch`` changes the proportions (what the authors do, and harmless where the aspect is the same), ``pad`` keeps
+the whole picture and adds equal margins on two sides, ``crop`` keeps the largest centred part and loses the rest.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+
+from i2am_train.data.arrays import Image, Mask
+from i2am_train.data.picture_files import (
+    Ground,
+    UnreadablePictureError,
+    read_grey,
+    read_rgb,
+)
+from i2am_train.files import written
+from i2am_train.types import GridSize
+
+Fit = Literal["stretch", "pad", "crop"]
+"""How a picture of another aspect comes to the size that is asked for."""
+
+WRITING = {
+    ".jpg": [cv2.IMWRITE_JPEG_QUALITY, 97, cv2.IMWRITE_JPEG_SAMPLING_FACTOR, cv2.IMWRITE_JPEG_SAMPLING_FACTOR_444],
+    ".png": [cv2.IMWRITE_PNG_COMPRESSION, 3],
+    ".webp": [cv2.IMWRITE_WEBP_QUALITY, 101],
+}  # fmt: skip
+"""OpenCV's options by file name ending; WebP without loss."""
+
+
+INSIDE = 128
+"""Grey value from which a mask's pixel is inside."""
+
+
+def read_colour(path: Path, ground: Ground = "white") -> Image:
+    """RGB ``[H, W, 3]`` of a dataset's picture, upright and at its own size; ``ground`` shows where it is transparent.
+
+    Raises:
+        DataError: the file is missing, cut off or no picture.
+    """
+    with advice_on(path):
+        return read_rgb(path, ground)
+
+
+def read_native_mask(path: Path) -> Mask:
+    """A mask of a dataset, upright and at its own size: grey value at least 128; what is transparent is outside.
+
+    Raises:
+        DataError: the file is missing, cut off or no picture.
+    """
+    with advice_on(path):
+        return np.asarray(read_grey(path) >= INSIDE)
+
+
+@contextmanager
+def advice_on(path: Path) -> Iterator[None]:
+    """Adds to the error of a picture how to find all faults of the dataset that it belongs to."""
+    try:
+        yield
+    except UnreadablePictureError as error:
+        root = path.absolute().parents[2]
+        raise UnreadablePictureError(
+            f"{error} Run 'i2am data check root={root}' to list everything that is wrong with the dataset."
+        ) from error
+
+
+def write_picture(path: Path, picture: NDArray[Any]) -> None:
+    """Write RGB, grey or a mask (True as 255) in one step: readers see a whole picture or none."""
+    if picture.dtype == np.bool_:
+        picture = picture.astype(np.uint8) * np.uint8(255)
+    if picture.ndim == 3:
+        picture = cv2.cvtColor(picture, cv2.COLOR_RGB2BGR)
+    ending = path.suffix.lower().replace(".jpeg", ".jpg")
+    _, content = cv2.imencode(ending, np.ascontiguousarray(picture), WRITING.get(ending, []))
+    write_bytes(path, content.tobytes())
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write a file in one step."""
+    with written(path) as unfinished:
+        unfinished.write_bytes(content)
+
+
+# -- one size ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Window:
+    """The part of a picture that fills the whole result, in shares of the picture: it may reach beyond it."""
+
+    top: float
+    left: float
+    height: float
+    width: float
+
+    def carried(self, places: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Places ``[..., 2]`` (yx, 0..1) of the picture as places of the result; NaN where they left it."""
+        if self == WHOLE:
+            return places
+        origin, extent = np.array([self.top, self.left]), np.array([self.height, self.width])
+        moved = (places - origin) / extent
+        inside = ((moved >= 0.0) & (moved <= 1.0)).all(axis=-1, keepdims=True)
+        return np.where(inside, moved, np.nan).astype(np.float32)
+
+
+WHOLE = Window(0.0, 0.0, 1.0, 1.0)
+
+
+def window(native: GridSize, size: GridSize, fit: Fit) -> Window:
+    """What of a picture of one size is seen in a result of another size.
+
+    >>> window(GridSize(100, 100), GridSize(64, 48), "crop")
+    Window(top=0.0, left=0.12, height=1.0, width=0.75)
+    >>> window(GridSize(100, 100), GridSize(64, 48), "pad")
+    Window(top=-0.1666..., left=0.0, height=1.333..., width=1.0)
+    """
+    if fit == "crop":
+        top, left, height, width = _cut(native, size)
+        whole = native
+    elif fit == "pad":
+        top, left, whole = _margins(native, size)
+        top, left, (height, width) = -top, -left, size
+    else:
+        return WHOLE
+    return Window(
+        top / whole.height, left / whole.width, height / whole.height, width / whole.width
+    )
+
+
+def fit_picture(picture: Image, size: GridSize, fit: Fit, fill: int) -> Image:
+    """A picture ``[H, W, 3]`` of any size at another; ``fill`` is the grey value beside a padded one."""
+    part, inner = _part(picture, size, fit)
+    return cast(Image, _padded(resize_picture(part, inner), size, fill))
+
+
+def fit_mask(mask: Mask, size: GridSize, fit: Fit) -> Mask:
+    """A mask of any size at another; False beside a padded one."""
+    part, inner = _part(mask, size, fit)
+    resized = resize_mask(part, inner)
+    if resized.shape == tuple(size):
+        return resized
+    return np.asarray(_padded(resized.astype(np.uint8), size, 0) > 0)
+
+
+def fit_nearest(
+    array: NDArray[np.float32], size: GridSize, fit: Fit, fill: float
+) -> NDArray[np.float32]:
+    """Values that must not be mixed, at another size."""
+    part, inner = _part(array, size, fit)
+    return cast("NDArray[np.float32]", _padded(resize_nearest(part, inner), size, fill))
+
+
+def _cut(native: GridSize, size: GridSize) -> tuple[int, int, int, int]:
+    """Top, left, height and width of the largest centred part with the aspect of ``size``."""
+    height = min(native.height, round(native.width * size.height / size.width))
+    width = min(native.width, round(native.height * size.width / size.height))
+    return (native.height - height) // 2, (native.width - width) // 2, height, width
+
+
+def _margins(native: GridSize, size: GridSize) -> tuple[int, int, GridSize]:
+    """Top and left margin, and the size of the whole picture between the margins."""
+    scale = min(size.height / native.height, size.width / native.width)
+    height, width = max(1, round(native.height * scale)), max(1, round(native.width * scale))
+    return (size.height - height) // 2, (size.width - width) // 2, GridSize(height, width)
+
+
+def _part(array: NDArray[Any], size: GridSize, fit: Fit) -> tuple[NDArray[Any], GridSize]:
+    """What is kept of a picture, and the size that it gets."""
+    native = GridSize(*array.shape[:2])
+    if fit == "crop":
+        top, left, height, width = _cut(native, size)
+        return array[top : top + height, left : left + width], size
+    return array, _margins(native, size)[2] if fit == "pad" else size
+
+
+def _padded(array: NDArray[Any], size: GridSize, fill: float) -> NDArray[Any]:
+    """Margins around a picture, equal on opposite sides."""
+    height, width = array.shape[:2]
+    if (height, width) == tuple(size):
+        return array
+    top, left = (size.height - height) // 2, (size.width - width) // 2
+    result = np.full((*size, *array.shape[2:]), fill, array.dtype)
+    result[top : top + height, left : left + width] = array
+    return result
+
+
+def resize_picture(picture: NDArray[Any], size: GridSize) -> Image:
+    """Bilinear as in the authors' code up to a factor of two (there equal to a box mean), area mean beyond it."""
+    if picture.shape[:2] == tuple(size):
+        return cast(Image, picture)
+    beyond = max(picture.shape[0] / size.height, picture.shape[1] / size.width) > 2.0
+    mode = cv2.INTER_AREA if beyond else cv2.INTER_LINEAR
+    return cast(Image, cv2.resize(picture, (size.width, size.height), interpolation=mode))
+
+
+def resize_mask(mask: Mask, size: GridSize) -> Mask:
+    """True where at least half of a pixel's area is inside."""
+    if mask.shape == tuple(size):
+        return mask
+    area = cv2.resize(
+        mask.astype(np.float32), (size.width, size.height), interpolation=cv2.INTER_AREA
+    )
+    return np.asarray(area >= 0.5)
+
+
+def resize_nearest(array: NDArray[Any], size: GridSize) -> NDArray[Any]:
+    """Nearest neighbour, for values that must not be mixed."""
+    if array.shape[:2] == tuple(size):
+        return array
+    return cast(
+        "NDArray[Any]",
+        cv2.resize(array, (size.width, size.height), interpolation=cv2.INTER_NEAREST_EXACT),
+    )

@@ -1,0 +1,367 @@
+"""Objects of a COCO-format dataset as the authors' detection bench takes them (spec section 6).
+
+Of each image, in the order of image ids, the first annotation counts whose box covers a tenth to
+three tenths of the image; an image without one is left out. An annotation of a crowd is a box like
+any other in the authors' bench, and can be left out here.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import redirect_stdout
+from dataclasses import dataclass
+from io import StringIO
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import numpy as np
+from pycocotools.coco import COCO
+
+from i2am_train.data.arrays import Image, Mask
+from i2am_train.data.picture_files import (
+    UnreadablePictureError,
+    is_there,
+    read_rgb,
+    read_size,
+    refuse_what_is_no_file,
+)
+from i2am_train.errors import DataError
+from i2am_train.metrics.boxes import Box
+from i2am_train.types import GridSize
+
+SMALLEST_SHARE, LARGEST_SHARE = 0.1, 0.3
+"""Share of the image that an object's box covers, both ends included (paper 5.1, spec section 6)."""
+
+TOLERANCE = 2.0
+"""Pixels that a box may reach beyond its image: COCO's own boxes come from rounded polygons."""
+
+_FILE_KEYS = ("images", "annotations", "categories")
+_IMAGE_KEYS = ("id", "file_name", "height", "width")
+_TYPES: Mapping[str, tuple[type, ...]] = {
+    **dict.fromkeys(("id", "image_id", "category_id"), (int, str)),
+    **dict.fromkeys(("width", "height", "area"), (int, float)),
+    **dict.fromkeys(("file_name", "name"), (str,)),
+}
+_ANNOTATION_KEYS = ("id", "image_id", "category_id", "bbox")
+_SHOWN = 5
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchSample:
+    """One image and the object in it that is painted anew and looked for."""
+
+    index: int
+    """Place of the image among all of the dataset, by image id: the authors' number of a sample."""
+    image_id: int
+    path: Path
+    size: GridSize
+    box: Box
+    """In whole pixels of the image."""
+    category: str
+    crowd: bool
+
+    @property
+    def name(self) -> str:
+        """As COCO names images, without the ending."""
+        return f"{self.image_id:012d}"
+
+    def image(self) -> Image:
+        """The photograph, RGB ``[height, width, 3]``.
+
+        Raises:
+            DataError: the file cannot be read.
+        """
+        return read_rgb(self.path)
+
+    def mask(self) -> Mask:
+        """True inside the box, ``[height, width]``: what is painted anew."""
+        mask = np.zeros(self.size, np.bool_)
+        mask[self._rows, self._columns] = True
+        return mask
+
+    def reference(self, image: Image) -> Image:
+        """The object, cut out along its box."""
+        return image[self._rows, self._columns]
+
+    @property
+    def _rows(self) -> slice:
+        return slice(int(self.box.top), int(self.box.bottom))
+
+    @property
+    def _columns(self) -> slice:
+        return slice(int(self.box.left), int(self.box.right))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bench:
+    """The samples, and how many images they were chosen from."""
+
+    samples: tuple[BenchSample, ...]
+    images: int
+
+    @property
+    def crowds(self) -> int:
+        """Samples whose annotation is of a crowd."""
+        return sum(sample.crowd for sample in self.samples)
+
+    @property
+    def fingerprint(self) -> str:
+        """16 hexadecimal digits for which objects of which images are looked for, in which order."""
+        chosen = [(s.image_id, s.size, s.box, s.category) for s in self.samples]
+        return hashlib.sha256(json.dumps(chosen).encode()).hexdigest()[:16]
+
+
+def read_bench(
+    annotations: Path, folder: Path, *, crowds: bool = True, limit: int | None = None
+) -> Bench:
+    """The bench of a COCO file, whose images were all found.
+
+    Args:
+        annotations: ``instances_val2017.json`` or a file like it.
+        folder: of the images.
+        crowds: let annotations of crowds count, as the authors do.
+        limit: only so many samples, the first ones.
+
+    Raises:
+        DataError: the file is not COCO's, a box lies outside its image, no object is of the wanted
+            size, or an image is missing, damaged or of another size.
+    """
+    coco = read_coco(annotations)
+    samples: list[BenchSample] = []
+    for index, image_id in enumerate(sorted(coco.imgs)):
+        image = coco.imgs[image_id]
+        chosen = first_of_size(coco.imgToAnns[image_id], image, crowds=crowds)
+        if chosen is not None and (limit is None or len(samples) < limit):
+            category = str(coco.cats[chosen["category_id"]]["name"])
+            samples.append(_sample(index, image, chosen, category, folder))
+    if not samples:
+        raise DataError(
+            f"No annotation in {annotations} covers {SMALLEST_SHARE:.0%} to {LARGEST_SHARE:.0%} of its image "
+            f"({len(coco.imgs)} images, {len(coco.anns)} annotations), so there is nothing to look for. Give a file "
+            f"of objects with boxes{'' if crowds else ', or crowds=true'}."
+        )
+    check_images(samples)
+    return Bench(samples=tuple(samples), images=len(coco.imgs))
+
+
+def first_of_size(
+    annotations: Iterable[Mapping[str, Any]], image: Mapping[str, Any], *, crowds: bool = True
+) -> Mapping[str, Any] | None:
+    """The first annotation whose box, in whole pixels, covers the wanted share of its image.
+
+    >>> image = {"height": 10, "width": 20}
+    >>> first_of_size([{"bbox": [0, 0, 5.9, 3]}, {"bbox": [1, 2, 5.9, 4.2]}], image)
+    {'bbox': [1, 2, 5.9, 4.2]}
+    """
+    pixels = image["height"] * image["width"]
+    for annotation in annotations:
+        _, _, width, height = (int(value) for value in annotation["bbox"])
+        of_size = SMALLEST_SHARE <= width * height / pixels <= LARGEST_SHARE
+        if of_size and (crowds or not annotation.get("iscrowd")):
+            return annotation
+    return None
+
+
+def _sample(
+    index: int,
+    image: Mapping[str, Any],
+    annotation: Mapping[str, Any],
+    category: str,
+    folder: Path,
+) -> BenchSample:
+    left, top, width, height = (int(value) for value in annotation["bbox"])
+    return BenchSample(
+        index=index,
+        image_id=int(image["id"]),
+        path=folder / image["file_name"],
+        size=GridSize(image["height"], image["width"]),
+        box=Box(
+            max(0, left),
+            max(0, top),
+            min(image["width"], left + width),
+            min(image["height"], top + height),
+        ),
+        category=category,
+        crowd=bool(annotation.get("iscrowd")),
+    )
+
+
+# -- the file ------------------------------------------------------------------------------------------------------
+
+
+def read_coco(file: Path) -> COCO:
+    """A COCO file of objects, checked, with its index.
+
+    Raises:
+        DataError: it is missing, or not such a file, or its entries contradict each other.
+    """
+    content = _read_json(file)
+    _check_entries(content, file)
+    _check_names(content, file)
+    _check_links(content, file)
+    _check_boxes(content, file)
+    coco = COCO()
+    coco.dataset = content
+    with redirect_stdout(StringIO()):  # it announces what it does
+        coco.createIndex()
+    return coco
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    try:
+        refuse_what_is_no_file(file)
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise DataError(
+            f"Cannot read the annotations {file}: {error.strerror}. Expected COCO's layout, "
+            "ROOT/annotations/instances_val2017.json beside ROOT/val2017/*.jpg; give root=ROOT, and split=NAME or "
+            "annotations=FILE where they are called otherwise."
+        ) from error
+    except (ValueError, RecursionError) as error:
+        raise DataError(
+            f"{file} is no readable JSON ({error}). Download it again; COCO's comes in annotations_trainval2017.zip."
+        ) from error
+    if not isinstance(content, dict) or any(key not in content for key in _FILE_KEYS):
+        found = ", ".join(content) if isinstance(content, dict) else type(content).__name__
+        raise DataError(
+            f"{file} is no file of COCO's objects: found {found or 'nothing'}, expected {', '.join(_FILE_KEYS)}. Give "
+            "an instances_*.json."
+        )
+    return content
+
+
+def _check_entries(content: Mapping[str, Any], file: Path) -> None:
+    kinds = {"images": _IMAGE_KEYS, "annotations": _ANNOTATION_KEYS, "categories": ("id", "name")}
+    for kind, keys in kinds.items():
+        if not isinstance(content[kind], list):
+            found = type(content[kind]).__name__
+            raise DataError(
+                f"{kind} in {file} is no list but of type {found}. Give an instances_*.json."
+            )
+        for position, entry in enumerate(content[kind]):
+            there = entry if isinstance(entry, dict) else {}
+            _check_types(there, f"Entry {position} of {kind} in {file}")
+            if lacking := [key for key in keys if key not in there]:
+                raise DataError(
+                    f"Entry {position} of {kind} in {file} lacks {', '.join(lacking)}; expected {', '.join(keys)}. "
+                    "Give an instances_*.json, not one of captions or panoptic segments."
+                )
+        ids = Counter(entry["id"] for entry in content[kind])
+        twice = [entry_id for entry_id, count in ids.items() if count > 1]
+        if twice:
+            raise DataError(
+                f"{len(twice)} ids of {kind} in {file} come twice ({_shown(twice)}). Give each entry an id of its own."
+            )
+
+
+def _check_types(entry: Mapping[str, Any], where: str) -> None:
+    for key, types in _TYPES.items():
+        value = entry.get(key, 0)
+        if key in entry and (not isinstance(value, types) or isinstance(value, bool)):
+            expected = " or ".join(kind.__name__ for kind in types)
+            raise DataError(
+                f"{where} has {key}={value!r}, expected a value of type {expected}. Correct it."
+            )
+
+
+def _check_names(content: Mapping[str, Any], file: Path) -> None:
+    """Images lie in their folder, or below it: a downloaded file must not name other files of this machine."""
+    outside = [
+        entry["file_name"] for entry in content["images"] if not _is_below(entry["file_name"])
+    ]
+    if outside:
+        raise DataError(
+            f"{len(outside)} images in {file} have a file_name that leads out of the folder of images, or is none "
+            f"({_shown(list(map(repr, outside)))}). Expected names below that folder, with / between folders. Do not "
+            "use a file that you did not make without looking at it; correct the names."
+        )
+
+
+def _is_below(name: Any) -> bool:
+    """Whether a name stays in its folder; links that lie there are the user's own."""
+    if not isinstance(name, str) or not name or "\\" in name or "\0" in name:
+        return False
+    path = PurePosixPath(name)
+    return not path.is_absolute() and ".." not in path.parts and path.name != ""
+
+
+def _check_links(content: Mapping[str, Any], file: Path) -> None:
+    for key, kind in (("image_id", "images"), ("category_id", "categories")):
+        known = {entry["id"] for entry in content[kind]}
+        lost = [entry["id"] for entry in content["annotations"] if entry[key] not in known]
+        if lost:
+            raise DataError(
+                f"{len(lost)} annotations in {file} name an {key} that is none of its {kind} (annotations "
+                f"{_shown(lost)}). Add the {kind}, or remove these annotations."
+            )
+
+
+def _check_boxes(content: Mapping[str, Any], file: Path) -> None:
+    images = {image["id"]: image for image in content["images"]}
+    wrong = [a for a in content["annotations"] if not _is_inside(a["bbox"], images[a["image_id"]])]
+    if wrong:
+        first, image = wrong[0], images[wrong[0]["image_id"]]
+        raise DataError(
+            f"{len(wrong)} annotations in {file} have boxes that are not [x, y, width, height] in pixels inside their "
+            f"image (annotations {_shown([a['id'] for a in wrong])}): annotation {first['id']} has {first['bbox']} on "
+            f"an image of width {image['width']} and height {image['height']}. Correct or remove them; corners "
+            "[x1, y1, x2, y2] and shares of the image must be converted."
+        )
+
+
+def _is_inside(box: Any, image: Mapping[str, Any]) -> bool:
+    if not isinstance(box, list) or len(box) != 4:
+        return False
+    if not all(isinstance(value, (int, float)) and math.isfinite(value) for value in box):
+        return False
+    left, top, width, height = box
+    return bool(
+        min(left, top) >= -TOLERANCE
+        and min(width, height) >= 0
+        and left + width <= image["width"] + TOLERANCE
+        and top + height <= image["height"] + TOLERANCE
+    )
+
+
+# -- the images ----------------------------------------------------------------------------------------------------
+
+
+def check_images(samples: Sequence[BenchSample]) -> None:
+    """Fails unless each image is there, is a picture and has the size that the annotations say.
+
+    Raises:
+        DataError: some do not; the message names them.
+    """
+    folder = samples[0].path.parent
+    missing = [sample.path.name for sample in samples if not is_there(sample.path)]
+    if missing:
+        raise DataError(
+            f"{len(missing)} of the bench's {len(samples)} images are not in {folder} ({_shown(missing)}). Unpack "
+            "COCO's val2017.zip there, or give the folder with root=ROOT and split=NAME."
+        )
+    faults = {s.path.name: fault for s in samples if (fault := _fault(s))}
+    if faults:
+        name, fault = next(iter(faults.items()))
+        raise DataError(
+            f"{len(faults)} of the bench's {len(samples)} images in {folder} do not fit their annotations "
+            f"({_shown(list(faults))}): {name} {fault}. Use the images that the file was made for."
+        )
+
+
+def _fault(sample: BenchSample) -> str | None:
+    try:
+        size = read_size(sample.path)
+    except UnreadablePictureError as error:
+        return error.fault
+    if size != sample.size:
+        return f"is {size} (height x width), and the annotations say {sample.size}"
+    return None
+
+
+def _shown(names: Sequence[object]) -> str:
+    more = ", ..." if len(names) > _SHOWN else ""
+    return ", ".join(map(str, names[:_SHOWN])) + more

@@ -1,0 +1,248 @@
+"""Supervised detectors, the paper's upper rows of Table 1: torchvision's, and those of transformers.
+
+Named by ``torchvision:NAME`` (its own COCO weights), ``torchvision:NAME@FILE`` (weights of the same
+network from a file), or by a folder of transformers or its name on the hub. Models that find boxes
+(DETR, RT-DETR, YOLOS, ...) and models that find segments (MaskFormer, Mask2Former) are taken;
+the box of a segment is its extents.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol, cast
+
+import numpy as np
+import torch
+import torchvision
+from torch import Tensor, nn
+from transformers import AutoModelForObjectDetection, AutoModelForUniversalSegmentation
+
+from i2am_train.config.schema import expanded
+from i2am_train.data.arrays import Image
+from i2am_train.errors import CheckpointError, NotFiniteError, WeightsMissingError
+from i2am_train.metrics.boxes import Box
+from i2am_train.models.parsing import load_with_processor
+from i2am_train.models.pretrained import load_config, place_of
+from i2am_train.models.watch import advice
+from i2am_train.weight_files import PublishedFile, check_floating, check_network, read_weights
+
+TORCHVISION = "torchvision:"
+SEGMENTING = ("maskformer", "mask2former")
+"""Kinds of models of transformers whose segments are taken, overlapping ones whole (EoMT's processor has no such
+form); others are asked for boxes."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Detection:
+    """One object that a detector sees."""
+
+    box: Box
+    """In pixels of the image."""
+    score: float
+    """In [0, 1]."""
+    category: str
+
+
+class Detector(Protocol):
+    """Finds objects in a picture."""
+
+    def detect(self, image: Image, threshold: float) -> list[Detection]:
+        """Objects whose score exceeds the threshold, in an RGB image ``[height, width, 3]`` of any size."""
+
+    def to(self, device: torch.device) -> Detector:
+        """The same detector elsewhere."""
+
+
+def best_detection(
+    detections: Iterable[Detection], category: str | None = None
+) -> Detection | None:
+    """The detection of the highest score, of one category only if it is named; None if there is none.
+
+    >>> cup = Detection(box=Box(0, 0, 2, 2), score=0.6, category="cup")
+    >>> dog = Detection(box=Box(1, 1, 5, 4), score=0.9, category="dog")
+    >>> best_detection([cup, dog]).category, best_detection([cup, dog], "Cup").category
+    ('dog', 'cup')
+    """
+    candidates = [
+        one for one in detections if category is None or one.category.lower() == category.lower()
+    ]
+    return max(candidates, key=lambda one: one.score, default=None)
+
+
+def load_detector(name: str) -> Detector:
+    """A detector by its name, on the CPU.
+
+    Raises:
+        CheckpointError: there is no such detector, or its weights cannot be had.
+    """
+    if name.startswith(TORCHVISION):
+        return TorchvisionDetector.from_name(name.removeprefix(TORCHVISION))
+    return TransformersDetector.from_pretrained(name)
+
+
+@dataclass(frozen=True)
+class TorchvisionDetector:
+    """A detector of torchvision; it scales pictures itself."""
+
+    model: nn.Module
+    categories: Sequence[str]
+
+    @classmethod
+    def from_name(cls, name: str) -> TorchvisionDetector:
+        """From ``NAME``, with torchvision's weights for COCO, or ``NAME@FILE``.
+
+        Raises:
+            CheckpointError: torchvision has no such detector, or the weights cannot be had.
+        """
+        network, _, file = name.partition("@")
+        known = torchvision.models.list_models(module=torchvision.models.detection)
+        if network not in known:
+            raise CheckpointError(
+                f"torchvision has no detector '{network}'; it has {', '.join(known)}. Write "
+                f"detectors=[{TORCHVISION}{known[0]}], or give a folder or hub name for one of transformers."
+            )
+        weights = torchvision.models.get_model_weights(network).DEFAULT
+        tensors = _of_file(network, expanded(file)) if file else _published(network, weights)
+        model = _built(network, weights, tensors, name)
+        if file:
+            check_floating([expanded(file)], model, file)
+        return cls(model.eval(), weights.meta["categories"])
+
+    def to(self, device: torch.device) -> TorchvisionDetector:
+        """The same detector elsewhere."""
+        return TorchvisionDetector(self.model.to(device), self.categories)
+
+    @torch.inference_mode()
+    def detect(self, image: Image, threshold: float) -> list[Detection]:
+        """Objects whose score exceeds the threshold."""
+        device = next(self.model.parameters()).device
+        picture = torch.from_numpy(np.array(image)).permute(2, 0, 1).float().div(255)
+        (found,) = self.model([picture.to(device)])
+        return _detections(found, threshold, lambda label: self.categories[label])
+
+
+def _published(network: str, weights: Any) -> dict[str, Tensor]:
+    """The tensors that torchvision distributes for a network, fetched where they are not here."""
+    name = weights.url.rpartition("/")[2]
+    digest = re.search(r"-([0-9a-f]{8,})\.", name)
+    assert digest is not None, "torchvision's files are named after their digests"
+    try:
+        return PublishedFile(name=name, url=weights.url, sha256=digest[1]).read()
+    except WeightsMissingError as error:
+        raise CheckpointError(
+            f"The weights of torchvision's {network} could not be had ({error}) Or download {weights.url} elsewhere "
+            f"and give detectors=[{TORCHVISION}{network}@FILE]."
+        ) from error
+
+
+def _of_file(network: str, file: Path) -> dict[str, Tensor]:
+    try:
+        return read_weights(file)
+    except CheckpointError as error:
+        raise _no_weights(network, file, error) from error
+
+
+def _built(network: str, weights: Any, tensors: dict[str, Tensor], name: str) -> nn.Module:
+    """The network as torchvision builds it around ``weights``, with these tensors for them.
+
+    torchvision would read its file as a pickle that may run programs, and builds a network without weights another way
+    (its norms are not frozen, and round differently). So it is given the tensors when it asks for them.
+    """
+    weights.get_state_dict = lambda *_, **__: tensors  # of this one member, before its class's
+    try:
+        model = torchvision.models.get_model(network, weights=weights)
+    except (RuntimeError, TypeError) as error:
+        raise _no_weights(network, name.partition("@")[2] or weights.url, error) from error
+    finally:
+        del weights.get_state_dict
+    check_network(model, name)
+    return cast(nn.Module, model)
+
+
+def _no_weights(network: str, file: object, error: Exception) -> CheckpointError:
+    what = " ".join(str(error).split())[:300]
+    return CheckpointError(
+        f"{file} gives no weights of torchvision's {network} for COCO's categories ({what}). Give the file that "
+        "torchvision names for this network, or leave out @FILE to download it."
+    )
+
+
+@dataclass(frozen=True)
+class TransformersDetector:
+    """A detector of transformers with its image processor."""
+
+    model: Any
+    processor: Any
+    segments: bool
+    """The model finds segments and no boxes."""
+
+    @classmethod
+    def from_pretrained(cls, name: str) -> TransformersDetector:
+        """From a folder or from the hub.
+
+        Raises:
+            CheckpointError: there is no such model, or it finds neither boxes nor segments.
+        """
+        try:
+            config = load_config(place_of(name), name)
+        except CheckpointError as error:
+            raise CheckpointError(
+                f"There is no detector '{name}' ({' '.join(str(error).split())[:400]}). Give a folder of transformers "
+                f"or a hub name that this machine can reach, such as hustvl/yolos-tiny, or {TORCHVISION}NAME."
+            ) from error
+        segments = config.model_type in SEGMENTING
+        kind = AutoModelForUniversalSegmentation if segments else AutoModelForObjectDetection
+        model, processor = load_with_processor("detectors", name, kind, "cpu")
+        return cls(model.eval(), processor, segments)
+
+    def to(self, device: torch.device) -> TransformersDetector:
+        """The same detector elsewhere."""
+        return TransformersDetector(self.model.to(device), self.processor, self.segments)
+
+    @torch.inference_mode()
+    def detect(self, image: Image, threshold: float) -> list[Detection]:
+        """Objects whose score exceeds the threshold."""
+        inputs = self.processor(images=image, return_tensors="pt").to(self.model.device)
+        outputs = self.model(**inputs)
+        options = {"threshold": threshold, "target_sizes": [image.shape[:2]]}
+        if self.segments:
+            (found,) = self.processor.post_process_instance_segmentation(
+                outputs, return_binary_maps=True, **options
+            )
+            found = boxes_of_segments(found)
+        else:
+            (found,) = self.processor.post_process_object_detection(outputs, **options)
+        return _detections(found, threshold, lambda label: self.model.config.id2label[label])
+
+
+def boxes_of_segments(found: dict[str, Any]) -> dict[str, Tensor]:
+    """Boxes, scores and labels of segments whose masks ``[segment, height, width]`` are not empty."""
+    info = found["segments_info"]
+    masks = found["segmentation"].bool() if info else torch.zeros(0, 1, 1, dtype=torch.bool)
+    seen = [index for index in range(len(info)) if masks[index].any()]
+    boxes = torchvision.ops.masks_to_boxes(masks[seen])
+    boxes[:, 2:] += 1  # from the last pixel to its edge
+    return {
+        "boxes": boxes,
+        "scores": torch.tensor([info[index]["score"] for index in seen]),
+        "labels": torch.tensor([info[index]["label_id"] for index in seen], dtype=torch.long),
+    }
+
+
+def _detections(
+    found: dict[str, Tensor], threshold: float, category: Callable[[int], str]
+) -> list[Detection]:
+    for name in ("boxes", "scores"):
+        if not bool(found[name].isfinite().all()):
+            raise NotFiniteError(
+                f"A detector gives {name} that are NaN or infinite, which no picture can. {advice(found[name].dtype)}"
+            )
+    rows = zip(*(found[name].tolist() for name in ("boxes", "scores", "labels")), strict=True)
+    return [
+        Detection(box=Box(*box), score=score, category=str(category(label)))
+        for box, score, label in rows
+        if score > threshold
+    ]

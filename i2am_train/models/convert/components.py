@@ -1,0 +1,381 @@
+"""A try-on model from foreign parts: Stable Diffusion's U-Net and VAE, an image encoder, or the authors' checkpoint.
+
+Each part comes from a folder, a name on the hub, or a single file. Everything that would fail hours later is checked
+here: topology, channels, latents, patches, and that every weight was really there.
+"""
+
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from transformers import PreTrainedModel
+
+from i2am_train.attention.recipe import PAPER_LAYERS
+from i2am_train.config.schema import InitConfig, Normalisation
+from i2am_train.errors import CheckpointError, ConfigError
+from i2am_train.models.build import make_scheduler
+from i2am_train.models.convert import authors_layout
+from i2am_train.models.convert.key_report import (
+    KeyReport,
+    Renamed,
+    key_report,
+    lacking,
+    load_renamed,
+)
+from i2am_train.models.convert.single_file import (
+    empty_unet,
+    empty_vae,
+    renamed_unet,
+    renamed_vae,
+    unet_from_weights,
+    vae_from_weights,
+)
+from i2am_train.models.pretrained import as_file, load_encoder, load_network
+from i2am_train.models.projector import ReferenceProjector
+from i2am_train.models.tryon import (
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    INPUT_CHANNELS,
+    TryOnConfig,
+    TryOnModel,
+    widen_input,
+)
+from i2am_train.types import GridSize
+from i2am_train.weight_files import read_weights
+
+LATENT_CHANNELS = 4
+SCALING_FACTOR = 0.18215
+"""Stable Diffusion's; single files do not state it."""
+DOWNSAMPLING = 8
+
+NORMALISATIONS: dict[Normalisation, tuple[list[float], list[float]]] = {
+    "imagenet": (IMAGENET_MEAN, IMAGENET_STD),
+    "clip": ([0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711]),
+    "authors": ([0.5] * 3, [0.5] * 3),
+}
+"""Mean and standard deviation of the encoder's input in [0, 1]; the authors feed [-1, 1] (spec 1.1)."""
+
+
+class Assembled(NamedTuple):
+    """A model and what became of the keys of the single files that it was made from."""
+
+    model: TryOnModel
+    reports: tuple[KeyReport, ...]
+
+
+class _Networks(NamedTuple):
+    """What was read: the denoiser's parts, and the projector where the file has one."""
+
+    unet: UNet2DConditionModel
+    vae: AutoencoderKL
+    projector: ReferenceProjector | None
+    reports: tuple[KeyReport, ...]
+
+
+def assemble(options: InitConfig) -> Assembled:
+    """The model that the options of ``i2am init`` describe, on the CPU in float32.
+
+    Raises:
+        CheckpointError: a part is missing, damaged, or does not fit the others.
+        KeyMismatchError: a single file lacks weights or has them in other shapes.
+        ConfigError: image, reference and patch sizes do not go together.
+    """
+    read = _read_custom(options) if options.custom else _read_parts(options)
+    _check_image_size(options, read.unet, read.vae)
+    encoder = load_encoder(options.encoder)
+    grid, reference_size = reference_geometry(options, encoder)
+    projector = read.projector
+    if projector is None:
+        projector = _new_projector(options, encoder, read.unet, grid)
+        class_token = bool(options.class_token)
+    else:
+        _check_projector(projector, encoder, read.unet, options)
+        class_token = _class_token_of(projector, grid, options)
+    mean, std = NORMALISATIONS[options.normalisation or _usual_normalisation(options, encoder)]
+    config = TryOnConfig(
+        height=options.height,
+        width=options.width,
+        reference_height=reference_size.height,
+        reference_width=reference_size.width,
+        class_token=class_token,
+        reference_mean=list(mean),
+        reference_std=list(std),
+    )
+    unet = read.unet
+    if unet.config["in_channels"] != INPUT_CHANNELS:
+        unet = widen_input(unet)
+    scheduler = make_scheduler(options.prediction_type)
+    model = TryOnModel(config, unet, read.vae, encoder, projector, scheduler).eval()
+    # The encoder's tokens must be those of the grid: better found out here than after gigabytes were written.
+    with torch.no_grad():
+        model.encode_reference(torch.zeros(1, 3, *reference_size))
+    return Assembled(model, read.reports)
+
+
+# -- U-Net and VAE ------------------------------------------------------------------------------------------------
+
+
+def _read_parts(options: InitConfig) -> _Networks:
+    assert options.unet is not None  # the schema's check
+    reports: list[KeyReport] = []
+    unet_weights: dict[str, torch.Tensor] | None = None
+    if file := as_file(options.unet):
+        unet_weights = read_weights(file)
+        _check_not_custom(unet_weights, file)
+        unet, report = unet_from_weights(unet_weights, file.name, ema=options.ema)
+        check_unet(unet, options.unet)
+        reports.append(report)
+    elif options.ema:
+        raise ConfigError(
+            f"ema=true chooses among the weights of a single file, and unet='{options.unet}' is none. Leave it out, or "
+            "give the folder of the averaged weights."
+        )
+    else:
+        unet = load_network(UNet2DConditionModel, options.unet, "unet", check_unet)
+    source = options.vae or options.unet
+    own = options.vae is None
+    if file := as_file(source):
+        weights = unet_weights if own and unet_weights else read_weights(file)
+        vae, report = vae_from_weights(weights, file.name)
+        check_vae(vae, source)
+        reports.append(report)
+    else:
+        vae = load_network(AutoencoderKL, source, "vae", _check_own_vae if own else check_vae)
+    return _Networks(unet, vae, None, tuple(reports))
+
+
+def _read_custom(options: InitConfig) -> _Networks:
+    """U-Net, projector and null tokens of the authors' checkpoint, and its VAE where no other is given."""
+    assert options.custom is not None
+    weights, file = read_weights(options.custom), options.custom.name
+    if not authors_layout.is_custom_model(weights):
+        raise CheckpointError(
+            f"'{file}' is no checkpoint of the authors' custom model: none of its {len(weights)} keys starts with "
+            f"{' or '.join(authors_layout.UNET_PARTS)}. Give a Stable Diffusion checkpoint as unet=FILE."
+        )
+    theirs = authors_layout.unet_weights(weights)
+    unet = empty_unet(theirs.tensors, file)
+    parts: dict[str, tuple[torch.nn.Module, Renamed]] = {
+        "unet": (unet, renamed_unet(theirs.tensors, theirs.sources, unet))
+    }
+    renamed_projector = authors_layout.projector_weights(weights)
+    projector = _empty_projector(renamed_projector, file, options.projector_heads)
+    parts["projector"] = (projector, renamed_projector)
+    ours: tuple[str, ...] = ("diffusion.", "mlp.")
+    vae: AutoencoderKL | None = None
+    if options.vae is None:
+        their_vae = authors_layout.vae_weights(weights)
+        vae = empty_vae(their_vae.tensors, file)
+        parts["vae"] = (vae, renamed_vae(their_vae.tensors, their_vae.sources, vae))
+        ours += authors_layout.VAE_PARTS
+    check_unet(unet, file)
+    report = key_report(file, weights, parts, ours=ours)
+    report.check()
+    for network, renamed in parts.values():
+        load_renamed(network, renamed, file)
+    reports = [report]
+    if vae is None:
+        assert options.vae is not None
+        if vae_file := as_file(options.vae):
+            vae, vae_report = vae_from_weights(read_weights(vae_file), vae_file.name)
+            reports.append(vae_report)
+        else:
+            vae = load_network(AutoencoderKL, options.vae, "vae", check_vae)
+    check_vae(vae, options.vae or file)
+    return _Networks(unet.eval(), vae.eval(), projector, tuple(reports))
+
+
+def check_unet(unet: UNet2DConditionModel, source: str) -> None:
+    """Refuses a U-Net that the try-on model cannot use.
+
+    Raises:
+        CheckpointError: other channels, another topology, or contexts of different widths.
+    """
+    channels, out = unet.config["in_channels"], unet.config["out_channels"]
+    if channels not in (LATENT_CHANNELS, INPUT_CHANNELS) or out != LATENT_CHANNELS:
+        raise CheckpointError(
+            f"The U-Net of '{source}' has {channels} input and {out} output channels. Expected "
+            f"{LATENT_CHANNELS} (a text-to-image model, which is widened) or {INPUT_CHANNELS} (a try-on model) in, "
+            f"{LATENT_CHANNELS} out. Inpainting models (9) and the authors' later model (17) do not fit; take Stable "
+            "Diffusion 1.5."
+        )
+    layers = {
+        name.removesuffix(".transformer_blocks.0.attn2")
+        for name, _ in unet.named_modules()
+        if name.startswith("up_blocks.") and name.endswith(".attn2")
+    }
+    if layers != set(PAPER_LAYERS):
+        raise CheckpointError(
+            f"The U-Net of '{source}' has cross-attention in {len(layers)} decoder layers "
+            f"({', '.join(sorted(layers)[:4])}, ...). Expected the nine of Stable Diffusion 1.5, "
+            f"{PAPER_LAYERS[0]} to {PAPER_LAYERS[-1]}, with one transformer block each."
+        )
+    if not isinstance(context := unet.config["cross_attention_dim"], int):
+        raise CheckpointError(
+            f"The U-Net of '{source}' has contexts of different widths by level ({context}). Expected one width, such "
+            "as Stable Diffusion 1.5's 768."
+        )
+
+
+def check_vae(vae: AutoencoderKL, source: str) -> None:
+    """Refuses a VAE whose latents are not those that Stable Diffusion's U-Net was trained on.
+
+    Raises:
+        CheckpointError: another scaling factor, other latent channels, or another downsampling.
+    """
+    found = {
+        "scaling factor": (vae.config["scaling_factor"], SCALING_FACTOR),
+        "latent channels": (vae.config["latent_channels"], LATENT_CHANNELS),
+        "downsampling": (_downsampling(vae), DOWNSAMPLING),
+    }
+    wrong = [
+        f"{name} {is_} (expected {ought})" for name, (is_, ought) in found.items() if is_ != ought
+    ]
+    if wrong:
+        raise CheckpointError(
+            f"The VAE of '{source}' has {', '.join(wrong)}, so its latents are not those that the U-Net was trained "
+            "on. Give the VAE of Stable Diffusion 1.5, or one fine-tuned from it."
+        )
+    _check_own_vae(vae, source)
+
+
+def _check_own_vae(vae: AutoencoderKL, source: str) -> None:
+    """What holds also for a VAE that comes in one folder with the U-Net."""
+    if vae.config["latent_channels"] != LATENT_CHANNELS:
+        raise CheckpointError(
+            f"The VAE of '{source}' has {vae.config['latent_channels']} latent channels. Expected {LATENT_CHANNELS}."
+        )
+    moved = [
+        n for n in ("shift_factor", "latents_mean", "latents_std") if vae.config.get(n) is not None
+    ]
+    if moved:
+        raise CheckpointError(
+            f"The VAE of '{source}' shifts its latents ({', '.join(moved)}); Stable Diffusion 1.5's does not. Give "
+            "another one."
+        )
+
+
+def _downsampling(vae: AutoencoderKL) -> int:
+    return int(2 ** (len(vae.config["block_out_channels"]) - 1))
+
+
+def _check_image_size(options: InitConfig, unet: UNet2DConditionModel, vae: AutoencoderKL) -> None:
+    step = _downsampling(vae) * 2 ** (len(unet.config["block_out_channels"]) - 1)
+    if options.height % step or options.width % step:
+        raise ConfigError(
+            f"height={options.height} width={options.width} is not possible: VAE and U-Net halve the picture "
+            f"{step.bit_length() - 1} times, so both must be multiples of {step}. The paper's are 512 and 384."
+        )
+
+
+def _check_not_custom(weights: dict[str, torch.Tensor], file: Path) -> None:
+    if authors_layout.is_custom_model(weights):
+        raise CheckpointError(
+            f"'{file}' is a checkpoint of the authors' custom model, not of Stable Diffusion. Give it as custom={file}."
+        )
+
+
+# -- encoder and projector ----------------------------------------------------------------------------------------
+
+
+def reference_geometry(options: InitConfig, encoder: PreTrainedModel) -> tuple[GridSize, GridSize]:
+    """Patch grid and size in pixels of the reference: as set, or the smallest that covers the image in whole patches.
+
+    Raises:
+        ConfigError: the patch does not divide the size that was set.
+    """
+    patch = encoder.config.patch_size
+    height = options.reference_height or -(-options.height // patch) * patch
+    width = options.reference_width or -(-options.width // patch) * patch
+    if height % patch or width % patch:
+        raise ConfigError(
+            f"reference_height={height} reference_width={width} is not possible: '{options.encoder}' has patches of "
+            f"{patch} pixels, which must divide both. The nearest size above is {-(-height // patch) * patch}x"
+            f"{-(-width // patch) * patch}."
+        )
+    return GridSize(height // patch, width // patch), GridSize(height, width)
+
+
+def _usual_normalisation(options: InitConfig, encoder: PreTrainedModel) -> Normalisation:
+    """What the encoder was trained with, or fed with in the authors' training."""
+    if options.custom:
+        return "authors"
+    kind = encoder.config.model_type
+    return (
+        "clip"
+        if kind.startswith("clip")
+        else "authors"
+        if kind.startswith("siglip")
+        else "imagenet"
+    )
+
+
+def _new_projector(
+    options: InitConfig, encoder: PreTrainedModel, unet: UNet2DConditionModel, grid: GridSize
+) -> ReferenceProjector:
+    width = encoder.config.hidden_size
+    if width % options.projector_heads:
+        raise ConfigError(
+            f"projector_heads={options.projector_heads} does not divide the encoder's width {width}. Set another "
+            "number; the authors have 1."
+        )
+    torch.manual_seed(options.seed)  # here: reading parts may draw numbers, or not
+    projector: ReferenceProjector = ReferenceProjector(
+        encoder_width=width,
+        context_width=unet.config["cross_attention_dim"],
+        tokens=grid.tokens + int(bool(options.class_token)),
+        depth=options.projector_blocks,
+        heads=options.projector_heads,
+    )
+    return projector
+
+
+def _empty_projector(renamed: Renamed, file: str, heads: int) -> ReferenceProjector:
+    try:
+        sizes = {
+            "encoder_width": renamed.tensors["norm.weight"].shape[0],
+            "context_width": renamed.tensors["output.weight"].shape[0],
+            "tokens": renamed.tensors["null_tokens"].shape[1],
+        }
+    except (KeyError, IndexError) as error:
+        raise CheckpointError(
+            f"'{file}' has no projector as in VITON-v1: it has {lacking(error)}. Expected the keys "
+            f"{authors_layout.PROJECTOR_PREFIX}0, 1.blocks and 2, and {authors_layout.NULL_TOKENS}."
+        ) from error
+    depth = len({name.split(".")[1] for name in renamed.tensors if name.startswith("blocks.")})
+    with torch.device("meta"):
+        projector: ReferenceProjector = ReferenceProjector(**sizes, depth=depth, heads=heads)
+    return projector
+
+
+def _check_projector(
+    projector: ReferenceProjector,
+    encoder: PreTrainedModel,
+    unet: UNet2DConditionModel,
+    options: InitConfig,
+) -> None:
+    width, context = projector.config["encoder_width"], projector.config["context_width"]
+    if width != encoder.config.hidden_size:
+        raise CheckpointError(
+            f"The projector in '{options.custom}' takes tokens of width {width}, and the encoder '{options.encoder}' "
+            f"gives {encoder.config.hidden_size}. Give the encoder that it was trained with (width 1536 is DINOv2-g)."
+        )
+    if context != unet.config["cross_attention_dim"]:
+        raise CheckpointError(
+            f"The projector in '{options.custom}' gives a context of width {context}, and the U-Net attends to "
+            f"{unet.config['cross_attention_dim']}. The file is damaged, or of another model."
+        )
+
+
+def _class_token_of(projector: ReferenceProjector, grid: GridSize, options: InitConfig) -> bool:
+    """Whether the null tokens count a class token in front of the patches."""
+    tokens = projector.config["tokens"]
+    extra = tokens - grid.tokens
+    if extra not in (0, 1) or options.class_token not in (None, bool(extra)):
+        raise ConfigError(
+            f"The checkpoint has {tokens} null tokens; the encoder's grid of {grid} has {grid.tokens} patches, and "
+            f"class_token={options.class_token}. Set reference_height and reference_width to what it was trained at "
+            "(the authors: 518 and 392 for 1036 patches and a class token), and leave class_token out."
+        )
+    return bool(extra)

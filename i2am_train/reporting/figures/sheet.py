@@ -1,0 +1,399 @@
+"""A figure as data, and the one function that draws it.
+
+A ``Sheet`` says what is shown where: sections of rows of cells, each a picture with, if wanted, a
+heat map over it, the outline of a mask, patches and points. The figures of the paper are functions
+that return sheets (``levels``, ``patches``, ``comparisons``), so that what they show can be checked
+without looking at pixels, and all of them look alike.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from itertools import chain
+from textwrap import wrap
+
+import matplotlib as mpl
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patches import ConnectionPatch, Rectangle
+from numpy.typing import NDArray
+
+from i2am_train.reporting.figures.canvas import (
+    COLOR_BAR_LEVEL,
+    GREY,
+    INK,
+    OKABE_ITO,
+    STYLE,
+    Picture,
+    add_bare_axes,
+    add_color_bar,
+    draw_outline,
+    heat_scale,
+    new_figure,
+    show_heat,
+    show_picture,
+)
+
+TEXT_WIDTH = 5.5
+"""Inches; the width of a text column in the ICLR style, which the paper is set in."""
+MAX_CELL_WIDTH = 1.1
+"""Inches; a figure of few columns gets narrower instead of its pictures larger."""
+MIN_WIDTH = 3.25
+"""Inches; room for the colour bar and its label."""
+MAX_HEIGHT = 8.6
+"""Inches; a page of the ICLR style less a caption. Figures of many rows get smaller pictures."""
+
+_EDGE, _GAP, _GROUP_GAP = 0.04, 0.04, 0.14
+LINE = 0.118
+"""Inches; a line of words beside pictures."""
+_SECTION_TITLE, _SECTION_GAP, _GROUP_TITLE, _FOOTER = 0.21, 0.1, 0.2, 0.44
+_LEGEND_LINE, _SCALE_WIDTH, _HANDLE, _CHARACTER = 0.17, 2.7, 0.3, 0.055
+"""Of the footer, in inches: a line, colour bar with label, the sign of an entry, a character."""
+_TITLE_SIZE, _SMALL_SIZE = 7.0, 6.5
+
+
+WARNING = OKABE_ITO[1]
+
+
+class MarkKind(StrEnum):
+    """What a point on a map says."""
+
+    PEAK = "strongest patch"
+    TRUTH = "true place"
+
+
+@dataclass(frozen=True, slots=True)
+class Mark:
+    """A point ``y, x`` in fractions of the picture's height and width."""
+
+    y: float
+    x: float
+    kind: MarkKind
+
+
+@dataclass(frozen=True, slots=True)
+class Box:
+    """A rectangle in fractions of the picture's height and width, such as one patch of a grid."""
+
+    top: float
+    left: float
+    height: float
+    width: float
+    color: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Cell:
+    """One place of a figure.
+
+    ``heat`` lies in [0, 1] and may be of any size; it is laid over a pale grey ``picture``.
+    ``outline`` is a mask of the picture's size. ``title`` stands above and ``note`` below; ``frame``
+    is a colour that tells which box a map belongs to. With ``arrow`` an arrow leads from the first
+    box to the first mark of the next cell.
+    """
+
+    picture: Picture
+    heat: NDArray[np.floating] | None = None
+    outline: NDArray[np.bool_] | None = None
+    boxes: tuple[Box, ...] = ()
+    marks: tuple[Mark, ...] = ()
+    title: str = ""
+    note: str = ""
+    frame: str | None = None
+    arrow: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Section:
+    """Rows of cells under one heading.
+
+    ``groups`` are the numbers of columns that stand close together, ``group_titles`` what stands
+    over them; without groups all columns are one. A row may be shorter than the others.
+    """
+
+    rows: tuple[tuple[Cell, ...], ...]
+    title: str = ""
+    row_titles: tuple[str, ...] = ()
+    groups: tuple[int, ...] = ()
+    group_titles: tuple[str, ...] = ()
+
+    @property
+    def column_groups(self) -> tuple[int, ...]:
+        """The numbers of columns by group."""
+        return self.groups or (max(len(row) for row in self.rows),)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sheet:
+    """A whole figure: its sections from top to bottom, and the caption that a paper would print.
+
+    ``warnings`` stand above all else, for what a reader must know before trusting the maps.
+    """
+
+    sections: tuple[Section, ...]
+    caption: str
+    scale: str = "each map scaled to [0, 1]"
+    warnings: tuple[str, ...] = ()
+
+    @property
+    def cells(self) -> tuple[Cell, ...]:
+        """All cells in the order of reading."""
+        rows = chain.from_iterable(section.rows for section in self.sections)
+        return tuple(chain.from_iterable(rows))
+
+
+@mpl.rc_context(STYLE)
+def draw_sheet(sheet: Sheet, width: float = TEXT_WIDTH) -> Figure:
+    """Draw a sheet.
+
+    Args:
+        sheet: all pictures must have one aspect ratio.
+        width: inches, at most; a figure of few columns is narrower.
+
+    Raises:
+        ValueError: if there is no cell, or the pictures differ in their aspect ratio.
+    """
+    aspect = _aspect(sheet.cells)
+    cell_width = min(MAX_CELL_WIDTH, *(_cell_width(section, width) for section in sheet.sections))
+    rows = sum(len(section.rows) for section in sheet.sections)
+    words = sum(_words_height(section) for section in sheet.sections)
+    words += _SECTION_GAP * (len(sheet.sections) - 1) + _EDGE
+    warnings = LINE * len(warning_lines(sheet.warnings, MIN_WIDTH))
+    cell_width = min(cell_width, (MAX_HEIGHT - words - warnings - _FOOTER) / rows / aspect)
+    width = max(MIN_WIDTH, *(_content_width(s, cell_width) for s in sheet.sections))
+    lines = warning_lines(sheet.warnings, width)
+    height = words + rows * cell_width * aspect + _footer_height(sheet, width) + LINE * len(lines)
+    pen = _Pen(new_figure(width, height), width, height, cell_width, cell_width * aspect)
+    top = write_warnings(pen.figure, lines)
+    for section in sheet.sections:
+        top = pen.section(section, top) + _SECTION_GAP
+    pen.footer(sheet)
+    return pen.figure
+
+
+def warning_lines(warnings: Sequence[str], width: float) -> list[str]:
+    """Warnings, broken to a figure's width in inches."""
+    characters = int((width - 2 * _EDGE) / _CHARACTER)
+    return [line for warning in warnings for line in wrap(warning, characters)]
+
+
+def write_warnings(figure: Figure, lines: Sequence[str]) -> float:
+    """Write lines at the top of a figure and return where they end, in inches from its top."""
+    if not lines:
+        return _EDGE
+    width, height = figure.get_size_inches()
+    figure.text(
+        _EDGE / width, 1 - _EDGE / height, "\n".join(lines), va="top", fontsize=_SMALL_SIZE,
+        weight="bold", color=WARNING, linespacing=1.1,
+    )  # fmt: skip
+    return _EDGE + LINE * len(lines)
+
+
+def _aspect(cells: Sequence[Cell]) -> float:
+    shapes = {cell.picture.shape[:2] for cell in cells}
+    ratios = {height / width for height, width in shapes}
+    if len(ratios) != 1:
+        found = ", ".join(f"{height}x{width}" for height, width in sorted(shapes)) or "none"
+        raise ValueError(f"The pictures of a figure must have one aspect ratio; found {found}.")
+    return float(ratios.pop())
+
+
+def _footer_height(sheet: Sheet, width: float) -> float:
+    """One line for legend and colour bar, or two where they do not fit beside each other."""
+    texts = [str(handle.get_label()) for handle in _legend(sheet.cells)]
+    legend = sum(_HANDLE + _CHARACTER * len(text) for text in texts)
+    return _FOOTER + (_LEGEND_LINE if legend + _SCALE_WIDTH > width else 0.0)
+
+
+def _left(section: Section) -> float:
+    lines = _lines(iter(section.row_titles))
+    return _EDGE + 0.05 + LINE * lines if lines else _EDGE
+
+
+def _gaps(section: Section) -> float:
+    groups = section.column_groups
+    return _GAP * (sum(groups) - len(groups)) + _GROUP_GAP * (len(groups) - 1)
+
+
+def _cell_width(section: Section, width: float) -> float:
+    room = width - _left(section) - _EDGE - _gaps(section)
+    return room / sum(section.column_groups)
+
+
+def _content_width(section: Section, cell_width: float) -> float:
+    columns = sum(section.column_groups)
+    return _left(section) + columns * cell_width + _gaps(section) + _EDGE
+
+
+def _lines(texts: Iterator[str]) -> int:
+    return max((text.count("\n") + 1 for text in texts if text), default=0)
+
+
+def _head(row: Sequence[Cell]) -> float:
+    """Height of the titles over a row."""
+    lines = _lines(cell.title for cell in row)
+    return lines * LINE + (0.04 if lines else 0.0)
+
+
+def _foot(row: Sequence[Cell]) -> float:
+    """Height of the notes under a row."""
+    lines = _lines(cell.note for cell in row)
+    return lines * LINE + (0.04 if lines else 0.0)
+
+
+def _words_height(section: Section) -> float:
+    """Height of a section less that of its pictures."""
+    titles = sum(_head(row) + _foot(row) for row in section.rows)
+    titles += (_SECTION_TITLE if section.title else 0.0) + (
+        _GROUP_TITLE if section.group_titles else 0.0
+    )
+    return titles + _GAP * (len(section.rows) - 1)
+
+
+@dataclass(frozen=True, slots=True)
+class _Pen:
+    """Draws on a figure whose measures are known; lengths in inches from the upper left corner."""
+
+    figure: Figure
+    width: float
+    height: float
+    cell_width: float
+    cell_height: float
+
+    def section(self, section: Section, top: float) -> float:
+        """Draw a section and return where it ends."""
+        if section.title:
+            at = ((_left(section)) / self.width, self._up(top + 0.02))
+            self.figure.text(*at, section.title, va="top", fontsize=7.5, weight="bold", color=INK)
+            top += _SECTION_TITLE
+        lefts = self._columns(section)
+        if section.group_titles:
+            self._group_titles(section, lefts, top)
+            top += _GROUP_TITLE
+        for index, row in enumerate(section.rows):
+            top += _head(row)
+            axes = [
+                self._draw_cell(cell, left, top) for cell, left in zip(row, lefts, strict=False)
+            ]
+            if section.row_titles:
+                axes[0].set_ylabel(
+                    section.row_titles[index], fontsize=_SMALL_SIZE, color=INK, labelpad=2.5
+                )
+            self._arrows(row, axes)
+            top += self.cell_height + _foot(row) + _GAP
+        return top - _GAP
+
+    def footer(self, sheet: Sheet) -> None:
+        """Colour bar at the right, meaning of lines and points at the left."""
+        if any(cell.heat is not None for cell in sheet.cells):
+            add_color_bar(self.figure, heat_scale(), sheet.scale, min(1.2, 0.25 * self.width))
+        handles = list(_legend(sheet.cells))
+        if not handles:
+            return
+        level = COLOR_BAR_LEVEL + _footer_height(sheet, self.width) - _FOOTER
+        self.figure.legend(
+            handles=handles, loc="center left", bbox_to_anchor=(0.0, level / self.height),
+            ncols=len(handles), fontsize=_SMALL_SIZE, handlelength=1.2, columnspacing=1.0,
+            handletextpad=0.5, borderaxespad=0.0, borderpad=0.5,
+        )  # fmt: skip
+
+    def _up(self, inches: float) -> float:
+        """From inches below the upper edge to a fraction of the height."""
+        return 1.0 - inches / self.height
+
+    def _columns(self, section: Section) -> list[float]:
+        lefts, left = [], _left(section)
+        for size in section.column_groups:
+            for _ in range(size):
+                lefts.append(left)
+                left += self.cell_width + _GAP
+            left += _GROUP_GAP - _GAP
+        return lefts
+
+    def _group_titles(self, section: Section, lefts: Sequence[float], top: float) -> None:
+        first = 0
+        for size, title in zip(section.column_groups, section.group_titles, strict=True):
+            start, end = lefts[first], lefts[first + size - 1] + self.cell_width
+            first += size
+            if not title:
+                continue
+            y = self._up(top + _GROUP_TITLE - 0.05)
+            line = Line2D([start / self.width, end / self.width], [y, y], color=GREY, linewidth=0.5)
+            self.figure.add_artist(line)
+            center = (start + end) / 2 / self.width
+            y += 0.03 / self.height
+            self.figure.text(center, y, title, ha="center", fontsize=7.5, color=INK)
+
+    def _draw_cell(self, cell: Cell, left: float, top: float) -> Axes:
+        bottom = self._up(top + self.cell_height)
+        size = (self.cell_width / self.width, self.cell_height / self.height)
+        axes = add_bare_axes(self.figure, (left / self.width, bottom, *size))
+        if cell.heat is None:
+            show_picture(axes, cell.picture)
+        else:
+            show_heat(axes, cell.heat, cell.picture)
+        if cell.outline is not None:
+            draw_outline(axes, cell.outline)
+        height, width = cell.picture.shape[:2]
+        if cell.frame is not None:
+            for spine in axes.spines.values():
+                spine.set(color=cell.frame, linewidth=0.9)
+        for box in cell.boxes:
+            _draw_box(axes, box, height, width)
+        for mark in cell.marks:
+            _draw_mark(axes, mark, height, width)
+        axes.set_title(cell.title, fontsize=_TITLE_SIZE, pad=2.5, color=INK, linespacing=1.05)
+        axes.set_xlabel(cell.note, fontsize=_SMALL_SIZE, labelpad=2.5, color=INK)
+        return axes
+
+    def _arrows(self, row: Sequence[Cell], axes: Sequence[Axes]) -> None:
+        for index, cell in enumerate(row[:-1]):
+            following = row[index + 1]
+            if not (cell.arrow and cell.boxes and following.marks):
+                continue
+            box, mark = cell.boxes[0], following.marks[0]
+            start = (box.left + box.width, 1 - box.top - box.height / 2)
+            arrow = ConnectionPatch(
+                start, (mark.x, 1 - mark.y), coordsA="axes fraction", coordsB="axes fraction",
+                axesA=axes[index], axesB=axes[index + 1], arrowstyle="-|>", mutation_scale=6,
+                shrinkB=2.5, color=box.color, linewidth=0.9,
+            )  # fmt: skip
+            self.figure.add_artist(arrow)
+
+
+def _draw_box(axes: Axes, box: Box, height: int, width: int) -> None:
+    corner = (box.left * width - 0.5, box.top * height - 0.5)
+    size = (box.width * width, box.height * height)
+    for color, line_width in (("white", 2.0), (box.color, 1.1)):
+        edge = Rectangle(corner, *size, fill=False, edgecolor=color, linewidth=line_width)
+        edge.set_clip_on(False)  # a patch at the picture's edge is drawn whole
+        axes.add_patch(edge)
+
+
+_MARK_STYLE = {MarkKind.PEAK: ("o", 3.6, OKABE_ITO[1]), MarkKind.TRUTH: ("X", 4.2, OKABE_ITO[5])}
+"""Marker, size in points and colour."""
+
+
+def _mark_line(kind: MarkKind, x: float, y: float, label: str = "") -> Line2D:
+    marker, size, color = _MARK_STYLE[kind]
+    return Line2D(
+        [x], [y], linestyle="none", marker=marker, markersize=size, markerfacecolor=color,
+        markeredgecolor="white", markeredgewidth=0.5, label=label, zorder=4,
+    )  # fmt: skip
+
+
+def _draw_mark(axes: Axes, mark: Mark, height: int, width: int) -> None:
+    axes.add_line(_mark_line(mark.kind, mark.x * width - 0.5, mark.y * height - 0.5))
+
+
+def _legend(cells: Sequence[Cell]) -> Iterator[Line2D]:
+    if any(cell.outline is not None for cell in cells):
+        yield Line2D([], [], color=INK, linewidth=0.9, linestyle=(0, (3, 1.5)), label="mask")
+    kinds = {mark.kind for cell in cells for mark in cell.marks}
+    for kind in MarkKind:
+        if kind in kinds:
+            yield _mark_line(kind, np.nan, np.nan, kind.value)

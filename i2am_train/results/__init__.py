@@ -1,0 +1,1 @@
+"""Finished runs and evaluations read back, and the statistics over them."""

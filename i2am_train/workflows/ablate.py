@@ -1,0 +1,299 @@
+"""``i2am ablate``: train and judge arms x seeds from one checkpoint, and compare them seed by seed."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from i2am_train.config.schema import AblateConfig, EvaluateConfig
+from i2am_train.entry.command import entry
+from i2am_train.errors import ConfigError
+
+LOG_WIDTH = 140
+"""Columns of the tables in a log file."""
+
+
+class Cell(NamedTuple):
+    """One arm with one seed; the untrained checkpoint has none."""
+
+    arm: str
+    seed: int | None
+
+    @property
+    def folder(self) -> str:
+        """Where the cell lies inside the study's folder."""
+        from i2am_train.config.store import arm_name
+
+        name = arm_name(self.arm)
+        return f"cells/{name if self.seed is None else f'{name}-seed{self.seed}'}"
+
+
+def run(config: AblateConfig) -> None:
+    """Fill all cells, write results and report, and show the table."""
+    from rich.console import Console
+
+    from i2am_train.locks import locked
+    from i2am_train.reporting.report import build_report
+    from i2am_train.reporting.table_formats import terminal
+    from i2am_train.reporting.tables import verdict_sentences
+    from i2am_train.tracking.session import sync_advice
+
+    results = ablate(config)
+    with locked(config.folder):
+        report = build_report(config.folder)
+    # Where the output goes to a file there is no width to fit; 80 columns would cut the tables' words.
+    # Labels and paths with brackets are no markup.
+    console = Console(width=None if sys.stdout.isatty() else LOG_WIDTH, markup=False, emoji=False)
+    console.print()
+    console.print(terminal(results))
+    for sentence in verdict_sentences(results):
+        console.print(sentence)
+    console.print(f"\nReport:  {report}\nTables:  {config.folder / 'results.md'}", soft_wrap=True)
+    console.print(f"Numbers: {config.folder / 'results.json'}", soft_wrap=True)
+    if advice := sync_advice(tracked(config).tracking, config.folder):
+        console.print(advice, soft_wrap=True)
+
+
+def ablate(config: AblateConfig) -> dict[str, Any]:
+    """The study's results; cells that are finished already are not run again.
+
+    Raises:
+        I2AMError: an arm, the checkpoint, the data or the folder do not fit the configuration, or another process
+            writes it.
+    """
+    from i2am_train.data.checks.broken import noted_in
+    from i2am_train.locks import locked
+
+    with locked(config.folder), noted_in(config.folder):
+        return _ablate(config)
+
+
+def _ablate(config: AblateConfig) -> dict[str, Any]:
+    from i2am_train.assembly import prepare_data
+    from i2am_train.config.build import plain
+    from i2am_train.fingerprints import data_state
+    from i2am_train.runs import RunFolder, write_json
+    from i2am_train.tracking.study import track_study
+
+    _check(config)
+    root = prepare_data(config.data, config.folder, config.tracking.folder)
+    arms = {arm: _arm_settings(config, arm) for arm in config.arms}
+    folder = RunFolder.open(
+        config.folder,
+        plain(config),
+        # More arms and seeds may be added to a study; its other cells stay as they are.
+        may_differ=(
+            *("output", "arms", "seeds", "data.workers", "device", "trainer.progress_bar"),
+            "tracking",
+        ),
+    )
+    folder.start(data=data_state(root))
+    entries = []
+    for cell, remaining in _with_time_left(list(_cells(config))):
+        print(f"\n=== {cell.folder.removeprefix('cells/')}{remaining} ===", flush=True)
+        entries.append(_run_cell(config, cell, folder.path))
+    results = _results(config, folder.path, arms, entries, folder.manifest)
+    tracked_before = folder.finished and _holds(folder / "results.json", entries)
+    write_json(folder / "results.json", results)
+    if not tracked_before:
+        track_study(tracked(config).tracking, folder.path, results)
+    folder.finish()
+    return results
+
+
+def tracked(config: AblateConfig, arm: str | None = None, *tags: str) -> AblateConfig:
+    """The study with its runs in one W&B group and folder, named after their cells and tagged."""
+    tracking = replace(
+        config.tracking,
+        name=None,
+        arm=arm,
+        group=config.tracking.group or config.name,
+        tags=[*([] if arm is None else [arm]), *tags, *config.tracking.tags],
+        folder=config.tracking.folder or config.folder,
+    )
+    return replace(config, tracking=tracking)
+
+
+def _holds(results: Path, entries: list[dict[str, Any]]) -> bool:
+    from i2am_train.runs import read_json
+
+    return results.is_file() and read_json(results).get("cells") == entries
+
+
+def _check(config: AblateConfig) -> None:
+    """Bad input of any arm fails here, before anything is written."""
+    from i2am_train.config.store import BASE_ARM, arm_config, arm_name
+    from i2am_train.workflows import evaluate, train
+
+    if config.trainer.multi_process:
+        raise ConfigError(
+            "A study trains its cells one after another in this process; found trainer.devices="
+            f"{config.trainer.devices}, trainer.num_nodes={config.trainer.num_nodes}. Set both to 1, or train the "
+            "cells with 'i2am train', which can use several processes."
+        )
+    trained = [arm for arm in config.arms if arm != BASE_ARM]
+    cells = {arm: arm_config(config, arm, 0, config.folder) for arm in trained}
+    _check_different("names", {arm: arm_name(arm) for arm in config.arms})
+    _check_different("labels", {arm: _arm_settings(config, arm)["label"] for arm in config.arms})
+    evaluate.prepare(_evaluation(config, config.init), config.init, config.folder)
+    for cell in cells.values():
+        train.prepare(cell)
+
+
+def _check_different(what: str, called: dict[str, str]) -> None:
+    """Tables and folders of a study go by what its arms are called."""
+    for name in called.values():
+        alike = [arm for arm, other in called.items() if other == name]
+        if len(alike) > 1:
+            raise ConfigError(
+                f"The arms {' and '.join(alike)} are both called {name}. Arms have different {what}: rename a file, or "
+                "set another label: in it."
+            )
+
+
+def _cells(config: AblateConfig) -> Iterator[Cell]:
+    """Seed by seed, so that a stopped study holds whole comparisons."""
+    from i2am_train.config.store import BASE_ARM
+
+    if BASE_ARM in config.arms:
+        yield Cell(BASE_ARM, None)
+    for seed in config.seeds:
+        for arm in config.arms:
+            if arm != BASE_ARM:
+                yield Cell(arm, seed)
+
+
+def _with_time_left(cells: Sequence[Cell]) -> Iterator[tuple[Cell, str]]:
+    started = time.monotonic()
+    for position, cell in enumerate(cells):
+        text = f" ({position + 1} of {len(cells)}"
+        if position > 1:  # the first cell is often the untrained one, which says little
+            minutes = (time.monotonic() - started) / position * (len(cells) - position) / 60
+            text += f", about {minutes:.0f} min left"
+        yield cell, text + ")"
+
+
+def _run_cell(config: AblateConfig, cell: Cell, root: Path) -> dict[str, Any]:
+    from i2am_train.callbacks.snapshots import snapshot_folders
+    from i2am_train.config.store import arm_config, arm_name
+    from i2am_train.workflows.evaluate import default_output, evaluate, of_snapshot
+    from i2am_train.workflows.train import train
+
+    started = time.monotonic()
+    seed = [] if cell.seed is None else [f"seed{cell.seed}"]
+    config = tracked(config, arm_name(cell.arm), *seed)
+    checkpoint = config.init
+    if cell.seed is not None:
+        training = arm_config(config, cell.arm, cell.seed, root / cell.folder)
+        checkpoint = str(train(training))
+    judged = _evaluation(config, checkpoint)
+    evaluation = root / cell.folder / "evaluation"
+    results = evaluate(judged, evaluation)
+    for snapshot in snapshot_folders(root / cell.folder):
+        one = of_snapshot(judged, snapshot, evaluation)
+        evaluate(one, default_output(one))
+    return {
+        "arm": cell.arm,
+        "seed": cell.seed,
+        "folder": cell.folder,
+        "metrics": results["metrics"],
+        "samples": results["samples"],
+        "minutes": _minutes(root / cell.folder, (time.monotonic() - started) / 60),
+        "warnings": results["warnings"],
+    }
+
+
+def _minutes(cell: Path, now: float) -> float:
+    """Minutes that the cell took when it was made, also when this run only read it."""
+    from i2am_train.runs import read_json, write_json
+
+    file = cell / "minutes.json"
+    if not file.is_file():
+        write_json(file, {"minutes": round(now, 2)})
+    minutes: float = read_json(file)["minutes"]
+    return minutes
+
+
+def _evaluation(config: AblateConfig, checkpoint: str) -> EvaluateConfig:
+    return EvaluateConfig(
+        checkpoint=checkpoint,
+        device=config.device,
+        precision=config.optimization.precision,
+        progress_bar=config.trainer.progress_bar,
+        data=config.data,
+        sampling=config.sampling,
+        attribution=config.attribution,
+        evaluation=config.evaluation,
+        tracking=config.tracking,
+    )
+
+
+def _arm_settings(config: AblateConfig, arm: str) -> dict[str, Any]:
+    """Entry of an arm in ``results.json``; reading it here checks the arm's file before anything is run."""
+    from i2am_train.config.build import plain
+    from i2am_train.config.store import BASE_ARM, arm_config
+
+    if arm == BASE_ARM:
+        return {"name": arm, "label": "Base", "losses": {}}
+    training = arm_config(config, arm, 0, Path())
+    active = training.objective.active
+    return {
+        "name": arm,
+        "label": training.label,
+        "losses": plain(training.objective) if active else {},
+        "steps": training.optimization.steps,
+    }
+
+
+def _results(
+    config: AblateConfig,
+    root: Path,
+    arms: dict[str, dict[str, Any]],
+    entries: list[dict[str, Any]],
+    manifest: dict[str, Any],
+) -> dict[str, Any]:
+    from i2am_train.metrics.registry import METRICS
+    from i2am_train.results.finished_runs import read_samples
+    from i2am_train.results.statistics import summarise_results
+
+    samples = {
+        entry["folder"]: read_samples(root / entry["folder"] / "evaluation" / "samples.jsonl")
+        for entry in entries
+    }
+    shown = {name for entry in entries for name in entry["metrics"]}
+    metrics = {
+        name: info.as_json() | {"description": info.description}
+        for name, info in METRICS.items()
+        if name in shown
+    }
+    compared = summarise_results(
+        entries,
+        metrics,
+        list(arms),
+        config.reference,
+        samples=samples,
+        confidence=config.confidence,
+        resamples=config.bootstrap_samples,
+    )
+    return {
+        **{name: manifest[name] for name in ("schema", "command", "git", "machine", "versions")},
+        "kind": "ablation",
+        "name": config.name,
+        "data": manifest["data"],
+        "started": manifest["started"],
+        "minutes": round(sum(entry["minutes"] for entry in entries), 1),
+        "settings": manifest["settings"],
+        "metrics": metrics,
+        "arms": list(arms.values()),
+        "seeds": config.seeds,
+        "cells": entries,
+        **compared,
+    }
+
+
+if __name__ == "__main__":
+    entry("ablate", run)

@@ -1,0 +1,393 @@
+"""``i2am evaluate``: judge a checkpoint on held-out samples, or a folder of finished images."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from i2am_train.config.schema import EvaluateConfig
+from i2am_train.entry.command import entry
+from i2am_train.processes import first_process, wait_for
+
+if TYPE_CHECKING:
+    from i2am_train.data.module import TryOnDataModule
+    from i2am_train.evaluation.generation import GeneratedSamples
+    from i2am_train.models.tryon import TryOnModel
+
+
+WITHOUT_EFFECT_ON_SCORES = (
+    "output",
+    "device",
+    "devices",
+    "strategy",
+    "progress_bar",
+    "expected",
+    "data.workers",
+    "tracking",
+)
+"""Options that may differ when a stopped evaluation goes on, or a finished one is asked for again."""
+
+
+def run(config: EvaluateConfig) -> None:
+    """Evaluate, and print the scores and where everything lies."""
+    from i2am_train.tracking.session import sync_advice
+
+    for one in with_snapshots(config):
+        folder = default_output(one)
+        results = evaluate(one, folder)
+        if first_process():
+            print_scores(results, expected_values(one))
+            print(f"Everything of this evaluation: {folder}")
+            if advice := sync_advice(one.tracking, folder):
+                print(advice)
+
+
+def with_snapshots(config: EvaluateConfig) -> list[EvaluateConfig]:
+    """The evaluation itself, after those of the run's snapshots if they were asked for.
+
+    Raises:
+        CheckpointError: snapshots were asked for, and the checkpoint is not a run that kept any.
+    """
+    from i2am_train.callbacks.snapshots import snapshot_folders
+    from i2am_train.config.locations import checkpoint_folder
+    from i2am_train.errors import CheckpointError
+
+    if not config.snapshots:
+        return [config]
+    run = checkpoint_folder(config.checkpoint or "")
+    folders = snapshot_folders(run)
+    if not folders:
+        raise CheckpointError(
+            f"{run} holds no snapshots. Give the folder of a run that was trained with "
+            "trainer.snapshot_every_n_steps=N, or leave out snapshots=true."
+        )
+    output = default_output(config)
+    one = replace(config, snapshots=False)
+    return [*(of_snapshot(one, folder, output) for folder in folders), one]
+
+
+def of_snapshot(config: EvaluateConfig, snapshot: Path, output: Path) -> EvaluateConfig:
+    """The evaluation of a run's snapshot as that of the run, in a folder beside its ``output``."""
+    folder = output.with_name(f"{output.name}-{snapshot.name}")
+    return replace(config, checkpoint=str(snapshot), output=folder)
+
+
+def expected_values(config: EvaluateConfig) -> dict[str, float]:
+    """What the paper reports for the model that is judged, or that its run was to repeat; empty if nothing.
+
+    Raises:
+        RunFolderError: the run's settings cannot be read.
+    """
+    from i2am_train.config.locations import checkpoint_folder
+    from i2am_train.reporting.published import TABLE_2, published_values
+    from i2am_train.runs import SETTINGS_FILE, read_object, run_of
+    from i2am_train.types import Pairing
+
+    model = config.expected
+    if model is None and config.checkpoint is not None:
+        folder = checkpoint_folder(config.checkpoint)
+        place = run_of(folder)
+        settings = (folder if place is None else place[0]) / SETTINGS_FILE
+        model = read_object(settings).get("expected") if settings.is_file() else None
+    if model is None or model not in TABLE_2:
+        return {}
+    return published_values(model, paired=config.evaluation.pairing is Pairing.PAIRED)
+
+
+def print_scores(results: dict[str, Any], expected: dict[str, float] | None = None) -> None:
+    """The scores as a table, with the paper's beside them if given, the number of samples and any warning."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from i2am_train.metrics.registry import METRICS
+    from i2am_train.reporting.published import CAUTION
+
+    table = Table(title=f"{results['samples']} samples; intervals: bootstrap over them")
+    paper = ["paper"] if expected else []
+    for heading in ("score", "value", "95 % interval", *paper, "meaning"):
+        numeric = heading not in ("score", "meaning")
+        table.add_column(heading, justify="right" if numeric else "left", no_wrap=numeric)
+    arrow = {True: " (higher is better)", False: " (lower is better)", None: ""}
+    for name, info in METRICS.items():
+        if name in results["metrics"]:
+            value = f"{results['metrics'][name]:.{info.digits}f}"
+            interval = "–"
+            if name in results["intervals"]:
+                ends = (results["intervals"][name][end] for end in ("low", "high"))
+                interval = f"[{', '.join(f'{end:.{info.digits}f}' for end in ends)}]"
+            meaning = info.description + arrow[info.higher_is_better]
+            published = [str(expected.get(name, "–"))] if expected else []
+            table.add_row(info.label, value, interval, *published, meaning)
+    console = Console(markup=False, emoji=False)
+    console.print(table)
+    if expected:
+        console.print(CAUTION)
+    for warning in results["warnings"]:
+        console.print(f"Warning: {warning}", style="bold yellow")
+
+
+def default_output(config: EvaluateConfig) -> Path:
+    """``output``, or a folder in the run's, or one in ``runs/`` that is named after what is judged."""
+    if config.output is not None:
+        return config.output
+    from i2am_train.config.locations import checkpoint_folder
+    from i2am_train.runs import SETTINGS_FILE, model_suffix, run_of
+
+    name = f"evaluation-{config.evaluation.pairing}"
+    if config.images is not None:
+        return Path.cwd() / "runs" / f"{config.images.name}-{name}"
+    folder = checkpoint_folder(config.checkpoint or "")
+    if (folder / SETTINGS_FILE).is_file():
+        return folder / name
+    place = run_of(folder)
+    if place is not None and (place[0] / SETTINGS_FILE).is_file():
+        return place[0] / f"{name}{model_suffix(folder)}"
+    return Path.cwd() / "runs" / f"{folder.name}-{name}"
+
+
+def evaluate(config: EvaluateConfig, folder: Path) -> dict[str, Any]:
+    """The results of a checkpoint or of finished images; computed unless the folder holds them already.
+
+    Raises:
+        I2AMError: checkpoint, data, images or folder do not fit the configuration, or another process writes it.
+    """
+    from i2am_train.locks import locked
+
+    with locked(folder):
+        if config.checkpoint is None:
+            return evaluate_folders(config, folder)
+        return evaluate_checkpoint(config, config.checkpoint, folder)
+
+
+def evaluate_folders(config: EvaluateConfig, folder: Path) -> dict[str, Any]:
+    """Image metrics of the images in one folder against those in another.
+
+    Raises:
+        DataError: the folders or images do not fit each other or the metrics.
+        RunFolderError: the output folder holds another evaluation, or one of images that changed since.
+    """
+    from i2am_train.assembly import check_device, make_scoring
+    from i2am_train.errors import I2AMError
+    from i2am_train.evaluation.evaluator import EvaluationResult
+    from i2am_train.evaluation.folders import open_folders
+    from i2am_train.evaluation.results import read_results, write_evaluation
+    from i2am_train.evaluation.scoring import check_scoring, score_images
+    from i2am_train.fingerprints import folder_state
+    from i2am_train.runs import RunFolder, require_apart
+    from i2am_train.tracking.evaluation import track_evaluation
+    from i2am_train.types import GridSize, Pairing
+
+    assert config.images is not None  # the schema's check
+    assert config.reference is not None
+    check_device(config.device)
+    for root in (config.images, config.reference):
+        require_apart(root, folder, config.tracking.folder, counts=lambda name: True)
+    paired = config.evaluation.pairing is Pairing.PAIRED
+    images, reference = open_folders(
+        config.images,
+        config.reference,
+        paired=paired,
+        samples=config.evaluation.samples,
+        resize=None if config.resize is None else GridSize(*config.resize),
+    )
+    options = make_scoring(config)
+    check_scoring(images, reference, options)
+    settings = _folder_settings(config)
+    settings["fingerprints"] = {
+        "images": folder_state(config.images).fingerprint,
+        "reference": folder_state(config.reference).fingerprint,
+    }
+    opened = RunFolder.open(folder, settings, may_differ=WITHOUT_EFFECT_ON_SCORES)
+    if opened.finished and (finished := read_results(folder)) is not None:
+        return finished
+    opened.start(data=settings["fingerprints"]["reference"])
+    try:
+        scores = score_images(images, reference, options, paired=paired)
+    except I2AMError:
+        opened.discard()  # once the image at fault is replaced, the folders are others
+        raise
+    rows = [
+        {"index": index, "name": name}
+        | {metric: values[index] for metric, values in scores.pairs.items()}
+        for index, name in enumerate(images.names)
+    ]
+    result = EvaluationResult.from_rows(rows, scores.sets, scores.protocol)
+    write_evaluation(folder, result, settings)
+    track_evaluation(
+        config.tracking,
+        folder,
+        result,
+        arm=config.images.name,
+        panels=None,
+        use_inputs=partial(_use_folders, config, settings["fingerprints"]),
+    )
+    opened.finish()
+    return read_results(folder) or {}
+
+
+def _use_folders(config: EvaluateConfig, fingerprints: Mapping[str, str], run: Any) -> None:
+    from i2am_train.tracking.artifacts import use_images
+
+    for role, root in (("images", config.images), ("reference", config.reference)):
+        assert root is not None  # the schema's check
+        use_images(run, role, root, fingerprints[role])
+
+
+def _folder_settings(config: EvaluateConfig) -> dict[str, Any]:
+    """The options that mean something for finished images."""
+    from i2am_train.config.build import plain
+
+    unused = ("checkpoint", "data", "sampling", "attribution", "precision")
+    return {name: value for name, value in plain(config).items() if name not in unused}
+
+
+def evaluate_checkpoint(config: EvaluateConfig, checkpoint: str, folder: Path) -> dict[str, Any]:
+    """Attention scores and image metrics of a model on held-out samples.
+
+    Images are generated on all devices and scored by the first process; the others return nothing.
+
+    Raises:
+        I2AMError: checkpoint, data or folder do not fit the configuration.
+    """
+    from i2am_train.data.checks.broken import noted_in
+
+    with noted_in(folder):
+        return _evaluate_checkpoint(config, checkpoint, folder)
+
+
+def _evaluate_checkpoint(config: EvaluateConfig, checkpoint: str, folder: Path) -> dict[str, Any]:
+    from i2am_train.assembly import make_scoring, model_folder
+    from i2am_train.config.build import plain
+    from i2am_train.evaluation.generation import (
+        GeneratedSamples,
+        person_names,
+        real_images,
+        score_generated,
+    )
+    from i2am_train.evaluation.results import read_results, write_evaluation, write_panels
+    from i2am_train.fingerprints import data_state
+    from i2am_train.runs import MANIFEST_FILE, RunFolder
+    from i2am_train.tracking.artifacts import arm_name
+    from i2am_train.tracking.evaluation import track_evaluation
+    from i2am_train.types import Pairing
+
+    model, datamodule = prepare(config, checkpoint, folder)
+    settings = plain(config) | {"checkpoint": str(model_folder(checkpoint))}
+    if not first_process():
+        wait_for(folder / MANIFEST_FILE)
+    opened = RunFolder.open(folder, settings, may_differ=WITHOUT_EFFECT_ON_SCORES)
+    finished = read_results(folder)
+    if opened.finished and finished is not None:
+        return finished
+    if first_process():
+        opened.start(seed=config.sampling.seed, data=data_state(datamodule.root))
+    dataset = datamodule.test_dataset()
+    samples = GeneratedSamples(
+        folder=folder, names=person_names(dataset), batch_size=config.evaluation.batch_size
+    )
+    generate(config, model, datamodule, samples)
+    if not first_process():
+        return {}
+    result = score_generated(
+        samples,
+        real_images(dataset),
+        make_scoring(config),
+        paired=config.evaluation.pairing is Pairing.PAIRED,
+    )
+    panels = samples.panels()
+    if panels is not None:
+        write_panels(folder, panels)
+    write_evaluation(folder, result, settings)
+    track_evaluation(
+        config.tracking,
+        folder,
+        result,
+        arm=arm_name(model_folder(checkpoint)),
+        panels=panels,
+        use_inputs=partial(_use_data_and_model, config, datamodule.root, opened.manifest["data"]),
+    )
+    opened.finish()
+    samples.clear()
+    return read_results(folder) or {}
+
+
+def _use_data_and_model(config: EvaluateConfig, root: Path, data: str, run: Any) -> None:
+    from i2am_train.assembly import model_folder
+    from i2am_train.tracking.artifacts import use_dataset, use_model
+
+    use_dataset(run, root, data)
+    use_model(run, model_folder(config.checkpoint or ""), upload=config.tracking.upload_model)
+
+
+def generate(
+    config: EvaluateConfig,
+    model: TryOnModel,
+    datamodule: TryOnDataModule,
+    samples: GeneratedSamples,
+) -> None:
+    """Make the batches that are not there yet."""
+    from i2am_train.assembly import make_test_trainer, make_untrained_module
+    from i2am_train.callbacks.generation import GenerationCallback
+
+    pending = samples.pending()
+    if not pending:
+        return
+    datamodule.test_batches = pending
+    callback = GenerationCallback(
+        samples,
+        config.sampling,
+        config.attribution,
+        panel_samples=config.evaluation.panel_samples,
+    )
+    trainer = make_test_trainer(config, callback)
+    trainer.test(make_untrained_module(model), datamodule, verbose=False)
+
+
+def prepare(
+    config: EvaluateConfig, checkpoint: str, folder: Path
+) -> tuple[TryOnModel, TryOnDataModule]:
+    """Model and data of an evaluation in ``folder``; bad input leaves nothing behind.
+
+    Raises:
+        I2AMError: device, checkpoint, data, layers, metrics or number of samples do not fit the configuration.
+    """
+    from i2am_train.assembly import (
+        check_test_trainer,
+        load_model,
+        make_datamodule,
+        make_scoring,
+        make_settings,
+        prepare_data,
+    )
+    from i2am_train.data.checks.broken import refuse_broken_pictures
+    from i2am_train.evaluation.evaluator import check_settings
+    from i2am_train.evaluation.generation import real_images
+    from i2am_train.evaluation.scoring import check_scoring
+
+    check_test_trainer(config)
+    model = load_model(checkpoint, config.data)
+    settings = make_settings(config.sampling, config.attribution, config.evaluation.metrics)
+    check_settings(model, settings)
+    # May draw the embedded dataset, which takes a while.
+    root = prepare_data(config.data, folder, config.tracking.folder)
+    datamodule = make_datamodule(
+        config.data,
+        root,
+        seed=config.sampling.seed,
+        eval_batch_size=config.evaluation.batch_size,
+        test_samples=config.evaluation.samples,
+        pairing=config.evaluation.pairing,
+    )
+    dataset = datamodule.test_dataset()
+    if first_process():
+        refuse_broken_pictures([dataset])
+    real = real_images(dataset)
+    check_scoring(real, real, make_scoring(config))
+    return model, datamodule
+
+
+if __name__ == "__main__":
+    entry("evaluate", run)

@@ -1,0 +1,193 @@
+"""``i2am train``: train a model from a checkpoint; the same command again continues a stopped run."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from i2am_train.config.schema import WITHOUT_EFFECT_ON_WEIGHTS, TrainConfig
+from i2am_train.entry.command import entry
+from i2am_train.processes import first_process, wait_for
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from i2am_train.data.module import TryOnDataModule
+    from i2am_train.training.module import TryOnModule
+
+
+def run(config: TrainConfig) -> None:
+    """Train and say where the model lies; or only try whether it would work."""
+    from i2am_train.tracking.session import sync_advice
+
+    if config.dry_run:
+        rehearse(config)
+        return
+    folder = train(config)
+    if first_process():
+        print(f"\nModel: {folder / 'model'}\nJudge it with: i2am evaluate checkpoint={folder}")
+        if config.expected is not None:
+            from i2am_train.reporting.published import published_row
+
+            print(
+                f"{published_row(config.expected)}\nFor numbers beside it, add data=viton_hd data.root="
+                f"{config.data.root} sampling=ddim50 sampling.guidance=5 evaluation=paper, and then again "
+                "evaluation.pairing=unpaired."
+            )
+        if advice := sync_advice(config.tracking, folder):
+            print(advice)
+
+
+def train(config: TrainConfig) -> Path:
+    """Train one run, or continue it, or leave it if it is finished; the run folder.
+
+    Raises:
+        I2AMError: data, checkpoint, layer or run folder do not fit the configuration, or another process writes it.
+    """
+    from i2am_train.data.checks.broken import noted_in
+    from i2am_train.locks import locked
+
+    with locked(config.folder), noted_in(config.folder):
+        return _train(config)
+
+
+def _train(config: TrainConfig) -> Path:
+    from i2am_train.assembly import (
+        ADAPTER_FOLDER,
+        finish_tracking,
+        make_trainer,
+        record_model,
+        release_signals,
+    )
+    from i2am_train.callbacks.checkpoints import resume_point
+    from i2am_train.config.build import plain
+    from i2am_train.config.hub import revisions
+    from i2am_train.fingerprints import data_state
+    from i2am_train.models.lora import has_adapters, save_adapters
+    from i2am_train.runs import MANIFEST_FILE, MODEL_FOLDER, RunFolder
+    from i2am_train.training.optimization import trained_weights
+    from i2am_train.training.preflight import check_trained, memory_advice
+
+    module, datamodule = prepare(config)
+    if not first_process():
+        wait_for(config.folder / MANIFEST_FILE)
+    folder = RunFolder.open(
+        config.folder,
+        plain(config) | revisions(config.init),
+        resume=config.resume
+        or not first_process(),  # the others find the folder that the first made
+        may_differ=WITHOUT_EFFECT_ON_WEIGHTS,
+    )
+    if folder.finished:
+        print(f"{folder.path} is finished already; nothing to train.")
+        return folder.path
+    if first_process():
+        folder.start(seed=config.seed, data=data_state(datamodule.root))
+        print(trained_weights(module.model))
+    checkpoint, damage = resume_point(folder.path)
+    if first_process():
+        print(*damage, sep="\n", end="\n" if damage else "")
+    trainer = make_trainer(config, folder.path)
+    try:
+        with memory_advice(trainer):
+            trainer.fit(
+                module, datamodule, ckpt_path=None if checkpoint is None else str(checkpoint)
+            )
+        check_trained(trainer, config)
+        if (model := module.whole_model()) is not None:
+            model.save_pretrained(folder / MODEL_FOLDER)
+            if has_adapters(model.unet):
+                save_adapters(model.unet, folder / ADAPTER_FOLDER)
+            record_model(trainer, config, folder.path)
+    except BaseException:
+        finish_tracking(trainer, failed=True)
+        raise
+    finally:
+        module.teardown("fit")
+        release_signals(trainer)
+    finish_tracking(trainer)
+    if trainer.is_global_zero:
+        folder.finish()
+    return folder.path
+
+
+def rehearse(config: TrainConfig) -> None:
+    """Print the configuration, then what a few steps of it cost, and what the whole will."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from i2am_train.assembly import measure_steps
+    from i2am_train.config.store import to_yaml
+    from i2am_train.redaction import without_secrets
+    from i2am_train.training.rehearsal import describe
+
+    module, datamodule = prepare(config)
+    measured = measure_steps(config, module, datamodule)
+    if not first_process():
+        return
+    print(without_secrets(to_yaml(config)))
+    table = Table(title=f"{config.label}: what it takes", title_justify="left", show_header=False)
+    for term, text in describe(config, module.model, measured):
+        table.add_row(term, text)
+    Console(markup=False, emoji=False).print(table)
+    print(f"Nothing was written. Without dry_run=true this would train {config.folder}.")
+
+
+def prepare(config: TrainConfig) -> tuple[TryOnModule, TryOnDataModule]:
+    """Module and data of a run, made before its folder: bad input fails here and leaves nothing behind.
+
+    Raises:
+        I2AMError: machine, data, checkpoint, layers, metrics or numbers of samples do not fit the configuration.
+    """
+    import torch
+
+    from i2am_train.assembly import (
+        check_trainer,
+        make_datamodule,
+        make_module,
+        make_settings,
+        open_cache,
+        prepare_data,
+    )
+    from i2am_train.data.checks.broken import refuse_broken_pictures
+    from i2am_train.data.layouts.viton_hd import require_correspondence
+    from i2am_train.data.reading import TryOnDataset
+    from i2am_train.evaluation.evaluator import check_settings
+    from i2am_train.training.preflight import check_batches, check_best, check_disk
+
+    processes = check_trainer(config)
+    check_best(config)
+    torch.manual_seed(config.seed)
+    module = make_module(config)
+    if config.validation.samples:
+        check_settings(
+            module.model,
+            make_settings(config.sampling, config.attribution, config.evaluation.metrics),
+        )
+    # May draw the embedded dataset, which takes a while.
+    root = prepare_data(config.data, config.folder, config.tracking.folder)
+    if config.objective.supervised:
+        require_correspondence(root)
+    datamodule = make_datamodule(
+        config.data,
+        root,
+        seed=config.seed,
+        eval_batch_size=config.evaluation.batch_size,
+        validation_samples=config.validation.samples,
+        cache=open_cache(config.data, root, module.model),
+    )
+    training = datamodule.train_dataset()
+    read: list[object] = [training]
+    held_out = 0
+    if config.validation.samples:
+        validation = datamodule.validation_dataset()
+        read.append(validation)
+        held_out = len(validation)
+    check_batches(config, len(training), held_out, processes)
+    if first_process():
+        refuse_broken_pictures([one for one in read if isinstance(one, TryOnDataset)])
+    check_disk(config, module.model)
+    return module, datamodule
+
+
+if __name__ == "__main__":
+    entry("train", run)

@@ -1,0 +1,220 @@
+"""DressCode's layout: lists, names, label maps and part labels as its authors distribute them."""
+
+import json
+import shutil
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from i2am_train.data.checks.folders import check_dataset
+from i2am_train.data.derive import densepose
+from i2am_train.data.derive.bodies import drawn_parts
+from i2am_train.data.derive.derivation import DeriveOptions, derive_dataset
+from i2am_train.data.derive.parsing import DRESS_CODE, VITON_HD
+from i2am_train.data.layouts.dresscode import DressCodeDataset
+from i2am_train.data.module import TryOnDataModule
+from i2am_train.data.opening import AS_IT_LIES, Reading, detect_layout, open_dataset
+from i2am_train.data.synthetic.dataset import render_annotations, render_sample
+from i2am_train.errors import DataError
+from i2am_train.types import CATEGORIES, GridSize, Pairing, Split
+
+SIZE = GridSize(128, 96)
+GARMENT_LABEL = {"upper_body": "upper_clothes", "lower_body": "skirt", "dresses": "dress"}
+TABLE = np.array(
+    [DRESS_CODE.names.index(n if n in DRESS_CODE.names else "face") for n in VITON_HD.names],
+    np.uint8,
+)
+
+
+def write_person(folder: Path, number: int, garment_label: str) -> None:
+    """One person and garment with the annotations that DressCode has."""
+    drawn, (labels, joints) = (
+        render_sample(0, number, SIZE),
+        render_annotations(0, number, SIZE),
+    )
+    name = f"{number:06d}"
+    for suffix, picture in (("0", drawn.person), ("1", drawn.garment)):
+        cv2.imwrite(str(folder / f"images/{name}_{suffix}.jpg"), picture[..., ::-1])
+    values = TABLE[labels]
+    values[labels == VITON_HD.names.index("upper_clothes")] = DRESS_CODE.names.index(garment_label)
+    Image.fromarray(values).save(folder / f"label_maps/{name}_4.png")
+    Image.fromarray(drawn_parts(joints, SIZE)).save(folder / f"dense/{name}_5.png")
+    (folder / f"dense/{name}_5_uv.npz").write_bytes(b"not read")
+    rows = []
+    for joint in ("nose", "neck", "right_shoulder", "right_elbow", "right_wrist", "left_shoulder", "left_elbow",
+                  "left_wrist", "right_hip", "right_knee", "right_ankle", "left_hip", *["-"] * 6):  # fmt: skip
+        x, y = joints.get(joint, np.array([-1.0, -1.0])) * [384 / SIZE.width, 512 / SIZE.height]
+        rows.append([float(x), float(y), 0.9, 1.0])
+    (folder / f"keypoints/{name}_2.json").write_text(json.dumps({"keypoints": rows}))
+
+
+def write_category(root: Path, category: str, first: int) -> None:
+    folder = root / category
+    for name in ("images", "label_maps", "dense", "keypoints", "skeletons"):
+        (folder / name).mkdir(parents=True)
+    numbers = list(range(first, first + 5))
+    for number in numbers:
+        write_person(folder, number, GARMENT_LABEL[category])
+    train, test = numbers[:3], numbers[3:]
+    lists = {
+        "train_pairs": [(n, n) for n in train],
+        "test_pairs_paired": [(n, n) for n in test],
+        "test_pairs_unpaired": [(test[0], test[1]), (test[1], test[0])],
+    }
+    for name, pairs in lists.items():
+        text = "".join(f"{a:06d}_0.jpg\t{b:06d}_1.jpg\n" for a, b in pairs)
+        (folder / f"{name}.txt").write_text(text)
+
+
+@pytest.fixture(scope="module")
+def stock(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Upper bodies and dresses, as distributed: without masks."""
+    root = tmp_path_factory.mktemp("dresscode") / "DressCode"
+    write_category(root, "upper_body", 0)
+    write_category(root, "dresses", 20)
+    return root
+
+
+@pytest.fixture(scope="module")
+def complete(stock: Path) -> Path:
+    """The same with derived files (the tests of missing files run on copies of lists alone)."""
+    report = derive_dataset(stock, AS_IT_LIES, DeriveOptions(progress=False, workers=1))
+    assert report.refused == []
+    assert report.pose == dict.fromkeys(
+        ("upper_body train", "dresses train", "upper_body test", "dresses test"), "keypoints"
+    )
+    return stock
+
+
+def test_stock_data_say_how_to_go_on(tmp_path: Path) -> None:
+    # Proves the message on a download as it is: what is missing, and the command that makes it.
+    write_category(tmp_path / "set", "upper_body", 0)
+    with pytest.raises(
+        DataError,
+        match=r"upper_body has no folder 'agnostic-v3\.2' .*DressCode does not distribute it; 'i2am data derive",
+    ):
+        DressCodeDataset(tmp_path / "set", "train", "paired", SIZE, ["upper_body"])
+    codes = {(f.code, f.folder) for f in check_dataset(tmp_path / "set", progress=False).findings}
+    assert codes == {
+        ("missing_folder", name)
+        for name in ("agnostic-v3.2", "agnostic-mask", "cloth-mask", "gt_cloth_warped_mask")
+    }
+
+
+def test_derived_data_are_read(complete: Path) -> None:
+    # Proves names, own masks, coloured part labels and the rule on small masks that does not apply here.
+    data = DressCodeDataset(complete, "train", "paired", SIZE, ["upper_body", "dresses"])
+    assert len(data) == 6
+    assert [sample["name"] for sample in data] == [f"{n:06d}_0" for n in (0, 1, 2, 20, 21, 22)]
+    sample = data[3]
+    drawn = render_sample(0, 20, SIZE)
+    assert sample["garment_name"] == "000020_1"
+    assert sample["paired"]
+    np.testing.assert_array_equal(sample["warped_garment_mask"], drawn.warped_garment_mask)
+    _, joints = render_annotations(0, 20, SIZE)
+    shown = ((sample["densepose"] + 1) * 127.5).round().byte().permute(1, 2, 0).numpy()
+    np.testing.assert_array_equal(shown, densepose.coloured(drawn_parts(joints, SIZE)))
+    assert not sample["inpaint_mask"].all()
+    assert not data.small_mask_rule
+    assert sample["correspondence"].isnan().all()
+
+
+def test_each_pairing_has_its_list(complete: Path) -> None:
+    # Proves paired and unpaired tests: people follow column 1, garments the list of the pairing.
+    paired, unpaired = (
+        open_dataset(complete, Split.TEST, pairing, SIZE, Reading(categories=("upper_body",)))
+        for pairing in Pairing
+    )
+    assert [s["garment_name"] for s in paired] == ["000003_1", "000004_1"]
+    assert [s["garment_name"] for s in unpaired] == ["000004_1", "000003_1"]
+    assert [s["paired"] for s in unpaired] == [False, False]
+    assert torch.equal(paired[0]["person"], unpaired[0]["person"])
+    assert torch.equal(paired[0]["garment"], unpaired[1]["garment"])
+    assert not unpaired[0]["warped_garment_mask"].any()
+    assert paired[0]["warped_garment_mask"].any()
+
+
+def test_a_missing_file_is_said_when_the_dataset_is_opened(complete: Path, tmp_path: Path) -> None:
+    # Proves the check in the other layout: people and garments share a folder, each list asks for its own.
+    root = Path(shutil.copytree(complete, tmp_path / "set"))
+    (root / "upper_body/images/000004_1.jpg").unlink()
+    (root / "dresses/agnostic-mask/000024_0_mask.png").unlink()
+    (root / "dresses/skeletons").rmdir()
+    assert len(DressCodeDataset(root, "train", "paired", SIZE, ["upper_body", "dresses"])) == 6
+    for category, match in (
+        (
+            "upper_body",
+            r"test_pairs_unpaired\.txt asks for: 1 of 2 in images \(000004_1\.jpg\)\. Copy",
+        ),
+        ("dresses", r"1 of 2 in agnostic-mask \(000024_0_mask\.png\)\..*'i2am data derive root="),
+    ):
+        with pytest.raises(DataError, match=rf"set/{category} lacks files .*{match}"):
+            open_dataset(root, Split.TEST, Pairing.UNPAIRED, SIZE, Reading(categories=(category,)))
+
+
+def test_categories_are_chosen_and_found(complete: Path) -> None:
+    # Proves the filter, auto's rule, and that both are said by name when they cannot be met.
+    assert detect_layout(complete) == "dresscode"
+    module = TryOnDataModule(complete, SIZE, batch_size=2, augment=True)
+    assert sorted(name for batch in module.train_dataloader() for name in batch["name"]) == [
+        f"{n:06d}_0" for n in (0, 1, 2, 20, 21, 22)
+    ]
+    some = TryOnDataModule(complete, SIZE, batch_size=2, reading=Reading(categories=("dresses",)))
+    assert {name[:5] for name in next(iter(some.test_dataloader()))["name"]} == {"00002"}
+    with pytest.raises(
+        DataError, match=r"no folder lower_body .*data\.categories=\[upper_body,dresses\]"
+    ):
+        DressCodeDataset(complete, "train", "paired", SIZE, CATEGORIES)
+    with pytest.raises(DataError, match=r"one category of DressCode.*data\.categories=\[dresses\]"):
+        detect_layout(complete / "dresses")
+
+
+def test_categories_need_dresscode(small_dataset: Path) -> None:
+    # Proves that a filter is never ignored.
+    with pytest.raises(DataError, match=r"categories=\['dresses'\] belongs to DressCode"):
+        open_dataset(
+            small_dataset, Split.TRAIN, Pairing.PAIRED, SIZE, Reading(categories=("dresses",))
+        )
+
+
+def test_the_check_knows_the_layout(complete: Path) -> None:
+    # Proves that a derived DressCode has no findings: shared folders are no left-overs, UV maps no pictures.
+    report = check_dataset(complete, SIZE, progress=False)
+    assert report.findings == []
+    assert report.samples == {
+        "upper_body train": 3, "dresses train": 3, "upper_body test": 2, "dresses test": 2,
+    }  # fmt: skip
+    one = check_dataset(complete, reading=Reading(categories=("dresses",)), progress=False)
+    assert list(one.samples) == ["dresses train", "dresses test"]
+    assert not check_dataset(
+        complete, reading=Reading(categories=("lower_body",)), progress=False
+    ).ok
+
+
+def test_foreign_lists_are_refused(stock: Path, tmp_path: Path) -> None:
+    # Proves that names of another dataset are not taken for DressCode's.
+    folder = tmp_path / "set" / "dresses"
+    folder.mkdir(parents=True)
+    (folder / "train_pairs.txt").write_text("00017_00.jpg 00017_00.jpg\n")
+    with pytest.raises(
+        DataError, match=r"train_pairs\.txt names '00017_00'.*expected a person NNNNNN_0\.jpg"
+    ):
+        DressCodeDataset(tmp_path / "set", "train", "paired", SIZE, ["dresses"])
+
+
+def test_labels_of_another_set_are_said(complete: Path) -> None:
+    # Proves that a map with VITON-HD's labels in DressCode's place is refused with the way out.
+    file = complete / "dresses/label_maps/000021_4.png"
+    before = file.read_bytes()
+    Image.fromarray(np.full(SIZE, 19, np.uint8)).save(file)
+    report = derive_dataset(
+        complete, Reading(categories=("dresses",)), DeriveOptions(overwrite=True, progress=False)
+    )
+    file.write_bytes(before)
+    assert [one.name for one in report.refused] == ["000021_0"]
+    assert "unknown labels 19; expected 0...17" in report.refused[0].reason
+    assert "labels=viton_hd" in report.refused[0].reason
