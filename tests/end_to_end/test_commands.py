@@ -211,7 +211,12 @@ def test_explanation(overrides: list[str], small_checkpoint: Path, tmp_path: Pat
     sample = read_explained(folder)
     assert sample.generated_patches == ((1, 2), (3, 0))
     assert all(sample.maps.scores(layer).shape[0] == 1 for layer in sample.maps.layers)
-    assert np.array_equal(sample.clean[-1].picture, sample.images["generated"])
+    # decoded in two batches, whose last bits may differ: one grey level at most
+    last, generated = (
+        np.asarray(picture, int)
+        for picture in (sample.clean[-1].picture, sample.images["generated"])
+    )
+    assert np.abs(last - generated).max() <= 1
     assert [image.step_index for image in sample.clean] == [0, 1]
     for side, direction, mask in zip("gr", Direction, ("inpaint", "garment"), strict=True):
         heat = torch.from_numpy(sample.unified(direction, thresholded=True))[None]

@@ -142,8 +142,11 @@ def test_the_best_model_is_judged_in_its_run_like_a_snapshot(
     ]
     finished, best = read_evaluations([run])
     assert (finished.snapshot, best.snapshot) == (False, True)
-    assert (finished.run, finished.model, finished.step) == (best.run, best.model, 4)
+    assert (finished.run, finished.step) == (best.run, 4)
     assert best.step == json.loads((run / "best.json").read_text())["step"]
+    # which step is best depends on the last digits; where it is the last one, the names differ
+    apart = "" if best.step < 4 else f" {best.folder.name}"
+    assert best.model == finished.model + apart
     assert checkpoint_label(run / "best") == "run-best"
     assert arm_name(run / "best") == arm_name(run / "model") == "train"
 
