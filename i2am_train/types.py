@@ -29,7 +29,7 @@ class GridSize(NamedTuple):
 
 
 class Direction(StrEnum):
-    """The axis that an attribution map lies on (paper section 4, equations 4-7)."""
+    """The axis that an attribution map lies on (paper section 4.2, eq. 6)."""
 
     REFERENCE_TO_GENERATED = "reference_to_generated"
     """Which generated positions the reference feeds; a map on the generated grid."""
@@ -45,7 +45,7 @@ class Branch(StrEnum):
 
 
 class LayerWeighting(StrEnum):
-    """How layers of different grids are summed (adapters note 5.4).
+    """How layers of different grids are summed: the paper leaves it open.
 
     ``paper`` adds the scores as they are, so a 16x12 layer weighs sixteen times a 64x48 one.
     ``density`` multiplies by the number of tokens first, so that every layer weighs the same.

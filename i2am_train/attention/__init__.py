@@ -1,5 +1,4 @@
-"""Attention capture and attribution maps: `trace` a sampling run, then ask its maps; `ScoreTap` for
-training."""
+"""Attention capture and attribution maps: `trace` a sampling run, then ask its maps; `ScoreTap` for training."""
 
 from i2am_train.attention.archive import Archive, load_maps, save_maps
 from i2am_train.attention.frames import Frame, announce

@@ -1,5 +1,4 @@
-"""Save and load a capture as one safetensors file: all maps can be made from it again, without the
-model."""
+"""Save and load a capture as one safetensors file: all maps can be made from it again, without the model."""
 
 from __future__ import annotations
 
@@ -59,8 +58,7 @@ def save_maps(
 
 
 def load_maps(path: str | os.PathLike[str]) -> Archive:
-    """Read what `save_maps` wrote. Raises `DataError` for anything else, and for maps that are not
-    finite."""
+    """Read what `save_maps` wrote. Raises `DataError` for anything else, and for maps that are not finite."""
     source = Path(path)
     try:
         with safe_open(source, framework="pt") as file:
@@ -80,8 +78,7 @@ def load_maps(path: str | os.PathLike[str]) -> Archive:
     if metadata.get("format") != _FORMAT:
         raise DataError(
             f"'{source}' is not an attribution archive (its format is {metadata.get('format')!r}, "
-            "expected "
-            f"{_FORMAT!r}). Give a file that 'i2am explain' or save_maps() wrote."
+            f"expected {_FORMAT!r}). Give a file that 'i2am explain' or save_maps() wrote."
         )
     layers = tuple(_layer(entry, tensors) for entry in json.loads(metadata["layers"]))
     recipe, partial, canvas = json.loads(metadata.get("model", '["", null, "stretch"]'))

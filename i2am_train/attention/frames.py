@@ -1,5 +1,6 @@
 """Frames: one denoiser evaluation, and what the sampler says about it.
- The sampler owns time. It announces the step and the conditional rows around each evaluation, and
+
+The sampler owns time. It announces the step and the conditional rows around each evaluation, and
 whoever listens reads them; nothing counts calls or guesses which half of the batch is conditional.
 """
 

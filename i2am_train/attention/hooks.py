@@ -62,8 +62,7 @@ def resolve_root(target: Any, recipe: Recipe) -> nn.Module:
 
 
 def resolve_sites(root: nn.Module, recipe: Recipe) -> tuple[SiteModule, ...]:
-    """The recipe's attention modules as they are now (call it when attaching: adapters may be
-    injected until then)."""
+    """The recipe's attention modules as they are now (call it when attaching: adapters may be injected until then)."""
     found = [
         SiteModule(layer, path, site, module)
         for path, module in named_modules(root)
@@ -204,9 +203,8 @@ class Listener:
             replaced = "; its forward was replaced" if "forward" in vars(self.root) else ""
             raise CaptureError(
                 f"{type(self.root).__name__} was called without a picture '{self.recipe.latent}' "
-                "of shape "
-                f"[batch, channel, height, width] (arguments: {given}{replaced}). Set the recipe's latent to "
-                "its name, or to a function of the arguments if tokens are packed."
+                f"of shape [batch, channel, height, width] (arguments: {given}{replaced}). Set the "
+                "recipe's latent to its name, or to a function of the arguments if tokens are packed."
             )
         return LatentSize(latent.shape[0], GridSize(*latent.shape[-2:]))
 
@@ -237,8 +235,7 @@ def choose_sites(
 
 
 def eager_while_listening() -> AbstractContextManager[object]:
-    """Keeps compiled functions from running: hooks added after a compilation are silently ignored
-    (adapters note 3).
+    """Keeps compiled functions from running: hooks added after a compilation are silently ignored.
 
     Free when nothing was compiled: the compiler is not even imported then.
     """

@@ -2,8 +2,8 @@
 
 A `KnownModel` is one row of the support table: a function that makes the `Recipe`, the module names
 by which the model is told from others (`Signature`), and what a user must know before reading its
-maps. Facts about the models are from `adapters note` 1 to 4, which read their public code.
-A model of your own: ``i2am_train/attention/README.md``.
+maps. Facts about the models are from reading their public code; they, and how to describe a
+model of your own, are in ``i2am_train/attention/README.md``.
 """
 
 from __future__ import annotations
@@ -30,8 +30,7 @@ from i2am_train.errors import CaptureError
 from i2am_train.types import Backend, Canvas, GridSize
 
 DIFFUSERS_DECODER = r"(?P<layer>up_blocks\.\d+\.attentions\.\d+)\.transformer_blocks\.0\.attn2"
-"""The decoder's cross-attention of Stable-Diffusion-like networks of diffusers: the paper's layers
-1..9."""
+"""The decoder's cross-attention of Stable-Diffusion-like networks of diffusers: the paper's layers 1..9."""
 
 LDM_DECODER = r"(?P<layer>output_blocks\.\d+\.1)\.transformer_blocks\.0\.attn2"
 """The same layers in the code of latent-diffusion."""
@@ -76,14 +75,13 @@ def tryon(
 
 
 DINOV2_GRID = GridSize(37, 28)
-"""Patches of the paper's reference encoder at 518x392 (spec 1.1)."""
+"""Patches of the paper's reference encoder, DINOv2 with patches of 14, at 518x392."""
 
 
 def custom(
     reference_grid: GridSize = DINOV2_GRID, special_tokens: int = 1, guided: bool | None = None
 ) -> Recipe:
-    """The paper's own model in its authors' code (adapters note 2.1): conditional rows come
-    first."""
+    """The paper's own model in its authors' code: conditional rows come first."""
     site = Site(
         r"(?P<layer>decoders\.\d+\.1)\.attention_2",
         "q_proj",
@@ -97,7 +95,7 @@ def custom(
 
 
 def paint_by_example(guided: bool | None = None) -> Recipe:
-    """Paint-by-Example in diffusers: one pooled token (adapters note 2.2)."""
+    """Paint-by-Example in diffusers: one pooled token."""
     site = Site(DIFFUSERS_DECODER, reference=Tokens(None, count=1))
     recipe = diffusers_decoder(None, guided=guided)
     return replace(recipe, sites=(site,), name="paint_by_example")
@@ -117,7 +115,7 @@ _WARPED = "the warped garment also enters by four input channels and the start n
 
 
 def dci_vton(guided: bool | None = None) -> Recipe:
-    """DCI-VTON: as Paint-by-Example (adapters note 2.3)."""
+    """DCI-VTON: as Paint-by-Example in latent diffusion's layout."""
     return replace(paint_by_example_ldm(guided), name="dci_vton", partial=_WARPED)
 
 
@@ -127,8 +125,10 @@ def dci_vton_diffusers(guided: bool | None = None) -> Recipe:
 
 
 def stableviton(guided: bool | None = None) -> Recipe:
-    """StableVITON's warping blocks (adapters note 2.4). With guidance (a scale other than 1) each
-    step makes two calls, the conditional one first."""
+    """StableVITON's warping blocks.
+
+    With guidance (a scale other than 1) each step makes two calls, the conditional one first.
+    """
     site = Site(
         r"(?P<layer>warp_flow_blks\.\d+)\.transformer_blocks\.0\.attn2",
     )
@@ -145,7 +145,7 @@ def stableviton(guided: bool | None = None) -> Recipe:
 
 
 def pasd(guided: bool | None = None) -> Recipe:
-    """PASD's pixel attention, 12 sites (adapters note 2.5)."""
+    """PASD's pixel attention, 12 sites."""
     site = Site(r"(?P<layer>up_blocks\.\d+\.pixel_attentions\.\d+)\.transformer_blocks\.0\.attn2")
     return Recipe(
         "unet",
@@ -164,8 +164,7 @@ def pasd_light(guided: bool | None = None) -> Recipe:
 
 
 def seesr(guided: bool | None = None) -> Recipe:
-    """SeeSR's image attention in the decoder: 145 tokens, the mean and 12x12 (adapters note
-    2.6)."""
+    """SeeSR's image attention in the decoder: 145 tokens, the mean and 12x12."""
     site = Site(
         r"(?P<layer>up_blocks\.\d+\.image_attentions\.\d+)\.transformer_blocks\.0\.attn2",
         reference=Tokens(GridSize(12, 12), skip=1),
@@ -192,7 +191,7 @@ def _doubled(name: str, root: str, rows: Rows, guided: bool | None) -> Recipe:
 
 
 def idm_vton(guided: bool | None = None) -> Recipe:
-    """IDM-VTON: 70 self-attentions (adapters note 2.7)."""
+    """IDM-VTON: 70 self-attentions over the tokens of both pictures."""
     return replace(
         _doubled("idm_vton", "unet", "second_half", guided),
         partial="16 IP-Adapter tokens of the garment also enter by cross-attention",
@@ -200,7 +199,7 @@ def idm_vton(guided: bool | None = None) -> Recipe:
 
 
 def ootdiffusion(guided: bool | None = None) -> Recipe:
-    """OOTDiffusion: 16 self-attentions, conditional rows first (adapters note 2.8)."""
+    """OOTDiffusion: 16 self-attentions, conditional rows first."""
     return replace(
         _doubled("ootdiffusion", "unet_vton", "first_half", guided),
         partial="a CLIP embedding of the garment also enters by cross-attention",
@@ -208,8 +207,7 @@ def ootdiffusion(guided: bool | None = None) -> Recipe:
 
 
 def catvton(guided: bool | None = None, side_by_side: bool = False) -> Recipe:
-    """CatVTON: one canvas, person above garment (adapters note 2.9); ``side_by_side``: left and
-    right."""
+    """CatVTON: one canvas, person above garment; ``side_by_side``: left and right."""
     person, garment = (0.0, 0.5, 0.0, 1.0), (0.5, 1.0, 0.0, 1.0)
     if side_by_side:
         person, garment = (0.0, 1.0, 0.0, 0.5), (0.0, 1.0, 0.5, 1.0)
@@ -223,9 +221,11 @@ def catvton(guided: bool | None = None, side_by_side: bool = False) -> Recipe:
 
 
 def ladi_vton(first: int = 11, count: int = 16, guided: bool | None = None) -> Recipe:
-    """LaDI-VTON: pseudo-words among 77 words (adapters note 2.10). ``first`` is the position of the
-    first one: 11 after "a photo of a model wearing an upper body garment", 9 after "... a
-    dress"."""
+    """LaDI-VTON: pseudo-words among 77 words.
+
+    ``first`` is the position of the first one: 11 after "a photo of a model wearing an upper body
+    garment", 9 after "... a dress".
+    """
     site = Site(
         DIFFUSERS_DECODER, reference=Tokens(None, skip=first, stop=first + count, count=count)
     )
@@ -275,7 +275,7 @@ def _other_adapters(unet: nn.Module) -> str | None:
 
 
 def ip_adapter(adapter: int = 0, guided: bool | None = None) -> Recipe:
-    """IP-Adapter, 4 pooled tokens (adapters note 2.11); ``adapter`` counts the loaded ones."""
+    """IP-Adapter, 4 pooled tokens; ``adapter`` counts the loaded ones."""
     return _ip_adapter("ip_adapter", Tokens(None), adapter, guided, Canvas.STRETCH)
 
 
@@ -680,8 +680,7 @@ def of_same_picture(recipe: str) -> bool:
 
 
 def detect_recipe(target: Any) -> Recipe:
-    """The recipe of a model that knows its own, or of a known one; else an error that says how to
-    write one."""
+    """The recipe of a model that knows its own, or of a known one; else an error that says how to write one."""
     if isinstance(target, HasAttentionRecipe):
         return target.attention_recipe()
     for known in known_models():
@@ -694,9 +693,8 @@ def detect_recipe(target: Any) -> Recipe:
     raise CaptureError(
         f"No recipe is known for {type(target).__name__}. Pass one: for a U-Net of diffusers, "
         "diffusers_decoder(reference_grid=GridSize(height, width), special_tokens=...), with "
-        "root='' if you trace "
-        "the U-Net itself; by name, named_recipe(target, name), if it is a variant of a known model; "
-        "for any other model, a Recipe of Sites."
+        "root='' if you trace the U-Net itself; by name, named_recipe(target, name), if it is a "
+        "variant of a known model; for any other model, a Recipe of Sites."
     )
 
 

@@ -1,5 +1,4 @@
-"""`ScoreTap`: the scores of chosen layers of the last training step, with their gradient, for the
-attention losses."""
+"""`ScoreTap`: the scores of chosen layers of the last training step, with their gradient, for the attention losses."""
 
 from __future__ import annotations
 
@@ -27,8 +26,7 @@ from i2am_train.types import GridSize
 
 
 class _LastForward:
-    """What one layer attended with in the last forward, and its scores once somebody asked for
-    them."""
+    """What one layer attended with in the last forward, and its scores once somebody asked for them."""
 
     def __init__(self, site: SiteModule, frame: Frame, inputs: AttentionInputs) -> None:
         self.places: SitePlaces = site.places(
@@ -48,8 +46,7 @@ class _LastForward:
 
 
 class ScoreTap:
-    """Listens to a model in training and gives the head-mean scores of chosen layers,
-    differentiable.
+    """Listens to a model in training and gives the head-mean scores of chosen layers, differentiable.
 
     ::
 
@@ -110,8 +107,7 @@ class ScoreTap:
         return tuple(site.layer for site in self._sites)
 
     def scores(self, layer: LayerId) -> Float[Tensor, "batch generated reference"]:
-        """Softmax over the reference patches (special tokens left out before it), mean over heads,
-        float32."""
+        """Softmax over the reference patches (special tokens left out before it), mean over heads, float32."""
         return self._last_forward(layer).scores()
 
     def generated_grid(self, layer: LayerId) -> GridSize:
@@ -135,11 +131,10 @@ class ScoreTap:
         if name not in self._last:
             raise CaptureError(
                 f"Layer {name} has no scores yet: no forward with gradient ran since the tap was "
-                "attached. "
-                "Call the model first, not under torch.no_grad(); with gradient checkpointing, use "
-                "the non-reentrant "
-                "kind (use_reentrant=False); with torch.compile, set "
-                "torch._dynamo.config.skip_nnmodule_hook_guards=False before, or hooks are ignored."
+                "attached. Call the model first, not under torch.no_grad(); with gradient "
+                "checkpointing, use the non-reentrant kind (use_reentrant=False); with torch.compile, "
+                "set torch._dynamo.config.skip_nnmodule_hook_guards=False before, or hooks are "
+                "ignored."
             )
         return self._last[name]
 

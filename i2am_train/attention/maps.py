@@ -1,6 +1,6 @@
-"""Attribution maps: every view of one capture, chosen afterwards (paper section 4 and appendix
-A.2).
- The names follow the paper: unified (ULAM), time-level (TLAM), head-level (HLAM), layer-level
+"""Attribution maps: every view of one capture, chosen afterwards (paper section 4 and appendix A.3).
+
+The names follow the paper: unified (ULAM), time-level (TLAM), head-level (HLAM), layer-level
 (LLAM) and specific-reference (SRAM) attribution maps.
 """
 
@@ -56,7 +56,7 @@ def normalise(
 def threshold(
     values: Float[Tensor, "*batch height width"], delta: float
 ) -> Float[Tensor, "*batch height width"]:
-    """Values above ``delta`` as they are, others zero: ``m * 1(m > delta)`` (paper eq. 13; strictly
+    """Values above ``delta`` as they are, others zero: ``m * 1(m > delta)`` (paper eq. 5; strictly
     greater). What is not a number stays so.
 
     >>> threshold(torch.tensor([[0.2, 0.4, 0.7]]), 0.4).tolist()
@@ -103,29 +103,25 @@ class HeatMap:
         return replace(self, values=on_picture(self.values, picture, canvas), is_normalised=False)
 
     def on_picture(self, size: GridSize) -> HeatMap:
-        """Normalised, resized to the picture and normalised again: the order that IMACS is defined
-        on (spec 4 and 5)."""
+        """Normalised, resized to the picture and normalised again, as the authors' code does before IMACS (eq. 8)."""
         return self.normalised().resized(size).normalised()
 
     def normalised(self, *, joint: bool = False) -> HeatMap:
-        """Each map to [0, 1] by its own minimum and maximum, or by those of all maps of its sample
-        (``joint``)."""
+        """Each map to [0, 1] by its own minimum and maximum, or by those of all maps of its sample (``joint``)."""
         joint_axes = len(self.axes) if joint else 0
         return replace(
             self, values=normalise(self.values, joint_axes=joint_axes), is_normalised=True
         )
 
     def thresholded(self, delta: float) -> HeatMap:
-        """Normalised (unless it is), then without the values of at most ``delta``, which must lie
-        in [0, 1)."""
+        """Normalised (unless it is), then without the values of at most ``delta``, which must lie in [0, 1)."""
         ready = self if self.is_normalised else self.normalised()
         return replace(ready, values=threshold(ready.values, delta))
 
 
 @dataclass(frozen=True)
 class AttributionMaps:
-    """All maps of one sampling run. Values are means over what a map does not show; see `Rollup`
-    for the weights.
+    """All maps of one sampling run. Values are means over what a map does not show; see `Rollup` for the weights.
 
     Every method takes ``size`` (None: the finest grid of the layers) and returns a `HeatMap` of
     float32 values. Maps of a `trace` lie on the CPU, wherever the model ran: compare them with
@@ -162,7 +158,7 @@ class AttributionMaps:
         mode: ResizeMode = "bilinear",
         softmax_over: SoftmaxOver = "map",
     ) -> HeatMap:
-        """ULAM: over all steps, heads and layers (eqs. 8 and 9), ``[batch, height, width]``.
+        """ULAM: over all steps, heads and layers (eq. 7), ``[batch, height, width]``.
 
         ``softmax_over="reference"`` is DAAM's direction for generated-side maps: softmax over the
         reference, averaged over the reference. Rows of a softmax sum to one, so it is the constant
@@ -175,8 +171,7 @@ class AttributionMaps:
 
     @property
     def marks(self) -> tuple[str, ...]:
-        """What a reader must know before trusting the maps: "not functional: ...", "partial:
-        ..."."""
+        """What a reader must know before trusting the maps: "not functional: ...", "partial: ..."."""
         return self.store.marks
 
     def mass(self, size: GridSize | None = None) -> HeatMap:
@@ -207,8 +202,7 @@ class AttributionMaps:
         weighting: LayerWeighting = LayerWeighting.PAPER,
         size: GridSize | None = None,
     ) -> HeatMap:
-        """TLAM: ``[batch, time, height, width]``; group 0 holds the first, noisiest steps (eqs. 10
-        and 11)."""
+        """TLAM: ``[batch, time, height, width]``; group 0 holds the first, noisiest steps (eqs. 10 and 11)."""
         rollup = Rollup(direction, weighting)
         common = size or rollup.common_grid(self.store)
         maps = rollup.combine(self.store.layers, common, groups=groups)
@@ -220,8 +214,7 @@ class AttributionMaps:
         weighting: LayerWeighting = LayerWeighting.PAPER,
         size: GridSize | None = None,
     ) -> HeatMap:
-        """HLAM: ``[batch, head, height, width]``; each layer is averaged before layers are (spec
-        4).
+        """HLAM: ``[batch, head, height, width]``; each layer is averaged before layers are (eq. 12).
 
         Raises `ConfigError` if layers differ in their number of heads; see `by_head_count`.
         """
@@ -231,8 +224,7 @@ class AttributionMaps:
         return HeatMap(maps[:, 0], direction, ("head",), (_numbers(maps.shape[2]),))
 
     def layer_level(self, direction: Direction, size: GridSize | None = None) -> HeatMap:
-        """LLAM: ``[batch, layer, height, width]`` in the order of `layers`, all as densities (mean
-        1)."""
+        """LLAM: ``[batch, layer, height, width]`` in the order of `layers` (eq. 13), as densities (mean 1)."""
         rollup = Rollup(direction, LayerWeighting.DENSITY)
         common = size or rollup.common_grid(self.store)
         maps = [rollup.combine([record], common)[:, 0, 0] for record in self.store.layers]
@@ -248,8 +240,7 @@ class AttributionMaps:
         weighting: LayerWeighting = LayerWeighting.PAPER,
         size: GridSize | None = None,
     ) -> HeatMap:
-        """Time x resolution or head x resolution (paper Fig. 20): ``[batch, row, resolution,
-        height, width]``.
+        """Time x resolution or head x resolution (paper Fig. 20): ``[batch, row, resolution, height, width]``.
 
         Resolutions are the grids of the generated tokens, coarse to fine, in both directions.
         """
@@ -270,8 +261,7 @@ class AttributionMaps:
     def specific_reference(
         self, patches: Sequence[Patch], layer: LayerId, size: GridSize | None = None
     ) -> HeatMap:
-        """SRAM: where given generated patches look, ``[batch, patch, height, width]`` on the
-        reference (eq. 14).
+        """SRAM: where given generated patches look, ``[batch, patch, height, width]`` on the reference (eq. 14).
 
         ``layer`` must have been traced with its matrices (``trace(..., matrix_layers=[layer])``).
         """
@@ -284,8 +274,7 @@ class AttributionMaps:
     def reverse_specific_reference(
         self, patches: Sequence[Patch], layer: LayerId, size: GridSize | None = None
     ) -> HeatMap:
-        """Where given reference patches go, ``[batch, patch, height, width]`` on the generated
-        image.
+        """Where given reference patches go, ``[batch, patch, height, width]`` on the generated image.
 
         The column of the softmax over generated positions (named but not defined by the paper; spec
         4).
@@ -300,8 +289,7 @@ class AttributionMaps:
     def scores(
         self, layer: LayerId, over: Literal["reference", "generated"] = "reference"
     ) -> Float[Tensor, "batch generated reference"]:
-        """Head- and step-mean scores of a layer traced with its matrices; softmax over the axis
-        named."""
+        """Head- and step-mean scores of a layer traced with its matrices; softmax over the axis named."""
         record = self.store.layer(layer)
         scores = (
             record.scores_over_reference if over == "reference" else record.scores_over_generated

@@ -1,5 +1,6 @@
 """Recipes: where a model keeps its attention between generated and reference tokens.
- A `Recipe` declares the module whose forward is one denoiser evaluation, the attention modules
+
+A `Recipe` declares the module whose forward is one denoiser evaluation, the attention modules
 (`Site`) whose queries are generated tokens and whose keys are reference tokens, where the tokens of
 the picture sit in a sequence (`Tokens`), and which rows of the batch are conditional. Nothing is
 guessed from a token count: a mismatch is an error.
@@ -27,14 +28,13 @@ LayerId: TypeAlias = int | str
 PAPER_LAYERS: tuple[str, ...] = tuple(
     f"up_blocks.{block}.attentions.{position}" for block in (1, 2, 3) for position in (0, 1, 2)
 )
-"""The paper's decoder layers 1..9 in diffusers' words, coarse to fine (spec 1.2)."""
+"""The paper's decoder layers 1..9 in diffusers' words, coarse to fine."""
 
 _NUMBERED: tuple[tuple[str, int], ...] = (
     (r"(?:.*\.)?(?:output_blocks|decoders)\.(\d+)\.1", 2),
     (r"(?:.*\.)?warp_flow_blks\.(\d+)", -1),
 )
-"""The same nine layers in other code: a pattern of the layer's name, and what to take from the
-number in it (adapters note 1)."""
+"""The same nine layers in other code: a pattern of the layer's name, and what to take from the number in it."""
 
 
 def layer_name(layer: LayerId) -> str:
@@ -48,8 +48,7 @@ def layer_name(layer: LayerId) -> str:
     if not 1 <= layer <= len(PAPER_LAYERS):
         raise CaptureError(
             f"There is no layer number {layer}: the paper numbers the decoder's cross-attention "
-            "layers "
-            f"1..{len(PAPER_LAYERS)}. Give one of those, or a name such as {PAPER_LAYERS[1]!r}."
+            f"layers 1..{len(PAPER_LAYERS)}. Give one of those, or a name such as {PAPER_LAYERS[1]!r}."
         )
     return PAPER_LAYERS[layer - 1]
 
@@ -341,9 +340,8 @@ def _half(name: str, batch: int) -> slice:
     if batch % 2:
         raise CaptureError(
             f"The recipe takes the {name.replace('_', ' ')} of the batch as conditional, as under "
-            "classifier-free "
-            f"guidance, but the model was called with {batch} rows. Without guidance use a recipe "
-            "with rows='all'."
+            f"classifier-free guidance, but the model was called with {batch} rows. Without guidance "
+            "use a recipe with rows='all'."
         )
     return slice(0, batch // 2) if name == "first_half" else slice(batch // 2, batch)
 

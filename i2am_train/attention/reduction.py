@@ -95,9 +95,8 @@ class SiteRecorder:
         if frame.call == self._last_call:
             raise CaptureError(
                 f"Layer {self.site.layer} ran twice in one evaluation of the denoiser (tiles, or a "
-                "shared module). "
-                "Switch tiling off, or write a recipe whose root is the module that runs once per "
-                "tile."
+                "shared module). Switch tiling off, or write a recipe whose root is the module that "
+                "runs once per tile."
             )
         self._last_call = frame.call
 
@@ -134,7 +133,6 @@ class SiteRecorder:
 
 @contextmanager
 def undisturbed() -> Iterator[None]:
-    """Where a listener computes: without gradient, and without inference tensors, which could not
-    be used later."""
+    """Where a listener computes: without gradient, and without inference tensors, which could not be used later."""
     with torch.inference_mode(False), torch.no_grad():
         yield

@@ -1,5 +1,4 @@
-"""What a capture leaves behind: per layer, step and head two maps on their own grids. Every map is
-a view of this."""
+"""What a capture leaves behind: per layer, step and head two maps on their own grids. Every map is a view of this."""
 
 from __future__ import annotations
 
@@ -24,7 +23,7 @@ class LayerRecord:
     (where a reference token goes). ``functional`` is False where a single reference token makes
     queries and keys irrelevant to the picture (a softmax over one key is one whatever they are).
     ``mass`` is the share of its attention that a generated token gives to the reference, where the
-    model's own softmax runs over both pictures (adapters note 2.7); elsewhere it is one, and None
+    model's own softmax runs over both pictures; elsewhere it is one, and None
     here.
     """
 
@@ -50,10 +49,8 @@ class LayerRecord:
         if self.reference_grid is None:
             raise CaptureError(
                 f"The reference tokens of layer {self.layer} have no place in the reference "
-                "picture "
-                "(pooled vectors or words), so there is no map on it. Use "
-                "Direction.REFERENCE_TO_GENERATED, "
-                "or give the recipe a reference grid."
+                "picture (pooled vectors or words), so there is no map on it. Use "
+                "Direction.REFERENCE_TO_GENERATED, or give the recipe a reference grid."
             )
         return self.reference_grid
 
@@ -104,14 +101,12 @@ class AttributionStore:
 
     @property
     def joint(self) -> bool:
-        """Whether the model's own softmax runs over both pictures, so that every layer has a
-        ``mass``."""
+        """Whether the model's own softmax runs over both pictures, so that every layer has a ``mass``."""
         return all(record.mass is not None for record in self.layers)
 
     @property
     def marks(self) -> tuple[str, ...]:
-        """What a reader must know before trusting the maps, each a short sentence; empty if
-        nothing."""
+        """What a reader must know before trusting the maps, each a short sentence; empty if nothing."""
         unmoved = (
             "not functional: with a single reference token, queries and keys cannot influence "
         )

@@ -1,8 +1,8 @@
 """Sums over time, heads and layers: pure functions from a store to tensors on one common grid.
- Averages are taken first and maps are resized last: for the axis that a map lies on the two
-commute, and the other axis has gone already (adapters note 5.3). All layers are on the paper's
-scale, i.e. probabilities: dividing by the number of terms turns the paper's sums (eqs. 8-13) into
-means, which min-max normalisation cannot tell apart.
+Averages are taken first and maps are resized last: for the axis that a map lies on the two commute,
+and the other axis has gone already (exact for bilinear resizing by whole factors). All layers are on
+the paper's scale, i.e. probabilities: dividing by the number of terms turns the paper's sums
+(eqs. 4, 7, 10-14) into means, which min-max normalisation cannot tell apart.
 """
 
 from __future__ import annotations
@@ -22,8 +22,7 @@ from i2am_train.types import Direction, GridSize, LayerWeighting
 
 
 def time_groups(steps: int, groups: int) -> tuple[slice, ...]:
-    """Disjoint runs of sampling steps, noisiest first; lengths differ by one at most if ``groups``
-    does not divide.
+    """Disjoint runs of sampling steps, noisiest first; lengths differ by one at most if ``groups`` does not divide.
 
     The paper's eq. 11 counts the step between two groups twice; the authors' code does not, nor do
     we (golden 08).
@@ -42,8 +41,7 @@ def time_groups(steps: int, groups: int) -> tuple[slice, ...]:
 
 @dataclass(frozen=True)
 class Rollup:
-    """How layers become maps: direction, weights of the layers, the common grid, and how maps are
-    resized to it."""
+    """How layers become maps: direction, weights of the layers, the common grid, and how maps are resized to it."""
 
     direction: Direction
     weighting: LayerWeighting
@@ -57,8 +55,7 @@ class Rollup:
     def layer_maps(
         self, record: LayerRecord, *, groups: int | None = None, heads: bool = False
     ) -> Float[Tensor, "batch group head height width"]:
-        """One layer's maps on its own grid: ``groups`` runs of steps (None: one), each head or
-        their mean."""
+        """One layer's maps on its own grid: ``groups`` runs of steps (None: one), each head or their mean."""
         steps = record.vectors(self.direction)
         runs = time_groups(steps.shape[1], 1 if groups is None else groups)
         grouped = torch.stack([steps[:, run].mean(dim=1) for run in runs], dim=1)
@@ -76,8 +73,7 @@ class Rollup:
         groups: int | None = None,
         heads: bool = False,
     ) -> Float[Tensor, "batch group head height width"]:
-        """Mean over layers, each resized once per grid. A layer counts once per head, as in the
-        paper's sum."""
+        """Mean over layers, each resized once per grid. A layer counts once per head, as in the paper's sum."""
         if heads:
             check_equal_heads(records)
         sums: dict[GridSize, Tensor] = {}
@@ -102,8 +98,8 @@ def check_equal_heads(records: Sequence[LayerRecord]) -> None:
     if len(counts) > 1:
         raise ConfigError(
             f"The layers have different numbers of heads ({', '.join(map(str, counts))}), so there "
-            "is no map per head "
-            "over all of them. Use maps.by_head_count(), or select layers with equally many heads."
+            "is no map per head over all of them. Use maps.by_head_count(), or select layers with "
+            "equally many heads."
         )
 
 

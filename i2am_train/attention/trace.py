@@ -1,5 +1,4 @@
-"""`trace`: capture both directions of a model's attention during the one sampling run that makes
-the images."""
+"""`trace`: capture both directions of a model's attention during the one sampling run that makes the images."""
 
 from __future__ import annotations
 
@@ -119,8 +118,7 @@ class _Evaluation:
         return self.timestep > last.timestep or again
 
     def is_step_of(self, other: _Evaluation) -> bool:
-        """Whether both belong to one sampling step (samplers of higher order evaluate a step
-        twice)."""
+        """Whether both belong to one sampling step (samplers of higher order evaluate a step twice)."""
         if self.step_index is not None or other.step_index is not None:
             return self.step_index == other.step_index
         return self.timestep is not None and self.timestep == other.timestep
@@ -193,8 +191,7 @@ class Trace:
 
     @property
     def sites(self) -> SiteTable:
-        """What is captured: layers, grids, heads, reference tokens and calls seen; prints as a
-        table."""
+        """What is captured: layers, grids, heads, reference tokens and calls seen; prints as a table."""
         return SiteTable(_summary(recorder) for recorder in self._recorders.values())
 
     def maps(self) -> AttributionMaps:
@@ -284,8 +281,7 @@ class Trace:
         if not self._evaluations:
             raise CaptureError(
                 "The model was not called inside the trace's block (or no call was conditional), "
-                "so there are no "
-                "maps. Run the pipeline inside 'with trace(...)'."
+                "so there are no maps. Run the pipeline inside 'with trace(...)'."
             )
         _refuse_blind(list(self._recorders.values()))
         expected = len(self._evaluations)

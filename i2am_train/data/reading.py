@@ -57,7 +57,7 @@ from i2am_train.seeds import seed_for
 from i2am_train.types import GridSize, Pairing, Split
 
 SMALLEST_INPAINT_SHARE = 122_880 / (1024 * 768)
-"""Training masks that cover less become all ones: the authors' rule, scaled (spec 2.1)."""
+"""Training masks that cover less become all ones: the authors' rule of 122,880 pixels at 1024x768, as a share."""
 
 UNIT_VALUES = np.arange(256, dtype=np.float32) / np.float32(127.5) - np.float32(1.0)
 """Colours 0..255 as [-1, 1]: a table, because torch would start its threads for each small picture."""
@@ -237,7 +237,7 @@ def _as_sample(arrays: SampleArrays, pair: Pair, index: int, *, paired: bool) ->
 
 
 def _image(picture: Image) -> Tensor:
-    """Colours 0..255 ``[H, W, 3]`` as [-1, 1] ``[3, H, W]``; grey 128 becomes +0.0039 (spec 1.5)."""
+    """Colours 0..255 ``[H, W, 3]`` as [-1, 1] ``[3, H, W]``; grey 128 becomes +0.0039, as the authors have it."""
     return torch.from_numpy(np.take(UNIT_VALUES, picture.transpose(2, 0, 1)))
 
 

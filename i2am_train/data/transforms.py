@@ -1,4 +1,4 @@
-"""The authors' augmentations of training samples, in their order (spec 1.5), with the correspondence carried along.
+"""The authors' augmentations of training samples, in their order, with the correspondence carried along.
 
 Order: joint flip; shift and scale of the garment; an independent shift and scale of everything on the person's side;
 joint colour change; agnostic image greyed again. What albumentations does at random here depends on the seed that
@@ -28,7 +28,7 @@ import albumentations as A
 from i2am_train.data.arrays import GREY, Image, SampleArrays
 
 SHIFT, SCALE = 0.2, 0.2
-"""Largest shift (share of the picture) and change of scale: spec 1.5."""
+"""Largest shift (share of the picture) and change of scale: the authors'."""
 
 
 GARMENT_SIDE = {"garment": "image", "garment_mask": "mask"}

@@ -123,4 +123,4 @@ RULES: dict[LossVariant, VariantRules] = {
     LossVariant.MARGIN: VariantRules(dcml_force=PairForce.REPAIR_TO_MARGIN),
     LossVariant.MIXED: VariantRules(dcml_force=PairForce.REPAIR_AND_REWARD),
 }
-"""From spec section 3.1; each row of the first five is pinned by the golden files."""
+"""The readings of paper eqs. 15-22; each row of the first five is pinned by the golden files."""

@@ -37,7 +37,7 @@ def dcml(
             length is one of the reference, so that the value means the same for every layer. What
             can be met depends on the layer: see :func:`identity_stride`.
 
-    >>> centers = torch.tensor([[[0.0, 1.0], [0.0, 0.5], [1.0, 0.0], [0.5, 0.5]]])  # spec 3.2
+    >>> centers = torch.tensor([[[0.0, 1.0], [0.0, 0.5], [1.0, 0.0], [0.5, 0.5]]])
     >>> dcml(centers, torch.ones(1, 4, dtype=torch.bool), GridSize(2, 2))  # .5 over 4 pairs
     tensor([0.1250])
     """
@@ -61,7 +61,7 @@ def identity_stride(generated_grid: GridSize, reference_grid: GridSize) -> tuple
 
     A margin near it asks for the whole reference to be spread over the whole picture, above it for
     the impossible. The default margin of 1 patch is half of it for an 8x6 layer with a 16x12
-    reference (the setting that experiment.md measured), and twice the possible for a 32x24 layer.
+    reference (measured in trial trainings), and twice the possible for a 32x24 layer.
 
     >>> identity_stride(GridSize(8, 6), GridSize(16, 12))
     (2.0, 2.0)

@@ -25,7 +25,7 @@ class TermWeights:
     """Weight of each term. None or 0.0 switches a term off: it is neither computed nor logged.
 
     Weights belong to a variant. The paper's (.01, .0001, 2) go with sums and with CWG divided by
-    H'W'h'w'; the mean-normalised variants need others (spec 3.1, experiment.md).
+    H'W'h'w'; the mean-normalised variants need others.
 
     >>> TermWeights(dcml=0.007, tv=0.002, cwg=0.0).active
     {'dcml': 0.007, 'tv': 0.002}

@@ -31,7 +31,7 @@ def correspondence_cross_entropy(
     Args:
         target_yx: in reference patches, NaN where a generated patch has no true position
             (:func:`~i2am_train.metrics.correspondence.target_on_grid`).
-        sigma: of the Gaussian, in reference patches; 1 was chosen by us, see experiment.md.
+        sigma: of the Gaussian, in reference patches; 1 was chosen by us, as in CWG.
 
     >>> scores = torch.tensor([[[0.25, 0.5, 0.25], [0.2, 0.2, 0.6]]])
     >>> target = torch.tensor([[[0.0, 1.0], [float("nan"), float("nan")]]])

@@ -24,7 +24,7 @@ def total_variation(
     where no two neighbours are in the mask. The minimum is a constant centre: this term needs DCML
     beside it.
 
-    >>> centers = torch.tensor([[[0.0, 1.0], [0.0, 0.5], [1.0, 0.0], [0.5, 0.5]]])  # spec 3.2
+    >>> centers = torch.tensor([[[0.0, 1.0], [0.0, 0.5], [1.0, 0.0], [0.5, 0.5]]])
     >>> total_variation(centers, torch.ones(1, 4, dtype=torch.bool), GridSize(2, 2))  # 3 / 4 pairs
     tensor([0.7500])
     """

@@ -2,7 +2,7 @@
 
 All boxes of one comparison lie in one frame, that of the picture which the map was resized to. Two
 ways lead from a map to a box: ``component_box``, which does what the paper says, and
-``authors_box``, which does what the authors' last script does (spec section 6).
+``authors_box``, which does what the last script of the authors' detection repository does.
 """
 
 from __future__ import annotations

@@ -20,7 +20,7 @@ from i2am_train.ops.precision import at_least_float32
 from i2am_train.types import GridSize
 
 MINIMUM_SPREAD_RATIO = 0.3
-"""Chosen by us from experiment.md: healthy arms kept .55 or more, the collapsed one had 0."""
+"""Chosen by us: in trial trainings healthy arms kept .55 or more, the collapsed one (``paper``'s losses) had 0."""
 MAXIMUM_ENTROPY = 0.95
 """Chosen by us: at least three quarters of the patches share the attention (192 ** .95 = 148)."""
 SHARP_ENTROPY = 0.2

@@ -1,7 +1,7 @@
 """The forward process and one DDIM step, as formulas on tensors.
 
 The schedule's numbers come from diffusers' ``DDIMScheduler``; the step is ours, because the authors' time grid
-{0, 20, ..., 980, 999} (spec section 8) is not one that diffusers can express.
+{0, 20, ..., 980, 999} is not one that diffusers can express.
 """
 
 from diffusers import DDIMScheduler
@@ -49,7 +49,7 @@ class NoiseSchedule(nn.Module):
         noise: Float[Tensor, "batch channel height width"],
         timesteps: Int[Tensor, " batch"],
     ) -> Float[Tensor, "batch channel height width"]:
-        """x_t = signal * x_0 + noise_level * eps (DDPM, equation 4)."""
+        """x_t = signal * x_0 + noise_level * eps (Ho et al. 2020, eq. 4)."""
         signal, level = self.levels(timesteps)
         return signal * clean + level * noise
 
@@ -81,7 +81,7 @@ class NoiseSchedule(nn.Module):
 
 
 def ddim_timesteps(steps: int, length: int = 1000) -> list[tuple[int, int]]:
-    """Pairs (evaluated timestep, timestep stepped to) in sampling order, the authors' grid (spec section 8).
+    """Pairs (evaluated timestep, timestep stepped to) in sampling order, on the authors' grid.
 
     The last pair's output is the predicted clean latent; timestep 0 is never evaluated.
 

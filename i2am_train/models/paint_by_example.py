@@ -2,7 +2,7 @@
 
 Its reference is one token, and a softmax over one key is 1 whatever query and key are: the captured
 logits never moved a pixel. They stem from the text model that it was trained from, so that a map is
-a probe of that geometry (adapters note 2.2). ``Painted.functional`` says so of the maps at hand.
+a probe of that geometry. ``Painted.functional`` says so of the maps at hand.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ DECODER = "up_blocks."
 """Start of the names of the paper's nine layers."""
 
 AUTHORS_STEPS = {"clip_sample": False, "set_alpha_to_one": False, "steps_offset": 1}
-"""DDIM on latent diffusion's own grid, 981, 961, ... 1, which the authors sample on (spec section 8)."""
+"""DDIM on latent diffusion's own grid, 981, 961, ... 1, which the authors sample on."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,4 +1,4 @@
-"""The trainable part between a frozen image encoder and the U-Net's cross-attention (paper A.4, spec 1.1).
+"""The trainable part between a frozen image encoder and the U-Net's cross-attention (paper A.5).
 
 This file is copied into exported models, so it imports nothing that diffusers does not.
 """
@@ -47,6 +47,6 @@ class ReferenceProjector(ModelMixin, ConfigMixin):
     def drop(self, tokens: Tensor, dropped: Tensor) -> Tensor:
         """Replaces the context tokens of samples by the null tokens where ``dropped`` (bool ``[batch]``) is true.
 
-        Other inputs stay (spec 1.3).
+        Other inputs stay.
         """
         return torch.where(dropped[:, None, None], self.null_tokens.to(tokens.dtype), tokens)

@@ -1,4 +1,4 @@
-"""Sampling with classifier-free guidance (spec section 8).
+"""Sampling with classifier-free guidance (paper eq. 9).
 
 The sampler owns time: around each evaluation it announces the step and the conditional rows, so that listeners such as
 ``trace`` never have to guess them.

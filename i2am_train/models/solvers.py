@@ -42,7 +42,7 @@ class Solver(Protocol):
 
 
 class DDIMSolver:
-    """Deterministic DDIM on the authors' time grid (Song et al. 2021; spec section 8)."""
+    """Deterministic DDIM on the authors' time grid (Song et al. 2021)."""
 
     def __init__(self, schedule: NoiseSchedule, steps: int) -> None:
         self._schedule = schedule

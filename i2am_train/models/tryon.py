@@ -1,4 +1,4 @@
-"""The try-on model: Stable Diffusion's U-Net and VAE with an image encoder where the text encoder was (paper A.4).
+"""The try-on model: Stable Diffusion's U-Net and VAE with an image encoder where the text encoder was (paper A.5).
 
 One class for all sizes. The U-Net sees 12 channels [noisy latent, agnostic latent, pose latent] and attends to the
 garment's patch tokens; nothing else tells it about the garment. A folder in diffusers' layout holds it::
@@ -59,7 +59,7 @@ class TryOnConfig:
     ``height`` and ``width`` are those of the images; ``reference_height`` and ``reference_width`` those that the
     garment is resized to for the encoder (518x392 for DINOv2 at 37x28 patches). ``class_token`` keeps the encoder's
     class token in front of the patches. ``reference_mean`` and ``reference_std`` normalise the garment from [0, 1];
-    the authors' code feeds [-1, 1], which is mean 0.5 and std 0.5 (spec 1.1).
+    the authors' code feeds [-1, 1], which is mean 0.5 and std 0.5.
     """
 
     height: int
@@ -457,7 +457,7 @@ def convert_weights(file: Path, dtype: torch.dtype) -> None:
 
 
 def widen_input(unet: UNet2DConditionModel, channels: int = INPUT_CHANNELS) -> UNet2DConditionModel:
-    """Gives the first convolution more input channels, the new ones zero (paper A.4), and returns the U-Net.
+    """Gives the first convolution more input channels, the new ones zero (paper A.5), and returns the U-Net.
 
     At the start the network then equals the one that it was on the noisy latent alone.
     """

@@ -1,13 +1,15 @@
 """Attention scores and the two column means of an attention matrix, without keeping the matrix.
- For one head, ``logits[n, m] = scale * generated[n] . reference[m]`` with ``N`` generated tokens in
+
+For one head, ``logits[n, m] = scale * generated[n] . reference[m]`` with ``N`` generated tokens in
 the rows and ``M`` reference tokens in the columns. An attribution map is the mean of one softmax
-over the *other* axis (paper eqs. 4-7):
+over the *other* axis (paper eqs. 3 and 6):
 
 - ``to_generated[n] = mean_m softmax_n(logits)[n, m]``: where the reference goes to, one value per
   generated token;
 - ``to_reference[m] = mean_n softmax_m(logits)[n, m]``: where the generated tokens look, one value
   per reference token.
- Both softmaxes share their numerators. `column_means` therefore takes one product and one
+
+Both softmaxes share their numerators. `column_means` therefore takes one product and one
 exponential per logit and gets all four sums (rows, columns, and both weighted ones) from small
 matrix products while a block is still in the cache. That is about eight times faster than two
 softmaxes. Heads whose logits do not fit the plain float32 exponential are recognised by their sums
@@ -28,16 +30,14 @@ from torch import Tensor
 from i2am_train.ops.precision import at_least_float32
 
 DEFAULT_BYTE_BUDGET = 64 * 2**20
-"""Scratch memory that `column_means` may use, in bytes. Chosen by us: the aim of issue 2 for a
-whole capture."""
+"""Scratch memory that `column_means` may use, in bytes. Chosen by us: the aim of issue 2 for a whole capture."""
 
 _CACHE_BLOCK_BYTES = 2**20
 """Exponentials worked on at a time on a CPU. Chosen by us: of 1/4 to 4 MiB the fastest with 2 MiB of
 L2 per core, for matrices of 48 x 192 to 3072 x 1036."""
 
 _SMALLEST_SUM, _LARGEST_SUM = 1e-20, 1e30
-"""Sums of exponentials within these bounds lost nothing to float32 underflow (1.2e-38) or overflow
-(3.4e38)."""
+"""Sums of exponentials within these bounds lost nothing to float32 underflow (1.2e-38) or overflow (3.4e38)."""
 
 
 class ColumnMeans(NamedTuple):
@@ -52,8 +52,7 @@ def attention_logits(
     reference: Float[Tensor, "*batch reference channel"],
     scale: float | None = None,
 ) -> Float[Tensor, "*batch generated reference"]:
-    """Scaled dot products in float32 (float64 stays float64); ``scale`` defaults to ``channel **
-    -0.5``."""
+    """Scaled dot products in float32 (float64 stays float64); ``scale`` defaults to ``channel ** -0.5``."""
     factor = generated.shape[-1] ** -0.5 if scale is None else scale
     with torch.autocast(generated.device.type, enabled=False):
         return (at_least_float32(generated) * factor) @ at_least_float32(reference).mT
@@ -64,8 +63,7 @@ def head_mean_scores(
     reference: Float[Tensor, "batch head reference channel"],
     scale: float | None = None,
 ) -> Float[Tensor, "batch generated reference"]:
-    """Softmax over the reference, averaged over heads, with gradient: what the losses are functions
-    of.
+    """Softmax over the reference, averaged over heads, with gradient: what the losses are functions of.
 
     Every row sums to one. Leave special tokens out of ``reference`` beforehand: the softmax is over
     what is given.
@@ -115,7 +113,7 @@ def column_means(
     generated_weights: Float[Tensor, "batch generated"] | None = None,
     byte_budget: int = DEFAULT_BYTE_BUDGET,
 ) -> ColumnMeans:
-    """Both column means of every head (paper eqs. 4-7, averaged over the axis that disappears).
+    """Both column means of every head (paper eq. 6, averaged over the axis that disappears).
 
     ``generated_weights`` (one non-negative number per generated token) weighs the mean that makes
     ``to_reference``, e.g. a mask of the region of interest; without it every generated token counts
@@ -150,10 +148,9 @@ def reference_mass(
     scale: float | None = None,
     byte_budget: int = DEFAULT_BYTE_BUDGET,
 ) -> Float[Tensor, "batch head generated"]:
-    """Share of its attention that each generated token gives to the ``reference`` among all
-    ``keys``.
+    """Share of its attention that each generated token gives to the ``reference`` among all ``keys``.
 
-    ``exp(LSE_reference - LSE_all)`` of the logits (adapters note 2.7), in [0, 1]; for models whose
+    ``exp(LSE_reference - LSE_all)`` of the logits, in [0, 1]; for models whose
     softmax runs over the keys of both pictures. Works on blocks of rows within ``byte_budget``.
 
     >>> keys = torch.zeros(2, 3, 6, 8)
@@ -170,8 +167,7 @@ def reference_mass(
 
 
 def _row_weights(weights: Tensor | None, generated: Tensor, heads: int) -> Tensor:
-    """Weights of the generated tokens that sum to one (or are all zero), one row per flattened
-    head."""
+    """Weights of the generated tokens that sum to one (or are all zero), one row per flattened head."""
     count, rows, _ = generated.shape
     if weights is None:
         return generated.new_full((1, 1), 1 / rows).expand(count, rows)
@@ -295,8 +291,7 @@ class _Group:
             torch.bmm(block, inverse, out=to_generated[:, rows])
 
     def stabilised(self, weights: Tensor) -> tuple[Tensor, Tensor]:
-        """Column means with the maximum of every row and column subtracted: any logits, two
-        exponentials each."""
+        """Column means with the maximum of every row and column subtracted: any logits, two exponentials each."""
         columns = self.reference.shape[2]
         to_reference = self.generated.new_zeros(self.reference.shape[0], columns)
         column_lse: Tensor | None = None
@@ -329,8 +324,7 @@ class _Group:
         return self._product(rows, self._block(rows))
 
     def _block(self, rows: slice) -> Tensor:
-        """The scratch of these rows: their own place if exponentials are kept, else the shared
-        start."""
+        """The scratch of these rows: their own place if exponentials are kept, else the shared start."""
         count, columns = self.reference.shape[0], self.reference.shape[2]
         held = self.generated.shape[1] if self.work.keeps_exponentials else self.work.rows
         matrix = self.scratch[: count * held * columns].view(count, held, columns)

@@ -22,7 +22,7 @@ class Draws(NamedTuple):
     noise: Float[Tensor, "batch 4 latent_height latent_width"]
     """The noise that the denoiser is asked for."""
     posterior: Float[Tensor, "batch 3 4 latent_height latent_width"]
-    """Noise of the VAE's posteriors of person, agnostic and pose (the authors sample all three, spec 1.1)."""
+    """Noise of the VAE's posteriors of person, agnostic and pose (the authors sample all three)."""
     dropped: Bool[Tensor, " batch"]
     """Samples whose reference is replaced by the null tokens."""
 

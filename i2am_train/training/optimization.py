@@ -27,7 +27,7 @@ SETS: Mapping[str, Callable[[str], bool]] = {
 
 
 def set_trainable(model: TryOnModel, trainable: str) -> None:
-    """Freezes everything but the projector, the null tokens and the chosen part of the U-Net (spec 1.4).
+    """Freezes everything but the projector, the null tokens and the chosen part of the U-Net.
 
     ``v1``: the set of the authors' first code: first convolution, decoder, output layers and the encoder's
     cross-attention; the bottleneck stays, its cross-attention included. ``v2``: that of their later code, all but the

@@ -33,7 +33,7 @@ class TrainingObjective:
     attention: AttentionObjective = field(default_factory=AttentionObjective)
     """Attention losses; with no active term the attention is not looked at."""
     layer: LayerId = 2
-    """Layer whose attention the losses see; the paper's is number 2 (spec 1.2)."""
+    """Layer whose attention the losses see; the paper's is number 2 (A.5)."""
     snr_gamma: float | None = None
     """Min-SNR weighting of the denoising loss; None: plain mean squared error."""
 

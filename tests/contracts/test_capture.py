@@ -1,5 +1,4 @@
-"""Demands on every capture: the image does not change, nothing stays attached, and misfits are
-errors."""
+"""Demands on every capture: the image does not change, nothing stays attached, and misfits are errors."""
 
 import copy
 

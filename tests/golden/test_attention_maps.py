@@ -1,5 +1,4 @@
-"""Golden vectors 06, 07 and 08: column means, unified map, time groups (see data/ for their
-provenance)."""
+"""Golden vectors 06, 07 and 08: column means, unified map, time groups (see data/ for their provenance)."""
 
 import json
 from pathlib import Path
@@ -95,15 +94,13 @@ class TestColumnMeans:
 
 
 class TestUnifiedMap:
-    """Golden 07: two layers, two steps, two heads, three tokens each; bicubic, clamp, min-max,
-    threshold."""
+    """Golden 07: two layers, two steps, two heads, three tokens each; bicubic, clamp, min-max, threshold."""
 
     golden = load("07_ulam_resize_normalise_threshold.json")
     layers = tensor(golden["inputs"]["layer_a"]), tensor(golden["inputs"]["layer_b"])
 
     def authors_unified(self, balanced=False):
-        """The authors' order on the primitives of this package: every token resized and clamped,
-        then the mean."""
+        """The authors' order on the primitives of this package: every token resized and clamped, then the mean."""
         common = GridSize(8, 6)
         resized = []
         for layer in self.layers:

@@ -1,5 +1,4 @@
-"""The captured maps against a slow transcription of the paper's equations 4-9, one logit at a
-time."""
+"""The captured maps against a slow transcription of the paper's equations 3 to 7, one logit at a time."""
 
 import copy
 import math
@@ -67,8 +66,7 @@ def softmax(numbers):
 
 
 def slow_maps(module, hidden, context, special):
-    """Eqs. 4-7 for one sample and layer: per head, both softmaxes of the same logits and their
-    column means."""
+    """Eqs. 3 and 6 for one sample and layer: per head, both softmaxes of the same logits and their column means."""
     queries = (hidden.double() @ module.to_q.weight.double().T).unflatten(-1, (module.heads, -1))
     keys = (context.double() @ module.to_k.weight.double().T).unflatten(-1, (module.heads, -1))
     keys = keys[special:]
@@ -87,8 +85,7 @@ def slow_maps(module, hidden, context, special):
 
 
 def sample(unet, batch, guided, special, by_announcement):
-    """A short DDIM loop as diffusers' pipelines write it, [unconditional; conditional] under
-    guidance."""
+    """A short DDIM loop as diffusers' pipelines write it, [unconditional; conditional] under guidance."""
     scheduler = DDIMScheduler(num_train_timesteps=1000)
     scheduler.set_timesteps(STEPS)
     generator = torch.Generator().manual_seed(batch)

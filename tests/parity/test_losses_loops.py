@@ -97,7 +97,7 @@ def test_the_papers_equations_as_loops() -> None:
 
 
 def authors_batch(scores: Tensor, mask: Tensor, variant: LossVariant) -> tuple[float, ...]:
-    """DCML, TV and CWG of a whole batch as the authors' two versions average them (spec 3.1)."""
+    """DCML, TV and CWG of a whole batch as the authors' two versions average them."""
     first = variant is LossVariant.AUTHORS_V1
     power, width = (1, 0.5) if first else (2, 1.0)
     order = down = right = near = 0.0

@@ -17,8 +17,7 @@ sizes = st.integers(1, 9)
 
 @st.composite
 def attentions(draw):
-    """Projected tokens of [batch, head, token, channel] with logits from flat to extremely
-    peaked."""
+    """Projected tokens of [batch, head, token, channel] with logits from flat to extremely peaked."""
     batch, heads, generated, reference, channels = (draw(sizes) for _ in range(5))
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
     magnitude = draw(st.sampled_from([0.0, 0.1, 1.0, 10.0, 300.0]))

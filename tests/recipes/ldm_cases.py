@@ -1,5 +1,5 @@
 """Recipes of models in other layouts than diffusers': small ones with random weights in float64, and what is known of
-the real ones (adapters note 2.1 to 2.4)."""
+the real ones."""
 
 from collections.abc import Sequence
 from types import SimpleNamespace

@@ -1,6 +1,6 @@
 """Networks in the layouts of latent-diffusion (Paint-by-Example, DCI-VTON), of StableVITON, and of the paper's authors.
 
-Written by us from the description of their public code (adapters note 2.1 to 2.4): module names, shapes, arguments and
+Written by us from the description of their public code: module names, shapes, arguments and
 order of calls are theirs, the code is not. All three are one U-Net, Stable Diffusion 1.5's, under different names.
 """
 

@@ -1,7 +1,7 @@
 """Small models of the structure that each recipe declares, made of parts of diffusers, with random
 weights in float64, and what is known of the real ones: paths, heads, places of tokens.
 
-Facts are from the adapters note; sizes are as small as the structure allows and never square.
+Facts are from their public code; sizes are as small as the structure allows and never square.
 """
 
 from collections.abc import Callable, Iterator
@@ -439,8 +439,7 @@ def garment_features(unet: nn.Module, evaluation: Callable[[], Any], normalised:
 
 
 def in_running_order(unet: nn.Module) -> list[OwnBlock]:
-    """Blocks of the encoder, the middle and the decoder: paths list the decoder before the
-    middle."""
+    """Blocks of the encoder, the middle and the decoder: paths list the decoder before the middle."""
     parts = (unet.down_blocks, unet.mid_block, unet.up_blocks)
     return [block for part in parts for block in own_blocks(part)]
 

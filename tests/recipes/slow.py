@@ -171,7 +171,7 @@ class SlowLayer:
 
 
 def slow_attention(queries: Tensor, keys: Tensor, every: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """One head of one sample: the two column means (paper eqs. 4-7), and the reference's share."""
+    """One head of one sample: the two column means (paper eq. 6), and the reference's share."""
     scale = queries.shape[-1] ** -0.5
     weights, all_weights = (scale * queries @ keys.T).exp(), (scale * queries @ every.T).exp()
     over_generated = weights / weights.sum(dim=0, keepdim=True)

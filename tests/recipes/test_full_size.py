@@ -1,4 +1,4 @@
-"""Site tables at true size, on the meta device, against the adapters note's numbers (section 1)."""
+"""Site tables at true size, on the meta device, against what was counted in the models' own code."""
 
 from collections import Counter
 from types import SimpleNamespace

@@ -208,7 +208,7 @@ def test_true_table_of_paint_by_example(name: str) -> None:
 
 
 def test_true_table_of_stableviton() -> None:
-    """512x384: nine warping blocks, 192, 768 and 3072 keys on the grid of the queries (adapters note 2.4)."""
+    """512x384: nine warping blocks, 192, 768 and 3072 keys on the grid of the queries."""
     with torch.device("meta"):
         model = ControlLDM(TRUE_WIDTHS, TRUE_CONTEXT)
         inputs, token = torch.zeros(2, 13, *LATENT_512_384), torch.zeros(2, 1, TRUE_CONTEXT)

@@ -72,7 +72,7 @@ def test_unified_is_the_mean_over_steps_heads_and_layers(maps, store, weighting)
 
 
 def test_paper_weighting_lets_the_coarse_layers_dominate(store):
-    # 16x12, 32x24, 64x48 weigh 76, 19 and 5 per cent (adapters note 5.4)
+    # 16x12, 32x24, 64x48 weigh 76, 19 and 5 per cent
     grids = (GridSize(16, 12), GridSize(32, 24), GridSize(64, 48))
     shares = []
     for hot in range(3):
@@ -154,7 +154,7 @@ def test_two_axis_maps_split_rows_by_resolution(maps, rows, count, direction):
 
 
 def test_layers_with_different_head_counts():
-    # their sum counts every head once (eq. 8); maps per head exist per head count only
+    # their sum counts every head once (eq. 7); maps per head exist per head count only
     records = (record("a", GRIDS[0], 1, heads=2), record("b", GRIDS[0], 2, heads=4))
     made = AttributionMaps(AttributionStore(records, tuple(map(float, range(STEPS)))))
     everything = torch.cat([layer.to_reference for layer in records], dim=2).mean(dim=(1, 2))

@@ -1,5 +1,4 @@
-"""attention/live.py: scores with gradient in training, with checkpointing, autocast and class
-tokens."""
+"""attention/live.py: scores with gradient in training, with checkpointing, autocast and class tokens."""
 
 import copy
 
@@ -49,8 +48,7 @@ def recipe(special_tokens=0):
 
 
 def seen_by(unet, layer=LAYER):
-    """Hidden states and context that the layer's attention is called with, by an independent
-    hook."""
+    """Hidden states and context that the layer's attention is called with, by an independent hook."""
     seen = []
     module = unet.get_submodule(f"{layer}.transformer_blocks.0.attn2")
     module.register_forward_pre_hook(

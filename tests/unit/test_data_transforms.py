@@ -65,7 +65,7 @@ def test_a_flip_mirrors_pictures_and_coordinates_together() -> None:
 
 
 def test_the_region_to_paint_is_grey_again_and_nothing_comes_from_global_randomness() -> None:
-    # Proves the last step (spec 1.5), and that numpy's and Python's global streams are neither read nor moved.
+    # Proves the last step, and that numpy's and Python's global streams are neither read nor moved.
     state = np.random.get_state()[1].copy()  # noqa: NPY002
     first, second = (Augmentation()(arrays(2), 2) for _ in range(2))
     assert (first.agnostic[first.inpaint_mask] == 128).all()
@@ -75,7 +75,7 @@ def test_the_region_to_paint_is_grey_again_and_nothing_comes_from_global_randomn
 
 
 def test_scaling_keeps_proportions_and_limits() -> None:
-    # Proves the ranges of spec 1.5: one scale in 0.8..1.2 for both axes, shifts of at most a fifth (plus centring).
+    # Proves the authors' ranges: one scale in 0.8..1.2 for both axes, shifts of at most a fifth (plus centring).
     from i2am_train.data.transforms import PERSON_SIDE, _apply
 
     augment, plain = Augmentation(), arrays(0)

@@ -54,7 +54,7 @@ def test_files_come_back_as_they_were_drawn(small_dataset: Path) -> None:
 
 
 def test_unpaired_takes_the_lists_garment_and_knows_no_truth(small_dataset: Path) -> None:
-    # Proves the semantics of spec 2.1: person-side files follow column 1, the garment column 2.
+    # Proves what the lists mean: person-side files follow column 1, the garment column 2.
     paired, unpaired = (
         VitonHDDataset(small_dataset, "test", pairing, SIZE)[1] for pairing in Pairing
     )

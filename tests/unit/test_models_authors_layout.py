@@ -211,7 +211,7 @@ def outputs(model: nn.Module, names: list[str], call: Callable[[], Any]) -> dict
 
 
 def corresponding() -> dict[str, str]:
-    """Their modules and ours, layer by layer (spec 1.2)."""
+    """Their modules and ours, layer by layer."""
     pairs = {"encoders.0": "conv_in", "bottleneck.1": "mid_block.attentions.0"}
     pairs |= {f"bottleneck.{2 * n}": f"mid_block.resnets.{n}" for n in (0, 1)}
     for level in range(4):

@@ -101,7 +101,7 @@ def test_from_a_pipeline_folder(
     assert model.projector.blocks[0].attn1.heads == 1
     assert model.config.reference_mean == tryon.IMAGENET_MEAN
     assert model.schedule.prediction_type is PredictionType.EPSILON
-    assert model.schedule.signal[999] ** 2 == pytest.approx(0.00466010, abs=1e-7)  # spec section 8
+    assert model.schedule.signal[999] ** 2 == pytest.approx(0.00466010, abs=1e-7)
     output = capsys.readouterr().out
     assert "10x5 patches" in output
     assert f"i2am train init={tmp_path / 'model'}" in output
@@ -109,7 +109,7 @@ def test_from_a_pipeline_folder(
 
 
 def test_the_paper_s_reference_size() -> None:
-    """512x384 at patches of 14 is 518x392, 37x28 patches (spec 1.1)."""
+    """512x384 at patches of 14 is 518x392, 37x28 patches."""
     from i2am_train.models.convert.components import reference_geometry
 
     class Encoder:

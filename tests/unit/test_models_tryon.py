@@ -116,7 +116,7 @@ def test_an_encoder_that_does_not_fit_the_grid(
 
 
 def test_widened_input_changes_nothing_at_the_start() -> None:
-    """With zero-initialised channels the network equals the one on the noisy latent alone (paper A.4)."""
+    """With zero-initialised channels the network equals the one on the noisy latent alone (paper A.5)."""
     kind = {"block_out_channels": (8, 8), "norm_num_groups": 4, "cross_attention_dim": 8}
     blocks = {
         "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),

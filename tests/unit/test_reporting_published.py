@@ -17,7 +17,7 @@ from i2am_train.workflows.evaluate import expected_values, print_scores
 
 
 def test_rows() -> None:
-    """Every model that an option can name, with metrics that exist; IMACS_g orders them as FID does (spec 7)."""
+    """Every model that an option can name, with metrics that exist; IMACS_g orders them as FID does."""
     assert set(TABLE_2) == set(get_args(PublishedModel))
     for model, row in TABLE_2.items():
         assert set(row) <= set(METRICS)

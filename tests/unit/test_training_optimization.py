@@ -86,7 +86,7 @@ def true_size(make_parts: Callable[..., Any]) -> TryOnModel:
     ],
 )
 def test_sets_of_trained_weights(true_size: TryOnModel, name: str, expected: int) -> None:
-    """Each set counts what spec 1.4 lists; projector and null tokens always train, VAE and encoder never."""
+    """Each set counts the authors' modules; projector and null tokens always train, VAE and encoder never."""
     set_trainable(true_size, name)
     counted = sum(p.numel() for p in true_size.unet.parameters() if p.requires_grad)
     assert counted == expected
@@ -102,7 +102,7 @@ def test_sets_of_trained_weights(true_size: TryOnModel, name: str, expected: int
 
 
 def test_v1_leaves_the_bottleneck(true_size: TryOnModel) -> None:
-    """Its cross-attention keeps the weights of text, as in the authors' first code (spec 9.21)."""
+    """Its cross-attention keeps the weights of text, as in the authors' first code."""
     set_trainable(true_size, "v1")
     names = trained(true_size)
     assert not [n for n in names if n.startswith(("unet.mid_block.", "unet.time_embedding."))]

@@ -1,4 +1,4 @@
-"""The VITON-HD folder layout (spec 2.1): the real dataset, the embedded one and own photographs alike.
+"""The VITON-HD folder layout: the real dataset, the embedded one and own photographs alike.
 
 Two distributions are about: ``zalando-hd-resized``, and the folders of HR-VITON and StableVITON. They differ in
 spelling (``cloth_mask`` for ``cloth-mask``, ``agnostic`` for ``agnostic-v3.2``, ...) and in what they hold;

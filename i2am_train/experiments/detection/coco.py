@@ -1,4 +1,4 @@
-"""Objects of a COCO-format dataset as the authors' detection bench takes them (spec section 6).
+"""Objects of a COCO-format dataset as the authors' detection bench takes them (paper section 5.1).
 
 Of each image, in the order of image ids, the first annotation counts whose box covers a tenth to
 three tenths of the image; an image without one is left out. An annotation of a crowd is a box like
@@ -34,7 +34,7 @@ from i2am_train.metrics.boxes import Box
 from i2am_train.types import GridSize
 
 SMALLEST_SHARE, LARGEST_SHARE = 0.1, 0.3
-"""Share of the image that an object's box covers, both ends included (paper 5.1, spec section 6)."""
+"""Share of the image that an object's box covers, both ends included (paper section 5.1)."""
 
 TOLERANCE = 2.0
 """Pixels that a box may reach beyond its image: COCO's own boxes come from rounded polygons."""

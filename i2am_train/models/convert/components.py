@@ -54,7 +54,7 @@ NORMALISATIONS: dict[Normalisation, tuple[list[float], list[float]]] = {
     "clip": ([0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711]),
     "authors": ([0.5] * 3, [0.5] * 3),
 }
-"""Mean and standard deviation of the encoder's input in [0, 1]; the authors feed [-1, 1] (spec 1.1)."""
+"""Mean and standard deviation of the encoder's input in [0, 1]; the authors feed [-1, 1]."""
 
 
 class Assembled(NamedTuple):

@@ -1,6 +1,6 @@
 """Paint-by-Example and DCI-VTON from one file in latent-diffusion's layout, as a pipeline of diffusers.
 
-Both are the same three networks (adapters note 2.2, 2.3): Stable Diffusion's U-Net with nine input channels
+Both are the same three networks: Stable Diffusion's U-Net with nine input channels
 (``model.diffusion_model``), its VAE (``first_stage_model``), and CLIP's image encoder followed by five transformer
 blocks, a norm and a projection to one token (``cond_stage_model``, ``proj_out``), beside the vector that stands for no
 reference (``learnable_vector``). The order of input channels is that of diffusers' pipeline.

@@ -1,4 +1,4 @@
-"""CatVTON-style try-on (adapters note 2.9): person and garment on one canvas, filled in by an inpainting U-Net.
+"""CatVTON-style try-on: person and garment on one canvas, filled in by an inpainting U-Net.
 
 Written here from its description: Stable Diffusion's inpainting network without its
 cross-attention, whose self-attention sees both pictures. Rows of a guided batch: unconditional

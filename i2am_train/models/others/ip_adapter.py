@@ -1,4 +1,4 @@
-"""IP-Adapter on Stable Diffusion 1.5 (adapters note 2.11): from words alone, or filling in a mask."""
+"""IP-Adapter on Stable Diffusion 1.5: from words alone, or filling in a mask."""
 
 from __future__ import annotations
 
