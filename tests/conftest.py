@@ -41,6 +41,12 @@ def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WANDB_MODE", "offline")
 
 
+@pytest.fixture(autouse=True)
+def no_imports_allowed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What one test's command line names, the next one's files may not import."""
+    monkeypatch.setenv("I2AM_ALLOW_IMPORTS", "")
+
+
 @pytest.fixture(scope="session")
 def small_dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A synthetic dataset of 64x48 images: 20 training and 6 test samples."""

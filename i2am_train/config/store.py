@@ -31,6 +31,7 @@ from i2am_train.config.schema import (
     option_names,
 )
 from i2am_train.config.words import as_typed
+from i2am_train.doors import allow_named
 from i2am_train.errors import ConfigError
 
 BASE_ARM = "base"
@@ -75,6 +76,7 @@ def compose(command: str, overrides: Sequence[str] = ()) -> Any:
     """
     register_schemas()
     GlobalHydra.instance().clear()
+    allow_named(overrides)
     words = as_typed(command, overrides)
     with initialize_config_dir(version_base="1.3", config_dir=str(conf_folder())):
         return to_dataclass(command, hydra_compose(config_name=command, overrides=words))

@@ -20,6 +20,7 @@ from typing import Any, NoReturn
 from i2am_train.config.build import shortened, unknown_option
 from i2am_train.config.documentation import help_text
 from i2am_train.config.schema import COMMANDS, option_names
+from i2am_train.doors import allow_named
 from i2am_train.entry.faults import as_user_error
 from i2am_train.entry.stopping import sentence, stopped_by_signals
 from i2am_train.errors import CommandStopped, ConfigError
@@ -217,6 +218,7 @@ def run_with_hydra(command: str, run: Callable[[Any], int | None]) -> int:
     from i2am_train.config.words import as_typed
 
     _check_flags(command)
+    allow_named(sys.argv[1:])
     sweep = any(word in MULTIRUN_FLAGS for word in sys.argv[1:])
     sys.argv[1:] = as_typed(command, sys.argv[1:], sweep=sweep)
     register_schemas()

@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-import inspect
-import sys
-from collections.abc import Callable
-from importlib import import_module
-from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
-import torch
 from PIL import Image as PillowImage
 
 from i2am_train.attention.known import detect_recipe, named_recipe
 from i2am_train.attention.recipe import Recipe
 from i2am_train.data.arrays import Image
 from i2am_train.data.pictures import resize_picture
+from i2am_train.doors import calls, resolve
 from i2am_train.errors import ConfigError
 from i2am_train.models.others.base import OtherModel, Request, Source
 from i2am_train.models.others.painting import pillow
@@ -26,7 +21,7 @@ ARGUMENTS = (
 )  # fmt: skip
 """Keywords that a pipeline is called with."""
 HOW = (
-    "A factory takes (checkpoint, device) and returns a pipeline, or (pipeline, recipe). The "
+    "a function that takes (checkpoint, device) and returns a pipeline, or (pipeline, recipe). The "
     f"pipeline is called with the keywords {', '.join(ARGUMENTS)} (those that it does not need it "
     "takes as **others) and returns an RGB picture of Pillow"
 )
@@ -56,9 +51,6 @@ class FactoryPipeline(Protocol):
         ...
 
 
-Factory = Callable[[str | None, torch.device], Any]
-
-
 def load_by_factory(source: Source) -> OtherModel:
     """What the user's factory makes, with the recipe that it names, that was asked for, or that fits.
 
@@ -67,11 +59,7 @@ def load_by_factory(source: Source) -> OtherModel:
         CaptureError: no recipe is known for it.
     """
     assert source.factory is not None, "checked with the configuration"
-    factory = _imported(source.factory)
-    try:
-        inspect.signature(factory).bind(source.checkpoint, source.device)
-    except TypeError as error:
-        raise ConfigError(f"factory={source.factory} is no factory ({error}). {HOW}.") from error
+    factory = resolve(source.factory, "factory", HOW, calls("checkpoint", "device"))
     made = factory(source.checkpoint, source.device)
     pipeline, recipe = made if isinstance(made, tuple) and len(made) == 2 else (made, None)
     _check(pipeline, recipe, source.factory)
@@ -100,46 +88,15 @@ def _recipe(pipeline: Any, recipe: Recipe | str | None, source: Source) -> Recip
     return named_recipe(pipeline, str(name), **source.options)
 
 
-def _imported(name: str) -> Factory:
-    """The function of ``package.module:function``; modules of the working directory are found, too."""
-    module, _, function = name.partition(":")
-    if not module or not function:
-        raise ConfigError(f"factory={name} is not possible: expected package.module:function.")
-    here = str(Path.cwd())
-    if here not in sys.path:
-        sys.path.insert(0, here)
-    try:
-        found = import_module(module)
-    except ImportError as error:
-        raise ConfigError(
-            f"factory={name} cannot be imported: {error}. Run from the folder that holds "
-            f"{module.partition('.')[0]}, or install it here together with what it needs."
-        ) from error
-    if not callable(getattr(found, function, None)):
-        there = [
-            key for key in vars(found) if not key.startswith("_") and callable(vars(found)[key])
-        ]
-        raise ConfigError(
-            f"factory={name}: {module} has no function '{function}' (it has: "
-            f"{', '.join(sorted(there)[:8]) or 'none'}). {HOW}."
-        )
-    return getattr(found, function)  # type: ignore[no-any-return]
-
-
 def _check(pipeline: Any, recipe: Any, name: str) -> None:
     """Refuses what cannot be called as a pipeline, before anything is computed."""
-    if not callable(pipeline) or not (recipe is None or isinstance(recipe, (Recipe, str))):
+    wrong = calls(**dict.fromkeys(ARGUMENTS))(pipeline)
+    if not (recipe is None or isinstance(recipe, (Recipe, str))):
+        wrong = f"comes with a recipe of type {type(recipe).__name__}"
+    if wrong:
         raise ConfigError(
-            f"factory={name} returned a {type(pipeline).__name__}"
-            f"{'' if recipe is None else f' and a {type(recipe).__name__}'}. {HOW}."
+            f"factory={name} returned a {type(pipeline).__name__}, which {wrong}. Expected {HOW}."
         )
-    try:
-        inspect.signature(pipeline).bind(**dict.fromkeys(ARGUMENTS))
-    except TypeError as error:
-        raise ConfigError(
-            f"factory={name} returned a {type(pipeline).__name__} whose call does not fit: {error}. "
-            f"{HOW}."
-        ) from error
 
 
 def _checked_picture(picture: Any, request: Request, name: str) -> Image:
@@ -149,6 +106,6 @@ def _checked_picture(picture: Any, request: Request, name: str) -> Image:
     if array.ndim != 3 or array.shape[-1] != 3 or array.dtype != np.uint8:
         raise ConfigError(
             f"The pipeline of factory={name} returned a {type(picture).__name__} of shape "
-            f"{array.shape} and type {array.dtype}. {HOW}."
+            f"{array.shape} and type {array.dtype}. Expected {HOW}."
         )
     return resize_picture(array, request.size)

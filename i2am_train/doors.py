@@ -1,0 +1,161 @@
+"""Doors for code from outside: ``package.module:name`` in an option becomes the object that it names.
+
+To import a module is to run it. So a name that stands in a file (an experiment, a run folder, a checkpoint, an archive)
+is imported only if the user named its module on the command line, or allowed it by the environment variable
+``I2AM_ALLOW_IMPORTS``, which no such file can set.
+"""
+
+from __future__ import annotations
+
+import inspect
+import os
+import re
+import sys
+from collections.abc import Callable, Iterable
+from difflib import get_close_matches
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from i2am_train.errors import ConfigError
+
+VARIABLE = "I2AM_ALLOW_IMPORTS"
+"""Modules that may be imported, with all below them, separated by commas; child processes inherit it."""
+
+_PATH = r"[^\W\d]\w*(?:\.[^\W\d]\w*)*"
+_IMPORT_PATH = re.compile(rf"(?<![\w.:/-])(?P<module>{_PATH}):(?P<name>{_PATH})(?![\w.:/-])")
+
+Check = Callable[[Any], str | None]
+"""Says what is wrong with an object, as the end of a sentence that begins with its name; None if nothing is."""
+
+
+def is_import_path(text: str) -> bool:
+    """Whether a text has the form ``package.module:name``.
+
+    >>> is_import_path("my_package.losses:mine"), is_import_path("s3://bucket"), is_import_path("ssim")
+    (True, False, False)
+    """
+    return _IMPORT_PATH.fullmatch(text) is not None
+
+
+def allow_named(words: Iterable[str]) -> None:
+    """Allow the modules of all import paths in words that the user typed, in this process and in those it starts."""
+    allow(*(found["module"] for word in words for found in _IMPORT_PATH.finditer(word)))
+
+
+def allow(*modules: str) -> None:
+    """Allow modules, and all that lie below them, to be imported by `resolve`."""
+    names = dict.fromkeys([*_allowed(), *modules])
+    if names:
+        os.environ[VARIABLE] = ",".join(names)
+
+
+def resolve(path: str, option: str, expected: str, *checks: Check) -> Any:
+    """The object at an import path. Modules of the working directory are found, too.
+
+    Args:
+        path: ``package.module:name``; the name may have dots (``module:Class.method``).
+        option: which option holds the path, for messages: ``callbacks[0]``.
+        expected: what the object must be, for messages: ``a function of an Attention``.
+        checks: what it must pass: `calls`, `derives` or your own.
+
+    Raises:
+        ConfigError: the path has another form, its module is not allowed or fails to import, has no such name, or the
+            object does not pass a check.
+
+    >>> resolve("json:loads", "option", "a function of a text", calls("text"))
+    Traceback (most recent call last):
+        ...
+    i2am_train.errors.ConfigError: option=json:loads was read from a file, and a file may not have code imported. ...
+    >>> allow("json")
+    >>> resolve("json:loads", "option", "a function of a text", calls("text"))("[1]")
+    [1]
+    """
+    named = f"{option}={path}"
+    match = _IMPORT_PATH.fullmatch(path)
+    if match is None:
+        raise ConfigError(
+            f"{named} is not possible: expected package.module:name, the import path of {expected}."
+        )
+    module = match["module"]
+    if not any(f"{module}.".startswith(f"{allowed}.") for allowed in _allowed()):
+        raise ConfigError(
+            f"{named} was read from a file, and a file may not have code imported. If you trust the module {module}, "
+            f"name it on the command line (the option itself, or {VARIABLE}={module} in front of the command)."
+        )
+    found = _imported(module, named)
+    for name in match["name"].split("."):
+        if not hasattr(found, name):
+            raise ConfigError(f"{named}: {_missing(module, name, found)} Expected {expected}.")
+        found = getattr(found, name)
+    for check in checks:
+        if wrong := check(found):
+            raise ConfigError(f"{named} {wrong}. Expected {expected}.")
+    return found
+
+
+def calls(*arguments: str, **keywords: Any) -> Check:
+    """A check that an object can be called with so many arguments, and with these keywords.
+
+    >>> calls("generated", "real")(len)
+    'cannot be called with (generated, real): too many positional arguments'
+    """
+
+    def check(found: Any) -> str | None:
+        if not callable(found):
+            return f"cannot be called: it is of type {type(found).__name__}"
+        try:
+            inspect.signature(found).bind(*arguments, **keywords)
+        except TypeError as error:
+            given = ", ".join((*arguments, *(f"{name}=" for name in keywords)))
+            return f"cannot be called with ({given}): {error}"
+        except ValueError:  # compiled, and does not say what it takes
+            return None
+        return None
+
+    return check
+
+
+def derives(base: type) -> Check:
+    """A check that an object is a class derived from ``base``, with nothing left abstract.
+
+    >>> derives(int)(bool), derives(int)(3), derives(int)(str)
+    (None, 'is of type int and no class', 'is a class that does not derive from int')
+    """
+
+    def check(found: Any) -> str | None:
+        if not isinstance(found, type):
+            return f"is of type {type(found).__name__} and no class"
+        if not issubclass(found, base):
+            return f"is a class that does not derive from {base.__name__}"
+        lacking = sorted(getattr(found, "__abstractmethods__", ()))
+        return f"lacks {', '.join(lacking)}" if lacking else None
+
+    return check
+
+
+def _allowed() -> list[str]:
+    return [name for name in re.split(r"[\s,]+", os.environ.get(VARIABLE, "")) if name]
+
+
+def _imported(module: str, named: str) -> Any:
+    here = str(Path.cwd())
+    if here not in sys.path:
+        sys.path.insert(0, here)
+    try:
+        return import_module(module)
+    except Exception as error:
+        raise ConfigError(
+            f"{named} cannot be imported: {type(error).__name__}: {error}. Run from the folder that holds "
+            f"{module.partition('.')[0]}, or install it here together with what it needs; --debug shows where it fails."
+        ) from error
+
+
+def _missing(module: str, name: str, found: Any) -> str:
+    there = (
+        [key for key in vars(found) if not key.startswith("_")]
+        if hasattr(found, "__dict__")
+        else []
+    )
+    near = get_close_matches(name, there, n=3) or sorted(there)[:8]
+    return f"{module} has no '{name}' (it has: {', '.join(near) or 'nothing'})."
