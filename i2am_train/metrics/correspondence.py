@@ -10,11 +10,10 @@ from __future__ import annotations
 import math
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.nn import functional as F
 
-from i2am_train.metrics.sample_mean import SampleMean
 from i2am_train.ops.masks import mask_on_grid
 from i2am_train.ops.precision import at_least_float32
 from i2am_train.types import GridSize
@@ -195,84 +194,3 @@ def _mean_where(
 ) -> Float[Tensor, " batch"]:
     """Mean over the valid patches; NaN (0 / 0) where there are none."""
     return torch.where(valid, values, 0.0).sum(dim=-1) / valid.sum(dim=-1)
-
-
-class CorrespondenceError(SampleMean):
-    """Mean of :func:`correspondence_error` over the samples that have a target.
-
-    >>> metric = CorrespondenceError()
-    >>> metric.update(torch.zeros(1, 1, 2), torch.tensor([[[3.0, 4.0]]]), torch.tensor([0]))
-    >>> metric.compute()
-    tensor(5.)
-    """
-
-    def update(
-        self,
-        centers: Float[Tensor, "batch generated 2"],
-        target: Float[Tensor, "batch generated 2"],
-        index: Int[Tensor, " batch"],
-    ) -> None:
-        """Add a batch; ``index`` is the samples' position in the dataset."""
-        self._add(correspondence_error(centers, target), index)
-
-
-class PCK(SampleMean):
-    """Mean of :func:`pck` over the samples that have a target.
-
-    >>> metric = PCK(radius=2.0)
-    >>> metric.update(torch.zeros(1, 1, 2), torch.tensor([[[0.0, 2.0]]]), torch.tensor([0]))
-    >>> metric.compute()
-    tensor(1.)
-    """
-
-    def __init__(self, radius: float = 1.0) -> None:
-        super().__init__()
-        self.radius = radius
-
-    def update(
-        self,
-        centers: Float[Tensor, "batch generated 2"],
-        target: Float[Tensor, "batch generated 2"],
-        index: Int[Tensor, " batch"],
-    ) -> None:
-        """Add a batch; ``index`` is the samples' position in the dataset."""
-        self._add(pck(centers, target, self.radius), index)
-
-
-class CenterSpread(SampleMean):
-    """Mean of :func:`center_spread`, in reference patches, over the samples with a mask."""
-
-    def update(
-        self,
-        centers: Float[Tensor, "batch generated 2"],
-        mask: Bool[Tensor, "batch generated"],
-        index: Int[Tensor, " batch"],
-    ) -> None:
-        """Add a batch; ``index`` is the samples' position in the dataset."""
-        self._add(center_spread(centers, mask), index)
-
-
-class SpreadRatio(SampleMean):
-    """Mean of :func:`spread_ratio` over the samples whose target has a spread."""
-
-    def update(
-        self,
-        centers: Float[Tensor, "batch generated 2"],
-        target: Float[Tensor, "batch generated 2"],
-        index: Int[Tensor, " batch"],
-    ) -> None:
-        """Add a batch; ``index`` is the samples' position in the dataset."""
-        self._add(spread_ratio(centers, target), index)
-
-
-class AttentionEntropy(SampleMean):
-    """Mean of :func:`attention_entropy`, normalised to [0, 1], over the samples with a mask."""
-
-    def update(
-        self,
-        scores: Float[Tensor, "batch generated reference"],
-        mask: Bool[Tensor, "batch generated"],
-        index: Int[Tensor, " batch"],
-    ) -> None:
-        """Add a batch; ``index`` is the samples' position in the dataset."""
-        self._add(attention_entropy(scores, mask), index)

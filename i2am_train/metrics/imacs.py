@@ -10,11 +10,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from i2am_train.errors import ConfigError, DataError
-from i2am_train.metrics.sample_mean import SampleMean
 
 DEFAULT_PENALTY = 3.0
 """Lambda of the paper's main results (section 5.4)."""
@@ -102,32 +101,3 @@ def _checked_map(heat_map: Float[Tensor, "batch height width"]) -> Tensor:
             f"{values.max():.4g}. Normalise the map (HeatMap.normalised) before scoring it."
         )
     return values
-
-
-class IMACS(SampleMean):
-    """Mean of :func:`imacs` over samples; ``skipped`` counts those with an empty mask.
-
-    >>> metric = IMACS(penalty=1.0)
-    >>> mask = torch.tensor([[[True, False]], [[False, False]]])
-    >>> metric.update(torch.tensor([[[1.0, 0.25]], [[1.0, 0.0]]]), mask, torch.tensor([0, 1]))
-    >>> metric.compute(), metric.skipped
-    (tensor(0.7500), 1)
-    """
-
-    def __init__(self, penalty: float | Sequence[float] = DEFAULT_PENALTY) -> None:
-        super().__init__()
-        _checked_penalties(penalty)
-        self.penalty = penalty
-
-    def update(
-        self,
-        heat_map: Float[Tensor, "batch height width"],
-        mask: Bool[Tensor, "batch height width"],
-        index: Int[Tensor, " batch"],
-    ) -> None:
-        """Add a batch of maps; ``index`` is the samples' position in the dataset."""
-        self._add(imacs(heat_map, mask, self.penalty).movedim(-1, 0), index)
-
-    def compute(self) -> Float[Tensor, ""] | Float[Tensor, " penalties"]:
-        """Mean over the samples with a mask; one value per penalty if there are several."""
-        return super().compute()

@@ -22,7 +22,7 @@ from i2am_train.metrics.image_quality import (
 )
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True)
 class MetricInfo:
     """What a reader of a table needs to know of a metric."""
 
@@ -32,9 +32,9 @@ class MetricInfo:
     digits: int
     """Decimal places worth printing."""
     group: Literal["attention", "image"]
-    unit: str
-    """Empty for a plain number."""
     description: str
+    unit: str = ""
+    """Empty for a plain number."""
     per_sample: bool = True
     """False for a distance between sets, which has no value for a single image."""
     paired_only: bool = False
@@ -44,147 +44,76 @@ class MetricInfo:
 
     def as_json(self) -> dict[str, str | int | bool | None]:
         """Return the fields that ``results.json`` carries."""
-        return {
-            "label": self.label,
-            "higher_is_better": self.higher_is_better,
-            "digits": self.digits,
-            "group": self.group,
-            "unit": self.unit,
-        }
+        fields = ("label", "higher_is_better", "digits", "group", "unit")
+        return {name: getattr(self, name) for name in fields}
 
 
+# fmt: off
 METRICS: Mapping[str, MetricInfo] = {
     "imacs_g": MetricInfo(
-        label="IMACS_g",
-        higher_is_better=True,
-        digits=3,
-        group="attention",
-        unit="",
-        description="Attribution inside minus outside the inpainted region, on the generated image",
+        "IMACS_g", True, 3, "attention",
+        "Attribution inside minus outside the inpainted region, on the generated image",
     ),
     "imacs_r": MetricInfo(
-        label="IMACS_r",
-        higher_is_better=True,
-        digits=3,
-        group="attention",
-        unit="",
-        description="Attribution inside minus outside the garment, on the reference image",
+        "IMACS_r", True, 3, "attention",
+        "Attribution inside minus outside the garment, on the reference image",
     ),
     "correspondence_error": MetricInfo(
-        label="Correspondence error",
-        higher_is_better=False,
-        digits=2,
-        group="attention",
-        unit="patches",
-        description="Mean distance of the attention centre from the true reference position",
+        "Correspondence error", False, 2, "attention",
+        "Mean distance of the attention centre from the true reference position", unit="patches",
     ),
     "pck_1": MetricInfo(
-        label="PCK@1",
-        higher_is_better=True,
-        digits=3,
-        group="attention",
-        unit="",
-        description="Share of garment patches whose attention centre is 1 patch off at most",
+        "PCK@1", True, 3, "attention",
+        "Share of garment patches whose attention centre is 1 patch off at most",
     ),
     "pck_2": MetricInfo(
-        label="PCK@2",
-        higher_is_better=True,
-        digits=3,
-        group="attention",
-        unit="",
-        description="Share of garment patches whose attention centre is 2 patches off at most",
+        "PCK@2", True, 3, "attention",
+        "Share of garment patches whose attention centre is 2 patches off at most",
     ),
     "center_spread": MetricInfo(
-        label="Centre spread",
-        higher_is_better=None,
-        digits=2,
-        group="attention",
-        unit="patches",
-        description="Standard deviation of the attention centres; near 0 is collapse to one point",
+        "Centre spread", None, 2, "attention",
+        "Standard deviation of the attention centres; near 0 is collapse to one point", unit="patches",
     ),
     "spread_ratio": MetricInfo(
-        label="Spread ratio",
-        higher_is_better=None,
-        digits=2,
-        group="attention",
-        unit="",
-        description="Spread of the attention centres over that of the true positions; 1 is ideal",
+        "Spread ratio", None, 2, "attention",
+        "Spread of the attention centres over that of the true positions; 1 is ideal",
     ),
     "attention_entropy": MetricInfo(
-        label="Attention entropy",
-        higher_is_better=None,
-        digits=2,
-        group="attention",
-        unit="nats",
-        description="Entropy of the attention over reference patches; high means scattered",
+        "Attention entropy", None, 2, "attention",
+        "Entropy of the attention over reference patches; high means scattered", unit="nats",
     ),
     "ssim": MetricInfo(
-        label="SSIM",
-        higher_is_better=True,
-        digits=4,
-        group="image",
-        unit="",
-        description="Structural similarity to the real image (11x11 Gaussian window, inside only)",
-        paired_only=True,
+        "SSIM", True, 4, "image",
+        "Structural similarity to the real image (11x11 Gaussian window, inside only)", paired_only=True,
     ),
     "stlpips": MetricInfo(
-        label="ST-LPIPS",
-        higher_is_better=False,
-        digits=4,
-        group="image",
-        unit="",
-        description="Shift-tolerant perceptual distance to the real image (AlexNet)",
-        paired_only=True,
+        "ST-LPIPS", False, 4, "image",
+        "Shift-tolerant perceptual distance to the real image (AlexNet)", paired_only=True,
     ),
     "lpips": MetricInfo(
-        label="LPIPS",
-        higher_is_better=False,
-        digits=4,
-        group="image",
-        unit="",
-        description="Perceptual distance to the real image (LPIPS 0.1, AlexNet)",
-        paired_only=True,
-        needs_download=True,
+        "LPIPS", False, 4, "image",
+        "Perceptual distance to the real image (LPIPS 0.1, AlexNet)", paired_only=True, needs_download=True,
     ),
     "fd_efficientnet_lite0": MetricInfo(
-        label="FD (EfficientNet-Lite0)",
-        higher_is_better=False,
-        digits=2,
-        group="image",
-        unit="",
-        description="Fréchet distance of the image sets; comparable at equal sample counts only",
-        per_sample=False,
+        "FD (EfficientNet-Lite0)", False, 2, "image",
+        "Fréchet distance of the image sets; comparable at equal sample counts only", per_sample=False,
     ),
     "kd_efficientnet_lite0": MetricInfo(
-        label="KD (EfficientNet-Lite0)",
-        higher_is_better=False,
-        digits=4,
-        group="image",
-        unit="",
-        description="Kernel distance of the image sets; may be negative, most of all when paired",
-        per_sample=False,
+        "KD (EfficientNet-Lite0)", False, 4, "image",
+        "Kernel distance of the image sets; may be negative, most of all when paired", per_sample=False,
     ),
     "fid": MetricInfo(
-        label="FID",
-        higher_is_better=False,
-        digits=2,
-        group="image",
-        unit="",
-        description="Fréchet distance of the image sets on Inception-v3, clean-fid's protocol",
-        per_sample=False,
-        needs_download=True,
+        "FID", False, 2, "image",
+        "Fréchet distance of the image sets on Inception-v3, clean-fid's protocol",
+        per_sample=False, needs_download=True,
     ),
     "kid": MetricInfo(
-        label="KID",
-        higher_is_better=False,
-        digits=4,
-        group="image",
-        unit="",
-        description="Kernel distance of the image sets on Inception-v3, clean-fid's protocol",
-        per_sample=False,
-        needs_download=True,
+        "KID", False, 4, "image",
+        "Kernel distance of the image sets on Inception-v3, clean-fid's protocol",
+        per_sample=False, needs_download=True,
     ),
 }
+# fmt: on
 
 _PAIR_SCORES: Mapping[str, Callable[[], ImagePairScore]] = {
     "ssim": lambda: ssim,

@@ -10,11 +10,6 @@ from torch import Tensor
 
 from i2am_train.losses.centers import attention_centers
 from i2am_train.metrics.correspondence import (
-    PCK,
-    AttentionEntropy,
-    CenterSpread,
-    CorrespondenceError,
-    SpreadRatio,
     attention_entropy,
     center_spread,
     collapse_warning,
@@ -147,25 +142,3 @@ def test_collapse_is_named(ratio: float | None, entropy: float, words: str) -> N
 def test_healthy_attention_gives_no_warning(ratio: float | None, entropy: float) -> None:
     """The healthy arms of trial trainings; sharp attention of unknown spread is no collapse."""
     assert collapse_warning(ratio, entropy) is None
-
-
-def test_metrics_average_the_functions() -> None:
-    """Every class over uneven batches gives the mean of its function over samples with a value."""
-    generator = torch.Generator().manual_seed(0)
-    target = torch.rand(5, 6, 2, generator=generator) * 4
-    target[3] = torch.nan
-    mask = target.isfinite().all(dim=-1)
-    scores = torch.randn(5, 6, 12, generator=generator).softmax(-1)
-    centers = attention_centers(scores, GridSize(4, 3))
-    cases = (
-        (CorrespondenceError(), (centers, target), correspondence_error(centers, target)),
-        (PCK(radius=2.0), (centers, target), pck(centers, target, 2.0)),
-        (SpreadRatio(), (centers, target), spread_ratio(centers, target)),
-        (CenterSpread(), (centers, mask), center_spread(centers, mask)),
-        (AttentionEntropy(), (scores, mask), attention_entropy(scores, mask)),
-    )
-    for metric, inputs, values in cases:
-        for rows in (slice(0, 3), slice(3, 5)):
-            metric.update(*(tensor[rows] for tensor in inputs), torch.arange(5)[rows])
-        torch.testing.assert_close(metric.compute(), values.nanmean())
-        assert metric.skipped == 1

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from i2am_train.errors import ConfigError, DataError
-from i2am_train.metrics.imacs import IMACS, imacs
+from i2am_train.metrics.imacs import imacs
 
 
 @pytest.fixture
@@ -55,35 +55,7 @@ def test_a_map_that_is_not_normalised_is_refused(maps: Tensor, masks: Tensor, sc
 
 
 @pytest.mark.parametrize("penalty", [-1.0, float("nan"), ()])
-def test_impossible_penalties_are_refused(penalty: float) -> None:
-    """Negative, NaN and none at all, when the metric is made and not after the sampling."""
+def test_impossible_penalties_are_refused(maps: Tensor, masks: Tensor, penalty: float) -> None:
+    """Negative, NaN and none at all."""
     with pytest.raises(ConfigError, match="at least 0"):
-        IMACS(penalty=penalty)
-
-
-def test_the_metric_averages_what_has_a_score(maps: Tensor, masks: Tensor) -> None:
-    """Batches of any size give the mean; the empty mask is counted and left out."""
-    metric = IMACS(penalty=(1.0, 3.0))
-    metric.update(maps[:3], masks[:3], torch.arange(3))
-    metric.update(maps[3:], masks[3:], torch.tensor([3]))
-    expected = imacs(maps, masks, (1.0, 3.0))[:, [0, 1, 3]].mean(dim=1)
-    torch.testing.assert_close(metric.compute(), expected)
-    assert metric.skipped == 1
-
-
-def test_a_repeated_sample_counts_once(maps: Tensor, masks: Tensor) -> None:
-    """A distributed sampler pads with repetitions; the mean must not see them."""
-    metric = IMACS()
-    metric.update(maps, masks, torch.arange(4))
-    metric.update(maps[:1], masks[:1], torch.tensor([0]))
-    torch.testing.assert_close(metric.compute(), imacs(maps, masks).nanmean())
-
-
-def test_reset_forgets(maps: Tensor, masks: Tensor) -> None:
-    """The next epoch starts empty; a set of empty masks has no mean."""
-    metric = IMACS()
-    metric.update(maps, masks, torch.arange(4))
-    metric.reset()
-    metric.update(maps[2:3], masks[2:3], torch.tensor([2]))
-    assert metric.compute().isnan()
-    assert metric.skipped == 1
+        imacs(maps, masks, penalty=penalty)
