@@ -98,6 +98,26 @@ class Pairing(StrEnum):
     UNPAIRED = "unpaired"
 
 
+class Role(StrEnum):
+    """What a file is to a sample, named after the folder that VITON-HD keeps it in."""
+
+    PERSON = "image"
+    GARMENT = "cloth"
+    AGNOSTIC = "agnostic-v3.2"
+    """The person with the clothes greyed out."""
+    INPAINT_MASK = "agnostic-mask"
+    """White is the region to paint."""
+    POSE_PICTURE = "image-densepose"
+    GARMENT_MASK = "cloth-mask"
+    WARPED_MASK = "gt_cloth_warped_mask"
+    """White is the garment on the person."""
+    CORRESPONDENCE = "correspondence"
+    PARSING = "image-parse-v3"
+    KEYPOINTS = "openpose_json"
+    DRAWN_POSE = "pose-drawn"
+    """Pose pictures that ``i2am data derive`` drew, in a folder of their own: DensePose never mixes in."""
+
+
 Category = Literal["upper_body", "lower_body", "dresses"]
 CATEGORIES: tuple[Category, ...] = ("upper_body", "lower_body", "dresses")
 """What a garment covers; the names are DressCode's folders."""

@@ -42,7 +42,7 @@ from torch.utils.data import DataLoader
 
 from i2am_train.attention import ScoreTap
 from i2am_train.data.cache import ENCODED, TOKENS, CachedDataset, LatentCache
-from i2am_train.data.layouts.viton_hd import VitonHDDataset
+from i2am_train.data.opening import open_dataset
 from i2am_train.data.synthetic.dataset import make_dataset
 from i2am_train.losses.objective import AttentionObjective, TermWeights
 from i2am_train.models.build import build_model
@@ -52,7 +52,7 @@ from i2am_train.ops.masks import mask_on_grid
 from i2am_train.training.caching import make_cache
 from i2am_train.training.draws import Draws, draw
 from i2am_train.training.step import TrainingObjective
-from i2am_train.types import GridSize, Split
+from i2am_train.types import GridSize, Pairing, Split
 
 SIZES = {"small": GridSize(128, 96), "true": GridSize(512, 384)}
 BATCHES = {"small": 4, "true": 8}
@@ -367,8 +367,8 @@ def loader_rates(options: argparse.Namespace, model: TryOnModel) -> dict[str, fl
         make_dataset(root, count, 2, size, 0, workers=max(1, options.workers), progress=False)
         make_cache(model.eval(), root, Path(folder) / "cache", batch_size=options.batch)
         sets: dict[str, Any] = {
-            "pictures": VitonHDDataset(root, "train", "paired", size),
-            "augmented": VitonHDDataset(root, "train", "paired", size, augment=True),
+            "pictures": open_dataset(root, Split.TRAIN, Pairing.PAIRED, size),
+            "augmented": open_dataset(root, Split.TRAIN, Pairing.PAIRED, size, augment=True),
             "cache": CachedDataset(LatentCache(Path(folder) / "cache"), root, Split.TRAIN),
         }
         return {name: loader_rate(data, options) for name, data in sets.items()}

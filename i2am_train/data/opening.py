@@ -92,7 +92,7 @@ def list_lengths(root: Path, reading: Reading) -> dict[str, int]:
 
 
 def open_dataset(
-    root: Path, split: Split, pairing: Pairing, size: GridSize, reading: Reading, *,
+    root: Path, split: Split, pairing: Pairing, size: GridSize, reading: Reading = AS_IT_LIES, *,
     augment: bool = False, seed: int = 0, indices: Sequence[int] | None = None, small_mask_rule: bool | None = None,
 ) -> TryOnDataset:  # fmt: skip
     """The samples of a split; options as :class:`TryOnDataset` has them.

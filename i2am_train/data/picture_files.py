@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, cast
 
+import cv2
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image as PillowImage
@@ -23,8 +24,9 @@ from PIL.JpegImagePlugin import JpegImageFile
 from PIL.PngImagePlugin import PngImageFile
 from PIL.WebPImagePlugin import WebPImageFile
 
-from i2am_train.data.arrays import Image
+from i2am_train.data.arrays import Image, Mask
 from i2am_train.errors import DataError
+from i2am_train.files import written
 from i2am_train.types import GridSize
 
 LARGEST = 1 << 27
@@ -65,6 +67,20 @@ ORIENTATION = 0x0112
 
 Ground = Literal["white", "black"]
 """What shows through transparent pixels."""
+
+WRITING = {
+    ".jpg": [cv2.IMWRITE_JPEG_QUALITY, 97, cv2.IMWRITE_JPEG_SAMPLING_FACTOR, cv2.IMWRITE_JPEG_SAMPLING_FACTOR_444],
+    ".png": [cv2.IMWRITE_PNG_COMPRESSION, 3],
+    ".webp": [cv2.IMWRITE_WEBP_QUALITY, 101],
+}  # fmt: skip
+"""OpenCV's options by file name ending; WebP without loss."""
+
+
+INSIDE = 128
+"""Grey value from which a mask's pixel is inside."""
+
+FULL_SCALE = 65_535
+"""A coordinate of a correspondence is stored as round(coordinate x 65535), and valid as 0 or 65535."""
 
 
 class UnreadablePictureError(DataError):
@@ -197,6 +213,160 @@ def is_deep(picture: PillowImage.Image) -> bool:
     return picture.mode.startswith("I") or any(
         ";16" in str(tile[3]) for tile in getattr(picture, "tile", ())
     )
+
+
+# -- of a dataset --------------------------------------------------------------------------------------------------
+
+
+def read_colour(path: Path, ground: Ground = "white") -> Image:
+    """RGB ``[H, W, 3]`` of a dataset's picture, upright and at its own size; ``ground`` shows where it is transparent.
+
+    Raises:
+        DataError: the file is missing, cut off or no picture.
+    """
+    with advice_on(path):
+        return read_rgb(path, ground)
+
+
+def read_native_mask(path: Path) -> Mask:
+    """A mask of a dataset, upright and at its own size: grey value at least 128; what is transparent is outside.
+
+    Raises:
+        DataError: the file is missing, cut off or no picture.
+    """
+    with advice_on(path):
+        return np.asarray(read_grey(path) >= INSIDE)
+
+
+@contextmanager
+def advice_on(path: Path) -> Iterator[None]:
+    """Adds to the error of a picture how to find all faults of the dataset that it belongs to."""
+    try:
+        yield
+    except UnreadablePictureError as error:
+        root = path.absolute().parents[2]
+        raise UnreadablePictureError(
+            f"{error} Run 'i2am data check root={root}' to list everything that is wrong with the dataset."
+        ) from error
+
+
+def write_picture(path: Path, picture: NDArray[Any]) -> None:
+    """Write RGB, grey or a mask (True as 255) in one step: readers see a whole picture or none."""
+    if picture.dtype == np.bool_:
+        picture = picture.astype(np.uint8) * np.uint8(255)
+    if picture.ndim == 3:
+        picture = cv2.cvtColor(picture, cv2.COLOR_RGB2BGR)
+    ending = path.suffix.lower().replace(".jpeg", ".jpg")
+    _, content = cv2.imencode(ending, np.ascontiguousarray(picture), WRITING.get(ending, []))
+    write_bytes(path, content.tobytes())
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write a file in one step."""
+    with written(path) as unfinished:
+        unfinished.write_bytes(content)
+
+
+def read_correspondence(path: Path) -> NDArray[np.float32]:
+    """Exact correspondence ``[H, W, 2]`` (yx in 0..1, NaN outside) from a 16-bit PNG, at its own size.
+
+    Raises:
+        DataError: the file is no whole picture, or has another format.
+    """
+    with advice_on(path):
+        encoded = read_encoded_correspondence(path)
+    if encoded.dtype != np.uint16 or encoded.ndim != 3:
+        raise DataError(
+            f"{path} is {encoded.dtype} with shape {encoded.shape}; expected 16 bits and three channels (y, x, valid). "
+            "Make the dataset again with 'i2am data make', or remove its folder 'correspondence'."
+        )
+    return decode_correspondence(encoded[..., ::-1])
+
+
+def read_encoded_correspondence(path: Path) -> NDArray[Any]:
+    """The correspondence as it is stored, channels valid, x, y (Pillow has no 16-bit RGB).
+
+    Raises:
+        UnreadablePictureError: the file is no whole picture.
+    """
+    read_size(path)
+    encoded = cv2.imdecode(np.fromfile(path, np.uint8), cv2.IMREAD_UNCHANGED)
+    if encoded is None:
+        raise UnreadablePictureError.of(path, "cannot be decoded")
+    return cast("NDArray[Any]", encoded)
+
+
+def encode_correspondence(correspondence: NDArray[np.float32]) -> NDArray[np.uint16]:
+    """Coordinates ``[H, W, 2]`` in 0..1 with NaN, as 16-bit ``[H, W, 3]``.
+
+    >>> encode_correspondence(np.array([[[0.5, 1.0], [np.nan, np.nan]]], np.float32)).tolist()
+    [[[32768, 65535, 65535], [0, 0, 0]]]
+    """
+    valid = ~np.isnan(correspondence[..., :1])
+    whole = np.rint(np.where(valid, correspondence, 0.0) * FULL_SCALE)
+    return np.concatenate([whole, valid * FULL_SCALE], axis=-1).astype(np.uint16)
+
+
+def decode_correspondence(encoded: NDArray[np.uint16]) -> NDArray[np.float32]:
+    """Inverse of :func:`encode_correspondence`, exact to 1 / 131070."""
+    coordinates = encoded[..., :2].astype(np.float32) / np.float32(FULL_SCALE)
+    return np.where(encoded[..., 2:] > FULL_SCALE // 2, coordinates, np.float32(np.nan))
+
+
+# -- that the command line names -----------------------------------------------------------------------------------
+
+
+def read_photograph(path: Path, option: str) -> Image:
+    """A picture as RGB ``[height, width, 3]``, turned upright; what is transparent becomes white.
+
+    Args:
+        path: a picture file.
+        option: how the command line calls it, for messages.
+
+    Raises:
+        DataError: there is no such file, or it is no whole picture.
+    """
+    with _named(path, option):
+        return read_rgb(path)
+
+
+def read_region(path: Path, option: str, picture: Image, of: str) -> Mask:
+    """The white region of a mask ``[height, width]`` that belongs to a picture.
+
+    Args:
+        path: a picture file.
+        option: how the command line calls it, for messages.
+        picture: of the same size.
+        of: how the command line calls the picture.
+
+    Raises:
+        DataError: it cannot be read, has another size, or no white pixel.
+    """
+    with _named(path, option):
+        mask = np.asarray(read_grey(path) >= INSIDE)
+    height, width = picture.shape[:2]
+    if mask.shape != (height, width):
+        raise DataError(
+            f"{option}={path} is {mask.shape[0]}x{mask.shape[1]} (height x width), and {of}= is "
+            f"{height}x{width}. Give a mask of the same size, white inside the region."
+        )
+    if not mask.any():
+        raise DataError(
+            f"{option}={path} has no white pixel, so there is no region. Paint it white, the rest "
+            "black."
+        )
+    return mask
+
+
+@contextmanager
+def _named(path: Path, option: str) -> Iterator[None]:
+    """Puts the option into the error of its file."""
+    if not is_there(path):
+        raise DataError(f"There is no file {path}. Give {option}=FILE, a picture.")
+    try:
+        yield
+    except UnreadablePictureError as error:
+        raise DataError(f"{option}={error}") from error
 
 
 # -- opening -------------------------------------------------------------------------------------------------------

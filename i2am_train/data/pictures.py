@@ -1,4 +1,4 @@
-"""Pictures of a try-on dataset at one size, masks as booleans (files: :mod:`~i2am_train.data.picture_files`).
+"""Pictures and masks at another size (files: :mod:`~i2am_train.data.picture_files`).
 
 Pictures of another size than the one asked for are resized. Where the aspect differs, too, ``Fit`` says how:
 ``stretch`` changes the proportions (what the authors do, and harmless where the aspect is the same), ``pad`` keeps
@@ -7,10 +7,7 @@ the whole picture and adds equal margins on two sides, ``crop`` keeps the larges
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal, cast
 
 import cv2
@@ -18,80 +15,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from i2am_train.data.arrays import Image, Mask
-from i2am_train.data.picture_files import (
-    Ground,
-    UnreadablePictureError,
-    read_grey,
-    read_rgb,
-)
-from i2am_train.files import written
 from i2am_train.types import GridSize
 
 Fit = Literal["stretch", "pad", "crop"]
 """How a picture of another aspect comes to the size that is asked for."""
-
-WRITING = {
-    ".jpg": [cv2.IMWRITE_JPEG_QUALITY, 97, cv2.IMWRITE_JPEG_SAMPLING_FACTOR, cv2.IMWRITE_JPEG_SAMPLING_FACTOR_444],
-    ".png": [cv2.IMWRITE_PNG_COMPRESSION, 3],
-    ".webp": [cv2.IMWRITE_WEBP_QUALITY, 101],
-}  # fmt: skip
-"""OpenCV's options by file name ending; WebP without loss."""
-
-
-INSIDE = 128
-"""Grey value from which a mask's pixel is inside."""
-
-
-def read_colour(path: Path, ground: Ground = "white") -> Image:
-    """RGB ``[H, W, 3]`` of a dataset's picture, upright and at its own size; ``ground`` shows where it is transparent.
-
-    Raises:
-        DataError: the file is missing, cut off or no picture.
-    """
-    with advice_on(path):
-        return read_rgb(path, ground)
-
-
-def read_native_mask(path: Path) -> Mask:
-    """A mask of a dataset, upright and at its own size: grey value at least 128; what is transparent is outside.
-
-    Raises:
-        DataError: the file is missing, cut off or no picture.
-    """
-    with advice_on(path):
-        return np.asarray(read_grey(path) >= INSIDE)
-
-
-@contextmanager
-def advice_on(path: Path) -> Iterator[None]:
-    """Adds to the error of a picture how to find all faults of the dataset that it belongs to."""
-    try:
-        yield
-    except UnreadablePictureError as error:
-        root = path.absolute().parents[2]
-        raise UnreadablePictureError(
-            f"{error} Run 'i2am data check root={root}' to list everything that is wrong with the dataset."
-        ) from error
-
-
-def write_picture(path: Path, picture: NDArray[Any]) -> None:
-    """Write RGB, grey or a mask (True as 255) in one step: readers see a whole picture or none."""
-    if picture.dtype == np.bool_:
-        picture = picture.astype(np.uint8) * np.uint8(255)
-    if picture.ndim == 3:
-        picture = cv2.cvtColor(picture, cv2.COLOR_RGB2BGR)
-    ending = path.suffix.lower().replace(".jpeg", ".jpg")
-    _, content = cv2.imencode(ending, np.ascontiguousarray(picture), WRITING.get(ending, []))
-    write_bytes(path, content.tobytes())
-
-
-def write_bytes(path: Path, content: bytes) -> None:
-    """Write a file in one step."""
-    with written(path) as unfinished:
-        unfinished.write_bytes(content)
-
-
-# -- one size ------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)

@@ -13,9 +13,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import NamedTuple
 
-import cv2
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -23,38 +22,16 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from i2am_train.data.arrays import Image, Mask, SampleArrays
-from i2am_train.data.checks.missing import check_files
-from i2am_train.data.correspondence_files import decode_correspondence
+from i2am_train.data.checks.needed_files import check_files
 from i2am_train.data.derive.densepose import read_pose_picture
-from i2am_train.data.layouts.base import (
-    AGNOSTIC,
-    CORRESPONDENCE,
-    GARMENT,
-    GARMENT_MASK,
-    INPAINT_MASK,
-    PERSON,
-    POSE_PICTURE,
-    WARPED_MASK,
-    Layout,
-    Pair,
-)
-from i2am_train.data.picture_files import UnreadablePictureError, read_size
-from i2am_train.data.pictures import (
-    Fit,
-    Window,
-    advice_on,
-    fit_mask,
-    fit_nearest,
-    fit_picture,
-    read_colour,
-    read_native_mask,
-    window,
-)
+from i2am_train.data.layouts.base import Layout, Pair
+from i2am_train.data.picture_files import read_colour, read_correspondence, read_native_mask
+from i2am_train.data.pictures import Fit, Window, fit_mask, fit_nearest, fit_picture, window
 from i2am_train.data.sample import TryOnSample
 from i2am_train.data.transforms import Augmentation
 from i2am_train.errors import DataError
 from i2am_train.seeds import seed_for
-from i2am_train.types import GridSize, Pairing, Split
+from i2am_train.types import GridSize, Pairing, Role, Split
 
 SMALLEST_INPAINT_SHARE = 122_880 / (1024 * 768)
 """Training masks that cover less become all ones: the authors' rule of 122,880 pixels at 1024x768, as a share."""
@@ -142,7 +119,7 @@ class TryOnDataset(Dataset[TryOnSample]):
     def person_image(self, position: int) -> Tensor:
         """The photograph of the person at a position, alone: uint8 [3, height, width] at this dataset's size."""
         index = self.global_index(position)
-        picture = self._photograph(self.layouts[index].path(PERSON, self.pairs[index].person))
+        picture = self._photograph(self.layouts[index].path(Role.PERSON, self.pairs[index].person))
         return torch.from_numpy(np.ascontiguousarray(picture)).permute(2, 0, 1)
 
     def parts(self) -> list[tuple[Layout, list[Pair]]]:
@@ -155,17 +132,17 @@ class TryOnDataset(Dataset[TryOnSample]):
     def _read(self, layout: Layout, pair: Pair) -> SampleArrays:
         """All pictures of a sample at this dataset's size."""
         person, garment = pair
-        flat = read_colour(layout.path(GARMENT, garment))
+        flat = read_colour(layout.path(Role.GARMENT, garment))
         placed = window(GridSize(*flat.shape[:2]), self.size, self.fit)
         worn = layout.worn(pair)
-        pose = read_pose_picture(layout.path(POSE_PICTURE, person))
+        pose = read_pose_picture(layout.path(Role.POSE_PICTURE, person))
         return SampleArrays(
-            person=self._photograph(layout.path(PERSON, person)),
+            person=self._photograph(layout.path(Role.PERSON, person)),
             garment=fit_picture(flat, self.size, self.fit, WHITE),
-            agnostic=self._photograph(layout.path(AGNOSTIC, person)),
+            agnostic=self._photograph(layout.path(Role.AGNOSTIC, person)),
             densepose=fit_picture(pose, self.size, self.fit, BLACK),
-            garment_mask=self._mask(layout.path(GARMENT_MASK, garment)),
-            inpaint_mask=self._inpaint_mask(layout.path(INPAINT_MASK, person)),
+            garment_mask=self._mask(layout.path(Role.GARMENT_MASK, garment)),
+            inpaint_mask=self._inpaint_mask(layout.path(Role.INPAINT_MASK, person)),
             warped_garment_mask=self._warped_mask(layout, person, worn),
             correspondence=self._correspondence(layout, person, worn, placed),
         )
@@ -183,46 +160,17 @@ class TryOnDataset(Dataset[TryOnSample]):
         return fit_mask(mask, self.size, self.fit)
 
     def _warped_mask(self, layout: Layout, person: str, worn: bool) -> Mask:
-        if not worn or not layout.has(WARPED_MASK):
+        if not worn or not layout.has(Role.WARPED_MASK):
             return np.zeros(self.size, np.bool_)
-        return self._mask(layout.path(WARPED_MASK, person))
+        return self._mask(layout.path(Role.WARPED_MASK, person))
 
     def _correspondence(
         self, layout: Layout, person: str, worn: bool, garment_window: Window
     ) -> NDArray[np.float32]:
-        if not worn or not layout.has(CORRESPONDENCE):
+        if not worn or not layout.has(Role.CORRESPONDENCE):
             return np.full((*self.size, 2), np.nan, np.float32)
-        native = read_correspondence(layout.path(CORRESPONDENCE, person))
+        native = read_correspondence(layout.path(Role.CORRESPONDENCE, person))
         return fit_nearest(garment_window.carried(native), self.size, self.fit, np.nan)
-
-
-def read_correspondence(path: Path) -> NDArray[np.float32]:
-    """Exact correspondence ``[H, W, 2]`` (yx in 0..1, NaN outside) from a 16-bit PNG, at its own size.
-
-    Raises:
-        DataError: the file is no whole picture, or has another format.
-    """
-    with advice_on(path):
-        encoded = read_encoded_correspondence(path)
-    if encoded.dtype != np.uint16 or encoded.ndim != 3:
-        raise DataError(
-            f"{path} is {encoded.dtype} with shape {encoded.shape}; expected 16 bits and three channels (y, x, valid). "
-            "Make the dataset again with 'i2am data make', or remove its folder 'correspondence'."
-        )
-    return decode_correspondence(encoded[..., ::-1])
-
-
-def read_encoded_correspondence(path: Path) -> NDArray[Any]:
-    """The correspondence as it is stored, channels valid, x, y (Pillow has no 16-bit RGB).
-
-    Raises:
-        UnreadablePictureError: the file is no whole picture.
-    """
-    read_size(path)
-    encoded = cv2.imdecode(np.fromfile(path, np.uint8), cv2.IMREAD_UNCHANGED)
-    if encoded is None:
-        raise UnreadablePictureError.of(path, "cannot be decoded")
-    return cast("NDArray[Any]", encoded)
 
 
 def _as_sample(arrays: SampleArrays, pair: Pair, index: int, *, paired: bool) -> TryOnSample:

@@ -31,7 +31,7 @@ from i2am_train.data.cache import (
     pack_row,
     write_shard,
 )
-from i2am_train.data.checks.broken import noted_in, refuse_broken_pictures
+from i2am_train.data.checks.needed_files import noted_in, refuse_broken_pictures
 from i2am_train.data.opening import (
     AS_IT_LIES,
     Reading,
@@ -47,7 +47,7 @@ from i2am_train.models.tryon import TryOnModel
 from i2am_train.ops.numbers import rows_at_fault
 from i2am_train.processes import ignore_interrupts
 from i2am_train.runs import file_fingerprint, free_space, require_apart
-from i2am_train.types import Pairing, Split
+from i2am_train.types import Pairing, Role, Split
 
 DECODER = ("decoder.", "post_quant_conv.")
 """Weights of a VAE that encoding does not use; a fine-tuned decoder does not make a cache useless."""
@@ -208,7 +208,7 @@ class _Source:
             seed=layout.seed,
         )
         self.keep = [WARPED_MASK]
-        if any(layout.has(CORRESPONDENCE) for layout in self.dataset.layouts[:1]):
+        if any(layout.has(Role.CORRESPONDENCE) for layout in self.dataset.layouts[:1]):
             self.keep.append(CORRESPONDENCE)
 
     def shards(

@@ -65,7 +65,7 @@ def ablate(config: AblateConfig) -> dict[str, Any]:
         I2AMError: an arm, the checkpoint, the data or the folder do not fit the configuration, or another process
             writes it.
     """
-    from i2am_train.data.checks.broken import noted_in
+    from i2am_train.data.checks.needed_files import noted_in
     from i2am_train.locks import locked
 
     with locked(config.folder), noted_in(config.folder):

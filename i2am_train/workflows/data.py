@@ -43,7 +43,7 @@ def make(config: DataMakeConfig) -> None:
 
 def check(config: DataCheckConfig) -> int:
     """Print the report on a dataset folder; status 1 if training would fail."""
-    from i2am_train.data.checks.folders import check_dataset
+    from i2am_train.data.checks.dataset_report import check_dataset
     from i2am_train.data.opening import Reading
     from i2am_train.runs import require_apart, require_own_json, write_text
 

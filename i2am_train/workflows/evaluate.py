@@ -252,7 +252,7 @@ def evaluate_checkpoint(config: EvaluateConfig, checkpoint: str, folder: Path) -
     Raises:
         I2AMError: checkpoint, data or folder do not fit the configuration.
     """
-    from i2am_train.data.checks.broken import noted_in
+    from i2am_train.data.checks.needed_files import noted_in
 
     with noted_in(folder):
         return _evaluate_checkpoint(config, checkpoint, folder)
@@ -362,7 +362,7 @@ def prepare(
         make_settings,
         prepare_data,
     )
-    from i2am_train.data.checks.broken import refuse_broken_pictures
+    from i2am_train.data.checks.needed_files import refuse_broken_pictures
     from i2am_train.evaluation.evaluator import check_settings
     from i2am_train.evaluation.generation import real_images
     from i2am_train.evaluation.scoring import check_scoring

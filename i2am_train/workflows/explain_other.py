@@ -124,7 +124,7 @@ def _check_options(config: ExplainConfig, loader: Loader) -> None:
 
 def _request(config: ExplainConfig, loader: Loader) -> tuple[Request, Mask | None]:
     """What the model is asked for, and the region that counts of the reference."""
-    from i2am_train.data.photographs import read_photograph, read_region
+    from i2am_train.data.picture_files import read_photograph, read_region
     from i2am_train.models.others.base import Request
     from i2am_train.types import GridSize
 

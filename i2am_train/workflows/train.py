@@ -43,7 +43,7 @@ def train(config: TrainConfig) -> Path:
     Raises:
         I2AMError: data, checkpoint, layer or run folder do not fit the configuration, or another process writes it.
     """
-    from i2am_train.data.checks.broken import noted_in
+    from i2am_train.data.checks.needed_files import noted_in
     from i2am_train.locks import locked
 
     with locked(config.folder), noted_in(config.folder):
@@ -148,7 +148,7 @@ def prepare(config: TrainConfig) -> tuple[TryOnModule, TryOnDataModule]:
         open_cache,
         prepare_data,
     )
-    from i2am_train.data.checks.broken import refuse_broken_pictures
+    from i2am_train.data.checks.needed_files import refuse_broken_pictures
     from i2am_train.data.layouts.viton_hd import require_correspondence
     from i2am_train.data.reading import TryOnDataset
     from i2am_train.evaluation.evaluator import check_settings

@@ -16,7 +16,7 @@ from i2am_train.config.locations import experiment_names
 from i2am_train.config.schema import SamplerName, TrainConfig
 from i2am_train.config.store import compose, option_names
 from i2am_train.data.cache import CachedDataset, LatentCache
-from i2am_train.data.layouts.viton_hd import VitonHDDataset
+from i2am_train.data.opening import open_dataset
 from i2am_train.data.sample import batch_on
 from i2am_train.losses.base import LossVariant
 from i2am_train.losses.objective import AttentionObjective, TermWeights
@@ -61,7 +61,7 @@ def model_there(machine: Any, make_small_model: Callable[..., Any]) -> Any:
 
 @pytest.fixture(scope="module")
 def read(small_dataset: Path) -> Any:
-    dataset = VitonHDDataset(small_dataset, Split.TRAIN, Pairing.PAIRED, SIZE)
+    dataset = open_dataset(small_dataset, Split.TRAIN, Pairing.PAIRED, SIZE)
     return default_collate([dataset[index] for index in SAMPLES])
 
 

@@ -30,7 +30,7 @@ from i2am_train.attention.recipe import PAPER_LAYERS
 from i2am_train.attention.store import AttributionStore, LayerRecord
 from i2am_train.attention.sums import Rollup
 from i2am_train.config.schema import AttributionConfig
-from i2am_train.data.layouts.viton_hd import VitonHDDataset
+from i2am_train.data.opening import open_dataset
 from i2am_train.data.sample import TryOnSample
 from i2am_train.losses.base import LossVariant
 from i2am_train.losses.centers import attention_centers
@@ -65,7 +65,7 @@ pytestmark = pytest.mark.skipif(
 @pytest.fixture(scope="module")
 def samples(small_dataset: Path) -> list[TryOnSample]:
     """Two samples with known correspondence."""
-    dataset = VitonHDDataset(small_dataset, Split.TEST, Pairing.PAIRED, SIZE)
+    dataset = open_dataset(small_dataset, Split.TEST, Pairing.PAIRED, SIZE)
     return [dataset[3], dataset[1]]
 
 

@@ -5,8 +5,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from i2am_train.data.correspondence_files import decode_correspondence, encode_correspondence
 from i2am_train.data.module import EpochSampler, ExactSampler
+from i2am_train.data.picture_files import decode_correspondence, encode_correspondence
 from i2am_train.data.synthetic.garments import hsv
 from i2am_train.data.transforms import move_coordinates
 

@@ -10,12 +10,11 @@ import pytest
 import torch
 from PIL import Image
 
-from i2am_train.data.checks.folders import check_dataset
+from i2am_train.data.checks.dataset_report import check_dataset
 from i2am_train.data.derive import densepose
 from i2am_train.data.derive.bodies import drawn_parts
 from i2am_train.data.derive.derivation import DeriveOptions, derive_dataset
 from i2am_train.data.derive.parsing import DRESS_CODE, VITON_HD
-from i2am_train.data.layouts.dresscode import DressCodeDataset
 from i2am_train.data.module import TryOnDataModule
 from i2am_train.data.opening import AS_IT_LIES, Reading, detect_layout, open_dataset
 from i2am_train.data.synthetic.dataset import render_annotations, render_sample
@@ -97,7 +96,9 @@ def test_stock_data_say_how_to_go_on(tmp_path: Path) -> None:
         DataError,
         match=r"upper_body has no folder 'agnostic-v3\.2' .*DressCode does not distribute it; 'i2am data derive",
     ):
-        DressCodeDataset(tmp_path / "set", "train", "paired", SIZE, ["upper_body"])
+        open_dataset(
+            tmp_path / "set", Split.TRAIN, Pairing.PAIRED, SIZE, Reading(categories=("upper_body",))
+        )
     codes = {(f.code, f.folder) for f in check_dataset(tmp_path / "set", progress=False).findings}
     assert codes == {
         ("missing_folder", name)
@@ -107,7 +108,18 @@ def test_stock_data_say_how_to_go_on(tmp_path: Path) -> None:
 
 def test_derived_data_are_read(complete: Path) -> None:
     # Proves names, own masks, coloured part labels and the rule on small masks that does not apply here.
-    data = DressCodeDataset(complete, "train", "paired", SIZE, ["upper_body", "dresses"])
+    data = open_dataset(
+        complete,
+        Split.TRAIN,
+        Pairing.PAIRED,
+        SIZE,
+        Reading(
+            categories=(
+                "upper_body",
+                "dresses",
+            )
+        ),
+    )
     assert len(data) == 6
     assert [sample["name"] for sample in data] == [f"{n:06d}_0" for n in (0, 1, 2, 20, 21, 22)]
     sample = data[3]
@@ -144,7 +156,23 @@ def test_a_missing_file_is_said_when_the_dataset_is_opened(complete: Path, tmp_p
     (root / "upper_body/images/000004_1.jpg").unlink()
     (root / "dresses/agnostic-mask/000024_0_mask.png").unlink()
     (root / "dresses/skeletons").rmdir()
-    assert len(DressCodeDataset(root, "train", "paired", SIZE, ["upper_body", "dresses"])) == 6
+    assert (
+        len(
+            open_dataset(
+                root,
+                Split.TRAIN,
+                Pairing.PAIRED,
+                SIZE,
+                Reading(
+                    categories=(
+                        "upper_body",
+                        "dresses",
+                    )
+                ),
+            )
+        )
+        == 6
+    )
     for category, match in (
         (
             "upper_body",
@@ -168,7 +196,7 @@ def test_categories_are_chosen_and_found(complete: Path) -> None:
     with pytest.raises(
         DataError, match=r"no folder lower_body .*data\.categories=\[upper_body,dresses\]"
     ):
-        DressCodeDataset(complete, "train", "paired", SIZE, CATEGORIES)
+        open_dataset(complete, Split.TRAIN, Pairing.PAIRED, SIZE, Reading(categories=CATEGORIES))
     with pytest.raises(DataError, match=r"one category of DressCode.*data\.categories=\[dresses\]"):
         detect_layout(complete / "dresses")
 
@@ -203,7 +231,9 @@ def test_foreign_lists_are_refused(stock: Path, tmp_path: Path) -> None:
     with pytest.raises(
         DataError, match=r"train_pairs\.txt names '00017_00'.*expected a person NNNNNN_0\.jpg"
     ):
-        DressCodeDataset(tmp_path / "set", "train", "paired", SIZE, ["dresses"])
+        open_dataset(
+            tmp_path / "set", Split.TRAIN, Pairing.PAIRED, SIZE, Reading(categories=("dresses",))
+        )
 
 
 def test_labels_of_another_set_are_said(complete: Path) -> None:

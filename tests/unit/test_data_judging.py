@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from i2am_train.data.checks.folders import DatasetReport, check_dataset
+from i2am_train.data.checks.dataset_report import DatasetReport, check_dataset
 from i2am_train.data.checks.judging import share_of_other_values
 from i2am_train.data.derive import densepose
 from i2am_train.data.derive.bodies import drawn_parts

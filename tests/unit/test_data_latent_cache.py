@@ -19,13 +19,13 @@ from i2am_train.data.cache import (
     CacheLayout,
     LatentCache,
 )
-from i2am_train.data.layouts.viton_hd import VitonHDDataset
+from i2am_train.data.opening import open_dataset
 from i2am_train.data.reading import EpochPosition, TryOnDataset
 from i2am_train.errors import DataError, RunFolderError
 from i2am_train.fingerprints import data_state
 from i2am_train.training import caching
 from i2am_train.training.caching import cache_key, make_cache
-from i2am_train.types import GridSize, Split
+from i2am_train.types import GridSize, Pairing, Split
 
 SIZE = GridSize(64, 48)
 LAYOUT = CacheLayout(shard_samples=8)
@@ -51,7 +51,7 @@ def cache(made: Path, tmp_path: Path) -> Path:
 
 
 def pictures(root: Path, split: Split, **options: Any) -> TryOnDataset:
-    return VitonHDDataset(root, split, "paired", SIZE, **options)
+    return open_dataset(root, split, Pairing.PAIRED, SIZE, **options)
 
 
 def assert_encoded(model: Any, stored: dict[str, Any], sample: Any, **close: float) -> None:

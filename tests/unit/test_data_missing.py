@@ -10,9 +10,8 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from i2am_train.data.checks.folders import check_dataset
+from i2am_train.data.checks.dataset_report import check_dataset
 from i2am_train.data.derive.derivation import DeriveOptions, derive_dataset
-from i2am_train.data.layouts.viton_hd import VitonHDDataset
 from i2am_train.data.module import TryOnDataModule
 from i2am_train.data.opening import AS_IT_LIES, open_dataset
 from i2am_train.data.reading import TryOnDataset
@@ -58,12 +57,12 @@ def test_each_file_of_the_embedded_dataset(embedded: Path, file: str, advice: st
     with pytest.raises(
         DataError, match=rf"train_pairs\.txt asks for: 1 of 20 in {folder} \({name}\)\."
     ):
-        VitonHDDataset(embedded, "train", "paired", SIZE)
+        open_dataset(embedded, Split.TRAIN, Pairing.PAIRED, SIZE)
     with pytest.raises(DataError, match=r"data check root=.*") as caught:
-        VitonHDDataset(embedded, "train", "paired", SIZE)
+        open_dataset(embedded, Split.TRAIN, Pairing.PAIRED, SIZE)
     assert ("'i2am data derive root=" in str(caught.value)) == (advice == "derive")
     assert "'i2am data make' draws this dataset again" in str(caught.value)
-    assert len(VitonHDDataset(embedded, "test", "paired", SIZE)) == 6
+    assert len(open_dataset(embedded, Split.TEST, Pairing.PAIRED, SIZE)) == 6
 
 
 def test_all_folders_of_viton_hd_are_summed_up(viton_hd: Path) -> None:
@@ -76,7 +75,7 @@ def test_all_folders_of_viton_hd_are_summed_up(viton_hd: Path) -> None:
         match=r"train lacks files .*: 1 of 20 in agnostic-mask \(00019_00_mask\.png\); "
         r"5 of 20 in cloth \(00001_00\.jpg, 00002_00\.jpg, 00003_00\.jpg, \.\.\.\)\. Copy them there",
     ) as caught:
-        VitonHDDataset(viton_hd, "train", "paired", SIZE)
+        open_dataset(viton_hd, Split.TRAIN, Pairing.PAIRED, SIZE)
     assert "data make" not in str(caught.value)
 
 
@@ -112,7 +111,7 @@ def test_training_and_validation_each_need_their_own(embedded: Path) -> None:
 def test_files_may_end_otherwise_than_the_others(viton_hd: Path, name: str) -> None:
     # Proves that a photograph under another ending is read, and that a second file of its name is refused.
     photograph = viton_hd / "train/cloth/00007_00.jpg"
-    expected = VitonHDDataset(viton_hd, "train", "paired", SIZE)[7]["garment"]
+    expected = open_dataset(viton_hd, Split.TRAIN, Pairing.PAIRED, SIZE)[7]["garment"]
     kind = "PNG" if name.endswith("PNG") else "WEBP" if name.endswith("webp") else None
     if kind is None:
         photograph.rename(photograph.with_name(name))
@@ -121,11 +120,11 @@ def test_files_may_end_otherwise_than_the_others(viton_hd: Path, name: str) -> N
             opened.save(photograph.with_name(name), kind, lossless=True)
         both = " and ".join(sorted(["00007_00.jpg", name]))
         with pytest.raises(DataError, match=rf"holds {both}, and which of them is meant"):
-            VitonHDDataset(viton_hd, "train", "paired", SIZE)
+            open_dataset(viton_hd, Split.TRAIN, Pairing.PAIRED, SIZE)
         codes = {(f.code, f.file) for f in check_dataset(viton_hd, progress=False).findings}
         assert ("ambiguous_name", "00007_00.jpg") in codes
         photograph.unlink()
-    assert VitonHDDataset(viton_hd, "train", "paired", SIZE)[7]["garment"].equal(expected)
+    assert open_dataset(viton_hd, Split.TRAIN, Pairing.PAIRED, SIZE)[7]["garment"].equal(expected)
     assert not check_dataset(viton_hd, progress=False).findings
 
 
@@ -133,7 +132,7 @@ def test_whole_folders_may_end_in_capitals(viton_hd: Path) -> None:
     for folder in (viton_hd / "train").iterdir():
         for file in folder.iterdir():
             file.rename(file.with_suffix(file.suffix.upper()))
-    assert len([*VitonHDDataset(viton_hd, "train", "paired", SIZE)]) == 20
+    assert len([*open_dataset(viton_hd, Split.TRAIN, Pairing.PAIRED, SIZE)]) == 20
 
 
 def test_accents_may_be_stored_apart(viton_hd: Path) -> None:
@@ -143,7 +142,7 @@ def test_accents_may_be_stored_apart(viton_hd: Path) -> None:
             file.rename(file.with_name(file.name.replace("00007_00", "cafe\u0301")))
     list_file = viton_hd / "train_pairs.txt"
     list_file.write_text(list_file.read_text().replace("00007_00", "caf\u00e9"))
-    assert VitonHDDataset(viton_hd, "train", "paired", SIZE)[7]["name"] == "caf\u00e9"
+    assert open_dataset(viton_hd, Split.TRAIN, Pairing.PAIRED, SIZE)[7]["name"] == "caf\u00e9"
     assert not check_dataset(viton_hd, progress=False).findings
 
 
@@ -152,7 +151,7 @@ def test_names_that_are_too_long_are_missing_files(viton_hd: Path) -> None:
     name = "x" * 300
     (viton_hd / "test_pairs.txt").write_text(f"{name}.jpg {name}.jpg\n")
     with pytest.raises(DataError, match=r"1 of 1 in image \(x{300}\.jpg\)"):
-        VitonHDDataset(viton_hd, "test", "paired", SIZE)
+        open_dataset(viton_hd, Split.TEST, Pairing.PAIRED, SIZE)
     codes = {f.code for f in check_dataset(viton_hd, progress=False).findings if f.level == "error"}
     assert codes == {"missing_file"}
     options = DeriveOptions(progress=False, pose="none", workers=1)
@@ -180,7 +179,7 @@ def test_column_two_of_other_names_is_explained(viton_hd: Path) -> None:
     list_file.write_text("".join(f"{n:05}_00.jpg g_{n:05}_00.jpg\n" for n in range(20)))
     said = r"column 2 of train_pairs\.txt names others \(as 'g_00000_00' for '00000_00'\), which"
     with pytest.raises(DataError, match=said):
-        VitonHDDataset(viton_hd, "train", "paired", SIZE)
+        open_dataset(viton_hd, Split.TRAIN, Pairing.PAIRED, SIZE)
     findings = [f for f in check_dataset(viton_hd, progress=False).findings if f.level == "error"]
     assert {f.code for f in findings} == {"missing_file"}
     assert any(
@@ -203,7 +202,7 @@ def test_a_folder_is_listed_once_whatever_the_number_of_samples(
 
     monkeypatch.setattr(os, "scandir", counted(os.scandir, scanned))
     monkeypatch.setattr(os, "stat", counted(os.stat, asked))
-    VitonHDDataset(viton_hd, "train", "paired", SIZE)
+    open_dataset(viton_hd, Split.TRAIN, Pairing.PAIRED, SIZE)
     assert len(scanned) == 7
     assert set(scanned.values()) == {1}
     assert not [name for name in asked if name.endswith((".jpg", ".png"))]

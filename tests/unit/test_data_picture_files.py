@@ -17,16 +17,18 @@ from PIL import Image, ImageOps
 from i2am_train.data.derive.densepose import read_parts, read_pose_picture
 from i2am_train.data.derive.keypoints import read_keypoints
 from i2am_train.data.derive.parsing import VITON_HD, read_labels
-from i2am_train.data.photographs import read_photograph, read_region
 from i2am_train.data.picture_files import (
     UnreadablePictureError,
+    read_colour,
+    read_correspondence,
     read_grey,
+    read_native_mask,
+    read_photograph,
+    read_region,
     read_rgb,
     read_size,
     read_values,
 )
-from i2am_train.data.pictures import read_colour, read_native_mask
-from i2am_train.data.reading import read_correspondence
 from i2am_train.errors import DataError
 from i2am_train.evaluation.folders import check_images, read_image
 from i2am_train.experiments.detection.coco import BenchSample, read_coco

@@ -9,12 +9,10 @@ import pytest
 import torch
 from torch.utils.data import default_collate
 
-from i2am_train.data.checks.folders import check_dataset
-from i2am_train.data.layouts.viton_hd import (
-    VitonHDDataset,
-    require_correspondence,
-)
-from i2am_train.data.reading import EpochPosition
+from i2am_train.data.checks.dataset_report import check_dataset
+from i2am_train.data.layouts.viton_hd import require_correspondence
+from i2am_train.data.opening import open_dataset
+from i2am_train.data.reading import EpochPosition, TryOnDataset
 from i2am_train.data.synthetic.dataset import FIRST_TEST_INDEX, render_sample
 from i2am_train.errors import DataError
 from i2am_train.types import GridSize, Pairing, Split
@@ -31,7 +29,7 @@ def copy(small_dataset: Path, tmp_path: Path) -> Path:
 def test_files_come_back_as_they_were_drawn(small_dataset: Path) -> None:
     # Proves the round trip: masks and correspondence exact, pictures within JPEG's error, range [-1, 1].
     drawn = render_sample(0, 5, SIZE)
-    read = VitonHDDataset(small_dataset, Split.TRAIN, Pairing.PAIRED, SIZE)[5]
+    read = open_dataset(small_dataset, Split.TRAIN, Pairing.PAIRED, SIZE)[5]
     assert (read["name"], read["garment_name"], read["index"], read["paired"]) == (
         "00005_00",
         "00005_00",
@@ -56,7 +54,7 @@ def test_files_come_back_as_they_were_drawn(small_dataset: Path) -> None:
 def test_unpaired_takes_the_lists_garment_and_knows_no_truth(small_dataset: Path) -> None:
     # Proves what the lists mean: person-side files follow column 1, the garment column 2.
     paired, unpaired = (
-        VitonHDDataset(small_dataset, "test", pairing, SIZE)[1] for pairing in Pairing
+        open_dataset(small_dataset, Split.TEST, pairing, SIZE)[1] for pairing in Pairing
     )
     assert (
         paired["garment_name"] == paired["name"] == unpaired["name"] == f"{FIRST_TEST_INDEX + 1}_00"
@@ -72,7 +70,7 @@ def test_unpaired_takes_the_lists_garment_and_knows_no_truth(small_dataset: Path
 
 def test_samples_collate_into_a_batch(small_dataset: Path) -> None:
     # Proves that the default collation gives the batch of the contract.
-    data = VitonHDDataset(small_dataset, "train", "paired", SIZE)
+    data = open_dataset(small_dataset, Split.TRAIN, Pairing.PAIRED, SIZE)
     batch = default_collate([data[index] for index in range(3)])
     assert batch["name"] == ["00000_00", "00001_00", "00002_00"]
     assert batch["correspondence"].shape == (3, 64, 48, 2)
@@ -82,8 +80,8 @@ def test_samples_collate_into_a_batch(small_dataset: Path) -> None:
 
 def test_another_size_is_resized(small_dataset: Path) -> None:
     # Proves that pictures, masks and correspondence follow the size that is asked for.
-    sample = VitonHDDataset(small_dataset, "train", "paired", GridSize(32, 24))[2]
-    full = VitonHDDataset(small_dataset, "train", "paired", SIZE)[2]
+    sample = open_dataset(small_dataset, Split.TRAIN, Pairing.PAIRED, GridSize(32, 24))[2]
+    full = open_dataset(small_dataset, Split.TRAIN, Pairing.PAIRED, SIZE)[2]
     assert sample["person"].shape == (3, 32, 24)
     assert sample["correspondence"].shape == (32, 24, 2)
     mean = torch.nn.functional.avg_pool2d(full["person"], 2)
@@ -96,14 +94,14 @@ def test_without_optional_folders_the_truth_is_unknown(copy: Path) -> None:
     # Proves that the real dataset's test half (no warped masks, no correspondence) can be read.
     shutil.rmtree(copy / "test/gt_cloth_warped_mask")
     shutil.rmtree(copy / "test/correspondence")
-    sample = VitonHDDataset(copy, "test", "paired", SIZE)[0]
+    sample = open_dataset(copy, Split.TEST, Pairing.PAIRED, SIZE)[0]
     assert not sample["warped_garment_mask"].any()
     assert sample["correspondence"].isnan().all()
 
 
 def test_a_subset_keeps_the_lists_numbers(small_dataset: Path) -> None:
     # Proves that a sample's index, which seeds its noise, does not depend on the subset that is read.
-    data = VitonHDDataset(small_dataset, "train", "paired", SIZE, indices=[11, 4])
+    data = open_dataset(small_dataset, Split.TRAIN, Pairing.PAIRED, SIZE, indices=[11, 4])
     assert len(data) == 2
     assert data.global_index(1) == 4
     assert (data[0]["index"], data[0]["name"]) == (11, "00011_00")
@@ -113,7 +111,7 @@ def test_a_subset_keeps_the_lists_numbers(small_dataset: Path) -> None:
 @pytest.mark.parametrize("position", [-1, 20])
 def test_a_sample_out_of_range_is_refused(small_dataset: Path, position: int) -> None:
     # Proves that the message names the range.
-    data = VitonHDDataset(small_dataset, "train", "paired", SIZE)
+    data = open_dataset(small_dataset, Split.TRAIN, Pairing.PAIRED, SIZE)
     with pytest.raises(DataError, match=rf"Sample {position} is out of range.*0 to 19"):
         data[position]
 
@@ -124,10 +122,12 @@ def test_small_inpainting_masks_become_everything_in_training_only(copy: Path) -
         mask = np.zeros(SIZE, np.uint8)
         mask[20:30, 20:30] = 255
         cv2.imwrite(str(copy / split / f"agnostic-mask/{name}_mask.png"), mask)
-    assert VitonHDDataset(copy, "train", "paired", SIZE)[3]["inpaint_mask"].all()
-    kept = VitonHDDataset(copy, "train", "paired", SIZE, small_mask_rule=False)[3]["inpaint_mask"]
+    assert open_dataset(copy, Split.TRAIN, Pairing.PAIRED, SIZE)[3]["inpaint_mask"].all()
+    kept = open_dataset(copy, Split.TRAIN, Pairing.PAIRED, SIZE, small_mask_rule=False)[3][
+        "inpaint_mask"
+    ]
     assert kept.sum() == 100
-    assert VitonHDDataset(copy, "test", "paired", SIZE)[0]["inpaint_mask"].sum() == 100
+    assert open_dataset(copy, Split.TEST, Pairing.PAIRED, SIZE)[0]["inpaint_mask"].sum() == 100
 
 
 def test_missing_folders_are_named_with_what_was_found(copy: Path) -> None:
@@ -137,9 +137,9 @@ def test_missing_folders_are_named_with_what_was_found(copy: Path) -> None:
         DataError,
         match=r"no folder 'cloth-mask' \(or cloth_mask\) \(found: .*i2am data derive.*i2am data check",
     ):
-        VitonHDDataset(copy, "train", "paired", SIZE)
+        open_dataset(copy, Split.TRAIN, Pairing.PAIRED, SIZE)
     with pytest.raises(DataError, match=r"no pair list train_pairs\.txt .*i2am data make"):
-        VitonHDDataset(copy / "test", "train", "paired", SIZE)
+        open_dataset(copy / Split.TEST, Split.TRAIN, Pairing.PAIRED, SIZE)
 
 
 @pytest.mark.parametrize(
@@ -158,7 +158,7 @@ def test_broken_pair_lists_are_refused(copy: Path, text: bytes, match: str) -> N
     # Proves that a list is checked before any picture is read.
     (copy / "test_pairs.txt").write_bytes(text)
     with pytest.raises(DataError, match=match):
-        VitonHDDataset(copy, "test", "paired", SIZE)
+        open_dataset(copy, Split.TEST, Pairing.PAIRED, SIZE)
     findings = check_dataset(copy, progress=False).findings
     assert [(f.code, f.file) for f in findings if f.level == "error"] == [
         ("pair_list", "test_pairs.txt")
@@ -171,9 +171,9 @@ def test_lists_are_read_as_editors_write_them(copy: Path, encoding: str, end: st
     # Proves PowerShell's UTF-16, Notepad's mark, and every end of line.
     file = copy / "test_pairs.txt"
     lines = file.read_text().splitlines()
-    expected = VitonHDDataset(copy, "test", "unpaired", SIZE).pairs
+    expected = open_dataset(copy, Split.TEST, Pairing.UNPAIRED, SIZE).pairs
     file.write_bytes(end.join([*lines, ""]).encode(encoding))
-    assert VitonHDDataset(copy, "test", "unpaired", SIZE).pairs == expected
+    assert open_dataset(copy, Split.TEST, Pairing.UNPAIRED, SIZE).pairs == expected
 
 
 @pytest.mark.parametrize("stem", ["IMG 1", "sam1 (1)", "a [x]  y", "a.jpg (1)", "x.y z"])
@@ -184,7 +184,7 @@ def test_names_with_spaces_are_read(copy: Path, stem: str, form: str) -> None:
         file.rename(file.with_name(file.name.replace("50003_00", stem)))
     pairs = [("50000_00.jpg", "50001_00.jpg"), (f"{stem}.jpg", f"{stem}.jpg")]
     (copy / "test_pairs.txt").write_text("\n".join(form.format(*pair) for pair in pairs))
-    data = VitonHDDataset(copy, "test", "unpaired", SIZE)
+    data = open_dataset(copy, Split.TEST, Pairing.UNPAIRED, SIZE)
     assert data.pairs[1] == (stem, stem)
     assert data[1]["name"] == stem
 
@@ -196,7 +196,7 @@ def test_a_line_that_folders_read_in_two_ways_is_refused(copy: Path) -> None:
             shutil.copy(copy / "test" / role / "50003_00.jpg", copy / "test" / role / name)
     (copy / "test_pairs.txt").write_text("a.jpg b.jpg b.jpg\n")
     with pytest.raises(DataError, match=r"3 names in entry 1 \('a\.jpg b\.jpg b\.jpg'\)"):
-        VitonHDDataset(copy, "test", "unpaired", SIZE)
+        open_dataset(copy, Split.TEST, Pairing.UNPAIRED, SIZE)
 
 
 @pytest.mark.parametrize(
@@ -211,7 +211,7 @@ def test_a_line_that_folders_read_in_two_ways_is_refused(copy: Path) -> None:
 )
 def test_broken_pictures_are_named(copy: Path, file: str, keep: float | None, match: str) -> None:
     # Proves that a half-written picture is an error and never silently grey, also one that vanishes during training.
-    data = VitonHDDataset(copy, "train", "paired", SIZE)
+    data = open_dataset(copy, Split.TRAIN, Pairing.PAIRED, SIZE)
     path = copy / "train" / file
     content = path.read_bytes()
     if keep is None:
@@ -226,8 +226,10 @@ def test_broken_pictures_are_named(copy: Path, file: str, keep: float | None, ma
 
 def test_augmentation_depends_on_seed_epoch_and_index(small_dataset: Path) -> None:
     # Proves that neither order nor process state enters, and that epochs differ.
-    def make(seed: int) -> VitonHDDataset:
-        return VitonHDDataset(small_dataset, "train", "paired", SIZE, augment=True, seed=seed)
+    def make(seed: int) -> TryOnDataset:
+        return open_dataset(
+            small_dataset, Split.TRAIN, Pairing.PAIRED, SIZE, augment=True, seed=seed
+        )
 
     first, second = make(0), make(0)
     second[7]
@@ -271,7 +273,7 @@ def test_other_spellings_of_folders_and_names_are_read(small_dataset: Path, copy
             cv2.imwrite(str(cloth.with_suffix(".png")), cv2.imread(str(cloth)))
             cloth.unlink()
     usual, other = (
-        VitonHDDataset(root, "train", "paired", SIZE)[3] for root in (small_dataset, copy)
+        open_dataset(root, Split.TRAIN, Pairing.PAIRED, SIZE)[3] for root in (small_dataset, copy)
     )
     for name, value in usual.items():
         if isinstance(value, torch.Tensor):
@@ -285,16 +287,16 @@ def test_what_is_missing_says_where_it_comes_from(copy: Path) -> None:
         DataError,
         match=rf"no folder 'gt_cloth_warped_mask'.*'i2am data derive root={copy}' makes it",
     ):
-        VitonHDDataset(copy, "train", "paired", SIZE)
-    assert len(VitonHDDataset(copy, "test", "paired", SIZE)) == 6
+        open_dataset(copy, Split.TRAIN, Pairing.PAIRED, SIZE)
+    assert len(open_dataset(copy, Split.TEST, Pairing.PAIRED, SIZE)) == 6
     shutil.rmtree(copy / "test/image-densepose")
     with pytest.raises(
         DataError, match=r"no folder 'image-densepose' .*DensePose pictures come with VITON-HD's"
     ):
-        VitonHDDataset(copy, "test", "paired", SIZE)
+        open_dataset(copy, Split.TEST, Pairing.PAIRED, SIZE)
 
 
 def test_a_dataset_one_folder_deeper_is_pointed_at(copy: Path) -> None:
     # Proves the hint for an archive that was unpacked into a folder of its own.
     with pytest.raises(DataError, match=rf"no pair list train_pairs\.txt .*Did you mean {copy}\?"):
-        VitonHDDataset(copy.parent, "train", "paired", SIZE)
+        open_dataset(copy.parent, Split.TRAIN, Pairing.PAIRED, SIZE)

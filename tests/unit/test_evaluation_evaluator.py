@@ -13,7 +13,7 @@ from torch.utils.data import default_collate
 
 from i2am_train.attention.trace import trace
 from i2am_train.config.schema import AttributionConfig, SamplingConfig
-from i2am_train.data.layouts.viton_hd import VitonHDDataset
+from i2am_train.data.opening import open_dataset
 from i2am_train.errors import CaptureError, ConfigError
 from i2am_train.evaluation.evaluator import (
     EvaluationResult,
@@ -48,7 +48,7 @@ def model(make_small_model: Callable[..., Any]) -> Any:
 @pytest.fixture(scope="module")
 def read_batch(small_dataset: Path) -> Callable[..., Any]:
     def read(indices: list[int], pairing: Pairing = Pairing.PAIRED) -> Any:
-        dataset = VitonHDDataset(small_dataset, Split.TEST, pairing, SIZE)
+        dataset = open_dataset(small_dataset, Split.TEST, pairing, SIZE)
         return default_collate([dataset[index] for index in indices])
 
     return read

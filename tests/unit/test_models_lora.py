@@ -12,7 +12,7 @@ from torch.utils.data import default_collate
 from i2am_train.attention.live import ScoreTap
 from i2am_train.attention.trace import trace
 from i2am_train.config.schema import OptimizationConfig
-from i2am_train.data.layouts.viton_hd import VitonHDDataset
+from i2am_train.data.opening import open_dataset
 from i2am_train.errors import ConfigError
 from i2am_train.losses.objective import AttentionObjective, TermWeights
 from i2am_train.models.lora import add_adapters, has_adapters, merged, save_adapters
@@ -109,7 +109,7 @@ def test_attention_losses_reach_the_adapters(
             torch.nn.init.normal_(weight, std=0.1)
     trained = {name for name, weight in model.named_parameters() if weight.requires_grad}
     assert trained == {n for n, _ in model.named_parameters() if ".lora_" in n}
-    dataset = VitonHDDataset(small_dataset, Split.TRAIN, Pairing.PAIRED, GridSize(64, 48))
+    dataset = open_dataset(small_dataset, Split.TRAIN, Pairing.PAIRED, GridSize(64, 48))
     batch = default_collate([dataset[index] for index in (1, 4)])
     draws = draw(0, 0, [1, 4], latent=GridSize(16, 12), timesteps=1000, condition_dropout=0.0)
     with ScoreTap(model, layers=[2]) as tap:

@@ -12,7 +12,7 @@ from torch.utils.data import default_collate
 
 from i2am_train.attention.live import ScoreTap
 from i2am_train.config.schema import OptimizationConfig
-from i2am_train.data.layouts.viton_hd import VitonHDDataset
+from i2am_train.data.opening import open_dataset
 from i2am_train.errors import CaptureError
 from i2am_train.losses.denoising import snr_weights
 from i2am_train.losses.objective import AttentionObjective, TermWeights
@@ -35,7 +35,7 @@ def model(make_small_model: Callable[..., Any]) -> Any:
 
 @pytest.fixture(scope="module")
 def read_batch(small_dataset: Path) -> Callable[[list[int]], Any]:
-    dataset = VitonHDDataset(small_dataset, Split.TRAIN, Pairing.PAIRED, GridSize(64, 48))
+    dataset = open_dataset(small_dataset, Split.TRAIN, Pairing.PAIRED, GridSize(64, 48))
     return lambda indices: default_collate([dataset[index] for index in indices])
 
 

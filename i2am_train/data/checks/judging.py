@@ -27,19 +27,8 @@ from i2am_train.data.arrays import GREY, Image, Mask
 from i2am_train.data.derive import densepose
 from i2am_train.data.derive.keypoints import read_keypoints, require_on_body
 from i2am_train.data.derive.parsing import HEAD, LabelSet, read_labels
-from i2am_train.data.layouts.base import (
-    AGNOSTIC,
-    CORRESPONDENCE,
-    GARMENT_MASK,
-    INPAINT_MASK,
-    KEYPOINTS,
-    PARSING,
-    PERSON,
-    POSE_PICTURE,
-    WARPED_MASK,
-)
 from i2am_train.errors import DataError
-from i2am_train.types import GridSize
+from i2am_train.types import GridSize, Role
 
 Level = Literal["error", "warning"]
 
@@ -64,7 +53,7 @@ class Judgement(NamedTuple):
 
     level: Level
     code: str
-    role: str
+    role: Role
     message: str
 
 
@@ -81,52 +70,52 @@ class Seen:
     labels: LabelSet | None = None
     """Usual in the layout."""
 
-    def mask(self, role: str) -> Mask | None:
+    def mask(self, role: Role) -> Mask | None:
         """White is inside."""
         return self.pictures[role] >= 128 if role in self.pictures else None
 
 
 def judge_garment(seen: Seen) -> Iterator[Judgement]:
     """The flat garment's mask: a mask, neither empty nor inverted."""
-    yield from _judge_values(seen, GARMENT_MASK)
-    mask = seen.mask(GARMENT_MASK)
+    yield from _judge_values(seen, Role.GARMENT_MASK)
+    mask = seen.mask(Role.GARMENT_MASK)
     if mask is None:
         return
     if not mask.any():
         text = "has no white pixel: the garment would be ignored."
-        yield Judgement("error", "empty_mask", GARMENT_MASK, text)
+        yield Judgement("error", "empty_mask", Role.GARMENT_MASK, text)
     elif _border_share(mask) > 0.5 and _center_share(mask) < 0.5:
         text = "is white around the garment; white must be the garment."
-        yield Judgement("error", "inverted_mask", GARMENT_MASK, text)
+        yield Judgement("error", "inverted_mask", Role.GARMENT_MASK, text)
 
 
 def judge_person(seen: Seen) -> Iterator[Judgement]:
     """The person's pictures, against each other."""
-    for role in (INPAINT_MASK, WARPED_MASK):
+    for role in (Role.INPAINT_MASK, Role.WARPED_MASK):
         yield from _judge_values(seen, role)
-    region = seen.mask(INPAINT_MASK)
+    region = seen.mask(Role.INPAINT_MASK)
     if region is not None:
         judgements = list(_judge_region(region, seen))
         yield from judgements
         if any(judgement.code == "inverted_mask" for judgement in judgements):
             region = ~region  # so that the other masks are judged against what was meant
-    worn = seen.mask(WARPED_MASK)
+    worn = seen.mask(Role.WARPED_MASK)
     if worn is not None:
         yield from _judge_worn(worn, region)
-    if CORRESPONDENCE in seen.pictures:
-        encoded = seen.pictures[CORRESPONDENCE]
+    if Role.CORRESPONDENCE in seen.pictures:
+        encoded = seen.pictures[Role.CORRESPONDENCE]
         if encoded.dtype != np.uint16 or encoded.ndim != 3:
             text = "must have 16 bits and three channels (y, x, valid)."
-            yield Judgement("error", "wrong_format", CORRESPONDENCE, text)
-    if POSE_PICTURE in seen.pictures:
-        yield from _judge_pose(seen.pictures[POSE_PICTURE])
+            yield Judgement("error", "wrong_format", Role.CORRESPONDENCE, text)
+    if Role.POSE_PICTURE in seen.pictures:
+        yield from _judge_pose(seen.pictures[Role.POSE_PICTURE])
     yield from _judge_annotations(seen)
 
 
 # -- masks ---------------------------------------------------------------------------------------------------------
 
 
-def _judge_values(seen: Seen, role: str) -> Iterator[Judgement]:
+def _judge_values(seen: Seen, role: Role) -> Iterator[Judgement]:
     """Whether a mask is one; what is none is not judged further."""
     if role not in seen.pictures:
         return
@@ -167,13 +156,13 @@ def _judge_region(region: Mask, seen: Seen) -> Iterator[Judgement]:
     """The region to paint: neither empty nor everything, and what the agnostic picture has in grey."""
     if not region.any():
         text = "has no white pixel: nothing would be painted."
-        yield Judgement("error", "empty_mask", INPAINT_MASK, text)
+        yield Judgement("error", "empty_mask", Role.INPAINT_MASK, text)
         return
     if region.all():
         text = "is white everywhere: the whole picture would be painted."
-        yield Judgement("warning", "full_mask", INPAINT_MASK, text)
+        yield Judgement("warning", "full_mask", Role.INPAINT_MASK, text)
         return
-    agnostic = seen.pictures.get(AGNOSTIC)
+    agnostic = seen.pictures.get(Role.AGNOSTIC)
     if agnostic is None or agnostic.shape[:2] != region.shape:
         return
     grey = _near(agnostic, GREY, GREY_NOISE)
@@ -183,12 +172,12 @@ def _judge_region(region: Mask, seen: Seen) -> Iterator[Judgement]:
             f"is black where the agnostic picture is grey ({outside:.0%} grey outside, {inside:.0%} inside); "
             "white must be the region to paint."
         )
-        yield Judgement("error", "inverted_mask", INPAINT_MASK, text)
+        yield Judgement("error", "inverted_mask", Role.INPAINT_MASK, text)
     elif inside < 0.25:
         text = f"is grey in only {inside:.0%} of its mask: it may show the clothes."
-        yield Judgement("warning", "agnostic_not_grey", AGNOSTIC, text)
+        yield Judgement("warning", "agnostic_not_grey", Role.AGNOSTIC, text)
     else:
-        yield from _judge_fit(region, agnostic, grey, seen.pictures.get(PERSON))
+        yield from _judge_fit(region, agnostic, grey, seen.pictures.get(Role.PERSON))
 
 
 def _judge_fit(
@@ -211,7 +200,7 @@ def _judge_fit(
             "its grey lies outside the mask. They are of different rules: take both from one source, or delete one of "
             "the folders and have it made by 'i2am data derive'."
         )
-        yield Judgement("warning", "mask_mismatch", INPAINT_MASK, text)
+        yield Judgement("warning", "mask_mismatch", Role.INPAINT_MASK, text)
 
 
 def _near(picture: Image, level: int, noise: int) -> Mask:
@@ -222,13 +211,13 @@ def _judge_worn(worn: Mask, region: Mask | None) -> Iterator[Judgement]:
     """The garment on the person: not empty, and inside the region to paint."""
     if not worn.any():
         text = "has no white pixel: attention losses skip this sample."
-        yield Judgement("warning", "empty_mask", WARPED_MASK, text)
+        yield Judgement("warning", "empty_mask", Role.WARPED_MASK, text)
         return
     if region is None or region.shape != worn.shape or region.all() or not region.any():
         return
     if worn[~region].mean() > 0.5 and worn[region].mean() < 0.9:
         text = "is white around the person; white must be the garment on the person."
-        yield Judgement("error", "inverted_mask", WARPED_MASK, text)
+        yield Judgement("error", "inverted_mask", Role.WARPED_MASK, text)
 
 
 def _border_share(mask: Mask) -> float:
@@ -252,7 +241,7 @@ def _judge_pose(picture: Image) -> Iterator[Judgement]:
         text = (
             f"{fault}; expected detectron2's dp_segm on black (OpenCV's PARULA), or labels 0...24."
         )
-        yield Judgement("warning", "not_densepose", POSE_PICTURE, text)
+        yield Judgement("warning", "not_densepose", Role.POSE_PICTURE, text)
 
 
 def _judge_annotations(seen: Seen) -> Iterator[Judgement]:
@@ -260,8 +249,8 @@ def _judge_annotations(seen: Seen) -> Iterator[Judgement]:
     if seen.size is None or seen.labels is None:
         return
     body = head = None
-    if PARSING in seen.files:
-        path = seen.files[PARSING]
+    if Role.PARSING in seen.files:
+        path = seen.files[Role.PARSING]
         try:
             labels = read_labels(path, seen.labels)
             if labels.shape == tuple(seen.size):
@@ -269,17 +258,17 @@ def _judge_annotations(seen: Seen) -> Iterator[Judgement]:
             else:
                 found = GridSize(*labels.shape)
                 text = f"is {found} (height x width), and the photograph is {seen.size}."
-                yield Judgement("warning", "parsing_map", PARSING, text)
+                yield Judgement("warning", "parsing_map", Role.PARSING, text)
         except DataError as error:
-            yield Judgement("warning", "parsing_map", PARSING, _without_name(error, path))
-    if KEYPOINTS in seen.files:
-        path = seen.files[KEYPOINTS]
+            yield Judgement("warning", "parsing_map", Role.PARSING, _without_name(error, path))
+    if Role.KEYPOINTS in seen.files:
+        path = seen.files[Role.KEYPOINTS]
         try:
             joints = read_keypoints(path, seen.size)
             if body is not None and head is not None:
                 require_on_body(joints, body, head, path)
         except DataError as error:
-            yield Judgement("warning", "keypoints", KEYPOINTS, _without_name(error, path))
+            yield Judgement("warning", "keypoints", Role.KEYPOINTS, _without_name(error, path))
 
 
 def _without_name(error: DataError, path: Path) -> str:

@@ -16,8 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from i2am_train.data.arrays import Image, Mask
-from i2am_train.data.picture_files import read_values
-from i2am_train.data.pictures import advice_on
+from i2am_train.data.picture_files import advice_on, read_values
 from i2am_train.errors import DataError
 
 TORSO, HANDS, FEET = (1, 2), (3, 4), (5, 6)

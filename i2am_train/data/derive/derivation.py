@@ -26,7 +26,7 @@ import numpy as np
 from tqdm import tqdm
 
 from i2am_train.data.arrays import Image, Mask
-from i2am_train.data.checks.missing import refuse_doubles
+from i2am_train.data.checks.needed_files import refuse_doubles
 from i2am_train.data.derive import densepose
 from i2am_train.data.derive.agnostic import PersonMasks, Pose, person_masks
 from i2am_train.data.derive.agnostic_regions import grey_region
@@ -47,31 +47,17 @@ from i2am_train.data.derive.parsing import (
     write_labels,
 )
 from i2am_train.data.derive.previews import write_sheet
-from i2am_train.data.layouts.base import (
-    AGNOSTIC,
-    DRAWN_POSE,
-    GARMENT,
-    GARMENT_MASK,
-    INPAINT_MASK,
-    KEYPOINTS,
-    PARSING,
-    PERSON,
-    POSE_PICTURE,
-    WARPED_MASK,
-    Layout,
-    Pair,
-    entries,
-)
+from i2am_train.data.layouts.base import Layout, Pair, entries
 from i2am_train.data.opening import Reading, absent_halves, split_layouts
-from i2am_train.data.picture_files import is_there
-from i2am_train.data.pictures import (
+from i2am_train.data.picture_files import (
+    is_there,
     read_colour,
     read_native_mask,
     write_bytes,
     write_picture,
 )
 from i2am_train.errors import DataError
-from i2am_train.types import Category, GridSize, Pairing, Split
+from i2am_train.types import Category, GridSize, Pairing, Role, Split
 
 T = TypeVar("T")
 
@@ -84,7 +70,7 @@ Box = tuple[float, float, float, float]
 PoseEstimator = Callable[[Sequence[Image], Sequence[Box]], list[Joints]]
 """Keypoints of the people in photographs, each in a box."""
 
-PERSON_FILES = (INPAINT_MASK, AGNOSTIC, WARPED_MASK)
+PERSON_FILES = (Role.INPAINT_MASK, Role.AGNOSTIC, Role.WARPED_MASK)
 MODEL_BATCH = 4
 """Photographs that a model sees at a time."""
 
@@ -185,8 +171,10 @@ def derive_dataset(
     """
     parts = [_Part(layout, options, parser, estimator) for layout in split_lists(root, reading)]
     for part in parts:
-        people = dict.fromkeys((PERSON, PARSING, KEYPOINTS, POSE_PICTURE), part.people)
-        refuse_doubles(part.layout, people | {GARMENT: part.garments})
+        people = dict.fromkeys(
+            (Role.PERSON, Role.PARSING, Role.KEYPOINTS, Role.POSE_PICTURE), part.people
+        )
+        refuse_doubles(part.layout, people | {Role.GARMENT: part.garments})
     report = DeriveReport(root, {part.layout.label: part.pose_source for part in parts})
     for part in parts:
         for role, make in part.models.items():
@@ -214,23 +202,28 @@ class _Part:
         self.labels = options.labels or usual_labels(layout.category)
         self.category: Category = layout.category or options.category
         self.parser, self.estimator = parser, estimator
-        self.models: dict[str, Callable[[list[str]], set[str]]] = {}
+        self.models: dict[Role, Callable[[list[str]], set[str]]] = {}
         if parser is not None:
-            self.models[PARSING] = self.parse
+            self.models[Role.PARSING] = self.parse
         if estimator is not None:
-            self.models[KEYPOINTS] = self.estimate
+            self.models[Role.KEYPOINTS] = self.estimate
         self._check_inputs()
         self.pose_source = self._pose_source()
-        has_densepose = layout.has(POSE_PICTURE) and layout.place(POSE_PICTURE).folder != DRAWN_POSE
+        has_densepose = (
+            layout.has(Role.POSE_PICTURE)
+            and layout.place(Role.POSE_PICTURE).folder != Role.DRAWN_POSE
+        )
         self.draws_pose = self.pose_source == "keypoints" and not has_densepose
 
     def _check_inputs(self) -> None:
-        needed = [PERSON, GARMENT] + ([] if self.parser is not None else [PARSING])
+        needed = [Role.PERSON, Role.GARMENT] + ([] if self.parser is not None else [Role.PARSING])
         missing = [role for role in needed if not self.layout.has(role)]
         if missing:
             folders = ", ".join(self.layout.folder_names(role) for role in missing)
             advice = (
-                "Give parser=FOLDER_OR_NAME to make parsing maps." if PARSING in missing else ""
+                "Give parser=FOLDER_OR_NAME to make parsing maps."
+                if Role.PARSING in missing
+                else ""
             )
             raise DataError(
                 f"{self.layout.folder} has no folder {folders} (found: {entries(self.layout.folder)}). "
@@ -239,7 +232,7 @@ class _Part:
 
     def _pose_source(self) -> str:
         """Keypoints, densepose or none."""
-        roles = {"keypoints": KEYPOINTS, "densepose": POSE_PICTURE}
+        roles = {"keypoints": Role.KEYPOINTS, "densepose": Role.POSE_PICTURE}
         wanted = self.options.pose
         if wanted == "none":
             return wanted
@@ -264,7 +257,7 @@ class _Part:
         pictures, refused = _all(stems, self._photograph)
         found = self.parser(list(pictures.values()), self.labels)
         for stem, labels in zip(pictures, found, strict=True):
-            write_labels(self.layout.path(PARSING, stem), labels, self.labels)
+            write_labels(self.layout.path(Role.PARSING, stem), labels, self.labels)
         return refused
 
     def estimate(self, stems: list[str]) -> set[str]:
@@ -275,14 +268,14 @@ class _Part:
         found = self.estimator(list(pictures.values()), [boxes[stem] for stem in pictures])
         for stem, joints in zip(pictures, found, strict=True):
             content = openpose_json(joints).encode()
-            write_bytes(self.layout.path(KEYPOINTS, stem), content)
+            write_bytes(self.layout.path(Role.KEYPOINTS, stem), content)
         return refused | unreadable
 
     def _photograph(self, stem: str) -> Image:
-        return read_colour(self.layout.path(PERSON, stem))
+        return read_colour(self.layout.path(Role.PERSON, stem))
 
     def _box(self, stem: str) -> Box:
-        path = self.layout.path(PARSING, stem)
+        path = self.layout.path(Role.PARSING, stem)
         rows, columns = np.nonzero(read_labels(path, self.labels))
         if not len(rows):
             raise DataError(f"{path} shows nobody: all of it is background. Make it again.")
@@ -293,14 +286,16 @@ class _Part:
 
     def derive_garment(self, stem: str) -> _Files:
         """The mask of a flat garment."""
-        files = _Files(self.layout, stem, [GARMENT_MASK], self.options.overwrite)
+        files = _Files(self.layout, stem, [Role.GARMENT_MASK], self.options.overwrite)
         if files.wanted:
-            files.write(GARMENT_MASK, garment_mask(read_colour(self.layout.path(GARMENT, stem))))
+            files.write(
+                Role.GARMENT_MASK, garment_mask(read_colour(self.layout.path(Role.GARMENT, stem)))
+            )
         return files
 
     def derive_person(self, stem: str) -> _Files:
         """Region to paint, agnostic picture and worn garment of a person, and a pose picture where there is none."""
-        drawn = [DRAWN_POSE] if self.draws_pose else []
+        drawn = [Role.DRAWN_POSE] if self.draws_pose else []
         files = _Files(self.layout, stem, [*PERSON_FILES, *drawn], self.options.overwrite)
         if files.wanted:
             self._make(stem, files)
@@ -310,40 +305,40 @@ class _Part:
         return files
 
     def _make(self, stem: str, files: _Files) -> None:
-        photograph = read_colour(self.layout.path(PERSON, stem))
+        photograph = read_colour(self.layout.path(Role.PERSON, stem))
         size = GridSize(*photograph.shape[:2])
-        path = self.layout.path(PARSING, stem)
+        path = self.layout.path(Role.PARSING, stem)
         labels = read_labels(path, self.labels)
         _same_size(path, labels.shape, size)
         pose = self._pose(stem, size)
         if isinstance(pose, dict):
             head = self.labels.inside(labels, HEAD | {"hair"})
-            require_on_body(pose, labels > 0, head, self.layout.path(KEYPOINTS, stem))
+            require_on_body(pose, labels > 0, head, self.layout.path(Role.KEYPOINTS, stem))
         masks = person_masks(labels, self.labels, self.category, pose)
         masks = PersonMasks(masks.worn, self._region(stem, files, photograph, masks.region))
-        files.write(INPAINT_MASK, masks.region)
-        files.write(AGNOSTIC, masks.agnostic(photograph))
-        files.write(WARPED_MASK, masks.worn)
+        files.write(Role.INPAINT_MASK, masks.region)
+        files.write(Role.AGNOSTIC, masks.agnostic(photograph))
+        files.write(Role.WARPED_MASK, masks.worn)
         if self.draws_pose and isinstance(pose, dict):
-            files.write(DRAWN_POSE, densepose.coloured(drawn_parts(pose, size)))
+            files.write(Role.DRAWN_POSE, densepose.coloured(drawn_parts(pose, size)))
 
     def _region(self, stem: str, files: _Files, photograph: Image, derived: Mask) -> Mask:
         """The region to paint: of a mask or an agnostic picture that is kept, else the derived one; never a mixture."""
-        if INPAINT_MASK in files.kept:
-            path = self.layout.path(INPAINT_MASK, stem)
+        if Role.INPAINT_MASK in files.kept:
+            path = self.layout.path(Role.INPAINT_MASK, stem)
             mask = read_native_mask(path)
             _same_size(path, mask.shape, GridSize(*derived.shape))
             return mask
-        if AGNOSTIC in files.kept:
-            path = self.layout.path(AGNOSTIC, stem)
+        if Role.AGNOSTIC in files.kept:
+            path = self.layout.path(Role.AGNOSTIC, stem)
             return grey_region(read_colour(path), photograph, path)
         return derived
 
     def _pose(self, stem: str, size: GridSize) -> Pose:
         if self.pose_source == "keypoints":
-            return read_keypoints(self.layout.path(KEYPOINTS, stem), size)
+            return read_keypoints(self.layout.path(Role.KEYPOINTS, stem), size)
         if self.pose_source == "densepose":
-            path = self.layout.path(POSE_PICTURE, stem)
+            path = self.layout.path(Role.POSE_PICTURE, stem)
             parts = densepose.read_parts(path)
             _same_size(path, parts.shape, size)
             return parts
@@ -353,16 +348,16 @@ class _Part:
 class _Files:
     """The files to make of one person or garment; those that exist are kept unless they are to be overwritten."""
 
-    def __init__(self, layout: Layout, stem: str, roles: list[str], overwrite: bool) -> None:
+    def __init__(self, layout: Layout, stem: str, roles: Sequence[Role], overwrite: bool) -> None:
         self.paths = {role: layout.path(role, stem) for role in roles}
         self.kept = [role for role in roles if not overwrite and is_there(self.paths[role])]
-        self.made: list[str] = []
+        self.made: list[Role] = []
 
     @property
     def wanted(self) -> bool:
         return len(self.kept) < len(self.paths)
 
-    def write(self, role: str, picture: np.ndarray[Any, Any]) -> None:
+    def write(self, role: Role, picture: np.ndarray[Any, Any]) -> None:
         """Write a picture or mask, unless it is to be kept."""
         if role not in self.kept:
             write_picture(self.paths[role], picture)
@@ -406,7 +401,7 @@ def _attempt(work: Callable[[str], _Files], stem: str) -> _Files | str:
 
 
 def _run_model(
-    part: _Part, role: str, make: Callable[[list[str]], set[str]], report: DeriveReport
+    part: _Part, role: Role, make: Callable[[list[str]], set[str]], report: DeriveReport
 ) -> None:
     """Make the files of a role that are missing, in batches."""
     there = {stem for stem in part.people if is_there(part.layout.path(role, stem))}

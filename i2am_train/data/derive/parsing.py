@@ -18,8 +18,7 @@ from numpy.typing import NDArray
 from PIL import Image as PILImage
 
 from i2am_train.data.arrays import Image, Mask
-from i2am_train.data.picture_files import is_there, open_picture, read_values
-from i2am_train.data.pictures import write_bytes
+from i2am_train.data.picture_files import is_there, open_picture, read_values, write_bytes
 from i2am_train.errors import DataError
 from i2am_train.types import Category
 

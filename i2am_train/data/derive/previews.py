@@ -12,30 +12,12 @@ from i2am_train.data.derive.bodies import SIDES, chain, draw_limb
 from i2am_train.data.derive.densepose import read_pose_picture
 from i2am_train.data.derive.keypoints import read_keypoints
 from i2am_train.data.derive.parsing import LabelSet, read_labels
-from i2am_train.data.layouts.base import (
-    AGNOSTIC,
-    GARMENT,
-    GARMENT_MASK,
-    INPAINT_MASK,
-    KEYPOINTS,
-    PARSING,
-    PERSON,
-    POSE_PICTURE,
-    WARPED_MASK,
-    Layout,
-    Pair,
-)
-from i2am_train.data.picture_files import is_there
-from i2am_train.data.pictures import (
-    fit_picture,
-    read_colour,
-    read_native_mask,
-    resize_mask,
-    write_picture,
-)
+from i2am_train.data.layouts.base import Layout, Pair
+from i2am_train.data.picture_files import is_there, read_colour, read_native_mask, write_picture
+from i2am_train.data.pictures import fit_picture, resize_mask
 from i2am_train.errors import DataError
 from i2am_train.fingerprints import PREVIEWS
-from i2am_train.types import GridSize
+from i2am_train.types import GridSize, Role
 
 TILE = GridSize(320, 240)
 TINT = (220, 30, 30)
@@ -53,7 +35,7 @@ def write_sheet(layout: Layout, pair: Pair, labels: LabelSet) -> None:
     From left to right: photograph; parsing map; keypoints; pose picture; region to paint; agnostic picture; worn
     garment; flat garment with its mask. What is not there is black.
     """
-    photograph = read_colour(layout.path(PERSON, pair.person))
+    photograph = read_colour(layout.path(Role.PERSON, pair.person))
     tiles = [photograph, *_steps(layout, pair, labels, photograph)]
     black = np.zeros_like(photograph)
     fitted = [fit_picture(black if tile is None else tile, TILE, "pad", 255) for tile in tiles]
@@ -63,14 +45,14 @@ def write_sheet(layout: Layout, pair: Pair, labels: LabelSet) -> None:
 def _steps(layout: Layout, pair: Pair, labels: LabelSet, photograph: Image) -> list[Image | None]:
     person, garment = pair
 
-    def there(role: str, stem: str) -> Path | None:
+    def there(role: Role, stem: str) -> Path | None:
         path = layout.path(role, stem)
         return path if is_there(path) else None
 
-    parsing, keypoints = there(PARSING, person), there(KEYPOINTS, person)
-    pose, agnostic = there(POSE_PICTURE, person), there(AGNOSTIC, person)
-    region, worn = there(INPAINT_MASK, person), there(WARPED_MASK, person)
-    flat, flat_mask = there(GARMENT, garment), there(GARMENT_MASK, garment)
+    parsing, keypoints = there(Role.PARSING, person), there(Role.KEYPOINTS, person)
+    pose, agnostic = there(Role.POSE_PICTURE, person), there(Role.AGNOSTIC, person)
+    region, worn = there(Role.INPAINT_MASK, person), there(Role.WARPED_MASK, person)
+    flat, flat_mask = there(Role.GARMENT, garment), there(Role.GARMENT_MASK, garment)
     return [
         labels.coloured(read_labels(parsing, labels)) if parsing else None,
         _skeleton(photograph, keypoints) if keypoints else None,

@@ -18,23 +18,16 @@ from typing import ClassVar, NamedTuple
 
 from i2am_train.errors import DataError
 from i2am_train.locks import LOCK
-from i2am_train.types import Category, Pairing, Split
+from i2am_train.types import Category, Pairing, Role, Split
 
-PERSON, GARMENT = "image", "cloth"
-AGNOSTIC, INPAINT_MASK, POSE_PICTURE = "agnostic-v3.2", "agnostic-mask", "image-densepose"
-GARMENT_MASK, WARPED_MASK, CORRESPONDENCE = "cloth-mask", "gt_cloth_warped_mask", "correspondence"
-PARSING, KEYPOINTS = "image-parse-v3", "openpose_json"
-DRAWN_POSE = "pose-drawn"
-"""Pose pictures that ``i2am data derive`` drew from keypoints, in a folder of their own: DensePose never mixes in."""
-
-PERSON_ROLES = (PERSON, AGNOSTIC, INPAINT_MASK, POSE_PICTURE)
+PERSON_ROLES = (Role.PERSON, Role.AGNOSTIC, Role.INPAINT_MASK, Role.POSE_PICTURE)
 """What every person needs."""
-GARMENT_ROLES = (GARMENT, GARMENT_MASK)
+GARMENT_ROLES = (Role.GARMENT, Role.GARMENT_MASK)
 """What every garment needs."""
-OPTIONAL_ROLES = (WARPED_MASK, CORRESPONDENCE)
+OPTIONAL_ROLES = (Role.WARPED_MASK, Role.CORRESPONDENCE)
 """Read where they exist: the warped mask is needed in training only, the correspondence is synthetic only."""
-MASK_ROLES = (INPAINT_MASK, GARMENT_MASK, WARPED_MASK)
-DERIVED_ROLES = (AGNOSTIC, INPAINT_MASK, GARMENT_MASK, WARPED_MASK)
+MASK_ROLES = (Role.INPAINT_MASK, Role.GARMENT_MASK, Role.WARPED_MASK)
+DERIVED_ROLES = (Role.AGNOSTIC, Role.INPAINT_MASK, Role.GARMENT_MASK, Role.WARPED_MASK)
 """What ``i2am data derive`` makes."""
 
 ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
@@ -112,7 +105,7 @@ class Layout(ABC):
         """The garment that a person wears."""
 
     @abstractmethod
-    def advice(self, role: str) -> str:
+    def advice(self, role: Role) -> str:
         """Where the files of a role come from, as a sentence."""
 
     def listed(self, pairing: Pairing) -> list[Pair]:
@@ -125,13 +118,15 @@ class Layout(ABC):
 
     def _is_there(self, pair: Pair) -> bool:
         """Whether a person and a garment of these names have files."""
-        return bool(self.spellings(PERSON, pair.person) and self.spellings(GARMENT, pair.garment))
+        return bool(
+            self.spellings(Role.PERSON, pair.person) and self.spellings(Role.GARMENT, pair.garment)
+        )
 
     def key(self, stem: str) -> str:
         """What takes the place of ``{}`` in patterns."""
         return stem
 
-    def place(self, role: str) -> Place:
+    def place(self, role: Role) -> Place:
         """Where the files of a role lie, or would lie."""
         if role not in self._found:
             place = self._look(role)
@@ -140,7 +135,7 @@ class Layout(ABC):
             self._found[role] = place
         return self._found[role]
 
-    def _look(self, role: str) -> Place | None:
+    def _look(self, role: Role) -> Place | None:
         """The first place of a role whose folder exists, with the ending that its files have."""
         for place in self.places[role]:
             if names := self._listed(place.folder):
@@ -152,7 +147,7 @@ class Layout(ABC):
                 return place
         return None
 
-    def names(self, role: str) -> frozenset[str]:
+    def names(self, role: Role) -> frozenset[str]:
         """What the folder of a role holds; it is listed once, because a network disk takes its time."""
         return self._listed(self.place(role).folder)
 
@@ -165,7 +160,7 @@ class Layout(ABC):
                 self._names[folder] = frozenset(entry.name for entry in scanned)
         return self._names[folder]
 
-    def unusual(self, role: str) -> dict[str, list[str]]:
+    def unusual(self, role: Role) -> dict[str, list[str]]:
         """Files of a role that are not named as most, by their names without ending in the composed form of accents."""
         place = self.place(role)
         folder = self.folder / place.folder
@@ -178,11 +173,11 @@ class Layout(ABC):
             self._unusual[folder] = found
         return self._unusual[folder]
 
-    def has(self, role: str) -> bool:
+    def has(self, role: Role) -> bool:
         """Whether the folder of a role exists."""
         return (self.folder / self.place(role).folder).is_dir()
 
-    def file_name(self, role: str, stem: str) -> str:
+    def file_name(self, role: Role, stem: str) -> str:
         """The name, in its folder, of the file of a person or garment in one of the roles.
 
         Files that end otherwise than most (``.JPG``, ``.webp``), or whose accents are stored otherwise, are found.
@@ -192,13 +187,13 @@ class Layout(ABC):
             return usual
         return next(iter(self.spellings(role, stem)), usual)
 
-    def spellings(self, role: str, stem: str) -> list[str]:
+    def spellings(self, role: Role, stem: str) -> list[str]:
         """All files that could be that of a person or garment: more than one is not to be decided."""
         usual = self.place(role).pattern.format(self.key(stem))
         others = self.unusual(role).get(stem_of(usual), [])
         return sorted({*others, *([usual] if usual in self.names(role) else [])})
 
-    def path(self, role: str, stem: str) -> Path:
+    def path(self, role: Role, stem: str) -> Path:
         """The file of a person or garment in one of the roles."""
         return self.folder / self.place(role).folder / self.file_name(role, stem)
 
@@ -214,20 +209,20 @@ class Layout(ABC):
         return pair.garment == self.own_garment(pair.person)
 
     @property
-    def needed(self) -> list[str]:
+    def needed(self) -> list[Role]:
         """Roles that every sample of this split needs."""
         return [
             *PERSON_ROLES,
             *GARMENT_ROLES,
-            *([WARPED_MASK] if self.split is Split.TRAIN else []),
+            *([Role.WARPED_MASK] if self.split is Split.TRAIN else []),
         ]
 
     @property
-    def missing(self) -> list[str]:
+    def missing(self) -> list[Role]:
         """Needed roles whose folders do not exist."""
         return [role for role in self.needed if not self.has(role)]
 
-    def folder_names(self, role: str) -> str:
+    def folder_names(self, role: Role) -> str:
         """The folder that a role was looked for in, with its other spellings."""
         first, *others = dict.fromkeys(place.folder for place in self.places[role])
         return f"'{first}'" + (f" (or {', '.join(others)})" if others else "")

@@ -18,28 +18,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from i2am_train.data.layouts.base import (
-    AGNOSTIC,
-    CORRESPONDENCE,
-    DERIVED_ROLES,
-    DRAWN_POSE,
-    GARMENT,
-    GARMENT_MASK,
-    INPAINT_MASK,
-    KEYPOINTS,
-    PARSING,
-    PERSON,
-    POSE_PICTURE,
-    WARPED_MASK,
-    Layout,
-    Pair,
-    Place,
-    entries,
-)
-from i2am_train.data.pictures import Fit
-from i2am_train.data.reading import TryOnDataset
+from i2am_train.data.layouts.base import DERIVED_ROLES, Layout, Pair, Place, entries
 from i2am_train.errors import DataError
-from i2am_train.types import CATEGORIES, Category, GridSize, Pairing, Split
+from i2am_train.types import CATEGORIES, Category, Pairing, Role, Split
 
 
 class DressCodeLayout(Layout):
@@ -47,23 +28,23 @@ class DressCodeLayout(Layout):
 
     small_mask_rule = False
     places = {
-        PERSON: (Place("images", "{}_0.jpg"),),
-        GARMENT: (Place("images", "{}_1.jpg"),),
-        GARMENT_MASK: (
+        Role.PERSON: (Place("images", "{}_0.jpg"),),
+        Role.GARMENT: (Place("images", "{}_1.jpg"),),
+        Role.GARMENT_MASK: (
             Place("cloth-mask", "{}_1.png"), Place("cloth_mask", "{}_1.png"), Place("masks", "{}_1.png"),
         ),
-        AGNOSTIC: (Place("agnostic-v3.2", "{}_0.jpg"), Place("agnostic", "{}_0.jpg")),
-        INPAINT_MASK: (Place("agnostic-mask", "{}_0_mask.png"), Place("agnostic-mask", "{}_0.png")),
-        POSE_PICTURE: (
-            Place("dense", "{}_5.png"), Place("image-densepose", "{}_0.jpg"), Place(DRAWN_POSE, "{}_0.jpg"),
+        Role.AGNOSTIC: (Place("agnostic-v3.2", "{}_0.jpg"), Place("agnostic", "{}_0.jpg")),
+        Role.INPAINT_MASK: (Place("agnostic-mask", "{}_0_mask.png"), Place("agnostic-mask", "{}_0.png")),
+        Role.POSE_PICTURE: (
+            Place("dense", "{}_5.png"), Place("image-densepose", "{}_0.jpg"), Place(Role.DRAWN_POSE, "{}_0.jpg"),
         ),
-        DRAWN_POSE: (Place(DRAWN_POSE, "{}_0.jpg"),),
-        WARPED_MASK: (
+        Role.DRAWN_POSE: (Place(Role.DRAWN_POSE, "{}_0.jpg"),),
+        Role.WARPED_MASK: (
             Place("gt_cloth_warped_mask", "{}_0.png"), Place("gt_cloth_warped_mask", "{}_0.jpg"),
         ),
-        CORRESPONDENCE: (Place("correspondence", "{}_0.png"),),
-        PARSING: (Place("label_maps", "{}_4.png"),),
-        KEYPOINTS: (Place("keypoints", "{}_2.json"),),
+        Role.CORRESPONDENCE: (Place("correspondence", "{}_0.png"),),
+        Role.PARSING: (Place("label_maps", "{}_4.png"),),
+        Role.KEYPOINTS: (Place("keypoints", "{}_2.json"),),
     }  # fmt: skip
 
     def __init__(self, root: Path, split: Split, category: Category) -> None:
@@ -113,7 +94,7 @@ class DressCodeLayout(Layout):
                 )
         return pairs
 
-    def advice(self, role: str) -> str:
+    def advice(self, role: Role) -> str:
         """Where the files of a role come from."""
         if role in DERIVED_ROLES:
             return (
@@ -138,33 +119,3 @@ def dresscode_layouts(root: Path, split: Split, categories: Sequence[Category]) 
             f"{', '.join(categories)}. {advice}, or data.layout=viton_hd for the other layout."
         )
     return [DressCodeLayout(root, split, category) for category in categories]
-
-
-class DressCodeDataset(TryOnDataset):
-    """Try-on samples from a folder in DressCode layout; the lists of the categories follow each other.
-
-    Args:
-        root: folder with the categories' folders.
-        split: which half to read.
-        pairing: which of the two test lists; training is paired.
-        size: picture size, height first; files of another size are resized.
-        categories: which ones to read, in this order.
-        augment: apply the authors' training augmentations (:mod:`i2am_train.data.transforms`).
-        seed: of the augmentations.
-        indices: positions in the joined lists to read; default all.
-        small_mask_rule: replace small inpainting masks by all ones; default never.
-        fit: how pictures of another aspect come to ``size``.
-
-    Raises:
-        DataError: a folder, list or file is missing or broken.
-    """
-
-    def __init__(
-        self, root: Path | str, split: Split | str, pairing: Pairing | str, size: GridSize,
-        categories: Sequence[Category] = CATEGORIES, augment: bool = False, seed: int = 0,
-        indices: Sequence[int] | None = None, small_mask_rule: bool | None = None, fit: Fit = "stretch",
-    ) -> None:  # fmt: skip
-        super().__init__(
-            dresscode_layouts(Path(root), Split(split), categories), Pairing(pairing), size, augment=augment,
-            seed=seed, indices=indices, small_mask_rule=small_mask_rule, fit=fit,
-        )  # fmt: skip

@@ -10,31 +10,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from i2am_train.data.layouts.base import (
-    AGNOSTIC,
-    CORRESPONDENCE,
-    DERIVED_ROLES,
-    DRAWN_POSE,
-    GARMENT,
-    GARMENT_MASK,
-    INPAINT_MASK,
-    KEYPOINTS,
-    PARSING,
-    PERSON,
-    POSE_PICTURE,
-    WARPED_MASK,
-    Layout,
-    Place,
-)
-from i2am_train.data.pictures import Fit
-from i2am_train.data.reading import TryOnDataset
+from i2am_train.data.layouts.base import DERIVED_ROLES, Layout, Place
 from i2am_train.errors import DataError
-from i2am_train.types import Category, GridSize, Pairing, Split
+from i2am_train.types import Category, Pairing, Role, Split
 
 
 def require_correspondence(root: Path) -> None:
     """Raise DataError unless training samples have their true correspondence, which only synthetic data has."""
-    folder = root / Split.TRAIN / CORRESPONDENCE
+    folder = root / Split.TRAIN / Role.CORRESPONDENCE
     if not folder.is_dir():
         raise DataError(
             f"objective.supervised teaches the true correspondence, and {root} has none (no folder {folder}). "
@@ -52,23 +35,25 @@ class VitonHDLayout(Layout):
 
     small_mask_rule = True
     places = {
-        PERSON: _spelled(["image"], ["{}.jpg", "{}.png", "{}.jpeg"]),
-        GARMENT: _spelled(["cloth"], ["{}.jpg", "{}.png", "{}.jpeg"]),
-        GARMENT_MASK: _spelled(["cloth-mask", "cloth_mask"], ["{}.jpg", "{}.png"]),
-        AGNOSTIC: _spelled(["agnostic-v3.2", "agnostic-v3.3", "agnostic"], ["{}.jpg", "{}.png"]),
-        INPAINT_MASK: _spelled(
+        Role.PERSON: _spelled(["image"], ["{}.jpg", "{}.png", "{}.jpeg"]),
+        Role.GARMENT: _spelled(["cloth"], ["{}.jpg", "{}.png", "{}.jpeg"]),
+        Role.GARMENT_MASK: _spelled(["cloth-mask", "cloth_mask"], ["{}.jpg", "{}.png"]),
+        Role.AGNOSTIC: _spelled(
+            ["agnostic-v3.2", "agnostic-v3.3", "agnostic"], ["{}.jpg", "{}.png"]
+        ),
+        Role.INPAINT_MASK: _spelled(
             ["agnostic-mask", "agnostic_mask"], ["{}_mask.png", "{}.png", "{}.jpg"]
         ),
-        POSE_PICTURE: _spelled(
-            ["image-densepose", "image_densepose", DRAWN_POSE], ["{}.jpg", "{}.png"]
+        Role.POSE_PICTURE: _spelled(
+            ["image-densepose", "image_densepose", Role.DRAWN_POSE], ["{}.jpg", "{}.png"]
         ),
-        DRAWN_POSE: _spelled([DRAWN_POSE], ["{}.jpg"]),
-        WARPED_MASK: _spelled(
+        Role.DRAWN_POSE: _spelled([Role.DRAWN_POSE], ["{}.jpg"]),
+        Role.WARPED_MASK: _spelled(
             ["gt_cloth_warped_mask", "gt-cloth-warped-mask"], ["{}.jpg", "{}.png"]
         ),
-        CORRESPONDENCE: _spelled(["correspondence"], ["{}.png"]),
-        PARSING: _spelled(["image-parse-v3", "image-parse"], ["{}.png"]),
-        KEYPOINTS: _spelled(["openpose_json", "openpose-json"], ["{}_keypoints.json"]),
+        Role.CORRESPONDENCE: _spelled(["correspondence"], ["{}.png"]),
+        Role.PARSING: _spelled(["image-parse-v3", "image-parse"], ["{}.png"]),
+        Role.KEYPOINTS: _spelled(["openpose_json", "openpose-json"], ["{}_keypoints.json"]),
     }
 
     @property
@@ -94,14 +79,14 @@ class VitonHDLayout(Layout):
         """The garment of the same name."""
         return person
 
-    def advice(self, role: str) -> str:
+    def advice(self, role: Role) -> str:
         """Where the files of a role come from."""
         if role in DERIVED_ROLES:
             return (
                 f"Some downloads of VITON-HD lack it; 'i2am data derive root={self.root}' makes it from human-parsing "
                 "maps and keypoints or DensePose."
             )
-        if role == POSE_PICTURE:
+        if role == Role.POSE_PICTURE:
             return (
                 "DensePose pictures come with VITON-HD's zalando-hd-resized, or from detectron2; 'i2am data derive' "
                 "draws a stand-in from keypoints."
@@ -109,32 +94,3 @@ class VitonHDLayout(Layout):
         return (
             "It comes with VITON-HD (zalando-hd-resized); for own photographs see data/README.md."
         )
-
-
-class VitonHDDataset(TryOnDataset):
-    """Try-on samples from a folder in VITON-HD layout.
-
-    Args:
-        root: folder with ``train/``, ``test/`` and the two pair lists.
-        split: which half to read.
-        pairing: paired uses the person's own garment whatever the list says; unpaired takes the list's second column.
-        size: picture size, height first; files of another size are resized.
-        augment: apply the authors' training augmentations (:mod:`i2am_train.data.transforms`).
-        seed: of the augmentations.
-        indices: positions in the pair list to read; default all.
-        small_mask_rule: replace small inpainting masks by all ones; default in training only, as the authors do.
-        fit: how pictures of another aspect come to ``size``.
-
-    Raises:
-        DataError: a folder, list or file is missing or broken.
-    """
-
-    def __init__(
-        self, root: Path | str, split: Split | str, pairing: Pairing | str, size: GridSize, augment: bool = False,
-        seed: int = 0, indices: Sequence[int] | None = None, small_mask_rule: bool | None = None,
-        fit: Fit = "stretch",
-    ) -> None:  # fmt: skip
-        super().__init__(
-            [VitonHDLayout(Path(root), Split(split))], Pairing(pairing), size, augment=augment, seed=seed,
-            indices=indices, small_mask_rule=small_mask_rule, fit=fit,
-        )  # fmt: skip

@@ -24,10 +24,9 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from i2am_train.data.arrays import GREY, Image, Mask, SampleArrays
-from i2am_train.data.correspondence_files import encode_correspondence
 from i2am_train.data.derive.keypoints import Joints, openpose_json
 from i2am_train.data.derive.parsing import VITON_HD, LabelMap, write_labels
-from i2am_train.data.layouts.base import KEYPOINTS, PARSING
+from i2am_train.data.picture_files import encode_correspondence
 from i2am_train.data.synthetic import garments, people
 from i2am_train.data.synthetic.garments import Garment
 from i2am_train.data.synthetic.meshes import (
@@ -45,7 +44,7 @@ from i2am_train.fingerprints import DESCRIPTION_FILE
 from i2am_train.locks import staged
 from i2am_train.processes import ignore_interrupts
 from i2am_train.runs import write_text
-from i2am_train.types import GridSize, Split
+from i2am_train.types import GridSize, Role, Split
 
 GENERATOR_VERSION = 1
 """Raised whenever the same seed would draw another picture."""
@@ -659,8 +658,8 @@ def _render_and_write(
     write_sample(root / split, render_sample(seed, index, size))
     if annotations:
         name, (parsed, joints) = sample_name(index), render_annotations(seed, index, size)
-        write_labels(root / split / PARSING / f"{name}.png", parsed, VITON_HD)
-        write_text(root / split / KEYPOINTS / f"{name}_keypoints.json", openpose_json(joints))
+        write_labels(root / split / Role.PARSING / f"{name}.png", parsed, VITON_HD)
+        write_text(root / split / Role.KEYPOINTS / f"{name}_keypoints.json", openpose_json(joints))
 
 
 def write_sample(folder: Path, sample: SyntheticSample) -> None:

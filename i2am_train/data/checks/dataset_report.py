@@ -21,14 +21,9 @@ from tqdm import tqdm
 from i2am_train.data.checks.judging import Judgement, Level, Seen, judge_garment, judge_person
 from i2am_train.data.derive.parsing import usual_labels
 from i2am_train.data.layouts.base import (
-    CORRESPONDENCE,
-    GARMENT,
     GARMENT_ROLES,
-    KEYPOINTS,
     MASK_ROLES,
     OPTIONAL_ROLES,
-    PARSING,
-    PERSON,
     PERSON_ROLES,
     Layout,
     Pair,
@@ -37,15 +32,15 @@ from i2am_train.data.opening import AS_IT_LIES, Reading, absent_halves, split_la
 from i2am_train.data.picture_files import (
     UnreadablePictureError,
     is_there,
+    read_encoded_correspondence,
     read_grey,
     read_rgb,
     read_size,
 )
-from i2am_train.data.reading import read_encoded_correspondence
 from i2am_train.errors import DataError
-from i2am_train.types import GridSize, Pairing, Split
+from i2am_train.types import GridSize, Pairing, Role, Split
 
-ANNOTATION_ROLES = (PARSING, KEYPOINTS)
+ANNOTATION_ROLES = (Role.PARSING, Role.KEYPOINTS)
 """What ``derive`` starts from; training does not read it."""
 CHECK_SIZE = 128
 """Pictures are judged on pictures reduced to about this height: enough for their polarity, and fast."""
@@ -197,12 +192,12 @@ class _Part:
         return len(self.paired)
 
     @property
-    def roles(self) -> list[str]:
+    def roles(self) -> list[Role]:
         """Roles whose folders exist."""
         known = [*PERSON_ROLES, *GARMENT_ROLES, *OPTIONAL_ROLES, *ANNOTATION_ROLES]
         return [role for role in known if self.layout.has(role)]
 
-    def stems(self, role: str) -> set[str]:
+    def stems(self, role: Role) -> set[str]:
         """People or garments whose file a folder must hold."""
         pairs = [*self.paired, *self.unpaired]
         if role in GARMENT_ROLES:
@@ -214,7 +209,7 @@ class _Part:
         instead = self._named_instead()
         person_roles = [role for role in self.roles if role not in GARMENT_ROLES]
         garment_roles = [role for role in self.roles if role in GARMENT_ROLES]
-        people, garments = sorted(self.stems(PERSON)), sorted(self.stems(GARMENT))
+        people, garments = sorted(self.stems(Role.PERSON)), sorted(self.stems(Role.GARMENT))
         return [
             *(_Job(self.layout, person_roles, stem, judge_person) for stem in people),
             *(
@@ -349,7 +344,7 @@ class _Job:
     """Read all pictures of a person or a garment, then judge them together."""
 
     layout: Layout
-    roles: list[str]
+    roles: list[Role]
     stem: str
     judge: Callable[[Seen], Iterable[Judgement]]
     listed: str | None = None
@@ -376,10 +371,10 @@ class _Job:
                 seen.files |= {role: path} if is_there(path) else {}
             elif (picture := self._read(role, checked)) is not None:
                 seen.pictures[role] = picture
-                seen.size = checked.sizes[-1].size if role == PERSON else seen.size
+                seen.size = checked.sizes[-1].size if role == Role.PERSON else seen.size
         return seen
 
-    def _finding(self, role: str, code: str, text: str, level: Level = "error") -> Finding:
+    def _finding(self, role: Role, code: str, text: str, level: Level = "error") -> Finding:
         path = self.layout.path(role, self.stem)
         return Finding(level, code, self.layout.label, path.parent.name, path.name, text)
 
@@ -392,7 +387,7 @@ class _Job:
             f"'{self.listed}', which only unpaired tests read. Give the garment its person's name."
         )
 
-    def _read(self, role: str, checked: _Checked) -> NDArray[Any] | None:
+    def _read(self, role: Role, checked: _Checked) -> NDArray[Any] | None:
         """A picture, reduced where that saves time; its faults and its size go to ``checked``."""
         path = self.layout.path(role, self.stem)
         try:
@@ -407,9 +402,9 @@ class _Job:
         return picture
 
 
-def _reduced(path: Path, role: str) -> NDArray[Any]:
+def _reduced(path: Path, role: Role) -> NDArray[Any]:
     """A picture as it is judged: grey for masks, reduced while it is large."""
-    if role == CORRESPONDENCE:
+    if role == Role.CORRESPONDENCE:
         return read_encoded_correspondence(path)
     if role in MASK_ROLES:
         return read_grey(path, CHECK_SIZE)

@@ -1,12 +1,19 @@
-"""Files that samples are read from and that are not there: found when a dataset is opened, not in the tenth epoch.
+"""Files that samples need and that are missing, double or broken: found when a run begins, not in its tenth epoch.
 
-Each folder is listed once, however many samples there are: on a network disk, one question per file takes minutes.
+Each folder is listed once, however many samples there are: on a network disk, one question per file takes minutes. Of
+each file the header is read, and whether its end is there; damage between the two shows only when a picture is decoded,
+which is what ``i2am data check`` does.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
-from typing import NamedTuple
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NamedTuple, Protocol
+
+from tqdm import tqdm
 
 from i2am_train.data.layouts.base import (
     DERIVED_ROLES,
@@ -16,18 +23,36 @@ from i2am_train.data.layouts.base import (
     Layout,
     Pair,
 )
+from i2am_train.data.picture_files import UnreadablePictureError, read_size
 from i2am_train.errors import DataError
-from i2am_train.fingerprints import DESCRIPTION_FILE
-from i2am_train.types import Pairing
+from i2am_train.fingerprints import DESCRIPTION_FILE, note_unreadable
+from i2am_train.types import Pairing, Role
 
 FILES_NAMED = 3
 """Missing files of a folder that a message names."""
+READERS = 4
+"""Threads: enough to wait for a network disk, and few because headers are read under Python's lock."""
+PART = 200
+"""Files that a thread reads at a time."""
+QUICK = 2.0
+"""Seconds after which a bar is shown."""
+NAMED = 10
+"""Broken pictures that a message names."""
+
+
+class Opened(Protocol):
+    """A dataset that was opened, so that its files are there."""
+
+    root: Path
+
+    def parts(self) -> list[tuple[Layout, list[Pair]]]:
+        """Each layout with the samples that are read of it."""
 
 
 class Gap(NamedTuple):
     """What a role's folder lacks."""
 
-    role: str
+    role: Role
     missing: list[str]
     """File names, sorted; never empty."""
     wanted: int
@@ -66,7 +91,7 @@ def find_gaps(layout: Layout, pairs: Sequence[Pair]) -> list[Gap]:
     return gaps
 
 
-def refuse_doubles(layout: Layout, wanted: Mapping[str, Collection[str]]) -> None:
+def refuse_doubles(layout: Layout, wanted: Mapping[Role, Collection[str]]) -> None:
     """Refuse names that two files have, but for their endings: which is meant is not said.
 
     Args:
@@ -85,7 +110,7 @@ def refuse_doubles(layout: Layout, wanted: Mapping[str, Collection[str]]) -> Non
                 )
 
 
-def wanted_files(layout: Layout, pairs: Sequence[Pair]) -> dict[str, set[str]]:
+def wanted_files(layout: Layout, pairs: Sequence[Pair]) -> dict[Role, set[str]]:
     """Per role, whose files :class:`~i2am_train.data.reading.TryOnDataset` reads."""
     people = {pair.person for pair in pairs}
     garments = {pair.garment for pair in pairs}
@@ -127,3 +152,60 @@ def _remedies(layout: Layout, gaps: Sequence[Gap]) -> str:
     if (layout.root / DESCRIPTION_FILE).is_file():
         text += "'i2am data make' draws this dataset again once its folder is deleted. "
     return text
+
+
+def refuse_broken_pictures(datasets: Sequence[Opened]) -> None:
+    """Refuse datasets that could not be read to the end; shows a bar where that takes long.
+
+    Args:
+        datasets: what is read, one at least.
+
+    Raises:
+        UnreadablePictureError: some files are no whole pictures of a kind that is read.
+    """
+    files = sorted(
+        {
+            layout.path(role, stem)
+            for dataset in datasets
+            for layout, pairs in dataset.parts()
+            for role, stems in wanted_files(layout, pairs).items()
+            for stem in stems
+        }
+    )
+    parts = [files[first : first + PART] for first in range(0, len(files), PART)]
+    with (
+        ThreadPoolExecutor(READERS) as pool,
+        tqdm(total=len(files), desc="looking at pictures", unit="file", delay=QUICK) as bar,
+    ):
+        broken = []
+        for part, found in zip(parts, pool.map(_broken, parts), strict=True):
+            broken += found
+            bar.update(len(part))
+    if broken:
+        named = "; ".join(f"{path} {error.fault}" for path, error in broken[:NAMED])
+        more = f"; and {len(broken) - NAMED} more" if len(broken) > NAMED else ""
+        raise UnreadablePictureError(
+            f"{len(broken)} of the {len(files)} pictures that are needed cannot be read: {named}{more}. "
+            f"{broken[0][1].advice} Run 'i2am data check root={datasets[0].root}' for everything that is wrong with "
+            "the dataset."
+        )
+
+
+def _broken(files: list[Path]) -> list[tuple[Path, UnreadablePictureError]]:
+    found = []
+    for path in files:
+        try:
+            read_size(path)
+        except UnreadablePictureError as error:
+            found.append((path, error))
+    return found
+
+
+@contextmanager
+def noted_in(folder: Path) -> Iterator[None]:
+    """Lets a folder of results remember pictures that could not be read: when they are replaced, it may go on."""
+    try:
+        yield
+    except UnreadablePictureError as error:
+        note_unreadable(folder, str(error))
+        raise
