@@ -6,11 +6,11 @@ from i2am_train.attention.known import (
     KnownModel,
     Signature,
     detect_recipe,
-    diffusers_decoder,
     known_models,
     named_recipe,
     register,
 )
+from i2am_train.attention.known_recipes import diffusers_decoder
 from i2am_train.attention.live import ScoreTap
 from i2am_train.attention.maps import AttributionMaps, HeatMap, normalise, threshold
 from i2am_train.attention.recipe import (

@@ -22,7 +22,7 @@ from torch import Tensor
 from transformers import CLIPImageProcessor, CLIPVisionConfig
 
 from i2am_train.attention import AttributionMaps, Recipe, Site, Tokens, trace
-from i2am_train.attention.known import paint_by_example
+from i2am_train.attention.known_recipes import paint_by_example
 from i2am_train.config.schema import WeightType
 from i2am_train.data.arrays import Image, Mask
 from i2am_train.errors import CheckpointError, ConfigError, NotFiniteError

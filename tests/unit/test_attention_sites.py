@@ -5,10 +5,8 @@ import torch
 
 from i2am_train.attention.callers import Caller
 from i2am_train.attention.frames import Announcement, Frame, announce, announced_evaluation
-from i2am_train.attention.known import (
-    detect_recipe,
-    diffusers_decoder,
-)
+from i2am_train.attention.known import detect_recipe
+from i2am_train.attention.known_recipes import diffusers_decoder
 from i2am_train.attention.recipe import (
     PAPER_LAYERS,
     Recipe,
