@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from i2am_train.attention.recipe import Recipe as Recipe
     from i2am_train.attention.trace import trace as trace
     from i2am_train.config.store import compose as compose
-    from i2am_train.losses.base import LossVariant as LossVariant
     from i2am_train.losses.center_weighted import center_weighted as center_weighted
     from i2am_train.losses.centers import attention_centers as attention_centers
     from i2am_train.losses.distance_centering import dcml as dcml
@@ -39,6 +38,7 @@ if TYPE_CHECKING:
     from i2am_train.types import Direction as Direction
     from i2am_train.types import GridSize as GridSize
     from i2am_train.types import LayerWeighting as LayerWeighting
+    from i2am_train.types import LossVariant as LossVariant
     from i2am_train.types import Pairing as Pairing
     from i2am_train.types import PredictionType as PredictionType
     from i2am_train.types import Split as Split
@@ -52,7 +52,7 @@ _HOME_OF = {
     "ScoreTap": "attention.live",
     "trace": "attention.trace",
     "compose": "config.store",
-    "LossVariant": "losses.base",
+    "LossVariant": "types",
     "center_weighted": "losses.center_weighted",
     "attention_centers": "losses.centers",
     "dcml": "losses.distance_centering",

@@ -30,7 +30,6 @@ from i2am_train.config.locations import checkpoint_folder, dataset_folder
 from i2am_train.config.schema import (
     AttributionConfig,
     DataConfig,
-    Device,
     EvaluateConfig,
     ObjectiveConfig,
     OptimizationConfig,
@@ -45,7 +44,6 @@ from i2am_train.errors import CheckpointError, ConfigError
 from i2am_train.evaluation.evaluator import EvaluationSettings
 from i2am_train.evaluation.scoring import ScoringOptions
 from i2am_train.fingerprints import data_state
-from i2am_train.losses.base import LossVariant
 from i2am_train.losses.objective import AttentionObjective, TermWeights
 from i2am_train.metrics.registry import metric_info
 from i2am_train.models.tryon import INDEX_FILE, TryOnModel
@@ -69,7 +67,7 @@ from i2am_train.training.preflight import accumulation, memory_advice
 from i2am_train.training.rehearsal import Measured, StepTimer
 from i2am_train.training.sharding import ShardedStrategy, ShardedTryOnModule
 from i2am_train.training.step import TrainingObjective
-from i2am_train.types import Pairing
+from i2am_train.types import Device, Pairing
 
 # Lightning sets this level when it is imported, so it can only be changed afterwards; its remarks on devices and its
 # advertisements would bury a command's own output.
@@ -175,7 +173,7 @@ def make_objective(
     return TrainingObjective(
         attention=AttentionObjective(
             weights=TermWeights(**objective.weights),
-            variant=LossVariant(objective.variant),
+            variant=objective.variant,
             margin=objective.margin,
             sigma=objective.width,
             supervised_sigma=objective.width,

@@ -1,4 +1,4 @@
-"""Words of the project as types: grids, directions, branches, layer numbers.
+"""Words of the project as types: grids, and every vocabulary that options and functions share.
 
 Everything here is plain Python, so that any module may import it at no cost.
 """
@@ -6,7 +6,7 @@ Everything here is plain Python, so that any module may import it at no cost.
 from __future__ import annotations
 
 from enum import StrEnum
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 
 class GridSize(NamedTuple):
@@ -118,6 +118,71 @@ class Role(StrEnum):
     """Pose pictures that ``i2am data derive`` drew, in a folder of their own: DensePose never mixes in."""
 
 
+class LossVariant(StrEnum):
+    """A reading of equations 15-22. The last five are mean-normalised where the paper sums."""
+
+    PAPER = "paper"
+    """Equations 15-22 to the letter. For documentation: centres divided by h'w' ruin TV and CWG."""
+    PAPER_WITHOUT_FACTOR = "paper_without_factor"
+    """The same with true centres, the only meaningful reading of equation 15."""
+    AUTHORS_V1 = "authors_v1"
+    """VITON-v1. Its scores are a softmax over class token and patches, that column dropped; training
+    here gives all variants a softmax over the patches, which is the same without a class token. Its
+    CWG divides by the mask's cells of the whole batch."""
+    AUTHORS_V2 = "authors_v2"
+    """viton-step-1/v2."""
+    HINGE = "hinge"
+    """The paper's hinge over valid pairs (``default`` in the golden files). Can collapse."""
+    REWARD = "reward"
+    """The authors' reward for gaps, divided by the number of valid pairs."""
+    MARGIN = "margin"
+    """Hinge that asks for a gap of ``margin`` reference patches per generated step."""
+    MIXED = "mixed"
+    """Reward on ordered pairs plus hinge on misordered ones."""
+
+    @property
+    def sigma(self) -> float:
+        """Its own standard deviation of center weighting's Gaussians, in reference patches."""
+        return 0.5 if self is LossVariant.AUTHORS_V1 else 1.0
+
+
 Category = Literal["upper_body", "lower_body", "dresses"]
-CATEGORIES: tuple[Category, ...] = ("upper_body", "lower_body", "dresses")
+CATEGORIES: tuple[Category, ...] = get_args(Category)
 """What a garment covers; the names are DressCode's folders."""
+LayoutName = Literal["auto", "viton_hd", "dresscode"]
+"""How a dataset folder is laid out; auto: dresscode where it has folders of categories."""
+Fit = Literal["stretch", "pad", "crop"]
+"""How a picture of another aspect comes to the size that is asked for."""
+PoseSource = Literal["auto", "keypoints", "densepose", "none"]
+"""Where bodies come from; auto: keypoints where there are any, else DensePose."""
+
+Trainable = Literal["all", "v1", "v2", "cross_attention", "lora"]
+"""Which weights of the U-Net train; ``training.optimization`` says what each holds."""
+OptimizerName = Literal["adamw", "adamw8bit"]
+Precision = Literal["32-true", "bf16-mixed", "16-mixed"]
+"""Arithmetic of the denoiser, in Lightning's words."""
+WeightType = Literal["float32", "float16", "bfloat16"]
+"""Numbers that weights are stored as; the names are torch's."""
+Device = Literal["auto", "cpu", "cuda"]
+Normalisation = Literal["imagenet", "clip", "authors"]
+"""Scale of a reference encoder's input."""
+SamplerName = Literal["ddim", "dpmpp", "unipc"]
+"""ddim is the paper's; dpmpp is DPM-Solver++ (2M)."""
+PublishedModel = Literal["dci_vton", "stableviton", "custom", "refined_custom"]
+"""A row of the paper's Table 2."""
+FigureFormat = Literal["png", "svg", "pdf"]
+FigureName = Literal[
+    "layers",
+    "time_heads",
+    "flow",
+    "specific_layers",
+    "reverse_layers",
+    "refinement",
+    "guidance",
+    "specific_reference",
+    "scores",
+    "daam",
+    "two_axis",
+    "unpaired",
+]
+"""Figures of explained samples; ``reporting.figures.paper`` draws them."""

@@ -15,31 +15,29 @@ from pathlib import Path
 from typing import Any, Literal
 
 from i2am_train.errors import ConfigError
-from i2am_train.types import Category, GridSize, LayerWeighting, Pairing, PredictionType, Split
+from i2am_train.types import (
+    Category,
+    Device,
+    FigureFormat,
+    FigureName,
+    Fit,
+    GridSize,
+    LayerWeighting,
+    LayoutName,
+    LossVariant,
+    Normalisation,
+    OptimizerName,
+    Pairing,
+    PoseSource,
+    Precision,
+    PredictionType,
+    PublishedModel,
+    SamplerName,
+    Split,
+    Trainable,
+    WeightType,
+)
 
-LossVariantName = Literal[
-    "paper",
-    "paper_without_factor",
-    "authors_v1",
-    "authors_v2",
-    "hinge",
-    "reward",
-    "margin",
-    "mixed",
-]
-"""Names of ``losses.base.LossVariant``, which lies above this layer; a test keeps the two equal."""
-
-OWN_SIGMA: dict[LossVariantName, float] = {"authors_v1": 0.5}
-"""Where a variant's own ``cwg_sigma`` (``losses.base.RULES``) is not 1; a test keeps the two equal."""
-
-SamplerName = Literal["ddim", "dpmpp", "unipc"]
-Precision = Literal["32-true", "bf16-mixed", "16-mixed"]
-OptimizerName = Literal["adamw", "adamw8bit"]
-Trainable = Literal["all", "v1", "v2", "cross_attention", "lora"]
-Device = Literal["auto", "cpu", "cuda"]
-Normalisation = Literal["imagenet", "clip", "authors"]
-PublishedModel = Literal["dci_vton", "stableviton", "custom", "refined_custom"]
-"""Keys of ``reporting.published.TABLE_2``, which lies above; a test keeps the two equal."""
 SHARDED = "fsdp"
 """The strategy that shards weights, ``training.sharding``."""
 LARGEST_IMAGE = 16_384
@@ -48,26 +46,6 @@ MOST_SAMPLES = 10_000_000
 """Likewise, of what is drawn by a program."""
 MOST_WORKERS = 512
 """Likewise, of processes that are started at once."""
-LayoutName = Literal["auto", "viton_hd", "dresscode"]
-FitName = Literal["stretch", "pad", "crop"]
-WeightType = Literal["float32", "float16", "bfloat16"]
-FigureFormat = Literal["png", "svg", "pdf"]
-FigureName = Literal[
-    "layers",
-    "time_heads",
-    "flow",
-    "specific_layers",
-    "reverse_layers",
-    "refinement",
-    "guidance",
-    "specific_reference",
-    "scores",
-    "daam",
-    "two_axis",
-    "unpaired",
-]
-"""Keys of ``reporting.paper_figures.PAPER_FIGURES``, which lies above; a test keeps the two equal."""
-
 TRYON, FACTORY = "tryon", "factory"
 """Values of ``ExplainConfig.model`` beside the names of other people's models."""
 OTHER_MODELS_OPTIONS = (
@@ -111,7 +89,7 @@ class DataConfig:
     """How the folder is laid out; auto: dresscode where it has folders of categories."""
     categories: list[Category] = field(default_factory=list)
     """Categories of DressCode to read: upper_body, lower_body, dresses; empty: all that exist."""
-    fit: FitName = "stretch"
+    fit: Fit = "stretch"
     """Pictures of another aspect: stretch changes the proportions, pad adds margins (white, around
     body parts black), crop keeps the largest centred part."""
     height: int = 128
@@ -155,8 +133,8 @@ class DataConfig:
 class ObjectiveConfig:
     """Attention losses added to the denoising loss; a weight of 0 switches a term off."""
 
-    variant: LossVariantName = "reward"
-    """Form of the attention losses; i2am_train/losses/base.py says what each does."""
+    variant: LossVariant = LossVariant.REWARD
+    """Form of the attention losses; i2am_train/types.py says what each does."""
     layer: int | str = 2
     """Layer that is trained: a paper number 1...9 or a name like up_blocks.1.attentions.1."""
     dcml: float = 0.0
@@ -186,7 +164,7 @@ class ObjectiveConfig:
     @property
     def width(self) -> float:
         """The sigma that is used: the one given, or the variant's own."""
-        return OWN_SIGMA.get(self.variant, 1.0) if self.sigma is None else self.sigma
+        return self.variant.sigma if self.sigma is None else self.sigma
 
     @property
     def weights(self) -> dict[str, float]:
@@ -1181,7 +1159,7 @@ class DataDeriveConfig:
     estimator: str | None = None
     """Folder or hub name of a ViTPose model of transformers that makes missing keypoints, such as
     usyd-community/vitpose-base-simple; null: keypoints (or DensePose) must be there."""
-    pose: Literal["auto", "keypoints", "densepose", "none"] = "auto"
+    pose: PoseSource = "auto"
     """Where bodies come from; auto: keypoints where there are any, else DensePose; none: from the
     parsing map alone, which tells the model the garment's outline."""
     overwrite: bool = False
@@ -1258,7 +1236,7 @@ class DataCacheConfig:
     """How the folder is laid out; auto: dresscode where it has folders of categories."""
     categories: list[Category] = field(default_factory=list)
     """Categories of DressCode to encode; empty: all that exist."""
-    fit: FitName = "stretch"
+    fit: Fit = "stretch"
     """Pictures of another aspect, as in data.fit."""
     init: str = "tiny"
     """Checkpoint folder whose VAE and reference encoder are used; tiny is the shipped one. Pictures

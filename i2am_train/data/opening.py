@@ -10,12 +10,9 @@ from typing import Literal
 from i2am_train.data.layouts.base import Layout
 from i2am_train.data.layouts.dresscode import dresscode_layouts
 from i2am_train.data.layouts.viton_hd import VitonHDLayout
-from i2am_train.data.pictures import Fit
 from i2am_train.data.reading import TryOnDataset
 from i2am_train.errors import DataError
-from i2am_train.types import CATEGORIES, Category, GridSize, Pairing, Split
-
-LayoutName = Literal["auto", "viton_hd", "dresscode"]
+from i2am_train.types import CATEGORIES, Category, Fit, GridSize, LayoutName, Pairing, Split
 
 
 @dataclass(frozen=True)

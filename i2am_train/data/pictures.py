@@ -8,17 +8,14 @@ the whole picture and adds equal margins on two sides, ``crop`` keeps the larges
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import cv2
 import numpy as np
 from numpy.typing import NDArray
 
 from i2am_train.data.arrays import Image, Mask
-from i2am_train.types import GridSize
-
-Fit = Literal["stretch", "pad", "crop"]
-"""How a picture of another aspect comes to the size that is asked for."""
+from i2am_train.types import Fit, GridSize
 
 
 @dataclass(frozen=True)

@@ -26,12 +26,18 @@ from i2am_train.data.checks.needed_files import check_files
 from i2am_train.data.derive.densepose import read_pose_picture
 from i2am_train.data.layouts.base import Layout, Pair
 from i2am_train.data.picture_files import read_colour, read_correspondence, read_native_mask
-from i2am_train.data.pictures import Fit, Window, fit_mask, fit_nearest, fit_picture, window
+from i2am_train.data.pictures import (
+    Window,
+    fit_mask,
+    fit_nearest,
+    fit_picture,
+    window,
+)
 from i2am_train.data.sample import TryOnSample
 from i2am_train.data.transforms import Augmentation
 from i2am_train.errors import DataError
 from i2am_train.seeds import seed_for
-from i2am_train.types import GridSize, Pairing, Role, Split
+from i2am_train.types import Fit, GridSize, Pairing, Role, Split
 
 SMALLEST_INPAINT_SHARE = 122_880 / (1024 * 768)
 """Training masks that cover less become all ones: the authors' rule of 122,880 pixels at 1024x768, as a share."""

@@ -24,7 +24,6 @@ from i2am_train.attention.trace import trace
 from i2am_train.config.schema import AttributionConfig, SamplingConfig
 from i2am_train.data.sample import TryOnBatch, batch_on
 from i2am_train.evaluation.scoring import check_scores
-from i2am_train.losses.base import LossVariant
 from i2am_train.losses.centers import attention_centers
 from i2am_train.metrics.correspondence import (
     attention_entropy,
@@ -43,7 +42,7 @@ from i2am_train.models.watch import Watch
 from i2am_train.ops.images import to_uint8
 from i2am_train.ops.masks import mask_on_grid
 from i2am_train.seeds import seed_for
-from i2am_train.types import Direction, GridSize
+from i2am_train.types import Direction, GridSize, LossVariant
 
 T = TypeVar("T")
 

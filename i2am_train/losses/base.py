@@ -17,28 +17,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import StrEnum
 
-
-class LossVariant(StrEnum):
-    """A reading of equations 15-22. The last five are mean-normalised where the paper sums."""
-
-    PAPER = "paper"
-    """Equations 15-22 to the letter. For documentation: centres divided by h'w' ruin TV and CWG."""
-    PAPER_WITHOUT_FACTOR = "paper_without_factor"
-    """The same with true centres, the only meaningful reading of equation 15."""
-    AUTHORS_V1 = "authors_v1"
-    """VITON-v1. Its scores are a softmax over class token and patches, that column dropped; training
-    here gives all variants a softmax over the patches, which is the same without a class token. Its
-    CWG divides by the mask's cells of the whole batch."""
-    AUTHORS_V2 = "authors_v2"
-    """viton-step-1/v2."""
-    HINGE = "hinge"
-    """The paper's hinge over valid pairs (``default`` in the golden files). Can collapse."""
-    REWARD = "reward"
-    """The authors' reward for gaps, divided by the number of valid pairs."""
-    MARGIN = "margin"
-    """Hinge that asks for a gap of ``margin`` reference patches per generated step."""
-    MIXED = "mixed"
-    """Reward on ordered pairs plus hinge on misordered ones."""
+from i2am_train.types import LossVariant
 
 
 class PairForce(StrEnum):
@@ -80,8 +59,6 @@ class VariantRules:
     tv_norm: Normaliser = Normaliser.VALID
     cwg_squared_distance: bool = True
     """``exp(-d^2 / 2 sigma^2)`` (Gaussian) if true, ``exp(-d / 2 sigma^2)`` if false."""
-    cwg_sigma: float = 1.0
-    """In reference patches."""
     cwg_norm: Normaliser = Normaliser.VALID
     cwg_of_batch: bool = False
     """Whether the number of valid cells is its mean over the batch's samples, so that the mean of
@@ -108,7 +85,6 @@ RULES: dict[LossVariant, VariantRules] = {
         tv_power=1,
         tv_norm=Normaliser.ALL_SLOTS,
         cwg_squared_distance=False,
-        cwg_sigma=0.5,
         cwg_of_batch=True,
     ),
     LossVariant.AUTHORS_V2: VariantRules(

@@ -6,10 +6,10 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from i2am_train.losses.base import RULES, LossVariant, Normaliser
+from i2am_train.losses.base import RULES, Normaliser
 from i2am_train.losses.centers import unflatten_reference
 from i2am_train.ops.precision import at_least_float32
-from i2am_train.types import GridSize
+from i2am_train.types import GridSize, LossVariant
 
 
 def center_weighted(
@@ -53,7 +53,7 @@ def center_weighted(
     on_grid = unflatten_reference(scores, reference_grid)
     squared = _squared_distances(centers, reference_grid, rules.coordinate_origin)
     distance = squared if rules.cwg_squared_distance else _safe_sqrt(squared)
-    width = rules.cwg_sigma if sigma is None else sigma
+    width = variant.sigma if sigma is None else sigma
     near = (torch.exp(-distance / (2 * width**2)) * on_grid).sum(dim=(-2, -1))
     total = -torch.where(mask, near, 0.0).sum(dim=-1)
     match rules.cwg_norm:

@@ -7,9 +7,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from i2am_train.errors import CaptureError
-from i2am_train.losses.base import RULES, LossVariant
+from i2am_train.losses.base import RULES
 from i2am_train.ops.precision import at_least_float32
-from i2am_train.types import GridSize
+from i2am_train.types import GridSize, LossVariant
 
 
 def attention_centers(

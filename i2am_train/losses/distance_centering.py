@@ -11,10 +11,10 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from i2am_train.losses.base import RULES, LossVariant, Normaliser, PairForce
+from i2am_train.losses.base import RULES, Normaliser, PairForce
 from i2am_train.ops.grids import unflatten
 from i2am_train.ops.precision import at_least_float32
-from i2am_train.types import GridSize
+from i2am_train.types import GridSize, LossVariant
 
 
 def dcml(

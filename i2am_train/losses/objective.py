@@ -10,14 +10,13 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from i2am_train.errors import ConfigError
-from i2am_train.losses.base import LossVariant
 from i2am_train.losses.center_weighted import center_weighted
 from i2am_train.losses.centers import attention_centers
 from i2am_train.losses.distance_centering import dcml
 from i2am_train.losses.supervised import correspondence_cross_entropy
 from i2am_train.losses.total_variation import total_variation
 from i2am_train.ops.precision import at_least_float32
-from i2am_train.types import GridSize
+from i2am_train.types import GridSize, LossVariant
 
 
 @dataclass(frozen=True, kw_only=True)

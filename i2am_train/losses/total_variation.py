@@ -6,10 +6,10 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from i2am_train.losses.base import RULES, LossVariant, Normaliser, VariantRules
+from i2am_train.losses.base import RULES, Normaliser, VariantRules
 from i2am_train.ops.grids import unflatten
 from i2am_train.ops.precision import at_least_float32
-from i2am_train.types import GridSize
+from i2am_train.types import GridSize, LossVariant
 
 
 def total_variation(

@@ -23,12 +23,11 @@ from transformers import CLIPImageProcessor, CLIPVisionConfig
 
 from i2am_train.attention import AttributionMaps, Recipe, Site, Tokens, trace
 from i2am_train.attention.known_recipes import paint_by_example
-from i2am_train.config.schema import WeightType
 from i2am_train.data.arrays import Image, Mask
 from i2am_train.errors import CheckpointError, ConfigError, NotFiniteError
 from i2am_train.models.pretrained import load_network, load_part
 from i2am_train.models.watch import Watch, advice
-from i2am_train.types import GridSize
+from i2am_train.types import GridSize, WeightType
 
 CHANNELS = 9
 """Of the U-Net's input: noise, masked picture and mask."""

@@ -12,9 +12,9 @@ from diffusers import DPMSolverMultistepScheduler, UniPCMultistepScheduler
 from jaxtyping import Float
 from torch import Tensor
 
-from i2am_train.config.schema import SamplerName
 from i2am_train.errors import ConfigError
 from i2am_train.models.diffusion import NoiseSchedule, ddim_timesteps
+from i2am_train.types import SamplerName
 
 
 class SolverStep(NamedTuple):

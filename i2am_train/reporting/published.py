@@ -2,8 +2,8 @@
 
 from collections.abc import Mapping
 
-from i2am_train.config.schema import PublishedModel
 from i2am_train.metrics.registry import METRICS
+from i2am_train.types import PublishedModel
 
 TABLE_2: Mapping[PublishedModel, Mapping[str, float]] = {
     "dci_vton": {

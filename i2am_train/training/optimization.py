@@ -12,9 +12,10 @@ from torch.optim.lr_scheduler import LambdaLR
 from i2am_train.config.schema import OptimizationConfig
 from i2am_train.errors import ConfigError
 from i2am_train.models.tryon import TryOnModel
+from i2am_train.types import Trainable
 
 V1 = ("conv_in.", "up_blocks.", "conv_norm_out.", "conv_out.")
-SETS: Mapping[str, Callable[[str], bool]] = {
+SETS: Mapping[Trainable, Callable[[str], bool]] = {
     "all": lambda name: True,
     "v1": lambda name: (
         name.startswith(V1) or (name.startswith("down_blocks.") and ".attn2." in name)
@@ -23,10 +24,10 @@ SETS: Mapping[str, Callable[[str], bool]] = {
     "cross_attention": lambda name: name.startswith("conv_in.") or ".attn2." in name,
     "lora": lambda name: ".lora_" in name,
 }
-"""Whether a U-Net weight of this name trains, by the name of the set; ``schema.Trainable`` lists the names."""
+"""Whether a U-Net weight of this name trains, by the name of the set."""
 
 
-def set_trainable(model: TryOnModel, trainable: str) -> None:
+def set_trainable(model: TryOnModel, trainable: Trainable) -> None:
     """Freezes everything but the projector, the null tokens and the chosen part of the U-Net.
 
     ``v1``: the set of the authors' first code: first convolution, decoder, output layers and the encoder's
@@ -35,10 +36,6 @@ def set_trainable(model: TryOnModel, trainable: str) -> None:
     ``all``: the whole U-Net. The VAE and the reference encoder are always frozen.
     ``lora``: adapters alone (``models.lora``); the projector is frozen, too.
     """
-    if trainable not in SETS:
-        raise ConfigError(
-            f"optimization.trainable is '{trainable}'; expected one of {', '.join(SETS)}."
-        )
     model.requires_grad_(False)
     model.projector.requires_grad_(trainable != "lora")
     for name, parameter in model.unet.named_parameters():

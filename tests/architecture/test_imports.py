@@ -7,14 +7,11 @@ import os
 import shutil
 import subprocess
 import sys
-from importlib import import_module
 from pathlib import Path
-from typing import get_args
 
 import pytest
 
 import i2am_train
-from i2am_train.config.schema import LossVariantName
 
 ROOT = Path(i2am_train.__file__).parents[1]
 
@@ -58,12 +55,6 @@ def test_unknown_names_are_attribute_errors() -> None:
     """A misspelled name fails as in any other module."""
     with pytest.raises(AttributeError, match="no attribute 'trase'"):
         _ = i2am_train.trase  # type: ignore[attr-defined]
-
-
-def test_loss_variants_of_the_schema_are_the_losses_own() -> None:
-    """The schema lies below the losses and repeats their names: the two may not drift apart."""
-    variants = import_module("i2am_train.losses.base").LossVariant
-    assert list(get_args(LossVariantName)) == [variant.value for variant in variants]
 
 
 def test_no_pickled_weights_and_no_device_calls() -> None:

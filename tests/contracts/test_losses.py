@@ -9,13 +9,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from i2am_train.losses.base import RULES, LossVariant
+from i2am_train.losses.base import RULES
 from i2am_train.losses.center_weighted import center_weighted
 from i2am_train.losses.centers import attention_centers
 from i2am_train.losses.distance_centering import dcml
 from i2am_train.losses.supervised import correspondence_cross_entropy
 from i2am_train.losses.total_variation import total_variation
-from i2am_train.types import GridSize
+from i2am_train.types import GridSize, LossVariant
 
 GENERATED, REFERENCE = GridSize(4, 3), GridSize(7, 5)
 SAMPLES = 3

@@ -13,12 +13,11 @@ from i2am_train.assembly import make_objective
 from i2am_train.attention.live import ScoreTap
 from i2am_train.attention.trace import trace
 from i2am_train.config.locations import experiment_names
-from i2am_train.config.schema import SamplerName, TrainConfig
+from i2am_train.config.schema import TrainConfig
 from i2am_train.config.store import compose, option_names
 from i2am_train.data.cache import CachedDataset, LatentCache
 from i2am_train.data.opening import open_dataset
 from i2am_train.data.sample import batch_on
-from i2am_train.losses.base import LossVariant
 from i2am_train.losses.objective import AttentionObjective, TermWeights
 from i2am_train.metrics import correspondence
 from i2am_train.metrics.alignment import alignment
@@ -34,7 +33,7 @@ from i2am_train.models.sampling import sample
 from i2am_train.training.draws import Draws, draw
 from i2am_train.training.optimization import set_trainable
 from i2am_train.training.step import TrainingObjective
-from i2am_train.types import Backend, Direction, GridSize, Pairing, Split
+from i2am_train.types import Backend, Direction, GridSize, LossVariant, Pairing, SamplerName, Split
 from i2am_train.workflows.data import cache
 from tests.cuda.card import on_card
 

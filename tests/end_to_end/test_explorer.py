@@ -32,12 +32,11 @@ from i2am_train.attention.sums import Rollup
 from i2am_train.config.schema import AttributionConfig
 from i2am_train.data.opening import open_dataset
 from i2am_train.data.sample import TryOnSample
-from i2am_train.losses.base import LossVariant
 from i2am_train.losses.centers import attention_centers
 from i2am_train.metrics.correspondence import correspondence_error, target_on_grid
 from i2am_train.metrics.imacs import imacs
 from i2am_train.reporting.explorer import Explanation, explored, explorer_data, explorer_page
-from i2am_train.types import Direction, GridSize, LayerWeighting, Pairing, Split
+from i2am_train.types import Direction, GridSize, LayerWeighting, LossVariant, Pairing, Split
 
 CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
 SIZE = GridSize(64, 48)

@@ -9,12 +9,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from i2am_train.losses.base import LossVariant as V
 from i2am_train.losses.center_weighted import center_weighted
 from i2am_train.losses.centers import attention_centers
 from i2am_train.losses.distance_centering import dcml
 from i2am_train.losses.total_variation import total_variation
 from i2am_train.types import GridSize
+from i2am_train.types import LossVariant as V
 
 Golden = Callable[[str], dict[str, Any]]
 ALIKE = {"rtol": 0.0, "atol": 1e-9}

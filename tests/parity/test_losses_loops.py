@@ -8,12 +8,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from i2am_train.losses.base import LossVariant
 from i2am_train.losses.center_weighted import center_weighted
 from i2am_train.losses.centers import attention_centers
 from i2am_train.losses.distance_centering import dcml
 from i2am_train.losses.total_variation import total_variation
-from i2am_train.types import GridSize
+from i2am_train.types import GridSize, LossVariant
 
 GENERATED, REFERENCE = GridSize(3, 4), GridSize(5, 2)
 PAPER = LossVariant.PAPER_WITHOUT_FACTOR

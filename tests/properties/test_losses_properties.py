@@ -7,13 +7,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from i2am_train.losses.base import LossVariant
 from i2am_train.losses.center_weighted import center_weighted
 from i2am_train.losses.centers import attention_centers
 from i2am_train.losses.distance_centering import dcml
 from i2am_train.losses.supervised import correspondence_cross_entropy
 from i2am_train.losses.total_variation import total_variation
-from i2am_train.types import GridSize
+from i2am_train.types import GridSize, LossVariant
 
 FEW = settings(max_examples=12, deadline=None)
 variants = st.sampled_from(list(LossVariant))

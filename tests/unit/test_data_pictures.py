@@ -10,9 +10,13 @@ from PIL import Image
 
 from i2am_train.data.opening import Reading, open_dataset
 from i2am_train.data.picture_files import read_native_mask, write_picture
-from i2am_train.data.pictures import Fit, fit_mask, fit_picture, window
+from i2am_train.data.pictures import (
+    fit_mask,
+    fit_picture,
+    window,
+)
 from i2am_train.data.synthetic.dataset import make_dataset
-from i2am_train.types import GridSize, Pairing, Split
+from i2am_train.types import Fit, GridSize, Pairing, Split
 
 SQUARE = GridSize(96, 96)
 TALL = GridSize(64, 48)

@@ -14,9 +14,9 @@ from i2am_train.assembly import make_objective
 from i2am_train.config.schema import ObjectiveConfig, OptimizationConfig, TrainConfig
 from i2am_train.config.store import arm_config, compose
 from i2am_train.errors import ConfigError
-from i2am_train.losses.base import RULES, LossVariant
+from i2am_train.losses.base import RULES
 from i2am_train.losses.objective import AttentionObjective, TermWeights
-from i2am_train.types import GridSize
+from i2am_train.types import GridSize, LossVariant
 
 GENERATED, REFERENCE = GridSize(4, 3), GridSize(6, 5)
 GRIDS = {"generated_grid": GENERATED, "reference_grid": REFERENCE}
@@ -174,11 +174,11 @@ def configured(**options: Any) -> AttentionObjective:
 @pytest.mark.parametrize("variant", LossVariant)
 def test_a_variant_trains_with_its_own_sigma(variant: LossVariant) -> None:
     """Unless a number is given; the settings of a training show the number that is used."""
-    own = RULES[variant].cwg_sigma
-    assert configured(variant=variant.value).sigma == own
-    assert configured(variant=variant.value, sigma=3.0).sigma == 3.0
+    own = variant.sigma
+    assert configured(variant=variant).sigma == own
+    assert configured(variant=variant, sigma=3.0).sigma == 3.0
     for given, used in ((None, own), (3.0, 3.0)):
-        training = TrainConfig(objective=ObjectiveConfig(variant=variant.value, sigma=given))
+        training = TrainConfig(objective=ObjectiveConfig(variant=variant, sigma=given))
         assert training.objective.sigma == used
 
 
@@ -188,7 +188,7 @@ def test_cwg_of_the_first_version_as_training_computes_it(
 ) -> None:
     """By hand: half the mass on each of two neighbours lies 1/2 from the centre; exp(-(1/2) / (2 sigma^2))."""
     scores = torch.tensor([[[0.0, 0.5, 0.5], [0.5, 0.5, 0.0]]])
-    objective = configured(variant="authors_v1", sigma=sigma, cwg=1.0)
+    objective = configured(variant=LossVariant.AUTHORS_V1, sigma=sigma, cwg=1.0)
     value = objective.terms(
         scores,
         torch.ones(1, 2, dtype=torch.bool),

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from i2am_train.errors import CaptureError
-from i2am_train.losses.base import LossVariant as V
 from i2am_train.losses.center_weighted import center_weighted
 from i2am_train.losses.centers import attention_centers
 from i2am_train.losses.denoising import denoising_loss, snr_weights
@@ -18,6 +17,7 @@ from i2am_train.losses.supervised import correspondence_cross_entropy
 from i2am_train.losses.total_variation import total_variation
 from i2am_train.ops.grids import aligned_coordinates, reference_coordinates
 from i2am_train.types import GridSize, PredictionType
+from i2am_train.types import LossVariant as V
 
 GENERATED, REFERENCE = GridSize(4, 3), GridSize(8, 9)
 

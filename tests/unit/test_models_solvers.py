@@ -9,11 +9,11 @@ from diffusers import DDIMScheduler
 from torch import Tensor
 
 from i2am_train.attention.trace import trace
-from i2am_train.config.schema import SamplerName
 from i2am_train.errors import ConfigError
 from i2am_train.models.diffusion import NoiseSchedule
 from i2am_train.models.sampling import SamplingStep, sample
 from i2am_train.models.solvers import make_solver
+from i2am_train.types import SamplerName
 
 SAMPLERS = get_args(SamplerName)
 CENTER, SPREAD = 0.3, 0.5

@@ -4,14 +4,12 @@ What is compared are sheets, which is what the drawing draws (test_reporting_she
 """
 
 from dataclasses import replace
-from typing import get_args
 
 import numpy as np
 import pytest
 import torch
 
 from i2am_train.attention.recipe import PAPER_LAYERS
-from i2am_train.config.schema import FigureName
 from i2am_train.errors import CaptureError
 from i2am_train.reporting.figures.by_layer import (
     layer_maps,
@@ -295,10 +293,6 @@ def test_daam_s_direction_is_constant_and_stretched_it_is_noise(sample):
 
 
 # ---- which figures -------------------------------------------------------------------------------
-
-
-def test_configuration_names_exactly_these_figures():
-    assert get_args(FigureName) == tuple(PAPER_FIGURES)
 
 
 def test_the_plan_compares_what_differs_in_one_thing(make_explained):

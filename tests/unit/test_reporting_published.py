@@ -6,20 +6,20 @@ from typing import Any, get_args
 
 import pytest
 
-from i2am_train.config.schema import EvaluateConfig, EvaluationConfig, PublishedModel
+from i2am_train.config.schema import EvaluateConfig, EvaluationConfig
 from i2am_train.config.store import arm_config, compose
 from i2am_train.errors import ConfigError
 from i2am_train.metrics.registry import METRICS
 from i2am_train.reporting.published import TABLE_2, UNPAIRED, published_row, published_values
 from i2am_train.training.preflight import accumulation
-from i2am_train.types import Pairing
+from i2am_train.types import Pairing, PublishedModel
 from i2am_train.workflows.evaluate import expected_values, print_scores
 
 
 def test_rows() -> None:
     """Every model that an option can name, with metrics that exist; IMACS_g orders them as FID does."""
-    assert set(TABLE_2) == set(get_args(PublishedModel))
-    for model, row in TABLE_2.items():
+    for model in get_args(PublishedModel):
+        row = TABLE_2[model]
         assert set(row) <= set(METRICS)
         paired, unpaired = (published_values(model, paired=paired) for paired in (True, False))
         assert paired | unpaired == row

@@ -2,20 +2,19 @@
 
 import sys
 from collections.abc import Callable
-from typing import Any, get_args
+from typing import Any
 
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
 from torch import nn
 
-from i2am_train.config.schema import OptimizationConfig, Trainable
+from i2am_train.config.schema import OptimizationConfig
 from i2am_train.errors import ConfigError
 from i2am_train.models.build import make_scheduler
 from i2am_train.models.projector import ReferenceProjector
 from i2am_train.models.tryon import TryOnConfig, TryOnModel
 from i2am_train.training.optimization import (
-    SETS,
     eight_bit_adamw,
     learning_rate_factor,
     make_optimizer,
@@ -109,17 +108,6 @@ def test_v1_leaves_the_bottleneck(true_size: TryOnModel) -> None:
     encoder = {n for n in names if n.startswith("unet.down_blocks.")}
     assert len(encoder) == 6 * 5
     assert all(".attn2." in n for n in encoder)
-
-
-def test_the_sets_are_the_schema_s() -> None:
-    """Every name that an option can have is a set."""
-    assert set(SETS) == set(get_args(Trainable))
-
-
-def test_unknown_set(make_small_model: Callable[..., Any]) -> None:
-    """The error names the option, what was found and what is possible."""
-    with pytest.raises(ConfigError, match="'encoder'; expected one of all, v1, v2, cross_att"):
-        set_trainable(make_small_model(), "encoder")
 
 
 def test_schedule() -> None:

@@ -20,7 +20,7 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 from tqdm import tqdm
@@ -57,11 +57,10 @@ from i2am_train.data.picture_files import (
     write_picture,
 )
 from i2am_train.errors import DataError
-from i2am_train.types import Category, GridSize, Pairing, Role, Split
+from i2am_train.types import Category, GridSize, Pairing, PoseSource, Role, Split
 
 T = TypeVar("T")
 
-PoseSource = Literal["auto", "keypoints", "densepose", "none"]
 Parser = Callable[[Sequence[Image], LabelSet], list[LabelMap]]
 """Parsing maps of photographs, in the labels of a set; the photographs' sizes are kept."""
 

@@ -12,7 +12,7 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from transformers import PreTrainedModel
 
 from i2am_train.attention.recipe import PAPER_LAYERS
-from i2am_train.config.schema import InitConfig, Normalisation
+from i2am_train.config.schema import InitConfig
 from i2am_train.errors import CheckpointError, ConfigError
 from i2am_train.models.build import make_scheduler
 from i2am_train.models.convert import authors_layout
@@ -41,7 +41,7 @@ from i2am_train.models.tryon import (
     TryOnModel,
     widen_input,
 )
-from i2am_train.types import GridSize
+from i2am_train.types import GridSize, Normalisation
 from i2am_train.weight_files import read_weights
 
 LATENT_CHANNELS = 4

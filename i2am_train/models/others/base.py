@@ -12,9 +12,8 @@ import torch
 from i2am_train.attention.known import named_recipe
 from i2am_train.attention.recipe import Recipe
 from i2am_train.data.arrays import Image, Mask
-from i2am_train.data.pictures import Fit
 from i2am_train.errors import ConfigError
-from i2am_train.types import GridSize
+from i2am_train.types import Fit, GridSize
 
 NO_GUIDANCE = 1.0
 """Scale at which diffusers leaves out the unconditional half."""

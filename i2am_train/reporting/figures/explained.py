@@ -11,11 +11,11 @@ import torch
 from numpy.typing import NDArray
 
 from i2am_train.attention.maps import AttributionMaps, HeatMap
-from i2am_train.data.pictures import Fit, fit_mask, fit_picture, window
+from i2am_train.data.pictures import fit_mask, fit_picture, window
 from i2am_train.ops.images import on_picture
 from i2am_train.reporting.figures.canvas import Picture
 from i2am_train.reporting.figures.sheet import Box
-from i2am_train.types import Canvas, Direction, GridSize, LayerWeighting
+from i2am_train.types import Canvas, Direction, Fit, GridSize, LayerWeighting
 
 Mask = NDArray[np.bool_]
 GridCell = tuple[int, int]

@@ -20,6 +20,7 @@ from i2am_train.reporting.figures.paper import PAPER_FIGURES, Layers, PlannedFig
 from i2am_train.reporting.figures.sheet import draw_sheet
 from i2am_train.reporting.pages import Picture, Section, code_state, embedded_figure
 from i2am_train.runs import command_line, git_state
+from i2am_train.types import FigureName
 
 FOLDER = "figures"
 
@@ -90,7 +91,7 @@ class FigureSet:
 
 def plan_figures(
     runs: Sequence[Path],
-    names: Sequence[str] = (),
+    names: Sequence[FigureName] = (),
     models: Sequence[str] = (),
     layers: Layers = None,
 ) -> FigureSet:
@@ -98,7 +99,7 @@ def plan_figures(
 
     Args:
         runs: folders of finished ``i2am explain``.
-        names: kinds of figures, keys of ``PAPER_FIGURES``; all that are possible where empty.
+        names: kinds of figures; all that are possible where empty.
         models: how figures call the checkpoint of each sample, in the order of the runs; by their
             folders where empty.
         layers: which ones the figures by layer show; all where None.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import get_args
 
 from i2am_train.attention.recipe import LayerId
 from i2am_train.reporting.explained import ExplainedSample
@@ -26,7 +27,7 @@ from i2am_train.reporting.figures.patches import (
     specific_reference,
 )
 from i2am_train.reporting.figures.sheet import Sheet
-from i2am_train.types import GridSize
+from i2am_train.types import FigureName, GridSize
 
 Layers = Sequence[LayerId] | None
 Group = tuple[int, ...]
@@ -90,7 +91,7 @@ def _single(draw: Callable[[ExplainedSample], Sheet]) -> Callable[..., Sheet]:
     return lambda samples, layers: draw(samples[0])
 
 
-PAPER_FIGURES: Mapping[str, PaperFigure] = {
+PAPER_FIGURES: Mapping[FigureName, PaperFigure] = {
     "layers": PaperFigure(
         "Fig. 2", "layer-level maps in both directions",
         "a folder of 'i2am explain'",
@@ -158,14 +159,14 @@ PAPER_FIGURES: Mapping[str, PaperFigure] = {
         _single(overview), True,
     ),
 }  # fmt: skip
-"""In the order of the paper."""
+"""How each is drawn."""
 
 
 @dataclass(frozen=True, slots=True)
 class PlannedFigure:
     """One figure that can be drawn: its kind, and which samples it shows."""
 
-    name: str
+    name: FigureName
     group: Group
 
     def sheet(self, samples: Sequence[ExplainedSample], layers: Layers = None) -> Sheet:
@@ -174,14 +175,14 @@ class PlannedFigure:
 
 
 def plan(
-    samples: Sequence[ExplainedSample], names: Sequence[str] = ()
+    samples: Sequence[ExplainedSample], names: Sequence[FigureName] = ()
 ) -> tuple[list[PlannedFigure], dict[str, str]]:
     """What can be drawn of these samples, and what each kind that cannot be drawn would need.
 
-    ``names`` are keys of ``PAPER_FIGURES``; all where empty.
+    ``names`` are kinds of figures; all where empty.
     """
     planned, left_out = [], {}
-    for name in names or PAPER_FIGURES:
+    for name in names or get_args(FigureName):
         groups = PAPER_FIGURES[name].groups(samples)
         planned += [PlannedFigure(name, group) for group in groups]
         if not groups:
