@@ -1,6 +1,7 @@
 """From a configuration to objects: the one place where everything meets. It holds no logic of its own."""
 
 import logging
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -384,8 +385,8 @@ def measure_steps(
     return timer.measured(trainer)
 
 
-def make_trainer(config: TrainConfig, folder: Path) -> L.Trainer:
-    """Lightning's trainer with loggers, checkpoints, averaging and the evaluation callback."""
+def make_trainer(config: TrainConfig, folder: Path, own: Sequence[Callback] = ()) -> L.Trainer:
+    """Lightning's trainer with loggers, checkpoints, averaging, the evaluation callback, and the user's ``own``."""
     callbacks: list[Callback] = [
         StopAfterSteps(config.optimization.steps),
         CheckpointCallback(
@@ -424,6 +425,7 @@ def make_trainer(config: TrainConfig, folder: Path) -> L.Trainer:
                 averaging,
             )
         )
+    callbacks += own
     if config.trainer.progress_bar:
         callbacks.append(TQDMProgressBar(leave=True))
     # After all that have a state, so that it saves what they made of the step.

@@ -11,7 +11,7 @@ import inspect
 import os
 import re
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from difflib import get_close_matches
 from importlib import import_module
 from pathlib import Path
@@ -48,6 +48,27 @@ def allow(*modules: str) -> None:
     names = dict.fromkeys([*_allowed(), *modules])
     if names:
         os.environ[VARIABLE] = ",".join(names)
+
+
+def path_and_keywords(entry: str | Mapping[str, Any], option: str) -> tuple[str, dict[str, Any]]:
+    """An option's entry as import path and keywords: ``my:f``, or ``{fn: my:f, every: 5}``.
+
+    Raises:
+        ConfigError: a mapping without the import path under ``fn``.
+
+    >>> path_and_keywords({"fn": "my_package:Timer", "every": 5}, "callbacks[0]")
+    ('my_package:Timer', {'every': 5})
+    """
+    if isinstance(entry, str):
+        return entry, {}
+    keywords = {str(name): value for name, value in entry.items()}
+    path = keywords.pop("fn", None)
+    if not isinstance(path, str):
+        raise ConfigError(
+            f"{option}={dict(entry)} is not possible: expected package.module:name, or "
+            "{fn: package.module:name, ...} with keywords behind it."
+        )
+    return path, keywords
 
 
 def resolve(path: str, option: str, expected: str, *checks: Check) -> Any:

@@ -82,6 +82,8 @@ def plain(value: Any) -> Any:
         return str(value)
     if isinstance(value, (list, tuple)):
         return [plain(element) for element in value]
+    if isinstance(value, Mapping):
+        return {name: plain(element) for name, element in value.items()}
     return value
 
 
@@ -131,10 +133,14 @@ def _plain_default(item: Field[Any]) -> Any:
 def _convert(hint: Any, value: Any, path: str) -> Any:
     """The value as the type ``hint``, or a ConfigError that names ``path``."""
     origin = get_origin(hint)
+    if hint is Any:
+        return value
     if origin in (Union, types.UnionType):
         return _convert_union(get_args(hint), value, path)
     if origin is list:
         return _convert_list(get_args(hint)[0], value, path)
+    if origin is dict:
+        return _convert_dict(get_args(hint)[1], value, path)
     if origin is tuple:
         return _convert_tuple(get_args(hint), value, path)
     if origin is Literal:
@@ -161,7 +167,11 @@ def _convert_union(hints: tuple[Any, ...], value: Any, path: str) -> Any:
     exact = [hint for hint in members if type(value) is hint]
     if (isinstance(value, bool) and not exact) or value is None:
         raise _mismatch(path, value, " or ".join(map(_type_name, members)))
-    alike = [m for m in members if (get_origin(m) is list) == isinstance(value, (list, tuple))]
+    shape = (
+        dict if isinstance(value, Mapping) else list if isinstance(value, (list, tuple)) else None
+    )
+    origins = {member: get_origin(member) for member in members}
+    alike = [m for m, o in origins.items() if (o if o in (dict, list) else None) is shape]
     return _convert((exact or alike[-1:] or members[-1:])[0], value, path)
 
 
@@ -169,6 +179,12 @@ def _convert_list(element: Any, value: Any, path: str) -> list[Any]:
     if not isinstance(value, (list, tuple)):
         raise _mismatch(path, value, f"a list, such as {path}=[...]")
     return [_convert(element, item, f"{path}[{index}]") for index, item in enumerate(value)]
+
+
+def _convert_dict(element: Any, value: Any, path: str) -> dict[str, Any]:
+    if not isinstance(value, Mapping):
+        raise _mismatch(path, value, f"a mapping, such as {path}={{name: value}}")
+    return {str(name): _convert(element, item, f"{path}.{name}") for name, item in value.items()}
 
 
 def _convert_tuple(hints: tuple[Any, ...], value: Any, path: str) -> tuple[Any, ...]:
@@ -240,7 +256,7 @@ def _path(value: str, path: str) -> Path:
 
 def _type_name(hint: Any) -> str:
     names = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
-    names |= {Path: "a path", list: "a list"}
+    names |= {Path: "a path", list: "a list", dict: "a mapping"}
     return names[get_origin(hint) or hint]
 
 

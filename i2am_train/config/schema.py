@@ -494,6 +494,9 @@ class TrainConfig:
     stableviton, custom or refined_custom; the experiments that repeat the paper set it."""
     dry_run: bool = False
     """Check everything, take a few steps, print sizes, memory and time, and write nothing."""
+    callbacks: list[str | dict[str, Any]] = field(default_factory=list)
+    """Callbacks of your own by import path: my_package:MyCallback, or
+    {fn: my_package:MyCallback, every: 5} with arguments (i2am_train/EXTENDING.md)."""
     data: DataConfig = field(default_factory=DataConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     optimization: OptimizationConfig = field(default_factory=OptimizationConfig)

@@ -59,6 +59,7 @@ def _train(config: TrainConfig) -> Path:
         release_signals,
     )
     from i2am_train.callbacks.checkpoints import resume_point
+    from i2am_train.callbacks.imported import imported_callbacks
     from i2am_train.config.build import plain
     from i2am_train.config.hub import revisions
     from i2am_train.fingerprints import data_state
@@ -67,6 +68,7 @@ def _train(config: TrainConfig) -> Path:
     from i2am_train.training.optimization import trained_weights
     from i2am_train.training.preflight import check_trained, memory_advice
 
+    own = imported_callbacks(config.callbacks)
     module, datamodule = prepare(config)
     if not first_process():
         wait_for(config.folder / MANIFEST_FILE)
@@ -86,7 +88,7 @@ def _train(config: TrainConfig) -> Path:
     checkpoint, damage = resume_point(folder.path)
     if first_process():
         print(*damage, sep="\n", end="\n" if damage else "")
-    trainer = make_trainer(config, folder.path)
+    trainer = make_trainer(config, folder.path, own)
     try:
         with memory_advice(trainer):
             trainer.fit(
@@ -148,6 +150,7 @@ def prepare(config: TrainConfig) -> tuple[TryOnModule, TryOnDataModule]:
         open_cache,
         prepare_data,
     )
+    from i2am_train.callbacks.imported import check_callbacks
     from i2am_train.data.checks.needed_files import refuse_broken_pictures
     from i2am_train.data.layouts.viton_hd import require_correspondence
     from i2am_train.data.reading import TryOnDataset
@@ -156,6 +159,7 @@ def prepare(config: TrainConfig) -> tuple[TryOnModule, TryOnDataModule]:
 
     processes = check_trainer(config)
     check_best(config)
+    check_callbacks(config.callbacks)
     torch.manual_seed(config.seed)
     module = make_module(config)
     if config.validation.samples:

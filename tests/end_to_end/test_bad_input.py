@@ -144,6 +144,14 @@ CASES: list[tuple[str, str, list[str], str]] = [
     ("train", MODEL, ["tracking.tags=['']"], "1 to 64 signs in a tag"),
     ("train", MODEL, ["trainer.progress_bar=1"], "expected true or false"),
     ("train", MODEL, ["trainer.devices=true"], "expected a whole number or a text"),
+    ("train", MODEL, ["callbacks=json:loads"], "expected a list"),
+    ("train", MODEL, ["callbacks=[timer]"], "expected package.module:name"),
+    ("train", MODEL, ["callbacks=[{every: 3}]"], "{{fn: package.module:name, ...}}"),
+    ("train", MODEL, ["callbacks=[nowhere.at:all]"], "No module named 'nowhere'"),
+    ("train", MODEL, ["callbacks=[json:load_s]"], "json has no 'load_s' (it has: loads, load)"),
+    ("train", MODEL, ["callbacks=[json:loads]"], "cannot be called with ()"),
+    ("train", MODEL, ["callbacks=[json:JSONDecoder]"], "does not derive from lightning.Callback"),
+    ("train", MODEL, ["callbacks=[{fn: json:loads, s: '1'}]"], "returned a int"),
     ("train", MODEL, ["--cfg", "jobs"], "invalid choice: 'jobs'"),
     ("train", MODEL, ["+objective.weight=1"], "no option 'objective.weight'"),
     ("train", MODEL, ["checkpoint={model}"], "no option 'checkpoint'"),
@@ -188,6 +196,7 @@ CASES: list[tuple[str, str, list[str], str]] = [
         ["arms=[{arms}/list.yaml,{arms}/one/list.yaml]", "reference={arms}/list.yaml"],
         "list.yaml",
     ),
+    ("ablate", MODEL, ["arms=[baseline,{arms}/imports.yaml]"], "I2AM_ALLOW_IMPORTS=json"),
     ("ablate", MODEL, ["arms=[Baseline]"], "no arm 'Baseline'"),
     ("ablate", MODEL, ["arms=[baseline,]"], "cannot be read"),
     ("ablate", MODEL, ["seeds=0"], "expected a list"),
@@ -338,6 +347,7 @@ def world(
             "my arm (2), new.yaml": "objective: {dcmll: 1}\n",
             "label.yaml": 'label: "a\\nb"\n',
             "copy.yaml": "label: Refined\n",
+            "imports.yaml": "callbacks: [json:loads]\n",
         },
     )
     _write(root / "caches", {"list/index.json": "[1, 2]", "missing/index.json": _cache_index()})
@@ -395,7 +405,8 @@ def _everything(world: dict[str, str]) -> set[tuple[str, int, int]]:
 
 
 def _words(usual: str, wrong: list[str], world: dict[str, str]) -> list[str]:
-    return [word.format(**world) if "${" not in word else word for word in (*usual.split(), *wrong)]
+    # ${...} and {fn: ...} are meant as they stand
+    return [w if "${" in w or ": " in w else w.format(**world) for w in (*usual.split(), *wrong)]
 
 
 def _is_a_paragraph(printed: str, message: str) -> None:

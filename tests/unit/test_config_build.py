@@ -45,6 +45,15 @@ def test_nested_values_get_their_types() -> None:
     assert config.seed == 0
 
 
+def test_texts_and_mappings_in_one_list() -> None:
+    """Import paths with and without keywords; keywords may be anything, and read back equal."""
+    entries = ["a.b:C", {"fn": "a.b:D", "every": 5, "at": [1, {"x": None}]}]
+    config = build(TrainConfig, {"callbacks": entries})
+    assert config.callbacks == plain(config)["callbacks"] == entries
+    with pytest.raises(ConfigError, match=r"callbacks\[0\]=null .* a text or a mapping"):
+        build(TrainConfig, {"callbacks": [None]})
+
+
 def test_one_or_several() -> None:
     """A lone checkpoint or sample and a list of them are both understood; a number can name a folder."""
     one = build(ExplainConfig, {"checkpoint": 2024, "sample": 3})
