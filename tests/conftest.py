@@ -1,7 +1,10 @@
-"""What all tests share: executed tensor shapes, no network, a small dataset and a small model."""
+"""What all tests share: executed tensor shapes, no network, an end at SIGTERM, a small dataset and a small model."""
 
+import faulthandler
+import os
+import signal
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +27,35 @@ install_import_hook(
 )
 
 SMALL = (64, 48)
+
+UNTOUCHED = {signal.SIGTERM}
+"""Signals for which nobody may set a handler."""
+_set_handler = signal.signal
+
+
+def _set_handler_if_allowed(number: int, handler: Any) -> Any:
+    return signal.getsignal(number) if number in UNTOUCHED else _set_handler(number, handler)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """SIGTERM ends the tests at once and says where they were.
+
+    A training, in this process as well, would take the signal, and wait for the end of the step before it ends. In a
+    test that hangs the step has no end.
+    """
+    signal.signal = _set_handler_if_allowed
+    capture: Any = config.pluginmanager.getplugin("capturemanager")
+    with capture.global_and_fixture_disabled():
+        errors = os.dup(2)
+    faulthandler.register(signal.SIGTERM, file=errors, chain=True)
+
+
+@pytest.fixture
+def own_sigterm() -> Iterator[None]:
+    """The handlers of SIGTERM that the product sets, for tests that send it to themselves."""
+    UNTOUCHED.remove(signal.SIGTERM)
+    yield
+    UNTOUCHED.add(signal.SIGTERM)
 
 
 @pytest.fixture(autouse=True)

@@ -196,6 +196,7 @@ def test_a_fault_of_the_program_keeps_its_traceback() -> None:
         entry("train", fail)
 
 
+@pytest.mark.usefixtures("own_sigterm")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_ends_a_command_with_a_sentence(
     number: signal.Signals, capsys: pytest.CaptureFixture[str]
