@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from i2am_train.reporting.score_tables import ATTENTION_METRICS, IMAGE_METRICS
+from i2am_train.reporting.tables.scores import ATTENTION_METRICS, IMAGE_METRICS
 from i2am_train.results.evaluations import read_evaluations
 from i2am_train.results.finished_runs import arm_labels, read_results
 from i2am_train.runs import MANIFEST_FILE, read_json

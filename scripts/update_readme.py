@@ -13,11 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from i2am_train.attention.known import KNOWN_MODELS
-from i2am_train.reporting import score_table_formats
-from i2am_train.reporting.correlations import correlation_figure, correlation_table
 from i2am_train.reporting.figures.canvas import save_figure
-from i2am_train.reporting.table_formats import markdown
-from i2am_train.reporting.tables import describe_machine
+from i2am_train.reporting.figures.correlation import correlation_figure
+from i2am_train.reporting.provenance import describe_machine
+from i2am_train.reporting.table import markdown, markdown_lines
+from i2am_train.reporting.tables.ablation import as_markdown
+from i2am_train.reporting.tables.correlation import correlation_table
 from i2am_train.results.evaluations import Evaluation
 from i2am_train.results.finished_runs import recompared
 from i2am_train.types import Pairing
@@ -53,7 +54,7 @@ def rendered(document: str) -> str:
 
 def study(text: str) -> str:
     """Tables and notes of an ablation, as its own ``results.md`` has them, for the arm that it is about."""
-    return markdown(json.loads(text), compared=["refined"]).strip()
+    return as_markdown(json.loads(text), compared=["refined"]).strip()
 
 
 def arms(text: str) -> str:
@@ -76,8 +77,6 @@ def layers(text: str) -> str:
     result: dict[str, Any] = json.loads(text)
     numbers = list(result["mean"])
     rows = [
-        ["Attention made uniform: layer", *numbers],
-        ["---", *("---:" for _ in numbers)],
         ["Change of the pixels, mean", *(f"{result['mean'][n]:.4f}" for n in numbers)],
         ["Largest of a sample", *(f"{result['largest'][n]:.4f}" for n in numbers)],
     ]
@@ -85,7 +84,8 @@ def layers(text: str) -> str:
         f"`{result['command']}`: {result['samples']} held-out samples, {result['steps']} steps, guidance "
         f"{result['guidance']:g}; {describe_machine(result['machine'])}."
     )
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows) + f"\n\n{note}"
+    header = ["Attention made uniform: layer", *numbers]
+    return f"{markdown_lines(header, rows, range(1, len(header)))}\n\n{note}"
 
 
 def checkpoints(text: str) -> tuple[Evaluation, ...]:
@@ -103,7 +103,7 @@ def correlation(text: str) -> str:
     """The table over the kept checkpoints, as `i2am report` writes it."""
     table = correlation_table(checkpoints(text))
     assert table is not None
-    return score_table_formats.markdown(table).strip()
+    return markdown(table).strip()
 
 
 def recipes() -> str:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any
 
 from torchmetrics import Metric, MetricCollection
 
@@ -31,7 +31,8 @@ class MetricInfo:
     """None where neither end is good: such a number is there to be watched."""
     digits: int
     """Decimal places worth printing."""
-    group: Literal["attention", "image"]
+    group: str
+    """``attention`` or ``image``."""
     description: str
     unit: str = ""
     """Empty for a plain number."""
@@ -44,8 +45,30 @@ class MetricInfo:
 
     def as_json(self) -> dict[str, str | int | bool | None]:
         """Return the fields that ``results.json`` carries."""
-        fields = ("label", "higher_is_better", "digits", "group", "unit")
+        fields = ("label", "higher_is_better", "digits", "group", "unit", "description")
         return {name: getattr(self, name) for name in fields}
+
+    @classmethod
+    def of(cls, name: str, entry: Mapping[str, Any]) -> MetricInfo:
+        """From one entry of ``results["metrics"]``, whichever version wrote it."""
+        return cls(
+            label=str(entry.get("label") or name),
+            higher_is_better=entry.get("higher_is_better"),
+            digits=int(entry.get("digits", 3)),
+            group=str(entry.get("group", "")),
+            unit=str(entry.get("unit") or ""),
+            description=str(entry.get("description") or ""),
+        )
+
+    @property
+    def arrow(self) -> str:
+        """Where better values lie: up, down, or empty if neither is better."""
+        return {True: "↑", False: "↓", None: ""}[self.higher_is_better]
+
+    @property
+    def heading(self) -> str:
+        """Label with arrow."""
+        return f"{self.label} {self.arrow}".strip()
 
 
 # fmt: off

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from i2am_train.metrics.registry import METRICS
+from i2am_train.reporting.table import interval_text, markdown_lines, number
 from i2am_train.results.evaluations import Evaluation, read_evaluations
 from i2am_train.runs import MANIFEST_FILE, SETTINGS_FILE, read_object
 from i2am_train.types import GridSize
@@ -170,8 +171,8 @@ def _training(facts: ModelFacts) -> Iterator[str]:
         f"{manifest.get('data', 'not known')}\n"
         f"- Seed: {settings.get('seed')}"
     )
-    rows = [f"| `{name}` | {value} |" for name, value in _flat(settings)]
-    yield "\n".join(["| Option | Value |", "| --- | --- |", *rows])
+    rows = [(f"`{name}`", str(value)) for name, value in _flat(settings)]
+    yield markdown_lines(("Option", "Value"), rows, right=())
 
 
 def _flat(settings: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
@@ -195,14 +196,10 @@ def _evaluation(evaluations: Sequence[Evaluation]) -> Iterator[str]:
             "samples, at 95 %."
         )
         rows = [_row(evaluation, name, value) for name, value in _scores(evaluation)]
-        yield "\n".join(["| Score | Value | Interval |", "| --- | ---: | ---: |", *rows])
+        yield markdown_lines(("Score", "Value", "Interval"), rows, right=(1, 2))
 
 
-def _row(evaluation: Evaluation, name: str, value: float) -> str:
-    info = METRICS[name]
-    arrow = {True: " ↑", False: " ↓", None: ""}[info.higher_is_better]
-    interval = "–"
-    if name in evaluation.intervals:
-        ends = (evaluation.intervals[name][end] for end in ("low", "high"))
-        interval = f"[{', '.join(f'{end:.{info.digits}f}' for end in ends)}]"
-    return f"| {info.label}{arrow} | {value:.{info.digits}f} | {interval} |"
+def _row(evaluation: Evaluation, name: str, value: float) -> tuple[str, str, str]:
+    info, ends = METRICS[name], evaluation.intervals.get(name)
+    interval = interval_text((ends["low"], ends["high"]), info.digits) if ends else "–"
+    return info.heading, number(value, info.digits), interval

@@ -6,7 +6,8 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from i2am_train.reporting.pages import Section, page_environment, provenance_rows
+from i2am_train.reporting.pages import Section, page_environment
+from i2am_train.reporting.provenance import provenance_rows
 
 
 def paper_page(index: Mapping[str, Any], sections: Sequence[Section]) -> str:

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
-from i2am_train.reporting import table_formats
+from i2am_train.metrics.registry import MetricInfo
 from i2am_train.reporting.figures.canvas import arm_colors
 from i2am_train.reporting.figures.training import (
     PanelPart,
@@ -27,20 +27,19 @@ from i2am_train.reporting.figures.training import (
 )
 from i2am_train.reporting.pages import (
     embedded_file,
-    flat,
     page_environment,
-    provenance_rows,
 )
-from i2am_train.reporting.table_formats import minus
-from i2am_train.reporting.tables import (
-    MetricColumn,
+from i2am_train.reporting.provenance import flat, provenance_rows
+from i2am_train.reporting.table import html, html_label, markdown_text, minus, number
+from i2am_train.reporting.tables.ablation import (
+    arm_table,
+    as_latex,
+    as_markdown,
     capitalised,
     collapse_warnings,
     difference_tables,
-    main_table,
-    metric_columns,
+    measured_metrics,
     notes,
-    number,
     verdict_sentences,
 )
 from i2am_train.results.finished_runs import (
@@ -91,7 +90,7 @@ class SampleList:
     """The samples that gained most and lost most, reference arm against ``arm``."""
 
     arms: tuple[str, str]
-    columns: tuple[MetricColumn, ...]
+    columns: tuple[MetricInfo, ...]
     best: tuple[SampleRow, ...]
     worst: tuple[SampleRow, ...]
     improved: int
@@ -114,15 +113,14 @@ def build_report(run_folder: Path) -> Path:
     run = read_run(Path(run_folder))
     page = page_environment().get_template("report.html.j2").render(_context(run))
     write_text(run.folder / "results.md", _markdown(run))
-    write_text(run.folder / "results.tex", table_formats.latex(run.results))
+    write_text(run.folder / "results.tex", as_latex(run.results))
     write_text(run.folder / "report.html", page)
     return run.folder / "report.html"
 
 
 def _markdown(run: RunRecord) -> str:
-    sentences = "\n\n".join(map(table_formats.markdown_text, verdict_sentences(run.results)))
-    title = table_formats.markdown_text(_title(run.results))
-    return f"# {title}\n\n{sentences}\n\n{table_formats.markdown(run.results)}"
+    sentences = "\n\n".join(map(markdown_text, verdict_sentences(run.results)))
+    return f"# {markdown_text(_title(run.results))}\n\n{sentences}\n\n{as_markdown(run.results)}"
 
 
 def _title(results: Results) -> str:
@@ -150,11 +148,11 @@ def _context(run: RunRecord) -> dict[str, Any]:
         "facts": list(_facts(results)),
         "verdicts": [minus(sentence) for sentence in verdict_sentences(results)],
         "warnings": collapse_warnings(results),
-        "main_table": table_formats.html_main(results) if main_table(results).columns else "",
+        "main_table": html(main, "main") if (main := arm_table(results)).headings else "",
         "differences": [
-            (table.title, table.over, table_formats.html_differences(table))
-            for table in sorted(
-                difference_tables(results), key=lambda table: table.arm != focus_arm(results)
+            (table.caption, html(table, "differences"))
+            for arm, table in sorted(
+                difference_tables(results).items(), key=lambda item: item[0] != focus_arm(results)
             )
         ],
         "notes": notes(results),
@@ -165,8 +163,8 @@ def _context(run: RunRecord) -> dict[str, Any]:
         "missing": run.missing,
         "making": list(_making(results)),
         "settings": json.dumps(results.get("settings") or {}, indent=2, default=str),
-        "metrics": metric_columns(results),
-        "html_label": table_formats.html_label,
+        "metrics": measured_metrics(results).values(),
+        "html_label": html_label,
     }
 
 
@@ -241,7 +239,7 @@ def _quantities(histories: Sequence[History], prefix: str, results: Results) -> 
     logged = {name for history in histories for name in history.curves if name.startswith(prefix)}
     logged = {name for name in logged if not re.search(r"_(step|epoch)$", name)} or logged
     metrics = {
-        f"{prefix}{name}": MetricColumn.of(name, entry).heading
+        f"{prefix}{name}": MetricInfo.of(name, entry).heading
         for name, entry in results["metrics"].items()
     }
     known = {name: title for name, title in metrics.items() if name in logged}
@@ -335,17 +333,20 @@ def sample_list(run: RunRecord) -> SampleList | None:
     )
     if not ranked:
         return None
-    columns = [c for c in metric_columns(run.results) if any(c.name in before[n] for n in ranked)]
-    shown = [c for c in columns if c.name in _LISTED_SCORES]
+    shown = {
+        name: info
+        for name, info in measured_metrics(run.results).items()
+        if name in _LISTED_SCORES and any(name in before[sample] for sample in ranked)
+    }
     arms, labels = (reference, focus), arm_labels(run.results)
     changes = [after[n][RANKED_BY] - before[n][RANKED_BY] for n in ranked]
     count = min(EXTREMES, len(ranked) // 2)
     rows = [_sample_row(run, n, arms, before, after, shown) for n in ranked[:count]]
     last = [_sample_row(run, n, arms, before, after, shown) for n in ranked[::-1][:count]]
-    ranking = MetricColumn.of(RANKED_BY, run.results["metrics"].get(RANKED_BY, {}))
+    ranking = MetricInfo.of(RANKED_BY, run.results["metrics"].get(RANKED_BY, {}))
     return SampleList(
         arms=(labels[reference], labels[focus]),
-        columns=tuple(shown),
+        columns=tuple(shown.values()),
         best=tuple(rows),
         worst=tuple(last),
         improved=sum(change > 0 for change in changes),
@@ -387,22 +388,23 @@ def _sample_row(
     arms: tuple[str, str],
     before: Scores,
     after: Scores,
-    columns: Sequence[MetricColumn],
+    columns: Mapping[str, MetricInfo],
 ) -> SampleRow:
-    digits = next((c.digits for c in columns if c.name == RANKED_BY), 3)
+    digits = columns[RANKED_BY].digits if RANKED_BY in columns else 3
     change = after[name][RANKED_BY] - before[name][RANKED_BY]
     return SampleRow(
         name=name,
         garment=_garment_name(run, name),
         change=minus(number(change, digits, signed=True)),
-        scores=tuple(_arrow(before[name], after[name], column) for column in columns),
+        scores=tuple(
+            _change(before[name].get(m), after[name].get(m), i) for m, i in columns.items()
+        ),
         pictures=tuple(p for arm in arms if (p := _thumbnail(run, arm, name))),
     )
 
 
-def _arrow(before: Mapping[str, float], after: Mapping[str, float], column: MetricColumn) -> str:
-    values = before.get(column.name), after.get(column.name)
-    first, second = ("–" if v is None else number(v, column.digits) for v in values)
+def _change(before: float | None, after: float | None, info: MetricInfo) -> str:
+    first, second = ("–" if v is None else number(v, info.digits) for v in (before, after))
     return minus(f"{first} → {second}")
 
 

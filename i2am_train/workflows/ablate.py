@@ -38,8 +38,7 @@ def run(config: AblateConfig) -> None:
 
     from i2am_train.locks import locked
     from i2am_train.reporting.report import build_report
-    from i2am_train.reporting.table_formats import terminal
-    from i2am_train.reporting.tables import verdict_sentences
+    from i2am_train.reporting.tables.ablation import as_terminal, verdict_sentences
     from i2am_train.tracking.session import sync_advice
 
     results = ablate(config)
@@ -49,7 +48,7 @@ def run(config: AblateConfig) -> None:
     # Labels and paths with brackets are no markup.
     console = Console(width=None if sys.stdout.isatty() else LOG_WIDTH, markup=False, emoji=False)
     console.print()
-    console.print(terminal(results))
+    console.print(as_terminal(results))
     for sentence in verdict_sentences(results):
         console.print(sentence)
     console.print(f"\nReport:  {report}\nTables:  {config.folder / 'results.md'}", soft_wrap=True)
@@ -265,11 +264,7 @@ def _results(
         for entry in entries
     }
     shown = {name for entry in entries for name in entry["metrics"]}
-    metrics = {
-        name: info.as_json() | {"description": info.description}
-        for name, info in METRICS.items()
-        if name in shown
-    }
+    metrics = {name: info.as_json() for name, info in METRICS.items() if name in shown}
     compared = summarise_results(
         entries,
         metrics,

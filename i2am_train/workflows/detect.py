@@ -33,9 +33,9 @@ def run(config: DetectConfig) -> None:
     """Run the experiment, print its tables and say where everything lies."""
     from rich.console import Console
 
-    from i2am_train.experiments.detection.report import tables_of
+    from i2am_train.experiments.detection.tables import tables_of
     from i2am_train.locks import locked
-    from i2am_train.reporting.score_table_formats import terminal
+    from i2am_train.reporting.table import terminal
     from i2am_train.tracking.session import sync_advice
 
     folder = output_folder(config)

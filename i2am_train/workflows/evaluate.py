@@ -82,7 +82,7 @@ def expected_values(config: EvaluateConfig) -> dict[str, float]:
         RunFolderError: the run's settings cannot be read.
     """
     from i2am_train.config.locations import checkpoint_folder
-    from i2am_train.reporting.published import TABLE_2, published_values
+    from i2am_train.reporting.tables.published import TABLE_2, published_values
     from i2am_train.runs import SETTINGS_FILE, read_object, run_of
     from i2am_train.types import Pairing
 
@@ -100,29 +100,13 @@ def expected_values(config: EvaluateConfig) -> dict[str, float]:
 def print_scores(results: dict[str, Any], expected: dict[str, float] | None = None) -> None:
     """The scores as a table, with the paper's beside them if given, the number of samples and any warning."""
     from rich.console import Console
-    from rich.table import Table
 
-    from i2am_train.metrics.registry import METRICS
-    from i2am_train.reporting.published import CAUTION
+    from i2am_train.reporting.table import terminal
+    from i2am_train.reporting.tables.published import CAUTION
+    from i2am_train.reporting.tables.scores import evaluation_scores
 
-    table = Table(title=f"{results['samples']} samples; intervals: bootstrap over them")
-    paper = ["paper"] if expected else []
-    for heading in ("score", "value", "95 % interval", *paper, "meaning"):
-        numeric = heading not in ("score", "meaning")
-        table.add_column(heading, justify="right" if numeric else "left", no_wrap=numeric)
-    arrow = {True: " (higher is better)", False: " (lower is better)", None: ""}
-    for name, info in METRICS.items():
-        if name in results["metrics"]:
-            value = f"{results['metrics'][name]:.{info.digits}f}"
-            interval = "–"
-            if name in results["intervals"]:
-                ends = (results["intervals"][name][end] for end in ("low", "high"))
-                interval = f"[{', '.join(f'{end:.{info.digits}f}' for end in ends)}]"
-            meaning = info.description + arrow[info.higher_is_better]
-            published = [str(expected.get(name, "–"))] if expected else []
-            table.add_row(info.label, value, interval, *published, meaning)
     console = Console(markup=False, emoji=False)
-    console.print(table)
+    console.print(terminal(evaluation_scores(results, expected or {})))
     if expected:
         console.print(CAUTION)
     for warning in results["warnings"]:

@@ -184,7 +184,7 @@ def _page_data(
 def _making(config: ExplainConfig, manifest: dict[str, Any]) -> dict[str, str]:
     """What the page says of its origin."""
     from i2am_train.config.build import plain
-    from i2am_train.reporting.pages import flat, provenance_rows
+    from i2am_train.reporting.provenance import flat, provenance_rows
 
     return {
         **dict(provenance_rows(manifest)),

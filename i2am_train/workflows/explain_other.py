@@ -322,7 +322,7 @@ def _making(
 ) -> dict[str, str]:
     """What the page says of its origin."""
     from i2am_train.config.build import plain
-    from i2am_train.reporting.pages import flat, provenance_rows
+    from i2am_train.reporting.provenance import flat, provenance_rows
 
     return {
         **dict(provenance_rows(manifest)),

@@ -76,7 +76,7 @@ def tables(config: ReportConfig) -> Write | None:
     """The tables over evaluated models; None without such folders."""
     if not config.runs:
         return None
-    from i2am_train.reporting.score_report import plan_tables
+    from i2am_train.reporting.table_files import plan_tables
 
     planned = plan_tables(config.runs, config.names, mixed=config.mixed)
     return lambda folder: planned.write(folder, config.formats, config.dpi)

@@ -26,7 +26,7 @@ def run(config: TrainConfig) -> None:
     if first_process():
         print(f"\nModel: {folder / 'model'}\nJudge it with: i2am evaluate checkpoint={folder}")
         if config.expected is not None:
-            from i2am_train.reporting.published import published_row
+            from i2am_train.reporting.tables.published import published_row
 
             print(
                 f"{published_row(config.expected)}\nFor numbers beside it, add data=viton_hd data.root="

@@ -294,6 +294,7 @@ def test_registry_describes_every_image_metric() -> None:
         "digits": 3,
         "group": "attention",
         "unit": "",
+        "description": "Share of garment patches whose attention centre is 1 patch off at most",
     }
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from i2am_train.config.store import compose
-from i2am_train.experiments.detection.report import main_table, sample_sheet, threshold_table
+from i2am_train.experiments.detection.report import sample_sheet
 from i2am_train.experiments.detection.results import (
     KIND,
     SCHEMA,
@@ -17,9 +17,9 @@ from i2am_train.experiments.detection.results import (
     read_detected,
     write_examples,
 )
-from i2am_train.reporting import score_table_formats as formats
+from i2am_train.experiments.detection.tables import main_table, published_iou, threshold_table
+from i2am_train.reporting import table as formats
 from i2am_train.reporting.explained import ExplainedSample
-from i2am_train.reporting.published import published_iou
 from i2am_train.results.finished_runs import RESULTS, SAMPLES
 from i2am_train.runs import RunFolder, write_json, write_text
 from i2am_train.workflows.report import report

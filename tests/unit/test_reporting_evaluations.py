@@ -17,11 +17,12 @@ from i2am_train.errors import ConfigError, RunFolderError
 from i2am_train.evaluation.evaluator import EvaluationResult
 from i2am_train.evaluation.results import write_evaluation
 from i2am_train.metrics.imacs import imacs_column
-from i2am_train.reporting import score_table_formats as formats
-from i2am_train.reporting.correlations import correlation_figure, correlation_table, selections
+from i2am_train.reporting import table as formats
+from i2am_train.reporting.figures.correlation import correlation_figure
 from i2am_train.reporting.paper_page import paper_page
-from i2am_train.reporting.score_report import plan_tables
-from i2am_train.reporting.score_tables import score_tables
+from i2am_train.reporting.table_files import plan_tables
+from i2am_train.reporting.tables.correlation import correlation_table, selections
+from i2am_train.reporting.tables.scores import score_tables
 from i2am_train.results.evaluations import read_evaluations
 from i2am_train.runs import RunFolder, provenance
 

@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 from scipy.stats import binom, ttest_rel
 
-from i2am_train.reporting.tables import verdict
 from i2am_train.results.statistics import (
     Over,
     PairedDifference,
@@ -19,6 +18,7 @@ from i2am_train.results.statistics import (
     paired_over_seeds,
     summarise,
     summarise_results,
+    verdict,
 )
 
 

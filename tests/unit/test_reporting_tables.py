@@ -9,27 +9,19 @@ from matplotlib.text import Text
 from rich.console import Console
 
 from i2am_train.reporting.figures.canvas import plain_text
-from i2am_train.reporting.table_formats import (
-    html_differences,
-    html_main,
-    latex,
-    latex_label,
-    latex_text,
-    markdown,
-    markdown_text,
-    terminal,
-)
-from i2am_train.reporting.tables import (
-    Verdict,
+from i2am_train.reporting.table import html, latex_label, latex_text, markdown_text, number
+from i2am_train.reporting.tables.ablation import (
+    arm_table,
+    as_latex,
+    as_markdown,
+    as_terminal,
     collapse_warnings,
     difference_tables,
-    main_table,
-    metric_columns,
+    measured_metrics,
     notes,
-    number,
-    verdict,
     verdict_sentences,
 )
+from i2am_train.results.statistics import Verdict, verdict
 
 
 def entry(mean, std=0.01):
@@ -108,31 +100,30 @@ def results():
 
 
 def test_columns_stand_in_groups_and_unmeasured_metrics_are_left_out(results):
-    columns = metric_columns(results)
-    assert [c.name for c in columns] == [
+    assert list(measured_metrics(results)) == [
         "imacs_g",
         "correspondence_error",
         "center_spread",
         "ssim",
     ]
-    assert main_table(results).groups == [("Attention", [0, 1, 2]), ("Image", [3])]
+    assert arm_table(results).groups == [("Attention", 3), ("Image", 1)]
 
 
 def test_best_and_second_follow_direction_and_print(results):
     # SSIM 0.70004 and 0.69996 both print 0.700: equal rank. The arm that saw the truth has none.
-    ranks = {row.arm: [value.rank for value in row.values] for row in main_table(results).rows}
+    ranks = {row.label: [cell.rank for cell in row.cells] for row in arm_table(results).rows}
     assert ranks == {
         "base": [0, 0, 0, 2],
         "baseline": [2, 2, 0, 1],
         "refined": [1, 1, 0, 1],
-        "supervised": [0, 0, 0, 0],
+        "supervised †": [0, 0, 0, 0],
     }
 
 
 def test_a_column_of_equal_print_has_no_best(results):
     for arm in results["summary"].values():
         arm["ssim"]["mean"] = 0.5
-    assert {row.values[3].rank for row in main_table(results).rows} == {0}
+    assert {row.cells[3].rank for row in arm_table(results).rows} == {0}
 
 
 @pytest.mark.parametrize(
@@ -155,13 +146,17 @@ def test_verdict_follows_direction_and_interval_only(better, low, high, expected
 
 
 def test_differences_carry_one_more_digit_and_counts_in_favour(results):
-    refined, supervised = difference_tables(results)
-    found = {row.column.name: row for row in refined.rows}
-    assert found["imacs_g"].difference == "+0.200"
-    assert found["imacs_g"].interval == "[0.100, 0.300]"
-    assert found["correspondence_error"].in_favour == "3/3"  # lower is better: none positive
-    assert found["ssim"].in_favour == "1/3"
-    assert found["center_spread"].in_favour == ""
+    refined, supervised = difference_tables(results).values()
+    assert [heading.label for heading in refined.headings[:3]] == [
+        "Difference",
+        "95 % interval",
+        "In favour",
+    ]
+    found = {row.label: [cell and cell.text for cell in row.cells] for row in refined.rows}
+    assert found["IMACS_g ↑"] == ["+0.200", "[0.100, 0.300]", "3/3", "3", "better"]
+    assert found["Error & <co> ↓"][2] == "3/3"  # lower is better: none positive
+    assert found["SSIM ↑"][2] == "1/3"
+    assert found["Spread"][2] is None
     assert supervised.title == "supervised − baseline"
 
 
@@ -209,7 +204,7 @@ def test_number_never_prints_a_signed_zero(value, signed, expected):
 
 
 def test_markdown_has_one_row_per_arm_and_bold_best(results):
-    lines = markdown(results).splitlines()
+    lines = as_markdown(results).splitlines()
     assert lines[0] == "| Arm | IMACS_g ↑ | Error & <co> ↓ | Spread | SSIM ↑ |"
     assert lines[1] == "| --- | ---: | ---: | ---: | ---: |"
     assert lines[2] == "| base | -0.10 | 2.5 | 1.00 | 0.600 |"
@@ -220,7 +215,7 @@ def test_markdown_has_one_row_per_arm_and_bold_best(results):
 
 
 def test_html_escapes_labels_and_marks_best_and_second(results):
-    text = html_main(results)
+    text = html(arm_table(results))
     assert "Error &amp; &lt;co&gt;" in text
     assert "<co>" not in text
     assert "IMACS<sub>g</sub>" in text
@@ -231,13 +226,13 @@ def test_html_escapes_labels_and_marks_best_and_second(results):
 
 
 def test_html_differences_name_the_verdict_in_words_and_class(results):
-    text = html_differences(difference_tables(results)[0])
+    text = html(difference_tables(results)["refined"])
     assert '<span class="chip better">better</span>' in text
-    assert '<span class="chip no-difference-shown">no difference shown</span>' in text
+    assert '<span class="chip faint">no difference shown</span>' in text
 
 
 def test_latex_is_escaped_and_balanced(results):
-    text = latex(results)
+    text = as_latex(results)
     body = "\n".join(line for line in text.splitlines() if not line.startswith("%"))
     assert r"Error \& <co> $\downarrow$" in body
     assert r"$\mathbf{0.30}$" in body
@@ -255,7 +250,7 @@ def test_latex_label_sets_only_an_index_low():
 
 def test_terminal_shows_all_tables_in_a_narrow_window(results):
     console = Console(width=80, file=io.StringIO(), color_system=None)
-    console.print(terminal(results))
+    console.print(as_terminal(results))
     text = console.file.getvalue()
     for part in ("Attention", "Image", "refined − baseline", "no difference shown", "Warning: "):
         assert part in text
@@ -281,14 +276,14 @@ def test_labels_mean_themselves_in_every_format(results, label):
     """What markup languages would read as their own is escaped, each in its one place."""
     next(arm for arm in results["arms"] if arm["name"] == "refined")["label"] = label
     console = Console(width=200, file=io.StringIO(), color_system=None, markup=False, emoji=False)
-    console.print(terminal(results))
+    console.print(as_terminal(results))
     assert label in console.file.getvalue()
-    assert f'<th scope="row" class="arm">{escape(label)}' in html_main(results)
-    assert f"| {markdown_text(label)}" in markdown(results)
+    assert f'<th scope="row" class="arm">{escape(label)}' in html(arm_table(results))
+    assert f"| {markdown_text(label)}" in as_markdown(results)
     assert (
         re.sub(r"\\([!-/:-@[-`{-~])", r"\1", markdown_text(label)) == label
     )  # CommonMark's escapes
-    rows = [line for line in latex(results).splitlines() if latex_text(label) in line]
+    rows = [line for line in as_latex(results).splitlines() if latex_text(label) in line]
     assert len(re.findall(r"(?<!\\)&", rows[0])) == 4
     assert not rows[0].startswith(("[", "*"))  # they would belong to the row before
     assert not re.search(r"(?<!\\)[$%#_^~]", latex_text(label))

@@ -30,7 +30,7 @@ from i2am_train.evaluation.batches import batches
 from i2am_train.evaluation.results import CONFIDENCE, IMAGES, write_image
 from i2am_train.experiments.detection.coco import Bench, BenchSample
 from i2am_train.experiments.detection.detectors import Detector, best_detection
-from i2am_train.experiments.detection.report import swept_name
+from i2am_train.experiments.detection.tables import swept_name
 from i2am_train.files import written
 from i2am_train.metrics.boxes import (
     METHODS_OF_MAPS,

@@ -9,14 +9,16 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from i2am_train.experiments.detection.report import FIGURE_CAPTION, drawing_of, sections, tables_of
+from i2am_train.experiments.detection.report import FIGURE_CAPTION, drawing_of, sections
 from i2am_train.experiments.detection.results import KIND, Detected, read_detected
+from i2am_train.experiments.detection.tables import tables_of
 from i2am_train.reporting.explained import numbered
 from i2am_train.reporting.figures.canvas import save_figure
 from i2am_train.reporting.figures.files import FOLDER as FIGURES
 from i2am_train.reporting.figures.files import origin_of
-from i2am_train.reporting.pages import Section, code_state
-from i2am_train.reporting.score_report import write_table
+from i2am_train.reporting.pages import Section
+from i2am_train.reporting.provenance import code_state
+from i2am_train.reporting.table_files import write_table
 from i2am_train.runs import command_line
 
 

@@ -18,7 +18,8 @@ from i2am_train.reporting.explained import (
 from i2am_train.reporting.figures.canvas import save_figure
 from i2am_train.reporting.figures.paper import PAPER_FIGURES, Layers, PlannedFigure, plan
 from i2am_train.reporting.figures.sheet import draw_sheet
-from i2am_train.reporting.pages import Picture, Section, code_state, embedded_figure
+from i2am_train.reporting.pages import Picture, Section, embedded_figure
+from i2am_train.reporting.provenance import code_state
 from i2am_train.runs import command_line, git_state
 from i2am_train.types import FigureName
 

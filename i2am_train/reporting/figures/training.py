@@ -18,6 +18,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
+from i2am_train.metrics.registry import MetricInfo
 from i2am_train.reporting.figures.canvas import (
     BETTER,
     GREY,
@@ -30,8 +31,9 @@ from i2am_train.reporting.figures.canvas import (
     save_figure,
 )
 from i2am_train.reporting.figures.samples import PanelPart, sample_panel
-from i2am_train.reporting.tables import MetricColumn, Verdict, metric_columns, verdict
+from i2am_train.reporting.tables.ablation import measured_metrics
 from i2am_train.results.finished_runs import Curve, History, Results, arm_labels
+from i2am_train.results.statistics import Verdict, verdict
 
 __all__ = [
     "PanelPart",
@@ -138,31 +140,31 @@ def difference_plot(results: Results, width: float = 11.0) -> Figure:
     A bar that does not touch the zero line is a difference that is shown: green where it is
     better, orange where it is worse. Small dots are the single seeds.
     """
-    columns = [c for c in metric_columns(results) if any(_entries(results, c))]
+    metrics = {n: i for n, i in measured_metrics(results).items() if any(_entries(results, n))}
     labels = {arm: plain_text(label) for arm, label in arm_labels(results).items()}
     arms = [arm for arm in labels if any(e["arm"] == arm for e in results["paired"])]
     cell_height = 0.8 + 0.24 * len(arms)
-    figure, plots = _small_multiples(len(columns), width, cell_height)
-    for index, (axes, column) in enumerate(zip(plots, columns, strict=True)):
-        _draw_differences(axes, results, column, arms)
-        first_in_row = index % _columns_of(len(columns)) == 0
+    figure, plots = _small_multiples(len(metrics), width, cell_height)
+    for index, (axes, (name, info)) in enumerate(zip(plots, metrics.items(), strict=True)):
+        _draw_differences(axes, results, name, info, arms)
+        first_in_row = index % _columns_of(len(metrics)) == 0
         axes.set_yticks(range(len(arms)), [labels[arm] for arm in arms] if first_in_row else [])
     return figure
 
 
-def _entries(results: Results, column: MetricColumn) -> Iterator[Mapping[str, Any]]:
-    return (entry for entry in results["paired"] if entry["metric"] == column.name)
+def _entries(results: Results, metric: str) -> Iterator[Mapping[str, Any]]:
+    return (entry for entry in results["paired"] if entry["metric"] == metric)
 
 
 def _draw_differences(
-    axes: Axes, results: Results, column: MetricColumn, arms: Sequence[str]
+    axes: Axes, results: Results, metric: str, info: MetricInfo, arms: Sequence[str]
 ) -> None:
     axes.axvline(0.0, color=GREY, linewidth=0.8, zorder=0)
-    for entry in _entries(results, column):
+    for entry in _entries(results, metric):
         height = arms.index(entry["arm"])
         low, high = entry.get("low"), entry.get("high")
-        color = _VERDICT_COLORS.get(verdict(column.higher_is_better, low, high), GREY)
-        dots = seed_differences(results, entry["arm"], entry["against"], column.name)
+        color = _VERDICT_COLORS.get(verdict(info.higher_is_better, low, high), GREY)
+        dots = seed_differences(results, entry["arm"], entry["against"], metric)
         if len(dots) > 1:
             axes.scatter(dots, [height - 0.22] * len(dots), s=7, color=color, alpha=0.5, lw=0)
         if low is not None and high is not None:
@@ -173,8 +175,8 @@ def _draw_differences(
     axes.spines["left"].set_visible(False)
     axes.tick_params(axis="y", length=0, labelsize=8.5)
     axes.xaxis.set_major_locator(MaxNLocator(4))
-    axes.set_title(with_index(column.label), loc="left")
-    hint = {True: "better →", False: "← better", None: ""}[column.higher_is_better]
+    axes.set_title(with_index(info.label), loc="left")
+    hint = {True: "better →", False: "← better", None: ""}[info.higher_is_better]
     axes.set_title(hint, loc="right", fontsize=7.5, color=GREY)
 
 

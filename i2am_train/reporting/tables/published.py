@@ -56,30 +56,3 @@ def published_row(model: PublishedModel) -> str:
     """A row in one line, with the metrics' names."""
     values = ", ".join(f"{METRICS[name].label} {value}" for name, value in TABLE_2[model].items())
     return f"The paper's Table 2, {model}: {values}"
-
-
-TABLE_1: Mapping[str, Mapping[str, float]] = {
-    "fasterrcnn": {"real": 0.3225, "generated": 0.2658},
-    "maskrcnn": {"real": 0.3294, "generated": 0.2706},
-    "maskformer": {"real": 0.3568, "generated": 0.2932},
-    "daam": {"generated": 0.1807},
-    "overall": {"generated": 0.1807},
-    "random_authors": {"generated": 0.2028},
-    "i2am_authors": {"generated": 0.2416},
-}
-"""Mean IoU on COCO val2017 by method, beside what here does the same; YOLOv3 and RTMDet have no counterpart."""
-
-TABLE_3: Mapping[float, float] = {0.2: 0.2413, 0.3: 0.2413, 0.4: 0.2416, 0.5: 0.2416, 0.6: 0.24}
-"""Mean IoU of the paper's method by threshold: of the authors' script, in which a percentile follows."""
-
-
-def published_iou(method: str, kind: str) -> float | None:
-    """What Table 1 says of a method, or of a detector whose name holds that of one.
-
-    >>> published_iou("torchvision:maskrcnn_resnet50_fpn", "real"), published_iou("i2am", "generated")
-    (0.3294, None)
-    """
-    if method in TABLE_1:
-        return TABLE_1[method].get(kind)
-    detectors = [name for name in TABLE_1 if "real" in TABLE_1[name] and name in method.lower()]
-    return TABLE_1[detectors[0]][kind] if detectors else None

@@ -4,22 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from html import escape
 from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
 
-from i2am_train.reporting import score_table_formats as formats
-from i2am_train.reporting.correlations import (
-    CAPTION,
-    NEED,
-    correlation_figure,
-    correlation_table,
-)
 from i2am_train.reporting.figures.canvas import save_figure
-from i2am_train.reporting.pages import Picture, Section, code_state, embedded_figure
-from i2am_train.reporting.score_tables import ScoreTable, models_of, score_tables
+from i2am_train.reporting.figures.correlation import CAPTION, correlation_figure
+from i2am_train.reporting.pages import Picture, Section, embedded_figure
+from i2am_train.reporting.provenance import code_state
+from i2am_train.reporting.table import LATEX_NEEDS, Cell, Heading, Row, Table, html, latex, markdown
+from i2am_train.reporting.tables.correlation import NEED, correlation_table
+from i2am_train.reporting.tables.scores import models_of, score_tables
 from i2am_train.results.evaluations import Evaluation, incomparable, read_evaluations
 from i2am_train.runs import command_line, git_state, write_json, write_text
 from i2am_train.types import Pairing
@@ -32,7 +28,7 @@ class TableSet:
     """Tables that will be written, and those that these evaluations do not allow."""
 
     evaluations: tuple[Evaluation, ...]
-    tables: tuple[ScoreTable, ...]
+    tables: tuple[Table, ...]
     left_out: Mapping[str, str]
 
     def write(
@@ -47,7 +43,12 @@ class TableSet:
             entries[-1]["files"] += self._save(figure, folder, file_formats, dpi)
             alt = "Scatter plots; the table gives the numbers."
             sections[-1].pictures.append(Picture(embedded_figure(figure), CAPTION, alt))
-        sections.append(Section("Evaluations that were read", html=_read_table(self.evaluations)))
+        sections.append(
+            Section(
+                "Evaluations that were read",
+                html=html(evaluation_table(self.evaluations), "origins"),
+            )
+        )
         index = {
             "tables": entries,
             "tables_left_out": dict(self.left_out),
@@ -64,11 +65,11 @@ class TableSet:
             save_figure(figure, folder / file, dpi, description)
         return files
 
-    def _section(self, table: ScoreTable) -> Section:
+    def _section(self, table: Table) -> Section:
         notes = list(table.notes)
         if table.name != STEM:
             notes += [f"Not alike: {text}." for text in self._differences()]
-        return Section(f"{table.title} ({table.source})", html=formats.html(table), notes=notes)
+        return Section(table.caption, html=html(table), notes=notes)
 
     def _differences(self) -> Iterator[str]:
         for pairing in Pairing:
@@ -79,9 +80,7 @@ class TableSet:
         return [_origin_of_model(of) for of in models_of(self.evaluations).values()]
 
 
-def write_table(
-    table: ScoreTable, folder: Path, name: str, origins: Sequence[str]
-) -> dict[str, Any]:
+def write_table(table: Table, folder: Path, name: str, origins: Sequence[str]) -> dict[str, Any]:
     """Write ``tables/<name>`` as Markdown, LaTeX and JSON into a report's folder; its entry of the index.
 
     Args:
@@ -91,7 +90,7 @@ def write_table(
         origins: what the table was made from, a line each, for the LaTeX file.
     """
     stem = f"{FOLDER}/{name}"
-    write_text(folder / f"{stem}.md", formats.markdown(table))
+    write_text(folder / f"{stem}.md", markdown(table))
     write_text(folder / f"{stem}.tex", _latex(table, origins))
     write_json(folder / f"{stem}.json", table.as_json())
     files = [f"{stem}.{ending}" for ending in ("md", "tex", "json")]
@@ -128,10 +127,10 @@ def plan_tables(runs: Sequence[Path], names: Sequence[str], *, mixed: bool) -> T
     return TableSet(evaluations, tuple(tables), left_out)
 
 
-def _latex(table: ScoreTable, origins: Sequence[str]) -> str:
+def _latex(table: Table, origins: Sequence[str]) -> str:
     made = [f"Made by '{command_line()}', code {code_state(git_state())}, from", *origins]
     comments = "\n".join(f"% {line}" for line in made)
-    return f"% Needs \\usepackage{{booktabs}}.\n{comments}\n{formats.latex(table)}"
+    return f"{LATEX_NEEDS}\n{comments}\n{latex(table)}"
 
 
 def _origin(evaluation: Evaluation) -> dict[str, Any]:
@@ -147,24 +146,21 @@ def _origin(evaluation: Evaluation) -> dict[str, Any]:
     }
 
 
-def _read_table(evaluations: Sequence[Evaluation]) -> str:
-    heads = ("Model", "Seed", "Step", "Pairing", "Samples", "Data", "Code", "Checkpoint", "Command")
-    rows = (
-        (
-            e.label,
-            "–" if e.seed is None else str(e.seed),
-            "–" if e.step is None else str(e.step),
-            str(e.pairing),
-            str(e.protocol["samples"]),
-            str(e.manifest.get("data")),
-            code_state(e.manifest.get("git")),
-            e.judged,
-            str(e.manifest.get("command")),
-        )
-        for e in evaluations
+def evaluation_table(evaluations: Sequence[Evaluation]) -> Table:
+    """The evaluations that were read, and what made each."""
+    columns = ("Seed", "Step", "Pairing", "Samples", "Data", "Code", "Checkpoint", "Command")
+    return Table(
+        corner="Model",
+        headings=tuple(Heading(name, words=True) for name in columns),
+        rows=tuple(Row(e.label, tuple(_origin_cells(e))) for e in evaluations),
     )
-    head = "".join(f'<th scope="col">{name}</th>' for name in heads)
-    body = "".join(
-        "<tr>" + "".join(f"<td>{escape(text)}</td>" for text in row) + "</tr>" for row in rows
-    )
-    return f'<table class="origins"><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>'
+
+
+def _origin_cells(evaluation: Evaluation) -> Iterator[Cell | None]:
+    manifest = evaluation.manifest
+    for known in (
+        *(evaluation.seed, evaluation.step, evaluation.pairing, evaluation.protocol["samples"]),
+        *(manifest.get("data"), code_state(manifest.get("git"))),
+        *(evaluation.judged, manifest.get("command")),
+    ):
+        yield None if known is None else Cell(str(known))

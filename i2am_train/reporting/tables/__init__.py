@@ -1,0 +1,1 @@
+"""What stands in each table: functions that return ``Table``; ``reporting.table`` writes them."""
