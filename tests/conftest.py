@@ -256,6 +256,6 @@ def make_parts() -> Callable[..., Any]:
 @pytest.fixture(scope="session")
 def paint_by_example(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a tiny Paint-by-Example pipeline with random weights."""
-    from tests.pipelines import tiny_paint_by_example
+    from tests.support.pipelines import tiny_paint_by_example
 
     return tiny_paint_by_example(tmp_path_factory.mktemp("pipelines") / "paint_by_example")

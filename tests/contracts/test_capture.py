@@ -10,7 +10,7 @@ from i2am_train.attention import Recipe, ScoreTap, Site, announce, diffusers_dec
 from i2am_train.errors import CaptureError
 from i2am_train.models.sampling import sample
 from i2am_train.types import Direction, GridSize
-from tests.lora import add_lora
+from tests.support.lora import add_lora
 
 BATCH, LATENT, REFERENCE, CONTEXT = 3, GridSize(24, 16), GridSize(5, 4), 10
 

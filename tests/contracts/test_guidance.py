@@ -32,9 +32,9 @@ from torch.nn import functional as F
 from i2am_train.attention import named_recipe, trace
 from i2am_train.errors import CaptureError
 from i2am_train.types import GridSize
-from tests.recipes.ldm_cases import CASES as LDM_CASES
-from tests.recipes.models import CASES, CONTEXT, noise, small_vae
-from tests.recipes.slow import STEPS, Case, Witness, assert_equal, fresh, project
+from tests.support.ldm_cases import CASES as LDM_CASES
+from tests.support.recipe_contract import STEPS, Case, Witness, assert_equal, fresh, project
+from tests.support.recipe_models import CASES, CONTEXT, noise, small_vae
 
 SAMPLES = (1, 2, 3, 4, 6)
 HEAVY = {"idm_vton": (1, 2, 3), "ip_adapter_sdxl": (1, 2), "ip_adapter_full_face": (1, 2, 3)}

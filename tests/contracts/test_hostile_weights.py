@@ -32,9 +32,9 @@ from i2am_train.models.pretrained import load_encoder
 from i2am_train.models.tryon import TryOnModel
 from i2am_train.training.checkpoint_io import AtomicCheckpointIO
 from i2am_train.weight_files import PublishedFile, read_adapter, read_weights
-from tests.detectors import tiny_yolos
-from tests.pipelines import tiny_catvton, tiny_ip_adapter
-from tests.published import publish
+from tests.support.detectors import tiny_yolos
+from tests.support.pipelines import tiny_catvton, tiny_ip_adapter
+from tests.support.published_files import publish
 
 Door = Callable[[Path], Any]
 SSD = "ssdlite320_mobilenet_v3_large"

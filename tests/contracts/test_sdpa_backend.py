@@ -30,7 +30,7 @@ from i2am_train.attention import (
 )
 from i2am_train.errors import CaptureError
 from i2am_train.types import Backend, Direction, GridSize
-from tests.lora import add_lora
+from tests.support.lora import add_lora
 
 BATCH, LATENT, REFERENCE, CONTEXT, TEXT = 3, GridSize(12, 8), GridSize(4, 3), 10, 5
 HALF = GridSize(6, 4)

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.cuda.card import card, real_card
+from tests.support.card import card, real_card
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 
-from tests.cuda.card import card
+from tests.support.card import card
 
 Operation = Callable[[Callable[..., Tensor], Callable[..., Tensor]], Any]
 

@@ -25,9 +25,9 @@ from i2am_train.workflows.explain import run as run_explain
 from i2am_train.workflows.export import run as run_export
 from i2am_train.workflows.init import run as run_init
 from i2am_train.workflows.train import rehearse, train
-from tests.cuda.card import card, on_card
-from tests.detectors import tiny_maskformer, tiny_rt_detr, tiny_yolos
-from tests.pipelines import tiny_catvton, tiny_ip_adapter
+from tests.support.card import card, on_card
+from tests.support.detectors import tiny_maskformer, tiny_rt_detr, tiny_yolos
+from tests.support.pipelines import tiny_catvton, tiny_ip_adapter
 from tests.unit.test_models_parsing import ATR
 from tests.unit.test_models_parsing import save_model as save_parser
 from tests.unit.test_models_poses import save_model as save_estimator
@@ -168,7 +168,7 @@ def catvton(folder: Path) -> list[str]:
         pytest.param("catvton", catvton, id="catvton", marks=pytest.mark.slow),
         pytest.param(
             "factory",
-            lambda _: ["factory=tests.stableviton_like:build"],
+            lambda _: ["factory=tests.support.stableviton_like:build"],
             id="factory",
             marks=pytest.mark.slow,
         ),

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 from i2am_train.config.store import compose
 from i2am_train.workflows.train import train
-from tests.crash import going_down
+from tests.support.trainings import going_down
 
 pytestmark = [
     pytest.mark.gpu,

@@ -35,7 +35,7 @@ from i2am_train.training.optimization import set_trainable
 from i2am_train.training.step import TrainingObjective
 from i2am_train.types import Backend, Direction, GridSize, LossVariant, Pairing, SamplerName, Split
 from i2am_train.workflows.data import cache
-from tests.cuda.card import on_card
+from tests.support.card import on_card
 
 SAMPLES = [1, 4, 6]
 SIZE, GENERATED, REFERENCE = GridSize(64, 48), GridSize(4, 3), GridSize(8, 6)

@@ -28,7 +28,7 @@ from i2am_train.workflows.explain import explain
 from i2am_train.workflows.report import report
 from i2am_train.workflows.report import run as run_report
 from i2am_train.workflows.train import train
-from tests.crash import going_down
+from tests.support.trainings import going_down
 
 pytestmark = pytest.mark.filterwarnings("default")  # Lightning's and torch's own deprecations
 

@@ -18,7 +18,7 @@ from i2am_train.experiments.detection.shapes import make_shapes
 from i2am_train.workflows import detect as command
 from i2am_train.workflows.report import report
 from i2am_train.workflows.report import run as run_report
-from tests.detectors import tiny_rt_detr, tiny_yolos
+from tests.support.detectors import tiny_rt_detr, tiny_yolos
 
 SAMPLES = 5
 

@@ -28,8 +28,9 @@ from i2am_train.reporting.explained import read_explained
 from i2am_train.reporting.figures.canvas import save_figure
 from i2am_train.types import Direction, GridSize
 from i2am_train.workflows.explain import run
-from tests.pipelines import tiny_catvton, tiny_ip_adapter, tiny_stable_diffusion
+from tests.support.pipelines import tiny_catvton, tiny_ip_adapter, tiny_stable_diffusion
 
+FACTORY = "factory=tests.support.stableviton_like"
 WHERE = "not functional: with a single reference token"
 QUICK = ("sampling.steps=2", "attribution.time_groups=2", "size=[64,48]")
 FIGURES = ("unified", "layers", "time_heads")
@@ -330,7 +331,7 @@ def test_attention_weights_are_found_by_their_numbers(tmp_path: Path, stride: in
 
 def test_a_factory_brings_a_model_of_its_own_repository(explain: Explain) -> None:
     """As the README shows it for StableVITON: found by its modules, nine warping blocks, both directions."""
-    folder = explain("model=factory", "factory=tests.stableviton_like:build")
+    folder = explain("model=factory", f"{FACTORY}:build")
     scores = scores_of(folder)
     assert scores["recipe"] == "stableviton"
     assert scores["model"] == "StableVITON"
@@ -356,7 +357,7 @@ def test_a_partial_model_is_marked_everywhere(
         save_figure(figure, path, **options)
 
     monkeypatch.setattr("i2am_train.reporting.figures.canvas.save_figure", noted)
-    folder = explain("model=factory", "factory=tests.stableviton_like:build")
+    folder = explain("model=factory", f"{FACTORY}:build")
     way = "a CLIP embedding of the garment also enters by cross-attention"
     scores = scores_of(folder)
     assert (scores["partial"], scores["marks"]) == (way, [f"partial: {way}"])
@@ -374,7 +375,7 @@ def test_factory_modules_are_found_in_the_working_directory(
 ) -> None:
     """A file beside the command is enough, and it may name the recipe."""
     (tmp_path / "my_own_model.py").write_text(
-        "from tests.stableviton_like import build as other\n"
+        "from tests.support.stableviton_like import build as other\n"
         "def build(checkpoint, device):\n    return other(checkpoint, device), 'stableviton'\n"
     )
     monkeypatch.chdir(tmp_path)
@@ -400,13 +401,13 @@ def test_factory_modules_are_found_in_the_working_directory(
         (["model=ip_adapter", "adapter={p}/none.bin"], CheckpointError, r"Neither the pipeline nor .* image_encoder"),
         (["model=factory"], ConfigError, r"factory= was not given"),
         (["model=factory", "factory=none.such:build"], ConfigError, r"cannot be imported: \w+: No module named 'none'"),
-        (["model=factory", "factory=tests.stableviton_like:bild"], ConfigError, r"has no 'bild' \(it has: build"),
+        (["model=factory", f"{FACTORY}:bild"], ConfigError, r"has no 'bild' \(it has: build"),
         (["model=factory", "factory=nothing"], ConfigError, r"expected package\.module:name"),
-        (["model=factory", "factory=tests.stableviton_like:build_nothing"], ConfigError, r"which cannot be called"),
-        (["model=factory", "factory=tests.stableviton_like:build_deaf"], ConfigError, r"called with \(image="),
-        (["model=factory", "factory=tests.stableviton_like:build_unknown"], CaptureError, r"No recipe is known"),
+        (["model=factory", f"{FACTORY}:build_nothing"], ConfigError, r"which cannot be called"),
+        (["model=factory", f"{FACTORY}:build_deaf"], ConfigError, r"called with \(image="),
+        (["model=factory", f"{FACTORY}:build_unknown"], CaptureError, r"No recipe is known"),
         (
-            ["model=factory", "factory=tests.stableviton_like:build", "recipe=paint_by_example"],
+            ["model=factory", f"{FACTORY}:build", "recipe=paint_by_example"],
             CaptureError, r"StableVITON has no part .unet.",
         ),
         (["model=tryon"], ConfigError, r"image=\.\.\. is for other people's models"),

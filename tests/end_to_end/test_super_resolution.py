@@ -37,7 +37,7 @@ def explained(
     """The folder that ``i2am explain model=factory`` writes with the presets of the model."""
     name = request.param
     overrides = [
-        "model=factory", f"factory=tests.super_resolution:make_{name}", f"reference={low_resolution}",
+        "model=factory", f"factory=tests.support.super_resolution:make_{name}", f"reference={low_resolution}",
         f"size=[{SIZE.height},{SIZE.width}]", f"attribution={name}", f"sampling={name}",
         f"output={tmp_path_factory.mktemp(name) / 'out'}",
     ]  # fmt: skip

@@ -10,7 +10,7 @@ from diffusers.models.embeddings import ImageProjection, IPAdapterFullImageProje
 
 from i2am_train.attention import named_recipe
 from i2am_train.types import GridSize
-from tests.recipes.models import (
+from tests.support.recipe_models import (
     NormalisedGarmentBlock,
     OwnBlock,
     RawGarmentBlock,

@@ -26,11 +26,19 @@ from i2am_train.config.schema import RecipeConfig
 from i2am_train.config.store import compose
 from i2am_train.errors import CaptureError, ConfigError
 from i2am_train.types import Canvas, GridSize
-from tests.recipes.ldm_cases import CASES as LDM_CASES
-from tests.recipes.ldm_cases import CONTEXT as LDM_CONTEXT
-from tests.recipes.ldm_cases import LATENT as LDM_LATENT
-from tests.recipes.models import CASES, CONTEXT, SDXL, TIMESTEPS, evaluate, make_unet, noise
-from tests.recipes.slow import G2R, R2G, Case, fresh, recipe_of, traced_run, wrap_in_compile
+from tests.support.ldm_cases import CASES as LDM_CASES
+from tests.support.ldm_cases import CONTEXT as LDM_CONTEXT
+from tests.support.ldm_cases import LATENT as LDM_LATENT
+from tests.support.recipe_contract import (
+    G2R,
+    R2G,
+    Case,
+    fresh,
+    recipe_of,
+    traced_run,
+    wrap_in_compile,
+)
+from tests.support.recipe_models import CASES, CONTEXT, SDXL, TIMESTEPS, evaluate, make_unet, noise
 
 BY_NAME = {str(case): case for case in CASES}
 PARTIAL = {"pasd", "pasd_light", "seesr", "idm_vton", "ootdiffusion", "ladi_vton"}

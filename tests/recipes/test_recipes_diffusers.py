@@ -2,8 +2,8 @@
 
 import pytest
 
-from tests.recipes.models import CASES
-from tests.recipes.slow import RecipeContract, check_compiled_whole, to_compile
+from tests.support.recipe_contract import RecipeContract, check_compiled_whole, to_compile
+from tests.support.recipe_models import CASES
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)

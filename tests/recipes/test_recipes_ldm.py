@@ -13,15 +13,15 @@ from i2am_train.attention.inputs import AttentionInputs
 from i2am_train.attention.recipe import paper_number
 from i2am_train.errors import CaptureError
 from i2am_train.types import Direction, GridSize
-from tests.recipes.ldm_cases import (
+from tests.support.ldm_cases import (
     CASES,
     CONTEXT,
     LATENT,
     TryOn,
     noise,
 )
-from tests.recipes.ldm_models import AuthorsDiffusion, ControlLDM, LatentDiffusion, plms
-from tests.recipes.slow import (
+from tests.support.ldm_models import AuthorsDiffusion, ControlLDM, LatentDiffusion, plms
+from tests.support.recipe_contract import (
     Case,
     RecipeContract,
     Witness,

@@ -21,7 +21,7 @@ from i2am_train.results.finished_runs import read_samples
 from i2am_train.runs import read_json
 from i2am_train.tracking.dashboard import dashboard_json
 from i2am_train.workflows import detect as command
-from tests.detectors import tiny_yolos
+from tests.support.detectors import tiny_yolos
 
 pytestmark = pytest.mark.filterwarnings("default")  # W&B's own
 

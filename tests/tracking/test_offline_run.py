@@ -19,7 +19,7 @@ from i2am_train.tracking import media, names
 from i2am_train.tracking.dashboard import dashboard_json
 from i2am_train.workflows.evaluate import evaluate
 from i2am_train.workflows.train import train
-from tests.crash import going_down
+from tests.support.trainings import going_down
 
 pytestmark = pytest.mark.filterwarnings("default")  # Lightning's, TensorBoard's and W&B's own
 

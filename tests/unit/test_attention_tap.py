@@ -9,7 +9,7 @@ from diffusers import UNet2DConditionModel
 from i2am_train.attention import ScoreTap, diffusers_decoder
 from i2am_train.errors import CaptureError
 from i2am_train.types import GridSize
-from tests.lora import add_lora
+from tests.support.lora import add_lora
 
 BATCH, LATENT, REFERENCE, CONTEXT = 3, GridSize(24, 16), GridSize(5, 4), 10
 LAYER = "up_blocks.1.attentions.1"

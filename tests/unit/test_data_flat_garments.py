@@ -8,7 +8,7 @@ from i2am_train.data.derive.flat_garments import garment_mask
 from i2am_train.data.synthetic.dataset import render_sample
 from i2am_train.errors import DataError
 from i2am_train.types import GridSize
-from tests.flat_drawings import EASY, HARD, SIZE, Flat
+from tests.support.flat_drawings import EASY, HARD, SIZE, Flat
 
 RIGHT = 0.9
 """Intersection over union of a mask that is right."""

@@ -24,7 +24,7 @@ from i2am_train.metrics.distribution import (
 )
 from i2am_train.metrics.features import image_features, resized
 from i2am_train.metrics.registry import image_metric, image_metrics
-from tests.published import publish
+from tests.support.published_files import publish
 
 
 def random_images(batch: int, seed: int) -> Tensor:

@@ -25,7 +25,7 @@ from i2am_train.metrics.registry import (
     image_pair_score,
     metric_info,
 )
-from tests.published import publish
+from tests.support.published_files import publish
 
 
 def random_images(batch: int, seed: int, height: int = 64, width: int = 48) -> Tensor:

@@ -21,7 +21,7 @@ from i2am_train.models.convert.single_file import empty_unet, empty_vae, renamed
 from i2am_train.models.projector import ReferenceProjector
 from i2am_train.models.tryon import Conditions, TryOnModel
 from i2am_train.workflows.init import run
-from tests.recipes.ldm_models import AuthorsDiffusion, AuthorsSelfAttention
+from tests.support.ldm_models import AuthorsDiffusion, AuthorsSelfAttention
 
 WIDTHS = (32, 32, 64, 64)
 CONTEXT = 24

@@ -11,7 +11,7 @@ from torchvision.transforms import v2
 from i2am_train.errors import CheckpointError
 from i2am_train.experiments.detection.detectors import boxes_of_segments, load_detector
 from i2am_train.metrics.boxes import Box
-from tests.detectors import tiny_maskformer, tiny_rt_detr, tiny_yolos
+from tests.support.detectors import tiny_maskformer, tiny_rt_detr, tiny_yolos
 
 PICTURE = np.random.default_rng(0).integers(0, 256, (60, 90, 3), np.uint8)
 

@@ -29,7 +29,7 @@ from i2am_train.models.convert.paint_by_example_file import (
 )
 from i2am_train.models.convert.single_file import empty_unet_part
 from i2am_train.workflows.init import run
-from tests.recipes.ldm_models import LatentDiffusion
+from tests.support.ldm_models import LatentDiffusion
 
 WIDTHS, CONTEXT = (32, 32, 64, 64), 24
 POSITIONS = "cond_stage_model.transformer.vision_model.embeddings.position_ids"

@@ -54,7 +54,7 @@ HALO, HALO_SHARE = 16, 0.08
 EDGE = 0.3
 """Share of the contrast nearby below which a pixel at the outline may be halo."""
 
-# The judgement. Chosen by us on 58 shop photographs and the drawings of tests/flat_drawings.py.
+# The judgement. Chosen by us on 58 shop photographs and the drawings of tests/support/flat_drawings.py.
 AGREEMENT = 0.95
 """Intersection over union from which the two masks agree."""
 CLEAR, LARGEST_UNCLEAR = 3.0, 0.03

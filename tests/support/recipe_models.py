@@ -31,7 +31,7 @@ from transformers import CLIPImageProcessor, CLIPVisionConfig, Dinov2Config, Din
 
 from i2am_train.models.pipeline import TryOnPipeline
 from i2am_train.types import GridSize
-from tests.recipes.slow import Case, ExpectedSite, first_half
+from tests.support.recipe_contract import Case, ExpectedSite, first_half
 
 LATENT = GridSize(12, 8)
 LEVELS = (LATENT, GridSize(6, 4), GridSize(3, 2), GridSize(2, 1))

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from i2am_train.attention.recipe import PAPER_LAYERS
 from i2am_train.types import GridSize
-from tests.recipes.ldm_models import AuthorsDiffusion, ControlLDM, LatentDiffusion
-from tests.recipes.models import noise
-from tests.recipes.slow import Case, ExpectedSite, first_half
+from tests.support.ldm_models import AuthorsDiffusion, ControlLDM, LatentDiffusion
+from tests.support.recipe_contract import Case, ExpectedSite, first_half
+from tests.support.recipe_models import noise
 
 LATENT = GridSize(16, 8)
 WIDTHS, CONTEXT = (32, 32, 64, 64), 24
