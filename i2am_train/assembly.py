@@ -26,17 +26,14 @@ from i2am_train.callbacks.interruption import InterruptionCallback
 from i2am_train.callbacks.snapshots import BestModelCallback, SnapshotCallback
 from i2am_train.callbacks.stopping import StopAfterSteps
 from i2am_train.callbacks.wandb_logger import TrackedLogger
+from i2am_train.config.attention import AttributionConfig
 from i2am_train.config.build import plain
+from i2am_train.config.data import DataConfig
+from i2am_train.config.evaluation import EvaluateConfig
 from i2am_train.config.locations import checkpoint_folder, dataset_folder
-from i2am_train.config.schema import (
-    AttributionConfig,
-    DataConfig,
-    EvaluateConfig,
-    ObjectiveConfig,
-    OptimizationConfig,
-    SamplingConfig,
-    TrainConfig,
-)
+from i2am_train.config.losses import ObjectiveConfig
+from i2am_train.config.models import SamplingConfig
+from i2am_train.config.training import OptimizationConfig, TrainConfig
 from i2am_train.data.cache import LatentCache
 from i2am_train.data.module import TryOnDataModule
 from i2am_train.data.opening import Reading

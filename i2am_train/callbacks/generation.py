@@ -4,7 +4,8 @@ from typing import Any
 
 import lightning as L
 
-from i2am_train.config.schema import AttributionConfig, SamplingConfig
+from i2am_train.config.attention import AttributionConfig
+from i2am_train.config.models import SamplingConfig
 from i2am_train.evaluation.evaluator import (
     attention_scores,
     generate_with_attention,

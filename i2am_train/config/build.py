@@ -1,7 +1,8 @@
 """Between typed dataclasses and the plain values of YAML: ``build`` one way, ``plain`` the other.
 
 ``build`` is the border of the program: what it returns has the right types, legal values and no
-unknown keys; what it refuses, it names by its dotted path.
+unknown keys; what it refuses, it names by its dotted path. Legal values are declared on the fields
+(``config.constraints``); rules between fields stand in ``Options.check``.
 """
 
 from __future__ import annotations
@@ -9,14 +10,16 @@ from __future__ import annotations
 import math
 import re
 import types
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, Field, fields, is_dataclass
 from difflib import get_close_matches
 from enum import Enum
+from functools import cache, partial
 from pathlib import Path
-from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
-from i2am_train.config.schema import group_of, option_names
+from i2am_train.config.constraints import Rule
+from i2am_train.config.locations import absolute
 from i2am_train.errors import ConfigError
 
 T = TypeVar("T")
@@ -31,35 +34,75 @@ REQUIRED = "???"
 """Plain value of an option that has no default (the mark that Hydra uses)."""
 
 
+class OptionError(ConfigError):
+    """An option with a value that it cannot have.
+
+    >>> print(OptionError("steps", 0, "at least 1").below("sampling."))
+    sampling.steps=0 is not possible: expected at least 1.
+    """
+
+    def __init__(self, name: str, value: object, expected: str, hint: str = "") -> None:
+        if isinstance(value, str) and not (value.strip() and value.isprintable()):
+            value = repr(value)
+        shown = "null" if value is None else shortened(value)
+        super().__init__(f"{name}={shown} is not possible: expected {expected}.{hint}")
+        self.parts = (name, value, expected, hint)
+
+    def below(self, path: str) -> OptionError:
+        """The same with the path of the group that the option stands in, ``sampling.``."""
+        name, value, expected, hint = self.parts
+        return OptionError(f"{path}{name}", value, expected, hint)
+
+
+class Options:
+    """Base of all groups of options: values have the declared types and are legal, however an instance is made."""
+
+    __slots__ = ()
+
+    def __post_init__(self) -> None:
+        for name, hint in _hints(type(self)).items():
+            setattr(self, name, _convert(hint, getattr(self, name), name))
+        self.check()
+
+    def check(self) -> None:
+        """Rules between options; raises ``OptionError`` or another ``ConfigError``."""
+
+
+_hints: Callable[[Any], dict[str, Any]] = cache(partial(get_type_hints, include_extras=True))
+"""Types of a class's fields, with their rules."""
+
+
 def build(schema: type[T], values: Mapping[str, Any], path: str = "") -> T:
-    """Make an instance of a schema from plain values; options left out keep their defaults.
+    """Make an instance of a dataclass from plain values; options left out keep their defaults.
 
     Args:
-        schema: a dataclass of ``i2am_train.config.schema``.
+        schema: a class of options, or any dataclass.
         values: nested plain values, as YAML gives them.
         path: dotted prefix for error messages.
 
     Raises:
         ConfigError: an option is unknown, missing, of another type or out of range.
 
-    >>> from i2am_train.config.schema import SamplingConfig
+    >>> from i2am_train.config.models import SamplingConfig
     >>> build(SamplingConfig, {"steps": 4}).steps
     4
     """
     known = {item.name: item for item in fields(schema)}  # type: ignore[arg-type]
-    hints = get_type_hints(schema)
     arguments: dict[str, Any] = {}
     for name, value in values.items():
         if name not in known:
             raise ConfigError(unknown_option(f"{path}{name}", option_names(schema, path)))
         if value != REQUIRED:
-            arguments[name] = _convert(hints[name], value, f"{path}{name}")
+            arguments[name] = _convert(_hints(schema)[name], value, f"{path}{name}")
     for name, item in known.items():
         if name not in arguments and _is_required(item):
             raise ConfigError(
                 f"{path}{name} is required and was not given. Add {path}{name}=VALUE."
             )
-    return schema(**arguments)
+    try:
+        return schema(**arguments)
+    except OptionError as error:
+        raise error.below(path) from None
 
 
 def plain(value: Any) -> Any:
@@ -68,7 +111,7 @@ def plain(value: Any) -> Any:
     The inverse of ``build``. Given a schema class instead of an instance, returns its defaults,
     with ``???`` where there is none.
 
-    >>> from i2am_train.config.schema import SyntheticConfig
+    >>> from i2am_train.config.data import SyntheticConfig
     >>> plain(SyntheticConfig)
     {'train': 2000, 'test': 200, 'seed': 0}
     """
@@ -85,6 +128,27 @@ def plain(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {name: plain(element) for name, element in value.items()}
     return value
+
+
+def option_names(schema: type[Any], prefix: str = "") -> list[str]:
+    """Dotted names of all options and groups of a schema, in order.
+
+    >>> from i2am_train.config.data import SyntheticConfig
+    >>> option_names(SyntheticConfig, "data.synthetic.")
+    ['data.synthetic.train', 'data.synthetic.test', 'data.synthetic.seed']
+    """
+    names: list[str] = []
+    for item in fields(schema):
+        names.append(prefix + item.name)
+        if group := group_of(item):
+            names += option_names(group, f"{prefix}{item.name}.")
+    return names
+
+
+def group_of(item: Field[Any]) -> type[Any] | None:
+    """The schema of a field that is a group of options, None for a single option."""
+    factory: Any = item.default_factory
+    return factory if isinstance(factory, type) and is_dataclass(factory) else None
 
 
 def unknown_option(name: str, known: Sequence[str]) -> str:
@@ -132,19 +196,10 @@ def _plain_default(item: Field[Any]) -> Any:
 
 def _convert(hint: Any, value: Any, path: str) -> Any:
     """The value as the type ``hint``, or a ConfigError that names ``path``."""
-    origin = get_origin(hint)
     if hint is Any:
         return value
-    if origin in (Union, types.UnionType):
-        return _convert_union(get_args(hint), value, path)
-    if origin is list:
-        return _convert_list(get_args(hint)[0], value, path)
-    if origin is dict:
-        return _convert_dict(get_args(hint)[1], value, path)
-    if origin is tuple:
-        return _convert_tuple(get_args(hint), value, path)
-    if origin is Literal:
-        return _choice({str(choice): choice for choice in get_args(hint)}, value, path)
+    if (origin := get_origin(hint)) is not None:
+        return _BY_ORIGIN[origin](get_args(hint), value, path)
     if is_dataclass(hint):
         return _convert_group(hint, value, path)
     if isinstance(hint, type) and issubclass(hint, Enum):
@@ -152,9 +207,19 @@ def _convert(hint: Any, value: Any, path: str) -> Any:
     return _convert_scalar(hint, value, path)
 
 
+def _convert_ruled(hints: tuple[Any, ...], value: Any, path: str) -> Any:
+    value = _convert(hints[0], value, path)
+    for rule in hints[1:]:
+        if isinstance(rule, Rule) and not rule.holds(value):
+            raise OptionError(path, value, rule.expected)
+    return value
+
+
 def _convert_group(hint: Any, value: Any, path: str) -> Any:
+    if isinstance(value, hint):
+        return value
     if not isinstance(value, Mapping):
-        raise _mismatch(
+        raise OptionError(
             path, value, f"a group of options such as {path}.{fields(hint)[0].name}=..."
         )
     return build(hint, value, f"{path}.")
@@ -164,36 +229,40 @@ def _convert_union(hints: tuple[Any, ...], value: Any, path: str) -> Any:
     if value is None and type(None) in hints:
         return None
     members = [hint for hint in hints if hint is not type(None)]
-    exact = [hint for hint in members if type(value) is hint]
+    exact = [hint for hint in members if type(value) is _bare(hint)]
     if (isinstance(value, bool) and not exact) or value is None:
-        raise _mismatch(path, value, " or ".join(map(_type_name, members)))
+        raise OptionError(path, value, " or ".join(map(_type_name, members)))
     shape = (
         dict if isinstance(value, Mapping) else list if isinstance(value, (list, tuple)) else None
     )
-    origins = {member: get_origin(member) for member in members}
+    origins = {member: get_origin(_bare(member)) for member in members}
     alike = [m for m, o in origins.items() if (o if o in (dict, list) else None) is shape]
     return _convert((exact or alike[-1:] or members[-1:])[0], value, path)
 
 
-def _convert_list(element: Any, value: Any, path: str) -> list[Any]:
+def _convert_list(hints: tuple[Any, ...], value: Any, path: str) -> list[Any]:
     if not isinstance(value, (list, tuple)):
-        raise _mismatch(path, value, f"a list, such as {path}=[...]")
-    return [_convert(element, item, f"{path}[{index}]") for index, item in enumerate(value)]
+        raise OptionError(path, value, f"a list, such as {path}=[...]")
+    return [_convert(hints[0], item, f"{path}[{index}]") for index, item in enumerate(value)]
 
 
-def _convert_dict(element: Any, value: Any, path: str) -> dict[str, Any]:
+def _convert_dict(hints: tuple[Any, ...], value: Any, path: str) -> dict[str, Any]:
     if not isinstance(value, Mapping):
-        raise _mismatch(path, value, f"a mapping, such as {path}={{name: value}}")
-    return {str(name): _convert(element, item, f"{path}.{name}") for name, item in value.items()}
+        raise OptionError(path, value, f"a mapping, such as {path}={{name: value}}")
+    return {str(name): _convert(hints[1], item, f"{path}.{name}") for name, item in value.items()}
 
 
 def _convert_tuple(hints: tuple[Any, ...], value: Any, path: str) -> tuple[Any, ...]:
     if not isinstance(value, (list, tuple)) or len(value) != len(hints):
-        raise _mismatch(path, value, f"a list of {len(hints)} values")
+        raise OptionError(path, value, f"a list of {len(hints)} values")
     return tuple(
         _convert(hint, item, f"{path}[{index}]")
         for index, (hint, item) in enumerate(zip(hints, value, strict=True))
     )
+
+
+def _convert_literal(hints: tuple[Any, ...], value: Any, path: str) -> Any:
+    return _choice({str(choice): choice for choice in hints}, value, path)
 
 
 def _choice(choices: Mapping[str, Any], value: Any, path: str) -> Any:
@@ -201,7 +270,7 @@ def _choice(choices: Mapping[str, Any], value: Any, path: str) -> Any:
     if key not in choices:
         near = get_close_matches(key, choices, n=1)
         hint = f" Did you mean '{near[0]}'?" if near else ""
-        raise _mismatch(path, value, f"one of {', '.join(choices)}", hint)
+        raise OptionError(path, value, f"one of {', '.join(choices)}", hint)
     return choices[key]
 
 
@@ -209,18 +278,18 @@ def _convert_scalar(hint: Any, value: Any, path: str) -> Any:
     if hint is bool and isinstance(value, bool):
         return value
     if isinstance(value, bool) or value is None:
-        raise _mismatch(path, value, _type_name(hint))
+        raise OptionError(path, value, _type_name(hint))
     if hint is float and isinstance(value, (int, float)):
         return _number(value, path)
     if hint is int and isinstance(value, (int, float)) and _number(value, path).is_integer():
         if abs(value) > LARGEST:
-            raise _mismatch(path, value, f"a whole number of at most {LARGEST}")
+            raise OptionError(path, value, f"a whole number of at most {LARGEST}")
         return int(value)
     if hint is str and isinstance(value, (str, int, float)):
         return _text(str(value), path)
     if hint is Path and isinstance(value, (str, int, Path)):
         return _path(_text(str(value), path), path)
-    raise _mismatch(path, value, _type_name(hint))
+    raise OptionError(path, value, _type_name(hint))
 
 
 def _number(value: float, path: str) -> float:
@@ -230,36 +299,52 @@ def _number(value: float, path: str) -> float:
     except OverflowError:  # a whole number of more than 308 digits
         number = math.inf
     if not math.isfinite(number):
-        raise _mismatch(path, value, "a finite number")
+        raise OptionError(path, value, "a finite number")
     return number
 
 
 def _text(value: str, path: str) -> str:
     """The text, which files can be named after and written with."""
     if "\0" in value:
-        raise _mismatch(path, repr(value), "a text without the character NUL")
+        raise OptionError(path, value, "a text without the character NUL")
     try:
         value.encode()
     except UnicodeEncodeError as error:  # what the system gave as bytes of another encoding
-        shown = ascii(value)
-        raise _mismatch(path, shown, "text in UTF-8", " Rename the file or folder.") from error
+        raise OptionError(path, value, "text in UTF-8", " Rename the file or folder.") from error
     return value
 
 
 def _path(value: str, path: str) -> Path:
     if not value.strip():
-        raise _mismatch(path, repr(value), "a path")  # Path("") would be the current folder
+        raise OptionError(path, value, "a path")  # Path("") would be the current folder
     if CONTROL.search(value):
-        raise _mismatch(path, repr(value), "a path without line breaks and other control signs")
-    return Path(value)
+        raise OptionError(path, value, "a path without line breaks and other control signs")
+    return absolute(Path(value))
 
 
 def _type_name(hint: Any) -> str:
     names = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
     names |= {Path: "a path", list: "a list", dict: "a mapping"}
-    return names[get_origin(hint) or hint]
+    bare = _bare(hint)
+    if get_origin(bare) in (Union, types.UnionType):
+        return " or ".join(map(_type_name, get_args(bare)))
+    if get_origin(bare) is Literal:
+        return f"one of {', '.join(map(str, get_args(bare)))}"
+    return names[get_origin(bare) or bare]
 
 
-def _mismatch(path: str, value: object, expected: str, hint: str = "") -> ConfigError:
-    shown = "null" if value is None else shortened(value)
-    return ConfigError(f"{path}={shown} is not possible: expected {expected}.{hint}")
+def _bare(hint: Any) -> Any:
+    """A type without its rules."""
+    return get_args(hint)[0] if get_origin(hint) is Annotated else hint
+
+
+_BY_ORIGIN: dict[Any, Callable[[tuple[Any, ...], Any, str], Any]] = {
+    Annotated: _convert_ruled,
+    Union: _convert_union,
+    types.UnionType: _convert_union,
+    list: _convert_list,
+    dict: _convert_dict,
+    tuple: _convert_tuple,
+    Literal: _convert_literal,
+}
+"""How types with arguments are converted."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import inspect
+import sys
 from dataclasses import fields
 from enum import Enum
 from functools import cache
@@ -11,10 +12,9 @@ from itertools import pairwise
 from textwrap import fill
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-from i2am_train.config import schema as schema_module
-from i2am_train.config.build import plain
+from i2am_train.config.build import group_of, plain
+from i2am_train.config.commands import COMMANDS
 from i2am_train.config.locations import conf_folder, experiment_names
-from i2am_train.config.schema import COMMANDS, group_of
 
 WIDTH = 100
 NAME_WIDTH = 36
@@ -38,13 +38,13 @@ def help_text(command: str, usage: str, examples: str) -> str:
 
 
 def field_docstrings(schema: type[Any]) -> dict[str, str]:
-    """The text under each field of a dataclass of ``config/schema.py``.
+    """The text under each field of a class of options.
 
-    >>> from i2am_train.config.schema import SyntheticConfig
+    >>> from i2am_train.config.data import SyntheticConfig
     >>> field_docstrings(SyntheticConfig)["test"]
     'Number of held-out samples.'
     """
-    body = _class_bodies()[schema.__name__]
+    body = _class_bodies(schema.__module__)[schema.__name__]
     found: dict[str, str] = {}
     for field_node, text_node in pairwise(body):
         match field_node, text_node:
@@ -57,8 +57,8 @@ def field_docstrings(schema: type[Any]) -> dict[str, str]:
 
 
 @cache
-def _class_bodies() -> dict[str, list[ast.stmt]]:
-    tree = ast.parse(inspect.getsource(schema_module))
+def _class_bodies(module: str) -> dict[str, list[ast.stmt]]:
+    tree = ast.parse(inspect.getsource(sys.modules[module]))
     return {node.name: node.body for node in tree.body if isinstance(node, ast.ClassDef)}
 
 

@@ -8,14 +8,37 @@ from collections.abc import Collection
 from pathlib import Path
 
 from i2am_train.config.hub import HUB, pull
-from i2am_train.config.schema import absolute
-from i2am_train.errors import CheckpointError
+from i2am_train.errors import CheckpointError, ConfigError
 from i2am_train.types import GridSize
 
 PACKAGE = Path(__file__).resolve().parent.parent
 
 SHIPPED_CHECKPOINT = "tiny"
 """Name by which ``init`` and ``checkpoint`` mean the weights that come with the package."""
+
+
+def absolute(path: Path) -> Path:
+    """The path from the root on, with the user's home folder for ``~``.
+
+    Raises:
+        ConfigError: ``~name``, and there is no such user.
+    """
+    return expanded(path).absolute()
+
+
+def expanded(path: str | Path) -> Path:
+    """The path with the user's home folder for ``~``.
+
+    Raises:
+        ConfigError: ``~name``, and there is no such user.
+    """
+    path = Path(path)
+    try:
+        return path.expanduser()
+    except RuntimeError as error:
+        raise ConfigError(
+            f"The path {path} is not possible: there is no user {path.parts[0][1:]}. A folder of that name is ./{path}."
+        ) from error
 
 
 def conf_folder() -> Path:

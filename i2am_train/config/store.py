@@ -21,15 +21,10 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import InterpolationResolutionError, OmegaConfBaseException
 from yaml import YAMLError
 
-from i2am_train.config.build import build, plain, shortened
-from i2am_train.config.locations import conf_folder, experiment_names
-from i2am_train.config.schema import (
-    COMMANDS,
-    AblateConfig,
-    TrainConfig,
-    absolute,
-    option_names,
-)
+from i2am_train.config.build import build, option_names, plain, shortened
+from i2am_train.config.commands import COMMANDS
+from i2am_train.config.locations import absolute, conf_folder, experiment_names
+from i2am_train.config.training import AblateConfig, TrainConfig
 from i2am_train.config.words import as_typed
 from i2am_train.doors import allow_named
 from i2am_train.errors import ConfigError

@@ -17,8 +17,8 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override, Quote, QuotedString
 from hydra.errors import HydraException
 
-from i2am_train.config.build import shortened
-from i2am_train.config.schema import COMMANDS, group_of
+from i2am_train.config.build import group_of, shortened
+from i2am_train.config.commands import COMMANDS
 from i2am_train.errors import ConfigError
 
 TEXTS = (str, Path)

@@ -46,7 +46,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from i2am_train.config.build import build, shortened
-from i2am_train.config.schema import expanded
+from i2am_train.config.locations import expanded
 from i2am_train.data.object_storage import fetch, read_bytes
 from i2am_train.data.opening import AS_IT_LIES, Reading, split_layouts
 from i2am_train.data.reading import EpochPosition, SampleIndexError

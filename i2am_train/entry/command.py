@@ -17,9 +17,9 @@ from contextlib import contextmanager
 from textwrap import dedent
 from typing import Any, NoReturn
 
-from i2am_train.config.build import shortened, unknown_option
+from i2am_train.config.build import option_names, shortened, unknown_option
+from i2am_train.config.commands import COMMANDS
 from i2am_train.config.documentation import help_text
-from i2am_train.config.schema import COMMANDS, option_names
 from i2am_train.doors import allow_named
 from i2am_train.entry.faults import as_user_error
 from i2am_train.entry.stopping import sentence, stopped_by_signals
@@ -152,7 +152,7 @@ def entry(command: str, run: Callable[[Any], int | None]) -> NoReturn:
     """Run a command with the options in ``sys.argv`` and exit.
 
     Args:
-        command: key of ``i2am_train.config.schema.COMMANDS``, and name of the file in ``conf/``.
+        command: key of ``i2am_train.config.commands.COMMANDS``, and name of the file in ``conf/``.
         run: takes the command's configuration; returns an exit status, None for success.
     """
     arguments = sys.argv[1:]

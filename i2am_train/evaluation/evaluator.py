@@ -21,7 +21,8 @@ from torchmetrics import MetricCollection
 from i2am_train.attention.maps import AttributionMaps, HeatMap, threshold
 from i2am_train.attention.recipe import LayerId
 from i2am_train.attention.trace import trace
-from i2am_train.config.schema import AttributionConfig, SamplingConfig
+from i2am_train.config.attention import AttributionConfig
+from i2am_train.config.models import SamplingConfig
 from i2am_train.data.sample import TryOnBatch, batch_on
 from i2am_train.evaluation.scoring import check_scores
 from i2am_train.losses.centers import attention_centers

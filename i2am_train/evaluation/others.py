@@ -13,7 +13,7 @@ from i2am_train.attention.maps import AttributionMaps
 from i2am_train.attention.recipe import LayerId, similar_layer
 from i2am_train.attention.sums import time_groups
 from i2am_train.attention.trace import trace
-from i2am_train.config.schema import AttributionConfig
+from i2am_train.config.attention import AttributionConfig
 from i2am_train.data.arrays import Image, Mask
 from i2am_train.data.pictures import fit_mask
 from i2am_train.errors import DataError

@@ -16,7 +16,7 @@ from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from transformers import AutoConfig, AutoModel, CLIPVisionModel, PreTrainedModel, SiglipVisionModel
 
 from i2am_train.config.hub import require_model
-from i2am_train.config.schema import expanded
+from i2am_train.config.locations import expanded
 from i2am_train.errors import CheckpointError, I2AMError
 from i2am_train.weight_files import (
     PICKLES,

@@ -20,7 +20,7 @@ from i2am_train.attention.maps import AttributionMaps
 from i2am_train.attention.recipe import paper_number, similar_layer
 from i2am_train.attention.store import AttributionStore, LayerRecord
 from i2am_train.attention.sums import time_groups
-from i2am_train.config.schema import AttributionConfig
+from i2am_train.config.attention import AttributionConfig
 from i2am_train.data.sample import TryOnSample
 from i2am_train.errors import ConfigError
 from i2am_train.metrics.correspondence import target_on_grid

@@ -13,7 +13,7 @@ import wandb_workspaces.workspaces as workspaces
 from wandb.errors import CommError, UsageError
 from wandb.sdk.lib.service.service_connection import WandbApiFailedError  # public nowhere
 
-from i2am_train.config.schema import EvaluationConfig
+from i2am_train.config.evaluation import EvaluationConfig
 from i2am_train.errors import TrackingError
 from i2am_train.metrics.boxes import METHOD_LABELS, METHODS_OF_MAPS
 from i2am_train.metrics.registry import METRICS

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from i2am_train.config.schema import TrackingConfig
+from i2am_train.config.tracking import TrackingConfig
 from i2am_train.evaluation.evaluator import EvaluationResult
 from i2am_train.results.finished_runs import PANELS, RESULTS, Panels
 from i2am_train.results.finished_runs import SAMPLES as SAMPLES_FILE

@@ -20,7 +20,7 @@ from typing import Any
 import wandb
 from wandb.errors import CommError, UsageError
 
-from i2am_train.config.schema import TrackingConfig
+from i2am_train.config.tracking import TrackingConfig
 from i2am_train.metrics.registry import METRICS
 from i2am_train.redaction import shown, without_secrets
 from i2am_train.runs import read_object, write_json

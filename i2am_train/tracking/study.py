@@ -6,7 +6,7 @@ from typing import Any
 
 import wandb
 
-from i2am_train.config.schema import TrackingConfig
+from i2am_train.config.tracking import TrackingConfig
 from i2am_train.results.finished_runs import arm_labels
 from i2am_train.results.statistics import verdict
 from i2am_train.tracking.artifacts import log_results, use_results

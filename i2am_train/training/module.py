@@ -9,7 +9,7 @@ from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor
 
 from i2am_train.attention.live import ScoreTap
-from i2am_train.config.schema import OptimizationConfig
+from i2am_train.config.training import OptimizationConfig
 from i2am_train.data.sample import TryOnBatch
 from i2am_train.models.lora import add_adapters
 from i2am_train.models.tryon import TryOnModel

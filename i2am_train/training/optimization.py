@@ -9,7 +9,7 @@ from torch import nn
 from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-from i2am_train.config.schema import OptimizationConfig
+from i2am_train.config.training import OptimizationConfig
 from i2am_train.errors import ConfigError
 from i2am_train.models.tryon import TryOnModel
 from i2am_train.types import Trainable

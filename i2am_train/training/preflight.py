@@ -7,7 +7,7 @@ from contextlib import contextmanager
 import lightning as L
 import torch
 
-from i2am_train.config.schema import TrainConfig
+from i2am_train.config.training import TrainConfig
 from i2am_train.errors import ConfigError, TrainingError
 from i2am_train.metrics.registry import METRICS
 from i2am_train.models.tryon import TryOnModel

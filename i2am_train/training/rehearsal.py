@@ -10,7 +10,7 @@ import lightning as L
 import torch
 from torch import nn
 
-from i2am_train.config.schema import TrainConfig
+from i2am_train.config.training import TrainConfig
 from i2am_train.models.tryon import TryOnModel
 from i2am_train.training.optimization import compiled_graphs
 

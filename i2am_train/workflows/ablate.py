@@ -9,7 +9,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from i2am_train.config.schema import AblateConfig, EvaluateConfig
+from i2am_train.config.evaluation import EvaluateConfig
+from i2am_train.config.training import AblateConfig
 from i2am_train.entry.command import entry
 from i2am_train.errors import ConfigError
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from i2am_train.config.schema import DashboardConfig
+from i2am_train.config.tracking import DashboardConfig
 from i2am_train.entry.command import entry
 
 

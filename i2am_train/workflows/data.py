@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import sys
 
-from i2am_train.config.locations import dataset_folder
-from i2am_train.config.schema import (
+from i2am_train.config.data import (
     DataCacheConfig,
     DataCheckConfig,
     DataDeriveConfig,
     DataMakeConfig,
 )
+from i2am_train.config.locations import dataset_folder
 from i2am_train.entry.command import FAILED_CHECK, HELP_FLAGS, entry, errors_as_text
 from i2am_train.errors import ConfigError
 

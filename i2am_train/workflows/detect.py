@@ -7,7 +7,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from i2am_train.config.schema import DetectConfig, expanded
+from i2am_train.config.detection import DetectConfig
+from i2am_train.config.locations import expanded
 from i2am_train.entry.command import entry
 
 if TYPE_CHECKING:

@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from i2am_train.config.schema import EvaluateConfig
+from i2am_train.config.evaluation import EvaluateConfig
 from i2am_train.entry.command import entry
 from i2am_train.processes import first_process, wait_for
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from i2am_train.config.schema import TRYON, ExplainConfig
+from i2am_train.config.explanation import TRYON, ExplainConfig
 from i2am_train.entry.command import entry
 
 if TYPE_CHECKING:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from i2am_train.config.schema import FACTORY, ExplainConfig
+from i2am_train.config.explanation import FACTORY, ExplainConfig
 from i2am_train.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -88,7 +88,7 @@ def _check_options(config: ExplainConfig, loader: Loader) -> None:
     Raises:
         ConfigError: an option is missing, of another model, or half of a pair.
     """
-    from i2am_train.config.schema import OTHER_MODELS_OPTIONS
+    from i2am_train.config.explanation import OTHER_MODELS_OPTIONS
 
     given = {
         name

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from i2am_train.config.schema import ExportConfig
+from i2am_train.config.models import ExportConfig
 from i2am_train.entry.command import entry
 
 

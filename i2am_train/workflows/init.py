@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, NamedTuple
 
-from i2am_train.config.schema import InitConfig
+from i2am_train.config.models import InitConfig
 from i2am_train.entry.command import entry
 
 if TYPE_CHECKING:

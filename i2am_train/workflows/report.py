@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from i2am_train.config.schema import ReportConfig
+from i2am_train.config.reporting import ReportConfig
 from i2am_train.entry.command import entry
 
 if TYPE_CHECKING:

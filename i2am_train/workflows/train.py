@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from i2am_train.config.schema import WITHOUT_EFFECT_ON_WEIGHTS, TrainConfig
+from i2am_train.config.training import WITHOUT_EFFECT_ON_WEIGHTS, TrainConfig
 from i2am_train.entry.command import entry
 from i2am_train.processes import first_process, wait_for
 

@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import nn
 
-from i2am_train.config.schema import InitConfig
+from i2am_train.config.models import InitConfig
 from i2am_train.errors import CheckpointError, I2AMError, WeightsMissingError
 from i2am_train.experiments.detection import detectors
 from i2am_train.experiments.detection.detectors import load_detector

@@ -13,8 +13,8 @@ from i2am_train.assembly import make_objective
 from i2am_train.attention.live import ScoreTap
 from i2am_train.attention.trace import trace
 from i2am_train.config.locations import experiment_names
-from i2am_train.config.schema import TrainConfig
 from i2am_train.config.store import compose, option_names
+from i2am_train.config.training import TrainConfig
 from i2am_train.data.cache import CachedDataset, LatentCache
 from i2am_train.data.opening import open_dataset
 from i2am_train.data.sample import batch_on

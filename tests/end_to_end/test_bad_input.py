@@ -21,8 +21,8 @@ import pytest
 from hydra.core.global_hydra import GlobalHydra
 from PIL import Image
 
+from i2am_train.config.commands import COMMANDS
 from i2am_train.config.locations import checkout, dataset_folder
-from i2am_train.config.schema import COMMANDS
 from i2am_train.config.store import compose
 from i2am_train.entry.command import entry
 from i2am_train.experiments.detection.shapes import make_shapes

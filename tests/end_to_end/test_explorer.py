@@ -29,7 +29,7 @@ from i2am_train.attention.maps import AttributionMaps, HeatMap
 from i2am_train.attention.recipe import PAPER_LAYERS
 from i2am_train.attention.store import AttributionStore, LayerRecord
 from i2am_train.attention.sums import Rollup
-from i2am_train.config.schema import AttributionConfig
+from i2am_train.config.attention import AttributionConfig
 from i2am_train.data.opening import open_dataset
 from i2am_train.data.sample import TryOnSample
 from i2am_train.losses.centers import attention_centers

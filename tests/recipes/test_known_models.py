@@ -22,7 +22,7 @@ from i2am_train.attention import (
 )
 from i2am_train.attention import known as recipes_module
 from i2am_train.attention.known import KNOWN_MODELS
-from i2am_train.config.schema import RecipeConfig
+from i2am_train.config.explanation import RecipeConfig
 from i2am_train.config.store import compose
 from i2am_train.errors import CaptureError, ConfigError
 from i2am_train.types import Canvas, GridSize

@@ -21,7 +21,7 @@ from safetensors import SafetensorError
 from torch.utils.data import DataLoader, Dataset
 
 from i2am_train import cli
-from i2am_train.config.schema import TrainConfig
+from i2am_train.config.training import TrainConfig
 from i2am_train.entry.command import entry
 from i2am_train.errors import DataError
 from i2am_train.workflows import data

@@ -6,8 +6,9 @@ from dataclasses import fields
 
 import pytest
 
+from i2am_train.config.build import group_of, option_names
+from i2am_train.config.commands import COMMANDS
 from i2am_train.config.documentation import WIDTH, field_docstrings
-from i2am_train.config.schema import COMMANDS, group_of, option_names
 from i2am_train.entry.command import EXAMPLES, command_help
 
 

@@ -9,9 +9,9 @@ import pytest
 from hydra.errors import HydraException
 from omegaconf import OmegaConf
 
-from i2am_train.config.build import build, plain
+from i2am_train.config.build import build, option_names, plain
+from i2am_train.config.commands import COMMANDS
 from i2am_train.config.locations import conf_folder, experiment_names
-from i2am_train.config.schema import COMMANDS, AblateConfig, TrainConfig, option_names
 from i2am_train.config.store import (
     SHARED_GROUPS,
     arm_config,
@@ -20,6 +20,7 @@ from i2am_train.config.store import (
     from_yaml,
     to_yaml,
 )
+from i2am_train.config.training import AblateConfig, TrainConfig
 from i2am_train.errors import ConfigError
 
 REQUIRED = {

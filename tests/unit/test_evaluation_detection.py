@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from i2am_train.config.schema import DetectConfig
+from i2am_train.config.detection import DetectConfig
 from i2am_train.experiments.detection.coco import Bench, BenchSample
 from i2am_train.experiments.detection.evaluation import (
     KeptPaintings,

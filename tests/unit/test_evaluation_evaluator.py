@@ -12,7 +12,8 @@ from skimage.metrics import structural_similarity
 from torch.utils.data import default_collate
 
 from i2am_train.attention.trace import trace
-from i2am_train.config.schema import AttributionConfig, SamplingConfig
+from i2am_train.config.attention import AttributionConfig
+from i2am_train.config.models import SamplingConfig
 from i2am_train.data.opening import open_dataset
 from i2am_train.errors import CaptureError, ConfigError
 from i2am_train.evaluation.evaluator import (

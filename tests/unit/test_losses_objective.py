@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from i2am_train.assembly import make_objective
-from i2am_train.config.schema import ObjectiveConfig, OptimizationConfig, TrainConfig
+from i2am_train.config.losses import ObjectiveConfig
 from i2am_train.config.store import arm_config, compose
+from i2am_train.config.training import OptimizationConfig, TrainConfig
 from i2am_train.errors import ConfigError
 from i2am_train.losses.base import RULES
 from i2am_train.losses.objective import AttentionObjective, TermWeights

@@ -12,7 +12,7 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from i2am_train.config.schema import InitConfig
+from i2am_train.config.models import InitConfig
 from i2am_train.errors import CheckpointError, ConfigError
 from i2am_train.models.convert.authors_layout import projector_weights, unet_weights, vae_weights
 from i2am_train.models.convert.components import assemble

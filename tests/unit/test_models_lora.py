@@ -11,7 +11,7 @@ from torch.utils.data import default_collate
 
 from i2am_train.attention.live import ScoreTap
 from i2am_train.attention.trace import trace
-from i2am_train.config.schema import OptimizationConfig
+from i2am_train.config.training import OptimizationConfig
 from i2am_train.data.opening import open_dataset
 from i2am_train.errors import ConfigError
 from i2am_train.losses.objective import AttentionObjective, TermWeights

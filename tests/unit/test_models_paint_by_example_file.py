@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModel
 
 from i2am_train import trace
-from i2am_train.config.schema import InitConfig
+from i2am_train.config.models import InitConfig
 from i2am_train.errors import CheckpointError, ConfigError, RunFolderError
 from i2am_train.models.convert.key_report import KeyMismatchError, key_report
 from i2am_train.models.convert.paint_by_example_file import (

@@ -13,7 +13,7 @@ import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from safetensors.torch import save_file
 
-from i2am_train.config.schema import InitConfig
+from i2am_train.config.models import InitConfig
 from i2am_train.errors import CheckpointError, ConfigError, RunFolderError
 from i2am_train.models import tryon
 from i2am_train.models.convert.components import NORMALISATIONS, assemble

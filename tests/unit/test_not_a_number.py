@@ -13,13 +13,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch.utils.data import default_collate
 
-from i2am_train.config.schema import (
-    AttributionConfig,
-    EvaluateConfig,
-    InitConfig,
-    SamplingConfig,
-    TrainConfig,
-)
+from i2am_train.config.attention import AttributionConfig
+from i2am_train.config.evaluation import EvaluateConfig
+from i2am_train.config.models import InitConfig, SamplingConfig
+from i2am_train.config.training import TrainConfig
 from i2am_train.data.cache import CacheLayout
 from i2am_train.data.opening import AS_IT_LIES, open_dataset
 from i2am_train.errors import CheckpointError, I2AMError, NotFiniteError

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from i2am_train.config.schema import TrackingConfig
+from i2am_train.config.tracking import TrackingConfig
 from i2am_train.data.cache import INDEX_FILE, LatentCache
 from i2am_train.errors import DataError, RunFolderError
 from i2am_train.redaction import without_secrets

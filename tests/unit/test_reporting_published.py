@@ -6,7 +6,7 @@ from typing import Any, get_args
 
 import pytest
 
-from i2am_train.config.schema import EvaluateConfig, EvaluationConfig
+from i2am_train.config.evaluation import EvaluateConfig, EvaluationConfig
 from i2am_train.config.store import arm_config, compose
 from i2am_train.errors import ConfigError
 from i2am_train.metrics.registry import METRICS

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from i2am_train.config.schema import OptimizationConfig
+from i2am_train.config.training import OptimizationConfig
 from i2am_train.errors import CaptureError
 from i2am_train.losses.objective import AttentionObjective, TermWeights
 from i2am_train.training.module import TryOnModule

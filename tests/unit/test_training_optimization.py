@@ -9,7 +9,7 @@ import torch
 from diffusers import UNet2DConditionModel
 from torch import nn
 
-from i2am_train.config.schema import OptimizationConfig
+from i2am_train.config.training import OptimizationConfig
 from i2am_train.errors import ConfigError
 from i2am_train.models.build import make_scheduler
 from i2am_train.models.projector import ReferenceProjector

@@ -20,7 +20,7 @@ import torchvision
 from torch import Tensor, nn
 from transformers import AutoModelForObjectDetection, AutoModelForUniversalSegmentation
 
-from i2am_train.config.schema import expanded
+from i2am_train.config.locations import expanded
 from i2am_train.data.arrays import Image
 from i2am_train.errors import CheckpointError, NotFiniteError, WeightsMissingError
 from i2am_train.metrics.boxes import Box

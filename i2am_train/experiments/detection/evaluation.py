@@ -24,7 +24,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from i2am_train.attention import HeatMap, normalise
-from i2am_train.config.schema import DetectConfig
+from i2am_train.config.detection import DetectConfig
 from i2am_train.data.arrays import Image
 from i2am_train.evaluation.batches import batches
 from i2am_train.evaluation.results import CONFIDENCE, IMAGES, write_image

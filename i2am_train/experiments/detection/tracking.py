@@ -8,7 +8,7 @@ from typing import Any
 
 import wandb
 
-from i2am_train.config.schema import TrackingConfig
+from i2am_train.config.tracking import TrackingConfig
 from i2am_train.experiments.detection.results import Detected, Example, Results, read_detected
 from i2am_train.experiments.detection.tables import KINDS, label, swept_name
 from i2am_train.metrics.boxes import METHOD_LABELS, METHODS_OF_MAPS

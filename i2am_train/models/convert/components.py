@@ -12,7 +12,7 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from transformers import PreTrainedModel
 
 from i2am_train.attention.recipe import PAPER_LAYERS
-from i2am_train.config.schema import InitConfig
+from i2am_train.config.models import InitConfig
 from i2am_train.errors import CheckpointError, ConfigError
 from i2am_train.models.build import make_scheduler
 from i2am_train.models.convert import authors_layout

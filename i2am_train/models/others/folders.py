@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TypeVar
 
-from i2am_train.config.schema import expanded
+from i2am_train.config.locations import expanded
 from i2am_train.errors import CheckpointError
 from i2am_train.models.tryon import INDEX_FILE
 from i2am_train.weight_files import read_object

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from difflib import get_close_matches
 
 from i2am_train.attention.known import known_models
-from i2am_train.config.schema import FACTORY, TRYON
+from i2am_train.config.explanation import FACTORY, TRYON
 from i2am_train.errors import ConfigError
 from i2am_train.models.others.base import Loader
 from i2am_train.models.others.catvton import load_catvton

@@ -1,0 +1,230 @@
+"""Options of datasets: where samples come from, and ``i2am data make | derive | check | cache``."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Literal
+
+from i2am_train.config.build import OptionError, Options
+from i2am_train.config.constraints import (
+    NOT_BLANK,
+    Count,
+    HubModel,
+    ImageSide,
+    ModelFolder,
+    Natural,
+    Pixels,
+    Samples,
+    Threads,
+    Workers,
+    distinct,
+    distinct_some,
+    within,
+)
+from i2am_train.config.locations import absolute
+from i2am_train.errors import ConfigError
+from i2am_train.types import Category, Device, Fit, GridSize, LayoutName, PoseSource, Split
+
+
+@dataclass(kw_only=True, slots=True)
+class SyntheticConfig(Options):
+    """The embedded procedural dataset, made on first use where data.root is null."""
+
+    train: Samples = 2000
+    """Number of training samples."""
+    test: Samples = 200
+    """Number of held-out samples."""
+    seed: Natural = 0
+    """Seed of the generator; the same seed draws the same pictures."""
+
+
+@dataclass(kw_only=True, slots=True)
+class DataConfig(Options):
+    """Where the samples come from and how they are batched."""
+
+    root: Path | None = None
+    """Folder in VITON-HD or DressCode layout; null: the embedded dataset, made when missing."""
+    layout: LayoutName = "auto"
+    """How the folder is laid out; auto: dresscode where it has folders of categories."""
+    categories: Annotated[list[Category], distinct] = field(default_factory=list)
+    """Categories of DressCode to read: upper_body, lower_body, dresses; empty: all that exist."""
+    fit: Fit = "stretch"
+    """Pictures of another aspect: stretch changes the proportions, pad adds margins (white, around
+    body parts black), crop keeps the largest centred part."""
+    height: ImageSide = 128
+    """Image height in pixels; must be what the checkpoint was trained at."""
+    width: ImageSide = 96
+    """Image width in pixels."""
+    batch_size: Count = 16
+    """Training samples per device and step (before accumulation)."""
+    workers: Workers = 2
+    """Processes that read samples; 0 reads in the main process."""
+    augment: bool = False
+    """Flip, shift, scale and colour augmentation of training samples (the authors' order)."""
+    cache: Annotated[str, NOT_BLANK] | None = None
+    """Folder that `i2am data cache` made, or its copy's URL (s3://...): training samples come from
+    it and the frozen encoders never run; null: they run in every step."""
+    cache_copies: Path | None = None
+    """Folder for copies of the shards where data.cache is a URL; null: in the user's cache."""
+    synthetic: SyntheticConfig = field(default_factory=SyntheticConfig)
+    """The embedded dataset."""
+
+    def check(self) -> None:
+        """A cache in a folder is meant from here, one at a URL is where it is."""
+        if self.cache is not None and "://" not in self.cache:
+            self.cache = str(absolute(Path(self.cache)))
+
+    @property
+    def size(self) -> GridSize:
+        """Image size, height first."""
+        return GridSize(self.height, self.width)
+
+
+@dataclass(kw_only=True, slots=True)
+class DataMakeConfig(Options):
+    """Make a synthetic try-on dataset with exact correspondence."""
+
+    root: Path | None = None
+    """Folder to make; null: where `i2am train` looks for the embedded dataset."""
+    train: Samples = 2000
+    """Number of training samples."""
+    test: Samples = 200
+    """Number of held-out samples."""
+    seed: Natural = 0
+    """Seed of the generator."""
+    height: ImageSide = 128
+    """Image height in pixels."""
+    width: ImageSide = 96
+    """Image width in pixels."""
+    annotations: bool = False
+    """Also write human-parsing maps (image-parse-v3) and keypoints (openpose_json), which
+    `i2am data derive` starts from."""
+    workers: Threads | None = None
+    """Processes that draw; null: one per core."""
+
+    @property
+    def size(self) -> GridSize:
+        """Image size, height first."""
+        return GridSize(self.height, self.width)
+
+
+@dataclass(kw_only=True, slots=True)
+class DataDeriveConfig(Options):
+    """Make what a dataset lacks: masks and agnostic pictures, from parsing maps and poses."""
+
+    root: Path
+    """Dataset folder in VITON-HD or DressCode layout: pair lists, people and flat garments."""
+    layout: LayoutName = "auto"
+    """How the folder is laid out; auto: dresscode where it has folders of categories."""
+    categories: Annotated[list[Category], distinct] = field(default_factory=list)
+    """Categories of DressCode to work on; empty: all that exist."""
+    category: Category = "upper_body"
+    """What the garments cover, in VITON-HD layout (DressCode's folders say it)."""
+    labels: Literal["auto", "viton_hd", "dresscode"] = "auto"
+    """Labels of the parsing maps: the 20 of image-parse-v3 or the 18 of label_maps; auto: those
+    that are usual in the layout."""
+    parser: HubModel | None = None
+    """Folder or hub name of a transformers segmentation model that makes missing parsing maps,
+    such as mattmdjaga/segformer_b2_clothes; null: the maps must be there."""
+    estimator: HubModel | None = None
+    """Folder or hub name of a ViTPose model of transformers that makes missing keypoints, such as
+    usyd-community/vitpose-base-simple; null: keypoints (or DensePose) must be there."""
+    pose: PoseSource = "auto"
+    """Where bodies come from; auto: keypoints where there are any, else DensePose; none: from the
+    parsing map alone, which tells the model the garment's outline."""
+    overwrite: bool = False
+    """Make files anew that exist."""
+    preview: bool = False
+    """Draw every step of every person into <root>/previews."""
+    device: Device = "auto"
+    """Where parser and estimator compute."""
+    workers: Threads | None = None
+    """Threads; null: one per core."""
+    json: Path | None = None
+    """File for the report; null: <root>/derived.json."""
+
+    def check(self) -> None:
+        """Keypoints that a model makes are used."""
+        if self.estimator is not None and self.pose in ("densepose", "none"):
+            raise OptionError("pose", self.pose, "auto or keypoints with an estimator")
+
+
+@dataclass(kw_only=True, slots=True)
+class DataCheckConfig(Options):
+    """Report everything that is wrong with a dataset folder."""
+
+    root: Path
+    """Dataset folder in VITON-HD or DressCode layout."""
+    layout: LayoutName = "auto"
+    """How the folder is laid out; auto: dresscode where it has folders of categories."""
+    categories: Annotated[list[Category], distinct] = field(default_factory=list)
+    """Categories of DressCode to check; empty: all that exist."""
+    height: Pixels | None = None
+    """Height that every image must have, in pixels; null: the pictures of a person must agree."""
+    width: Pixels | None = None
+    """Width that every image must have, in pixels."""
+    json: Path | None = None
+    """File for the report as JSON; null: print the table only."""
+
+    def check(self) -> None:
+        """A size has two lengths."""
+        if (self.height is None) != (self.width is None):
+            raise ConfigError(
+                f"Only one of height={self.height} and width={self.width} is set. "
+                "Set both, or neither."
+            )
+
+    @property
+    def size(self) -> GridSize | None:
+        """Image size to insist on, height first, or None."""
+        if self.height is None or self.width is None:
+            return None
+        return GridSize(self.height, self.width)
+
+
+@dataclass(kw_only=True, slots=True)
+class DataCacheConfig(Options):
+    """Encode a dataset by a model's frozen networks, once for all training runs."""
+
+    root: Path
+    """Dataset folder in VITON-HD or DressCode layout."""
+    layout: LayoutName = "auto"
+    """How the folder is laid out; auto: dresscode where it has folders of categories."""
+    categories: Annotated[list[Category], distinct] = field(default_factory=list)
+    """Categories of DressCode to encode; empty: all that exist."""
+    fit: Fit = "stretch"
+    """Pictures of another aspect, as in data.fit."""
+    init: ModelFolder = "tiny"
+    """Checkpoint folder whose VAE and reference encoder are used; tiny is the shipped one. Pictures
+    are read at its size."""
+    output: Path
+    """Folder of the cache. The same command again goes on, and makes damaged shards anew."""
+    splits: Annotated[list[Split], distinct_some] = field(default_factory=lambda: [Split.TRAIN])
+    """Halves of the dataset: train, test."""
+    variants: Annotated[int, within(0, 10_000)] = 0
+    """Augmented variants of each training sample, shown in turn from epoch to epoch; 0: the sample
+    as it is, for training with data.augment=false."""
+    seed: Natural = 0
+    """Seed of the augmentations; a run of the same seed sees what it would see without a cache, for
+    as many epochs as there are variants."""
+    dtype: Literal["float32", "float16"] = "float32"
+    """How numbers are stored: float32 trains as without a cache, float16 takes half the space."""
+    shard_samples: Count = 128
+    """Samples in a file."""
+    batch_size: Count = 16
+    """Samples that are encoded at once."""
+    workers: Workers = 2
+    """Processes that read pictures; 0 reads in the main process."""
+    device: Device = "auto"
+    """Where to compute."""
+    progress_bar: bool = True
+    """Show progress with the time left."""
+
+    def check(self) -> None:
+        """Caches are made on this machine."""
+        if re.search(r"/\w+:/", str(self.output)):  # pathlib makes one slash of two
+            raise OptionError(
+                "output", self.output, "a folder; copy it to object storage when it is made"
+            )

@@ -1,0 +1,130 @@
+"""Options of judging a model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated
+
+from i2am_train.config.attention import AttributionConfig
+from i2am_train.config.build import OptionError, Options
+from i2am_train.config.constraints import (
+    Count,
+    ModelFolder,
+    Natural,
+    Pixels,
+    Rule,
+    at_least,
+    within,
+)
+from i2am_train.config.data import DataConfig
+from i2am_train.config.models import SamplingConfig
+from i2am_train.config.tracking import TrackingConfig
+from i2am_train.errors import ConfigError
+from i2am_train.types import Device, Pairing, Precision, PublishedModel
+
+UNSHARDED = Rule(
+    "auto or ddp: judging a model shards nothing",
+    lambda strategy: not strategy.startswith(("fsdp", "deepspeed")),
+)
+
+
+@dataclass(kw_only=True, slots=True)
+class EvaluationConfig(Options):
+    """What a checkpoint is judged by, on held-out samples."""
+
+    samples: Annotated[int, at_least(2)] | None = None
+    """Number of held-out samples, or of images from each folder, in order; null: all."""
+    pairing: Pairing = Pairing.PAIRED
+    """paired: each person gets the garment that they wear; unpaired: another one. Of two folders,
+    paired: images of the same name belong together; unpaired: they are compared as sets only."""
+    metrics: list[str] = field(
+        default_factory=lambda: [
+            "ssim",
+            "stlpips",
+            "fd_efficientnet_lite0",
+            "kd_efficientnet_lite0",
+        ]
+    )
+    """Image metrics beside the attention scores; also there: lpips, fid, kid."""
+    kernel_subset_size: Annotated[int, at_least(2)] | None = None
+    """Images of either set in a subset of the kernel distance (kd, kid); null: all, once, if both
+    sets are equally large and have 1000 images at most, otherwise 1000 or the smaller set."""
+    kernel_subsets: Annotated[int, within(1, 100_000)] = 100
+    """Random subsets that the kernel distance is averaged over."""
+    batch_size: Count = 32
+    """Samples per batch."""
+    panel_samples: Natural = 8
+    """Samples whose pictures, maps and centres are kept for the report."""
+
+
+@dataclass(kw_only=True, slots=True)
+class EvaluateConfig(Options):
+    """Judge a checkpoint on held-out samples, or a folder of finished images of any model."""
+
+    checkpoint: ModelFolder | None = None
+    """Checkpoint folder, or run folder, to judge; tiny is the shipped one."""
+    images: Path | None = None
+    """Folder of finished images to judge instead of a checkpoint."""
+    reference: Path | None = None
+    """Folder of the real images that `images` is compared with; file names without their ending
+    say which belong together."""
+    snapshots: bool = False
+    """Also judge the copies of the model that a run kept while it trained
+    (trainer.snapshot_every_n_steps), each in a folder of its own."""
+    resize: tuple[Pixels, Pixels] | None = None
+    """[height,width] in pixels that the images of both folders are resized to, by clean-fid's
+    bicubic filter; null: all must have one size."""
+    output: Path | None = None
+    """Folder for results; null: evaluation-<pairing> in the run folder, or beside others in runs/."""
+    device: Device = "auto"
+    """Where to compute."""
+    devices: Count | str = 1
+    """Devices that generate images (processes), or auto; scores do not depend on their number."""
+    strategy: Annotated[str, UNSHARDED] = "auto"
+    """Lightning's strategy where there are several devices: auto, ddp, ..."""
+    precision: Precision = "32-true"
+    """Arithmetic of the denoiser (bf16-mixed on a GPU; on a CPU float32 is faster)."""
+    progress_bar: bool = True
+    """Show progress with the time left."""
+    expected: PublishedModel | None = None
+    """Row of the paper's Table 2 to print beside the scores: dci_vton, stableviton, custom or
+    refined_custom; null: the one that the run's experiment names, if any."""
+    data: DataConfig = field(default_factory=DataConfig)
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    attribution: AttributionConfig = field(default_factory=AttributionConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+
+    def check(self) -> None:
+        """One thing is judged, by options that belong to it."""
+        judged = ("checkpoint", "images", "reference")
+        given = [name for name in judged if getattr(self, name) is not None]
+        if given not in (["checkpoint"], ["images", "reference"]):
+            raise ConfigError(
+                f"What to judge is not clear: found {' and '.join(given) or 'neither'}. Give "
+                "checkpoint=FOLDER for a model, or images=FOLDER and reference=FOLDER for "
+                "finished images."
+            )
+        if self.resize is not None and self.checkpoint is not None:
+            raise OptionError(
+                "resize", list(self.resize), "null with a checkpoint (it is for folders)"
+            )
+        if self.images is not None:
+            self._check_finished_images()
+
+    def _check_finished_images(self) -> None:
+        """Refuses what belongs to a model that makes images."""
+        if self.multi_process:
+            raise OptionError("devices", self.devices, "1 for finished images")
+        if self.snapshots:
+            raise OptionError("snapshots", self.snapshots, "false for finished images")
+        if not self.evaluation.metrics:
+            raise OptionError(
+                "evaluation.metrics", [], "at least one image metric for finished images"
+            )
+
+    @property
+    def multi_process(self) -> bool:
+        """True if the evaluation may start more than one process."""
+        return self.devices not in (1, "1")
