@@ -44,7 +44,8 @@ from i2am_train.evaluation.scoring import ScoringOptions
 from i2am_train.fingerprints import data_state
 from i2am_train.losses.objective import AttentionObjective, TermWeights
 from i2am_train.metrics.registry import metric_info
-from i2am_train.models.tryon import INDEX_FILE, TryOnModel
+from i2am_train.models.pretrained import INDEX_FILE
+from i2am_train.models.tryon import TryOnModel
 from i2am_train.processes import first_process, wait_for
 from i2am_train.runs import (
     BEST_FOLDER,

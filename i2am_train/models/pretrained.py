@@ -5,9 +5,9 @@ was there, was floating, and is a finite number.
 """
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from diffusers import ModelMixin
@@ -29,9 +29,13 @@ from i2am_train.weight_files import (
     read_object,
 )
 
+T = TypeVar("T")
+
 VISION_MODELS = {"clip": CLIPVisionModel, "siglip": SiglipVisionModel}
 """Encoders whose folders hold a text model, too."""
 
+INDEX_FILE = "model_index.json"
+"""What the folder of a pipeline is known by."""
 REASON = 300
 """Characters of a library's own message that are repeated."""
 STEMS = ("diffusion_pytorch_model", "model", "pytorch_model")
@@ -40,7 +44,7 @@ DESCRIPTIONS = (
     "config.json",
     "scheduler_config.json",
     "preprocessor_config.json",
-    "model_index.json",
+    INDEX_FILE,
 )
 """What a folder may say of itself."""
 
@@ -367,3 +371,46 @@ def _check_loaded(info: dict[str, Any], source: str) -> None:
             f"{len(misshapen)} tensors of '{source}' have other shapes than its config.json says: {name} is "
             f"{list(found)}, expected {list(expected)}. One of the two is of another model; download the folder again."
         )
+
+
+def check_pipeline(source: str, expected: Sequence[str], model: str) -> None:
+    """Refuses the folder of another pipeline; a name on the hub is left to its download.
+
+    Args:
+        source: folder or name.
+        expected: class names of pipelines that will do.
+        model: name of the model that was asked for.
+
+    Raises:
+        CheckpointError: the folder is no pipeline's, or of another one, or its index cannot be read.
+    """
+    folder = expanded(source)
+    if not folder.is_dir():
+        return
+    index = folder / INDEX_FILE
+    found = read_object(index).get("_class_name") if index.is_file() else None
+    if found in expected:
+        return
+    what = f"is of a {found}" if found else f"has no {INDEX_FILE}"
+    raise CheckpointError(
+        f"'{source}' {what}; model={model} needs the folder of a {' or '.join(expected)}. Give "
+        f"checkpoint=FOLDER with such a {INDEX_FILE}, or another model=."
+    )
+
+
+def fitting(option: str, file: Path, fill: Callable[[], T]) -> T:
+    """What ``fill`` makes of the weights of a file; the libraries' errors name the option and the file.
+
+    Raises:
+        CheckpointError: its tensors are not what the model has.
+    """
+    try:
+        return fill()
+    except CheckpointError:
+        raise
+    except Exception as error:  # weights of something else fail in the words of whoever uses them
+        reason = " ".join(str(error).split())[:REASON]
+        raise CheckpointError(
+            f"{option}={file} does not fit this model ({type(error).__name__}: {reason}). Give the "
+            "weights that were made for it."
+        ) from error

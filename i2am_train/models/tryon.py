@@ -30,7 +30,7 @@ from i2am_train.errors import CheckpointError, ConfigError
 from i2am_train.locks import staged
 from i2am_train.models.diffusion import NoiseSchedule
 from i2am_train.models.lora import copy_adapters, merged
-from i2am_train.models.pretrained import load_encoder, load_network, load_part, reading
+from i2am_train.models.pretrained import INDEX_FILE, load_encoder, load_network, load_part, reading
 from i2am_train.models.projector import ReferenceProjector
 from i2am_train.models.watch import Watch
 from i2am_train.runs import free_space
@@ -40,7 +40,6 @@ from i2am_train.weight_files import check_numbers, read_object
 diffusers_logging.disable_progress_bar()  # "Writing model shards" for files of a few megabytes
 transformers_logging.disable_progress_bar()
 
-INDEX_FILE = "model_index.json"
 PARTS = ("scheduler", "unet", "vae", "reference_encoder", "projector")
 """Folders of a model's folder."""
 COMPONENTS = ("unet", "vae", "reference_encoder", "projector", "scheduler")

@@ -7,9 +7,12 @@ score as nothing at all.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
+import numpy as np
 import torch
 from jaxtyping import Bool, Float
+from numpy.typing import NDArray
 from torch import Tensor
 
 from i2am_train.errors import NotFiniteError
@@ -38,6 +41,22 @@ class Watch:
         if self._dtype is None:
             self._dtype = computing_dtype(values)
         self._seen.append((what, rows_at_fault(values)))
+
+    def see_step(self, steps: int, index: int, timestep: Any, latents: Tensor) -> None:
+        """Notes which samples are not finite after one of a sampler's steps."""
+        what = f"Step {index + 1} of {steps} of sampling (timestep {int(timestep)}): the latents"
+        self.see(latents, what)
+
+    def images(self, images: NDArray[np.float32], dtype: torch.dtype) -> NDArray[np.uint8]:
+        """Images ``[batch, height, width, 3]`` in [0, 1] as bytes, rounded as diffusers does.
+
+        Raises:
+            NotFiniteError: they, or what was seen before, are no numbers.
+        """
+        self.check()
+        if not np.isfinite(images).all():
+            raise NotFiniteError(f"The images that the VAE decodes are no numbers. {advice(dtype)}")
+        return (images * 255).round().astype(np.uint8)
 
     def check(self) -> None:
         """Reads what was noted.

@@ -71,7 +71,7 @@ def detect(config: DetectConfig, folder: Path) -> dict[str, Any]:
     from i2am_train.experiments.detection.detectors import load_detector
     from i2am_train.experiments.detection.evaluation import KeptPaintings, paint_bench
     from i2am_train.experiments.detection.tracking import track_detection
-    from i2am_train.models.paint_by_example import PaintByExample
+    from i2am_train.models.others.paint_by_example import PaintByExample
     from i2am_train.results.finished_runs import RESULTS
     from i2am_train.runs import RunFolder, read_json
 
@@ -183,7 +183,7 @@ def examples(
 
     from i2am_train.experiments.detection.evaluation import on_picture
     from i2am_train.experiments.detection.results import Example
-    from i2am_train.models.paint_by_example import resized
+    from i2am_train.models.others.paint_by_example import resized
 
     chosen = range(min(config.pictures, len(rows)))
     found = []

@@ -25,7 +25,7 @@ from i2am_train.models.convert.paint_by_example_file import read_pipeline
 from i2am_train.models.others.base import Source
 from i2am_train.models.others.catvton import load_catvton
 from i2am_train.models.others.ip_adapter import load_ip_adapter
-from i2am_train.models.paint_by_example import PaintByExample
+from i2am_train.models.others.paint_by_example import PaintByExample
 from i2am_train.models.parsing import HumanParser
 from i2am_train.models.poses import ViTPoseEstimator
 from i2am_train.models.pretrained import load_encoder

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 from i2am_train.errors import CheckpointError, ConfigError, NotFiniteError
-from i2am_train.models.paint_by_example import PaintByExample, Painting
+from i2am_train.models.others.paint_by_example import PaintByExample, Painting
 from i2am_train.types import Direction, GridSize
 
 SIZE = GridSize(32, 48)

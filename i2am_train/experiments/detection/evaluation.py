@@ -41,7 +41,7 @@ from i2am_train.metrics.boxes import (
     random_box,
     whole_box,
 )
-from i2am_train.models.paint_by_example import PaintByExample, Painted, Painting, resized
+from i2am_train.models.others.paint_by_example import PaintByExample, Painted, Painting, resized
 from i2am_train.results.statistics import Over, mean_interval, paired_difference
 from i2am_train.runs import read_json, write_json
 from i2am_train.seeds import seed_for

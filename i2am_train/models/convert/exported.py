@@ -11,12 +11,8 @@ import torch
 from i2am_train.errors import CheckpointError
 from i2am_train.locks import staged
 from i2am_train.models import pipeline, projector
-from i2am_train.models.tryon import (
-    INDEX_FILE,
-    NOISE_SCHEDULE,
-    TryOnModel,
-    convert_weights,
-)
+from i2am_train.models.pretrained import INDEX_FILE
+from i2am_train.models.tryon import NOISE_SCHEDULE, TryOnModel, convert_weights
 
 CARD_FILE = "README.md"
 

@@ -31,8 +31,8 @@ from i2am_train.models.convert.key_report import (
     renamed,
 )
 from i2am_train.models.convert.single_file import UNET_PREFIX, empty_unet_part, empty_vae_part
-from i2am_train.models.paint_by_example import CHANNELS
-from i2am_train.models.tryon import INDEX_FILE
+from i2am_train.models.others.paint_by_example import CHANNELS
+from i2am_train.models.pretrained import INDEX_FILE
 from i2am_train.weight_files import check_network, read_weights
 
 HEAD_WIDTH = 64

@@ -7,7 +7,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from PIL import Image as PillowImage
 
 from i2am_train.attention.known import named_recipe
 from i2am_train.attention.recipe import Recipe
@@ -102,3 +104,9 @@ class Loader:
 def latent_multiple(unet: Any, pixels: int) -> int:
     """Pixels that a side must be a multiple of: whole latents at each level of the U-Net."""
     return int(pixels * 2 ** (len(unet.config.block_out_channels) - 1))
+
+
+def pillow(picture: Image | Mask) -> PillowImage.Image:
+    """A picture, or a mask as black and white."""
+    white = np.uint8(255)
+    return PillowImage.fromarray(picture * white if picture.dtype == np.bool_ else picture)

@@ -30,9 +30,7 @@ from i2am_train.models.others.base import (
     Source,
     latent_multiple,
 )
-from i2am_train.models.others.folders import fitting
-from i2am_train.models.paint_by_example import see_step
-from i2am_train.models.pretrained import load_network, load_part
+from i2am_train.models.pretrained import fitting, load_network, load_part
 from i2am_train.models.watch import Watch
 from i2am_train.ops.images import to_uint8
 from i2am_train.weight_files import check_used, read_weights
@@ -127,7 +125,7 @@ class CatVTON:
             latents = self.scheduler.step(
                 direction, timestep, latents, eta=ETA, variance_noise=fresh
             ).prev_sample
-            see_step(watch, request.steps, step, timestep, latents)
+            watch.see_step(request.steps, step, timestep, latents)
         return latents
 
     def _tensor(self, picture: Image) -> Float[Tensor, "1 3 height width"]:

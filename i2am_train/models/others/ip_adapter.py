@@ -21,11 +21,14 @@ from i2am_train.attention.known import detect_recipe
 from i2am_train.data.arrays import Image
 from i2am_train.data.pictures import fit_mask, fit_picture
 from i2am_train.errors import CaptureError, CheckpointError
-from i2am_train.models.others.base import OtherModel, Request, Source, latent_multiple
-from i2am_train.models.others.folders import check_pipeline, fitting
-from i2am_train.models.others.painting import pillow
-from i2am_train.models.paint_by_example import bytes_of, see_step
-from i2am_train.models.pretrained import load_network, load_part, load_pipeline
+from i2am_train.models.others.base import OtherModel, Request, Source, latent_multiple, pillow
+from i2am_train.models.pretrained import (
+    check_pipeline,
+    fitting,
+    load_network,
+    load_part,
+    load_pipeline,
+)
 from i2am_train.models.watch import Watch
 from i2am_train.weight_files import read_adapter
 
@@ -77,7 +80,7 @@ def _make(pipeline: Any, request: Request) -> Image:
     watch = Watch()
 
     def see(_: Any, index: int, timestep: Any, kept: dict[str, Tensor]) -> dict[str, Tensor]:
-        see_step(watch, request.steps, index, timestep, kept["latents"])
+        watch.see_step(request.steps, index, timestep, kept["latents"])
         return kept
 
     arguments: dict[str, Any] = {
@@ -101,7 +104,7 @@ def _make(pipeline: Any, request: Request) -> Image:
             "mask_image": pillow(fit_mask(request.mask, request.size, "stretch")),
             "strength": 1.0,
         }
-    return cast(Image, bytes_of(pipeline(**arguments).images, watch, pipeline.dtype)[0])
+    return cast(Image, watch.images(pipeline(**arguments).images, pipeline.dtype)[0])
 
 
 def _encoder_folder(adapter: Path) -> Path:

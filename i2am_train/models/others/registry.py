@@ -12,7 +12,7 @@ from i2am_train.models.others.base import Loader
 from i2am_train.models.others.catvton import load_catvton
 from i2am_train.models.others.factory import load_by_factory
 from i2am_train.models.others.ip_adapter import load_ip_adapter
-from i2am_train.models.others.painting import load_paint_by_example
+from i2am_train.models.others.paint_by_example import load_paint_by_example
 from i2am_train.types import GridSize
 
 SQUARE = GridSize(512, 512)

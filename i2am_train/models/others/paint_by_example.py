@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -18,15 +18,22 @@ from diffusers import AutoencoderKL, DDIMScheduler, PaintByExamplePipeline, UNet
 from diffusers.pipelines.deprecated.paint_by_example import PaintByExampleImageEncoder
 from numpy.typing import NDArray
 from PIL import Image as PillowImage
-from torch import Tensor
 from transformers import CLIPImageProcessor, CLIPVisionConfig
 
 from i2am_train.attention import AttributionMaps, Recipe, Site, Tokens, trace
 from i2am_train.attention.known_recipes import paint_by_example
 from i2am_train.data.arrays import Image, Mask
-from i2am_train.errors import CheckpointError, ConfigError, NotFiniteError
-from i2am_train.models.pretrained import load_network, load_part
-from i2am_train.models.watch import Watch, advice
+from i2am_train.data.pictures import fit_mask, fit_picture
+from i2am_train.errors import CheckpointError, ConfigError
+from i2am_train.models.others.base import (
+    OtherModel,
+    Request,
+    Source,
+    latent_multiple,
+    pillow,
+)
+from i2am_train.models.pretrained import check_pipeline, load_network, load_part
+from i2am_train.models.watch import Watch
 from i2am_train.types import GridSize, WeightType
 
 CHANNELS = 9
@@ -112,8 +119,7 @@ class PaintByExample:
     @property
     def size_step(self) -> int:
         """Pixels that height and width of a picture must be a multiple of: whole latents at each level."""
-        levels = len(self.pipeline.unet.config.block_out_channels)
-        return int(self.pipeline.vae_scale_factor * 2 ** (levels - 1))
+        return latent_multiple(self.pipeline.unet, self.pipeline.vae_scale_factor)
 
     def check_size(self, size: GridSize) -> None:
         """Refuses a size that the networks cannot halve as often as they do.
@@ -141,39 +147,69 @@ class PaintByExample:
         Raises:
             NotFiniteError: the images are no numbers, as half precision can make them.
         """
-        watch = Watch()
-        side = self.pipeline.image_encoder.config.image_size
         with trace(self.pipeline, _recipe(guided=guidance > 1)) as attention:
-            images = self.pipeline(
-                image=[resized(one.image, size) for one in paintings],
-                mask_image=[resized(one.mask, size) for one in paintings],
-                example_image=[resized(one.reference, GridSize(side, side)) for one in paintings],
-                num_inference_steps=steps,
-                guidance_scale=guidance,
-                generator=[torch.Generator().manual_seed(one.seed) for one in paintings],
-                output_type="np",
-                callback=partial(see_step, watch, steps),
-            ).images
-        return Painted(images=bytes_of(images, watch, self.pipeline.dtype), maps=attention.maps())
+            images = self.fill(
+                [resized(one.image, size) for one in paintings],
+                [resized(one.mask, size) for one in paintings],
+                [resized(one.reference, self.reference_size) for one in paintings],
+                seeds=[one.seed for one in paintings],
+                steps=steps,
+                guidance=guidance,
+            )
+        return Painted(images=images, maps=attention.maps())
+
+    @property
+    def reference_size(self) -> GridSize:
+        """The encoder's square: the authors stretch the reference, the feature extractor would crop it."""
+        side = self.pipeline.image_encoder.config.image_size
+        return GridSize(side, side)
+
+    def fill(
+        self, images: list[PillowImage.Image], masks: list[PillowImage.Image], references: list[PillowImage.Image], *,
+        seeds: Sequence[int], steps: int, guidance: float,
+    ) -> NDArray[np.uint8]:  # fmt: skip
+        """Pictures ``[batch, height, width, 3]`` whose white regions are painted anew, of the size that they have.
+
+        Raises:
+            NotFiniteError: they are no numbers.
+        """
+        watch = Watch()
+        made = self.pipeline(
+            image=images, mask_image=masks, example_image=references, num_inference_steps=steps,
+            guidance_scale=guidance, generator=[torch.Generator().manual_seed(seed) for seed in seeds],
+            output_type="np", callback=partial(watch.see_step, steps),
+        )  # fmt: skip
+        return watch.images(made.images, self.pipeline.dtype)
 
 
-def see_step(watch: Watch, steps: int, index: int, timestep: Any, latents: Tensor) -> None:
-    """Notes what a step of a pipeline's sampling gave."""
-    watch.see(
-        latents, f"Step {index + 1} of {steps} of sampling (timestep {int(timestep)}): the latents"
-    )
-
-
-def bytes_of(images: NDArray[np.float32], watch: Watch, dtype: torch.dtype) -> NDArray[np.uint8]:
-    """Images ``[batch, height, width, 3]`` in [0, 1] as bytes, rounded as diffusers does.
+def load_paint_by_example(source: Source) -> OtherModel:
+    """The pipeline of a folder, or of the hub (Fantasy-Studio/Paint-by-Example), for ``i2am explain``.
 
     Raises:
-        NotFiniteError: they, or what a step gave, are no numbers.
+        CheckpointError: it cannot be read, or is another pipeline.
     """
-    watch.check()
-    if not np.isfinite(images).all():
-        raise NotFiniteError(f"The images that the VAE decodes are no numbers. {advice(dtype)}")
-    return (images * 255).round().astype(np.uint8)
+    check_pipeline(source.folder, (PaintByExamplePipeline.__name__,), source.model)
+    model = PaintByExample.from_pretrained(source.folder, source.device)
+
+    def make(request: Request) -> Image:
+        assert request.image is not None
+        assert request.mask is not None
+        made = model.fill(
+            [pillow(fit_picture(request.image, request.size, "stretch", 0))],
+            [pillow(fit_mask(request.mask, request.size, "stretch"))],
+            [pillow(fit_picture(request.reference, model.reference_size, "stretch", 0))],
+            seeds=[request.seed],
+            steps=request.steps,
+            guidance=request.guidance,
+        )
+        return cast(Image, made[0])
+
+    return OtherModel(
+        target=model.pipeline,
+        recipe=source.recipe_of(model.pipeline),
+        make=make,
+        multiple=model.size_step,
+    )
 
 
 def _check_unet(unet: Any, source: str) -> None:
