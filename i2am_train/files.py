@@ -7,6 +7,7 @@ and carry the path, whichever library wrote; ``commands.faults`` says them to th
 import errno
 import os
 import re
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from hashlib import blake2s
@@ -49,6 +50,12 @@ def written(path: Path) -> Iterator[Path]:
         finally:
             with suppress(OSError):
                 unfinished.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file in one step: readers see the old content or the new, never a part."""
+    with written(path) as unfinished:
+        unfinished.write_text(text, encoding="utf-8")
 
 
 def _make_folder(folder: Path) -> None:
@@ -97,3 +104,10 @@ def flush_tree(folder: Path) -> None:
         return
     for path in paths:
         flush(path)
+
+
+def free_space(folder: Path) -> tuple[Path, int]:
+    """Bytes that are free where a folder lies or will lie, and the nearest folder of it that exists."""
+    folder = folder.absolute()
+    existing = next(path for path in (folder, *folder.parents) if path.is_dir())
+    return existing, shutil.disk_usage(existing).free

@@ -193,3 +193,9 @@ def note_unreadable(folder: Path, failure: str) -> None:
 
 def _without_ending(name: str) -> str:
     return str(PurePosixPath(name).with_suffix(""))
+
+
+def file_fingerprint(path: Path) -> str:
+    """SHA-256 of a file's content, 64 hexadecimal digits."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()

@@ -7,29 +7,21 @@ it is refused.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
-import platform
 import re
-import shlex
-import shutil
-import subprocess
-import sys
 import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path, PurePath
 from typing import Any
 
+from i2am_train.environment import now, provenance
 from i2am_train.errors import RunFolderError
-from i2am_train.files import written
 from i2am_train.fingerprints import RECORD_FILE, DataRecord, DataState, is_of_dataset
+from i2am_train.json_files import read_json, read_object, without_nan, write_json
 from i2am_train.locks import LOCK
-from i2am_train.redaction import shown, without_secrets
+from i2am_train.redaction import shown
 
 SETTINGS_FILE = "settings.json"
 MANIFEST_FILE = "manifest.json"
@@ -39,22 +31,6 @@ SNAPSHOTS_FOLDER = "snapshots"
 """Where it keeps copies of the model on its way: ``snapshots/step-000100``, ..."""
 BEST_FOLDER, BEST_RECORD = "best", "best.json"
 """Where it keeps the best model by a validation score, and of which score, value and step that is."""
-
-REPORTED_PACKAGES = (
-    "i2am-train",
-    "torch",
-    "torchvision",
-    "lightning",
-    "diffusers",
-    "transformers",
-    "torchmetrics",
-    "clean-fid",
-    "lpips",
-    "stlpips-pytorch",
-    "numpy",
-    "opencv-python-headless",
-    "hydra-core",
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -270,171 +246,8 @@ def require_apart(
             )
 
 
-def require_own_json(path: Path, names: Collection[str]) -> None:
-    """Fails where a file that is to be written is there already and is not an older one of the same kind.
-
-    Args:
-        path: of the file.
-        names: that every such file has at its top, or those of its first entry if it is a list.
-
-    Raises:
-        RunFolderError: it is something else.
-    """
-    if not os.path.lexists(path):
-        return
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        there = content[0] if isinstance(content, list) else content
-        ours = isinstance(there, dict) and set(names) <= there.keys()
-    except (OSError, ValueError, IndexError):
-        ours = False
-    if not ours:
-        raise RunFolderError(
-            f"{path} exists and is no file that this command writes. Nothing was changed. Give another name, or move "
-            "that file away."
-        )
-
-
-def free_space(folder: Path) -> tuple[Path, int]:
-    """Bytes that are free where a folder lies or will lie, and the nearest folder of it that exists."""
-    folder = folder.absolute()
-    existing = next(path for path in (folder, *folder.parents) if path.is_dir())
-    return existing, shutil.disk_usage(existing).free
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a file in one step: readers see the old content or the new, never a part."""
-    with written(path) as unfinished:
-        unfinished.write_text(text, encoding="utf-8")
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write a value as indented JSON in one step; paths become text, NaN null, secrets in addresses ``***``."""
-    plain = shown(_without_nan(value))
-    write_text(path, json.dumps(plain, indent=2, default=str, allow_nan=False) + "\n")
-
-
-def read_json(path: Path) -> Any:
-    """Read a JSON file.
-
-    Raises:
-        RunFolderError: it is missing or damaged.
-    """
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise RunFolderError(
-            f"{path} is missing: {path.parent} is not the folder of a run."
-        ) from None
-    except (ValueError, RecursionError) as error:
-        raise RunFolderError(
-            f"{path} is not readable JSON ({error}). Delete {path.parent} and run again."
-        ) from error
-
-
-def read_object(path: Path) -> dict[str, Any]:
-    """Read a JSON file that holds an object.
-
-    Raises:
-        RunFolderError: it is missing, damaged, or holds something else.
-    """
-    found = read_json(path)
-    if not isinstance(found, dict):
-        raise RunFolderError(
-            f"{path} holds a value of type {type(found).__name__} where an object is expected, so {path.parent} is not "
-            "the folder of a run, or the file was damaged. Run the command that made it again."
-        )
-    return found
-
-
-@contextmanager
-def entries_of(path: Path) -> Iterator[None]:
-    """While the entries of a file of ours are looked up: one that is missing or of another type names the file.
-
-    Raises:
-        RunFolderError: an entry is missing or has an impossible value.
-    """
-    try:
-        yield
-    except (KeyError, IndexError, TypeError, AttributeError, ValueError) as error:
-        reason = f"{error} is missing" if isinstance(error, KeyError) else str(error)
-        raise RunFolderError(
-            f"{path} has not the entries that this program writes ({reason}): it was changed, or is another program's. "
-            "Run the command that made its folder again."
-        ) from error
-
-
 def _fingerprint(data: DataState | str | None) -> str | None:
     return data.fingerprint if isinstance(data, DataState) else data
-
-
-def file_fingerprint(path: Path) -> str:
-    """SHA-256 of a file's content, 64 hexadecimal digits."""
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-def provenance() -> dict[str, Any]:
-    """Command line, code, package versions and machine of this process."""
-    return {
-        "schema": 1,
-        "command": command_line(),
-        "git": git_state(),
-        "versions": package_versions(),
-        "machine": machine(),
-    }
-
-
-def command_line() -> str:
-    """The command as it can be typed again."""
-    program, *words = sys.argv
-    path = Path(program)
-    # `i2am train` runs the module i2am_train/workflows/train.py, and Python then calls the program by that file.
-    is_command = path.parts[-3:-1] == ("i2am_train", "workflows")
-    name = f"i2am {path.stem}" if is_command else path.name
-    return without_secrets(" ".join([name, *map(shlex.quote, words)]))
-
-
-def git_state() -> dict[str, Any] | None:
-    """Commit of the checkout that runs, and whether it has local changes; None for a wheel."""
-    root = Path(__file__).resolve().parent.parent
-    if not (root / ".git").exists():
-        return None
-    try:
-        commit = _git(root, "rev-parse", "HEAD")
-        changes = _git(root, "status", "--porcelain", "--untracked-files=no")
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return {"commit": commit, "dirty": bool(changes)}
-
-
-def package_versions() -> dict[str, str]:
-    """Versions of Python and of the packages that can change a number."""
-    found = {"python": platform.python_version()}
-    for name in REPORTED_PACKAGES:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return found
-
-
-def machine() -> dict[str, Any]:
-    """Processor, usable cores, memory in GiB, and GPU (None where torch sees none, or no torch)."""
-    import psutil
-
-    return {
-        "cpu": _processor(),
-        "cores": len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count(),
-        "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
-        "gpu": _gpu(),
-        "system": platform.platform(terse=True),
-    }
-
-
-def now() -> str:
-    """The time as ISO 8601 text in UTC, to the second."""
-    return datetime.now(UTC).isoformat(timespec="seconds")
 
 
 def _saved_settings(path: Path) -> dict[str, Any] | None:
@@ -495,35 +308,4 @@ def _as_json(settings: Mapping[str, Any]) -> dict[str, Any]:
 
     A run goes on with another password, or another token, in the address of the same cache.
     """
-    return dict(shown(json.loads(json.dumps(_without_nan(settings), default=str))))
-
-
-def _without_nan(value: Any) -> Any:
-    if isinstance(value, float) and (value != value or value in (float("inf"), float("-inf"))):
-        return None
-    if isinstance(value, Mapping):
-        return {str(name): _without_nan(item) for name, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_without_nan(item) for item in value]
-    return value
-
-
-def _git(root: Path, *words: str) -> str:
-    command = ["git", "-C", str(root), *words]
-    return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        lines = []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
-
-
-def _gpu() -> str | None:
-    torch = sys.modules.get("torch")
-    if torch is None or not torch.cuda.is_available():
-        return None
-    return str(torch.cuda.get_device_name())
+    return dict(shown(json.loads(json.dumps(without_nan(settings), default=str))))

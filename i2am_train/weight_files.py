@@ -193,7 +193,7 @@ def _refusal(file: Path, names: list[str]) -> str:
 # -- a folder -------------------------------------------------------------------------------------------------------
 
 
-def read_object(file: Path) -> dict[str, Any]:
+def read_description(file: Path) -> dict[str, Any]:
     """The JSON object in a small file that says what a folder holds.
 
     Raises:
@@ -219,7 +219,7 @@ def files_of_index(index: Path) -> list[Path]:
     Raises:
         CheckpointError: it is no index, names files elsewhere, or some of its files are missing.
     """
-    names = read_object(index).get("weight_map")
+    names = read_description(index).get("weight_map")
     if (
         not isinstance(names, dict)
         or not names

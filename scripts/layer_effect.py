@@ -25,9 +25,9 @@ from torch import Tensor, nn
 from i2am_train.attention.recipe import PAPER_LAYERS, LayerId, layer_name
 from i2am_train.config.locations import checkpoint_folder
 from i2am_train.data.synthetic.dataset import FIRST_TEST_INDEX, render_sample
+from i2am_train.environment import machine
 from i2am_train.models.sampling import sample
 from i2am_train.models.tryon import TryOnModel
-from i2am_train.runs import machine
 from i2am_train.types import GridSize
 
 RESULT = Path(__file__).resolve().parents[1] / "data" / "results" / "layers.json"

@@ -51,9 +51,10 @@ from i2am_train.data.object_storage import fetch, read_bytes
 from i2am_train.data.opening import AS_IT_LIES, Reading, split_layouts
 from i2am_train.data.reading import EpochPosition, SampleIndexError
 from i2am_train.errors import ConfigError, DataError
-from i2am_train.files import written
+from i2am_train.files import free_space, written
+from i2am_train.fingerprints import file_fingerprint
+from i2am_train.json_files import write_json
 from i2am_train.redaction import without_secrets
-from i2am_train.runs import file_fingerprint, free_space, write_json
 from i2am_train.types import GridSize, Pairing, Split
 
 _NONSENSE = (ValueError, TypeError, KeyError, AttributeError, RecursionError, ConfigError)

@@ -11,10 +11,10 @@ from safetensors.numpy import save_file
 from torch import Tensor
 
 from i2am_train.evaluation.evaluator import EvaluationResult, Panel, score_columns
-from i2am_train.files import written
+from i2am_train.files import write_text, written
+from i2am_train.json_files import write_json
 from i2am_train.results.finished_runs import PANEL_ARRAYS, PANELS, RESULTS, SAMPLES, Panels
 from i2am_train.results.statistics import Over, mean_interval
-from i2am_train.runs import write_json, write_text
 
 CONFIDENCE = 0.95
 IMAGES = "images"

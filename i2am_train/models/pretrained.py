@@ -26,7 +26,7 @@ from i2am_train.weight_files import (
     check_network,
     files_of_index,
     integer_tensors,
-    read_object,
+    read_description,
 )
 
 T = TypeVar("T")
@@ -300,7 +300,7 @@ def _check_descriptions(place: Place, subfolder: str) -> None:
     for name in DESCRIPTIONS:
         file = place.file(f"{subfolder}/{name}" if subfolder else name)
         if file is not None:
-            read_object(file)
+            read_description(file)
 
 
 def _weight_files(place: Place, subfolder: str) -> list[Path]:
@@ -388,7 +388,7 @@ def check_pipeline(source: str, expected: Sequence[str], model: str) -> None:
     if not folder.is_dir():
         return
     index = folder / INDEX_FILE
-    found = read_object(index).get("_class_name") if index.is_file() else None
+    found = read_description(index).get("_class_name") if index.is_file() else None
     if found in expected:
         return
     what = f"is of a {found}" if found else f"has no {INDEX_FILE}"

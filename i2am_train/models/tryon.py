@@ -27,15 +27,15 @@ from i2am_train.attention.known_recipes import diffusers_decoder
 from i2am_train.attention.recipe import Recipe
 from i2am_train.config.build import build
 from i2am_train.errors import CheckpointError, ConfigError
+from i2am_train.files import free_space
 from i2am_train.locks import staged
 from i2am_train.models.diffusion import NoiseSchedule
 from i2am_train.models.lora import copy_adapters, merged
 from i2am_train.models.pretrained import INDEX_FILE, load_encoder, load_network, load_part, reading
 from i2am_train.models.projector import ReferenceProjector
 from i2am_train.models.watch import Watch
-from i2am_train.runs import free_space
 from i2am_train.types import GridSize
-from i2am_train.weight_files import check_numbers, read_object
+from i2am_train.weight_files import check_numbers, read_description
 
 diffusers_logging.disable_progress_bar()  # "Writing model shards" for files of a few megabytes
 transformers_logging.disable_progress_bar()
@@ -412,7 +412,7 @@ def _read_index(folder: Path) -> TryOnConfig:
             f"The model in '{folder}' lacks {', '.join(missing)}; expected {', '.join(COMPONENTS)}. "
             "The folder may be half copied; copy or export it again."
         )
-    index = read_object(index_file)
+    index = read_description(index_file)
     others = {*COMPONENTS, NOISE_SCHEDULE}
     options = {k: v for k, v in index.items() if k not in others and not k.startswith("_")}
     try:

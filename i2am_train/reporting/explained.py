@@ -29,16 +29,11 @@ from i2am_train.attention.archive import load_maps, save_maps
 from i2am_train.attention.maps import AttributionMaps
 from i2am_train.errors import RunFolderError
 from i2am_train.files import written
+from i2am_train.json_files import entries_of, read_object, write_json
 from i2am_train.metrics.correspondence import target_on_grid
 from i2am_train.reporting.figures.canvas import Picture
 from i2am_train.reporting.figures.explained import GridCell, Mask, array
-from i2am_train.runs import (
-    MANIFEST_FILE,
-    checkpoint_label,
-    entries_of,
-    read_object,
-    write_json,
-)
+from i2am_train.runs import MANIFEST_FILE, checkpoint_label
 from i2am_train.types import Direction, GridSize, LayerWeighting
 
 SCHEMA = 2

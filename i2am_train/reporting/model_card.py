@@ -11,10 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from i2am_train.json_files import read_object
 from i2am_train.metrics.registry import METRICS
 from i2am_train.reporting.table import interval_text, markdown_lines, number
 from i2am_train.results.evaluations import Evaluation, read_evaluations
-from i2am_train.runs import MANIFEST_FILE, SETTINGS_FILE, read_object
+from i2am_train.runs import MANIFEST_FILE, SETTINGS_FILE
 from i2am_train.types import GridSize
 
 TAGS = ["virtual-try-on", "attention", "i2am", "diffusers"]

@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from i2am_train.attention.archive import save_maps
 from i2am_train.attention.known import of_same_picture
 from i2am_train.attention.maps import AttributionMaps
+from i2am_train.json_files import write_json
 from i2am_train.reporting.explained import SCORES, write_png
 from i2am_train.reporting.figures.by_layer import layer_maps, time_and_head_maps
 from i2am_train.reporting.figures.canvas import Picture
@@ -43,7 +44,6 @@ from i2am_train.reporting.super_resolution import (
     alignment_sheet,
     alignment_table,
 )
-from i2am_train.runs import write_json
 from i2am_train.types import Direction, GridSize, LayerWeighting
 
 SCHEMA = 1

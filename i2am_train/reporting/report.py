@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
+from i2am_train.files import write_text
 from i2am_train.metrics.registry import MetricInfo
 from i2am_train.reporting.figures.canvas import arm_colors
 from i2am_train.reporting.figures.training import (
@@ -53,7 +54,6 @@ from i2am_train.results.finished_runs import (
     reference_arm,
     uses_truth,
 )
-from i2am_train.runs import write_text
 
 MAX_ARMS_IN_PANEL = 4
 MAX_CENTER_ROWS = 4

@@ -9,6 +9,9 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
+from i2am_train.environment import command_line, git_state
+from i2am_train.files import write_text
+from i2am_train.json_files import write_json
 from i2am_train.reporting.figures.canvas import save_figure
 from i2am_train.reporting.figures.correlation import CAPTION, correlation_figure
 from i2am_train.reporting.pages import Picture, Section, embedded_figure
@@ -17,7 +20,6 @@ from i2am_train.reporting.table import LATEX_NEEDS, Cell, Heading, Row, Table, h
 from i2am_train.reporting.tables.correlation import NEED, correlation_table
 from i2am_train.reporting.tables.scores import models_of, score_tables
 from i2am_train.results.evaluations import Evaluation, incomparable, read_evaluations
-from i2am_train.runs import command_line, git_state, write_json, write_text
 from i2am_train.types import Pairing
 
 FOLDER, STEM = "tables", "correlation"

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from i2am_train.errors import ConfigError, RunFolderError
+from i2am_train.json_files import entries_of, read_object
 from i2am_train.results.finished_runs import RESULTS, SAMPLES, read_samples, uses_truth
 from i2am_train.runs import (
     MANIFEST_FILE,
@@ -20,8 +21,6 @@ from i2am_train.runs import (
     SETTINGS_FILE,
     best_step,
     checkpoint_label,
-    entries_of,
-    read_object,
     run_of,
 )
 from i2am_train.types import Pairing

@@ -76,7 +76,8 @@ def _ablate(config: AblateConfig) -> dict[str, Any]:
     from i2am_train.assembly import prepare_data
     from i2am_train.config.build import plain
     from i2am_train.fingerprints import data_state
-    from i2am_train.runs import RunFolder, write_json
+    from i2am_train.json_files import write_json
+    from i2am_train.runs import RunFolder
     from i2am_train.tracking.study import track_study
 
     _check(config)
@@ -119,7 +120,7 @@ def tracked(config: AblateConfig, arm: str | None = None, *tags: str) -> AblateC
 
 
 def _holds(results: Path, entries: list[dict[str, Any]]) -> bool:
-    from i2am_train.runs import read_json
+    from i2am_train.json_files import read_json
 
     return results.is_file() and read_json(results).get("cells") == entries
 
@@ -209,7 +210,7 @@ def _run_cell(config: AblateConfig, cell: Cell, root: Path) -> dict[str, Any]:
 
 def _minutes(cell: Path, now: float) -> float:
     """Minutes that the cell took when it was made, also when this run only read it."""
-    from i2am_train.runs import read_json, write_json
+    from i2am_train.json_files import read_json, write_json
 
     file = cell / "minutes.json"
     if not file.is_file():

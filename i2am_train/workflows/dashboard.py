@@ -12,7 +12,7 @@ def run(config: DashboardConfig) -> None:
     Raises:
         TrackingError: not logged in, or the server cannot be reached.
     """
-    from i2am_train.runs import require_own_json, write_json
+    from i2am_train.json_files import require_own_json, write_json
     from i2am_train.tracking.dashboard import dashboard_json, save_dashboard
 
     if config.output is not None:

@@ -45,7 +45,9 @@ def check(config: DataCheckConfig) -> int:
     """Print the report on a dataset folder; status 1 if training would fail."""
     from i2am_train.data.checks.dataset_report import check_dataset
     from i2am_train.data.opening import Reading
-    from i2am_train.runs import require_apart, require_own_json, write_text
+    from i2am_train.files import write_text
+    from i2am_train.json_files import require_own_json
+    from i2am_train.runs import require_apart
 
     if config.json is not None:
         require_apart(config.root, config.json)
@@ -65,8 +67,9 @@ def derive(config: DataDeriveConfig) -> int:
     from i2am_train.data.derive.parsing import LABEL_SETS
     from i2am_train.data.opening import Reading
     from i2am_train.fingerprints import DERIVED_REPORT
+    from i2am_train.json_files import require_own_json, write_json
     from i2am_train.locks import locked
-    from i2am_train.runs import require_apart, require_own_json, write_json
+    from i2am_train.runs import require_apart
     from i2am_train.types import Pairing
 
     file = config.json or config.root / DERIVED_REPORT

@@ -71,9 +71,10 @@ def detect(config: DetectConfig, folder: Path) -> dict[str, Any]:
     from i2am_train.experiments.detection.detectors import load_detector
     from i2am_train.experiments.detection.evaluation import KeptPaintings, paint_bench
     from i2am_train.experiments.detection.tracking import track_detection
+    from i2am_train.json_files import read_json
     from i2am_train.models.others.paint_by_example import PaintByExample
     from i2am_train.results.finished_runs import RESULTS
-    from i2am_train.runs import RunFolder, read_json
+    from i2am_train.runs import RunFolder
 
     device = chosen_device(config.device)
     annotations, images = data_of(config)
@@ -156,8 +157,9 @@ def conclude(
     from i2am_train.experiments.detection.evaluation import score_bench, summarise
     from i2am_train.experiments.detection.report import write_report
     from i2am_train.experiments.detection.results import KIND, SCHEMA, read_detected, write_examples
+    from i2am_train.files import write_text
+    from i2am_train.json_files import write_json
     from i2am_train.results.finished_runs import RESULTS, SAMPLES
-    from i2am_train.runs import write_json, write_text
 
     rows = score_bench(kept, seen, config)
     results = {

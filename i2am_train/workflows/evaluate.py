@@ -82,8 +82,9 @@ def expected_values(config: EvaluateConfig) -> dict[str, float]:
         RunFolderError: the run's settings cannot be read.
     """
     from i2am_train.config.locations import checkpoint_folder
+    from i2am_train.json_files import read_object
     from i2am_train.reporting.tables.published import TABLE_2, published_values
-    from i2am_train.runs import SETTINGS_FILE, read_object, run_of
+    from i2am_train.runs import SETTINGS_FILE, run_of
     from i2am_train.types import Pairing
 
     model = config.expected

@@ -66,10 +66,11 @@ def explain(config: ExplainConfig) -> Path:
     """
     from i2am_train.assembly import chosen_device, load_model, model_folder, prepare_data
     from i2am_train.config.build import plain
+    from i2am_train.files import write_text
     from i2am_train.fingerprints import data_state
     from i2am_train.reporting.explained import write_explained
     from i2am_train.reporting.explorer import PAGE, explorer_page
-    from i2am_train.runs import RunFolder, write_text
+    from i2am_train.runs import RunFolder
 
     device = chosen_device(config.device)
     names = _labels(config.checkpoints)

@@ -42,10 +42,11 @@ def explain_picture(config: ExplainConfig) -> Path:
     """
     from i2am_train.config.build import plain
     from i2am_train.config.hub import revisions
+    from i2am_train.files import write_text
     from i2am_train.reporting.explorer import PAGE, explorer_page
     from i2am_train.reporting.figures.canvas import save_figure
     from i2am_train.reporting.others import write_picture
-    from i2am_train.runs import RunFolder, write_text
+    from i2am_train.runs import RunFolder
 
     # Before it is made, when a model of the hub may not be there yet.
     RunFolder.check(folder_of(config), plain(config), may_differ=(*MAY_DIFFER, "revisions"))
@@ -208,7 +209,7 @@ def _picture(
 def _origin(config: ExplainConfig) -> dict[str, Any]:
     """What the picture was made by and from; files by their fingerprints, too."""
     from i2am_train.config.build import plain
-    from i2am_train.runs import file_fingerprint
+    from i2am_train.fingerprints import file_fingerprint
 
     return {
         "model": config.model,

@@ -25,8 +25,8 @@ def run(config: InitConfig) -> None:
     """
     from i2am_train.config.hub import revisions
     from i2am_train.errors import RunFolderError
+    from i2am_train.json_files import require_own_json
     from i2am_train.models.convert.key_report import KeyMismatchError
-    from i2am_train.runs import require_own_json
 
     if config.output.exists():
         raise RunFolderError(
@@ -99,7 +99,7 @@ def report_file(output: Path) -> Path:
 
 def write_report(output: Path, reports: Sequence[KeyReport]) -> Path:
     """Writes what became of every key beside the model's folder."""
-    from i2am_train.runs import write_json
+    from i2am_train.json_files import write_json
 
     file = report_file(output)
     write_json(file, [report.as_json() for report in reports])

@@ -20,9 +20,9 @@ Write = Callable[[Path], "tuple[dict[str, Any], list[Section]]"]
 
 def run(config: ReportConfig) -> None:
     """Make the report, and say what was made, what was left out and why."""
+    from i2am_train.json_files import read_json
     from i2am_train.locks import locked
     from i2am_train.reporting.paper_page import left_out
-    from i2am_train.runs import read_json
 
     with locked(config.folder):
         folder = report(config)
@@ -46,9 +46,12 @@ def report(config: ReportConfig) -> Path:
         I2AMError: there is nothing to report, an input does not fit, or the folder is taken.
     """
     from i2am_train.config.build import plain
+    from i2am_train.environment import now, provenance
     from i2am_train.errors import ConfigError
+    from i2am_train.files import write_text
+    from i2am_train.json_files import write_json
     from i2am_train.reporting.paper_page import paper_page
-    from i2am_train.runs import RunFolder, now, provenance, write_json, write_text
+    from i2am_train.runs import RunFolder
 
     parts = [part for prepare in PARTS if (part := prepare(config)) is not None]
     if not parts:

@@ -21,7 +21,7 @@ from i2am_train.experiments.detection.tables import main_table, published_iou, t
 from i2am_train.reporting import table as formats
 from i2am_train.reporting.explained import ExplainedSample
 from i2am_train.results.finished_runs import RESULTS, SAMPLES
-from i2am_train.runs import RunFolder, write_json, write_text
+from i2am_train.runs import RunFolder
 from i2am_train.workflows.report import report
 
 YOLO, MASKFORMER = "hustvl/yolos-tiny", "facebook/maskformer-swin-tiny-coco"

@@ -25,7 +25,7 @@ from i2am_train.reporting.table_files import plan_tables
 from i2am_train.reporting.tables.correlation import correlation_table, selections
 from i2am_train.reporting.tables.scores import score_tables
 from i2am_train.results.evaluations import read_evaluations
-from i2am_train.runs import RunFolder, provenance
+from i2am_train.runs import RunFolder
 
 SAMPLES = 6
 SCRIPTS = Path(__file__).parents[2] / "scripts"

@@ -8,16 +8,13 @@ from pathlib import Path
 
 import pytest
 
-from i2am_train import runs
+from i2am_train import environment
+from i2am_train.environment import command_line
 from i2am_train.errors import RunFolderError
+from i2am_train.files import write_text
 from i2am_train.fingerprints import data_state
-from i2am_train.runs import (
-    RunFolder,
-    command_line,
-    read_json,
-    write_json,
-    write_text,
-)
+from i2am_train.json_files import read_json, write_json
+from i2am_train.runs import RunFolder
 
 SETTINGS = {"seed": 0, "data": {"root": Path("/data"), "workers": 2}, "betas": (0.9, 0.999)}
 
@@ -150,8 +147,8 @@ def test_wheel_has_no_git_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     """Installed inside somebody's repository, a run does not claim that repository's commit."""
     (tmp_path / "site-packages" / "i2am_train").mkdir(parents=True)
     (tmp_path / ".git").mkdir()
-    monkeypatch.setattr(runs, "__file__", str(tmp_path / "site-packages/i2am_train/runs.py"))
-    assert runs.git_state() is None
+    monkeypatch.setattr(environment, "__file__", str(tmp_path / "site-packages/i2am_train/runs.py"))
+    assert environment.git_state() is None
 
 
 def test_a_command_is_recorded_as_it_can_be_typed(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -39,11 +39,10 @@ from i2am_train.data.synthetic.meshes import (
 )
 from i2am_train.data.synthetic.people import SIDES, Body, Person
 from i2am_train.errors import DataError
-from i2am_train.files import named_errors
+from i2am_train.files import named_errors, write_text
 from i2am_train.fingerprints import DESCRIPTION_FILE
 from i2am_train.locks import staged
 from i2am_train.processes import ignore_interrupts
-from i2am_train.runs import write_text
 from i2am_train.types import GridSize, Role, Split
 
 GENERATOR_VERSION = 1

@@ -32,6 +32,7 @@ from i2am_train.experiments.detection.coco import Bench, BenchSample
 from i2am_train.experiments.detection.detectors import Detector, best_detection
 from i2am_train.experiments.detection.tables import swept_name
 from i2am_train.files import written
+from i2am_train.json_files import read_json, write_json
 from i2am_train.metrics.boxes import (
     METHODS_OF_MAPS,
     Box,
@@ -43,7 +44,6 @@ from i2am_train.metrics.boxes import (
 )
 from i2am_train.models.others.paint_by_example import PaintByExample, Painted, Painting, resized
 from i2am_train.results.statistics import Over, mean_interval, paired_difference
-from i2am_train.runs import read_json, write_json
 from i2am_train.seeds import seed_for
 from i2am_train.types import Direction, GridSize, LayerWeighting
 

@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 
 from i2am_train.experiments.detection.results import Detected, Example, Results
 from i2am_train.experiments.detection.tables import tables_of
+from i2am_train.files import write_text
 from i2am_train.metrics.boxes import Box as PixelBox
 from i2am_train.reporting.figures.canvas import OKABE_ITO, save_figure
 from i2am_train.reporting.figures.sheet import Box, Sheet, draw_sheet
@@ -21,7 +22,6 @@ from i2am_train.reporting.pages import Picture as PagePicture
 from i2am_train.reporting.pages import Section, embedded_figure, page_environment
 from i2am_train.reporting.provenance import provenance_rows
 from i2am_train.reporting.table import LATEX_NEEDS, html, latex, markdown, number
-from i2am_train.runs import write_text
 from i2am_train.types import GridSize
 
 TARGET_COLOR, OURS_COLOR, INVERTED_COLOR, DETECTOR_COLOR = (

@@ -9,6 +9,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
+from i2am_train.environment import command_line
 from i2am_train.experiments.detection.report import FIGURE_CAPTION, drawing_of, sections
 from i2am_train.experiments.detection.results import KIND, Detected, read_detected
 from i2am_train.experiments.detection.tables import tables_of
@@ -19,7 +20,6 @@ from i2am_train.reporting.figures.files import origin_of
 from i2am_train.reporting.pages import Section
 from i2am_train.reporting.provenance import code_state
 from i2am_train.reporting.table_files import write_table
-from i2am_train.runs import command_line
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,9 +22,9 @@ from safetensors.numpy import save_file
 
 from i2am_train.errors import RunFolderError
 from i2am_train.files import written
+from i2am_train.json_files import read_object
 from i2am_train.reporting.figures.canvas import Picture
 from i2am_train.results.finished_runs import PANELS, RESULTS, SAMPLES, read_samples
-from i2am_train.runs import read_object
 
 SCHEMA, KIND = 1, "detection"
 """Version and kind that ``results.json`` states."""

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from i2am_train.environment import command_line, git_state
 from i2am_train.errors import ConfigError
 from i2am_train.reporting.explained import (
     ExplainedSample,
@@ -20,7 +21,6 @@ from i2am_train.reporting.figures.paper import PAPER_FIGURES, Layers, PlannedFig
 from i2am_train.reporting.figures.sheet import draw_sheet
 from i2am_train.reporting.pages import Picture, Section, embedded_figure
 from i2am_train.reporting.provenance import code_state
-from i2am_train.runs import command_line, git_state
 from i2am_train.types import FigureName
 
 FOLDER = "figures"
