@@ -23,13 +23,8 @@ from typing import Any
 
 import cv2
 
-from i2am_train.data.synthetic.dataset import (
-    FOLDERS,
-    SyntheticSample,
-    make_dataset,
-    render_sample,
-    write_sample,
-)
+from i2am_train.data.synthetic.dataset import FOLDERS, make_dataset, write_sample
+from i2am_train.data.synthetic.rendering import SyntheticSample, render_sample
 from i2am_train.types import GridSize, Pairing, Split
 
 AIM = 60.0

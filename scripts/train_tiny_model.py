@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from i2am_train.attention.live import ScoreTap
-from i2am_train.data.synthetic.dataset import render_sample
+from i2am_train.data.synthetic.rendering import render_sample
 from i2am_train.losses.supervised import correspondence_cross_entropy
 from i2am_train.metrics.correspondence import target_on_grid
 from i2am_train.models.build import build_model

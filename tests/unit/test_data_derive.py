@@ -21,7 +21,8 @@ from i2am_train.data.derive.keypoints import Joints, openpose_json, read_keypoin
 from i2am_train.data.derive.parsing import DRESS_CODE, VITON_HD, read_labels, write_labels
 from i2am_train.data.opening import AS_IT_LIES, open_dataset
 from i2am_train.data.picture_files import read_native_mask
-from i2am_train.data.synthetic.dataset import make_dataset, render_annotations, render_sample
+from i2am_train.data.synthetic.dataset import make_dataset
+from i2am_train.data.synthetic.rendering import render_annotations, render_sample
 from i2am_train.errors import DataError
 from i2am_train.types import GridSize, Pairing, Split
 

@@ -17,7 +17,7 @@ from i2am_train.data.derive.derivation import DeriveOptions, derive_dataset
 from i2am_train.data.derive.parsing import DRESS_CODE, VITON_HD
 from i2am_train.data.module import TryOnDataModule
 from i2am_train.data.opening import AS_IT_LIES, Reading, detect_layout, open_dataset
-from i2am_train.data.synthetic.dataset import render_annotations, render_sample
+from i2am_train.data.synthetic.rendering import render_annotations, render_sample
 from i2am_train.errors import DataError
 from i2am_train.types import CATEGORIES, GridSize, Pairing, Split
 

@@ -19,7 +19,8 @@ from i2am_train.data.derive.derivation import DeriveOptions, derive_dataset
 from i2am_train.data.derive.keypoints import openpose_json, read_keypoints
 from i2am_train.data.derive.parsing import DRESS_CODE, VITON_HD, read_labels, write_labels
 from i2am_train.data.opening import AS_IT_LIES
-from i2am_train.data.synthetic.dataset import make_dataset, render_sample
+from i2am_train.data.synthetic.dataset import make_dataset
+from i2am_train.data.synthetic.rendering import render_sample
 from i2am_train.types import GridSize
 
 SIZE = GridSize(256, 192)

@@ -13,7 +13,8 @@ from i2am_train.data.checks.dataset_report import check_dataset
 from i2am_train.data.layouts.viton_hd import require_correspondence
 from i2am_train.data.opening import open_dataset
 from i2am_train.data.reading import EpochPosition, TryOnDataset
-from i2am_train.data.synthetic.dataset import FIRST_TEST_INDEX, render_sample
+from i2am_train.data.synthetic.dataset import FIRST_TEST_INDEX
+from i2am_train.data.synthetic.rendering import render_sample
 from i2am_train.errors import DataError
 from i2am_train.types import GridSize, Pairing, Split
 

@@ -18,6 +18,8 @@ from i2am_train.experiments.detection.results import (
     write_examples,
 )
 from i2am_train.experiments.detection.tables import main_table, published_iou, threshold_table
+from i2am_train.files import write_text
+from i2am_train.json_files import write_json
 from i2am_train.reporting import table as formats
 from i2am_train.reporting.explained import ExplainedSample
 from i2am_train.results.finished_runs import RESULTS, SAMPLES

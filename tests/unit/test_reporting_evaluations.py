@@ -14,6 +14,7 @@ from scipy.stats import pearsonr, spearmanr
 from i2am_train.config.build import plain
 from i2am_train.config.evaluation import EvaluateConfig
 from i2am_train.config.training import TrainConfig
+from i2am_train.environment import provenance
 from i2am_train.errors import ConfigError, RunFolderError
 from i2am_train.evaluation.evaluator import EvaluationResult
 from i2am_train.evaluation.results import write_evaluation
