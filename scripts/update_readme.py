@@ -28,9 +28,11 @@ RESULTS = ROOT / "data" / "results"
 
 STUDIES = ("study.json", "trajectory.json")
 DOCUMENTS = (
-    *("README.md", "data/README.md"),
-    *("data/results/study.md", "data/results/correlation.md"),
+    *("README.md", "data/README.md", "i2am_train/attention/README.md"),
+    *(f"data/results/{name}.md" for name in ("study", "trajectory", "correlation")),
 )
+SHOWN = ("IMACS_g", "IMACS_r", "Correspondence error", "SSIM", "ST-LPIPS")
+"""Scores of the README's table, which has to fit a screen; ``data/results/study.md`` has all."""
 FIGURE = ROOT / "data" / "figures" / "correlation.png"
 
 
@@ -39,7 +41,7 @@ def rendered(document: str) -> str:
     for name, text in (
         ("arms", arms((RESULTS / "study.json").read_text())),
         ("study", study((RESULTS / "study.json").read_text())),
-        ("effects", effects((RESULTS / "layers.json").read_text())),
+        ("trajectory", study((RESULTS / "trajectory.json").read_text())),
         ("layers", layers((RESULTS / "layers.json").read_text())),
         ("correlation", correlation((RESULTS / "trajectory_checkpoints.json").read_text())),
         ("benchmark", benchmark((RESULTS / "benchmark.json").read_text())),
@@ -58,8 +60,10 @@ def study(text: str) -> str:
 
 
 def arms(text: str) -> str:
-    """The first of these tables."""
-    return study(text).split("\n\n")[0]
+    """The first of these tables, with the scores that are shown."""
+    rows = [line.split(" | ") for line in study(text).split("\n\n")[0].splitlines()]
+    kept = [0, *(n for n, name in enumerate(rows[0]) if name.startswith(SHOWN))]
+    return "\n".join(" | ".join(row[n] for n in kept) + " |" for row in rows)
 
 
 def renewed(text: str) -> str:
@@ -67,13 +71,8 @@ def renewed(text: str) -> str:
     return json.dumps(recompared(json.loads(text)), indent=2) + "\n"
 
 
-def effects(text: str) -> str:
-    """What uniform attention of each layer changes in the picture: one row of means."""
-    return "\n".join(layers(text).splitlines()[:3])
-
-
 def layers(text: str) -> str:
-    """The same with the largest change of a sample, and how it was measured."""
+    """What uniform attention of each layer changes in the picture, and how it was measured."""
     result: dict[str, Any] = json.loads(text)
     numbers = list(result["mean"])
     rows = [

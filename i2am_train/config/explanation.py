@@ -112,7 +112,7 @@ class ExplainConfig(Options):
     adapter: Path | None = None
     """Weights beside the checkpoint: ip_adapter...'s file, or catvton's of the attention layers."""
     factory: str | None = None
-    """model=factory: package.module:function that returns your pipeline (README)."""
+    """model=factory: package.module:function that returns your pipeline (i2am_train/attention/README.md)."""
     recipe: str | None = None
     """model=factory: name of the recipe where the pipeline is not recognised by its modules."""
     output: Path | None = None

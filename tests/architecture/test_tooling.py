@@ -13,6 +13,9 @@ import i2am_train
 
 ROOT = Path(i2am_train.__file__).parents[1]
 TOP_LEVEL = {
+    "CHANGELOG.md",
+    "CITATION.cff",
+    "CONTRIBUTING.md",
     "LICENSE",
     "Makefile",
     "README.md",

@@ -15,6 +15,8 @@ from i2am_train.types import GridSize
 
 README = (Path(recipes.__file__).parent / "README.md").read_text()
 BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+OWN = next(number for number, block in enumerate(BLOCKS) if "register(" in block)
+"""Where a model of your own begins."""
 LATENT, GARMENT, WIDTH = GridSize(12, 8), GridSize(6, 5), 8
 
 
@@ -70,25 +72,33 @@ def ran(monkeypatch, capsys):
     """Names after all blocks ran one after the other, and what they printed."""
     monkeypatch.setattr(recipes, "_REGISTERED", [])
     names = {"pipeline": MyPipeline(), "MyPipeline": MyPipeline}
-    seen = []
+    traces, printed = [], []
     for block in BLOCKS:
         exec(compile(block, "attention/README.md", "exec"), names)
-        seen.append(names.get("attention"))
-    return SimpleNamespace(names=names, traces=seen, printed=capsys.readouterr().out)
+        traces.append(names.get("attention"))
+        printed.append(capsys.readouterr().out)
+    return SimpleNamespace(names=names, traces=traces[OWN + 1 :], printed=printed)
 
 
 def test_all_blocks_run(ran):
     # the maps are those of the model described: nine layers, 6x5 patches without the class token
     assert ran.names["on_person"].values.shape == (2, *LATENT)
     assert ran.names["on_garment"].values.shape == (2, *GARMENT)
-    assert ran.printed.count("up_blocks.") == 9
-    assert all(trace.maps().store.recipe == "my_tryon" for trace in ran.traces[1:])
-    assert {trace.maps().store.batch for trace in ran.traces[1:]} == {2}
+    assert "".join(ran.printed[OWN:]).count("up_blocks.") == 9
+    assert all(trace.maps().store.recipe == "my_tryon" for trace in ran.traces)
+    assert {trace.maps().store.batch for trace in ran.traces} == {2}
+
+
+def test_the_package_s_model_runs(ran):
+    # its sites are printed, and a score for each of two samples
+    (printed,) = (text for text in ran.printed[:OWN] if text)
+    assert "up_blocks.1.attentions.1" in printed
+    assert ran.names["looks_at"].values.shape[0] == 2
 
 
 def test_it_takes_ten_lines():
     # imports, blank lines and the docstring are not counted
-    lines = [line.strip() for line in BLOCKS[0].splitlines()]
+    lines = [line.strip() for line in BLOCKS[OWN].splitlines()]
     assert sum(not line.startswith(("from ", '"""')) and line != "" for line in lines) <= 10
 
 

@@ -97,7 +97,7 @@ def test_the_lines_of_the_readme(
     photographs: Path, make_parts: Callable[..., Any], original_layout: Callable[..., Any],
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
-    # Proves README's "Your own data and models" up to an exported pipeline; small networks stand for v1-5-pruned and
+    # Proves README's "Train on my photographs" up to an exported pipeline; small networks stand for v1-5-pruned and
     # DINOv2-g under their names, and parsing maps and keypoints for what the hub's two models make of photographs.
     monkeypatch.chdir(tmp_path)
     photographs.rename("my_set")

@@ -54,7 +54,7 @@ def loader_of(model: str) -> Loader:
         raise ConfigError(
             f"model={model} runs in its own repository's code, which is not part of this program. "
             f"Write a function that returns its pipeline, and set model={FACTORY} "
-            "factory=package.module:function (README, 'Other models')."
+            "factory=package.module:function (i2am_train/attention/README.md)."
         )
     names = [TRYON, *LOADERS]
     near = get_close_matches(model, [*names, *known], n=1)
