@@ -20,14 +20,10 @@ if TYPE_CHECKING:
     from i2am_train.attention.recipe import Recipe as Recipe
     from i2am_train.attention.trace import trace as trace
     from i2am_train.config.store import compose as compose
-    from i2am_train.losses.center_weighted import center_weighted as center_weighted
-    from i2am_train.losses.centers import attention_centers as attention_centers
-    from i2am_train.losses.distance_centering import dcml as dcml
-    from i2am_train.losses.objective import AttentionObjective as AttentionObjective
-    from i2am_train.losses.supervised import (
-        correspondence_cross_entropy as correspondence_cross_entropy,
-    )
-    from i2am_train.losses.total_variation import total_variation as total_variation
+    from i2am_train.losses.attention import Attention as Attention
+    from i2am_train.losses.attention import attention_centers as attention_centers
+    from i2am_train.losses.attention import attention_on_grids as attention_on_grids
+    from i2am_train.losses.objective import Objective as Objective
     from i2am_train.metrics.correspondence import correspondence_error as correspondence_error
     from i2am_train.metrics.correspondence import pck as pck
     from i2am_train.metrics.imacs import imacs as imacs
@@ -52,13 +48,10 @@ _HOME_OF = {
     "ScoreTap": "attention.live",
     "trace": "attention.trace",
     "compose": "config.store",
-    "LossVariant": "types",
-    "center_weighted": "losses.center_weighted",
-    "attention_centers": "losses.centers",
-    "dcml": "losses.distance_centering",
-    "AttentionObjective": "losses.objective",
-    "correspondence_cross_entropy": "losses.supervised",
-    "total_variation": "losses.total_variation",
+    "Attention": "losses.attention",
+    "attention_centers": "losses.attention",
+    "attention_on_grids": "losses.attention",
+    "Objective": "losses.objective",
     "correspondence_error": "metrics.correspondence",
     "pck": "metrics.correspondence",
     "imacs": "metrics.imacs",
@@ -69,6 +62,7 @@ _HOME_OF = {
     "Direction": "types",
     "GridSize": "types",
     "LayerWeighting": "types",
+    "LossVariant": "types",
     "Pairing": "types",
     "PredictionType": "types",
     "Split": "types",

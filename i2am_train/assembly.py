@@ -31,7 +31,6 @@ from i2am_train.config.build import plain
 from i2am_train.config.data import DataConfig
 from i2am_train.config.evaluation import EvaluateConfig
 from i2am_train.config.locations import checkpoint_folder, dataset_folder
-from i2am_train.config.losses import ObjectiveConfig
 from i2am_train.config.models import SamplingConfig
 from i2am_train.config.training import OptimizationConfig, TrainConfig
 from i2am_train.data.cache import LatentCache
@@ -42,7 +41,7 @@ from i2am_train.errors import CheckpointError, ConfigError
 from i2am_train.evaluation.evaluator import EvaluationSettings
 from i2am_train.evaluation.scoring import ScoringOptions
 from i2am_train.fingerprints import data_state
-from i2am_train.losses.objective import AttentionObjective, TermWeights
+from i2am_train.losses.objective import Objective, make_objective
 from i2am_train.metrics.registry import metric_info
 from i2am_train.models.pretrained import INDEX_FILE
 from i2am_train.models.tryon import TryOnModel
@@ -65,7 +64,6 @@ from i2am_train.training.optimization import eight_bit_adamw
 from i2am_train.training.preflight import accumulation, memory_advice
 from i2am_train.training.rehearsal import Measured, StepTimer
 from i2am_train.training.sharding import ShardedStrategy, ShardedTryOnModule
-from i2am_train.training.step import TrainingObjective
 from i2am_train.types import Device, Pairing
 
 # Lightning sets this level when it is imported, so it can only be changed afterwards; its remarks on devices and its
@@ -162,24 +160,6 @@ def make_datamodule(
         test_pairing=pairing,
         reading=reading_of(data),
         cache=cache,
-    )
-
-
-def make_objective(
-    objective: ObjectiveConfig, optimization: OptimizationConfig
-) -> TrainingObjective:
-    """The losses of training."""
-    return TrainingObjective(
-        attention=AttentionObjective(
-            weights=TermWeights(**objective.weights),
-            variant=objective.variant,
-            margin=objective.margin,
-            sigma=objective.width,
-            supervised_sigma=objective.width,
-            detach_centers=objective.detach_centers,
-        ),
-        layer=objective.layer,
-        snr_gamma=optimization.snr_gamma,
     )
 
 
@@ -481,19 +461,19 @@ def make_test_trainer(config: EvaluateConfig, callback: GenerationCallback) -> L
 
 def make_untrained_module(model: TryOnModel) -> TryOnModule:
     """A model wrapped for testing, where objective and optimizer do not matter."""
-    options = OptimizationConfig()
-    return TryOnModule(model, make_objective(ObjectiveConfig(), options), options)
+    return TryOnModule(model, Objective(), OptimizationConfig())
 
 
 def make_module(config: TrainConfig) -> TryOnModule:
     """The model of ``init`` with its objective."""
+    objective = make_objective(config.objective)
     model = load_model(config.init, config.data)
     if config.optimization.from_scratch:
         model.redraw_denoiser()
     kind = ShardedTryOnModule if config.trainer.sharded else TryOnModule
     return kind(
         model,
-        make_objective(config.objective, config.optimization),
+        objective,
         config.optimization,
         config.seed,
         cached=config.data.cache is not None,

@@ -146,6 +146,10 @@ class LossVariant(StrEnum):
         return 0.5 if self is LossVariant.AUTHORS_V1 else 1.0
 
 
+TermName = Literal["dcml", "tv", "cwg", "supervised"]
+TERMS: tuple[TermName, ...] = get_args(TermName)
+"""Attention losses of the package; options, logs and dashboards name them in this order."""
+
 Category = Literal["upper_body", "lower_body", "dresses"]
 CATEGORIES: tuple[Category, ...] = get_args(Category)
 """What a garment covers; the names are DressCode's folders."""

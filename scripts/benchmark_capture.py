@@ -158,19 +158,20 @@ def tiny_case(batch: int = 4, steps: int = 4) -> Case:
 def train_case(batch: int = 8) -> Case:
     """Training steps of two copies of the tiny model."""
     from i2am_train.attention import ScoreTap
-    from i2am_train.losses.objective import AttentionObjective, TermWeights
+    from i2am_train.config.losses import ObjectiveConfig
+    from i2am_train.losses.objective import Objective, make_objective
     from i2am_train.training.draws import draw
-    from i2am_train.training.step import TrainingObjective
+    from i2am_train.training.step import step_losses
 
     samples = synthetic_batch(batch)
-    terms = AttentionObjective(weights=TermWeights(dcml=1e-3, tv=1e-3, cwg=1e-3))
+    refined = make_objective(ObjectiveConfig(dcml=1e-3, tv=1e-3, cwg=1e-3))
 
-    def trainer(objective: TrainingObjective) -> Variant:
+    def trainer(objective: Objective) -> Variant:
         model = tiny_model().train()
         model.vae.requires_grad_(False)
         model.reference_encoder.requires_grad_(False)
         optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-5)
-        tap = ScoreTap(model, layers=[objective.layer]) if objective.needs_attention else None
+        tap = ScoreTap(model, layers=[objective.layer]) if objective.terms else None
         if tap is not None:
             tap.attach()
         draws = draw(
@@ -180,15 +181,15 @@ def train_case(batch: int = 8) -> Case:
 
         def run() -> None:
             optimizer.zero_grad()
-            torch.autograd.backward(objective(model, samples, draws, tap)["total"])
+            torch.autograd.backward(step_losses(model, samples, draws, objective, tap)["total"])
             optimizer.step()
 
         return run
 
     return Case(
         {
-            "baseline": trainer(TrainingObjective()),
-            "refined": trainer(TrainingObjective(attention=terms)),
+            "baseline": trainer(Objective()),
+            "refined": trainer(refined),
         },
         "baseline",
         "refined",

@@ -41,17 +41,19 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
 from i2am_train.attention import ScoreTap
+from i2am_train.config.losses import ObjectiveConfig
 from i2am_train.data.cache import ENCODED, TOKENS, CachedDataset, LatentCache
 from i2am_train.data.opening import open_dataset
 from i2am_train.data.synthetic.dataset import make_dataset
-from i2am_train.losses.objective import AttentionObjective, TermWeights
+from i2am_train.losses.attention import attention_on_grids
+from i2am_train.losses.objective import Objective, make_objective
 from i2am_train.models.build import build_model
 from i2am_train.models.projector import ReferenceProjector
 from i2am_train.models.tryon import TryOnConfig, TryOnModel
 from i2am_train.ops.masks import mask_on_grid
 from i2am_train.training.caching import make_cache
 from i2am_train.training.draws import Draws, draw
-from i2am_train.training.step import TrainingObjective
+from i2am_train.training.step import step_losses
 from i2am_train.types import GridSize, Pairing, Split
 
 SIZES = {"small": GridSize(128, 96), "true": GridSize(512, 384)}
@@ -141,11 +143,8 @@ class Bench:
         self.trained = [p for p in model.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(self.trained, lr=1e-6, fused=True)
         self.scaler = torch.amp.GradScaler(enabled=self.on_gpu)
-        terms = TermWeights(dcml=1e-3, tv=1e-3, cwg=1e-3)
-        self.objectives = {
-            "baseline": TrainingObjective(layer=LAYER),
-            "refined": TrainingObjective(attention=AttentionObjective(weights=terms), layer=LAYER),
-        }
+        refined = ObjectiveConfig(layer=LAYER, dcml=1e-3, tv=1e-3, cwg=1e-3)
+        self.objectives = {"baseline": Objective(), "refined": make_objective(refined)}
         self.pictures = self._pictures()
         self.encoded = self._encoded()
         self.draws = Draws(*(values.to(self.device) for values in self._drawn()))
@@ -220,10 +219,10 @@ class Bench:
         """As `i2am train` does."""
         objective = self.objectives[arm]
         batch: Any = self.encoded if cached else self.pictures
-        tap = ScoreTap(self.model, layers=[LAYER]) if objective.needs_attention else None
+        tap = ScoreTap(self.model, layers=[LAYER]) if objective.terms else None
         with tap or contextlib.nullcontext():
             with self.autocast(torch.bfloat16):
-                total = objective(self.model, batch, self.draws, tap)["total"]
+                total = step_losses(self.model, batch, self.draws, objective, tap)["total"]
             torch.autograd.backward(total)
         self._descend()
 
@@ -264,14 +263,15 @@ class Bench:
             loss = F.mse_loss(prediction.float(), target)
         assert attention.scores is not None
         scores = attention.scores.float()[..., model.special_tokens :]
-        terms = self.objectives["refined"].attention(
+        attended = attention_on_grids(
             scores,
             mask_on_grid(pictures["warped_garment_mask"], grid),
-            generated_grid=grid,
-            reference_grid=model.reference_grid,
+            grid,
+            model.reference_grid,
             conditioned=~draws.dropped,
         )
-        torch.autograd.backward(self.scaler.scale(loss + terms.total))
+        total, _ = self.objectives["refined"](attended)
+        torch.autograd.backward(self.scaler.scale(loss + total))
         self.scaler.unscale_(self.optimizer)
         nn.utils.clip_grad_norm_(self.trained, 1.0)
         self.scaler.step(self.optimizer)

@@ -29,7 +29,7 @@ from tqdm import tqdm
 
 from i2am_train.attention.live import ScoreTap
 from i2am_train.data.synthetic.rendering import render_sample
-from i2am_train.losses.supervised import correspondence_cross_entropy
+from i2am_train.losses.attention import attention_on_grids, supervised
 from i2am_train.metrics.correspondence import target_on_grid
 from i2am_train.models.build import build_model
 from i2am_train.models.tryon import Conditions, TryOnModel
@@ -288,9 +288,10 @@ def denoiser_losses(
         for layer in SEEDED_LAYERS:
             true = data[f"target_{layer}"][rows][~dropped]
             scores = tap.scores(layer)[~dropped]
-            seeding = (
-                seeding + correspondence_cross_entropy(scores, true, model.reference_grid).mean()
-            )
+            everywhere = torch.ones(scores.shape[:2], dtype=torch.bool)
+            generated, reference = tap.generated_grid(layer), tap.reference_grid(layer)
+            attention = attention_on_grids(scores, everywhere, generated, reference, target=true)
+            seeding = seeding + supervised(attention).mean()
     return denoising, seeding
 
 

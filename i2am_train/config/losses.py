@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from i2am_train.config.build import Options
 from i2am_train.config.constraints import Layer, NotNegative, Positive
-from i2am_train.types import LossVariant
+from i2am_train.types import TERMS, LossVariant, TermName
 
 
 @dataclass(kw_only=True, slots=True)
@@ -40,9 +40,9 @@ class ObjectiveConfig(Options):
         return self.variant.sigma if self.sigma is None else self.sigma
 
     @property
-    def weights(self) -> dict[str, float]:
+    def weights(self) -> dict[TermName, float]:
         """Weight by term, the terms that are off included."""
-        return {name: getattr(self, name) for name in ("dcml", "tv", "cwg", "supervised")}
+        return {name: getattr(self, name) for name in TERMS}
 
     @property
     def active(self) -> bool:

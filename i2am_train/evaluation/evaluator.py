@@ -25,7 +25,7 @@ from i2am_train.config.attention import AttributionConfig
 from i2am_train.config.models import SamplingConfig
 from i2am_train.data.sample import TryOnBatch, batch_on
 from i2am_train.evaluation.scoring import check_scores
-from i2am_train.losses.centers import attention_centers
+from i2am_train.losses.attention import attention_centers
 from i2am_train.metrics.correspondence import (
     attention_entropy,
     center_spread,
@@ -43,7 +43,7 @@ from i2am_train.models.watch import Watch
 from i2am_train.ops.images import to_uint8
 from i2am_train.ops.masks import mask_on_grid
 from i2am_train.seeds import seed_for
-from i2am_train.types import Direction, GridSize, LossVariant
+from i2am_train.types import Direction, GridSize
 
 T = TypeVar("T")
 
@@ -148,7 +148,7 @@ def generate_with_attention(
         maps=maps,
         map_generated=_unified(maps, Direction.REFERENCE_TO_GENERATED, attribution, size).values,
         map_reference=_unified(maps, Direction.GENERATED_TO_REFERENCE, attribution, size).values,
-        centers=attention_centers(scores, model.reference_grid, LossVariant.HINGE),
+        centers=attention_centers(scores.reshape(*scores.shape[:2], *model.reference_grid)),
         scores=scores,
         layer=record.layer,
         generated_grid=record.generated_grid,

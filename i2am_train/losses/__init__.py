@@ -1,4 +1,4 @@
-"""Training losses: pure functions of attention scores or predictions, one value per sample.
+"""Training losses: pure functions of a layer's attention or of predictions, one value per sample.
 
-No term carries a weight; :mod:`i2am_train.losses.objective` is the one place that applies them.
+No term carries a weight; :class:`i2am_train.losses.objective.Objective` is the one place that applies them.
 """

@@ -2,8 +2,8 @@
 
 Scalars of a training run, the same in ``metrics.csv``, TensorBoard and W&B:
 
-- ``loss/total``, ``loss/denoising`` and one of ``loss/dcml``, ``loss/tv``, ``loss/cwg``, ``loss/supervised`` for each
-  term that is on (unweighted), every ``trainer.log_every_n_steps`` steps;
+- ``loss/total``, ``loss/denoising`` and ``loss/<term>`` for each attention term that is on (unweighted; ``types.TERMS``
+  and those of ``objective.terms``), every ``trainer.log_every_n_steps`` steps;
 - ``lr``: the learning rate, and ``grad_norm``: the norm of the gradient before it is clipped (not with float16), at
   the same steps;
 - ``val/<metric>``: each metric of ``metrics.registry.METRICS`` that was asked for, and IMACS at every threshold and
@@ -24,6 +24,7 @@ A run of job type "detection" has ``detect/<kind>/<method>``, the mean IoU on re
 """
 
 from i2am_train.metrics.registry import METRICS
+from i2am_train.types import TERMS
 
 STEP = "trainer/global_step"
 """W&B's name of the optimiser step, as Lightning's logger writes it."""
@@ -33,7 +34,7 @@ GRADIENT_NORM = "grad_norm"
 LOSS, VALIDATION, EVALUATION, STUDY = "loss/", "val/", "eval/", "study/"
 DETECTION = "detect/"
 
-LOSSES = tuple(LOSS + term for term in ("total", "denoising", "dcml", "tv", "cwg", "supervised"))
+LOSSES = tuple(LOSS + name for name in ("total", "denoising", *TERMS))
 
 TABLE = "table"
 SAMPLES = "samples"

@@ -11,6 +11,7 @@ from torch import Tensor
 from i2am_train.attention.live import ScoreTap
 from i2am_train.config.training import OptimizationConfig
 from i2am_train.data.sample import TryOnBatch
+from i2am_train.losses.objective import Objective
 from i2am_train.models.lora import add_adapters
 from i2am_train.models.tryon import TryOnModel
 from i2am_train.training.accumulation import ConditionedCount, batches_of_step
@@ -21,7 +22,7 @@ from i2am_train.training.optimization import (
     prepare_networks,
     set_trainable,
 )
-from i2am_train.training.step import TrainingBatch, TrainingObjective
+from i2am_train.training.step import TrainingBatch, step_losses
 
 LEARNING_RATE = "lr"
 """What the learning rate is logged as."""
@@ -39,7 +40,7 @@ class TryOnModule(L.LightningModule):
     def __init__(
         self,
         model: TryOnModel,
-        objective: TrainingObjective,
+        objective: Objective,
         options: OptimizationConfig,
         seed: int = 0,
         *,
@@ -58,14 +59,14 @@ class TryOnModule(L.LightningModule):
         set_trainable(model, options.trainable)
         prepare_networks(model, options)
         model.train()  # loading leaves networks in evaluation mode, where diffusers checkpoints no gradients
-        if objective.needs_attention:
+        if objective.terms:
             ScoreTap(
                 model, layers=[objective.layer]
             )  # a layer that does not exist fails here, not hours later
 
     def on_train_start(self) -> None:
         """Attaches the score tap, after strategies have made their copies."""
-        if self.objective.needs_attention:
+        if self.objective.terms:
             self._tap = ScoreTap(self.model, layers=[self.objective.layer])
             self._tap.attach()
         self._move_frozen("cpu")
@@ -101,7 +102,15 @@ class TryOnModule(L.LightningModule):
         """One step's total loss; every part is logged as ``loss/<name>``, its mean over the processes."""
         draws = self._draws([int(index) for index in batch["index"]])
         conditioned = self._conditioned_per_batch(batch_index)
-        losses = self.objective(self.model, batch, draws, self._tap, conditioned)
+        losses = step_losses(
+            self.model,
+            batch,
+            draws,
+            self.objective,
+            self._tap,
+            snr_gamma=self.options.snr_gamma,
+            conditioned=conditioned,
+        )
         logged = {f"loss/{name}": value.detach() for name, value in losses.items()}
         self.log_dict(logged, batch_size=len(batch["name"]), sync_dist=True)
         return losses["total"]
@@ -153,7 +162,7 @@ class TryOnModule(L.LightningModule):
     def _conditioned_per_batch(self, batch_index: int) -> Tensor | None:
         """Over the optimizer step's batches; None where it has a single one."""
         trainer = self.trainer
-        if trainer.accumulate_grad_batches == 1 or not self.objective.needs_attention:
+        if trainer.accumulate_grad_batches == 1 or not self.objective.terms:
             return None
         loader: Any = trainer.train_dataloader
         batches = batches_of_step(

@@ -3,7 +3,6 @@
 A batch holds pictures, or what the frozen encoders made of them (:mod:`i2am_train.data.cache`).
 """
 
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -12,12 +11,12 @@ from jaxtyping import Float
 from torch import Tensor
 
 from i2am_train.attention.live import ScoreTap
-from i2am_train.attention.recipe import LayerId
 from i2am_train.data.cache import ENCODED, TOKENS, CachedBatch
 from i2am_train.data.sample import TryOnBatch
 from i2am_train.errors import CaptureError
+from i2am_train.losses.attention import Attention, attention_on_grids
 from i2am_train.losses.denoising import denoising_loss, snr_weights
-from i2am_train.losses.objective import AttentionObjective, ObjectiveValue
+from i2am_train.losses.objective import Objective
 from i2am_train.metrics.correspondence import target_on_grid
 from i2am_train.models.tryon import Moments, TryOnModel
 from i2am_train.ops.masks import mask_on_grid
@@ -26,91 +25,80 @@ from i2am_train.training.draws import Draws
 TrainingBatch = TryOnBatch | CachedBatch
 
 
-@dataclass(frozen=True, kw_only=True)
-class TrainingObjective:
-    """Everything that decides the loss of a batch, without state."""
+def step_losses(
+    model: TryOnModel,
+    batch: TrainingBatch,
+    draws: Draws,
+    objective: Objective,
+    tap: ScoreTap | None,
+    *,
+    snr_gamma: float | None = None,
+    conditioned: Float[Tensor, ""] | None = None,
+) -> dict[str, Float[Tensor, ""]]:
+    """Losses by name: ``denoising``, each attention term (unweighted), and ``total`` with gradient.
 
-    attention: AttentionObjective = field(default_factory=AttentionObjective)
-    """Attention losses; with no active term the attention is not looked at."""
-    layer: LayerId = 2
-    """Layer whose attention the losses see; the paper's is number 2 (A.5)."""
-    snr_gamma: float | None = None
-    """Min-SNR weighting of the denoising loss; None: plain mean squared error."""
+    Args:
+        tap: listens to the objective's layer; None where the objective has no term.
+        snr_gamma: Min-SNR weighting of the denoising loss; None: plain mean squared error.
+        conditioned: divides the attention terms' sums: the mean number of samples with a condition over the batches
+            whose gradients are accumulated. None: the number in this batch.
 
-    @property
-    def needs_attention(self) -> bool:
-        """True if a score tap must be attached."""
-        return bool(self.attention.weights.active)
-
-    def __call__(
-        self,
-        model: TryOnModel,
-        batch: TrainingBatch,
-        draws: Draws,
-        tap: ScoreTap | None,
-        conditioned: Float[Tensor, ""] | None = None,
-    ) -> dict[str, Float[Tensor, ""]]:
-        """Losses by name: ``denoising``, each active attention term (unweighted), and ``total`` with gradient.
-
-        ``conditioned`` divides the attention terms' sums: the mean number of samples with a condition over the batches
-        whose gradients are accumulated. None: the number in this batch.
-
-        Raises ``CaptureError`` when there are attention terms and no tap to read the attention from.
-        """
-        denoising = self._denoising(model, batch, draws)
-        if not self.needs_attention:
-            return {"denoising": denoising.detach(), "total": denoising}
-        if tap is None:
-            raise CaptureError(
-                f"The objective has attention terms ({', '.join(self.attention.weights.active)}) and got no score tap. "
-                f"Attach ScoreTap(model, layers=[{self.layer!r}]) before the step and hand it over."
-            )
-        if conditioned is None:
-            conditioned = (~draws.dropped).sum().float()
-        attention = self._attention(batch, draws, tap, mean_over_processes(conditioned))
-        return {
-            "denoising": denoising.detach(),
-            **attention.terms,
-            "total": denoising + attention.total,
-        }
-
-    def _denoising(
-        self, model: TryOnModel, batch: TrainingBatch, draws: Draws
-    ) -> Float[Tensor, ""]:
-        with torch.no_grad():
-            person, agnostic, pose = (
-                model.sample_latents(_moments(model, batch, name), draws.posterior[:, position])
-                for position, name in enumerate(ENCODED)
-            )
-        schedule = model.schedule
-        noisy = schedule.noised(person, draws.noise, draws.timesteps)
-        prediction = model(
-            noisy, draws.timesteps, agnostic, pose, batch.get("garment"), draws.dropped, batch.get(TOKENS)
-        )  # fmt: skip
-        weights = snr_weights(
-            schedule.signal.square(), draws.timesteps, schedule.prediction_type, self.snr_gamma
+    Raises:
+        CaptureError: there are attention terms and no tap to read the attention from.
+    """
+    denoising = _denoising(model, batch, draws, snr_gamma)
+    if not objective.terms:
+        return {"denoising": denoising.detach(), "total": denoising}
+    if tap is None:
+        raise CaptureError(
+            f"The objective has attention terms ({', '.join(objective.terms)}) and got no score tap. "
+            f"Attach ScoreTap(model, layers=[{objective.layer!r}]) before the step and hand it over."
         )
-        target = schedule.target(person, draws.noise, draws.timesteps)
-        return denoising_loss(prediction, target, weights).mean()
+    if conditioned is None:
+        conditioned = (~draws.dropped).sum().float()
+    total, terms = objective(
+        _attention(batch, draws, objective, tap), mean_over_processes(conditioned)
+    )
+    return {"denoising": denoising.detach(), **terms, "total": denoising + total}
 
-    def _attention(
-        self, batch: TrainingBatch, draws: Draws, tap: ScoreTap, count: Float[Tensor, ""]
-    ) -> ObjectiveValue:
-        generated, reference = tap.generated_grid(self.layer), tap.reference_grid(self.layer)
-        target = None
-        if self.attention.weights.active.get("supervised"):
-            target = target_on_grid(
-                batch["correspondence"], batch["warped_garment_mask"], generated, reference
-            )
-        return self.attention(
-            tap.scores(self.layer),
-            mask_on_grid(batch["warped_garment_mask"], generated),
-            generated_grid=generated,
-            reference_grid=reference,
-            target=target,
-            conditioned=~draws.dropped,
-            count=count,
+
+def _denoising(
+    model: TryOnModel, batch: TrainingBatch, draws: Draws, snr_gamma: float | None
+) -> Float[Tensor, ""]:
+    with torch.no_grad():
+        person, agnostic, pose = (
+            model.sample_latents(_moments(model, batch, name), draws.posterior[:, position])
+            for position, name in enumerate(ENCODED)
         )
+    schedule = model.schedule
+    noisy = schedule.noised(person, draws.noise, draws.timesteps)
+    prediction = model(
+        noisy, draws.timesteps, agnostic, pose, batch.get("garment"), draws.dropped, batch.get(TOKENS)
+    )  # fmt: skip
+    weights = snr_weights(
+        schedule.signal.square(), draws.timesteps, schedule.prediction_type, snr_gamma
+    )
+    target = schedule.target(person, draws.noise, draws.timesteps)
+    return denoising_loss(prediction, target, weights).mean()
+
+
+def _attention(
+    batch: TrainingBatch, draws: Draws, objective: Objective, tap: ScoreTap
+) -> Attention:
+    layer, worn = objective.layer, batch["warped_garment_mask"]
+    generated, reference = tap.generated_grid(layer), tap.reference_grid(layer)
+    target = None
+    if objective.truth:
+        target = target_on_grid(batch["correspondence"], worn, generated, reference)
+    return attention_on_grids(
+        tap.scores(layer),
+        mask_on_grid(worn, generated),
+        generated,
+        reference,
+        target=target,
+        conditioned=~draws.dropped,
+        centers=objective.centers,
+    )
 
 
 def mean_over_processes(count: Float[Tensor, ""]) -> Float[Tensor, ""]:

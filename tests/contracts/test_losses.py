@@ -9,12 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from i2am_train.losses.base import RULES
-from i2am_train.losses.center_weighted import center_weighted
-from i2am_train.losses.centers import attention_centers
-from i2am_train.losses.distance_centering import dcml
-from i2am_train.losses.supervised import correspondence_cross_entropy
-from i2am_train.losses.total_variation import total_variation
+from i2am_train.losses.attention import Attention, attention_on_grids, supervised
+from i2am_train.losses.variants import VARIANTS
 from i2am_train.types import GridSize, LossVariant
 
 GENERATED, REFERENCE = GridSize(4, 3), GridSize(7, 5)
@@ -22,22 +18,26 @@ SAMPLES = 3
 Term = Callable[[Tensor, Tensor, LossVariant], Tensor]
 
 
+def attention(scores: Tensor, mask: Tensor, variant: LossVariant) -> Attention:
+    target = torch.full((*mask.shape, 2), 2.25)
+    centers = VARIANTS[variant].centers
+    return attention_on_grids(scores, mask, GENERATED, REFERENCE, target=target, centers=centers)
+
+
 def dcml_of(scores: Tensor, mask: Tensor, variant: LossVariant) -> Tensor:
-    return dcml(attention_centers(scores, REFERENCE, variant), mask, GENERATED, variant)
+    return VARIANTS[variant].dcml(attention(scores, mask, variant))
 
 
 def tv_of(scores: Tensor, mask: Tensor, variant: LossVariant) -> Tensor:
-    return total_variation(attention_centers(scores, REFERENCE, variant), mask, GENERATED, variant)
+    return VARIANTS[variant].tv(attention(scores, mask, variant))
 
 
 def cwg_of(scores: Tensor, mask: Tensor, variant: LossVariant) -> Tensor:
-    centers = attention_centers(scores, REFERENCE, variant)
-    return center_weighted(scores, centers, mask, REFERENCE, variant)
+    return VARIANTS[variant].cwg(attention(scores, mask, variant))
 
 
 def supervised_of(scores: Tensor, mask: Tensor, variant: LossVariant) -> Tensor:
-    target = torch.where(mask[..., None], torch.full((*mask.shape, 2), 2.25), torch.nan)
-    return correspondence_cross_entropy(scores, target, REFERENCE)
+    return supervised(attention(scores, mask, variant))
 
 
 TERMS: dict[str, Term] = {"dcml": dcml_of, "tv": tv_of, "cwg": cwg_of}
@@ -50,7 +50,7 @@ every_loss = pytest.mark.parametrize(("term", "variant"), CASES)
 
 def looks_at_others(term: Term, variant: LossVariant) -> bool:
     """The authors' first CWG alone is a quotient of whole batches (tests/parity/test_losses_loops.py)."""
-    return term is cwg_of and RULES[variant].cwg_of_batch
+    return term is cwg_of and variant is LossVariant.AUTHORS_V1
 
 
 @pytest.fixture

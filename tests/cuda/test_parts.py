@@ -9,16 +9,17 @@ import torch
 from torch import Tensor
 from torch.utils.data import default_collate
 
-from i2am_train.assembly import make_objective
 from i2am_train.attention.live import ScoreTap
 from i2am_train.attention.trace import trace
 from i2am_train.config.locations import experiment_names
+from i2am_train.config.losses import ObjectiveConfig
 from i2am_train.config.store import compose, option_names
 from i2am_train.config.training import TrainConfig
 from i2am_train.data.cache import CachedDataset, LatentCache
 from i2am_train.data.opening import open_dataset
 from i2am_train.data.sample import batch_on
-from i2am_train.losses.objective import AttentionObjective, TermWeights
+from i2am_train.losses.attention import attention_on_grids
+from i2am_train.losses.objective import Objective, make_objective
 from i2am_train.metrics import correspondence
 from i2am_train.metrics.alignment import alignment
 from i2am_train.metrics.boxes import authors_box, component_box
@@ -32,7 +33,7 @@ from i2am_train.metrics.registry import (
 from i2am_train.models.sampling import sample
 from i2am_train.training.draws import Draws, draw
 from i2am_train.training.optimization import set_trainable
-from i2am_train.training.step import TrainingObjective
+from i2am_train.training.step import step_losses
 from i2am_train.types import Backend, Direction, GridSize, LossVariant, Pairing, SamplerName, Split
 from i2am_train.workflows.data import cache
 from tests.support.card import on_card
@@ -88,11 +89,11 @@ def draws() -> Draws:
 
 
 def step(
-    model: Any, objective: TrainingObjective, batch: Any, drawn: Draws
+    model: Any, objective: Objective, batch: Any, drawn: Draws, snr_gamma: float | None
 ) -> tuple[dict[str, Tensor], list[Tensor]]:
     model.zero_grad(set_to_none=True)
     with ScoreTap(model, layers=[objective.layer]) as tap:
-        losses = objective(model, batch, drawn, tap)
+        losses = step_losses(model, batch, drawn, objective, tap, snr_gamma=snr_gamma)
         losses["total"].backward()
     return losses, [p.grad for p in model.parameters() if p.grad is not None]
 
@@ -105,26 +106,26 @@ def test_a_training_step(
     """Of every arm, from pictures and from the cache: losses and gradients are on the card, with the CPU's values."""
     batch = request.getfixturevalue(kind)
     if arm == "every term":
-        weights = TermWeights(dcml=1.0, tv=1.0, cwg=1.0, supervised=1.0)
-        objective = TrainingObjective(attention=AttentionObjective(weights=weights), snr_gamma=5.0)
+        options = ObjectiveConfig(dcml=1.0, tv=1.0, cwg=1.0, supervised=1.0)
+        objective, snr_gamma = make_objective(options), 5.0
     else:
         config = compose("train", [f"experiment={arm}"])
-        objective = make_objective(config.objective, config.optimization)
+        objective, snr_gamma = make_objective(config.objective), config.optimization.snr_gamma
     with machine():
         moved = Draws(*(values.to("cuda") for values in draws()))
-        losses, gradients = step(model_there, objective, batch_on(batch, "cuda"), moved)
+        losses, gradients = step(model_there, objective, batch_on(batch, "cuda"), moved, snr_gamma)
         assert all(map(on_card, [*losses.values(), *gradients]))
     assert len(gradients) > 100
     if arm == "every term":
-        expected, _ = step(model, objective, batch, draws())
+        expected, _ = step(model, objective, batch, draws(), snr_gamma)
         for name, value in expected.items():
             torch.testing.assert_close(losses[name].cpu(), value, rtol=1e-2, atol=1e-3)  # TF32
 
 
 @pytest.mark.parametrize("variant", LossVariant)
 def test_every_loss(machine: Any, variant: LossVariant) -> None:
-    objective = AttentionObjective(
-        weights=TermWeights(dcml=1.0, tv=1.0, cwg=1.0, supervised=1.0), variant=variant
+    objective = make_objective(
+        ObjectiveConfig(variant=variant, dcml=1.0, tv=1.0, cwg=1.0, supervised=1.0)
     )
     generator = torch.Generator().manual_seed(3)
     logits = torch.randn(3, GENERATED.tokens, REFERENCE.tokens, generator=generator)
@@ -132,17 +133,19 @@ def test_every_loss(machine: Any, variant: LossVariant) -> None:
     target = torch.full((3, GENERATED.tokens, 2), 2.25)
     with machine():
         there = logits.to("cuda").requires_grad_()
-        value = objective(
+        attention = attention_on_grids(
             there.softmax(dim=-1),
             mask.to("cuda"),
-            generated_grid=GENERATED,
-            reference_grid=REFERENCE,
+            GENERATED,
+            REFERENCE,
             target=target.to("cuda"),
             conditioned=torch.tensor([True, False, True], device="cuda"),
+            centers=objective.centers,
         )
-        value.total.backward()
-        assert all(map(on_card, [value.total, there.grad, *value.terms.values()]))
-        assert value.total.item() != 0
+        total, terms = objective(attention)
+        total.backward()
+        assert all(map(on_card, [total, there.grad, *terms.values()]))
+        assert total.item() != 0
 
 
 def test_every_metric_of_attention(machine: Any) -> None:

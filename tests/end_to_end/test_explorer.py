@@ -32,11 +32,11 @@ from i2am_train.attention.sums import Rollup
 from i2am_train.config.attention import AttributionConfig
 from i2am_train.data.opening import open_dataset
 from i2am_train.data.sample import TryOnSample
-from i2am_train.losses.centers import attention_centers
+from i2am_train.losses.attention import attention_centers
 from i2am_train.metrics.correspondence import correspondence_error, target_on_grid
 from i2am_train.metrics.imacs import imacs
 from i2am_train.reporting.explorer import Explanation, explored, explorer_data, explorer_page
-from i2am_train.types import Direction, GridSize, LayerWeighting, LossVariant, Pairing, Split
+from i2am_train.types import Direction, GridSize, LayerWeighting, Pairing, Split
 
 CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
 SIZE = GridSize(64, 48)
@@ -320,7 +320,7 @@ def test_centres_are_python_s(
             for model, made in enumerate(captures):
                 maps = made[sample]
                 grid = maps.store.layer(layer).generated_grid
-                centers = attention_centers(maps.scores(layer), REFERENCE, LossVariant.HINGE)
+                centers = attention_centers(maps.scores(layer).unflatten(-1, REFERENCE))
                 known = (found["correspondence"][None], found["warped_garment_mask"][None])
                 error = correspondence_error(centers, target_on_grid(*known, grid, REFERENCE))
                 field = browser.execute_script("return i2am.field(...arguments)", sample, model)

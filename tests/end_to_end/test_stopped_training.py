@@ -423,7 +423,7 @@ def test_too_little_memory_names_what_helps(
     def exhausted(*_: Any, **__: Any) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 MiB")
 
-    monkeypatch.setattr("i2am_train.training.step.TrainingObjective._denoising", exhausted)
+    monkeypatch.setattr("i2am_train.training.step._denoising", exhausted)
     with pytest.raises(
         TrainingError,
         match=r"step 1: CUDA out of memory.*global_batch.*gradient_checkpointing.*bf16",

@@ -9,10 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from i2am_train.losses.center_weighted import center_weighted
-from i2am_train.losses.centers import attention_centers
-from i2am_train.losses.distance_centering import dcml
-from i2am_train.losses.total_variation import total_variation
+from i2am_train.losses.attention import Attention, attention_on_grids, cwg
+from i2am_train.losses.variants import VARIANTS
 from i2am_train.types import GridSize
 from i2am_train.types import LossVariant as V
 
@@ -43,6 +41,27 @@ def everywhere(samples: int, tokens: int) -> Tensor:
     return torch.ones(samples, tokens, dtype=torch.bool)
 
 
+def attention(
+    scores: Tensor, mask: Tensor, generated: GridSize, reference: GridSize, variant: V
+) -> Attention:
+    return attention_on_grids(scores, mask, generated, reference, centers=VARIANTS[variant].centers)
+
+
+def of_hand(golden: Golden, variant: V) -> Attention:
+    return attention(hand_scores(golden), everywhere(1, 4), TWO, TWO, variant)
+
+
+def of_centers(centers: Tensor, mask: Tensor) -> Attention:
+    """Centres as they stand in a file, for terms that do not look at scores."""
+    samples, height, width = len(centers), *GENERATED
+    return Attention(
+        scores=centers.new_zeros(samples, height, width, *REFERENCE),
+        centers=centers.reshape(samples, height, width, 2),
+        mask=mask.reshape(samples, height, width),
+        conditioned=torch.ones(samples, dtype=torch.bool),
+    )
+
+
 def scores_of(logits: Tensor, variant: V) -> Tensor:
     """The authors' first version drops the class token's column after the softmax."""
     if variant is V.AUTHORS_V1:
@@ -60,8 +79,8 @@ def scores_of(logits: Tensor, variant: V) -> Tensor:
 )
 def test_centers_of_the_hand_example(golden: Golden, variant: V, key: str) -> None:
     """Equation 15 as written, and without its factor."""
-    centers = attention_centers(hand_scores(golden), TWO, variant)
-    expected = tensor(golden("01")["expected"][key]).reshape(1, 4, 2)
+    centers = of_hand(golden, variant).centers
+    expected = tensor(golden("01")["expected"][key]).reshape(1, 2, 2, 2)
     torch.testing.assert_close(centers, expected, **ALIKE)
 
 
@@ -78,8 +97,7 @@ def test_centers_of_the_hand_example(golden: Golden, variant: V, key: str) -> No
 def test_dcml_of_the_hand_example(golden: Golden, variant: V, key: str) -> None:
     """The pencil value, and not the one that swaps x and y as equations 16 and 17 do."""
     expected = golden("01")["expected"]["DCML"]
-    centers = attention_centers(hand_scores(golden), TWO, variant)
-    value = dcml(centers, everywhere(1, 4), TWO, variant)
+    value = VARIANTS[variant].dcml(of_hand(golden, variant))
     torch.testing.assert_close(value, tensor([expected[key]]), **ALIKE)
     swapped = next(number for name, number in expected.items() if "literal_index" in name)
     assert abs(float(value) - swapped) > 0.1
@@ -96,9 +114,10 @@ def test_dcml_of_the_hand_example(golden: Golden, variant: V, key: str) -> None:
 )
 def test_dcml_gradient_of_the_hand_example(golden: Golden, variant: V, key: str) -> None:
     """The paper moves misordered centres only, the authors' code ordered ones only."""
-    centers = attention_centers(hand_scores(golden), TWO, variant).requires_grad_()
-    dcml(centers, everywhere(1, 4), TWO, variant).sum().backward()
-    expected = tensor(golden("01")["expected"]["DCML"][key]).reshape(1, 4, 2)
+    hand = of_hand(golden, variant)
+    centers = hand.centers.requires_grad_()
+    VARIANTS[variant].dcml(hand).sum().backward()
+    expected = tensor(golden("01")["expected"]["DCML"][key]).reshape(1, 2, 2, 2)
     torch.testing.assert_close(centers.grad, expected, **ALIKE)
 
 
@@ -114,8 +133,7 @@ def test_dcml_gradient_of_the_hand_example(golden: Golden, variant: V, key: str)
 )
 def test_tv_of_the_hand_example(golden: Golden, variant: V, key: str) -> None:
     """All five readings of equation 19."""
-    centers = attention_centers(hand_scores(golden), TWO, variant)
-    value = total_variation(centers, everywhere(1, 4), TWO, variant)
+    value = VARIANTS[variant].tv(of_hand(golden, variant))
     torch.testing.assert_close(value, tensor([golden("01")["expected"]["TV"][key]]), **ALIKE)
 
 
@@ -131,9 +149,7 @@ def test_tv_of_the_hand_example(golden: Golden, variant: V, key: str) -> None:
 )
 def test_cwg_of_the_hand_example(golden: Golden, variant: V, start: str) -> None:
     """All five readings of equations 20 and 21."""
-    scores = hand_scores(golden)
-    centers = attention_centers(scores, TWO, variant)
-    value = center_weighted(scores, centers, everywhere(1, 4), TWO, variant)
+    value = VARIANTS[variant].cwg(of_hand(golden, variant))
     named = golden("01")["expected"]["CWG"].items()
     (expected,) = (number for name, number in named if name.startswith(start))
     torch.testing.assert_close(value, tensor([expected]), **ALIKE)
@@ -153,10 +169,11 @@ def test_center_map(golden: Golden, variant: V, key: str) -> None:
     """Centres from logits with a class token; a non-square grid tells y from x."""
     content = golden("02")
     scores = scores_of(two_samples(tensor(content["inputs"]["logits"])), variant)
-    centers = attention_centers(scores, REFERENCE, variant)[1]
-    expected = tensor(content["expected"][key]).flatten(0, 1)
+    mask = everywhere(2, GENERATED.tokens)
+    centers = attention(scores, mask, GENERATED, REFERENCE, variant).centers[1]
+    expected = tensor(content["expected"][key])
     torch.testing.assert_close(centers, expected, **ALIKE)
-    swapped = tensor(content["must_not_equal"]["xy_swapped_default"]).flatten(0, 1)
+    swapped = tensor(content["must_not_equal"]["xy_swapped_default"])
     assert (centers - swapped).abs().max() > 0.1
 
 
@@ -178,14 +195,14 @@ def test_dcml_value_and_gradient(golden: Golden, variant: V, key: str, masked: s
     mask = on_tokens(content["inputs"]["mask"]).bool()
     if masked == "mask_all_ones":
         mask = torch.ones_like(mask)
-    value = dcml(centers, mask, GENERATED, variant)[1]
+    value = VARIANTS[variant].dcml(of_centers(centers, mask))[1]
     expected = content["expected"][masked]
     torch.testing.assert_close(value, tensor(expected[key]), **ALIKE)
     value.backward()
     assert centers.grad is not None
     gradient = tensor(expected[f"{key}_grad"]).flatten(0, 1)
     torch.testing.assert_close(centers.grad[1], gradient, **ALIKE)
-    swapped = dcml(centers.flip(-1), mask, GENERATED, variant)[1]
+    swapped = VARIANTS[variant].dcml(of_centers(centers.flip(-1), mask))[1]
     assert (swapped - value).abs().detach() > 1e-3
 
 
@@ -196,7 +213,7 @@ def test_dcml_rejects_the_swapped_axes(golden: Golden) -> None:
     swapped = on_tokens(content["inputs"]["C"]).flip(-1)
     mask = on_tokens(content["inputs"]["mask"]).bool()
     for variant, key in ((V.PAPER, "paper_xy_swapped"), (V.AUTHORS_V2, "authors_code_xy_swapped")):
-        value = dcml(swapped, mask, GENERATED, variant)[1]
+        value = VARIANTS[variant].dcml(of_centers(swapped, mask))[1]
         torch.testing.assert_close(value, tensor(wrong[key]), **ALIKE)
 
 
@@ -211,7 +228,7 @@ def test_dcml_of_the_projects_variants(golden: Golden, name: str, masked: str) -
     mask = on_tokens(content["inputs"]["mask"]).bool()
     if masked == "mask_all_ones":
         mask = torch.ones_like(mask)
-    value = dcml(on_tokens(content["inputs"]["C"]), mask, GENERATED, V(name))[1]
+    value = VARIANTS[V(name)].dcml(of_centers(on_tokens(content["inputs"]["C"]), mask))[1]
     total = reward if name == "reward" else reward + expected["default"]
     torch.testing.assert_close(value, tensor(total), **ALIKE)
 
@@ -236,7 +253,7 @@ def test_tv(golden: Golden, variant: V, key: str, masked: str) -> None:
     mask = on_tokens(content["inputs"]["mask"]).bool()
     if masked == "mask_all_ones":
         mask = torch.ones_like(mask)
-    value = total_variation(on_tokens(content["inputs"]["C"]), mask, GENERATED, variant)[1]
+    value = VARIANTS[variant].tv(of_centers(on_tokens(content["inputs"]["C"]), mask))[1]
     torch.testing.assert_close(value, tensor(content["expected"][masked][key]), **ALIKE)
 
 
@@ -256,8 +273,7 @@ def test_cwg(golden: Golden, variant: V, key: str) -> None:
     content = golden("05")
     scores = scores_of(two_samples(tensor(content["inputs"]["logits"])), variant)
     mask = on_tokens(content["inputs"]["mask"]).bool()
-    centers = attention_centers(scores, REFERENCE, variant)
-    value = center_weighted(scores, centers, mask, REFERENCE, variant)[1]
+    value = VARIANTS[variant].cwg(attention(scores, mask, GENERATED, REFERENCE, variant))[1]
     torch.testing.assert_close(value, tensor(content["expected"][key]), **ALIKE)
 
 
@@ -267,9 +283,10 @@ def test_cwg_gradient(golden: Golden, detached: bool) -> None:
     content = golden("05")
     logits = two_samples(tensor(content["inputs"]["logits"])).requires_grad_()
     scores = scores_of(logits, V.HINGE)
-    centers = attention_centers(scores, REFERENCE, V.HINGE)
     mask = on_tokens(content["inputs"]["mask"]).bool()
-    center_weighted(scores, centers, mask, REFERENCE, detach_centers=detached)[1].backward()
+    cwg(attention(scores, mask, GENERATED, REFERENCE, V.HINGE), detach_centers=detached)[
+        1
+    ].backward()
     key = "C_detached" if detached else "C_not_detached"
     (name,) = (name for name in content if key in name)
     assert logits.grad is not None

@@ -8,10 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from i2am_train.losses.center_weighted import center_weighted
-from i2am_train.losses.centers import attention_centers
-from i2am_train.losses.distance_centering import dcml
-from i2am_train.losses.total_variation import total_variation
+from i2am_train.losses.attention import attention_on_grids
+from i2am_train.losses.variants import VARIANTS
 from i2am_train.types import GridSize, LossVariant
 
 GENERATED, REFERENCE = GridSize(3, 4), GridSize(5, 2)
@@ -24,6 +22,12 @@ def sample() -> tuple[Tensor, Tensor]:
     shape = (2, GENERATED.tokens, REFERENCE.tokens)
     scores = torch.randn(shape, generator=generator, dtype=torch.float64).softmax(-1)
     return scores, torch.rand(2, GENERATED.tokens, generator=generator) > 0.25
+
+
+def values_of(scores: Tensor, mask: Tensor, variant: LossVariant) -> list[Tensor]:
+    reading = VARIANTS[variant]
+    attention = attention_on_grids(scores, mask, GENERATED, REFERENCE, centers=reading.centers)
+    return [term(attention) for term in (reading.dcml, reading.tv, reading.cwg)]
 
 
 def loop_centers(scores: Tensor) -> Field:
@@ -78,12 +82,7 @@ def loop_cwg(field: Field, cells: set[tuple[int, int]], scores: Tensor) -> float
 def test_the_papers_equations_as_loops() -> None:
     """Centres, DCML, TV and CWG of a masked, non-square example."""
     scores, mask = sample()
-    centers = attention_centers(scores, REFERENCE, PAPER)
-    values = (
-        dcml(centers, mask, GENERATED, PAPER),
-        total_variation(centers, mask, GENERATED, PAPER),
-        center_weighted(scores, centers, mask, REFERENCE, PAPER),
-    )
+    values = values_of(scores, mask, PAPER)
     for n in range(2):
         field, cells = loop_centers(scores[n]), inside(mask[n])
         expected = (
@@ -130,12 +129,6 @@ def test_the_authors_average_over_whole_batches(variant: LossVariant) -> None:
     """The mean of the samples' values is the authors' value of the batch, with masks of different sizes."""
     scores, mask = sample()
     mask[1, 2:] = False
-    centers = attention_centers(scores, REFERENCE, variant)
-    values = (
-        dcml(centers, mask, GENERATED, variant),
-        total_variation(centers, mask, GENERATED, variant),
-        center_weighted(scores, centers, mask, REFERENCE, variant),
-    )
-    means = torch.stack([value.mean() for value in values])
+    means = torch.stack([value.mean() for value in values_of(scores, mask, variant)])
     expected = torch.tensor(authors_batch(scores, mask, variant), dtype=torch.float64)
     torch.testing.assert_close(means, expected, rtol=0.0, atol=1e-12)

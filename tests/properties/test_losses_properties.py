@@ -7,11 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from i2am_train.losses.center_weighted import center_weighted
-from i2am_train.losses.centers import attention_centers
-from i2am_train.losses.distance_centering import dcml
-from i2am_train.losses.supervised import correspondence_cross_entropy
-from i2am_train.losses.total_variation import total_variation
+from i2am_train.losses.attention import attention_centers, attention_on_grids, supervised
+from i2am_train.losses.variants import VARIANTS
 from i2am_train.types import GridSize, LossVariant
 
 FEW = settings(max_examples=12, deadline=None)
@@ -36,14 +33,9 @@ def draw(
 def all_terms(
     scores: Tensor, mask: Tensor, generated: GridSize, reference: GridSize, variant: LossVariant
 ) -> Tensor:
-    centers = attention_centers(scores, reference, variant)
-    return torch.stack(
-        [
-            dcml(centers, mask, generated, variant),
-            total_variation(centers, mask, generated, variant),
-            center_weighted(scores, centers, mask, reference, variant),
-        ]
-    )
+    reading = VARIANTS[variant]
+    attention = attention_on_grids(scores, mask, generated, reference, centers=reading.centers)
+    return torch.stack([term(attention) for term in (reading.dcml, reading.tv, reading.cwg)])
 
 
 @FEW
@@ -53,7 +45,7 @@ def test_a_one_hot_score_gives_exactly_that_centre(reference: GridSize, seed: in
     tokens = torch.arange(reference.tokens)
     chosen = tokens[torch.randperm(len(tokens), generator=torch.Generator().manual_seed(seed))]
     scores = torch.nn.functional.one_hot(chosen, reference.tokens).float().expand(2, -1, -1)
-    centers = attention_centers(scores, reference)
+    centers = attention_centers(scores.reshape(2, -1, *reference))
     expected = torch.stack((chosen // reference.width, chosen % reference.width), dim=-1).float()
     assert torch.equal(centers[1], expected)
 
@@ -155,7 +147,8 @@ def test_supervision_ignores_patches_without_truth(
     scores, mask = draw(seed, 2, generated, reference)
     scores.requires_grad_()
     target = torch.where(mask[..., None], torch.zeros(2, generated.tokens, 2), torch.nan)
-    value = correspondence_cross_entropy(scores, target, reference)
+    everywhere = torch.ones_like(mask)
+    value = supervised(attention_on_grids(scores, everywhere, generated, reference, target=target))
     assert value.isfinite().all()
     value.sum().backward()
     assert scores.grad is not None

@@ -10,18 +10,25 @@ import pytest
 import torch
 from torch import Tensor
 
-from i2am_train.assembly import make_objective
 from i2am_train.config.losses import ObjectiveConfig
 from i2am_train.config.store import arm_config, compose
-from i2am_train.config.training import OptimizationConfig, TrainConfig
+from i2am_train.config.training import TrainConfig
 from i2am_train.errors import ConfigError
-from i2am_train.losses.base import RULES
-from i2am_train.losses.objective import AttentionObjective, TermWeights
+from i2am_train.losses.attention import Attention, attention_on_grids
+from i2am_train.losses.objective import Objective, make_objective
+from i2am_train.losses.variants import VARIANTS
 from i2am_train.types import GridSize, LossVariant
 
 GENERATED, REFERENCE = GridSize(4, 3), GridSize(6, 5)
-GRIDS = {"generated_grid": GENERATED, "reference_grid": REFERENCE}
-WEIGHTS = TermWeights(dcml=0.5, tv=0.25, cwg=2.0, supervised=0.125)
+WEIGHTS = {"dcml": 0.5, "tv": 0.25, "cwg": 2.0, "supervised": 0.125}
+
+
+def weighted(**options: Any) -> Objective:
+    return make_objective(ObjectiveConfig(**options))
+
+
+def on_grids(scores: Tensor, mask: Tensor, **more: Any) -> Attention:
+    return attention_on_grids(scores, mask, GENERATED, REFERENCE, **more)
 
 
 @pytest.fixture
@@ -46,29 +53,29 @@ def target() -> Tensor:
 
 def test_total_is_the_weighted_sum_of_means(logits: Tensor, mask: Tensor, target: Tensor) -> None:
     """The logged means times the weights give the total; the means carry no weight."""
-    objective = AttentionObjective(weights=WEIGHTS)
+    objective = weighted(**WEIGHTS)
     scores = logits.softmax(-1)
-    value = objective(scores, mask, target=target, **GRIDS)
-    samples = objective.terms(scores, mask, target=target, **GRIDS)
-    assert list(value.terms) == ["dcml", "tv", "cwg", "supervised"]
-    expected = sum(weight * samples[name].mean() for name, weight in WEIGHTS.active.items())
-    torch.testing.assert_close(value.total, expected)
-    torch.testing.assert_close(value.terms["cwg"], samples["cwg"].mean().detach())
-    assert not value.terms["cwg"].requires_grad
+    total, terms = objective(on_grids(scores, mask, target=target))
+    samples = objective.per_sample(on_grids(scores, mask, target=target))
+    assert list(terms) == ["dcml", "tv", "cwg", "supervised"]
+    expected = sum(weight * samples[name].mean() for name, weight in WEIGHTS.items())
+    torch.testing.assert_close(total, expected)
+    torch.testing.assert_close(terms["cwg"], samples["cwg"].mean().detach())
+    assert not terms["cwg"].requires_grad
 
 
-def test_weights_of_none_and_zero_skip_the_term(logits: Tensor, mask: Tensor) -> None:
+def test_a_weight_of_zero_skips_the_term(logits: Tensor, mask: Tensor) -> None:
     """A term without a weight is neither computed nor logged, so that it needs no truth either."""
-    weights = TermWeights(dcml=None, tv=1.0, cwg=0.0, supervised=None)
-    value = AttentionObjective(weights=weights)(logits.softmax(-1), mask, **GRIDS)
-    assert list(value.terms) == ["tv"]
+    objective = weighted(dcml=0.0, tv=1.0, cwg=0.0, supervised=0.0)
+    assert not objective.truth
+    assert list(objective(on_grids(logits.softmax(-1), mask))[1]) == ["tv"]
 
 
 def test_nothing_switched_on_is_zero(logits: Tensor, mask: Tensor) -> None:
     """The baseline arm may call the objective; it adds nothing."""
-    value = AttentionObjective()(logits.softmax(-1), mask, **GRIDS)
-    assert value.total.item() == 0.0
-    assert value.terms == {}
+    total, terms = Objective()(on_grids(logits.softmax(-1), mask))
+    assert total.item() == 0.0
+    assert terms == {}
 
 
 @pytest.mark.parametrize("variant", LossVariant)
@@ -76,15 +83,16 @@ def test_dropped_conditions_take_no_part(
     logits: Tensor, mask: Tensor, target: Tensor, variant: LossVariant
 ) -> None:
     """Dropping a sample equals leaving it out of the batch, and its logits get no gradient."""
-    objective = AttentionObjective(weights=WEIGHTS, variant=variant)
+    objective = weighted(**WEIGHTS, variant=variant)
     kept = torch.tensor([True, False, True])
-    value = objective(logits.softmax(-1), mask, target=target, conditioned=kept, **GRIDS)
-    value.total.backward()
+    scores = logits.softmax(-1)
+    total, _ = objective(on_grids(scores, mask, target=target, conditioned=kept))
+    total.backward()
     assert logits.grad is not None
     assert torch.equal(logits.grad[1], torch.zeros_like(logits.grad[1]))
     assert logits.grad[0].abs().sum() > 0
-    alone = objective(logits[kept].softmax(-1), mask[kept], target=target[kept], **GRIDS)
-    torch.testing.assert_close(value.total, alone.total)
+    alone, _ = objective(on_grids(scores[kept], mask[kept], target=target[kept]))
+    torch.testing.assert_close(total, alone)
 
 
 @pytest.mark.parametrize("variant", [LossVariant.REWARD, LossVariant.AUTHORS_V1])
@@ -95,11 +103,11 @@ def test_several_batches_weigh_by_their_samples(
 
     For the authors' first CWG that is the mean of the batches' quotients, each as often as it has samples.
     """
-    objective = AttentionObjective(weights=TermWeights(cwg=1.0), variant=variant)
-    scores, parts = logits.softmax(-1), (slice(0, 2), slice(2, 3))
-    whole = [objective(scores[rows], mask[rows], **GRIDS).total for rows in parts]
-    shared = torch.tensor(1.5)
-    split = [objective(scores[rows], mask[rows], count=shared, **GRIDS).total for rows in parts]
+    objective = weighted(cwg=1.0, variant=variant)
+    scores = logits.softmax(-1)
+    parts = [on_grids(scores[rows], mask[rows]) for rows in (slice(0, 2), slice(2, 3))]
+    whole = [objective(part)[0] for part in parts]
+    split = [objective(part, count=torch.tensor(1.5))[0] for part in parts]
     torch.testing.assert_close(sum(split) / 2, (2 * whole[0] + whole[1]) / 3)
 
 
@@ -109,78 +117,78 @@ def test_a_dropped_sample_may_hold_nan(logits: Tensor, mask: Tensor) -> None:
     broken[1] = torch.nan
     broken.requires_grad_()
     kept = torch.tensor([True, False, True])
-    objective = AttentionObjective(weights=TermWeights(dcml=1.0, tv=1.0, cwg=1.0))
-    value = objective(broken, mask, conditioned=kept, **GRIDS)
-    value.total.backward()
+    objective = weighted(dcml=1.0, tv=1.0, cwg=1.0)
+    total, _ = objective(on_grids(broken, mask, conditioned=kept))
+    total.backward()
     assert broken.grad is not None
-    assert value.total.isfinite()
+    assert total.isfinite()
     assert broken.grad.isfinite().all()
 
 
 def test_all_conditions_dropped(logits: Tensor, mask: Tensor, target: Tensor) -> None:
     """Zero with a gradient of zero, so that a parallel process can still go backwards."""
     none = torch.zeros(3, dtype=torch.bool)
-    objective = AttentionObjective(weights=WEIGHTS)
-    value = objective(logits.softmax(-1), mask, target=target, conditioned=none, **GRIDS)
-    value.total.backward()
-    assert value.total.item() == 0.0
+    objective = weighted(**WEIGHTS)
+    total, _ = objective(on_grids(logits.softmax(-1), mask, target=target, conditioned=none))
+    total.backward()
+    assert total.item() == 0.0
     assert logits.grad is not None
     assert torch.equal(logits.grad, torch.zeros_like(logits))
 
 
 def test_an_empty_mask_counts_as_zero(logits: Tensor, mask: Tensor) -> None:
     """The pull on a sample does not grow because its neighbour has no garment."""
-    objective = AttentionObjective(weights=TermWeights(cwg=1.0))
+    objective = weighted(cwg=1.0)
     one_empty = mask.clone()
     one_empty[1] = False
-    samples = objective.terms(logits.softmax(-1), mask, **GRIDS)["cwg"]
-    value = objective(logits.softmax(-1), one_empty, **GRIDS)
-    torch.testing.assert_close(value.total, (samples[0] + samples[2]) / 3)
+    samples = objective.per_sample(on_grids(logits.softmax(-1), mask))["cwg"]
+    total, _ = objective(on_grids(logits.softmax(-1), one_empty))
+    torch.testing.assert_close(total, (samples[0] + samples[2]) / 3)
 
 
 def test_supervision_stays_inside_the_mask(logits: Tensor, mask: Tensor, target: Tensor) -> None:
     """A target outside the mask changes nothing."""
-    objective = AttentionObjective(weights=TermWeights(supervised=1.0))
+    objective = weighted(supervised=1.0)
     moved = target.clone()
     moved[1, :5] = 0.0
-    plain = objective(logits.softmax(-1), mask, target=target, **GRIDS).total
-    torch.testing.assert_close(
-        objective(logits.softmax(-1), mask, target=moved, **GRIDS).total, plain
+    plain, other = (
+        objective(on_grids(logits.softmax(-1), mask, target=given))[0] for given in (target, moved)
     )
+    torch.testing.assert_close(other, plain)
 
 
 def test_supervision_needs_a_target(logits: Tensor, mask: Tensor) -> None:
     """A dataset without correspondence is told what to do."""
-    objective = AttentionObjective(weights=TermWeights(supervised=1.0))
+    objective = weighted(supervised=1.0)
     with pytest.raises(ConfigError, match=r"no correspondence.*set the weight to 0"):
-        objective(logits.softmax(-1), mask, **GRIDS)
+        objective(on_grids(logits.softmax(-1), mask))
 
 
 @pytest.mark.parametrize("weight", [-1.0, float("nan"), float("inf")])
 def test_impossible_weights_are_refused(weight: float) -> None:
     """The message names the term and the value."""
-    with pytest.raises(ConfigError, match=f"'tv' is {weight}"):
-        TermWeights(tv=weight)
+    with pytest.raises(ConfigError, match=rf"tv={weight} is not possible"):
+        ObjectiveConfig(tv=weight)
 
 
-def test_every_variant_has_its_rules() -> None:
-    """A new variant without a row in the table is found here and not in a training run."""
-    assert set(RULES) == set(LossVariant)
-
-
-def configured(**options: Any) -> AttentionObjective:
-    return make_objective(ObjectiveConfig(**options), OptimizationConfig()).attention
+def test_every_variant_has_its_preset() -> None:
+    """A new variant without one is found here and not in a training run."""
+    assert set(VARIANTS) == set(LossVariant)
 
 
 @pytest.mark.parametrize("variant", LossVariant)
-def test_a_variant_trains_with_its_own_sigma(variant: LossVariant) -> None:
+def test_a_variant_trains_with_its_own_sigma(
+    logits: Tensor, mask: Tensor, variant: LossVariant
+) -> None:
     """Unless a number is given; the settings of a training show the number that is used."""
-    own = variant.sigma
-    assert configured(variant=variant).sigma == own
-    assert configured(variant=variant, sigma=3.0).sigma == 3.0
-    for given, used in ((None, own), (3.0, 3.0)):
-        training = TrainConfig(objective=ObjectiveConfig(variant=variant, sigma=given))
+    attention = on_grids(logits.detach().softmax(-1), mask)
+    own = VARIANTS[variant].cwg
+    for given, used in ((None, variant.sigma), (3.0, 3.0)):
+        training = TrainConfig(objective=ObjectiveConfig(variant=variant, sigma=given, cwg=1.0))
         assert training.objective.sigma == used
+        trained = make_objective(training.objective).terms["cwg"].function(attention)
+        assert torch.equal(trained, own(attention, sigma=used))
+    assert torch.equal(own(attention), own(attention, sigma=variant.sigma))
 
 
 @pytest.mark.parametrize(("sigma", "exponent"), [(None, 1.0), (1.0, 0.25)])
@@ -189,13 +197,10 @@ def test_cwg_of_the_first_version_as_training_computes_it(
 ) -> None:
     """By hand: half the mass on each of two neighbours lies 1/2 from the centre; exp(-(1/2) / (2 sigma^2))."""
     scores = torch.tensor([[[0.0, 0.5, 0.5], [0.5, 0.5, 0.0]]])
-    objective = configured(variant=LossVariant.AUTHORS_V1, sigma=sigma, cwg=1.0)
-    value = objective.terms(
-        scores,
-        torch.ones(1, 2, dtype=torch.bool),
-        generated_grid=GridSize(1, 2),
-        reference_grid=GridSize(1, 3),
-    )["cwg"]
+    objective = weighted(variant=LossVariant.AUTHORS_V1, sigma=sigma, cwg=1.0)
+    everywhere = torch.ones(1, 2, dtype=torch.bool)
+    attention = attention_on_grids(scores, everywhere, GridSize(1, 2), GridSize(1, 3))
+    value = objective.per_sample(attention)["cwg"]
     torch.testing.assert_close(value, torch.tensor([-math.exp(-exponent)]))
 
 

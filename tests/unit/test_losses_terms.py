@@ -9,12 +9,9 @@ import torch
 from torch import Tensor
 
 from i2am_train.errors import CaptureError
-from i2am_train.losses.center_weighted import center_weighted
-from i2am_train.losses.centers import attention_centers
+from i2am_train.losses.attention import Attention, attention_on_grids, cwg, dcml, supervised, tv
 from i2am_train.losses.denoising import denoising_loss, snr_weights
-from i2am_train.losses.distance_centering import dcml, identity_stride
-from i2am_train.losses.supervised import correspondence_cross_entropy
-from i2am_train.losses.total_variation import total_variation
+from i2am_train.losses.variants import VARIANTS
 from i2am_train.ops.grids import aligned_coordinates, reference_coordinates
 from i2am_train.types import GridSize, PredictionType
 from i2am_train.types import LossVariant as V
@@ -26,27 +23,36 @@ def everywhere(samples: int = 2) -> Tensor:
     return torch.ones(samples, GENERATED.tokens, dtype=torch.bool)
 
 
-def identity_layout() -> Tensor:
-    return aligned_coordinates(GENERATED, REFERENCE).expand(2, -1, -1)
+def of_centers(centers: Tensor) -> Attention:
+    scores = torch.zeros(2, *GENERATED, *REFERENCE)
+    mask, all_of_them = torch.ones(2, *GENERATED).bool(), torch.ones(2).bool()
+    return Attention(scores, centers.reshape(2, *GENERATED, 2), mask, all_of_them)
+
+
+def of_scores(scores: Tensor, target: Tensor | None = None) -> Attention:
+    return attention_on_grids(scores, everywhere(), GENERATED, REFERENCE, target=target)
+
+
+def identity_layout() -> Attention:
+    return of_centers(aligned_coordinates(GENERATED, REFERENCE).expand(2, -1, -1))
 
 
 def test_collapse_satisfies_the_paper_but_not_the_reward() -> None:
     """One centre for all patches: hinge and TV are content with it, reward and margin are not."""
-    collapsed = torch.full((2, GENERATED.tokens, 2), 3.0)
+    collapsed = of_centers(torch.full((2, GENERATED.tokens, 2), 3.0))
     for variant in (V.PAPER_WITHOUT_FACTOR, V.HINGE):
-        assert dcml(collapsed, everywhere(), GENERATED, variant).tolist() == [0.0, 0.0]
-    assert total_variation(collapsed, everywhere(), GENERATED).tolist() == [0.0, 0.0]
+        assert VARIANTS[variant].dcml(collapsed).tolist() == [0.0, 0.0]
+    assert tv(collapsed).tolist() == [0.0, 0.0]
     for variant in (V.REWARD, V.MIXED, V.MARGIN, V.AUTHORS_V2):
-        spread = dcml(identity_layout(), everywhere(), GENERATED, variant)
-        assert (spread < dcml(collapsed, everywhere(), GENERATED, variant)).all()
+        order = VARIANTS[variant].dcml
+        assert (order(identity_layout()) < order(collapsed)).all()
 
 
 def test_margin_is_in_reference_patches_per_step() -> None:
     """The identity layout has strides 2 and 3: a margin of 2 is met, 2.5 misses in y only."""
-    assert identity_stride(GENERATED, REFERENCE) == (2.0, 3.0)
-    met = dcml(identity_layout(), everywhere(), GENERATED, V.MARGIN, margin=2.0)
+    met = dcml(identity_layout(), force="margin", margin=2.0)
     torch.testing.assert_close(met, torch.zeros(2), rtol=0.0, atol=1e-6)
-    missed = dcml(identity_layout(), everywhere(), GENERATED, V.MARGIN, margin=2.5)
+    missed = dcml(identity_layout(), force="margin", margin=2.5)
     steps = 3 * (3 * 1 + 2 * 2 + 1 * 3)  # three columns of four cells: pairs times their distance
     pairs = 3 * 6 + 4 * 3
     torch.testing.assert_close(missed, torch.full((2,), 0.5 * steps / pairs))
@@ -56,7 +62,7 @@ def test_mixed_is_reward_plus_hinge() -> None:
     """On any field, and therefore minus the mean gap."""
     centers = torch.randn(2, GENERATED.tokens, 2, generator=torch.Generator().manual_seed(0))
     reward, hinge, mixed = (
-        dcml(centers, everywhere(), GENERATED, v) for v in (V.REWARD, V.HINGE, V.MIXED)
+        VARIANTS[v].dcml(of_centers(centers)) for v in (V.REWARD, V.HINGE, V.MIXED)
     )
     torch.testing.assert_close(mixed, reward + hinge)
 
@@ -64,7 +70,7 @@ def test_mixed_is_reward_plus_hinge() -> None:
 def test_centers_refuse_a_class_token() -> None:
     """One token too many is an error that says what to drop."""
     with pytest.raises(CaptureError, match=r"73 reference tokens.*8x9 has 72"):
-        attention_centers(torch.zeros(2, 12, 73), REFERENCE)
+        of_scores(torch.zeros(2, 12, 73))
 
 
 def test_sharp_attention_reaches_the_bound_of_cwg() -> None:
@@ -73,8 +79,7 @@ def test_sharp_attention_reaches_the_bound_of_cwg() -> None:
     scores[..., 40] = 1.0
     for variant in (V.HINGE, V.AUTHORS_V1):
         free = scores.clone().requires_grad_()
-        centers = attention_centers(free, REFERENCE, variant)
-        value = center_weighted(free, centers, everywhere(), REFERENCE, variant)
+        value = VARIANTS[variant].cwg(of_scores(free))
         assert value.tolist() == [-1.0, -1.0]
         value.sum().backward()
         assert free.grad is not None
@@ -84,10 +89,8 @@ def test_sharp_attention_reaches_the_bound_of_cwg() -> None:
 def test_sigma_overrides_the_variants_own() -> None:
     """A wider Gaussian forgives more."""
     scores = torch.rand(2, GENERATED.tokens, REFERENCE.tokens).softmax(-1)
-    centers = attention_centers(scores, REFERENCE)
-    narrow = center_weighted(scores, centers, everywhere(), REFERENCE, sigma=1.0)
-    wide = center_weighted(scores, centers, everywhere(), REFERENCE, sigma=2.0)
-    torch.testing.assert_close(narrow, center_weighted(scores, centers, everywhere(), REFERENCE))
+    narrow, wide = (cwg(of_scores(scores), sigma=sigma) for sigma in (1.0, 2.0))
+    torch.testing.assert_close(narrow, cwg(of_scores(scores)))
     assert (wide < narrow).all()
 
 
@@ -97,9 +100,9 @@ def test_cross_entropy_is_least_at_the_target() -> None:
     target = torch.tensor([4.0, 4.0]).expand(2, GENERATED.tokens, 2)
     gaussian = (-(places - target[0, 0]).square().sum(-1) / 2).softmax(-1)
     perfect = gaussian.expand(2, GENERATED.tokens, -1)
-    least = correspondence_cross_entropy(perfect, target, REFERENCE)
+    least = supervised(of_scores(perfect, target))
     assert least[0].item() == pytest.approx(math.log(2 * math.pi * math.e), abs=0.01)
-    other = correspondence_cross_entropy(perfect.roll(1, dims=-1), target, REFERENCE)
+    other = supervised(of_scores(perfect.roll(1, dims=-1), target))
     assert (other > least).all()
 
 
@@ -109,7 +112,7 @@ def test_cross_entropy_gradient_is_finite_for_a_score_of_zero() -> None:
     scores[..., 0] = 1.0
     scores.requires_grad_()
     target = torch.full((2, GENERATED.tokens, 2), 7.0)
-    correspondence_cross_entropy(scores, target, REFERENCE).sum().backward()
+    supervised(of_scores(scores, target)).sum().backward()
     assert scores.grad is not None
     assert scores.grad.isfinite().all()
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from i2am_train.losses.centers import attention_centers
+from i2am_train.losses.attention import attention_centers
 from i2am_train.metrics.correspondence import (
     attention_entropy,
     center_spread,
@@ -47,7 +47,7 @@ def test_one_hot_attention_at_the_identity_has_no_error() -> None:
     """The centre of reference patch k and the target of the cell above it are the same number."""
     target = target_on_grid(identity_correspondence(), everywhere(), REFERENCE, REFERENCE)
     scores = torch.eye(REFERENCE.tokens).expand(2, -1, -1)
-    error = correspondence_error(attention_centers(scores, REFERENCE), target)
+    error = correspondence_error(attention_centers(scores.unflatten(-1, REFERENCE)), target)
     torch.testing.assert_close(error, torch.zeros(2), rtol=0.0, atol=1e-5)
 
 

@@ -11,16 +11,17 @@ from torch.utils.data import default_collate
 
 from i2am_train.attention.live import ScoreTap
 from i2am_train.attention.trace import trace
+from i2am_train.config.losses import ObjectiveConfig
 from i2am_train.config.training import OptimizationConfig
 from i2am_train.data.opening import open_dataset
 from i2am_train.errors import ConfigError
-from i2am_train.losses.objective import AttentionObjective, TermWeights
+from i2am_train.losses.objective import Objective, make_objective
 from i2am_train.models.lora import add_adapters, has_adapters, merged, save_adapters
 from i2am_train.models.sampling import sample
 from i2am_train.models.tryon import TryOnModel
 from i2am_train.training.draws import draw
 from i2am_train.training.module import TryOnModule
-from i2am_train.training.step import TrainingObjective
+from i2am_train.training.step import step_losses
 from i2am_train.types import Direction, GridSize, Pairing, Split
 
 LORA = OptimizationConfig(trainable="lora", lora_rank=3, lora_alpha=6)
@@ -99,9 +100,7 @@ def test_attention_losses_reach_the_adapters(
     make_small_model: Callable[..., Any], small_dataset: Path
 ) -> None:
     """Their gradient arrives at the adapters of the layer's projections, and at nothing but adapters."""
-    objective = TrainingObjective(
-        attention=AttentionObjective(weights=TermWeights(dcml=1.0, tv=1.0, cwg=1.0))
-    )
+    objective = make_objective(ObjectiveConfig(dcml=1.0, tv=1.0, cwg=1.0))
     module = TryOnModule(make_small_model(), objective, LORA)
     model = module.model
     for name, weight in model.unet.named_parameters():
@@ -113,7 +112,7 @@ def test_attention_losses_reach_the_adapters(
     batch = default_collate([dataset[index] for index in (1, 4)])
     draws = draw(0, 0, [1, 4], latent=GridSize(16, 12), timesteps=1000, condition_dropout=0.0)
     with ScoreTap(model, layers=[2]) as tap:
-        losses = objective(model, batch, draws, tap)
+        losses = step_losses(model, batch, draws, objective, tap)
         (losses["total"] - losses["denoising"]).backward(retain_graph=True)
         attention = {
             name: weight.grad.abs().sum()
@@ -147,7 +146,7 @@ def test_adapters_alone(
 
 def test_checkpoints_hold_adapters_alone(make_small_model: Callable[..., Any]) -> None:
     """The rest comes with the model that training started from."""
-    module = TryOnModule(make_small_model(), TrainingObjective(), LORA)
+    module = TryOnModule(make_small_model(), Objective(), LORA)
     checkpoint = {"state_dict": dict(module.state_dict())}
     module.on_save_checkpoint(checkpoint)
     assert checkpoint["state_dict"].keys() == {

@@ -5,19 +5,17 @@ from typing import Any
 
 import pytest
 
+from i2am_train.config.losses import ObjectiveConfig
 from i2am_train.config.training import OptimizationConfig
 from i2am_train.errors import CaptureError
-from i2am_train.losses.objective import AttentionObjective, TermWeights
+from i2am_train.losses.objective import make_objective
 from i2am_train.training.module import TryOnModule
-from i2am_train.training.step import TrainingObjective
 
 pytestmark = pytest.mark.filterwarnings("default")  # Lightning's own deprecations
 
 
 def refined(model: Any, layer: int | str = 2) -> TryOnModule:
-    objective = TrainingObjective(
-        attention=AttentionObjective(weights=TermWeights(cwg=1.0)), layer=layer
-    )
+    objective = make_objective(ObjectiveConfig(cwg=1.0, layer=layer))
     return TryOnModule(model, objective, OptimizationConfig())
 
 

@@ -11,14 +11,15 @@ from torch import Tensor
 from torch.utils.data import default_collate
 
 from i2am_train.attention.live import ScoreTap
+from i2am_train.config.losses import ObjectiveConfig
 from i2am_train.config.training import OptimizationConfig
 from i2am_train.data.opening import open_dataset
 from i2am_train.errors import CaptureError
 from i2am_train.losses.denoising import snr_weights
-from i2am_train.losses.objective import AttentionObjective, TermWeights
+from i2am_train.losses.objective import Objective, make_objective
 from i2am_train.training.draws import Draws, draw
 from i2am_train.training.optimization import prepare_networks, set_trainable
-from i2am_train.training.step import TrainingObjective
+from i2am_train.training.step import step_losses
 from i2am_train.types import GridSize, Pairing, Split
 
 SAMPLES = [1, 4, 6]
@@ -49,17 +50,17 @@ def draws(indices: list[int], dropped: list[bool]) -> Draws:
     return drawn._replace(dropped=torch.tensor(dropped))
 
 
-def refined(**weights: float) -> TrainingObjective:
-    return TrainingObjective(attention=AttentionObjective(weights=TermWeights(**weights)))
+def refined(**weights: float) -> Objective:
+    return make_objective(ObjectiveConfig(**weights))
 
 
 def losses_of(
-    model: Any, objective: TrainingObjective, batch: Any, drawn: Draws
+    model: Any, objective: Objective, batch: Any, drawn: Draws
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Losses of a step and the gradients that its total gives to the named parameters."""
     model.zero_grad(set_to_none=True)
     with ScoreTap(model, layers=[objective.layer]) as tap:
-        losses = objective(model, batch, drawn, tap)
+        losses = step_losses(model, batch, drawn, objective, tap)
         losses["total"].backward()
     gradients = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
     return losses, gradients
@@ -80,8 +81,8 @@ def test_the_baseline_needs_no_tap(model: Any, batch: Any) -> None:
     """Without attention terms nothing is captured, and an attached tap changes neither loss nor gradient."""
     drawn = draws(SAMPLES, [False, True, False])
     objective = refined()
-    assert not objective.needs_attention
-    without = objective(model, batch, drawn, None)
+    assert not objective.terms
+    without = step_losses(model, batch, drawn, objective, None)
     assert list(without) == ["denoising", "total"]
     with_tap, _ = losses_of(model, objective, batch, drawn)
     assert torch.equal(without["total"], with_tap["total"])
@@ -90,7 +91,7 @@ def test_the_baseline_needs_no_tap(model: Any, batch: Any) -> None:
 def test_attention_terms_without_a_tap_are_an_error(model: Any, batch: Any) -> None:
     """They are not silently left out."""
     with pytest.raises(CaptureError, match=r"\(cwg\) and got no score tap.*layers=\[2\]"):
-        refined(cwg=1.0)(model, batch, draws(SAMPLES, [False] * 3), None)
+        step_losses(model, batch, draws(SAMPLES, [False] * 3), refined(cwg=1.0), None)
 
 
 def test_where_the_gradient_of_the_attention_terms_goes(model: Any, batch: Any) -> None:
@@ -152,17 +153,19 @@ def test_signal_to_noise_weighting(
     model: Any, batch: Any, read_batch: Callable[[list[int]], Any]
 ) -> None:
     """The weighted loss is the mean of the samples' own errors times the weights of their timesteps."""
-    plain, gamma = TrainingObjective(), 5.0
+    plain, gamma = Objective(), 5.0
     with torch.no_grad():
         errors = torch.stack(
             [
-                plain(model, read_batch([index]), draws([index], [False]), None)["total"]
+                step_losses(model, read_batch([index]), draws([index], [False]), plain, None)[
+                    "total"
+                ]
                 for index in SAMPLES
             ]
         )
         drawn = draws(SAMPLES, [False] * 3)
-        weighted = TrainingObjective(snr_gamma=gamma)(model, batch, drawn, None)["total"]
-        unweighted = plain(model, batch, drawn, None)["total"]
+        weighted = step_losses(model, batch, drawn, plain, None, snr_gamma=gamma)["total"]
+        unweighted = step_losses(model, batch, drawn, plain, None)["total"]
     schedule = model.schedule
     weights = snr_weights(
         schedule.signal.square(), drawn.timesteps, schedule.prediction_type, gamma
