@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+import re
+from dataclasses import dataclass, field
+from typing import Any
 
-from i2am_train.config.build import Options
+from i2am_train.config.build import OptionError, Options
 from i2am_train.config.constraints import Layer, NotNegative, Positive
 from i2am_train.types import TERMS, LossVariant, TermName
 
@@ -33,6 +36,14 @@ class ObjectiveConfig(Options):
     """Gap that the margin variant asks for, in reference patches per generated patch."""
     detach_centers: bool = False
     """Stop the gradient of cwg at the centres."""
+    terms: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """Terms of your own by name: {mine: {fn: my_package.losses:mine, weight: 0.05}}; further keys are
+    keywords of the function (i2am_train/EXTENDING.md)."""
+
+    def check(self) -> None:
+        """Each term of one's own has a function, a weight and a name that is free."""
+        for name, term in self.terms.items():
+            _check_term(f"terms.{name}", name, term)
 
     @property
     def width(self) -> float:
@@ -47,4 +58,26 @@ class ObjectiveConfig(Options):
     @property
     def active(self) -> bool:
         """True if any attention loss is on, that is, if attention must be captured in training."""
-        return any(weight != 0.0 for weight in self.weights.values())
+        return any(self.weights.values()) or any(term["weight"] for term in self.terms.values())
+
+    @property
+    def truth(self) -> bool:
+        """True if a term that is on is given the true correspondence."""
+        own = (term.get("truth") and term["weight"] for term in self.terms.values())
+        return bool(self.supervised) or any(own)
+
+
+def _check_term(option: str, name: str, term: dict[str, Any]) -> None:
+    """Refuses what is no term; whether its function can be imported is found out later."""
+    if not re.fullmatch(r"[^\W\d]\w*", name):
+        raise OptionError(option, term, "a name of letters, digits and underscores")
+    if name in (*TERMS, "total", "denoising"):
+        raise OptionError(option, term, f"a name that is not taken, as '{name}' is")
+    if not isinstance(term.get("fn"), str):
+        raise OptionError(option, term, "{fn: package.module:name, weight: 0.05}")
+    weight: Any = term.get("weight")
+    if type(weight) not in (int, float) or not 0 <= weight < math.inf:
+        raise OptionError(f"{option}.weight", weight, "a finite number of at least 0")
+    term["weight"] = float(weight)
+    if not isinstance(term.get("truth", False), bool):
+        raise OptionError(f"{option}.truth", term["truth"], "true or false")

@@ -40,6 +40,8 @@ class Kind(NamedTuple):
     """Lists of texts."""
     lists: bool
     """Lists of anything."""
+    mapping: bool = False
+    """Names of the user's own."""
 
 
 TEXT = Kind(text=True, texts=False, lists=False)
@@ -57,12 +59,18 @@ def as_typed(command: str, words: Sequence[str], *, sweep: bool = False) -> list
 
     >>> as_typed("train", ["output=runs/a (1)", "data.root=köln,1", "seed=1", "name=1e5"])
     ["output='runs/a (1)'", "data.root='köln,1'", 'seed=1', "name='1e5'"]
+    >>> as_typed("train", ["objective.terms.mine.weight=0.1"])
+    ['++objective.terms.mine.weight=0.1']
     """
     kinds = {"experiment": TEXT, **_kinds(COMMANDS[command])}
     groups = {"experiment", *(item.name for item in fields(COMMANDS[command]) if group_of(item))}
+    free = [name for name, kind in kinds.items() if kind.mapping]
     typed = []
     for word in words:
         name, equals, value = word.partition("=")
+        if any(f"{name}.".startswith(f"{mapping}.") for mapping in free):
+            typed.append(f"++{word}")  # else Hydra wants it only for names that exist
+            continue
         known = equals and name in kinds
         typed.append(f"{name}={_readable(value, kinds[name], sweep)}" if known else word)
         if known and name in groups:
@@ -147,4 +155,5 @@ def _kind(hint: Any) -> Kind:
         text=all(member in TEXTS for member in single) and bool(single),
         texts=all(element in TEXTS for element in lists) and bool(lists),
         lists=bool(lists),
+        mapping=get_origin(hint) is dict,
     )

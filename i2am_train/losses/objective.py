@@ -5,16 +5,27 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from i2am_train.config.losses import ObjectiveConfig
-from i2am_train.losses.attention import Attention, attention_centers, supervised
+from i2am_train.doors import calls, resolve
+from i2am_train.errors import ConfigError
+from i2am_train.losses.attention import (
+    Attention,
+    attention_centers,
+    attention_on_grids,
+    supervised,
+)
 from i2am_train.losses.variants import VARIANTS
-from i2am_train.types import TermName
+from i2am_train.types import GridSize, TermName
+
+EXPECTED = (
+    "a function of an Attention (i2am_train/losses/attention.py) that returns one value per sample"
+)
 
 
 class Term(NamedTuple):
@@ -69,16 +80,20 @@ class Objective:
     def per_sample(self, attention: Attention) -> dict[str, Float[Tensor, " batch"]]:
         """Each term, unweighted; 0 where the condition was dropped."""
         blind = attention._replace(target=None)
-        return {
-            name: torch.where(
-                attention.conditioned, term.function(attention if term.truth else blind), 0.0
-            )
-            for name, term in self.terms.items()
-        }
+        with torch.autocast(attention.scores.device.type, enabled=False):
+            values = {
+                name: term.function(attention if term.truth else blind)
+                for name, term in self.terms.items()
+            }
+        return {name: value.where(attention.conditioned, 0.0) for name, value in values.items()}
 
 
 def make_objective(options: ObjectiveConfig) -> Objective:
-    """The objective of a training: the terms of ``objective.<term>`` that have a weight."""
+    """The objective of a training: the terms of ``objective.<term>`` and ``objective.terms`` that have a weight.
+
+    Raises:
+        ConfigError: a term from outside cannot be imported or called, or does not give what a term gives.
+    """
     variant = VARIANTS[options.variant]
     built_in: dict[TermName, Callable[[Attention], Tensor]] = {
         "dcml": partial(variant.dcml, margin=options.margin),
@@ -91,4 +106,44 @@ def make_objective(options: ObjectiveConfig) -> Objective:
         for name, weight in options.weights.items()
         if weight
     }
+    for name, entry in options.terms.items():
+        if entry["weight"]:
+            terms[name] = _outside(name, **entry)
     return Objective(terms=terms, layer=options.layer, centers=variant.centers)
+
+
+def _outside(name: str, fn: str, weight: float, truth: bool = False, **keywords: Any) -> Term:
+    """A term by its import path, tried on a small example."""
+    option = f"objective.terms.{name}.fn"
+    function = resolve(fn, option, EXPECTED, calls("attention", **keywords))
+    term = partial(function, **keywords) if keywords else function
+    if wrong := _what_is_wrong(term, truth):
+        raise ConfigError(f"{option}={fn} {wrong}. Expected {EXPECTED}.")
+    return Term(weight, term, truth)
+
+
+def _what_is_wrong(term: Callable[[Attention], Any], truth: bool) -> str | None:
+    """Calls a term with two samples, of which the second has an empty mask; the end of a sentence on what it gives."""
+    logits = torch.linspace(0, 360, 2 * 12 * 30).sin().reshape(2, 12, 30).requires_grad_()
+    mask = torch.tensor([[True], [False]]).expand(2, 12)
+    target = torch.where(mask[..., None], torch.ones(2, 12, 2), torch.nan) if truth else None
+    attention = attention_on_grids(
+        logits.softmax(-1), mask, GridSize(4, 3), GridSize(6, 5), target=target
+    )
+    try:
+        found = term(attention)
+    except Exception as error:
+        hint = "" if truth else " (attention.target is None without truth: true)"
+        return f"fails with {type(error).__name__}: {error}{hint}"
+    if not isinstance(found, Tensor) or found.shape != (2,) or not found.is_floating_point():
+        shown = f"{tuple(found.shape)} of {found.dtype}" if isinstance(found, Tensor) else found
+        return f"returns {shown} for a batch of 2 samples and not one number for each"
+    if not found.requires_grad:
+        return "returns values without a gradient"
+    (gradient,) = torch.autograd.grad(found.sum(), logits)
+    if not (found.isfinite().all() and gradient.isfinite().all()):
+        return (
+            f"returns {found.tolist()} for a sample with a mask and one with an empty mask, or a gradient that is not "
+            "finite (a mean over the mask divides by mask.sum().clamp(min=1))"
+        )
+    return None

@@ -178,11 +178,16 @@ def _training(facts: ModelFacts) -> Iterator[str]:
 
 def _flat(settings: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
     for group in SHOWN:
-        value = settings.get(group)
-        if isinstance(value, Mapping):
-            yield from ((f"{group}.{name}", one) for name, one in value.items())
-        elif value is not None:
-            yield group, value
+        if settings.get(group) is not None:
+            yield from _leaves(group, settings[group])
+
+
+def _leaves(name: str, value: Any) -> Iterator[tuple[str, Any]]:
+    if isinstance(value, Mapping):
+        for key, one in value.items():
+            yield from _leaves(f"{name}.{key}", one)
+    else:
+        yield name, value
 
 
 def _evaluation(evaluations: Sequence[Evaluation]) -> Iterator[str]:

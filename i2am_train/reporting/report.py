@@ -188,8 +188,9 @@ def _making(results: Results) -> Iterator[tuple[str, str]]:
     if seeds := sorted({c["seed"] for c in results["cells"] if c["seed"] is not None}):
         yield "Training seeds", ", ".join(map(str, seeds))
     for arm in results["arms"]:
-        if arm.get("losses"):
-            yield f"Losses of {arm_labels(results)[arm['name']]}", flat(arm["losses"])
+        if losses := arm.get("losses"):
+            own = {name: f"({flat(term)})" for name, term in losses.get("terms", {}).items()}
+            yield f"Losses of {arm_labels(results)[arm['name']]}", flat({**losses, "terms": own})
 
 
 # ---- figures -----------------------------------------------------------------------------------

@@ -166,10 +166,13 @@ def uses_truth(arm: Mapping[str, Any]) -> bool:
 
     >>> uses_truth({"name": "supervised", "losses": {"weights": {"supervised": 0.1}}})
     True
+    >>> uses_truth({"losses": {"terms": {"mine": {"fn": "my:loss", "weight": 0.1, "truth": True}}}})
+    True
     """
     losses = arm.get("losses") or {}
     weights = {**losses, **(losses.get("weights") or {})}
-    return float(weights.get("supervised") or 0.0) > 0.0
+    own = (losses.get("terms") or {}).values()
+    return bool(weights.get("supervised")) or any(t.get("truth") and t["weight"] for t in own)
 
 
 def arm_labels(results: Results) -> dict[str, str]:

@@ -31,6 +31,7 @@ from i2am_train.tracking.names import (
     DETECTION_THRESHOLDS,
     EVALUATION,
     LEARNING_RATE,
+    LOSS,
     LOSSES,
     STEP,
     STUDY_ARMS,
@@ -74,7 +75,11 @@ def sections() -> list[DashboardSection]:
         DashboardSection(
             name="Losses",
             text="Each term without its weight, and the learning rate.",
-            panels=[_curve(name, name) for name in (*LOSSES, LEARNING_RATE)],
+            panels=[
+                *(_curve(name, name) for name in (*LOSSES, LEARNING_RATE)),
+                # Terms of objective.terms are known to the runs alone.
+                reports.LinePlot(title="All terms", x=STEP, metric_regex=f"^{LOSS}"),
+            ],
         ),
         DashboardSection(
             name="Attribution and samples",

@@ -35,6 +35,7 @@ LOSS, VALIDATION, EVALUATION, STUDY = "loss/", "val/", "eval/", "study/"
 DETECTION = "detect/"
 
 LOSSES = tuple(LOSS + name for name in ("total", "denoising", *TERMS))
+"""Losses of the package; a run may have terms of its own beside them."""
 
 TABLE = "table"
 SAMPLES = "samples"

@@ -169,7 +169,7 @@ def prepare(config: TrainConfig) -> tuple[TryOnModule, TryOnDataModule]:
         )
     # May draw the embedded dataset, which takes a while.
     root = prepare_data(config.data, config.folder, config.tracking.folder)
-    if config.objective.supervised:
+    if config.objective.truth:
         require_correspondence(root)
     datamodule = make_datamodule(
         config.data,

@@ -60,12 +60,13 @@ def test_how_to(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """Every command of the section succeeds, and together they print the lines that it shows."""
+    """Every command of the section succeeds, and together they print, or log, the lines that it shows."""
     monkeypatch.chdir(folder)
     places = {"data": small_dataset, "model": small_checkpoint}
     for command in blocks(section, "bash"):
         run(shlex.split(command), places, monkeypatch)
-    printed = capsys.readouterr().out
+    logged = [file.read_text() for file in folder.glob("runs/*/metrics.csv")]
+    printed = capsys.readouterr().out + "".join(logged)
     for line in blocks(section, "text"):
         assert re.search(re.escape(line).replace(r"\.\.\.", ".*"), printed), (line, printed)
 

@@ -60,6 +60,10 @@ def test_panels_show_what_is_documented(shown: Shown, panels: Panels) -> None:
     axes = {panel["config"]["xAxis"] for panel in panels(dashboard.dashboard_json("p", None))
             if panel["viewType"] == "Run History Line Plot"}  # fmt: skip
     assert axes == {names.STEP, names.DETECTION_DELTA}
+    patterns = [
+        panel["config"].get("metricRegex") for panel in panels(dashboard.dashboard_json("p", None))
+    ]
+    assert {pattern for pattern in patterns if pattern} == {"^loss/"}  # terms of a user's own, too
 
 
 def test_bars_are_grouped_by_arm(panels: Panels) -> None:

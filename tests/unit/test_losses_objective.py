@@ -10,14 +10,18 @@ import pytest
 import torch
 from torch import Tensor
 
+from i2am_train.config.build import plain
 from i2am_train.config.losses import ObjectiveConfig
 from i2am_train.config.store import arm_config, compose
 from i2am_train.config.training import TrainConfig
+from i2am_train.doors import allow
 from i2am_train.errors import ConfigError
 from i2am_train.losses.attention import Attention, attention_on_grids
 from i2am_train.losses.objective import Objective, make_objective
 from i2am_train.losses.variants import VARIANTS
+from i2am_train.results.finished_runs import uses_truth
 from i2am_train.types import GridSize, LossVariant
+from tests.support.terms import mass
 
 GENERATED, REFERENCE = GridSize(4, 3), GridSize(6, 5)
 WEIGHTS = {"dcml": 0.5, "tv": 0.25, "cwg": 2.0, "supervised": 0.125}
@@ -169,6 +173,66 @@ def test_impossible_weights_are_refused(weight: float) -> None:
     """The message names the term and the value."""
     with pytest.raises(ConfigError, match=rf"tv={weight} is not possible"):
         ObjectiveConfig(tv=weight)
+
+
+MINE = {"fn": "tests.support.terms:mass", "weight": 0.5}
+
+
+@pytest.fixture
+def own_terms() -> None:
+    allow("tests.support.terms")
+
+
+@pytest.mark.usefixtures("own_terms")
+def test_a_term_of_ones_own(logits: Tensor, mask: Tensor) -> None:
+    """By its import path, with keywords, beside the package's; of weight 0 it is not even imported."""
+    nowhere = {"fn": "nowhere.at:all", "weight": 0.0}
+    objective = weighted(tv=1.0, terms={"mine": {**MINE, "scale": 3.0}, "off": nowhere})
+    attention = on_grids(logits.softmax(-1), mask)
+    total, terms = objective(attention)
+    assert list(terms) == ["tv", "mine"]
+    torch.testing.assert_close(terms["mine"], 3 * mass(attention).mean().detach())
+    torch.testing.assert_close(total.detach(), terms["tv"] + 0.5 * terms["mine"])
+
+
+@pytest.mark.usefixtures("own_terms")
+def test_own_terms_are_held_to_the_rules(logits: Tensor, mask: Tensor) -> None:
+    """Float32 under autocast, and no value or gradient of a sample whose condition was dropped, mask or no mask."""
+    objective = weighted(terms={"mine": {"fn": "tests.support.terms:product", "weight": 1.0}})
+    kept = torch.tensor([True, False, True])
+    attention = on_grids(logits.softmax(-1), mask, conditioned=kept)
+    values = objective.per_sample(attention)["mine"]
+    assert values[1] == 0
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(objective.per_sample(attention)["mine"], values)
+    values.sum().backward()
+    assert logits.grad is not None
+    assert (logits.grad.abs().sum(dim=(1, 2)) > 0).tolist() == kept.tolist()
+
+
+@pytest.mark.usefixtures("own_terms")
+def test_only_terms_that_ask_for_the_truth_get_it(
+    logits: Tensor, mask: Tensor, target: Tensor
+) -> None:
+    """Arms that use it are marked, so that no term may use it quietly."""
+    entry = {"fn": "tests.support.terms:offset", "weight": 1.0}
+    with pytest.raises(ConfigError, match="None without truth: true"):
+        weighted(terms={"mine": entry})
+    options = ObjectiveConfig(terms={"mine": {**entry, "truth": True}})
+    objective = make_objective(options)
+    assert options.truth
+    assert objective.truth
+    assert uses_truth({"losses": plain(options)})
+    assert objective(on_grids(logits.softmax(-1), mask, target=target))[0] > 0
+    assert not ObjectiveConfig(terms={"mine": {**entry, "weight": 0, "truth": True}}).truth
+
+
+def test_a_file_has_no_term_imported() -> None:
+    """Whoever runs an experiment of somebody else allows the module first."""
+    with pytest.raises(
+        ConfigError, match=r"mine\.fn=tests\.support\.terms:mass was read from a file"
+    ):
+        weighted(terms={"mine": MINE})
 
 
 def test_every_variant_has_its_preset() -> None:

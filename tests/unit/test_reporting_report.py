@@ -198,7 +198,11 @@ def write_run(run, seeds=(0, 1, 2), size=(64, 48), samples=8, pictures=False):
             {
                 "name": arm,
                 "label": arm,
-                "losses": {"variant": "reward", "weights": {"supervised": float(arm == ARMS[3])}},
+                "losses": {
+                    "variant": "reward",
+                    "weights": {"supervised": float(arm == ARMS[3])},
+                    "terms": {"mine": {"fn": "my_package:loss", "weight": 0.5}},
+                },
             }
             for arm in ARMS
         ],
@@ -278,6 +282,12 @@ def test_page_shows_markup_in_texts_of_the_run_as_text(finished):
     # A command or a name with angle brackets does not become part of the page.
     _, _, page = finished
     assert "i2am ablate 'seeds=[0,1,2]' name=<demo>" in page.text
+
+
+def test_page_says_which_losses_an_arm_has(finished):
+    # Those of the user's own, too.
+    _, _, page = finished
+    assert "variant reward, supervised 0.0, mine (fn my_package:loss, weight 0.5)" in page.text
 
 
 def test_a_report_of_labels_that_look_like_formulas(tmp_path):
