@@ -39,6 +39,7 @@ from torch import Tensor
 
 from i2am_train.attention import diffusers_decoder, trace
 from i2am_train.ops.attention import ColumnMeans
+from i2am_train.reporting.table import markdown_lines
 from i2am_train.types import GridSize
 
 GIVE_BACK_FREED_MEMORY = {"MALLOC_MMAP_THRESHOLD_": "65536"}
@@ -277,16 +278,14 @@ def measure(name: str, runs: int, threads: int) -> dict[str, Any]:
     }
 
 
-def row(name: str, result: dict[str, Any]) -> str:
+def row(name: str, result: dict[str, Any]) -> tuple[str, ...]:
     """One line of the table."""
     plain, measured, *_ = result["seconds"].values()
     rival = result["rivals"].get("plain_softmax")
-    beside = f"{rival['ratio']:8.3f} {rival['extra_mib']:9.1f}" if rival else f"{'-':>8} {'-':>9}"
-    return (
-        f"{name:18} {plain:9.3f} {measured:9.3f} {result['ratio']:8.3f} "
-        f"{result['cpu_ratio']:8.3f} {result['extra_mib']:9.1f}"
-        f"   {beside} {result['runs']:5}"
-    )
+    beside = (f"{rival['ratio']:.3f}", f"{rival['extra_mib']:.1f}") if rival else ("–", "–")
+    ratios = (f"{result[one]:.3f}" for one in ("ratio", "cpu_ratio"))
+    own = (f"{plain:.3f}", f"{measured:.3f}", *ratios, f"{result['extra_mib']:.1f}")
+    return (name, *own, *beside, str(result["runs"]))
 
 
 def main() -> None:
@@ -301,14 +300,13 @@ def main() -> None:
         print_peak(*options.peak)
         return
     print(f"{options.threads} threads, torch {torch.__version__}; aims: ratio 1.05, extra 64 MiB")
-    print(
-        f"{'case':18} {'plain s':>9} {'with s':>9} {'ratio':>8} {'cpu':>8} {'extra MiB':>9}"
-        f"   {'softmax':>8} {'MiB':>9} {'runs':>5}"
-    )
     results = {}
     for name in options.only:
         results[name] = measure(name, options.runs, options.threads)
-        print(row(name, results[name]), flush=True)
+        print(f"{name}: ratio {results[name]['ratio']:.3f}", file=sys.stderr, flush=True)
+    heads = ("case", "plain s", "with s", "ratio", "cpu", "extra MiB", "softmax", "MiB", "runs")
+    rows = [row(name, result) for name, result in results.items()]
+    print(markdown_lines(heads, rows, right=range(1, len(heads))))
     print(json.dumps(results))
 
 

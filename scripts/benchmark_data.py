@@ -25,6 +25,7 @@ import cv2
 
 from i2am_train.data.synthetic.dataset import FOLDERS, make_dataset, write_sample
 from i2am_train.data.synthetic.rendering import SyntheticSample, render_sample
+from i2am_train.reporting.table import markdown_lines
 from i2am_train.types import GridSize, Pairing, Split
 
 AIM = 60.0
@@ -86,12 +87,11 @@ def measure_all(
 
 def table(results: dict[str, dict[str, float]]) -> str:
     """One line per kind of work."""
-    lines = [f"{'':8}{'samples/s':>12}{'CPU ms/sample':>16}"]
-    lines += [
-        f"{name:8}{row['samples_per_second']:12.1f}{row['cpu_ms_per_sample']:16.2f}"
+    rows = [
+        (name, f"{row['samples_per_second']:.1f}", f"{row['cpu_ms_per_sample']:.2f}")
         for name, row in results.items()
     ]
-    return "\n".join(lines)
+    return markdown_lines(("work", "samples/s", "CPU ms/sample"), rows, right=(1, 2))
 
 
 def main() -> None:

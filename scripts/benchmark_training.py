@@ -51,6 +51,7 @@ from i2am_train.models.build import build_model
 from i2am_train.models.projector import ReferenceProjector
 from i2am_train.models.tryon import TryOnConfig, TryOnModel
 from i2am_train.ops.masks import mask_on_grid
+from i2am_train.reporting.table import markdown_lines
 from i2am_train.training.caching import make_cache
 from i2am_train.training.draws import Draws, draw
 from i2am_train.training.step import step_losses
@@ -450,22 +451,25 @@ def ratios(times: dict[str, list[float]]) -> dict[str, float]:
 
 def table(result: dict[str, Any]) -> str:
     """Variants, ratios and loaders."""
-    lines = [f"{'variant':26} {'s/step':>9} {'images/s':>9} {'peak MiB':>9}"]
-    lines += [
-        f"{name:26} {row['seconds']:9.3f} {row['images_per_second']:9.2f} {row['peak_mib']:9}"
+    variants = [
+        (name, f"{row['seconds']:.3f}", f"{row['images_per_second']:.2f}", str(row["peak_mib"]))
         for name, row in result["variants"].items()
     ]
-    lines += [f"{name:26} left out: {reason}" for name, reason in result["skipped"].items()]
-    lines += ["", f"{'ratio':36} {'median':>8}  aim"]
-    lines += [
-        f"{name:36} {value:8.3f}  {AIMS[name][2]}" for name, value in result["ratios"].items()
+    skipped = [f"{name} left out: {reason}" for name, reason in result["skipped"].items()]
+    ratios = [
+        (name, f"{value:.3f}", str(AIMS[name][2])) for name, value in result["ratios"].items()
     ]
-    lines += ["", f"{'input':12} {'samples/s':>10} {'x demand':>9}  aim: 3"]
-    lines += [
-        f"{name:12} {row['samples_per_second']:10.1f} {row['times_demand'] or 0:9.2f}"
+    loaders = [
+        (name, f"{row['samples_per_second']:.1f}", f"{row['times_demand'] or 0:.2f}")
         for name, row in result["input"].items()
     ]
-    return "\n".join(lines)
+    tables = (
+        markdown_lines(("variant", "s/step", "images/s", "peak MiB"), variants, right=(1, 2, 3)),
+        *skipped,
+        markdown_lines(("ratio", "median", "aim"), ratios, right=(1,)),
+        markdown_lines(("input", "samples/s", "x demand (aim: 3)"), loaders, right=(1, 2)),
+    )
+    return "\n\n".join(tables)
 
 
 def main() -> None:

@@ -13,7 +13,8 @@ from typing import Any
 
 from i2am_train.json_files import read_object
 from i2am_train.metrics.registry import METRICS
-from i2am_train.reporting.table import interval_text, markdown_lines, number
+from i2am_train.reporting.formatting import interval_text, number
+from i2am_train.reporting.table import markdown_lines
 from i2am_train.results.evaluations import Evaluation, read_evaluations
 from i2am_train.runs import MANIFEST_FILE, SETTINGS_FILE
 from i2am_train.types import GridSize

@@ -1,14 +1,13 @@
 """The table: rows of entries under headings, and its four writers (terminal, Markdown, HTML, LaTeX).
 
-What stands in a table is decided in ``reporting.tables``; nothing here knows a metric. Labels are the user's: each
-format has one function that makes a text mean itself (``markdown_text``, ``html_label``, ``latex_label``).
+What stands in a table is decided in ``reporting.tables``; nothing here knows a metric.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from html import escape
 from itertools import accumulate, groupby
@@ -18,7 +17,16 @@ from rich.console import Group, JustifyMethod, RenderableType
 from rich.table import Table as RichTable
 from rich.text import Text
 
-Interval = tuple[float, float]
+from i2am_train.reporting.formatting import (
+    Interval,
+    html_label,
+    interval_text,
+    latex_label,
+    latex_text,
+    markdown_text,
+    minus,
+    number,
+)
 
 
 class Mark(StrEnum):
@@ -41,6 +49,8 @@ class Cell:
     spread: str = ""
     """Printed smaller: ``± 0.01`` beside the text, or ``[0.1, 0.3]`` below it."""
     mark: Mark | None = None
+    pictures: Mapping[str, str] = field(default_factory=dict)
+    """Addresses by description; HTML shows them after the text, the other formats leave them out."""
     value: float | None = None
     """As it was computed; None where the entry is a word."""
     interval: Interval | None = None
@@ -63,7 +73,7 @@ class Cell:
         ('[0.40, 0.60]', '± 0.10')
         """
         spread = interval_text(interval, digits) if std is None else f"± {number(std, digits)}"
-        return cls(number(value, digits), spread, None, value, interval, n)
+        return cls(number(value, digits), spread, value=value, interval=interval, n=n)
 
     @property
     def rank(self) -> int:
@@ -202,39 +212,6 @@ def with_best(
     ]
 
 
-def number(value: float, digits: int, signed: bool = False) -> str:
-    """A number with fixed digits, never "-0.00".
-
-    >>> number(-0.0004, 3), number(0.25, 2, signed=True)
-    ('0.000', '+0.25')
-    """
-    rounded = round(value, digits) + 0.0  # minus zero plus zero is zero
-    return f"{rounded:{'+' if signed and rounded else ''}.{digits}f}"
-
-
-def interval_text(interval: Interval | None, digits: int) -> str:
-    """An interval as tables print it; empty where there is none.
-
-    >>> interval_text((0.12345, 0.5), 3)
-    '[0.123, 0.500]'
-    """
-    return f"[{', '.join(number(end, digits) for end in interval)}]" if interval else ""
-
-
-def percent(share: float) -> str:
-    """A share as text: ``95 %``."""
-    return f"{share:.0%}".replace("%", " %")
-
-
-def minus(text: str) -> str:
-    """The text with real minus signs before numbers; hyphens in words stay.
-
-    >>> minus("ST-LPIPS -0.1")
-    'ST-LPIPS −0.1'
-    """
-    return re.sub(r"(?<![\w.])-(?=\d)", "−", text)
-
-
 _NUMBER = re.compile(r"[-+]?\d[\d.]*|\[[-+\d., ]+\]")
 """A printed number or interval: a mathematical text, whose hyphen is a minus."""
 
@@ -286,18 +263,6 @@ def _terminal_cell(cell: Cell | None) -> Text:
 
 # ---- Markdown ----------------------------------------------------------------------------------
 
-_MARKDOWN_SPECIAL = re.compile(r"[\\`*<~$]|(?<!\w)_|_(?!\w)|(?<=\])\(|&(?=[#\w])")
-"""Signs where GitHub's Markdown would read more than themselves; an underscore inside a word is none."""
-
-
-def markdown_text(text: str) -> str:
-    r"""Text with everything escaped that GitHub's Markdown would read as markup.
-
-    >>> markdown_text("IMACS_g of *new* _run_, [0.1, 0.2]")
-    'IMACS_g of \\*new\\* \\_run\\_, [0.1, 0.2]'
-    """
-    return _MARKDOWN_SPECIAL.sub(r"\\\g<0>", text)
-
 
 def markdown(table: Table) -> str:
     """Title, rows and notes as GitHub-flavoured Markdown."""
@@ -343,18 +308,6 @@ def markdown_lines(
 
 
 # ---- HTML --------------------------------------------------------------------------------------
-
-_INDEX = re.compile(r"(?<=[A-Z])_([a-z])\b")
-"""The index of a metric's name; a user's label such as run_a or RUN_1 has none."""
-
-
-def html_label(label: str) -> str:
-    """A label with its index set low, escaped.
-
-    >>> html_label("IMACS_g <1>")
-    'IMACS<sub>g</sub> &lt;1&gt;'
-    """
-    return _INDEX.sub(r"<sub>\1</sub>", escape(label))
 
 
 def html(table: Table, kind: str = "main scores") -> str:
@@ -414,51 +367,16 @@ def _html_cell(cell: Cell | None) -> str:
         text = f"<strong>{text}</strong>" if cell.mark is Mark.BEST else f"<u>{text}</u>"
     elif cell.mark:
         text = f'<span class="chip {cell.mark}">{text}</span>'
-    return text + (f"<small>{minus(cell.spread)}</small>" if cell.spread else "")
+    spread = f"<small>{minus(cell.spread)}</small>" if cell.spread else ""
+    pictures = (
+        f'<img src="{source}" alt="{escape(name)}">' for name, source in cell.pictures.items()
+    )
+    return "".join((text, spread, *pictures))
 
 
 # ---- LaTeX -------------------------------------------------------------------------------------
 
-_LATEX_ESCAPES = {sign: rf"\{sign}" for sign in "&%$#_{}"} | {
-    "\\": r"\textbackslash{}",
-    "~": r"\textasciitilde{}",
-    "^": r"\textasciicircum{}",
-    "↑": r"$\uparrow$",
-    "↓": r"$\downarrow$",
-    "†": r"$\dagger$",
-    "±": r"$\pm$",
-    "−": r"$-$",
-    "δ": r"$\delta$",
-    "λ": r"$\lambda$",
-    "ρ": r"$\rho$",
-    "²": "$^2$",
-    "“": "``",
-    "”": "''",
-    "[": "{[}",
-    "*": "{*}",  # after a row's end they would be its options
-}
-_LATEX_SPECIAL = re.compile("|".join(map(re.escape, _LATEX_ESCAPES)))
 LATEX_NEEDS = "% Needs \\usepackage{booktabs}."
-
-
-def latex_text(text: str) -> str:
-    r"""Text with everything escaped that LaTeX would read as a command.
-
-    >>> latex_text("PCK_1 50 %")
-    'PCK\\_1 50 \\%'
-    """
-    return _LATEX_SPECIAL.sub(lambda match: _LATEX_ESCAPES[match.group()], text)
-
-
-def latex_label(label: str) -> str:
-    """A label with its index set low.
-
-    >>> latex_label("IMACS_g")
-    'IMACS$_g$'
-    """
-    first, *indices = _INDEX.split(label)
-    rest = zip(indices[::2], indices[1::2], strict=True)
-    return latex_text(first) + "".join(f"$_{index}${latex_text(text)}" for index, text in rest)
 
 
 def latex(table: Table) -> str:

@@ -68,10 +68,8 @@ class TableSet:
         return files
 
     def _section(self, table: Table) -> Section:
-        notes = list(table.notes)
-        if table.name != STEM:
-            notes += [f"Not alike: {text}." for text in self._differences()]
-        return Section(table.caption, html=html(table), notes=notes)
+        differences = () if table.name == STEM else self._differences()
+        return Section.of(table, notes=[f"Not alike: {text}." for text in differences])
 
     def _differences(self) -> Iterator[str]:
         for pairing in Pairing:

@@ -38,7 +38,7 @@ def run(config: AblateConfig) -> None:
     from rich.console import Console
 
     from i2am_train.locks import locked
-    from i2am_train.reporting.report import build_report
+    from i2am_train.reporting.ablation_page import build_report
     from i2am_train.reporting.tables.ablation import as_terminal, verdict_sentences
     from i2am_train.tracking.session import sync_advice
 

@@ -22,7 +22,7 @@ def run(config: ReportConfig) -> None:
     """Make the report, and say what was made, what was left out and why."""
     from i2am_train.json_files import read_json
     from i2am_train.locks import locked
-    from i2am_train.reporting.paper_page import left_out
+    from i2am_train.reporting.pages import left_out
 
     with locked(config.folder):
         folder = report(config)
@@ -50,7 +50,7 @@ def report(config: ReportConfig) -> Path:
     from i2am_train.errors import ConfigError
     from i2am_train.files import write_text
     from i2am_train.json_files import write_json
-    from i2am_train.reporting.paper_page import paper_page
+    from i2am_train.reporting.pages import report_page
     from i2am_train.runs import RunFolder
 
     parts = [part for prepare in PARTS if (part := prepare(config)) is not None]
@@ -70,7 +70,7 @@ def report(config: ReportConfig) -> Path:
         index = joined(index, entries)
         sections += shown
     write_json(folder / INDEX, index)
-    write_text(folder / PAGE, paper_page(index, sections))
+    write_text(folder / PAGE, report_page(index, sections))
     folder.finish()
     return folder.path
 
@@ -99,7 +99,7 @@ def detections(config: ReportConfig) -> Write | None:
     """Tables and figures of detection experiments; None without such folders."""
     if not config.detected:
         return None
-    from i2am_train.experiments.detection.report_files import plan_detections
+    from i2am_train.experiments.detection.report import plan_detections
 
     planned = plan_detections(config.detected)
     return lambda folder: planned.write(folder, config.formats, config.dpi)

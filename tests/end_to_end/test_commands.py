@@ -18,9 +18,9 @@ from i2am_train.attention.archive import load_maps
 from i2am_train.config.store import compose
 from i2am_train.errors import CaptureError, CheckpointError, ConfigError, DataError, RunFolderError
 from i2am_train.metrics.imacs import imacs
+from i2am_train.reporting.ablation_page import build_report
 from i2am_train.reporting.explained import read_explained, sample_folders
 from i2am_train.reporting.figures.paper import PAPER_FIGURES
-from i2am_train.reporting.report import build_report
 from i2am_train.types import Direction
 from i2am_train.workflows.ablate import ablate
 from i2am_train.workflows.evaluate import evaluate

@@ -11,9 +11,8 @@ import pytest
 
 from i2am_train.config.store import compose
 from i2am_train.errors import CheckpointError, ConfigError, DataError, I2AMError, RunFolderError
-from i2am_train.experiments.detection import evaluation as detection
-from i2am_train.experiments.detection.report import write_report
-from i2am_train.experiments.detection.results import read_detected
+from i2am_train.experiments.detection import experiment
+from i2am_train.experiments.detection.report import read_detected, write_report
 from i2am_train.experiments.detection.shapes import make_shapes
 from i2am_train.workflows import detect as command
 from i2am_train.workflows.report import report
@@ -131,7 +130,7 @@ def test_stopped_and_continued_equals_uninterrupted(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Stopped between the images and the maps of the second batch: bit for bit the same in the end."""
-    folder, save = tmp_path / "stopped", detection.save_file
+    folder, save = tmp_path / "stopped", experiment.save_file
     batches: list[Any] = []
 
     def stop(tensors: Any, *rest: Any) -> None:
@@ -140,7 +139,7 @@ def test_stopped_and_continued_equals_uninterrupted(
             raise KeyboardInterrupt("stopped")
         save(tensors, *rest)
 
-    monkeypatch.setattr(detection, "save_file", stop)
+    monkeypatch.setattr(experiment, "save_file", stop)
     options = [*options, f"detectors=[{yolos},{rt_detr}]"]
     with pytest.raises(KeyboardInterrupt, match="stopped"):
         detect(options, folder)

@@ -126,10 +126,10 @@ def set_in(kind: str, key: str, value: object) -> Callable[[dict[str, Any]], obj
         (set_in("annotations", "category_id", 9), r"category_id .* none of its categories \(annotations 1\)"),
         (
             set_in("annotations", "bbox", [10, 20, 160, 30]),
-            r"1 annotations .* annotation 1 has \[10, 20, 160, 30\] on an image of width 160 .*converted",
+            r"1 annotations .* Annotation 1 has \[10, 20, 160, 30\] on an image of width 160 .*converted",
         ),
-        (set_in("annotations", "bbox", [10, -9, 20, 30]), r"annotation 1 has \[10, -9, 20, 30\]"),
-        (set_in("annotations", "bbox", [1, 2, -3, 4]), r"annotation 1 has \[1, 2, -3, 4\]"),
+        (set_in("annotations", "bbox", [10, -9, 20, 30]), r"Annotation 1 has \[10, -9, 20, 30\]"),
+        (set_in("annotations", "bbox", [1, 2, -3, 4]), r"Annotation 1 has \[1, 2, -3, 4\]"),
         (set_in("annotations", "bbox", [1, 2, 3]), r"not \[x, y, width, height\]"),
         (set_in("annotations", "bbox", [1, 2, None, 3]), r"not \[x, y, width, height\]"),
         (set_in("images", "file_name", "away.jpg"), r"1 of the bench's 13 .* \(away\.jpg\)\. Unpack"),

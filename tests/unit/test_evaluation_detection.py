@@ -8,7 +8,7 @@ import torch
 
 from i2am_train.config.detection import DetectConfig
 from i2am_train.experiments.detection.coco import Bench, BenchSample
-from i2am_train.experiments.detection.evaluation import (
+from i2am_train.experiments.detection.experiment import (
     KeptPaintings,
     boxes_of,
     iou_of,

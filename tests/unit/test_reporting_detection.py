@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 
 from i2am_train.config.store import compose
-from i2am_train.experiments.detection.report import sample_sheet
-from i2am_train.experiments.detection.results import (
+from i2am_train.experiments.detection.report import (
     KIND,
     SCHEMA,
     Example,
     read_detected,
+    sample_sheet,
     write_examples,
 )
 from i2am_train.experiments.detection.tables import main_table, published_iou, threshold_table

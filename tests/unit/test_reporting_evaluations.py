@@ -21,7 +21,7 @@ from i2am_train.evaluation.results import write_evaluation
 from i2am_train.metrics.imacs import imacs_column
 from i2am_train.reporting import table as formats
 from i2am_train.reporting.figures.correlation import correlation_figure
-from i2am_train.reporting.paper_page import paper_page
+from i2am_train.reporting.pages import report_page
 from i2am_train.reporting.table_files import plan_tables
 from i2am_train.reporting.tables.correlation import correlation_table, selections
 from i2am_train.reporting.tables.scores import score_tables
@@ -351,7 +351,7 @@ def test_labels_are_text_in_every_format(tmp_path: Path, make_evaluation: Make) 
     assert "&lt;i&gt;&amp;" in formats.html(table)
     assert r"<i>\&" in formats.latex(table)
     index, sections = planned.write(tmp_path / "report", ["png"], 60)
-    page = paper_page({**provenance(), **index, "settings": {}}, sections)
+    page = report_page({**provenance(), **index, "settings": {}}, sections)
     assert "<i>&" not in page
     assert "which needs evaluations at several thresholds" in page
 

@@ -13,7 +13,7 @@ from PIL import Image, ImageDraw
 from safetensors.numpy import save_file
 
 from i2am_train.errors import RunFolderError
-from i2am_train.reporting.report import build_report, focus_arm, sample_list
+from i2am_train.reporting.ablation_page import build_report, focus_arm, sample_table
 from i2am_train.results.finished_runs import read_history, read_run
 from i2am_train.results.statistics import summarise_results
 
@@ -384,13 +384,21 @@ def test_single_evaluation_without_any_comparison_is_reported(tmp_path):
 def test_samples_are_ordered_by_their_change(finished):
     # First the largest gain, last the largest loss, from the mean over shared seeds.
     run, _, _ = finished
-    listed = sample_list(read_run(run))
-    gains = [float(row.change.replace("−", "-")) for row in listed.best]
-    losses = [float(row.change.replace("−", "-")) for row in listed.worst]
+    listed = sample_table(read_run(run))
+    gains, losses = (
+        [float(row.cells[0].text) for row in listed.rows if row.group == group]
+        for group in ("gained most", "gained least or lost")
+    )
     assert gains == sorted(gains, reverse=True)
     assert losses == sorted(losses)
     assert max(losses) <= min(gains)
-    assert (listed.arms, listed.total) == (("baseline", "refined"), 8)
+    assert "with refined than with baseline on" in listed.notes[0]
+    assert " of 8 samples" in listed.notes[0]
+    assert len(gains) == len(losses) == 4
+    shown = {row.label.split()[0]: cell.pictures for row in listed.rows if (cell := row.cells[-1])}
+    assert shown  # of the samples that have pictures
+    for name, pictures in shown.items():
+        assert list(pictures) == [f"{name}, baseline", f"{name}, refined"]
 
 
 def test_focus_is_refined_and_never_the_arm_that_saw_the_truth(finished):

@@ -9,7 +9,8 @@ from matplotlib.text import Text
 from rich.console import Console
 
 from i2am_train.reporting.figures.canvas import plain_text
-from i2am_train.reporting.table import html, latex_label, latex_text, markdown_text, number
+from i2am_train.reporting.formatting import latex_label, latex_text, markdown_text, number
+from i2am_train.reporting.table import html
 from i2am_train.reporting.tables.ablation import (
     arm_table,
     as_latex,

@@ -39,14 +39,16 @@ SMALLEST_SHARE, LARGEST_SHARE = 0.1, 0.3
 TOLERANCE = 2.0
 """Pixels that a box may reach beyond its image: COCO's own boxes come from rounded polygons."""
 
-_FILE_KEYS = ("images", "annotations", "categories")
-_IMAGE_KEYS = ("id", "file_name", "height", "width")
+_KEYS: Mapping[str, Sequence[str]] = {
+    "images": ("id", "file_name", "height", "width"),
+    "annotations": ("id", "image_id", "category_id", "bbox"),
+    "categories": ("id", "name"),
+}
 _TYPES: Mapping[str, tuple[type, ...]] = {
     **dict.fromkeys(("id", "image_id", "category_id"), (int, str)),
     **dict.fromkeys(("width", "height", "area"), (int, float)),
     **dict.fromkeys(("file_name", "name"), (str,)),
 }
-_ANNOTATION_KEYS = ("id", "image_id", "category_id", "bbox")
 _SHOWN = 5
 
 
@@ -201,9 +203,7 @@ def read_coco(file: Path) -> COCO:
     """
     content = _read_json(file)
     _check_entries(content, file)
-    _check_names(content, file)
-    _check_links(content, file)
-    _check_boxes(content, file)
+    _check_content(content, file)
     coco = COCO()
     coco.dataset = content
     with redirect_stdout(StringIO()):  # it announces what it does
@@ -225,18 +225,17 @@ def _read_json(file: Path) -> dict[str, Any]:
         raise DataError(
             f"{file} is no readable JSON ({error}). Download it again; COCO's comes in annotations_trainval2017.zip."
         ) from error
-    if not isinstance(content, dict) or any(key not in content for key in _FILE_KEYS):
+    if not isinstance(content, dict) or any(kind not in content for kind in _KEYS):
         found = ", ".join(content) if isinstance(content, dict) else type(content).__name__
         raise DataError(
-            f"{file} is no file of COCO's objects: found {found or 'nothing'}, expected {', '.join(_FILE_KEYS)}. Give "
+            f"{file} is no file of COCO's objects: found {found or 'nothing'}, expected {', '.join(_KEYS)}. Give "
             "an instances_*.json."
         )
     return content
 
 
 def _check_entries(content: Mapping[str, Any], file: Path) -> None:
-    kinds = {"images": _IMAGE_KEYS, "annotations": _ANNOTATION_KEYS, "categories": ("id", "name")}
-    for kind, keys in kinds.items():
+    for kind, keys in _KEYS.items():
         if not isinstance(content[kind], list):
             found = type(content[kind]).__name__
             raise DataError(
@@ -252,10 +251,7 @@ def _check_entries(content: Mapping[str, Any], file: Path) -> None:
                 )
         ids = Counter(entry["id"] for entry in content[kind])
         twice = [entry_id for entry_id, count in ids.items() if count > 1]
-        if twice:
-            raise DataError(
-                f"{len(twice)} ids of {kind} in {file} come twice ({_shown(twice)}). Give each entry an id of its own."
-            )
+        _refuse(twice, f"ids of {kind} in {file} come twice", "Give each entry an id of its own.")
 
 
 def _check_types(entry: Mapping[str, Any], where: str) -> None:
@@ -268,16 +264,37 @@ def _check_types(entry: Mapping[str, Any], where: str) -> None:
             )
 
 
-def _check_names(content: Mapping[str, Any], file: Path) -> None:
-    """Images lie in their folder, or below it: a downloaded file must not name other files of this machine."""
-    outside = [
-        entry["file_name"] for entry in content["images"] if not _is_below(entry["file_name"])
-    ]
-    if outside:
-        raise DataError(
-            f"{len(outside)} images in {file} have a file_name that leads out of the folder of images, or is none "
-            f"({_shown(list(map(repr, outside)))}). Expected names below that folder, with / between folders. Do not "
-            "use a file that you did not make without looking at it; correct the names."
+def _check_content(content: Mapping[str, Any], file: Path) -> None:
+    """Names stay below the folder of images, links lead to entries, boxes lie in their images.
+
+    A downloaded file must not name other files of this machine.
+    """
+    images = {image["id"]: image for image in content["images"]}
+    names = (image["file_name"] for image in content["images"])
+    _refuse(
+        [repr(name) for name in names if not _is_below(name)],
+        f"images in {file} have a file_name that leads out of the folder of images, or is none",
+        "Expected names below that folder, with / between folders. Do not use a file that you did not make without "
+        "looking at it; correct the names.",
+    )
+    for key, kind in (("image_id", "images"), ("category_id", "categories")):
+        known = {entry["id"] for entry in content[kind]}
+        _refuse(
+            [entry["id"] for entry in content["annotations"] if entry[key] not in known],
+            f"annotations in {file} name an {key} that is none of its {kind}",
+            f"Add the {kind}, or remove these annotations.",
+            "annotations ",
+        )
+    wrong = [a for a in content["annotations"] if not _is_inside(a["bbox"], images[a["image_id"]])]
+    if wrong:
+        first, image = wrong[0], images[wrong[0]["image_id"]]
+        _refuse(
+            [annotation["id"] for annotation in wrong],
+            f"annotations in {file} have boxes that are not [x, y, width, height] in pixels inside their image",
+            f"Annotation {first['id']} has {first['bbox']} on an image of width {image['width']} and height "
+            f"{image['height']}. Correct or remove them; corners [x1, y1, x2, y2] and shares of the image must be "
+            "converted.",
+            "annotations ",
         )
 
 
@@ -289,45 +306,15 @@ def _is_below(name: Any) -> bool:
     return not path.is_absolute() and ".." not in path.parts and path.name != ""
 
 
-def _check_links(content: Mapping[str, Any], file: Path) -> None:
-    for key, kind in (("image_id", "images"), ("category_id", "categories")):
-        known = {entry["id"] for entry in content[kind]}
-        lost = [entry["id"] for entry in content["annotations"] if entry[key] not in known]
-        if lost:
-            raise DataError(
-                f"{len(lost)} annotations in {file} name an {key} that is none of its {kind} (annotations "
-                f"{_shown(lost)}). Add the {kind}, or remove these annotations."
-            )
-
-
-def _check_boxes(content: Mapping[str, Any], file: Path) -> None:
-    images = {image["id"]: image for image in content["images"]}
-    wrong = [a for a in content["annotations"] if not _is_inside(a["bbox"], images[a["image_id"]])]
-    if wrong:
-        first, image = wrong[0], images[wrong[0]["image_id"]]
-        raise DataError(
-            f"{len(wrong)} annotations in {file} have boxes that are not [x, y, width, height] in pixels inside their "
-            f"image (annotations {_shown([a['id'] for a in wrong])}): annotation {first['id']} has {first['bbox']} on "
-            f"an image of width {image['width']} and height {image['height']}. Correct or remove them; corners "
-            "[x1, y1, x2, y2] and shares of the image must be converted."
-        )
-
-
 def _is_inside(box: Any, image: Mapping[str, Any]) -> bool:
     if not isinstance(box, list) or len(box) != 4:
         return False
     if not all(isinstance(value, (int, float)) and math.isfinite(value) for value in box):
         return False
     left, top, width, height = box
-    return bool(
-        min(left, top) >= -TOLERANCE
-        and min(width, height) >= 0
-        and left + width <= image["width"] + TOLERANCE
-        and top + height <= image["height"] + TOLERANCE
-    )
-
-
-# -- the images ----------------------------------------------------------------------------------------------------
+    right, bottom = image["width"] + TOLERANCE, image["height"] + TOLERANCE
+    inside = left + width <= right and top + height <= bottom
+    return bool(inside and min(left, top) >= -TOLERANCE and min(width, height) >= 0)
 
 
 def check_images(samples: Sequence[BenchSample]) -> None:
@@ -336,20 +323,16 @@ def check_images(samples: Sequence[BenchSample]) -> None:
     Raises:
         DataError: some do not; the message names them.
     """
-    folder = samples[0].path.parent
-    missing = [sample.path.name for sample in samples if not is_there(sample.path)]
-    if missing:
-        raise DataError(
-            f"{len(missing)} of the bench's {len(samples)} images are not in {folder} ({_shown(missing)}). Unpack "
-            "COCO's val2017.zip there, or give the folder with root=ROOT and split=NAME."
-        )
+    folder, of = samples[0].path.parent, f"of the bench's {len(samples)} images"
+    _refuse(
+        [sample.path.name for sample in samples if not is_there(sample.path)],
+        f"{of} are not in {folder}",
+        "Unpack COCO's val2017.zip there, or give the folder with root=ROOT and split=NAME.",
+    )
     faults = {s.path.name: fault for s in samples if (fault := _fault(s))}
-    if faults:
-        name, fault = next(iter(faults.items()))
-        raise DataError(
-            f"{len(faults)} of the bench's {len(samples)} images in {folder} do not fit their annotations "
-            f"({_shown(list(faults))}): {name} {fault}. Use the images that the file was made for."
-        )
+    first = " ".join(next(iter(faults.items()), ()))
+    fault = f"{of} in {folder} do not fit their annotations"
+    _refuse(list(faults), fault, f"{first}. Use the images that the file was made for.", ends=":")
 
 
 def _fault(sample: BenchSample) -> str | None:
@@ -362,6 +345,11 @@ def _fault(sample: BenchSample) -> str | None:
     return None
 
 
-def _shown(names: Sequence[object]) -> str:
-    more = ", ..." if len(names) > _SHOWN else ""
-    return ", ".join(map(str, names[:_SHOWN])) + more
+def _refuse(
+    wrong: Sequence[object], fault: str, advice: str, kind: str = "", ends: str = "."
+) -> None:
+    """Fails if anything is wrong, with the number of what is and the first of them."""
+    if wrong:
+        more = ", ..." if len(wrong) > _SHOWN else ""
+        shown = ", ".join(map(str, wrong[:_SHOWN])) + more
+        raise DataError(f"{len(wrong)} {fault} ({kind}{shown}){ends} {advice}")

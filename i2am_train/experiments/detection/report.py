@@ -1,44 +1,142 @@
-"""The object detection experiment written down: tables, a figure of samples, a page."""
+"""What ``i2am detect`` keeps, read back and written down: a page of its own, and a part of ``i2am report``.
+
+In its folder, beside images, maps and detections::
+
+    samples.jsonl       boxes and IoU of every sample
+    panels.safetensors  pictures and map of the first samples, all of one size
+    results.json        means with intervals, settings, manifest
+"""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
+from numpy.typing import NDArray
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
 
-from i2am_train.experiments.detection.results import Detected, Example, Results
-from i2am_train.experiments.detection.tables import tables_of
-from i2am_train.files import write_text
-from i2am_train.metrics.boxes import Box as PixelBox
-from i2am_train.reporting.figures.canvas import OKABE_ITO, save_figure
-from i2am_train.reporting.figures.sheet import Box, Sheet, draw_sheet
-from i2am_train.reporting.figures.sheet import Cell as SheetCell
-from i2am_train.reporting.figures.sheet import Section as SheetSection
-from i2am_train.reporting.pages import Picture as PagePicture
-from i2am_train.reporting.pages import Section, embedded_figure, page_environment
-from i2am_train.reporting.provenance import provenance_rows
-from i2am_train.reporting.table import LATEX_NEEDS, html, latex, markdown, number
+from i2am_train.environment import command_line
+from i2am_train.errors import RunFolderError
+from i2am_train.experiments.detection.tables import Results, tables_of
+from i2am_train.files import write_text, written
+from i2am_train.json_files import read_object
+from i2am_train.metrics import boxes
+from i2am_train.reporting import pages
+from i2am_train.reporting.explained import numbered
+from i2am_train.reporting.figures import sheet
+from i2am_train.reporting.figures.canvas import OKABE_ITO, Picture, save_figure
+from i2am_train.reporting.figures.files import FOLDER as FIGURES
+from i2am_train.reporting.figures.files import origin_of
+from i2am_train.reporting.formatting import number
+from i2am_train.reporting.provenance import code_state
+from i2am_train.reporting.table import LATEX_NEEDS, latex, markdown
+from i2am_train.reporting.table_files import write_table
+from i2am_train.results.finished_runs import PANELS, RESULTS, SAMPLES, read_samples
 from i2am_train.types import GridSize
 
-TARGET_COLOR, OURS_COLOR, INVERTED_COLOR, DETECTOR_COLOR = (
-    OKABE_ITO[2],
-    OKABE_ITO[1],
-    OKABE_ITO[5],
-    OKABE_ITO[3],
-)
-FIGURE = "figures/samples.png"
+SCHEMA, KIND = 1, "detection"
+"""Version and kind that ``results.json`` states."""
 WIDTH, DPI = 7.0, 220
 """Width of the figure in inches, and its pixels per inch."""
+OURS_COLOR, TARGET_COLOR, DETECTOR_COLOR, _, INVERTED_COLOR = OKABE_ITO[1:]
 FIGURE_CAPTION = (
     "Samples: the image with the object's box (green), what is painted anew, the reference, the "
     "painted image with the detectors' best boxes (pink), the unified map on it, and the boxes found "
     "(orange: I²AM, blue: inverted map, green: the object's). Numbers: IoU of I²AM and of the "
     "inverted map."
 )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Example:
+    """One sample to draw, all pictures of one size."""
+
+    image: Picture
+    mask: NDArray[np.bool_]
+    reference: Picture
+    generated: Picture
+    heat: NDArray[np.floating]
+    """Unified map in [0, 1], of the same size for all samples."""
+    row: Mapping[str, Any]
+    """Of ``samples.jsonl``."""
+
+
+ARRAYS = ("image", "mask", "reference", "generated", "heat")
+"""The fields of ``Example`` that ``panels.safetensors`` holds, stacked over samples."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Detected:
+    """The experiment in a folder."""
+
+    folder: Path
+    results: Results
+    """What ``results.json`` says."""
+    rows: tuple[Mapping[str, Any], ...]
+    """Of all samples."""
+    examples: tuple[Example, ...]
+    """The first samples; none where no pictures were kept."""
+
+
+def write_examples(folder: Path, examples: Sequence[Example]) -> None:
+    """Keep the pictures of the first samples in one step; no examples, no file."""
+    if not examples:
+        (folder / PANELS).unlink(missing_ok=True)
+        return
+    stacks = {name: np.stack([getattr(one, name) for one in examples]) for name in ARRAYS}
+    names = {"names": json.dumps([one.row["name"] for one in examples])}
+    with written(folder / PANELS) as unfinished:
+        save_file(stacks, unfinished, names)
+
+
+def read_detected(folder: Path) -> Detected:
+    """The results in a folder of ``i2am detect``, with the pictures that it kept.
+
+    Raises:
+        RunFolderError: it is no such folder, of another version, or cannot be read.
+    """
+    path = folder / RESULTS
+    results = read_object(path) if path.is_file() else {}
+    if results.get("kind") != KIND:
+        what = f"whose results are no detection ({path})" if results else f"without {RESULTS}"
+        raise RunFolderError(
+            f"Found {folder}, {what}, and expected the folder of a finished 'i2am detect'. Give such folders in "
+            "detected; evaluations and studies belong in runs, explained samples in explained."
+        )
+    if results.get("schema") != SCHEMA:
+        raise RunFolderError(
+            f"{path} has schema {results.get('schema')!r}; this version reads schema {SCHEMA}. Give the command of "
+            "its manifest again: images, maps and detections are kept."
+        )
+    rows = read_samples(folder / SAMPLES)
+    examples = _read_examples(folder / PANELS, {row["name"]: row for row in rows})
+    return Detected(folder=folder, results=results, rows=rows, examples=examples)
+
+
+def _read_examples(path: Path, rows: Mapping[str, Mapping[str, Any]]) -> tuple[Example, ...]:
+    if not path.is_file():
+        return ()
+    try:
+        with safe_open(path, framework="numpy") as file:
+            names = json.loads(file.metadata()["names"])
+            stacks = {name: file.get_tensor(name) for name in ARRAYS}
+        return tuple(
+            Example(row=rows[name], **{field: stack[place] for field, stack in stacks.items()})
+            for place, name in enumerate(names)
+        )
+    except (SafetensorError, KeyError, TypeError, ValueError) as error:
+        raise RunFolderError(
+            f"{path} cannot be read: {error}. Give 'i2am detect' again; images and maps are kept."
+        ) from None
+
+
+# ---- the page ----------------------------------------------------------------------------------
 
 
 def write_report(detected: Detected) -> Path:
@@ -49,22 +147,30 @@ def write_report(detected: Detected) -> Path:
     Returns:
         The path of the page.
     """
-    folder, tables = detected.folder, tables_of(detected.results)
+    folder, results, tables = detected.folder, detected.results, tables_of(detected.results)
     write_text(folder / "results.md", "\n".join(map(markdown, tables)))
     write_text(folder / "results.tex", "\n".join((LATEX_NEEDS, *map(latex, tables))))
     drawing = drawing_of(detected.examples)
     if drawing is not None:
-        save_figure(drawing, folder / FIGURE, dpi=DPI)
-    write_text(folder / "report.html", page(detected.results, sections(detected, drawing)))
+        save_figure(drawing, folder / "figures" / "samples.png", dpi=DPI)
+    bench, detectors = results["bench"], results["miou"]["real"]
+    facts = [(str(bench["samples"]), "objects"), (str(bench["images"]), "images in the dataset")]
+    facts += [(str(len(detectors)), "detectors")] if detectors else []
+    page = pages.page(
+        "Object detection from the attention of Paint-by-Example",
+        [*sections(detected, drawing), pages.making(results["manifest"], results["settings"])],
+        facts=facts,
+    )
+    write_text(folder / "report.html", page)
     return folder / "report.html"
 
 
 def drawing_of(examples: Sequence[Example]) -> Figure | None:
     """The figure of samples; None where no pictures were kept."""
-    return draw_sheet(sample_sheet(examples), WIDTH) if examples else None
+    return sheet.draw_sheet(sample_sheet(examples), WIDTH) if examples else None
 
 
-def sections(detected: Detected, drawing: Figure | None, label: str = "") -> list[Section]:
+def sections(detected: Detected, drawing: Figure | None, label: str = "") -> list[pages.Section]:
     """What a page shows of the experiment: its tables, then the figure.
 
     Args:
@@ -73,84 +179,133 @@ def sections(detected: Detected, drawing: Figure | None, label: str = "") -> lis
         label: before each title, where a page shows several experiments.
     """
     before = f"{label}: " if label else ""
-    found = [
-        Section(before + table.caption, html=html(table), notes=list(table.notes))
-        for table in tables_of(detected.results)
-    ]
+    found = [pages.Section.of(table, before) for table in tables_of(detected.results)]
     if drawing is not None:
         names = ", ".join(example.row["name"] for example in detected.examples)
-        alt = f"Rows of pictures: {names}."
-        picture = PagePicture(embedded_figure(drawing, DPI), FIGURE_CAPTION, alt)
-        found.append(Section(f"{before}Samples", pictures=[picture]))
+        source, alt = pages.embedded_figure(drawing, DPI), f"Rows of pictures: {names}."
+        picture = pages.Picture(source, FIGURE_CAPTION, alt)
+        found.append(pages.Section(f"{before}Samples", pictures=[picture]))
     return found
 
 
-def page(results: Results, sections: Sequence[Section]) -> str:
-    """The page as HTML."""
-    bench = results["bench"]
-    facts = [(str(bench["samples"]), "objects"), (str(bench["images"]), "images in the dataset")]
-    if detectors := results["miou"]["real"]:
-        facts.append((str(len(detectors)), "detectors"))
-    return (
-        page_environment()
-        .get_template("paper.html.j2")
-        .render(
-            title="Object detection from the attention of Paint-by-Example",
-            facts=facts,
-            sections=sections,
-            making=list(provenance_rows(results["manifest"])),
-            left_out={},
-            settings=json.dumps(results["settings"], indent=2, default=str),
-            inputs={},
-        )
-    )
-
-
-# ---- figure ------------------------------------------------------------------------------------
-
-
-def sample_sheet(examples: Sequence[Example]) -> Sheet:
+def sample_sheet(examples: Sequence[Example]) -> sheet.Sheet:
     """A row per sample: image, mask, reference, painted image, map, boxes."""
     rows = [_sheet_row(example) for example in examples]
     rest = [tuple(replace(cell, title="") for cell in row) for row in rows[1:]]
-    section = SheetSection(
+    section = sheet.Section(
         rows=(rows[0], *rest),
         row_titles=tuple(str(example.row["category"]) for example in examples),
         groups=(3, 3),
         group_titles=("given", "found"),
     )
-    return Sheet(sections=(section,), caption=FIGURE_CAPTION)
+    return sheet.Sheet(sections=(section,), caption=FIGURE_CAPTION)
 
 
-def _sheet_row(example: Example) -> tuple[SheetCell, ...]:
+def _sheet_row(example: Example) -> tuple[sheet.Cell, ...]:
     row, size = example.row, GridSize(*example.generated.shape[:2])
     target = sheet_box(row["target"], size, TARGET_COLOR)
-    best = [found["generated"] for found in row["detections"].values() if found["generated"]]
+    best = [one["generated"] for one in row["detections"].values() if one["generated"]]
     seen = tuple(sheet_box(one["box"], size, DETECTOR_COLOR) for one in best)
     ours = (("i2am", OURS_COLOR), ("i2am_inverted", INVERTED_COLOR))
-    boxes = [sheet_box(row["boxes"][name], size, c) for name, c in ours if row["boxes"][name]]
+    found = [sheet_box(row["boxes"][name], size, c) for name, c in ours if row["boxes"][name]]
     scores = [number(row["iou"]["generated"][name], 2) for name, _ in ours]
     masked = np.where(example.mask[..., None], np.uint8(255), example.image)
     return (
-        SheetCell(picture=example.image, boxes=(target,), title="image"),
-        SheetCell(picture=masked, outline=example.mask, title="mask"),
-        SheetCell(picture=example.reference, title="reference"),
-        SheetCell(picture=example.generated, boxes=seen, title="painted"),
-        SheetCell(picture=example.generated, heat=example.heat, title="map"),
-        SheetCell(
+        sheet.Cell(picture=example.image, boxes=(target,), title="image"),
+        sheet.Cell(picture=masked, outline=example.mask, title="mask"),
+        sheet.Cell(picture=example.reference, title="reference"),
+        sheet.Cell(picture=example.generated, boxes=seen, title="painted"),
+        sheet.Cell(picture=example.generated, heat=example.heat, title="map"),
+        sheet.Cell(
             picture=example.generated,
-            boxes=(target, *boxes),
+            boxes=(target, *found),
             title="boxes",
             note=f"IoU {' / '.join(scores)}",
         ),
     )
 
 
-def sheet_box(box: Sequence[float], size: GridSize, color: str) -> Box:
+def sheet_box(box: Sequence[float], size: GridSize, color: str) -> sheet.Box:
     """A box in pixels as one in shares of the picture.
 
     >>> sheet_box((2, 1, 4, 4), GridSize(8, 4), "black")
     Box(top=0.125, left=0.5, height=0.375, width=0.5, color='black')
     """
-    left, top, right, bottom = PixelBox(*box).scaled(size, GridSize(1, 1))
-    return Box(top, left, bottom - top, right - left, color)
+    left, top, right, bottom = boxes.Box(*box).scaled(size, GridSize(1, 1))
+    return sheet.Box(top, left, bottom - top, right - left, color)
+
+
+# ---- i2am report -------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Input:
+    """One experiment, its name in files, and what made it."""
+
+    label: str
+    detected: Detected
+    origin: Mapping[str, Any]
+
+    @property
+    def made_by(self) -> str:
+        """The origin in one line."""
+        origin = self.origin
+        return (
+            f"{self.label}: '{origin['command']}', pipeline {origin['settings']['pipeline']}, "
+            f"data {origin['data']}, code {code_state(origin['git'])}"
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class DetectionSet:
+    """Experiments whose tables and figures will be written."""
+
+    inputs: tuple[Input, ...]
+
+    def write(
+        self, folder: Path, formats: Sequence[str], dpi: int
+    ) -> tuple[dict[str, Any], list[pages.Section]]:
+        """Write ``tables/*`` and ``figures/*`` of each; the index of them, and the page's sections."""
+        index: dict[str, Any] = {"tables": [], "figures": [], "left_out": {}}
+        shown: list[pages.Section] = []
+        for one in self.inputs:
+            for table in tables_of(one.detected.results):
+                stem = f"{table.name}-{one.label}"
+                index["tables"].append(write_table(table, folder, stem, [one.made_by]))
+            drawing = drawing_of(one.detected.examples)
+            if drawing is None:
+                index["left_out"][f"samples of {one.label}"] = "'i2am detect' with pictures=N"
+            else:
+                index["figures"].append(_write_figure(one, drawing, folder, formats, dpi))
+            shown += sections(one.detected, drawing, one.label)
+        return index | {"detections": {one.label: dict(one.origin) for one in self.inputs}}, shown
+
+
+def _write_figure(
+    one: Input, drawing: Figure, folder: Path, formats: Sequence[str], dpi: int
+) -> dict[str, Any]:
+    """The figure in all formats; its entry of the index."""
+    description = f"{FIGURE_CAPTION}\nMade by '{command_line()}' from\n{one.made_by}"
+    files = [f"{FIGURES}/{KIND}-{one.label}.{file_format}" for file_format in formats]
+    for file in files:
+        save_figure(drawing, folder / file, dpi, description)
+    about = {"figure": KIND, "paper": "section 5.1", "caption": FIGURE_CAPTION}
+    return {**about, "files": files, "inputs": [one.label]}
+
+
+def plan_detections(folders: Sequence[Path]) -> DetectionSet:
+    """Read the experiments; each is called by its folder.
+
+    Args:
+        folders: what ``i2am detect`` wrote.
+
+    Raises:
+        RunFolderError: a folder is not one of ``i2am detect``, or its run did not come to its end.
+    """
+    labels = numbered([folder.name for folder in folders])
+    return DetectionSet(
+        tuple(
+            Input(label, read_detected(folder), origin_of(folder))
+            for label, folder in zip(labels, folders, strict=True)
+        )
+    )

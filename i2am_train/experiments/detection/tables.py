@@ -6,19 +6,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from i2am_train.experiments.detection.results import Results
 from i2am_train.metrics.boxes import METHOD_LABELS, METHODS_OF_MAPS
-from i2am_train.reporting.table import (
-    Cell,
-    Heading,
-    Row,
-    Table,
-    interval_text,
-    minus,
-    number,
-    percent,
-    with_best,
-)
+from i2am_train.reporting.formatting import interval_text, minus, number, percent
+from i2am_train.reporting.table import Cell, Heading, Row, Table, with_best
 from i2am_train.results.statistics import few_samples_note
 
 DIGITS = 4
@@ -26,6 +16,9 @@ DIGITS = 4
 SUPERVISED, UNSUPERVISED = "Supervised, seen dataset", "Unsupervised, unseen dataset"
 KINDS = {"real": "Real images", "generated": "Generated images"}
 LEFT_OUT_MARK = "†"
+
+Results = Mapping[str, Any]
+"""Content of ``results.json``."""
 
 TABLE_1: Mapping[str, Mapping[str, float]] = {
     "fasterrcnn": {"real": 0.3225, "generated": 0.2658},
@@ -166,89 +159,51 @@ def _is_coco(results: Results) -> bool:
 
 def notes(results: Results) -> tuple[str, ...]:
     """What a reader must know to judge the table."""
-    found = (_bench_note, _made_note, _functional_note, _daam_note, _ours_note, _authors_note)
-    more = (_detector_note, _interval_note, _difference_note, _paper_note)
-    return tuple(note for make in (*found, *more) if (note := make(results)))
-
-
-def _bench_note(results: Results) -> str:
-    bench, settings = results["bench"], results["settings"]
+    bench, settings, missed = results["bench"], results["settings"], results["missed"]
+    scores, coco = results["miou"]["generated"], _is_coco(results)
     counted = "count like others" if settings["crowds"] else "are left out"
-    return (
+    of = "of the object's category" if settings["match_category"] else "of any category"
+    found = (
         f"Bench: of each of the {bench['images']} images the first annotation whose box covers 10–30 % of it, which "
         f"gives {bench['samples']} objects ({bench['crowds']} of them crowds, which {counted}), on average "
         f"{percent(bench['mean_share'])} of their image. All boxes are compared in one frame, that of the generated "
-        f"image ({settings['height']}x{settings['width']}); real images are resized to it."
-    )
-
-
-def _made_note(results: Results) -> str:
-    if _is_coco(results):
-        return ""
-    return (
-        "These are made pictures of coloured shapes: the table shows that the experiment runs, not what a model can "
-        "do. Give root=FOLDER for COCO."
-    )
-
-
-def _functional_note(results: Results) -> str:
-    if results["functional"]:
-        return ""
-    return (
-        "Not functional: the model's reference is one token, and a softmax over one key is 1 whatever the attention "
-        "says. The maps probe the geometry that the weights inherited from the text model; no pixel depends on them."
-    )
-
-
-def _daam_note(results: Results) -> str:
-    return (
+        f"image ({settings['height']}x{settings['width']}); real images are resized to it.",
+        ""
+        if coco
+        else "These are made pictures of coloured shapes: the table shows that the experiment runs, not "
+        "what a model can do. Give root=FOLDER for COCO.",
+        ""
+        if results["functional"]
+        else "Not functional: the model's reference is one token, and a softmax over one "
+        "key is 1 whatever the attention says. The maps probe the geometry that the weights inherited from the text "
+        "model; no pixel depends on them.",
         "DAAM's softmax runs over the reference: with one token its map is the same everywhere, so its box is the "
-        "whole image (paper A.7)."
-    )
-
-
-def _ours_note(results: Results) -> str:
-    missed = results["missed"]
-    return (
+        "whole image (paper A.7).",
         f"I²AM: extents of the largest region of the unified map of the nine decoder layers above δ = "
-        f"{results['settings']['delta']:g}; a map without such a region counts 0 ({missed['i2am']} samples; inverted, "
-        f"1 − map as the authors show it: {missed['i2am_inverted']})."
-    )
-
-
-def _authors_note(results: Results) -> str:
-    scores = results["miou"]["generated"]
-    return (
+        f"{settings['delta']:g}; a map without such a region counts 0 ({missed['i2am']} samples; inverted, 1 − map as "
+        f"the authors show it: {missed['i2am_inverted']}).",
         f"{LEFT_OUT_MARK} By the authors' scripts, which leave samples out of the mean: without a contour "
         f"({scores['i2am_authors']['left_out']}), and of random boxes those that miss the object "
         f"({scores['random_authors']['left_out']}). Their map: 15 layers, inverted. Not ranked; one frame here, where "
-        "theirs has two."
-    )
-
-
-def _detector_note(results: Results) -> str:
-    if not results["miou"]["real"]:
-        return ""
-    settings = results["settings"]
-    of = "of the object's category" if settings["match_category"] else "of any category"
-    return (
+        "theirs has two.",
         f"Detectors: the box of the highest score {of}; images whose score is at most {settings['score']:g} are left "
         "out, so that rows are means over different images (column images)."
+        if results["miou"]["real"]
+        else "",
+        "Brackets: 95 % bootstrap (BCa) over samples of one seed. Bold and underlined: best and second of its group."
+        f"{_few_samples(results)}",
+        _difference_note(results),
+        "Paper: Table 1, of COCO val2017 with the authors' code; it does not say how many images."
+        if coco
+        else "",
     )
+    return tuple(filter(None, found))
 
 
-def _interval_note(results: Results) -> str:
-    counts = [
-        score["n"]
-        for scores in results["miou"].values()
-        for score in scores.values()
-        if score["low"] is not None
-    ]
-    note = (
-        "Brackets: 95 % bootstrap (BCa) over samples of one seed. Bold and underlined: best and second "
-        "of its group."
-    )
-    return note + few_samples_note(min(counts)) if counts else note
+def _few_samples(results: Results) -> str:
+    scores = [score for of in results["miou"].values() for score in of.values()]
+    counts = [score["n"] for score in scores if score["low"] is not None]
+    return few_samples_note(min(counts)) if counts else ""
 
 
 def _difference_note(results: Results) -> str:
@@ -259,11 +214,3 @@ def _difference_note(results: Results) -> str:
         versus = f"{label(entry['method'])} − {label(entry['against'])}"
         texts.append(f"{versus} {value} {interval_text(interval, DIGITS)}".rstrip())
     return minus(f"Paired over samples: {'; '.join(texts)}.")
-
-
-def _paper_note(results: Results) -> str:
-    if not _is_coco(results):
-        return ""
-    return (
-        "Paper: Table 1, of COCO val2017 with the authors' code; it does not say how many images."
-    )

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import wandb
 
 from i2am_train.config.tracking import TrackingConfig
-from i2am_train.experiments.detection.results import Detected, Example, Results, read_detected
-from i2am_train.experiments.detection.tables import KINDS, label, swept_name
+from i2am_train.experiments.detection.report import Detected, Example, read_detected
+from i2am_train.experiments.detection.tables import KINDS, Results, label, swept_name
 from i2am_train.metrics.boxes import METHOD_LABELS, METHODS_OF_MAPS
 from i2am_train.reporting.explained import numbered
 from i2am_train.reporting.figures.canvas import overlay
@@ -30,6 +30,7 @@ from i2am_train.tracking.names import (
 )
 from i2am_train.tracking.session import finish_run, open_run
 
+SCORES = ("mean", "low", "high", "n", "left_out")
 SCORE_COLUMNS = ("mean IoU", "low", "high", "images", "left out")
 METHOD_COLUMNS = ("kind", "method", "label", *SCORE_COLUMNS)
 THRESHOLD_COLUMNS = ("delta", "method", "label", *SCORE_COLUMNS)
@@ -80,13 +81,16 @@ def _log(run: Any, detected: Detected, table_samples: int) -> None:
     """The sweep as curves over delta, then all the rest at once."""
     run.define_metric(DETECTION_DELTA, hidden=True)
     run.define_metric(f"{DETECTION_SWEEP}*", step_metric=DETECTION_DELTA)
-    for point in sweep(detected.results):
-        run.log(point)
+    swept = threshold_rows(detected.results)
+    for delta in detected.results["thresholds"]:
+        points = {f"{DETECTION_SWEEP}{row[1]}": row[3] for row in swept if row[0] == delta}
+        known = {name: mean for name, mean in points.items() if mean is not None}
+        run.log({DETECTION_DELTA: delta, **known})
     names = method_names(detected.results)
     logged: dict[str, Any] = {
         **means(detected.results),
         DETECTION_METHODS: _table(METHOD_COLUMNS, method_rows(detected.results)),
-        DETECTION_THRESHOLDS: _table(THRESHOLD_COLUMNS, threshold_rows(detected.results)),
+        DETECTION_THRESHOLDS: _table(THRESHOLD_COLUMNS, swept),
         DETECTION_SAMPLES: sample_table(detected.rows, names),
     }
     if examples := detected.examples[:table_samples]:
@@ -113,23 +117,10 @@ def means(results: Results) -> dict[str, float]:
     }
 
 
-def sweep(results: Results) -> Iterator[dict[str, float]]:
-    """For each threshold of the sweep, its delta and the mean IoU of the methods that read the map."""
-    for delta in results["thresholds"]:
-        scores = {
-            name: results["miou"]["sweep"][swept_name(name, delta)] for name in METHODS_OF_MAPS
-        }
-        yield {DETECTION_DELTA: delta} | {
-            f"{DETECTION_SWEEP}{name}": score["mean"]
-            for name, score in scores.items()
-            if score["mean"] is not None
-        }
-
-
 def method_rows(results: Results) -> list[list[Any]]:
     """A row for each kind of image and method, in the order of ``METHOD_COLUMNS``."""
     return [
-        [kind, method, label(method), *_score(score)]
+        [kind, method, label(method), *(score[name] for name in SCORES)]
         for kind in KINDS
         for method, score in results["miou"][kind].items()
     ]
@@ -139,14 +130,10 @@ def threshold_rows(results: Results) -> list[list[Any]]:
     """A row for each threshold and method, in the order of ``THRESHOLD_COLUMNS``."""
     swept = results["miou"]["sweep"]
     return [
-        [delta, name, label(name), *_score(swept[swept_name(name, delta)])]
+        [delta, method, label(method), *(swept[swept_name(method, delta)][name] for name in SCORES)]
         for delta in results["thresholds"]
-        for name in METHODS_OF_MAPS
+        for method in METHODS_OF_MAPS
     ]
-
-
-def _score(score: Mapping[str, Any]) -> list[Any]:
-    return [score[name] for name in ("mean", "low", "high", "n", "left_out")]
 
 
 def sample_table(rows: Rows, names: Mapping[str, str]) -> Any:

@@ -12,7 +12,7 @@ from matplotlib.ticker import MaxNLocator
 from i2am_train.metrics.registry import METRICS
 from i2am_train.reporting.figures.canvas import GREY, OKABE_ITO, STYLE, new_figure, plain_text
 from i2am_train.reporting.figures.training import with_index
-from i2am_train.reporting.table import minus, number
+from i2am_train.reporting.formatting import minus, number
 from i2am_train.reporting.tables.correlation import (
     Selection,
     correlate,

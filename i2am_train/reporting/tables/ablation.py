@@ -17,6 +17,7 @@ from rich.text import Text
 
 from i2am_train.metrics.registry import MetricInfo
 from i2am_train.reporting import table as write
+from i2am_train.reporting.formatting import interval_text, markdown_text, number, percent
 from i2am_train.reporting.provenance import describe_machine
 from i2am_train.reporting.table import (
     LATEX_NEEDS,
@@ -25,11 +26,7 @@ from i2am_train.reporting.table import (
     Mark,
     Row,
     Table,
-    interval_text,
     markdown_rows,
-    markdown_text,
-    number,
-    percent,
     with_best,
 )
 from i2am_train.results.finished_runs import START_ARM, Results, arm_labels, uses_truth

@@ -6,12 +6,10 @@ the model or the data.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -26,12 +24,16 @@ from i2am_train.reporting.figures.training import (
     sample_panel,
     save_figure,
 )
+from i2am_train.reporting.formatting import markdown_text, minus, number
 from i2am_train.reporting.pages import (
+    Picture,
+    Section,
     embedded_file,
-    page_environment,
+    making,
+    page,
 )
-from i2am_train.reporting.provenance import flat, provenance_rows
-from i2am_train.reporting.table import html, html_label, markdown_text, minus, number
+from i2am_train.reporting.provenance import flat
+from i2am_train.reporting.table import Cell, Heading, Row, Table, html
 from i2am_train.reporting.tables.ablation import (
     arm_table,
     as_latex,
@@ -63,41 +65,6 @@ RANKED_BY = "imacs_g"
 """The score that samples are ordered by."""
 
 
-@dataclass(frozen=True, slots=True)
-class FigureBlock:
-    """One figure of the page: embedded picture, caption and text for those who cannot see it."""
-
-    source: str
-    caption: str
-    alt: str
-    pixels: int
-    """Width that it is drawn for, at most."""
-
-
-@dataclass(frozen=True, slots=True)
-class SampleRow:
-    """One sample that gained or lost most: its scores and its pictures."""
-
-    name: str
-    garment: str
-    change: str
-    scores: tuple[str, ...]
-    pictures: tuple[str, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class SampleList:
-    """The samples that gained most and lost most, reference arm against ``arm``."""
-
-    arms: tuple[str, str]
-    columns: tuple[MetricInfo, ...]
-    best: tuple[SampleRow, ...]
-    worst: tuple[SampleRow, ...]
-    improved: int
-    total: int
-    label: str
-
-
 def build_report(run_folder: Path) -> Path:
     """Write the report of a finished run into its folder.
 
@@ -111,10 +78,18 @@ def build_report(run_folder: Path) -> Path:
         RunFolderError: no ``results.json``, or a file that cannot be read.
     """
     run = read_run(Path(run_folder))
-    page = page_environment().get_template("report.html.j2").render(_context(run))
+    results = run.results
+    text = page(
+        _title(results),
+        list(_sections(run)),
+        kind="attention of virtual try-on",
+        facts=list(_facts(results)),
+        verdicts=[minus(sentence) for sentence in verdict_sentences(results)],
+        warnings=collapse_warnings(results),
+    )
     write_text(run.folder / "results.md", _markdown(run))
-    write_text(run.folder / "results.tex", as_latex(run.results))
-    write_text(run.folder / "report.html", page)
+    write_text(run.folder / "results.tex", as_latex(results))
+    write_text(run.folder / "report.html", text)
     return run.folder / "report.html"
 
 
@@ -141,31 +116,45 @@ def focus_arm(results: Results) -> str | None:
     return candidates[0] if candidates else None
 
 
-def _context(run: RunRecord) -> dict[str, Any]:
-    results = run.results
-    return {
-        "title": _title(results),
-        "facts": list(_facts(results)),
-        "verdicts": [minus(sentence) for sentence in verdict_sentences(results)],
-        "warnings": collapse_warnings(results),
-        "main_table": html(main, "main") if (main := arm_table(results)).headings else "",
-        "differences": [
-            (table.caption, html(table, "differences"))
-            for arm, table in sorted(
-                difference_tables(results).items(), key=lambda item: item[0] != focus_arm(results)
-            )
-        ],
-        "notes": notes(results),
-        "difference_figure": _difference_figure(run),
-        "panels": list(_panel_figures(run)),
-        "curves": list(_curve_figures(run)),
-        "samples": sample_list(run),
-        "missing": run.missing,
-        "making": list(_making(results)),
-        "settings": json.dumps(results.get("settings") or {}, indent=2, default=str),
-        "metrics": measured_metrics(results).values(),
-        "html_label": html_label,
-    }
+def _sections(run: RunRecord) -> Iterator[Section]:
+    results, arms = run.results, arm_table(run.results)
+    lead = "" if arms.headings else "No cell of this run holds a score."
+    table = html(arms, "main") if arms.headings else ""
+    yield Section("Results", table, list(notes(results)), lead=lead)
+    yield from _difference_sections(run)
+    if figures := list(_panel_figures(run)):
+        yield Section("Samples", pictures=figures)
+    if (samples := sample_table(run)) is not None:
+        yield Section(samples.title, html(samples, "samples"), list(samples.notes))
+    if figures := list(_curve_figures(run)):
+        yield Section("Training", pictures=figures)
+    made = making(results, results.get("settings") or {})
+    terms = [*made.terms, *_making(results)]
+    yield replace(made, terms=terms, notes=list(run.missing))
+    terms = [(info.heading, _meaning(info)) for info in measured_metrics(results).values()]
+    yield Section("What the metrics mean", terms=terms)
+
+
+def _meaning(info: MetricInfo) -> str:
+    unit = f" Unit: {info.unit}." if info.unit else ""
+    return (info.description or "No description was kept.") + unit
+
+
+def _difference_sections(run: RunRecord) -> Iterator[Section]:
+    """One for each compared arm, that which the report is about first; the figure of all stands in the first."""
+    focus, title = focus_arm(run.results), "Paired differences"
+    tables = sorted(difference_tables(run.results).items(), key=lambda item: item[0] != focus)
+    lead = (
+        "Each arm is compared with the reference arm pair by pair. “Better” and “worse” are said only where the "
+        "interval excludes zero."
+    )
+    if not tables:
+        lead = "No two trained arms share a seed, so there are no paired differences."
+        yield Section(title, lead=lead)
+    for index, (_, table) in enumerate(tables):
+        pictures, lead = ([], "") if index else ([_difference_figure(run)], lead)
+        kept = html(table, "differences")
+        yield Section(f"{title}: {table.caption}", kept, pictures=pictures, lead=lead)
 
 
 def _facts(results: Results) -> Iterator[tuple[str, str]]:
@@ -181,8 +170,7 @@ def _facts(results: Results) -> Iterator[tuple[str, str]]:
 
 
 def _making(results: Results) -> Iterator[tuple[str, str]]:
-    """How the run was made, as pairs of term and text, present ones only."""
-    yield from provenance_rows(results)
+    """What else is known of how the run was made, as pairs of term and text."""
     if results.get("minutes") is not None:
         yield "Duration", f"{results['minutes']:.1f} minutes in all"
     if seeds := sorted({c["seed"] for c in results["cells"] if c["seed"] is not None}):
@@ -196,14 +184,12 @@ def _making(results: Results) -> Iterator[tuple[str, str]]:
 # ---- figures -----------------------------------------------------------------------------------
 
 
-def _block(run: RunRecord, figure: Figure, name: str, caption: str, alt: str) -> FigureBlock:
+def _block(run: RunRecord, figure: Figure, name: str, caption: str, alt: str) -> Picture:
     path = save_figure(figure, run.folder / "figures" / name)
-    return FigureBlock(embedded_file(path), caption, alt, round(figure.get_figwidth() * 100))
+    return Picture(embedded_file(path), caption, alt, round(figure.get_figwidth() * 100))
 
 
-def _difference_figure(run: RunRecord) -> FigureBlock | None:
-    if not run.results["paired"]:
-        return None
+def _difference_figure(run: RunRecord) -> Picture:
     reference = arm_labels(run.results)[str(reference_arm(run.results))]
     save_figure(difference_plot(run.results), run.folder / "figures" / "differences.png")
     return _block(
@@ -217,7 +203,7 @@ def _difference_figure(run: RunRecord) -> FigureBlock | None:
     )
 
 
-def _curve_figures(run: RunRecord) -> Iterator[FigureBlock]:
+def _curve_figures(run: RunRecord) -> Iterator[Picture]:
     histories = [cell.history for cell in run.cells if cell.history]
     labels = arm_labels(run.results)
     colors = arm_colors(labels)
@@ -250,7 +236,7 @@ def _quantities(histories: Sequence[History], prefix: str, results: Results) -> 
     return {**known, **others}
 
 
-def _panel_figures(run: RunRecord) -> Iterator[FigureBlock]:
+def _panel_figures(run: RunRecord) -> Iterator[Picture]:
     panels = _panels_by_arm(run)
     if not panels:
         return
@@ -314,8 +300,8 @@ def _arms_to_show(results: Results) -> list[str]:
 # ---- single samples ----------------------------------------------------------------------------
 
 
-def sample_list(run: RunRecord) -> SampleList | None:
-    """The samples whose score changed most between the reference arm and the focus arm.
+def sample_table(run: RunRecord) -> Table | None:
+    """The samples whose score changed most between the reference arm and the focus arm, with their pictures.
 
     A sample's score is its mean over the seeds that both arms have. ``None`` if no scores of
     single samples were kept.
@@ -324,39 +310,56 @@ def sample_list(run: RunRecord) -> SampleList | None:
     if reference is None or focus is None:
         return None
     before, after = _mean_scores(run, reference, focus)
-    ranked = sorted(
-        (
-            n
-            for n in before.keys() & after.keys()
-            if RANKED_BY in before[n] and RANKED_BY in after[n]
-        ),
-        key=lambda name: (before[name][RANKED_BY] - after[name][RANKED_BY], name),
-    )
-    if not ranked:
+    changes = {
+        name: after[name][RANKED_BY] - before[name][RANKED_BY]
+        for name in before.keys() & after.keys()
+        if RANKED_BY in before[name] and RANKED_BY in after[name]
+    }
+    if len(changes) < 2:
         return None
-    shown = {
+    ranked = sorted(changes, key=lambda name: (-changes[name], name))
+    ranking = MetricInfo.of(RANKED_BY, run.results["metrics"].get(RANKED_BY, {}))
+    metrics = {
         name: info
         for name, info in measured_metrics(run.results).items()
-        if name in _LISTED_SCORES and any(name in before[sample] for sample in ranked)
+        if name in LISTED_SCORES and any(name in before[sample] for sample in ranked)
     }
-    arms, labels = (reference, focus), arm_labels(run.results)
-    changes = [after[n][RANKED_BY] - before[n][RANKED_BY] for n in ranked]
-    count = min(EXTREMES, len(ranked) // 2)
-    rows = [_sample_row(run, n, arms, before, after, shown) for n in ranked[:count]]
-    last = [_sample_row(run, n, arms, before, after, shown) for n in ranked[::-1][:count]]
-    ranking = MetricInfo.of(RANKED_BY, run.results["metrics"].get(RANKED_BY, {}))
-    return SampleList(
-        arms=(labels[reference], labels[focus]),
-        columns=tuple(shown.values()),
-        best=tuple(rows),
-        worst=tuple(last),
-        improved=sum(change > 0 for change in changes),
-        total=len(ranked),
-        label=ranking.label,
+
+    def row(name: str, group: str) -> Row:
+        pairs = ((before[name].get(m), after[name].get(m), i) for m, i in metrics.items())
+        change = number(changes[name], ranking.digits, signed=True)
+        pictures = {arm: kept for arm in (reference, focus) if (kept := _thumbnail(run, arm, name))}
+        shown = {f"{name}, {arm}": kept for arm, kept in pictures.items()}
+        cells = (
+            Cell(change, value=changes[name]),
+            *(Cell(_change(*pair)) for pair in pairs),
+            Cell("", pictures=shown) if shown else None,
+        )
+        return Row(" ".join(filter(None, (name, _garment_name(run, name)))), cells, group)
+
+    labels, count = arm_labels(run.results), min(EXTREMES, len(ranked) // 2)
+    first, second = labels[reference], labels[focus]
+    return Table(
+        title="Samples that changed most",
+        corner="Sample",
+        headings=(
+            Heading("Change"),
+            *(Heading(info.label, info.arrow) for info in metrics.values()),
+            Heading("Pictures"),
+        ),
+        rows=(
+            *(row(name, "gained most") for name in ranked[:count]),
+            *(row(name, "gained least or lost") for name in ranked[::-1][:count]),
+        ),
+        notes=(
+            f"{ranking.label} is higher with {second} than with {first} on "
+            f"{sum(change > 0 for change in changes.values())} of {len(ranked)} samples. The two ends of the list are "
+            f"shown; scores read {first} → {second}, as do the pictures.",
+        ),
     )
 
 
-_LISTED_SCORES = ("imacs_g", "imacs_r", "correspondence_error", "ssim", "stlpips")
+LISTED_SCORES = ("imacs_g", "imacs_r", "correspondence_error", "ssim", "stlpips")
 
 Scores = Mapping[str, Mapping[str, float]]
 
@@ -381,27 +384,6 @@ def _scores_by_name(cells: Iterable[CellRecord]) -> dict[str, dict[str, float]]:
         name: {metric: float(np.mean(of_seeds)) for metric, of_seeds in metrics.items()}
         for name, metrics in values.items()
     }
-
-
-def _sample_row(
-    run: RunRecord,
-    name: str,
-    arms: tuple[str, str],
-    before: Scores,
-    after: Scores,
-    columns: Mapping[str, MetricInfo],
-) -> SampleRow:
-    digits = columns[RANKED_BY].digits if RANKED_BY in columns else 3
-    change = after[name][RANKED_BY] - before[name][RANKED_BY]
-    return SampleRow(
-        name=name,
-        garment=_garment_name(run, name),
-        change=minus(number(change, digits, signed=True)),
-        scores=tuple(
-            _change(before[name].get(m), after[name].get(m), i) for m, i in columns.items()
-        ),
-        pictures=tuple(p for arm in arms if (p := _thumbnail(run, arm, name))),
-    )
 
 
 def _change(before: float | None, after: float | None, info: MetricInfo) -> str:

@@ -9,9 +9,11 @@ files alone, so that other thresholds and more detectors cost no new images.
 from __future__ import annotations
 
 import hashlib
+import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,14 +26,27 @@ from torch import Tensor
 from tqdm import tqdm
 
 from i2am_train.attention import HeatMap, normalise
+from i2am_train.config.build import plain
 from i2am_train.config.detection import DetectConfig
+from i2am_train.config.hub import revisions
+from i2am_train.config.locations import expanded, shapes_folder
 from i2am_train.data.arrays import Image
 from i2am_train.evaluation.batches import batches
 from i2am_train.evaluation.results import CONFIDENCE, IMAGES, write_image
-from i2am_train.experiments.detection.coco import Bench, BenchSample
-from i2am_train.experiments.detection.detectors import Detector, best_detection
+from i2am_train.experiments.detection.coco import Bench, BenchSample, read_bench
+from i2am_train.experiments.detection.detectors import Detector, best_detection, load_detector
+from i2am_train.experiments.detection.report import (
+    KIND,
+    SCHEMA,
+    Example,
+    read_detected,
+    write_examples,
+    write_report,
+)
+from i2am_train.experiments.detection.shapes import SPLIT, make_shapes
 from i2am_train.experiments.detection.tables import swept_name
-from i2am_train.files import written
+from i2am_train.experiments.detection.tracking import track_detection
+from i2am_train.files import write_text, written
 from i2am_train.json_files import read_json, write_json
 from i2am_train.metrics.boxes import (
     METHODS_OF_MAPS,
@@ -43,8 +58,11 @@ from i2am_train.metrics.boxes import (
     whole_box,
 )
 from i2am_train.models.others.paint_by_example import PaintByExample, Painted, Painting, resized
+from i2am_train.results.finished_runs import RESULTS, SAMPLES
 from i2am_train.results.statistics import Over, mean_interval, paired_difference
+from i2am_train.runs import RunFolder
 from i2am_train.seeds import seed_for
+from i2am_train.tracking.artifacts import use_bench, use_model
 from i2am_train.types import Direction, GridSize, LayerWeighting
 
 MAPS, DETECTIONS = "maps", "detections"
@@ -56,21 +74,84 @@ LEAVING_OUT = ("i2am_authors", "random_authors")
 SMALLEST_RANDOM_IOU = 1e-5
 """Random boxes that agree less were left out of the authors' mean."""
 
-Scores = dict[str, dict[str, float | None]]
-"""IoU by kind (real, generated, sweep) and method; None where the sample is left out."""
+Rows = Sequence[Mapping[str, Any]]
 
 
-def file_name(batch: range, size: int, ending: str) -> str:
-    """Name of a batch's file."""
-    return f"batch-{batch[0] // size:05d}.{ending}"
+WITHOUT_EFFECT_ON_IMAGES = (
+    *("output", "device", "progress_bar", "delta", "deltas", "detectors", "pictures", "tracking"),
+)
+"""Options that may differ when the same folder is asked for again: images and maps are kept."""
 
 
-# -- images and maps ------------------------------------------------------------------------------------------------
+def run_experiment(config: DetectConfig, folder: Path, device: torch.device) -> dict[str, Any]:
+    """The results; what the folder holds already is not computed again.
+
+    Raises:
+        I2AMError: data, pipeline, detectors or folder do not fit; nothing is written then.
+    """
+    annotations, images = data_of(config)
+    bench = read_bench(annotations, images, crowds=config.crowds, limit=config.samples)
+    model = PaintByExample.from_pretrained(config.pipeline, device, config.dtype)
+    model.check_size(config.size)
+    detectors = {name: load_detector(name) for name in config.detectors}
+    settings = plain(config) | {"bench": bench.fingerprint} | revisions(config.pipeline)
+    opened = RunFolder.open(folder, settings, may_differ=WITHOUT_EFFECT_ON_IMAGES)
+    before = scores_of(read_json(folder / RESULTS)) if opened.finished else None
+    opened.start(seed=config.seed, data=bench.fingerprint)
+    kept = KeptPaintings(folder=folder, samples=bench.samples, batch_size=config.batch_size)
+    paint_bench(model, kept, config)
+    del model  # room for the detectors
+    seen = {n: detect_objects(kept, n, one.to(device), config) for n, one in detectors.items()}
+    rows = score_bench(kept, seen, config)
+    results = {
+        "schema": SCHEMA,
+        "kind": KIND,
+        **summarise(rows, kept, bench),
+        "thresholds": config.thresholds,
+        "settings": plain(config),
+        "manifest": dict(opened.manifest),
+    }
+    write_text(folder / SAMPLES, "".join(json.dumps(row) + "\n" for row in rows))
+    write_examples(folder, examples(kept, rows, config))
+    write_json(folder / RESULTS, results)
+    write_report(read_detected(folder))
+    if scores_of(results) != before:
+        use_inputs = partial(_use_inputs, config, bench, images)
+        track_detection(
+            config.tracking, folder, arm=Path(config.pipeline).name, use_inputs=use_inputs
+        )
+    opened.finish(detectors=revisions(*config.detectors).get("revisions", {}))
+    return results
+
+
+def scores_of(results: Mapping[str, Any]) -> dict[str, Any]:
+    """What was found, without how it was asked for: equal where there is nothing new to log."""
+    return {name: value for name, value in results.items() if name not in ("settings", "manifest")}
+
+
+def _use_inputs(config: DetectConfig, bench: Bench, images: Path, run: Any) -> None:
+    use_bench(run, images, bench.fingerprint, len(bench.samples))
+    pipeline = expanded(config.pipeline)
+    if pipeline.is_dir():  # one of the hub is named by the run's configuration
+        use_model(run, pipeline, upload=config.tracking.upload_model)
+
+
+def data_of(config: DetectConfig) -> tuple[Path, Path]:
+    """COCO file and folder of images; the made set is made if it is not there yet."""
+    if config.root is None:
+        root, split = make_shapes(shapes_folder(config.shapes), config.shapes), SPLIT
+    else:
+        root, split = config.root, config.split
+    file = config.annotations or root / "annotations" / f"instances_{split}.json"
+    return file, root / split
+
+
+# -- what is kept ---------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, kw_only=True)
 class KeptPaintings:
-    """Painted images and their maps in the folder of the experiment."""
+    """Painted images, their maps and what detectors see in them, batch by batch in the folder of the experiment."""
 
     folder: Path
     samples: tuple[BenchSample, ...]
@@ -80,38 +161,43 @@ class KeptPaintings:
         """Positions of all samples, batch by batch."""
         return batches(len(self.samples), self.batch_size)
 
-    def pending(self) -> list[range]:
-        """Batches that are still to be painted."""
-        return [batch for batch in self.batches() if not self._place(batch).is_file()]
+    def file(self, batch: range, place: str, ending: str) -> Path:
+        """The file of a batch in ``place``; there when the batch is finished."""
+        name = f"batch-{batch[0] // self.batch_size:05d}.{ending}"
+        return self.folder / place / name
 
     def write(self, batch: range, painted: Painted, weighting: LayerWeighting) -> None:
         """Keep a batch: images first, maps last and in one step."""
         for position, image in zip(batch, painted.images, strict=True):
             write_image(self.folder, self.samples[position].name, torch.from_numpy(image))
         maps = unified_maps(painted, weighting)
-        with written(self._place(batch)) as unfinished:
+        with written(self.file(batch, MAPS, "safetensors")) as unfinished:
             save_file(maps, unfinished, {FUNCTIONAL: str(painted.functional)})
 
     def maps(self, batch: range) -> dict[str, Tensor]:
         """The maps ``[batch, height, width]`` of a batch, by name."""
-        with safe_open(self._place(batch), "pt") as archive:
+        with safe_open(self.file(batch, MAPS, "safetensors"), "pt") as archive:
             return {name: archive.get_tensor(name) for name in archive.keys()}  # noqa: SIM118
 
     def image(self, position: int) -> Image:
         """A painted image, RGB ``[height, width, 3]``."""
-        with PillowImage.open(
-            self.folder / IMAGES / f"{self.samples[position].name}.png"
-        ) as picture:
+        name = f"{self.samples[position].name}.png"
+        with PillowImage.open(self.folder / IMAGES / name) as picture:
             return np.array(picture)
 
     @property
     def functional(self) -> bool:
         """False where the images do not depend on the attention that the maps show."""
-        with safe_open(self._place(self.batches()[0]), "pt") as archive:
+        with safe_open(self.file(self.batches()[0], MAPS, "safetensors"), "pt") as archive:
             return str(archive.metadata()[FUNCTIONAL]) == str(True)
 
-    def _place(self, batch: range) -> Path:
-        return self.folder / MAPS / file_name(batch, self.batch_size, "safetensors")
+    def pending(self, place: str, ending: str, what: str, shown: bool) -> Iterator[range]:
+        """The batches that have no file yet, with a bar that counts their samples."""
+        batches = [b for b in self.batches() if not self.file(b, place, ending).is_file()]
+        with tqdm(total=sum(map(len, batches)), desc=what, unit="image", disable=not shown) as bar:
+            for batch in batches:
+                yield batch
+                bar.update(len(batch))
 
 
 def unified_maps(painted: Painted, weighting: LayerWeighting) -> dict[str, Tensor]:
@@ -131,80 +217,51 @@ def unified_maps(painted: Painted, weighting: LayerWeighting) -> dict[str, Tenso
 
 
 def paint_bench(model: PaintByExample, kept: KeptPaintings, config: DetectConfig) -> None:
-    """Paint the batches that are not there yet."""
-    for batch in progress(kept.pending(), "images", config.progress_bar):
-        paintings = [painting(kept.samples[position], config.seed) for position in batch]
+    """Paint every object anew after itself, in the batches that are not there yet."""
+    for batch in kept.pending(MAPS, "safetensors", "images", config.progress_bar):
+        paintings = [_painting(kept.samples[position], config.seed) for position in batch]
         painted = model.paint(paintings, config.size, steps=config.steps, guidance=config.guidance)
         kept.write(batch, painted, config.weighting)
 
 
-def painting(sample: BenchSample, seed: int) -> Painting:
-    """The object of a sample, to be painted anew after itself."""
-    image = sample.image()
-    return Painting(
-        image=image,
-        mask=sample.mask(),
-        reference=sample.reference(image),
-        seed=seed_for(seed, "paint", sample.image_id),
-    )
+def _painting(sample: BenchSample, seed: int) -> Painting:
+    image, seed = sample.image(), seed_for(seed, "paint", sample.image_id)
+    return Painting(image=image, mask=sample.mask(), reference=sample.reference(image), seed=seed)
 
 
-def progress(pending: Sequence[range], what: str, shown: bool) -> Iterator[range]:
-    """The batches, with a bar that counts their samples."""
-    with tqdm(total=sum(map(len, pending)), desc=what, unit="image", disable=not shown) as bar:
-        for batch in pending:
-            yield batch
-            bar.update(len(batch))
+def detect_objects(
+    kept: KeptPaintings, name: str, detector: Detector, config: DetectConfig
+) -> list[dict[str, Any]]:
+    """What a detector finds in each sample: ``box``, ``score`` and ``category`` by kind of image, or None.
+
+    It looks at the batches that it has not seen yet.
+    """
+    digest = hashlib.sha256(name.encode()).hexdigest()[:8]  # names may differ in signs only
+    place = f"{DETECTIONS}/{re.sub(r'[^a-zA-Z0-9]+', '-', name)[-60:].strip('-')}-{digest}"
+    for batch in kept.pending(place, "json", name, config.progress_bar):
+        rows = [_best_detections(kept, position, detector, config) for position in batch]
+        write_json(kept.file(batch, place, "json"), rows)
+    return [row for batch in kept.batches() for row in read_json(kept.file(batch, place, "json"))]
 
 
-# -- detectors ------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, kw_only=True)
-class KeptDetections:
-    """A detector's best detections, batch by batch."""
-
-    folder: Path
-    detector: str
-    paintings: KeptPaintings
-
-    def pending(self) -> list[range]:
-        """Batches that the detector has not seen yet."""
-        return [batch for batch in self.paintings.batches() if not self._place(batch).is_file()]
-
-    def rows(self) -> list[dict[str, Any]]:
-        """What was found in each sample: ``box``, ``score`` and ``category`` by kind of image, or None."""
-        return [row for batch in self.paintings.batches() for row in read_json(self._place(batch))]
-
-    def detect(self, detector: Detector, config: DetectConfig) -> None:
-        """Look at the batches that were not seen yet."""
-        for batch in progress(self.pending(), self.detector, config.progress_bar):
-            rows = [self._row(detector, position, config) for position in batch]
-            write_json(self._place(batch), rows)
-
-    def _row(self, detector: Detector, position: int, config: DetectConfig) -> dict[str, Any]:
-        sample = self.paintings.samples[position]
-        # Both at one size: what differs between the columns is the content, not the aspect.
-        images = {
-            REAL: np.array(resized(sample.image(), config.size)),
-            GENERATED: self.paintings.image(position),
-        }
-        category = sample.category if config.match_category else None
-        found = {
-            kind: best_detection(detector.detect(image, config.score), category)
-            for kind, image in images.items()
-        }
-        return {
-            kind: best and {"box": best.box, "score": best.score, "category": best.category}
-            for kind, best in found.items()
-        }
-
-    def _place(self, batch: range) -> Path:
-        digest = hashlib.sha256(self.detector.encode()).hexdigest()[
-            :8
-        ]  # names may differ in signs only
-        name = f"{re.sub(r'[^a-zA-Z0-9]+', '-', self.detector)[-60:].strip('-')}-{digest}"
-        return self.folder / DETECTIONS / name / file_name(batch, self.paintings.batch_size, "json")
+def _best_detections(
+    kept: KeptPaintings, position: int, detector: Detector, config: DetectConfig
+) -> dict[str, Any]:
+    sample = kept.samples[position]
+    # Both at one size: what differs between the columns is the content, not the aspect.
+    images = {
+        REAL: np.array(resized(sample.image(), config.size)),
+        GENERATED: kept.image(position),
+    }
+    category = sample.category if config.match_category else None
+    found = {
+        kind: best_detection(detector.detect(image, config.score), category)
+        for kind, image in images.items()
+    }
+    return {
+        kind: best and {"box": best.box, "score": best.score, "category": best.category}
+        for kind, best in found.items()
+    }
 
 
 # -- scores ---------------------------------------------------------------------------------------------------------
@@ -226,18 +283,17 @@ def boxes_of(
         sample: whose random box is drawn.
         config: size, seed and threshold.
     """
-    size, daam = config.size, on_picture(maps["daam"], config.size)
+    size = config.size
     draw = np.random.default_rng(seed_for(config.seed, "random box", sample.image_id))
+    drawn = random_box(size, draw)
     boxes: dict[str, Box | None] = {
-        "daam": component_box(daam, config.delta),
+        "daam": component_box(on_picture(maps["daam"], size), config.delta),
         "overall": whole_box(size),
-        "random": random_box(size, draw),
+        "random": drawn,
+        "random_authors": drawn,
     }
-    boxes["random_authors"] = boxes["random"]
-    return boxes | {
-        name: found[config.delta]
-        for name, found in boxes_by_threshold(maps, size, [config.delta]).items()
-    }
+    by_threshold = boxes_by_threshold(maps, size, [config.delta])
+    return boxes | {name: found[config.delta] for name, found in by_threshold.items()}
 
 
 def boxes_by_threshold(
@@ -261,17 +317,17 @@ def iou_of(method: str, box: Box | None, target: Box) -> float | None:
 
 
 def score_bench(
-    kept: KeptPaintings, detections: Mapping[str, Sequence[Mapping[str, Any]]], config: DetectConfig
+    kept: KeptPaintings, detections: Mapping[str, Rows], config: DetectConfig
 ) -> list[dict[str, Any]]:
     """One row per sample: what it is, the boxes of all methods, and their IoU with the object's.
 
     Args:
         kept: the painted images with their maps.
-        detections: rows of ``KeptDetections`` by detector.
+        detections: rows of ``detect_objects`` by detector.
         config: of the experiment.
     """
     rows = []
-    for batch in progress(kept.batches(), "boxes", config.progress_bar):
+    for batch in tqdm(kept.batches(), desc="boxes", disable=not config.progress_bar):
         maps = kept.maps(batch)
         for place, position in enumerate(batch):
             of_sample = {name: values[place] for name, values in maps.items()}
@@ -290,7 +346,7 @@ def sample_row(
     target = sample.box.scaled(sample.size, config.size)
     boxes = boxes_of(maps, sample, config)
     swept = boxes_by_threshold(maps, config.size, config.thresholds)
-    scores: Scores = {
+    scores: dict[str, dict[str, float | None]] = {
         GENERATED: {name: iou_of(name, box, target) for name, box in boxes.items()},
         REAL: {},
         SWEEP: {
@@ -317,14 +373,30 @@ def sample_row(
     }
 
 
+def examples(kept: KeptPaintings, rows: Rows, config: DetectConfig) -> list[Example]:
+    """The first samples as pictures."""
+    found = []
+    for position, row in enumerate(rows[: config.pictures]):
+        sample, batch = kept.samples[position], kept.batches()[position // kept.batch_size]
+        heat, image = kept.maps(batch)["decoder"][position - batch[0]], sample.image()
+        found.append(
+            Example(
+                image=np.asarray(resized(image, config.size)),
+                mask=np.asarray(resized(sample.mask(), config.size)) > 0,
+                reference=np.asarray(resized(sample.reference(image), config.size)),
+                generated=kept.image(position),
+                heat=on_picture(heat, config.size).numpy(),
+                row=row,
+            )
+        )
+    return found
+
+
 # -- results --------------------------------------------------------------------------------------------------------
 
 
-def summarise(
-    rows: Sequence[Mapping[str, Any]], kept: KeptPaintings, bench: Bench
-) -> dict[str, Any]:
+def summarise(rows: Rows, kept: KeptPaintings, bench: Bench) -> dict[str, Any]:
     """Means with intervals over samples, by kind and method; what the bench is; what the maps are worth."""
-    kinds: Scores = rows[0]["iou"]
     return {
         "bench": {
             "images": bench.images,
@@ -335,7 +407,7 @@ def summarise(
         FUNCTIONAL: kept.functional,
         "miou": {
             kind: {name: mean_iou(rows, kind, name) for name in methods}
-            for kind, methods in kinds.items()
+            for kind, methods in rows[0]["iou"].items()
         },
         "missed": {
             name: sum(row["boxes"][name] is None for row in rows) for name in METHODS_OF_MAPS
@@ -348,7 +420,7 @@ def summarise(
     }
 
 
-def mean_iou(rows: Sequence[Mapping[str, Any]], kind: str, method: str) -> dict[str, Any]:
+def mean_iou(rows: Rows, kind: str, method: str) -> dict[str, Any]:
     """Mean IoU of the samples that count, its bootstrap interval over them, and how many there are."""
     values = [row["iou"][kind][method] for row in rows]
     known = [value for value in values if value is not None]
@@ -363,7 +435,7 @@ def mean_iou(rows: Sequence[Mapping[str, Any]], kind: str, method: str) -> dict[
     }
 
 
-def difference(rows: Sequence[Mapping[str, Any]], method: str, against: str) -> dict[str, Any]:
+def difference(rows: Rows, method: str, against: str) -> dict[str, Any]:
     """Mean difference of two methods over the samples, with its interval."""
     first, second = ([row["iou"][GENERATED][name] for row in rows] for name in (method, against))
     found = paired_difference(first, second, Over.SAMPLES, CONFIDENCE)
@@ -371,7 +443,5 @@ def difference(rows: Sequence[Mapping[str, Any]], method: str, against: str) -> 
         "method": method,
         "against": against,
         "difference": found.mean,
-        "low": found.low,
-        "high": found.high,
-        "n": found.n,
+        **{name: getattr(found, name) for name in ("low", "high", "n")},
     }
