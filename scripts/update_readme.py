@@ -3,12 +3,15 @@
 ``data/results/study.json`` and ``trajectory.json`` are the ``results.json`` of ``i2am ablate experiment=study`` and
 ``experiment=trajectory``, whose differences are worked out anew; ``benchmark.json`` is the last line of
 ``scripts/benchmark_capture.py``, ``layers.json`` is of ``scripts/layer_effect.py``, ``trajectory_checkpoints.json`` of
-``scripts/keep_checkpoints.py``; the support table is the registry of recipes. The text between the markers
+``scripts/keep_checkpoints.py``; the support table is the registry of recipes; the packages are those
+of ``pyproject.toml``. The text between the markers
 ``<!-- name -->`` and ``<!-- /name -->`` is replaced; a test checks that the documents are what this script makes.
 """
 
+import ast
 import json
 import re
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +31,8 @@ RESULTS = ROOT / "data" / "results"
 
 STUDIES = ("study.json", "trajectory.json")
 DOCUMENTS = (
-    *("README.md", "data/README.md", "i2am_train/attention/README.md"),
+    *("README.md", "data/README.md"),
+    *("i2am_train/README.md", "i2am_train/attention/README.md"),
     *(f"data/results/{name}.md" for name in ("study", "trajectory", "correlation")),
 )
 SHOWN = ("IMACS_g", "IMACS_r", "Correspondence error", "SSIM", "ST-LPIPS")
@@ -46,6 +50,7 @@ def rendered(document: str) -> str:
         ("correlation", correlation((RESULTS / "trajectory_checkpoints.json").read_text())),
         ("benchmark", benchmark((RESULTS / "benchmark.json").read_text())),
         ("recipes", recipes()),
+        ("packages", packages()),
     ):
         pattern = rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)"
         document = re.sub(
@@ -116,6 +121,21 @@ def recipes() -> str:
         cells = (known.title, f"`{known.name}`", known.sites, known.grids, meaning)
         lines.append(f"| {' | '.join((*cells, known.licence, known.loading))} |")
     return "\n".join(lines)
+
+
+def packages() -> str:
+    """The layers that import-linter checks, above to below, with the first sentence of each one's docstring."""
+    contracts = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]
+    (layered,) = (one for one in contracts["contracts"] if one["type"] == "layers")
+    rows = []
+    for number, layer in enumerate(layered["layers"], start=1):
+        for name in layer.split(" | "):
+            place = ROOT / "i2am_train" / name
+            file = place / "__init__.py" if place.is_dir() else place.with_suffix(".py")
+            said = ast.get_docstring(ast.parse(file.read_text())) or ""
+            first = re.split(r"(?<=\.)\s|\n\n", said)[0]
+            rows.append(f"| {number} | `{name}` | {' '.join(first.split())} |")
+    return "\n".join(["| layer | package | what it holds |", "| ---: | --- | --- |", *rows])
 
 
 def benchmark(text: str) -> str:

@@ -1,1 +1,1 @@
-"""Options: typed and described in ``schema``, checked by ``build``, composed in ``store``."""
+"""Options: typed and described in one file per package, checked by ``build``, composed in ``store``."""
