@@ -22,9 +22,8 @@ from i2am_train.callbacks.checkpoints import CheckpointCallback, steps_done
 from i2am_train.callbacks.evaluation import EvaluationCallback
 from i2am_train.callbacks.generation import GenerationCallback
 from i2am_train.callbacks.guard import FiniteGuard
-from i2am_train.callbacks.interruption import InterruptionCallback
+from i2am_train.callbacks.interruption import InterruptionCallback, StopAfterSteps
 from i2am_train.callbacks.snapshots import BestModelCallback, SnapshotCallback
-from i2am_train.callbacks.stopping import StopAfterSteps
 from i2am_train.callbacks.wandb_logger import TrackedLogger
 from i2am_train.config.attention import AttributionConfig
 from i2am_train.config.build import plain
@@ -56,9 +55,9 @@ from i2am_train.runs import (
 from i2am_train.tracking.artifacts import log_model, use_dataset
 from i2am_train.tracking.names import TRAIN_JOB
 from i2am_train.tracking.session import open_run
-from i2am_train.training.caching import cache_key
 from i2am_train.training.checkpoint_io import AtomicCheckpointIO
 from i2am_train.training.csv_history import ContinuedCSVLogger
+from i2am_train.training.encode_dataset import cache_key
 from i2am_train.training.module import TryOnModule
 from i2am_train.training.optimization import eight_bit_adamw
 from i2am_train.training.preflight import accumulation, memory_advice

@@ -124,7 +124,7 @@ def sd15_case(grid: GridSize) -> Case:
 
 def tiny_model() -> Any:
     """The project's tiny try-on model with random weights."""
-    from i2am_train.models.build import build_model
+    from i2am_train.models.architecture import build_model
 
     torch.manual_seed(0)
     return build_model(GridSize(128, 96)).eval()

@@ -47,13 +47,13 @@ from i2am_train.data.opening import open_dataset
 from i2am_train.data.synthetic.dataset import make_dataset
 from i2am_train.losses.attention import attention_on_grids
 from i2am_train.losses.objective import Objective, make_objective
-from i2am_train.models.build import build_model
+from i2am_train.models.architecture import build_model
 from i2am_train.models.projector import ReferenceProjector
 from i2am_train.models.tryon import TryOnConfig, TryOnModel
-from i2am_train.ops.masks import mask_on_grid
+from i2am_train.ops.grids import mask_on_grid
 from i2am_train.reporting.table import markdown_lines
-from i2am_train.training.caching import make_cache
 from i2am_train.training.draws import Draws, draw
+from i2am_train.training.encode_dataset import make_cache
 from i2am_train.training.step import step_losses
 from i2am_train.types import GridSize, Pairing, Split
 

@@ -31,7 +31,7 @@ from i2am_train.attention.live import ScoreTap
 from i2am_train.data.synthetic.rendering import render_sample
 from i2am_train.losses.attention import attention_on_grids, supervised
 from i2am_train.metrics.correspondence import target_on_grid
-from i2am_train.models.build import build_model
+from i2am_train.models.architecture import build_model
 from i2am_train.models.tryon import Conditions, TryOnModel
 from i2am_train.types import GridSize
 

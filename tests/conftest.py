@@ -97,7 +97,7 @@ def make_small_model() -> Callable[..., Any]:
     def make(**sizes: Any) -> Any:
         import torch
 
-        from i2am_train.models.build import Architecture, build_model
+        from i2am_train.models.architecture import Architecture, build_model
         from i2am_train.types import GridSize
 
         defaults: dict[str, Any] = {

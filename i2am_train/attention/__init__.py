@@ -12,7 +12,7 @@ from i2am_train.attention.known import (
 )
 from i2am_train.attention.known_recipes import diffusers_decoder
 from i2am_train.attention.live import ScoreTap
-from i2am_train.attention.maps import AttributionMaps, HeatMap, normalise, threshold
+from i2am_train.attention.maps import AttributionMaps, HeatMap, normalise, threshold, time_groups
 from i2am_train.attention.recipe import (
     LayerId,
     Recipe,
@@ -24,7 +24,6 @@ from i2am_train.attention.recipe import (
     replace_backend,
 )
 from i2am_train.attention.store import AttributionStore, LayerRecord
-from i2am_train.attention.sums import time_groups
 from i2am_train.attention.trace import Trace, trace
 
 __all__ = [

@@ -13,9 +13,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from i2am_train.attention.finite import not_finite
 from i2am_train.attention.maps import AttributionMaps
-from i2am_train.attention.store import AttributionStore, LayerRecord
+from i2am_train.attention.store import AttributionStore, LayerRecord, not_finite
 from i2am_train.errors import DataError
 from i2am_train.files import written
 from i2am_train.types import Canvas, GridSize

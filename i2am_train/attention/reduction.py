@@ -21,7 +21,7 @@ from i2am_train.ops.attention import (
     head_mean_matrices,
     reference_mass,
 )
-from i2am_train.ops.masks import mask_on_grid
+from i2am_train.ops.grids import mask_on_grid
 from i2am_train.types import GridSize
 
 

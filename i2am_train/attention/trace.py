@@ -14,7 +14,6 @@ from jaxtyping import Bool
 from torch import Tensor, nn
 
 from i2am_train.attention.callers import find_caller, hear_branches
-from i2am_train.attention.finite import not_finite
 from i2am_train.attention.frames import Frame
 from i2am_train.attention.hooks import (
     Listener,
@@ -35,7 +34,13 @@ from i2am_train.attention.recipe import (
     with_rows,
 )
 from i2am_train.attention.reduction import SiteRecorder, undisturbed
-from i2am_train.attention.store import AttributionStore, LayerRecord, SiteSummary, SiteTable
+from i2am_train.attention.store import (
+    AttributionStore,
+    LayerRecord,
+    SiteSummary,
+    SiteTable,
+    not_finite,
+)
 from i2am_train.errors import CaptureError
 from i2am_train.ops.attention import DEFAULT_BYTE_BUDGET
 from i2am_train.types import Backend, Branch

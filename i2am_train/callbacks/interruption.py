@@ -1,4 +1,4 @@
-"""Stops a training run between two optimizer steps when it is told to, after saving its state.
+"""Stops a training run between two optimizer steps: when it is told to, after saving its state, and after its last.
 
 Ctrl-C, SIGTERM (schedulers, preemption) and, under SLURM, SIGUSR1 (``#SBATCH --signal=USR1@120``) wait for the end of
 the step, so that no accumulated gradient is lost and the same command goes on bit by bit. A second Ctrl-C does not
@@ -126,3 +126,25 @@ def requeue() -> None:
         rank_zero_warn(
             f"SLURM did not take job {job} back ({error}). Submit it again, and it goes on."
         )
+
+
+class StopAfterSteps(L.Callback):
+    """Stops at ``steps``, counted over all attempts of a run.
+
+    Not Lightning's ``max_steps``: with it, a run that is continued at an epoch's border first goes through an empty
+    epoch, after which sampler and module disagree about the epoch (Lightning 2.6), and the continued run differs from
+    an uninterrupted one.
+    """
+
+    def __init__(self, steps: int) -> None:
+        self.steps = steps
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._check(trainer)  # a continued run may be there already
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
+        self._check(trainer)
+
+    def _check(self, trainer: L.Trainer) -> None:
+        if trainer.global_step >= self.steps:
+            trainer.should_stop = True

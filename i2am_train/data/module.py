@@ -1,7 +1,7 @@
-"""Loaders of training, validation, test and prediction samples for Lightning.
+"""Loaders of training, validation and test samples for Lightning.
 
-Validation is the last ``validation_samples`` of the training list, which training then leaves out; testing and
-prediction use the test list. The order of an epoch is a function of (seed, epoch), and the loader of training
+Validation is the last ``validation_samples`` of the training list, which training then leaves out; tests
+use the test list. The order of an epoch is a function of (seed, epoch), and the loader of training
 (torchdata's) knows its position in it, so a run that was stopped anywhere goes on exactly as an uninterrupted one.
 
 Several processes: the samplers here split the data themselves (``Trainer(use_distributed_sampler=False)``; they are
@@ -85,7 +85,7 @@ class TryOnDataModule(L.LightningDataModule):
         seed: of the shuffling and the augmentations.
         validation_samples: how many of the last training samples are held out for validation.
         test_samples: how many of the test samples to use; None for all.
-        test_pairing: whether test and prediction give people their own garment.
+        test_pairing: whether tests give people their own garment.
         reading: layout, categories, and how other aspects are dealt with.
         cache: where training samples are read from instead, encoded; it was checked to fit.
 
@@ -187,9 +187,6 @@ class TryOnDataModule(L.LightningDataModule):
             worker_init_fn=ignore_interrupts, pin_memory=torch.cuda.is_available(),
             generator=torch.Generator().manual_seed(self.seed),
         )  # fmt: skip
-
-    def predict_dataloader(self) -> DataLoader[TryOnSample]:
-        return self._evaluation_loader(self.test_dataset())
 
     def _evaluation_loader(self, dataset: TryOnDataset) -> DataLoader[TryOnSample]:
         if len(dataset) < self._processes():  # an idle process would never join the others' scores

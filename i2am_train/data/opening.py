@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from i2am_train.data.layouts.base import Layout
 from i2am_train.data.layouts.dresscode import dresscode_layouts
+from i2am_train.data.layouts.layout import Layout
 from i2am_train.data.layouts.viton_hd import VitonHDLayout
 from i2am_train.data.reading import TryOnDataset
 from i2am_train.errors import DataError

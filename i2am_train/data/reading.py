@@ -24,7 +24,7 @@ from torch.utils.data import Dataset
 from i2am_train.data.arrays import Image, Mask, SampleArrays
 from i2am_train.data.checks.needed_files import check_files
 from i2am_train.data.derive.densepose import read_pose_picture
-from i2am_train.data.layouts.base import Layout, Pair
+from i2am_train.data.layouts.layout import Layout, Pair
 from i2am_train.data.picture_files import read_colour, read_correspondence, read_native_mask
 from i2am_train.data.pictures import (
     Window,
@@ -83,7 +83,7 @@ class TryOnDataset(Dataset[TryOnSample]):
     ) -> None:  # fmt: skip
         self.pairing, self.size, self.fit = pairing, GridSize(*size), fit
         self.root, self.split = layouts[0].root, layouts[0].split
-        self.seed, self.epoch = seed, 0
+        self.seed = seed
         lists = [layout.pairs(self.pairing) for layout in layouts]
         self.pairs = [pair for pairs in lists for pair in pairs]
         self.layouts = [layout for layout, pairs in zip(layouts, lists, strict=True) for _ in pairs]
@@ -99,10 +99,6 @@ class TryOnDataset(Dataset[TryOnSample]):
     def __len__(self) -> int:
         return len(self.indices)
 
-    def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch whose augmentations plain positions get (samplers pass it with each position)."""
-        self.epoch = epoch
-
     def global_index(self, position: int) -> int:
         """Place in the pair list of the sample at a position of this dataset."""
         if not 0 <= position < len(self):
@@ -114,7 +110,7 @@ class TryOnDataset(Dataset[TryOnSample]):
 
     def __getitem__(self, item: int | EpochPosition) -> TryOnSample:
         """Read a sample; an :class:`EpochPosition` says for which epoch it is augmented."""
-        epoch, position = item if isinstance(item, tuple) else (self.epoch, int(item))
+        epoch, position = item if isinstance(item, tuple) else (0, int(item))
         index = self.global_index(position)
         pair, layout = self.pairs[index], self.layouts[index]
         arrays = self._read(layout, pair)

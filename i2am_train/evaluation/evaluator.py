@@ -40,8 +40,8 @@ from i2am_train.metrics.registry import METRICS, image_metrics, image_pair_score
 from i2am_train.models.sampling import SamplingStep, sample
 from i2am_train.models.tryon import TryOnModel
 from i2am_train.models.watch import Watch
+from i2am_train.ops.grids import mask_on_grid
 from i2am_train.ops.images import to_uint8
-from i2am_train.ops.masks import mask_on_grid
 from i2am_train.seeds import seed_for
 from i2am_train.types import Direction, GridSize
 

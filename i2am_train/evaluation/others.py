@@ -9,16 +9,15 @@ from jaxtyping import Float
 from torch import Tensor
 
 from i2am_train.attention.hooks import resolve_root, resolve_sites
-from i2am_train.attention.maps import AttributionMaps
+from i2am_train.attention.maps import AttributionMaps, time_groups
 from i2am_train.attention.recipe import LayerId, similar_layer
-from i2am_train.attention.sums import time_groups
 from i2am_train.attention.trace import trace
 from i2am_train.config.attention import AttributionConfig
 from i2am_train.data.arrays import Image, Mask
 from i2am_train.data.pictures import fit_mask
 from i2am_train.errors import DataError
 from i2am_train.evaluation.evaluator import imacs_table, value_or_none
-from i2am_train.models.others.base import OtherModel, Request
+from i2am_train.models.others.other_model import OtherModel, Request
 from i2am_train.types import Direction, GridSize
 
 

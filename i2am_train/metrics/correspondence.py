@@ -14,7 +14,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.nn import functional as F
 
-from i2am_train.ops.masks import mask_on_grid
+from i2am_train.ops.grids import mask_on_grid
 from i2am_train.ops.precision import at_least_float32
 from i2am_train.types import GridSize
 

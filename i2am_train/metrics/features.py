@@ -22,7 +22,7 @@ from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 
 from i2am_train.errors import ConfigError, DataError, NotFiniteError, WeightsMissingError
-from i2am_train.ops.numbers import rows_at_fault
+from i2am_train.ops.precision import rows_at_fault
 from i2am_train.types import GridSize
 from i2am_train.weight_files import PublishedFile, check_network, read_weights
 

@@ -107,7 +107,7 @@ def load_encoder(source: str) -> PreTrainedModel:
         CheckpointError: it cannot be read, or gives no patch tokens.
     """
     place = place_of(source)
-    config = load_config(place, source)
+    config = load_config(source)
     loader = VISION_MODELS.get(config.model_type, AutoModel)
     encoder = _load_network(loader, place, source)
     if not isinstance(getattr(encoder.config, "patch_size", None), int):
@@ -116,19 +116,6 @@ def load_encoder(source: str) -> PreTrainedModel:
             "facebook/dinov2-giant or openai/clip-vit-large-patch14."
         )
     return encoder.eval()
-
-
-def load_config(place: Place, source: str) -> Any:
-    """The configuration of a model of transformers.
-
-    Raises:
-        CheckpointError: it cannot be read, or needs code of its own.
-    """
-    _check_descriptions(place, "")
-    return reading(
-        source,
-        lambda: AutoConfig.from_pretrained(place.name, trust_remote_code=False, **place.options),
-    )
 
 
 def load_network(
@@ -192,17 +179,21 @@ def load_model(kind: Any, source: str) -> Any:
     return _load_network(kind, place, source, dtype=None)
 
 
+def load_config(source: str) -> Any:
+    """The configuration of a model of transformers; errors as of :func:`load_processor`."""
+    return load_processor(AutoConfig, source)
+
+
 def load_processor(kind: Any, source: str) -> Any:
     """A processor of transformers from a model's folder or the hub.
 
     Raises:
-        CheckpointError: it cannot be read.
+        CheckpointError: it cannot be read, or needs code of its own.
     """
     place = place_of(source)
     _check_descriptions(place, "")
-    return reading(
-        source, lambda: kind.from_pretrained(place.name, trust_remote_code=False, **place.options)
-    )
+    options = {"trust_remote_code": False, **place.options}
+    return reading(source, lambda: kind.from_pretrained(place.name, **options))
 
 
 def load_pipeline(kind: Any, source: str, **parts: Any) -> Any:

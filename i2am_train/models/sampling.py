@@ -12,8 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from i2am_train.attention.frames import announce
-from i2am_train.models.diffusion import guided
-from i2am_train.models.solvers import make_solver
+from i2am_train.models.diffusion import guided, make_solver
 from i2am_train.models.tryon import Conditions, TryOnModel
 from i2am_train.models.watch import Watch
 from i2am_train.types import SamplerName

@@ -2,7 +2,8 @@
 
 Coordinates are ``yx`` in patch units: 0 is the centre of the first row or column, ``height - 1``
 the centre of the last row. A grid is always passed and never guessed; :func:`solve_grid` derives
-the grid of a layer from the size of the latent and refuses what does not fit.
+the grid of a layer from the size of the latent and refuses what does not fit. A mask is boolean and
+True inside the region that its name says.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import torch
 from jaxtyping import Bool, Float, Shaped
 from torch import Tensor
+from torch.nn import functional as F
 
 from i2am_train.errors import CaptureError
 from i2am_train.types import GridSize
@@ -124,3 +126,20 @@ def spread_patches(mask: Bool[Tensor, " generated"], grid: GridSize) -> list[tup
         nearest = torch.minimum(nearest, step)
         chosen.append(int(nearest.argmax()))
     return [(int(y), int(x)) for y, x in cells[chosen]]
+
+
+def mask_on_grid(
+    mask: Bool[Tensor, "batch height width"], grid: GridSize
+) -> Bool[Tensor, "batch generated"]:
+    """Cells of which at least half lies inside the mask, flattened row-major.
+
+    The authors' code takes the single pixel at the corner of each cell instead, so that one pixel
+    decides for 32x32. Where the sizes do not divide, neighbouring windows overlap by a pixel.
+
+    >>> import torch
+    >>> mask = torch.tensor([[[1, 1, 1, 0], [1, 1, 0, 0]]], dtype=torch.bool)
+    >>> mask_on_grid(mask, GridSize(1, 2))
+    tensor([[ True, False]])
+    """
+    share = F.adaptive_avg_pool2d(mask.float()[:, None], (grid.height, grid.width))
+    return (share >= 0.5).flatten(1)

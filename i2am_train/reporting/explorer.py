@@ -16,16 +16,15 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from i2am_train.attention.maps import AttributionMaps
+from i2am_train.attention.maps import AttributionMaps, time_groups
 from i2am_train.attention.recipe import paper_number, similar_layer
 from i2am_train.attention.store import AttributionStore, LayerRecord
-from i2am_train.attention.sums import time_groups
 from i2am_train.config.attention import AttributionConfig
 from i2am_train.data.sample import TryOnSample
 from i2am_train.errors import ConfigError
 from i2am_train.metrics.correspondence import target_on_grid
+from i2am_train.ops.grids import mask_on_grid
 from i2am_train.ops.images import to_uint8
-from i2am_train.ops.masks import mask_on_grid
 from i2am_train.reporting.figures.canvas import (
     OKABE_ITO,
     TRUTH_COLOR,

@@ -14,8 +14,7 @@ from i2am_train.data.sample import TryOnBatch
 from i2am_train.losses.objective import Objective
 from i2am_train.models.lora import add_adapters
 from i2am_train.models.tryon import TryOnModel
-from i2am_train.training.accumulation import ConditionedCount, batches_of_step
-from i2am_train.training.draws import Draws, draw
+from i2am_train.training.draws import ConditionedCount, Draws, batches_of_step, draw
 from i2am_train.training.optimization import (
     make_optimizer,
     make_schedule,

@@ -19,7 +19,7 @@ from i2am_train.losses.denoising import denoising_loss, snr_weights
 from i2am_train.losses.objective import Objective
 from i2am_train.metrics.correspondence import target_on_grid
 from i2am_train.models.tryon import Moments, TryOnModel
-from i2am_train.ops.masks import mask_on_grid
+from i2am_train.ops.grids import mask_on_grid
 from i2am_train.training.draws import Draws
 
 TrainingBatch = TryOnBatch | CachedBatch

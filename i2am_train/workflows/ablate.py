@@ -78,7 +78,7 @@ def _ablate(config: AblateConfig) -> dict[str, Any]:
     from i2am_train.fingerprints import data_state
     from i2am_train.json_files import write_json
     from i2am_train.runs import RunFolder
-    from i2am_train.tracking.study import track_study
+    from i2am_train.tracking.finished import track_study
 
     _check(config)
     root = prepare_data(config.data, config.folder, config.tracking.folder)

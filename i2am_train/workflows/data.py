@@ -88,11 +88,11 @@ def derive(config: DataDeriveConfig) -> int:
         layout.pairs(Pairing.PAIRED)  # bad lists are refused before models are loaded
     parser = estimator = None
     if config.parser is not None:
-        from i2am_train.models.parsing import HumanParser
+        from i2am_train.models.human_parsers import HumanParser
 
         parser = HumanParser.from_pretrained(config.parser, config.device)
     if config.estimator is not None:
-        from i2am_train.models.poses import ViTPoseEstimator
+        from i2am_train.models.pose_estimators import ViTPoseEstimator
 
         estimator = ViTPoseEstimator.from_pretrained(config.estimator, config.device)
     with locked(config.root):
@@ -110,7 +110,7 @@ def cache(config: DataCacheConfig) -> None:
     from i2am_train.locks import locked
     from i2am_train.models.tryon import TryOnModel
     from i2am_train.runs import require_apart
-    from i2am_train.training.caching import make_cache
+    from i2am_train.training.encode_dataset import make_cache
 
     device = chosen_device(config.device)
     layout = CacheLayout(

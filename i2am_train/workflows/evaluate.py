@@ -162,7 +162,7 @@ def evaluate_folders(config: EvaluateConfig, folder: Path) -> dict[str, Any]:
     from i2am_train.evaluation.scoring import check_scoring, score_images
     from i2am_train.fingerprints import folder_state
     from i2am_train.runs import RunFolder, require_apart
-    from i2am_train.tracking.evaluation import track_evaluation
+    from i2am_train.tracking.finished import track_evaluation
     from i2am_train.types import GridSize, Pairing
 
     assert config.images is not None  # the schema's check
@@ -256,7 +256,7 @@ def _evaluate_checkpoint(config: EvaluateConfig, checkpoint: str, folder: Path) 
     from i2am_train.fingerprints import data_state
     from i2am_train.runs import MANIFEST_FILE, RunFolder
     from i2am_train.tracking.artifacts import arm_name
-    from i2am_train.tracking.evaluation import track_evaluation
+    from i2am_train.tracking.finished import track_evaluation
     from i2am_train.types import Pairing
 
     model, datamodule = prepare(config, checkpoint, folder)

@@ -219,7 +219,7 @@ class CleanImages:
     """Keeps the clean latent that the model predicts at the end of each time group."""
 
     def __init__(self, steps: int, groups: int) -> None:
-        from i2am_train.attention.sums import time_groups
+        from i2am_train.attention.maps import time_groups
 
         self._last = {run.stop - 1 for run in time_groups(steps, groups)}
         self._kept: list[SamplingStep] = []
@@ -301,8 +301,7 @@ def _patches(
 ) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
     """The generated and the reference patches that get maps: the user's, or some of the garment."""
     from i2am_train.evaluation.evaluator import garment_patches
-    from i2am_train.ops.grids import spread_patches
-    from i2am_train.ops.masks import mask_on_grid
+    from i2am_train.ops.grids import mask_on_grid, spread_patches
 
     generated = config.generated_patches or spread_patches(
         garment_patches(explained)[0], explained.generated_grid

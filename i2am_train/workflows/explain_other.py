@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
     from i2am_train.data.arrays import Mask
     from i2am_train.evaluation.others import Attended
-    from i2am_train.models.others.base import Loader, OtherModel, Request, Source
+    from i2am_train.models.others.other_model import Loader, OtherModel, Request, Source
     from i2am_train.reporting.figures.explained import GridCell
     from i2am_train.reporting.others import ExplainedPicture
     from i2am_train.types import GridSize
@@ -70,7 +70,7 @@ def _explained(config: ExplainConfig) -> _Case:
     """All that is computed and drawn."""
     from i2am_train.assembly import chosen_device
     from i2am_train.evaluation.others import generate_attended
-    from i2am_train.models.others.registry import loader_of
+    from i2am_train.models.others.loaders import loader_of
     from i2am_train.reporting.others import figures
 
     loader = loader_of(config.model)
@@ -126,7 +126,7 @@ def _check_options(config: ExplainConfig, loader: Loader) -> None:
 def _request(config: ExplainConfig, loader: Loader) -> tuple[Request, Mask | None]:
     """What the model is asked for, and the region that counts of the reference."""
     from i2am_train.data.picture_files import read_photograph, read_region
-    from i2am_train.models.others.base import Request
+    from i2am_train.models.others.other_model import Request
     from i2am_train.types import GridSize
 
     assert config.reference is not None
@@ -153,7 +153,7 @@ def _request(config: ExplainConfig, loader: Loader) -> tuple[Request, Mask | Non
 
 
 def _source(config: ExplainConfig, device: Any) -> Source:
-    from i2am_train.models.others.base import NO_GUIDANCE, Source
+    from i2am_train.models.others.other_model import NO_GUIDANCE, Source
 
     return Source(
         model=config.model,
@@ -275,7 +275,7 @@ def _cells(mask: Mask | None, grid: GridSize) -> torch.Tensor:
     """Cells of a grid inside a mask; none where there is no mask."""
     import torch
 
-    from i2am_train.ops.masks import mask_on_grid
+    from i2am_train.ops.grids import mask_on_grid
 
     if mask is None:
         return torch.zeros(grid.tokens, dtype=torch.bool)

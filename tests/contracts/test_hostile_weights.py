@@ -22,12 +22,12 @@ from i2am_train.experiments.detection.detectors import load_detector
 from i2am_train.metrics import features
 from i2am_train.models.convert.components import assemble
 from i2am_train.models.convert.paint_by_example_file import read_pipeline
-from i2am_train.models.others.base import Source
+from i2am_train.models.human_parsers import HumanParser
 from i2am_train.models.others.catvton import load_catvton
 from i2am_train.models.others.ip_adapter import load_ip_adapter
+from i2am_train.models.others.other_model import Source
 from i2am_train.models.others.paint_by_example import PaintByExample
-from i2am_train.models.parsing import HumanParser
-from i2am_train.models.poses import ViTPoseEstimator
+from i2am_train.models.pose_estimators import ViTPoseEstimator
 from i2am_train.models.pretrained import load_encoder
 from i2am_train.models.tryon import TryOnModel
 from i2am_train.training.checkpoint_io import AtomicCheckpointIO

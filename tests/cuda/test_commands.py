@@ -13,8 +13,8 @@ from PIL import Image, ImageDraw
 from i2am_train.config.store import compose
 from i2am_train.data.derive.parsing import DRESS_CODE
 from i2am_train.experiments.detection.shapes import make_shapes
-from i2am_train.models.parsing import HumanParser
-from i2am_train.models.poses import ViTPoseEstimator
+from i2am_train.models.human_parsers import HumanParser
+from i2am_train.models.pose_estimators import ViTPoseEstimator
 from i2am_train.models.tryon import TryOnModel
 from i2am_train.workflows.ablate import ablate
 from i2am_train.workflows.data import cache

@@ -22,8 +22,8 @@ from i2am_train.config.attention import AttributionConfig
 from i2am_train.config.store import compose
 from i2am_train.errors import CaptureError, CheckpointError, ConfigError, DataError, I2AMError
 from i2am_train.evaluation.others import generate_attended
-from i2am_train.models.others.base import Request, Source
 from i2am_train.models.others.catvton import load_attention, load_catvton
+from i2am_train.models.others.other_model import Request, Source
 from i2am_train.reporting.explained import read_explained
 from i2am_train.reporting.figures.canvas import save_figure
 from i2am_train.types import Direction, GridSize

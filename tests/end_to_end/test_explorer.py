@@ -25,10 +25,9 @@ from selenium.webdriver.support.select import Select
 from selenium.webdriver.support.wait import WebDriverWait
 
 from i2am_train.attention.archive import load_maps, save_maps
-from i2am_train.attention.maps import AttributionMaps, HeatMap
+from i2am_train.attention.maps import AttributionMaps, HeatMap, Rollup
 from i2am_train.attention.recipe import PAPER_LAYERS
 from i2am_train.attention.store import AttributionStore, LayerRecord
-from i2am_train.attention.sums import Rollup
 from i2am_train.config.attention import AttributionConfig
 from i2am_train.data.opening import open_dataset
 from i2am_train.data.sample import TryOnSample

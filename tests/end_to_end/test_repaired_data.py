@@ -11,7 +11,7 @@ from i2am_train.config.store import compose
 from i2am_train.data.cache import CacheLayout, LatentCache
 from i2am_train.data.picture_files import UnreadablePictureError
 from i2am_train.errors import DataError, RunFolderError
-from i2am_train.training.caching import make_cache
+from i2am_train.training.encode_dataset import make_cache
 from i2am_train.workflows.train import train
 
 pytestmark = pytest.mark.filterwarnings("default")  # Lightning's and torch's own deprecations

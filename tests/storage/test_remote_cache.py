@@ -13,7 +13,7 @@ from i2am_train.config.store import compose
 from i2am_train.data import cache as latent_cache
 from i2am_train.data.cache import CachedDataset, CacheLayout, LatentCache
 from i2am_train.errors import ConfigError, DataError
-from i2am_train.training.caching import make_cache
+from i2am_train.training.encode_dataset import make_cache
 from i2am_train.types import Split
 from i2am_train.workflows.train import train
 

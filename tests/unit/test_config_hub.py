@@ -11,7 +11,7 @@ import pytest
 
 from i2am_train.config.hub import pull, revisions
 from i2am_train.errors import CheckpointError
-from i2am_train.models.parsing import HumanParser
+from i2am_train.models.human_parsers import HumanParser
 from i2am_train.models.pretrained import load_encoder
 
 NOBODY = "http://127.0.0.1:9"

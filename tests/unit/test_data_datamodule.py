@@ -31,9 +31,9 @@ def test_validation_is_the_held_out_end_of_the_training_list(small_dataset: Path
 
 
 def test_test_samples_and_pairing_are_chosen(small_dataset: Path) -> None:
-    # Proves the test options; prediction reads what testing reads.
+    # Proves the test options.
     data = module(small_dataset, test_samples=3, test_pairing=Pairing.UNPAIRED)
-    (batch,) = list(data.predict_dataloader())
+    (batch,) = list(data.test_dataloader())
     assert batch["garment_name"] == ["50001_00", "50002_00", "50003_00"]
     assert not batch["paired"].any()
 

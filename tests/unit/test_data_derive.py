@@ -14,10 +14,9 @@ from PIL import Image
 from i2am_train.data.checks.dataset_report import check_dataset
 from i2am_train.data.derive import densepose
 from i2am_train.data.derive.agnostic import Pose, person_masks
-from i2am_train.data.derive.bodies import drawn_parts
 from i2am_train.data.derive.derivation import DeriveOptions, DeriveReport, derive_dataset
 from i2am_train.data.derive.flat_garments import garment_mask
-from i2am_train.data.derive.keypoints import Joints, openpose_json, read_keypoints
+from i2am_train.data.derive.keypoints import Joints, drawn_parts, openpose_json, read_keypoints
 from i2am_train.data.derive.parsing import DRESS_CODE, VITON_HD, read_labels, write_labels
 from i2am_train.data.opening import AS_IT_LIES, open_dataset
 from i2am_train.data.picture_files import read_native_mask

@@ -12,8 +12,8 @@ from PIL import Image
 
 from i2am_train.data.checks.dataset_report import check_dataset
 from i2am_train.data.derive import densepose
-from i2am_train.data.derive.bodies import drawn_parts
 from i2am_train.data.derive.derivation import DeriveOptions, derive_dataset
+from i2am_train.data.derive.keypoints import drawn_parts
 from i2am_train.data.derive.parsing import DRESS_CODE, VITON_HD
 from i2am_train.data.module import TryOnDataModule
 from i2am_train.data.opening import AS_IT_LIES, Reading, detect_layout, open_dataset

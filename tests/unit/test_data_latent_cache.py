@@ -1,4 +1,4 @@
-"""data/cache.py and training/caching.py: what is stored, found again, checked and refused."""
+"""data/cache.py and training/encode_dataset.py: what is stored, found again, checked and refused."""
 
 import json
 import pickle
@@ -23,8 +23,8 @@ from i2am_train.data.opening import open_dataset
 from i2am_train.data.reading import EpochPosition, TryOnDataset
 from i2am_train.errors import DataError, RunFolderError
 from i2am_train.fingerprints import data_state
-from i2am_train.training import caching
-from i2am_train.training.caching import cache_key, make_cache
+from i2am_train.training import encode_dataset
+from i2am_train.training.encode_dataset import cache_key, make_cache
 from i2am_train.types import GridSize, Pairing, Split
 
 SIZE = GridSize(64, 48)
@@ -173,7 +173,7 @@ def test_stopped_making_goes_on(
     small_dataset: Path, model: Any, made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A cache that is not finished is refused by its reader, and the rest of the work gives the same files."""
-    write = caching.write_shard
+    write = encode_dataset.write_shard
     written: list[int] = []
 
     def failing(folder: Path, split: Split, first: int, *rest: Any) -> Any:
@@ -184,7 +184,7 @@ def test_stopped_making_goes_on(
 
     output = tmp_path / "cache"
     with monkeypatch.context() as patch:
-        patch.setattr(caching, "write_shard", failing)
+        patch.setattr(encode_dataset, "write_shard", failing)
         with pytest.raises(KeyboardInterrupt, match="now"):
             make_cache(model, small_dataset, output, LAYOUT, splits=list(Split), batch_size=3)
     with pytest.raises(DataError, match="not finished: 8 of 20 train samples"):
@@ -275,7 +275,11 @@ def test_a_cache_that_was_stopped_before_its_first_shard_is_gone_on_with(
         def killed(*_: Any) -> None:
             raise KeyboardInterrupt("before the index")
 
-        patch.setattr(caching.CacheIndex, "write", _second_time(caching.CacheIndex.write, killed))
+        patch.setattr(
+            encode_dataset.CacheIndex,
+            "write",
+            _second_time(encode_dataset.CacheIndex.write, killed),
+        )
         with pytest.raises(KeyboardInterrupt, match="before the index"):
             make_cache(model, small_dataset, tmp_path / "cache", LAYOUT, batch_size=8)
     names = sorted(path.name for path in (tmp_path / "cache").iterdir())

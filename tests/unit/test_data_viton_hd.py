@@ -235,10 +235,8 @@ def test_augmentation_depends_on_seed_epoch_and_index(small_dataset: Path) -> No
     first, second = make(0), make(0)
     second[7]
     a, b = first[EpochPosition(3, 5)], second[EpochPosition(3, 5)]
-    second.set_epoch(3)
-    for other in (b, second[5]):
-        assert torch.equal(a["person"], other["person"])
-        assert torch.equal(a["garment"], other["garment"])
+    assert torch.equal(a["person"], b["person"])
+    assert torch.equal(a["garment"], b["garment"])
     assert any(
         not torch.equal(first[EpochPosition(e, 5)]["person"], a["person"]) for e in (4, 5, 6)
     )

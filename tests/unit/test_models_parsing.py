@@ -14,7 +14,7 @@ from transformers import (
 
 from i2am_train.data.derive.parsing import DRESS_CODE, VITON_HD
 from i2am_train.errors import CheckpointError
-from i2am_train.models.parsing import HumanParser
+from i2am_train.models.human_parsers import HumanParser
 
 ATR = [
     "Background", "Hat", "Hair", "Sunglasses", "Upper-clothes", "Skirt", "Pants", "Dress", "Belt", "Left-shoe",

@@ -15,7 +15,7 @@ from transformers import (
 )
 
 from i2am_train.errors import CheckpointError
-from i2am_train.models.poses import COCO_17, ViTPoseEstimator
+from i2am_train.models.pose_estimators import COCO_17, ViTPoseEstimator
 
 
 def save_model(folder: Path, joints: int = 17) -> Path:

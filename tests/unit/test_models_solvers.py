@@ -1,4 +1,4 @@
-"""models/solvers.py: every sampler solves the same equation, and the fast ones need fewer steps."""
+"""models/diffusion.py, the solvers: every sampler solves the same equation, and the fast ones need fewer steps."""
 
 from collections.abc import Callable
 from typing import Any, get_args
@@ -10,9 +10,8 @@ from torch import Tensor
 
 from i2am_train.attention.trace import trace
 from i2am_train.errors import ConfigError
-from i2am_train.models.diffusion import NoiseSchedule
+from i2am_train.models.diffusion import NoiseSchedule, make_solver
 from i2am_train.models.sampling import SamplingStep, sample
-from i2am_train.models.solvers import make_solver
 from i2am_train.types import SamplerName
 
 SAMPLERS = get_args(SamplerName)

@@ -33,7 +33,7 @@ from i2am_train.metrics import features
 from i2am_train.models.sampling import sample
 from i2am_train.models.tryon import TryOnModel
 from i2am_train.models.watch import Watch
-from i2am_train.training.caching import make_cache
+from i2am_train.training.encode_dataset import make_cache
 from i2am_train.types import GridSize, Pairing, Split
 from tests.conftest import SMALL
 

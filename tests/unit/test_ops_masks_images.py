@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
+from i2am_train.ops.grids import mask_on_grid
 from i2am_train.ops.images import ResizeMode, resize_maps, to_uint8, to_unit
-from i2am_train.ops.masks import mask_on_grid
 from i2am_train.ops.precision import at_least_float32
 from i2am_train.types import GridSize
 

@@ -11,7 +11,7 @@ from torch import nn
 
 from i2am_train.config.training import OptimizationConfig
 from i2am_train.errors import ConfigError
-from i2am_train.models.build import make_scheduler
+from i2am_train.models.architecture import make_scheduler
 from i2am_train.models.projector import ReferenceProjector
 from i2am_train.models.tryon import TryOnConfig, TryOnModel
 from i2am_train.training.optimization import (

@@ -1,7 +1,7 @@
 """Everything that is wrong with a dataset folder, in VITON-HD or DressCode layout, found before training does.
 
 An *error* means that training or evaluation would fail or learn from wrong pictures; a *warning* is worth a look.
-What pictures show is judged in :mod:`i2am_train.data.checks.judging`.
+What pictures show is judged in :mod:`i2am_train.data.checks.plausibility`.
 """
 
 from __future__ import annotations
@@ -9,18 +9,18 @@ from __future__ import annotations
 import json
 import os
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from i2am_train.data.checks.judging import Judgement, Level, Seen, judge_garment, judge_person
+from i2am_train.data.checks.plausibility import Judgement, Level, Seen, judge_garment, judge_person
 from i2am_train.data.derive.parsing import usual_labels
-from i2am_train.data.layouts.base import (
+from i2am_train.data.layouts.layout import (
     GARMENT_ROLES,
     MASK_ROLES,
     OPTIONAL_ROLES,
@@ -81,9 +81,8 @@ class DatasetReport:
     @property
     def counts(self) -> dict[str, int]:
         """Findings per level."""
-        return {
-            level: sum(f.level == level for f in self.findings) for level in ("error", "warning")
-        }
+        levels = [finding.level for finding in self.findings]
+        return {level: levels.count(level) for level in ("error", "warning")}
 
     def table(self) -> str:
         """Plain text: a summary line, and one row per finding (long lists of one kind are cut)."""
@@ -104,11 +103,8 @@ class DatasetReport:
                 yield (*kind, finding.file, finding.message)
         for kind, count in seen.items():
             if count > ROWS_PER_CODE:
-                yield (
-                    *kind,
-                    "...",
-                    f"and {count - ROWS_PER_CODE} more (all of them are in the JSON report)",
-                )
+                more = f"and {count - ROWS_PER_CODE} more (all of them are in the JSON report)"
+                yield (*kind, "...", more)
 
     def _summary(self) -> str:
         lists = ", ".join(f"{count} {split}" for split, count in self.samples.items()) or "no"
@@ -148,22 +144,17 @@ def check_dataset(
     """
     root = Path(root)
     if not root.is_dir():
-        missing = Finding(
-            "error", "missing_folder", "", "", "", f"There is no folder {root}. Check root=."
-        )
-        return DatasetReport(root, [missing], {}, 0, size)
+        return _refused(root, f"There is no folder {root}. Check root=.", size)
     try:
         layouts = [layout for split in Split for layout in split_layouts(root, split, reading)]
     except DataError as error:
-        refused = Finding("error", "missing_folder", "", "", "", str(error))
-        return DatasetReport(root, [refused], {}, 0, size)
+        return _refused(root, str(error), size)
     absent = absent_halves(layouts)
     findings = [_absent_half(layout) for layout in absent]
     there = [layout for layout in layouts if layout not in absent]
     parts = [_Part(layout, *_check_lists(layout, findings)) for layout in there]
     findings += _check_overlap(parts)
-    for part in parts:
-        findings += _check_folders(part.layout)
+    findings += [finding for part in parts for finding in _check_folders(part.layout)]
     findings += _check_unlisted(parts)
     jobs = [job for part in parts for job in part.jobs()]
     checked = _run(jobs, threads, progress)
@@ -172,6 +163,10 @@ def check_dataset(
     expected, wrong = _check_sizes(checked, size)
     counts = {part.layout.label: part.samples for part in parts if part.samples}
     return DatasetReport(root, findings + wrong, counts, len(sizes), expected)
+
+
+def _refused(root: Path, why: str, size: GridSize | None) -> DatasetReport:
+    return DatasetReport(root, [Finding("error", "missing_folder", "", "", "", why)], {}, 0, size)
 
 
 # -- lists and folders ---------------------------------------------------------------------------------------------
@@ -278,19 +273,11 @@ def _check_overlap(parts: list[_Part]) -> list[Finding]:
     return [Finding("warning", "split_overlap", "", "", "", text)]
 
 
-def _check_folders(layout: Layout) -> list[Finding]:
+def _check_folders(layout: Layout) -> Iterator[Finding]:
     """Needed folders that do not exist."""
-    return [
-        Finding(
-            "error",
-            "missing_folder",
-            layout.label,
-            layout.place(role).folder,
-            "",
-            f"is missing. {layout.advice(role)}",
-        )
-        for role in layout.missing
-    ]
+    for role in layout.missing:
+        text = f"is missing. {layout.advice(role)}"
+        yield Finding("error", "missing_folder", layout.label, layout.place(role).folder, "", text)
 
 
 def _check_unlisted(parts: list[_Part]) -> list[Finding]:
@@ -321,8 +308,7 @@ def _check_unlisted(parts: list[_Part]) -> list[Finding]:
 # -- pictures ------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class _Sized:
+class _Sized(NamedTuple):
     """A picture and its size."""
 
     split: str
@@ -418,15 +404,8 @@ def _run(
     count = threads or 2 * (os.cpu_count() or 1)
     with ThreadPoolExecutor(count) as pool:
         results = pool.map(lambda job: job(), jobs)
-        return list(
-            tqdm(
-                results,
-                total=len(jobs),
-                desc="checking pictures",
-                unit="item",
-                disable=not progress,
-            )
-        )
+        bar = {"desc": "checking pictures", "unit": "item", "disable": not progress}
+        return list(tqdm(results, total=len(jobs), **bar))
 
 
 def _check_sizes(
@@ -440,12 +419,13 @@ def _check_sizes(
     if not groups:
         return wanted, []
     common = [Counter(entry.size for entry in group).most_common(1)[0][0] for group in groups]
-    findings = [
-        _wrong_size(entry, wanted or usual, "was asked for" if wanted else "is the size of most")
-        for group, usual in zip(groups, common, strict=True)
-        for entry in group
-        if entry.size != (wanted or usual)
-    ]
+    origin = "was asked for" if wanted else "is the size of most"
+    findings = []
+    for group, usual in zip(groups, common, strict=True):
+        for entry in group:
+            if entry.size != (wanted or usual):
+                text = f"is {entry.size} (height x width); {wanted or usual} {origin}."
+                findings.append(Finding("error", "wrong_size", *entry[:3], text))
     usual, number = Counter(common).most_common(1)[0]
     if wanted is None and number < len(groups):
         other = next(group[0] for group, size in zip(groups, common, strict=True) if size != usual)
@@ -453,12 +433,5 @@ def _check_sizes(
             f"is {other.size} (height x width), one of {len(groups) - number} people or garments that are not "
             f"{usual}: data.fit says how they come to one size."
         )
-        findings.append(
-            Finding("warning", "mixed_sizes", other.split, other.folder, other.file, text)
-        )
+        findings.append(Finding("warning", "mixed_sizes", *other[:3], text))
     return wanted or usual, findings
-
-
-def _wrong_size(entry: _Sized, expected: GridSize, origin: str) -> Finding:
-    text = f"is {entry.size} (height x width); {expected} {origin}."
-    return Finding("error", "wrong_size", entry.split, entry.folder, entry.file, text)

@@ -15,7 +15,7 @@ from typing import NamedTuple, Protocol
 
 from tqdm import tqdm
 
-from i2am_train.data.layouts.base import (
+from i2am_train.data.layouts.layout import (
     DERIVED_ROLES,
     GARMENT_ROLES,
     OPTIONAL_ROLES,

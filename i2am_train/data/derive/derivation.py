@@ -5,9 +5,8 @@ then the people. Files that exist are kept unless told otherwise, every file is 
 made is refused sample by sample with its reason, so a stopped run goes on where it was and one bad picture stops
 nothing.
 The rules are those of :mod:`~i2am_train.data.derive.agnostic` and :mod:`~i2am_train.data.derive.flat_garments`.
-A mask beside an agnostic picture that is kept is read off its grey
-(:mod:`~i2am_train.data.derive.agnostic_regions`), and an agnostic picture beside a mask that is kept is made with it:
-regions of two rules are never mixed.
+A mask beside an agnostic picture that is kept is read off its grey, and an agnostic picture beside a mask that is kept
+is made with it: regions of two rules are never mixed.
 """
 
 from __future__ import annotations
@@ -28,12 +27,11 @@ from tqdm import tqdm
 from i2am_train.data.arrays import Image, Mask
 from i2am_train.data.checks.needed_files import refuse_doubles
 from i2am_train.data.derive import densepose
-from i2am_train.data.derive.agnostic import PersonMasks, Pose, person_masks
-from i2am_train.data.derive.agnostic_regions import grey_region
-from i2am_train.data.derive.bodies import drawn_parts
+from i2am_train.data.derive.agnostic import PersonMasks, Pose, grey_region, person_masks
 from i2am_train.data.derive.flat_garments import garment_mask
 from i2am_train.data.derive.keypoints import (
     Joints,
+    drawn_parts,
     openpose_json,
     read_keypoints,
     require_on_body,
@@ -47,7 +45,7 @@ from i2am_train.data.derive.parsing import (
     write_labels,
 )
 from i2am_train.data.derive.previews import write_sheet
-from i2am_train.data.layouts.base import Layout, Pair, entries
+from i2am_train.data.layouts.layout import Layout, Pair, entries
 from i2am_train.data.opening import Reading, absent_halves, split_layouts
 from i2am_train.data.picture_files import (
     is_there,

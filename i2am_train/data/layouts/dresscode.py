@@ -18,7 +18,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from i2am_train.data.layouts.base import DERIVED_ROLES, Layout, Pair, Place, entries
+from i2am_train.data.layouts.layout import DERIVED_ROLES, Layout, Pair, Place, entries
 from i2am_train.errors import DataError
 from i2am_train.types import CATEGORIES, Category, Pairing, Role, Split
 

@@ -24,8 +24,8 @@ from i2am_train.config.locations import expanded
 from i2am_train.data.arrays import Image
 from i2am_train.errors import CheckpointError, NotFiniteError, WeightsMissingError
 from i2am_train.metrics.boxes import Box
-from i2am_train.models.parsing import load_with_processor
-from i2am_train.models.pretrained import load_config, place_of
+from i2am_train.models.human_parsers import load_with_processor
+from i2am_train.models.pretrained import load_config
 from i2am_train.models.watch import advice
 from i2am_train.weight_files import PublishedFile, check_floating, check_network, read_weights
 
@@ -187,7 +187,7 @@ class TransformersDetector:
             CheckpointError: there is no such model, or it finds neither boxes nor segments.
         """
         try:
-            config = load_config(place_of(name), name)
+            config = load_config(name)
         except CheckpointError as error:
             raise CheckpointError(
                 f"There is no detector '{name}' ({' '.join(str(error).split())[:400]}). Give a folder of transformers "

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from i2am_train.attention.recipe import PAPER_LAYERS
 from i2am_train.config.models import InitConfig
 from i2am_train.errors import CheckpointError, ConfigError
-from i2am_train.models.build import make_scheduler
+from i2am_train.models.architecture import make_scheduler
 from i2am_train.models.convert import authors_layout
 from i2am_train.models.convert.key_report import (
     KeyReport,

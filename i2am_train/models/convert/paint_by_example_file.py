@@ -21,7 +21,7 @@ from transformers import CLIPImageProcessor, CLIPVisionConfig
 
 from i2am_train.errors import CheckpointError
 from i2am_train.locks import staged
-from i2am_train.models.build import BETA_END, BETA_START
+from i2am_train.models.architecture import BETA_END, BETA_START
 from i2am_train.models.convert.key_report import (
     KeyReport,
     Renamed,

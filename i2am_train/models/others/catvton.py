@@ -23,7 +23,7 @@ from i2am_train.data.arrays import Image
 from i2am_train.data.pictures import fit_mask, fit_picture
 from i2am_train.errors import CheckpointError
 from i2am_train.models.diffusion import guided
-from i2am_train.models.others.base import (
+from i2am_train.models.others.other_model import (
     NO_GUIDANCE,
     OtherModel,
     Request,

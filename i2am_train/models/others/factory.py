@@ -13,7 +13,7 @@ from i2am_train.data.arrays import Image
 from i2am_train.data.pictures import resize_picture
 from i2am_train.doors import calls, resolve
 from i2am_train.errors import ConfigError
-from i2am_train.models.others.base import OtherModel, Request, Source, pillow
+from i2am_train.models.others.other_model import OtherModel, Request, Source, pillow
 
 ARGUMENTS = (
     "image", "mask", "reference", "prompt", "height", "width", "steps", "guidance", "seed",

@@ -21,7 +21,13 @@ from i2am_train.attention.known import detect_recipe
 from i2am_train.data.arrays import Image
 from i2am_train.data.pictures import fit_mask, fit_picture
 from i2am_train.errors import CaptureError, CheckpointError
-from i2am_train.models.others.base import OtherModel, Request, Source, latent_multiple, pillow
+from i2am_train.models.others.other_model import (
+    OtherModel,
+    Request,
+    Source,
+    latent_multiple,
+    pillow,
+)
 from i2am_train.models.pretrained import (
     check_pipeline,
     fitting,

@@ -25,7 +25,7 @@ from i2am_train.attention.known_recipes import paint_by_example
 from i2am_train.data.arrays import Image, Mask
 from i2am_train.data.pictures import fit_mask, fit_picture
 from i2am_train.errors import CheckpointError, ConfigError
-from i2am_train.models.others.base import (
+from i2am_train.models.others.other_model import (
     OtherModel,
     Request,
     Source,

@@ -9,9 +9,8 @@ from functools import partial
 import numpy as np
 from numpy.typing import NDArray
 
-from i2am_train.attention.maps import AttributionMaps
+from i2am_train.attention.maps import AttributionMaps, by_resolution
 from i2am_train.attention.recipe import LayerId, paper_number
-from i2am_train.attention.sums import by_resolution
 from i2am_train.reporting.explained import ExplainedSample
 from i2am_train.reporting.figures.elements import (
     TO_GENERATED,

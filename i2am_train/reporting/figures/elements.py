@@ -8,9 +8,8 @@ from dataclasses import replace
 import numpy as np
 from numpy.typing import NDArray
 
-from i2am_train.attention.maps import AttributionMaps
+from i2am_train.attention.maps import AttributionMaps, time_groups
 from i2am_train.attention.recipe import LayerId, describe_layers, layer_name, paper_number
-from i2am_train.attention.sums import time_groups
 from i2am_train.errors import CaptureError
 from i2am_train.reporting.figures.canvas import OKABE_ITO
 from i2am_train.reporting.figures.explained import Drawn, GridCell, array

@@ -13,7 +13,7 @@ from i2am_train.data.arrays import Image
 from i2am_train.data.derive.derivation import Box
 from i2am_train.data.derive.keypoints import Joints
 from i2am_train.errors import CheckpointError
-from i2am_train.models.parsing import load_with_processor
+from i2am_train.models.human_parsers import load_with_processor
 
 # fmt: off
 COCO_17 = (

@@ -8,10 +8,10 @@ from difflib import get_close_matches
 from i2am_train.attention.known import known_models
 from i2am_train.config.explanation import FACTORY, TRYON
 from i2am_train.errors import ConfigError
-from i2am_train.models.others.base import Loader
 from i2am_train.models.others.catvton import load_catvton
 from i2am_train.models.others.factory import load_by_factory
 from i2am_train.models.others.ip_adapter import load_ip_adapter
+from i2am_train.models.others.other_model import Loader
 from i2am_train.models.others.paint_by_example import load_paint_by_example
 from i2am_train.types import GridSize
 
