@@ -15,7 +15,7 @@ from typing import Any
 from i2am_train.json_files import read_json
 from i2am_train.reporting.tables.scores import ATTENTION_METRICS, IMAGE_METRICS
 from i2am_train.results.evaluations import read_evaluations
-from i2am_train.results.finished_runs import arm_labels, read_results
+from i2am_train.results.study import arm_labels, read_results
 from i2am_train.runs import MANIFEST_FILE
 from i2am_train.types import Pairing
 

@@ -23,7 +23,7 @@ from i2am_train.reporting.table import markdown, markdown_lines
 from i2am_train.reporting.tables.ablation import as_markdown
 from i2am_train.reporting.tables.correlation import correlation_table
 from i2am_train.results.evaluations import Evaluation
-from i2am_train.results.finished_runs import recompared
+from i2am_train.results.study import recompared
 from i2am_train.types import Pairing
 
 ROOT = Path(__file__).resolve().parents[1]

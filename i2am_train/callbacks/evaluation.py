@@ -25,7 +25,7 @@ from i2am_train.evaluation.evaluator import (
 from i2am_train.evaluation.results import stack_panels, write_panels
 from i2am_train.reporting.figures.canvas import save_figure
 from i2am_train.reporting.figures.samples import sample_panel
-from i2am_train.results.finished_runs import Panels
+from i2am_train.results.study import Panels
 from i2am_train.tracking.media import generated_overlays, reference_overlays, sample_table
 from i2am_train.tracking.names import (
     ATTRIBUTION_GENERATED,

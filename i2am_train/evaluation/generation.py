@@ -30,7 +30,7 @@ from i2am_train.evaluation.results import (
 from i2am_train.evaluation.scoring import ImageScores, ScoringOptions, score_images
 from i2am_train.files import UNFINISHED
 from i2am_train.json_files import read_json, write_json
-from i2am_train.results.finished_runs import PANEL_ARRAYS, PANELS, Panels, read_panels
+from i2am_train.results.study import PANEL_ARRAYS, PANELS, Panels, read_panels
 
 PARTIAL, ROWS = "partial", "rows.json"
 

@@ -13,8 +13,9 @@ from torch import Tensor
 from i2am_train.evaluation.evaluator import EvaluationResult, Panel, score_columns
 from i2am_train.files import write_text, written
 from i2am_train.json_files import write_json
-from i2am_train.results.finished_runs import PANEL_ARRAYS, PANELS, RESULTS, SAMPLES, Panels
+from i2am_train.results.sample_scores import RESULTS, SAMPLES
 from i2am_train.results.statistics import Over, mean_interval
+from i2am_train.results.study import PANEL_ARRAYS, PANELS, Panels
 
 CONFIDENCE = 0.95
 IMAGES = "images"

@@ -1,6 +1,6 @@
-"""The report of a run: ``report.html`` in one file, ``results.md``, ``results.tex`` and pictures.
+"""The report of a study: ``report.html`` in one file, ``results.md``, ``results.tex`` and pictures.
 
-``build_report`` only reads what the run wrote, so a report can be made again, elsewhere, without
+``build_report`` only reads what the study wrote, so a report can be made again, elsewhere, without
 the model or the data.
 """
 
@@ -45,14 +45,14 @@ from i2am_train.reporting.tables.ablation import (
     notes,
     verdict_sentences,
 )
-from i2am_train.results.finished_runs import (
-    CellRecord,
-    History,
+from i2am_train.results.history import History
+from i2am_train.results.study import (
+    ArmRun,
     Panels,
     Results,
-    RunRecord,
+    Study,
     arm_labels,
-    read_run,
+    read_study,
     reference_arm,
     uses_truth,
 )
@@ -65,7 +65,7 @@ RANKED_BY = "imacs_g"
 """The score that samples are ordered by."""
 
 
-def build_report(run_folder: Path) -> Path:
+def build_report(folder: Path) -> Path:
     """Write the report of a finished run into its folder.
 
     Writes ``report.html``, ``results.md``, ``results.tex`` and ``figures/``; each file is complete
@@ -77,25 +77,27 @@ def build_report(run_folder: Path) -> Path:
     Raises:
         RunFolderError: no ``results.json``, or a file that cannot be read.
     """
-    run = read_run(Path(run_folder))
-    results = run.results
+    study = read_study(Path(folder))
+    results = study.results
     text = page(
         _title(results),
-        list(_sections(run)),
+        list(_sections(study)),
         kind="attention of virtual try-on",
         facts=list(_facts(results)),
         verdicts=[minus(sentence) for sentence in verdict_sentences(results)],
         warnings=collapse_warnings(results),
     )
-    write_text(run.folder / "results.md", _markdown(run))
-    write_text(run.folder / "results.tex", as_latex(results))
-    write_text(run.folder / "report.html", text)
-    return run.folder / "report.html"
+    write_text(study.folder / "results.md", _markdown(study))
+    write_text(study.folder / "results.tex", as_latex(results))
+    write_text(study.folder / "report.html", text)
+    return study.folder / "report.html"
 
 
-def _markdown(run: RunRecord) -> str:
-    sentences = "\n\n".join(map(markdown_text, verdict_sentences(run.results)))
-    return f"# {markdown_text(_title(run.results))}\n\n{sentences}\n\n{as_markdown(run.results)}"
+def _markdown(study: Study) -> str:
+    sentences = "\n\n".join(map(markdown_text, verdict_sentences(study.results)))
+    return (
+        f"# {markdown_text(_title(study.results))}\n\n{sentences}\n\n{as_markdown(study.results)}"
+    )
 
 
 def _title(results: Results) -> str:
@@ -116,21 +118,21 @@ def focus_arm(results: Results) -> str | None:
     return candidates[0] if candidates else None
 
 
-def _sections(run: RunRecord) -> Iterator[Section]:
-    results, arms = run.results, arm_table(run.results)
+def _sections(study: Study) -> Iterator[Section]:
+    results, arms = study.results, arm_table(study.results)
     lead = "" if arms.headings else "No cell of this run holds a score."
     table = html(arms, "main") if arms.headings else ""
     yield Section("Results", table, list(notes(results)), lead=lead)
-    yield from _difference_sections(run)
-    if figures := list(_panel_figures(run)):
+    yield from _difference_sections(study)
+    if figures := list(_panel_figures(study)):
         yield Section("Samples", pictures=figures)
-    if (samples := sample_table(run)) is not None:
+    if (samples := sample_table(study)) is not None:
         yield Section(samples.title, html(samples, "samples"), list(samples.notes))
-    if figures := list(_curve_figures(run)):
+    if figures := list(_curve_figures(study)):
         yield Section("Training", pictures=figures)
     made = making(results, results.get("settings") or {})
     terms = [*made.terms, *_making(results)]
-    yield replace(made, terms=terms, notes=list(run.missing))
+    yield replace(made, terms=terms, notes=list(study.missing))
     terms = [(info.heading, _meaning(info)) for info in measured_metrics(results).values()]
     yield Section("What the metrics mean", terms=terms)
 
@@ -140,10 +142,10 @@ def _meaning(info: MetricInfo) -> str:
     return (info.description or "No description was kept.") + unit
 
 
-def _difference_sections(run: RunRecord) -> Iterator[Section]:
+def _difference_sections(study: Study) -> Iterator[Section]:
     """One for each compared arm, that which the report is about first; the figure of all stands in the first."""
-    focus, title = focus_arm(run.results), "Paired differences"
-    tables = sorted(difference_tables(run.results).items(), key=lambda item: item[0] != focus)
+    focus, title = focus_arm(study.results), "Paired differences"
+    tables = sorted(difference_tables(study.results).items(), key=lambda item: item[0] != focus)
     lead = (
         "Each arm is compared with the reference arm pair by pair. “Better” and “worse” are said only where the "
         "interval excludes zero."
@@ -152,7 +154,7 @@ def _difference_sections(run: RunRecord) -> Iterator[Section]:
         lead = "No two trained arms share a seed, so there are no paired differences."
         yield Section(title, lead=lead)
     for index, (_, table) in enumerate(tables):
-        pictures, lead = ([], "") if index else ([_difference_figure(run)], lead)
+        pictures, lead = ([], "") if index else ([_difference_figure(study)], lead)
         kept = html(table, "differences")
         yield Section(f"{title}: {table.caption}", kept, pictures=pictures, lead=lead)
 
@@ -184,17 +186,17 @@ def _making(results: Results) -> Iterator[tuple[str, str]]:
 # ---- figures -----------------------------------------------------------------------------------
 
 
-def _block(run: RunRecord, figure: Figure, name: str, caption: str, alt: str) -> Picture:
-    path = save_figure(figure, run.folder / "figures" / name)
+def _block(study: Study, figure: Figure, name: str, caption: str, alt: str) -> Picture:
+    path = save_figure(figure, study.folder / "figures" / name)
     return Picture(embedded_file(path), caption, alt, round(figure.get_figwidth() * 100))
 
 
-def _difference_figure(run: RunRecord) -> Picture:
-    reference = arm_labels(run.results)[str(reference_arm(run.results))]
-    save_figure(difference_plot(run.results), run.folder / "figures" / "differences.png")
+def _difference_figure(study: Study) -> Picture:
+    reference = arm_labels(study.results)[str(reference_arm(study.results))]
+    save_figure(difference_plot(study.results), study.folder / "figures" / "differences.png")
     return _block(
-        run,
-        difference_plot(run.results),
+        study,
+        difference_plot(study.results),
         "differences.svg",
         f"Paired differences to {reference}. Bar: the interval of the table; large dot: mean; small dots: single "
         "seeds. Green is better, orange is worse, grey: the interval touches zero.",
@@ -203,22 +205,22 @@ def _difference_figure(run: RunRecord) -> Picture:
     )
 
 
-def _curve_figures(run: RunRecord) -> Iterator[Picture]:
-    histories = [cell.history for cell in run.cells if cell.history]
-    labels = arm_labels(run.results)
+def _curve_figures(study: Study) -> Iterator[Picture]:
+    histories = [run.history for run in study.runs if run.history]
+    labels = arm_labels(study.results)
     colors = arm_colors(labels)
     for prefix, name, what in (
         ("val/", "curves_validation", "Validation scores"),
         ("loss/", "curves_losses", "Unweighted loss terms and their weighted sum"),
     ):
-        quantities = _quantities(histories, prefix, run.results)
+        quantities = _quantities(histories, prefix, study.results)
         if not quantities:
             continue
         figure = metric_curves(histories, quantities, labels, colors)
-        save_figure(figure, run.folder / "figures" / f"{name}.png")
+        save_figure(figure, study.folder / "figures" / f"{name}.png")
         caption = f"{what} during training. Thin lines: single seeds; thick line: their mean."
         alt = f"Curves over optimiser steps of: {', '.join(quantities.values())}."
-        yield _block(run, figure, f"{name}.svg", caption, alt)
+        yield _block(study, figure, f"{name}.svg", caption, alt)
 
 
 def _quantities(histories: Sequence[History], prefix: str, results: Results) -> dict[str, str]:
@@ -236,23 +238,25 @@ def _quantities(histories: Sequence[History], prefix: str, results: Results) -> 
     return {**known, **others}
 
 
-def _panel_figures(run: RunRecord) -> Iterator[Picture]:
-    panels = _panels_by_arm(run)
+def _panel_figures(study: Study) -> Iterator[Picture]:
+    panels = _panels_by_arm(study)
     if not panels:
         return
-    labels = arm_labels(run.results)
+    labels = arm_labels(study.results)
     colors = arm_colors(labels)
     main = {
-        a: panels[a] for a in (reference_arm(run.results), focus_arm(run.results)) if a in panels
+        a: panels[a]
+        for a in (reference_arm(study.results), focus_arm(study.results))
+        if a in panels
     }
     poster = sample_panel(main or panels, labels=labels, colors=colors, width=15.0)
-    save_figure(poster, run.folder / "figures" / "samples.png", dpi=200)
+    save_figure(poster, study.folder / "figures" / "samples.png", dpi=200)
     first = next(iter(panels.values()))
     for name, parts, caption in _panel_plan(first):
         rows = MAX_CENTER_ROWS if PanelPart.CENTERS in parts else None
         figure = sample_panel(panels, parts, labels, colors, rows=rows)
         alt = f"{caption} Rows: samples {', '.join(first.names)}."
-        yield _block(run, figure, f"samples_{name}.png", caption, alt)
+        yield _block(study, figure, f"samples_{name}.png", caption, alt)
 
 
 def _panel_plan(panels: Panels) -> Iterator[tuple[str, tuple[PanelPart, ...], str]]:
@@ -278,11 +282,11 @@ def _panel_plan(panels: Panels) -> Iterator[tuple[str, tuple[PanelPart, ...], st
     )
 
 
-def _panels_by_arm(run: RunRecord) -> dict[str, Panels]:
+def _panels_by_arm(study: Study) -> dict[str, Panels]:
     """Panels of the arms to show, those of the lowest seed, if they are of the same samples."""
     chosen: dict[str, Panels] = {}
-    for arm in _arms_to_show(run.results):
-        panels = next((cell.panels for cell in run.of_arm(arm) if cell.panels), None)
+    for arm in _arms_to_show(study.results):
+        panels = next((run.panels for run in study.of_arm(arm) if run.panels), None)
         same = not chosen or (panels and panels.names == next(iter(chosen.values())).names)
         if panels and same:
             chosen[arm] = panels
@@ -300,16 +304,16 @@ def _arms_to_show(results: Results) -> list[str]:
 # ---- single samples ----------------------------------------------------------------------------
 
 
-def sample_table(run: RunRecord) -> Table | None:
+def sample_table(study: Study) -> Table | None:
     """The samples whose score changed most between the reference arm and the focus arm, with their pictures.
 
     A sample's score is its mean over the seeds that both arms have. ``None`` if no scores of
     single samples were kept.
     """
-    reference, focus = reference_arm(run.results), focus_arm(run.results)
+    reference, focus = reference_arm(study.results), focus_arm(study.results)
     if reference is None or focus is None:
         return None
-    before, after = _mean_scores(run, reference, focus)
+    before, after = _mean_scores(study, reference, focus)
     changes = {
         name: after[name][RANKED_BY] - before[name][RANKED_BY]
         for name in before.keys() & after.keys()
@@ -318,26 +322,28 @@ def sample_table(run: RunRecord) -> Table | None:
     if len(changes) < 2:
         return None
     ranked = sorted(changes, key=lambda name: (-changes[name], name))
-    ranking = MetricInfo.of(RANKED_BY, run.results["metrics"].get(RANKED_BY, {}))
+    ranking = MetricInfo.of(RANKED_BY, study.results["metrics"].get(RANKED_BY, {}))
     metrics = {
         name: info
-        for name, info in measured_metrics(run.results).items()
+        for name, info in measured_metrics(study.results).items()
         if name in LISTED_SCORES and any(name in before[sample] for sample in ranked)
     }
 
     def row(name: str, group: str) -> Row:
         pairs = ((before[name].get(m), after[name].get(m), i) for m, i in metrics.items())
         change = number(changes[name], ranking.digits, signed=True)
-        pictures = {arm: kept for arm in (reference, focus) if (kept := _thumbnail(run, arm, name))}
+        pictures = {
+            arm: kept for arm in (reference, focus) if (kept := _thumbnail(study, arm, name))
+        }
         shown = {f"{name}, {arm}": kept for arm, kept in pictures.items()}
         cells = (
             Cell(change, value=changes[name]),
             *(Cell(_change(*pair)) for pair in pairs),
             Cell("", pictures=shown) if shown else None,
         )
-        return Row(" ".join(filter(None, (name, _garment_name(run, name)))), cells, group)
+        return Row(" ".join(filter(None, (name, _garment_name(study, name)))), cells, group)
 
-    labels, count = arm_labels(run.results), min(EXTREMES, len(ranked) // 2)
+    labels, count = arm_labels(study.results), min(EXTREMES, len(ranked) // 2)
     first, second = labels[reference], labels[focus]
     return Table(
         title="Samples that changed most",
@@ -364,18 +370,20 @@ LISTED_SCORES = ("imacs_g", "imacs_r", "correspondence_error", "ssim", "stlpips"
 Scores = Mapping[str, Mapping[str, float]]
 
 
-def _mean_scores(run: RunRecord, reference: str, focus: str) -> tuple[Scores, Scores]:
-    shared = {c.seed for c in run.of_arm(reference)} & {c.seed for c in run.of_arm(focus)}
+def _mean_scores(study: Study, reference: str, focus: str) -> tuple[Scores, Scores]:
+    """Scores by sample of both arms, means over the seeds that both have."""
+    first, second = ({run.seed: run for run in study.of_arm(arm)} for arm in (reference, focus))
+    shared = first.keys() & second.keys()
     return (
-        _scores_by_name(cell for cell in run.of_arm(reference) if cell.seed in shared),
-        _scores_by_name(cell for cell in run.of_arm(focus) if cell.seed in shared),
+        _by_sample(run for seed, run in first.items() if seed in shared),
+        _by_sample(run for seed, run in second.items() if seed in shared),
     )
 
 
-def _scores_by_name(cells: Iterable[CellRecord]) -> dict[str, dict[str, float]]:
+def _by_sample(runs: Iterable[ArmRun]) -> dict[str, dict[str, float]]:
     values: dict[str, dict[str, list[float]]] = {}
-    for cell in cells:
-        for sample in cell.samples:
+    for run in runs:
+        for sample in run.samples:
             of_sample = values.setdefault(str(sample["name"]), {})
             for metric, value in sample.items():
                 if isinstance(value, (int, float)) and np.isfinite(value):
@@ -391,12 +399,12 @@ def _change(before: float | None, after: float | None, info: MetricInfo) -> str:
     return minus(f"{first} → {second}")
 
 
-def _garment_name(run: RunRecord, name: str) -> str:
-    samples = (s for cell in run.cells for s in cell.samples if s["name"] == name)
+def _garment_name(study: Study, name: str) -> str:
+    samples = (s for run in study.runs for s in run.samples if s["name"] == name)
     return str(next(samples, {}).get("garment_name", ""))
 
 
-def _thumbnail(run: RunRecord, arm: str, name: str) -> str | None:
-    paths = (cell.folder / "evaluation" / "images" / f"{name}.png" for cell in run.of_arm(arm))
+def _thumbnail(study: Study, arm: str, name: str) -> str | None:
+    paths = (run.folder / "evaluation" / "images" / f"{name}.png" for run in study.of_arm(arm))
     path = next((path for path in paths if path.is_file()), None)
     return None if path is None else embedded_file(path)

@@ -14,7 +14,8 @@ from typing import Any
 
 from i2am_train.errors import ConfigError, RunFolderError
 from i2am_train.json_files import entries_of, read_object
-from i2am_train.results.finished_runs import RESULTS, SAMPLES, read_samples, uses_truth
+from i2am_train.results.sample_scores import RESULTS, SAMPLES, read_samples
+from i2am_train.results.study import uses_truth
 from i2am_train.runs import (
     MANIFEST_FILE,
     MODEL_FOLDER,

@@ -1,27 +1,20 @@
-"""Means, spreads and paired differences of an ablation, ready for ``results.json``.
+"""Intervals of means, of paired differences and of correlations.
 
-Arms are compared pair by pair: the same seed (same starting weights, same order of batches) with
-and without a loss term, or, when there is only one seed, the same held-out sample. ``Over`` says
-which, and decides the interval (:func:`mean_interval`): Student's t over seeds, a bootstrap over
-samples. An interval over samples says nothing about what another training seed would give.
+``Over`` says what the values are, and decides the interval (:func:`mean_interval`): Student's t over training seeds,
+a bootstrap over samples. An interval over samples says nothing about what another training seed would give.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass
 from enum import StrEnum
-from functools import partial
-from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy.stats import bootstrap, norm, rankdata
 from scipy.stats import t as student_t
-
-SampleRecords = Sequence[Mapping[str, Any]]
-"""Lines of ``samples.jsonl``: ``name`` and one number per per-sample metric."""
 
 
 class Over(StrEnum):
@@ -79,15 +72,6 @@ def verdict(higher_is_better: bool | None, low: float | None, high: float | None
 
 
 @dataclass(frozen=True, slots=True)
-class Summary:
-    """Mean of one metric of one arm, with the sample standard deviation (``None`` for n < 2)."""
-
-    mean: float
-    std: float | None
-    n: int
-
-
-@dataclass(frozen=True, slots=True)
 class PairedDifference:
     """Mean of ``a - b`` over ``n`` pairs with its interval (``None`` for n < 2)."""
 
@@ -106,40 +90,6 @@ class PairedDifference:
         if self.low is None or self.high is None:
             return False
         return self.low > 0 or self.high < 0
-
-
-def summary(values: ArrayLike) -> Summary | None:
-    """Mean and sample standard deviation of the finite ``values``; ``None`` if there are none.
-
-    >>> summary([1.0, 3.0])
-    Summary(mean=2.0, std=1.4142135623730951, n=2)
-    """
-    finite = np.asarray(values, dtype=np.float64)
-    finite = finite[np.isfinite(finite)]
-    if finite.size == 0:
-        return None
-    std = float(finite.std(ddof=1)) if finite.size > 1 else None
-    return Summary(mean=float(finite.mean()), std=std, n=int(finite.size))
-
-
-def summarise(cells: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, Summary]]:
-    """Summary per arm and metric over the seeds of ``cells`` (entries of ``results["cells"]``).
-
-    A value that is not finite is left out, and ``n`` tells how many were not.
-
-    >>> cells = [{"arm": "refined", "seed": s, "metrics": {"ssim": s / 2}} for s in (0, 1)]
-    >>> summarise(cells)["refined"]["ssim"].mean
-    0.25
-    """
-    values: dict[str, dict[str, list[float]]] = {}
-    for cell in cells:
-        of_arm = values.setdefault(str(cell["arm"]), {})
-        for metric, value in cell["metrics"].items():
-            of_arm.setdefault(metric, []).append(math.nan if value is None else float(value))
-    return {
-        arm: {metric: found for metric, of_seeds in metrics.items() if (found := summary(of_seeds))}
-        for arm, metrics in values.items()
-    }
 
 
 def paired_difference(
@@ -167,20 +117,6 @@ def paired_difference(
     PairedDifference(mean=1.0, low=1.0, high=1.0, n=3, positive=3, confidence=0.95, \
 over=<Over.SEEDS: 'seeds'>)
     """
-    differences = _finite_differences(a, b)
-    low, high = mean_interval(differences, over, confidence, resamples, seed)
-    return PairedDifference(
-        mean=float(differences.mean()),
-        low=low,
-        high=high,
-        n=int(differences.size),
-        positive=int((differences > 0).sum()),
-        confidence=confidence,
-        over=over,
-    )
-
-
-def _finite_differences(a: ArrayLike, b: ArrayLike) -> NDArray[np.float64]:
     first, second = np.asarray(a, dtype=np.float64), np.asarray(b, dtype=np.float64)
     if first.ndim != 1 or first.shape != second.shape:
         raise ValueError(
@@ -191,7 +127,16 @@ def _finite_differences(a: ArrayLike, b: ArrayLike) -> NDArray[np.float64]:
     differences = differences[np.isfinite(differences)]
     if differences.size == 0:
         raise ValueError(f"None of the {first.size} pairs has two finite values.")
-    return differences
+    low, high = mean_interval(differences, over, confidence, resamples, seed)
+    return PairedDifference(
+        mean=float(differences.mean()),
+        low=low,
+        high=high,
+        n=int(differences.size),
+        positive=int((differences > 0).sum()),
+        confidence=confidence,
+        over=over,
+    )
 
 
 def mean_interval(
@@ -340,141 +285,3 @@ def _all_equal(values: NDArray[np.float64]) -> bool:
     # Differences of equal gaps differ by rounding only: 0.3 - 0.1 and 0.4 - 0.2.
     scale = float(np.abs(values).max())
     return float(np.ptp(values)) <= 1e-12 * max(scale, 1e-300)
-
-
-def paired_over_seeds(
-    cells: Iterable[Mapping[str, Any]],
-    arm: str,
-    against: str,
-    metric: str,
-    confidence: float = 0.95,
-    resamples: int = 10_000,
-) -> PairedDifference | None:
-    """Difference ``arm - against`` over the seeds that both have; ``None`` if they share none.
-
-    A cell whose seed is ``None`` (the shared starting checkpoint) has no pair.
-    """
-    cells = list(cells)
-    first, second = _by_seed(cells, arm, metric), _by_seed(cells, against, metric)
-    seeds = sorted(first.keys() & second.keys())
-    if not seeds:
-        return None
-    values = [first[s] for s in seeds], [second[s] for s in seeds]
-    return paired_difference(*values, Over.SEEDS, confidence, resamples)
-
-
-def _by_seed(cells: Iterable[Mapping[str, Any]], arm: str, metric: str) -> dict[int, float]:
-    values = {
-        cell["seed"]: cell["metrics"].get(metric)
-        for cell in cells
-        if cell["arm"] == arm and cell["seed"] is not None
-    }
-    return {seed: float(value) for seed, value in values.items() if _is_finite(value)}
-
-
-def paired_over_samples(
-    samples: SampleRecords,
-    against: SampleRecords,
-    metric: str,
-    confidence: float = 0.95,
-    resamples: int = 10_000,
-) -> PairedDifference | None:
-    """Difference over the held-out samples that both evaluations hold, matched by name.
-
-    ``None`` if ``metric`` is not one of a single sample (a Fréchet distance is one of a set).
-    """
-    first, second = _by_name(samples, metric), _by_name(against, metric)
-    names = sorted(first.keys() & second.keys())
-    if not names:
-        return None
-    values = [first[n] for n in names], [second[n] for n in names]
-    return paired_difference(*values, Over.SAMPLES, confidence, resamples)
-
-
-def _by_name(samples: SampleRecords, metric: str) -> dict[str, float]:
-    return {str(s["name"]): float(s[metric]) for s in samples if _is_finite(s.get(metric))}
-
-
-def _is_finite(value: float | None) -> bool:
-    return value is not None and math.isfinite(value)
-
-
-def summarise_results(
-    cells: Sequence[Mapping[str, Any]],
-    metrics: Iterable[str],
-    arms: Iterable[str],
-    reference_arm: str,
-    samples: Mapping[str, SampleRecords] | None = None,
-    confidence: float = 0.95,
-    resamples: int = 10_000,
-) -> dict[str, Any]:
-    """The entries ``summary`` and ``paired`` of ``results.json``.
-
-    Args:
-        cells: the entry ``cells``.
-        metrics: names of metrics, in the order of the table.
-        arms: names of arms.
-        reference_arm: the arm that the others are compared with ("baseline").
-        samples: per-sample records by cell folder. With them, an arm that shares only one seed
-            with the reference gets an interval over samples, marked ``over: "samples"``.
-        confidence: nominal coverage of the intervals.
-        resamples: bootstrap resamples per interval over samples.
-
-    Returns:
-        A dictionary to ``update`` the results with; plain numbers, ready for JSON.
-    """
-    metrics, summaries = list(metrics), summarise(cells)
-    difference = partial(
-        _difference, cells, samples=samples or {}, confidence=confidence, resamples=resamples
-    )
-    paired = [
-        {"arm": arm, "against": reference_arm, "metric": metric, **_entry(found)}
-        for arm in arms
-        if arm != reference_arm
-        for metric in metrics
-        if (found := difference(arm, reference_arm, metric))
-    ]
-    return {
-        "summary": {
-            arm: {m: asdict(of_arm[m]) for m in metrics if m in of_arm}
-            for arm, of_arm in summaries.items()
-        },
-        "paired": paired,
-    }
-
-
-def _entry(difference: PairedDifference) -> dict[str, Any]:
-    entry = asdict(difference)
-    return {
-        "difference": entry.pop("mean"),
-        **entry,
-        "over": str(difference.over),
-        "interval": difference.over.interval,
-    }
-
-
-def _difference(
-    cells: Sequence[Mapping[str, Any]],
-    arm: str,
-    against: str,
-    metric: str,
-    samples: Mapping[str, SampleRecords],
-    **options: Any,
-) -> PairedDifference | None:
-    over_seeds = paired_over_seeds(cells, arm, against, metric, **options)
-    shared = _shared_cells(cells, arm, against)
-    if len(shared) != 1:
-        return over_seeds
-    first, second = (samples.get(cell["folder"], ()) for cell in shared[0])
-    return paired_over_samples(first, second, metric, **options) or over_seeds
-
-
-def _shared_cells(
-    cells: Sequence[Mapping[str, Any]], arm: str, against: str
-) -> list[tuple[Mapping[str, Any], Mapping[str, Any]]]:
-    """The cells of every seed that both arms have."""
-    first, second = (
-        {cell["seed"]: cell for cell in cells if cell["arm"] == name and cell["seed"] is not None}
-        for name in (arm, against)
-    )
-    return [(first[seed], second[seed]) for seed in sorted(first.keys() & second.keys())]

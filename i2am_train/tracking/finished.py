@@ -8,9 +8,10 @@ import wandb
 
 from i2am_train.config.tracking import TrackingConfig
 from i2am_train.evaluation.evaluator import EvaluationResult
-from i2am_train.results.finished_runs import PANELS, RESULTS, Panels, arm_labels
-from i2am_train.results.finished_runs import SAMPLES as SAMPLES_FILE
+from i2am_train.results.sample_scores import RESULTS
+from i2am_train.results.sample_scores import SAMPLES as SAMPLES_FILE
 from i2am_train.results.statistics import verdict
+from i2am_train.results.study import PANELS, Panels, arm_labels
 from i2am_train.runs import RunFolder
 from i2am_train.tracking.artifacts import log_results, results_name, use_results
 from i2am_train.tracking.media import sample_table, score_table

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from i2am_train.evaluation.evaluator import SAMPLE_NAMES, Panel
 from i2am_train.reporting.figures.canvas import overlay
-from i2am_train.results.finished_runs import Panels
+from i2am_train.results.study import Panels
 
 INPAINTED, GARMENT, ATTRIBUTED = "inpainted region", "garment", "attribution above delta"
 """Masks of the overlays, as W&B shows them."""

@@ -258,8 +258,8 @@ def _results(
     manifest: dict[str, Any],
 ) -> dict[str, Any]:
     from i2am_train.metrics.registry import METRICS
-    from i2am_train.results.finished_runs import read_samples
-    from i2am_train.results.statistics import summarise_results
+    from i2am_train.results.sample_scores import read_samples
+    from i2am_train.results.study import compare
 
     samples = {
         entry["folder"]: read_samples(root / entry["folder"] / "evaluation" / "samples.jsonl")
@@ -267,7 +267,7 @@ def _results(
     }
     shown = {name for entry in entries for name in entry["metrics"]}
     metrics = {name: info.as_json() for name, info in METRICS.items() if name in shown}
-    compared = summarise_results(
+    compared = compare(
         entries,
         metrics,
         list(arms),

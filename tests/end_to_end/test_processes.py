@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from i2am_train.results.finished_runs import read_panels
+from i2am_train.results.study import read_panels
 
 
 def logged(folder: Path) -> dict[str, float]:

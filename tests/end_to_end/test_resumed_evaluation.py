@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from i2am_train.config.store import compose
-from i2am_train.results.finished_runs import PANEL_ARRAYS, read_panels
+from i2am_train.results.study import PANEL_ARRAYS, read_panels
 from i2am_train.workflows.evaluate import evaluate
 
 pytestmark = pytest.mark.filterwarnings("default")  # Lightning's and torch's own deprecations

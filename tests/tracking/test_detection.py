@@ -18,7 +18,7 @@ from i2am_train.experiments.detection.tracking import (
     THRESHOLD_COLUMNS,
 )
 from i2am_train.json_files import read_json
-from i2am_train.results.finished_runs import read_samples
+from i2am_train.results.sample_scores import read_samples
 from i2am_train.tracking.dashboard import dashboard_json
 from i2am_train.workflows import detect as command
 from tests.support.detectors import tiny_yolos

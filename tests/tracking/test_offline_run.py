@@ -14,7 +14,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from i2am_train.config.store import compose
 from i2am_train.fingerprints import data_state
 from i2am_train.json_files import read_json
-from i2am_train.results.finished_runs import read_panels, read_samples
+from i2am_train.results.sample_scores import read_samples
+from i2am_train.results.study import read_panels
 from i2am_train.tracking import media, names
 from i2am_train.tracking.dashboard import dashboard_json
 from i2am_train.workflows.evaluate import evaluate

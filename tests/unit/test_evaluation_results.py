@@ -18,8 +18,9 @@ from i2am_train.evaluation.results import (
     write_image,
     write_panels,
 )
-from i2am_train.results.finished_runs import Panels, read_panels, read_samples
+from i2am_train.results.sample_scores import read_samples
 from i2am_train.results.statistics import Over, mean_interval
+from i2am_train.results.study import Panels, read_panels
 from i2am_train.types import GridSize
 
 GENERATED, REFERENCE = GridSize(4, 3), GridSize(8, 6)

@@ -19,7 +19,7 @@ from i2am_train.errors import ConfigError
 from i2am_train.losses.attention import Attention, attention_on_grids
 from i2am_train.losses.objective import Objective, make_objective
 from i2am_train.losses.variants import VARIANTS
-from i2am_train.results.finished_runs import uses_truth
+from i2am_train.results.study import uses_truth
 from i2am_train.types import GridSize, LossVariant
 from tests.support.terms import mass
 

@@ -22,7 +22,7 @@ from i2am_train.files import write_text
 from i2am_train.json_files import write_json
 from i2am_train.reporting import table as formats
 from i2am_train.reporting.explained import ExplainedSample
-from i2am_train.results.finished_runs import RESULTS, SAMPLES
+from i2am_train.results.sample_scores import RESULTS, SAMPLES
 from i2am_train.runs import RunFolder
 from i2am_train.workflows.report import report
 

@@ -19,7 +19,8 @@ from i2am_train.reporting.figures.training import (
     sample_panel,
     save_figure,
 )
-from i2am_train.results.finished_runs import Curve, History, Panels
+from i2am_train.results.history import Curve, History
+from i2am_train.results.study import Panels
 from i2am_train.types import GridSize
 
 SIZE = (16, 12)

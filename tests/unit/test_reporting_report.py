@@ -14,8 +14,8 @@ from safetensors.numpy import save_file
 
 from i2am_train.errors import RunFolderError
 from i2am_train.reporting.ablation_page import build_report, focus_arm, sample_table
-from i2am_train.results.finished_runs import read_history, read_run
-from i2am_train.results.statistics import summarise_results
+from i2am_train.results.history import read_history
+from i2am_train.results.study import compare, read_study
 
 ARMS = ("base", "baseline", "refined", "supervised")
 GENERATED, REFERENCE = (8, 6), (16, 12)
@@ -209,7 +209,7 @@ def write_run(run, seeds=(0, 1, 2), size=(64, 48), samples=8, pictures=False):
         "seeds": list(seeds),
         "cells": cells,
     }
-    results.update(summarise_results(cells, METRICS, ARMS, "baseline"))
+    results.update(compare(cells, METRICS, ARMS, "baseline"))
     save_results(run, results)
     return results
 
@@ -352,7 +352,7 @@ def test_intervals_that_an_earlier_version_wrote_are_made_anew(tmp_path):
     results = write_run(tmp_path, seeds=(0, 1, 2))
     narrow = [{**entry, "low": 1.0, "high": 2.0} for entry in results["paired"]]
     save_results(tmp_path, {**results, "paired": narrow})
-    assert read_run(tmp_path).results["paired"] == results["paired"]
+    assert read_study(tmp_path).results["paired"] == results["paired"]
 
 
 def test_warnings_stand_before_the_tables_once_with_their_seeds(tmp_path):
@@ -384,7 +384,7 @@ def test_single_evaluation_without_any_comparison_is_reported(tmp_path):
 def test_samples_are_ordered_by_their_change(finished):
     # First the largest gain, last the largest loss, from the mean over shared seeds.
     run, _, _ = finished
-    listed = sample_table(read_run(run))
+    listed = sample_table(read_study(run))
     gains, losses = (
         [float(row.cells[0].text) for row in listed.rows if row.group == group]
         for group in ("gained most", "gained least or lost")

@@ -14,12 +14,9 @@ from i2am_train.results.statistics import (
     correlation,
     mean_interval,
     paired_difference,
-    paired_over_samples,
-    paired_over_seeds,
-    summarise,
-    summarise_results,
     verdict,
 )
+from i2am_train.results.study import compare, paired_over_samples, paired_over_seeds, summarise
 
 
 def cell(arm, seed, **metrics):
@@ -29,15 +26,13 @@ def cell(arm, seed, **metrics):
 def test_summary_is_mean_and_sample_deviation_over_seeds():
     # By hand: 1, 2, 6 have mean 3 and sample variance (4 + 1 + 9) / 2 = 7.
     summary = summarise([cell("refined", s, ssim=v) for s, v in enumerate((1.0, 2.0, 6.0))])
-    assert summary["refined"]["ssim"].mean == 3.0
-    assert summary["refined"]["ssim"].std == pytest.approx(math.sqrt(7.0))
-    assert summary["refined"]["ssim"].n == 3
+    assert summary["refined"]["ssim"] == {"mean": 3.0, "std": pytest.approx(math.sqrt(7.0)), "n": 3}
 
 
 def test_summary_of_one_seed_has_no_spread_and_values_that_are_not_finite_do_not_count():
     cells = [cell("a", 0, ssim=0.5, pck_1=math.nan), cell("a", 1, ssim=None, pck_1=math.nan)]
     summary = summarise(cells)["a"]
-    assert (summary["ssim"].mean, summary["ssim"].std, summary["ssim"].n) == (0.5, None, 1)
+    assert summary["ssim"] == {"mean": 0.5, "std": None, "n": 1}
     assert "pck_1" not in summary
 
 
@@ -186,7 +181,7 @@ def test_results_entries_are_plain_json_and_follow_the_schema():
     cells += [
         cell(arm, s, ssim=s + k) for k, arm in enumerate(("baseline", "refined")) for s in (0, 1)
     ]
-    found = summarise_results(cells, ["ssim"], ["base", "baseline", "refined"], "baseline")
+    found = compare(cells, ["ssim"], ["base", "baseline", "refined"], "baseline")
     assert json.loads(json.dumps(found)) == found
     assert found["summary"]["base"]["ssim"] == {"mean": 0.5, "std": None, "n": 1}
     (entry,) = found["paired"]
@@ -215,9 +210,9 @@ def test_a_single_seed_falls_back_to_samples_only_if_they_are_given():
         ],
     }
     arguments = (cells, ["ssim", "fid"], ["baseline", "refined"], "baseline")
-    without = summarise_results(*arguments)["paired"]
+    without = compare(*arguments)["paired"]
     assert [(e["low"], e["n"], e["over"]) for e in without] == [(None, 1, "seeds")] * 2
-    ssim, fid = summarise_results(*arguments, samples=samples)["paired"]
+    ssim, fid = compare(*arguments, samples=samples)["paired"]
     assert (ssim["over"], ssim["n"], ssim["low"] > 0) == ("samples", 3, True)
     assert (fid["over"], fid["low"], fid["difference"]) == ("seeds", None, -1.0)
     assert ssim["interval"] == "bootstrap, BCa"
@@ -232,7 +227,7 @@ def test_a_metric_known_for_one_of_two_seeds_is_not_compared_over_samples():
     ]
     samples = {c["folder"]: [{"name": n, "ssim": 0.1} for n in "abc"] for c in cells}
     arms = ["baseline", "refined"]
-    (entry,) = summarise_results(cells, ["ssim"], arms, "baseline", samples=samples)["paired"]
+    (entry,) = compare(cells, ["ssim"], arms, "baseline", samples=samples)["paired"]
     assert (entry["over"], entry["n"], entry["low"]) == ("seeds", 1, None)
 
 

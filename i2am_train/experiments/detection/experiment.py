@@ -58,7 +58,7 @@ from i2am_train.metrics.boxes import (
     whole_box,
 )
 from i2am_train.models.others.paint_by_example import PaintByExample, Painted, Painting, resized
-from i2am_train.results.finished_runs import RESULTS, SAMPLES
+from i2am_train.results.sample_scores import RESULTS, SAMPLES
 from i2am_train.results.statistics import Over, mean_interval, paired_difference
 from i2am_train.runs import RunFolder
 from i2am_train.seeds import seed_for

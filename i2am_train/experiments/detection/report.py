@@ -37,7 +37,8 @@ from i2am_train.reporting.formatting import number
 from i2am_train.reporting.provenance import code_state
 from i2am_train.reporting.table import LATEX_NEEDS, latex, markdown
 from i2am_train.reporting.table_files import write_table
-from i2am_train.results.finished_runs import PANELS, RESULTS, SAMPLES, read_samples
+from i2am_train.results.sample_scores import RESULTS, SAMPLES, read_samples
+from i2am_train.results.study import PANELS
 from i2am_train.types import GridSize
 
 SCHEMA, KIND = 1, "detection"

@@ -14,7 +14,8 @@ from i2am_train.experiments.detection.tables import KINDS, Results, label, swept
 from i2am_train.metrics.boxes import METHOD_LABELS, METHODS_OF_MAPS
 from i2am_train.reporting.explained import numbered
 from i2am_train.reporting.figures.canvas import overlay
-from i2am_train.results.finished_runs import PANELS, RESULTS, SAMPLES
+from i2am_train.results.sample_scores import RESULTS, SAMPLES
+from i2am_train.results.study import PANELS
 from i2am_train.runs import RunFolder
 from i2am_train.tracking.artifacts import log_results
 from i2am_train.tracking.names import (

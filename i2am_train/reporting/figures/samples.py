@@ -26,7 +26,7 @@ from i2am_train.reporting.figures.canvas import (
     show_heat,
     show_picture,
 )
-from i2am_train.results.finished_runs import Panels
+from i2am_train.results.study import Panels
 
 TEAR = 2.5
 """Neighbours on the person whose true positions on the garment lie further apart than this many

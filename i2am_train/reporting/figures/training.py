@@ -32,8 +32,9 @@ from i2am_train.reporting.figures.canvas import (
 )
 from i2am_train.reporting.figures.samples import PanelPart, sample_panel
 from i2am_train.reporting.tables.ablation import measured_metrics
-from i2am_train.results.finished_runs import Curve, History, Results, arm_labels
+from i2am_train.results.history import Curve, History
 from i2am_train.results.statistics import Verdict, verdict
+from i2am_train.results.study import Results, arm_labels
 
 __all__ = [
     "PanelPart",

@@ -29,8 +29,8 @@ from i2am_train.reporting.table import (
     markdown_rows,
     with_best,
 )
-from i2am_train.results.finished_runs import START_ARM, Results, arm_labels, uses_truth
 from i2am_train.results.statistics import Over, Verdict, few_samples_note, verdict
+from i2am_train.results.study import START_ARM, Results, arm_labels, uses_truth
 
 GROUP_TITLES = {"attention": "Attention", "image": "Image"}
 TRUTH_MARK = "†"
