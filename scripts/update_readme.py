@@ -112,15 +112,13 @@ def correlation(text: str) -> str:
 
 def recipes() -> str:
     """The support table: a row for each known model."""
-    lines = [
-        "| model | `recipe` | sites | grids; reference tokens | its maps | licence (code / weights) | loaded |",
-        "|---|---|---|---|---|---|---|",
-    ]
+    heads = ("model", "`recipe`", "sites", "grids; reference tokens", "its maps")
+    rows = []
     for known in KNOWN_MODELS:
         meaning = ", ".join(known.meaning).replace("not functional", "**not functional**")
-        cells = (known.title, f"`{known.name}`", known.sites, known.grids, meaning)
-        lines.append(f"| {' | '.join((*cells, known.licence, known.loading))} |")
-    return "\n".join(lines)
+        about = (known.title, f"`{known.name}`", known.sites, known.grids, meaning)
+        rows.append((*about, known.licence, known.loading))
+    return markdown_lines((*heads, "licence (code / weights)", "loaded"), rows, right=())
 
 
 def packages() -> str:
@@ -140,18 +138,22 @@ def packages() -> str:
 
 def benchmark(text: str) -> str:
     """One row for each case of the benchmark, beside its rival."""
-    cases: dict[str, Any] = json.loads(text)
-    lines = [
-        "| case | time ratio (median) | extra memory (MiB) | plain softmax: ratio | MiB | runs |",
-        "|---|---:|---:|---:|---:|---:|",
-    ]
-    for name, case in cases.items():
-        rival = case["rivals"].get("plain_softmax")
-        other = f"{rival['ratio']:.3f} | {rival['extra_mib']:.1f}" if rival else "– | –"
-        lines.append(
-            f"| `{name}` | {case['ratio']:.3f} | {case['extra_mib']:.1f} | {other} | {case['runs']} |"
-        )
-    return "\n".join(lines)
+    heads = (
+        "case",
+        "time ratio (median)",
+        "extra memory (MiB)",
+        "plain softmax: ratio",
+        "MiB",
+        "runs",
+    )
+    rows = []
+    for name, case in json.loads(text).items():
+        pairs = [
+            (f"{one['ratio']:.3f}", f"{one['extra_mib']:.1f}") if one else ("–", "–")
+            for one in (case, case["rivals"].get("plain_softmax"))
+        ]
+        rows.append((f"`{name}`", *pairs[0], *pairs[1], str(case["runs"])))
+    return markdown_lines(heads, rows, right=range(1, len(heads)))
 
 
 def main() -> None:
