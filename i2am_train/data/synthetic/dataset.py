@@ -33,6 +33,8 @@ from i2am_train.locks import staged
 from i2am_train.processes import ignore_interrupts
 from i2am_train.types import GridSize, Role, Split
 
+GENERATOR = "i2am_train.datasets.synthetic"
+"""Its name in datasets on disk, which are known by it: it stays when modules move."""
 GENERATOR_VERSION = 1
 """Raised whenever the same seed would draw another picture."""
 
@@ -51,7 +53,7 @@ def describe_dataset(
     """The contents of ``dataset.json``: all that decides the files."""
     extra = {"annotations": True} if annotations else {}
     return {
-        "generator": "i2am_train.data.synthetic.dataset", "version": GENERATOR_VERSION, "seed": seed,
+        "generator": GENERATOR, "version": GENERATOR_VERSION, "seed": seed,
         "height": size.height, "width": size.width, "train": train, "test": test, **extra,
     }  # fmt: skip
 
