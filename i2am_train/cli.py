@@ -1,20 +1,16 @@
-"""The ``i2am`` program: picks a command and runs its module.
-
-Standard library only, so that it answers at once. A command's module is run as ``__main__`` instead
-of being called: Lightning starts the other processes of a distributed run by that module's name,
-and would lose the command otherwise.
-"""
+"""The ``i2am`` program: picks a command. Standard library only, so that it answers at once."""
 
 from __future__ import annotations
 
 import errno
 import os
-import runpy
 import select
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
+from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
+from typing import NoReturn
 
 COMMANDS = {
     "train": "train a model from a checkpoint, with or without attention losses",
@@ -28,6 +24,15 @@ COMMANDS = {
     "dashboard": "make a workspace and a report of the runs in Weights & Biases",
     "data": "make the embedded dataset, derive what a dataset lacks, or check one",
 }
+DATA_COMMANDS = {
+    "make": "make a synthetic try-on dataset with exact correspondence, in VITON-HD layout",
+    "derive": "make what a dataset lacks: masks and agnostic pictures from parsing maps and poses\n"
+    "          (exit status 1 if a picture was refused)",
+    "check": "report everything that is wrong with a dataset folder\n"
+    "          (exit status 1 if training would fail)",
+    "cache": "encode a dataset by the frozen networks, once for all training runs",
+}
+"""What follows ``i2am data``."""
 BAD_INPUT, INTERRUPTED = 2, 130
 OUTPUT_CLOSED = 141
 """Exit status of a program whose reader went away, as the shell has it: 128 + SIGPIPE."""
@@ -53,6 +58,13 @@ examples:
   i2am dashboard group=ablation
 
 `i2am COMMAND --help` lists the options of a command; `i2am --version` prints the version."""
+DATA_HELP = """\
+usage: i2am data make|derive|check|cache [name=value ...]
+
+{commands}
+
+`i2am data make --help`, and likewise for the others, lists the options."""
+HELP_FLAGS = ("--help", "-h", "help")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -80,16 +92,22 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _answer(words: list[str]) -> None:
-    command = words[0] if words else "--help"
-    if command in ("--help", "-h", "help"):
-        print(_help())
+    command, *options = words or ["--help"]
+    if command in HELP_FLAGS:
+        print(HELP.format(commands=_listed(COMMANDS)))
     elif command == "--version":
         print(_version())
-    elif command in COMMANDS:
-        run_command(command, words[1:])
+    elif command not in COMMANDS:
+        _refuse(command, COMMANDS)
+    elif command == "data" and (not options or options[0] in HELP_FLAGS):
+        print(DATA_HELP.format(commands=_listed(DATA_COMMANDS)))
+    elif command == "data" and options[0] not in DATA_COMMANDS:
+        _refuse(f"i2am data {options[0]}", DATA_COMMANDS)
+    elif command == "explain" and "--recipes" in options:
+        import_module("i2am_train.workflows.recipes").print_recipes()
     else:
-        print(f"i2am: {_unknown(command)}", file=sys.stderr)
-        sys.exit(BAD_INPUT)
+        name = f"data_{options.pop(0)}" if command == "data" else command
+        import_module("i2am_train.entry.command").execute(name, options)
 
 
 def _discard_output() -> None:
@@ -120,14 +138,8 @@ def _open_closed_streams() -> None:
             setattr(sys, name, os.fdopen(number, mode))
 
 
-def run_command(command: str, words: Sequence[str]) -> None:
-    """Run a command's module as ``__main__`` with the given words as its arguments."""
-    sys.argv = [f"i2am {command}", *words]
-    runpy.run_module(f"i2am_train.workflows.{command}", run_name="__main__", alter_sys=True)
-
-
-def _help() -> str:
-    return HELP.format(commands="\n".join(f"  {name:10}{text}" for name, text in COMMANDS.items()))
+def _listed(commands: Mapping[str, str]) -> str:
+    return "\n".join(f"  {name:10}{text}" for name, text in commands.items())
 
 
 def _version() -> str:
@@ -137,7 +149,8 @@ def _version() -> str:
         return "i2am-train (not installed)"
 
 
-def _unknown(command: str) -> str:
-    near = get_close_matches(command.lower(), COMMANDS, n=1)
-    hint = f"Did you mean '{near[0]}'?" if near else f"There are {', '.join(COMMANDS)}."
-    return f"There is no command '{command}'. {hint}"
+def _refuse(command: str, known: Mapping[str, str]) -> NoReturn:
+    near = get_close_matches(command.lower().rpartition(" ")[-1], known, n=1)
+    hint = f"Did you mean '{near[0]}'?" if near else f"There are {', '.join(known)}."
+    print(f"i2am: There is no command '{command}'. {hint}", file=sys.stderr)
+    sys.exit(BAD_INPUT)

@@ -35,9 +35,7 @@ def command_line() -> str:
     """The command as it can be typed again."""
     program, *words = sys.argv
     path = Path(program)
-    # `i2am train` runs the module i2am_train/workflows/train.py, and Python then calls the program by that file.
-    is_command = path.parts[-3:-1] == ("i2am_train", "workflows")
-    name = f"i2am {path.stem}" if is_command else path.name
+    name = "i2am" if path.parts[-2:] == ("i2am_train", "__main__.py") else path.name
     return without_secrets(" ".join([name, *map(shlex.quote, words)]))
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import inspect
 import sys
+from collections.abc import Iterable, Mapping
 from dataclasses import fields
 from enum import Enum
 from functools import cache
@@ -21,14 +22,17 @@ NAME_WIDTH = 36
 
 
 def help_text(command: str, usage: str, examples: str) -> str:
-    """All options of a command, one line each, by group, with defaults and choices of files."""
-    schema = COMMANDS[command]
+    """All options of a command with defaults: those that people use first, then the others by group."""
+    schema, first = COMMANDS[command].options, COMMANDS[command].first.split()
+    known = ", ".join(experiment_names([item.name for item in fields(schema)]))
+    experiment = f"Options that belong together, of a file in conf/experiment: {known}."
+    entries = {"experiment": _entry("experiment=null", experiment), **_entries(schema)}
     parts = [
         f"usage: {usage}",
         str(schema.__doc__),
         f"examples:\n{examples.rstrip()}",
-        "options (name=value, without dashes):\n" + _options(schema, ""),
-        *_groups(schema, ""),
+        _block("options that are used first (name=value, without dashes)", first, entries),
+        *_groups(schema, "", {n: text for n, text in entries.items() if n not in first}),
         _files(schema),
         "also: --cfg job shows the composed options, --info searchpath where they come from,\n"
         "      --debug shows the traceback of an error, -m seed=0,1,2 runs a sweep (as SLURM jobs with\n"
@@ -62,18 +66,23 @@ def _class_bodies(module: str) -> dict[str, list[ast.stmt]]:
     return {node.name: node.body for node in tree.body if isinstance(node, ast.ClassDef)}
 
 
-def _options(schema: type[Any], prefix: str) -> str:
-    """One entry per option of this group, sub-groups left out."""
+def _entries(schema: type[Any], prefix: str = "") -> dict[str, str]:
+    """The entry of each option by its dotted name, options of groups included."""
     texts, defaults, hints = field_docstrings(schema), plain(schema), get_type_hints(schema)
-    lines = [
-        _entry(
-            f"{prefix}{item.name}={_shown(defaults[item.name])}",
-            texts[item.name] + _choices(hints[item.name]),
-        )
-        for item in fields(schema)
-        if group_of(item) is None
-    ]
-    return "\n".join(lines)
+    entries: dict[str, str] = {}
+    for item in fields(schema):
+        name = f"{prefix}{item.name}"
+        if group := group_of(item):
+            entries |= _entries(group, f"{name}.")
+        else:
+            text = texts[item.name] + _choices(hints[item.name])
+            entries[name] = _entry(f"{name}={_shown(defaults[item.name])}", text)
+    return entries
+
+
+def _block(title: str, names: Iterable[str], entries: Mapping[str, str]) -> str:
+    lines = [entries[name] for name in names if name in entries]
+    return "\n".join([f"{title}:", *lines]) if lines else ""
 
 
 def _choices(hint: Any) -> str:
@@ -84,23 +93,23 @@ def _choices(hint: Any) -> str:
     return f" One of {', '.join(values)}." if values else ""
 
 
-def _groups(schema: type[Any], prefix: str) -> list[str]:
-    """One block per group, with its sub-groups after it."""
-    blocks: list[str] = []
+def _groups(schema: type[Any], prefix: str, entries: Mapping[str, str]) -> list[str]:
+    """One block for the options of a schema, and one per group in it."""
+    title = f"{prefix[:-1]}: {schema.__doc__}".removesuffix(".") if prefix else "options"
+    blocks = [_block(title, [f"{prefix}{item.name}" for item in fields(schema)], entries)]
     for item in fields(schema):
         if group := group_of(item):
-            path = f"{prefix}{item.name}."
-            blocks.append(f"{path[:-1]}: {group.__doc__}\n{_options(group, path)}")
-            blocks += _groups(group, path)
+            blocks += _groups(group, f"{prefix}{item.name}.", entries)
     return blocks
 
 
 def _files(schema: type[Any]) -> str:
     """The choices of files in conf/ for this command's groups."""
     options = [item.name for item in fields(schema)]
-    choices = {"experiment": experiment_names(options)} if "trainer" in options else {}
-    for group in options:
-        choices[group] = sorted(path.stem for path in (conf_folder() / group).glob("*.yaml"))
+    choices = {
+        group: sorted(path.stem for path in (conf_folder() / group).glob("*.yaml"))
+        for group in options
+    }
     lines = [f"  {group}={'|'.join(names)}" for group, names in choices.items() if names]
     return "\n".join(["files of options, each a file in conf/<group>/:", *lines]) if lines else ""
 

@@ -51,8 +51,8 @@ SHARED_GROUPS = (
 def register_schemas() -> None:
     """Give Hydra every command's options with their defaults, as ``<command>_schema``."""
     store = ConfigStore.instance()
-    for command, schema in COMMANDS.items():
-        store.store(name=f"{command}_schema", node=plain(schema))
+    for name, command in COMMANDS.items():
+        store.store(name=f"{name}_schema", node=plain(command.options))
 
 
 def compose(command: str, overrides: Sequence[str] = ()) -> Any:
@@ -87,7 +87,7 @@ def to_dataclass(command: str, config: DictConfig) -> Any:
             "these signs is written \\${...}."
         ) from error
     assert isinstance(values, dict)
-    return build(COMMANDS[command], {str(name): value for name, value in values.items()})
+    return build(COMMANDS[command].options, {str(name): value for name, value in values.items()})
 
 
 def to_yaml(config: Any) -> str:

@@ -62,8 +62,11 @@ def as_typed(command: str, words: Sequence[str], *, sweep: bool = False) -> list
     >>> as_typed("train", ["objective.terms.mine.weight=0.1"])
     ['++objective.terms.mine.weight=0.1']
     """
-    kinds = {"experiment": TEXT, **_kinds(COMMANDS[command])}
-    groups = {"experiment", *(item.name for item in fields(COMMANDS[command]) if group_of(item))}
+    kinds = {"experiment": TEXT, **_kinds(COMMANDS[command].options)}
+    groups = {
+        "experiment",
+        *(item.name for item in fields(COMMANDS[command].options) if group_of(item)),
+    }
     free = [name for name, kind in kinds.items() if kind.mapping]
     typed = []
     for word in words:

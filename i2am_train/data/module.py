@@ -23,8 +23,9 @@ import torch
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 from torchdata.stateful_dataloader import StatefulDataLoader
 
+from i2am_train.config.data import DataConfig
 from i2am_train.data.cache import CachedDataset, LatentCache
-from i2am_train.data.opening import AS_IT_LIES, Reading, list_length, open_dataset
+from i2am_train.data.opening import AS_IT_LIES, Reading, list_length, open_dataset, reading_of
 from i2am_train.data.reading import EpochPosition, TryOnDataset
 from i2am_train.data.sample import TryOnSample
 from i2am_train.errors import DataError
@@ -227,3 +228,31 @@ class TryOnDataModule(L.LightningDataModule):
         if self.trainer is None:
             return 0
         return int(self.trainer.fit_loop.epoch_progress.current.processed)  # type: ignore[attr-defined]
+
+
+def make_datamodule(
+    data: DataConfig,
+    root: Path,
+    *,
+    seed: int,
+    eval_batch_size: int,
+    validation_samples: int = 0,
+    test_samples: int | None = None,
+    pairing: Pairing = Pairing.PAIRED,
+    cache: LatentCache | None = None,
+) -> TryOnDataModule:
+    """Loaders of training, validation and test samples."""
+    return TryOnDataModule(
+        root,
+        data.size,
+        batch_size=data.batch_size,
+        eval_batch_size=eval_batch_size,
+        workers=data.workers,
+        augment=data.augment,
+        seed=seed,
+        validation_samples=validation_samples,
+        test_samples=test_samples,
+        test_pairing=pairing,
+        reading=reading_of(data),
+        cache=cache,
+    )

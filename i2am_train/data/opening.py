@@ -7,11 +7,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from i2am_train.config.data import DataConfig
+from i2am_train.config.locations import dataset_folder
 from i2am_train.data.layouts.dresscode import dresscode_layouts
 from i2am_train.data.layouts.layout import Layout
 from i2am_train.data.layouts.viton_hd import VitonHDLayout
 from i2am_train.data.reading import TryOnDataset
+from i2am_train.data.synthetic.dataset import make_dataset
 from i2am_train.errors import DataError
+from i2am_train.processes import first_process, wait_for
+from i2am_train.runs import require_apart
 from i2am_train.types import CATEGORIES, Category, Fit, GridSize, LayoutName, Pairing, Split
 
 
@@ -29,6 +34,31 @@ class Reading:
 
 AS_IT_LIES = Reading()
 """The layout found by looking, all categories, the proportions of the size that is asked for."""
+
+
+def reading_of(data: DataConfig) -> Reading:
+    """How the dataset folder is read."""
+    return Reading(data.layout, tuple(data.categories), data.fit)
+
+
+def prepare_data(data: DataConfig, *outputs: Path | None) -> Path:
+    """The dataset's folder; the embedded dataset is made if it is not there yet.
+
+    Raises:
+        RunFolderError: one of the folders that the command writes lies in it, or it in one of them.
+    """
+    synthetic = data.synthetic
+    root = data.root or dataset_folder(data.size, synthetic.train, synthetic.test, synthetic.seed)
+    require_apart(root, *outputs, data.cache_copies)
+    if data.root is not None:
+        return root
+    if not first_process():
+        wait_for(root)
+    elif not root.is_dir():
+        make_dataset(
+            root, synthetic.train, synthetic.test, data.size, synthetic.seed, progress=True
+        )
+    return root
 
 
 def detect_layout(root: Path) -> Literal["viton_hd", "dresscode"]:

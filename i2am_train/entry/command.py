@@ -1,9 +1,7 @@
 """From a command line to a command: help, Hydra, typed options, and errors as one paragraph.
 
-A command's module ends with ``if __name__ == "__main__": entry("train", run)``. Imports that cost
-time belong inside ``run``: help and ``--cfg`` must answer at once. The module is run as
-``__main__`` (see ``cli``), because Lightning starts the other processes of a distributed run with
-``python -m <that module> <the same options>``.
+A command is a name and a path to its workflow (``config.commands``). Only the workflow imports what costs time, so
+help and bad options are answered at once.
 """
 
 from __future__ import annotations
@@ -14,12 +12,14 @@ import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from importlib import import_module
 from textwrap import dedent
 from typing import Any, NoReturn
 
 from i2am_train.config.build import option_names, shortened, unknown_option
 from i2am_train.config.commands import COMMANDS
 from i2am_train.config.documentation import help_text
+from i2am_train.config.locations import conf_folder
 from i2am_train.doors import allow_named
 from i2am_train.entry.faults import as_user_error
 from i2am_train.entry.stopping import sentence, stopped_by_signals
@@ -32,6 +32,8 @@ FAILED_CHECK = 1
 """Exit status of a command that worked and found the input wanting (``i2am data check``)."""
 BAD_INPUT = 2
 """Exit status for input that the user can put right."""
+
+Run = Callable[[Any], int | None]
 
 HELP_FLAGS = ("--help", "-h")
 DEBUG_FLAG = "--debug"
@@ -75,95 +77,23 @@ WORKER_TRACEBACK = re.compile(
 )
 """What torch puts before the message of an error that was raised in a process that reads samples."""
 
-EXAMPLES = {
-    "train": """
-        i2am train experiment=refined seed=1
-        i2am train experiment=baseline init=PATH output=runs/my-baseline optimization.steps=400
-        i2am train experiment=refined data=viton_hd data.root=PATH init=PATH trainer=ddp
-    """,
-    "evaluate": """
-        i2am evaluate checkpoint=tiny
-        i2am evaluate checkpoint=runs/refined-seed0 evaluation.pairing=unpaired
-        i2am evaluate checkpoint=runs/refined-seed0 sampling=dpmpp10 devices=2 strategy=ddp
-        i2am evaluate images=PATH reference=PATH output=runs/other-model evaluation=paper
-        i2am evaluate images=PATH reference=PATH evaluation.pairing=unpaired resize=[512,384]
-    """,
-    "ablate": """
-        i2am ablate seeds=[0,1,2]
-        i2am ablate arms=[base,baseline,refined,supervised] seeds=[0,1,2,3,4] name=study
-        i2am ablate experiment=demo
-    """,
-    "explain": """
-        i2am explain checkpoint=tiny sample=17
-        i2am explain checkpoint=runs/refined-seed0 sample=17 attribution.layer=5 pairing=unpaired
-        i2am explain checkpoint=[runs/baseline-seed0,runs/refined-seed0] sample=[3,17]
-        i2am explain --recipes
-        i2am explain model=catvton checkpoint=PATH adapter=FILE image=FILE mask=FILE reference=FILE
-        i2am explain model=factory factory=my_model:build image=FILE mask=FILE reference=FILE
-    """,
-    "detect": """
-        i2am detect root=data/coco dtype=float16
-        i2am detect root=data/coco detectors=[torchvision:maskrcnn_resnet50_fpn,PekingU/rtdetr_r50vd]
-        i2am detect pipeline=FOLDER root=PATH split=val2017 height=256 width=256 steps=20
-    """,
-    "report": """
-        i2am report runs=[runs/study]
-        i2am report runs=[runs/baseline-seed0,runs/refined-seed0] explained=[FOLDER]
-        i2am report explained=[runs/explain-tiny-test17-paired]
-        i2am report detected=[runs/detect-Paint-by-Example-coco]
-        i2am report explained=[FOLDER,OTHER] models=[baseline,refined] figures=[refinement,scores]
-    """,
-    "export": """
-        i2am export checkpoint=runs/refined-seed0 output=exported/refined
-        i2am export checkpoint=runs/refined-seed0 output=PATH dtype=float16 push=USER/NAME
-    """,
-    "init": """
-        i2am init unet=v1-5-pruned.safetensors encoder=facebook/dinov2-giant output=models/start
-        i2am init unet=FOLDER vae=VITONHD_VAE_finetuning.ckpt encoder=FOLDER output=models/start
-        i2am init custom=FILE.safetensors encoder=facebook/dinov2-giant output=models/custom
-    """,
-    "dashboard": """
-        i2am dashboard
-        i2am dashboard entity=my-team project=i2am-train group=study
-        i2am dashboard output=dashboard.json
-    """,
-    "data_make": """
-        i2am data make
-        i2am data make root=data/small train=200 test=20 height=64 width=48 seed=1
-    """,
-    "data_derive": """
-        i2am data derive root=data/zalando-hd-resized
-        i2am data derive root=/data/DressCode categories=[upper_body,dresses] preview=true
-        i2am data derive root=my_photographs parser=FOLDER estimator=FOLDER preview=true
-        i2am data derive root=my_photographs parser=mattmdjaga/segformer_b2_clothes pose=none
-    """,
-    "data_cache": """
-        i2am data cache root=data/zalando-hd-resized init=PATH output=caches/viton
-        i2am data cache root=PATH init=PATH output=PATH variants=8 dtype=float16
-    """,
-    "data_check": """
-        i2am data check root=data/zalando-hd-resized height=1024 width=768
-        i2am data check root=PATH json=report.json
-    """,
-}
 
-
-def entry(command: str, run: Callable[[Any], int | None]) -> NoReturn:
-    """Run a command with the options in ``sys.argv`` and exit.
+def execute(command: str, words: Sequence[str], run: Run | None = None) -> NoReturn:
+    """Run a command and exit.
 
     Args:
-        command: key of ``i2am_train.config.commands.COMMANDS``, and name of the file in ``conf/``.
-        run: takes the command's configuration; returns an exit status, None for success.
+        command: key of ``config.commands.COMMANDS``, and name of the file in ``conf/``.
+        words: its options, as typed.
+        run: takes the command's options and returns an exit status, None for success; None: the command's workflow.
     """
-    arguments = sys.argv[1:]
-    if any(flag in arguments for flag in HELP_FLAGS):
+    if any(flag in words for flag in HELP_FLAGS):
         print(command_help(command))
         sys.exit(0)
-    if DEBUG_FLAG in arguments:
-        sys.argv.remove(DEBUG_FLAG)
+    if DEBUG_FLAG in words:
         os.environ[DEBUG_VARIABLE] = "1"
+    given = [word for word in words if word != DEBUG_FLAG]
     with errors_as_text(command), stopped_by_signals():
-        sys.exit(run_with_hydra(command, run))
+        sys.exit(run_with_hydra(command, given, run))
     raise AssertionError("unreachable: sys.exit raises")
 
 
@@ -199,11 +129,11 @@ def _say(text: str) -> None:
 def command_help(command: str) -> str:
     """The ``--help`` of a command: its options with defaults, grouped, and examples."""
     usage = f"i2am {command.replace('_', ' ')} [name=value ...]"
-    return help_text(command, usage, _indented(EXAMPLES[command]))
+    return help_text(command, usage, _indented(COMMANDS[command].examples))
 
 
-def run_with_hydra(command: str, run: Callable[[Any], int | None]) -> int:
-    """Compose the options in ``sys.argv``, check them and run; the exit status.
+def run_with_hydra(command: str, words: Sequence[str], run: Run | None = None) -> int:
+    """Compose the options, check them and run; the exit status.
 
     Raises:
         ConfigError: an option cannot be read, does not exist or has an impossible value.
@@ -213,38 +143,54 @@ def run_with_hydra(command: str, run: Callable[[Any], int | None]) -> int:
     from hydra.errors import HydraException
     from omegaconf.errors import OmegaConfBaseException
 
-    from i2am_train.config.locations import conf_folder
     from i2am_train.config.store import register_schemas
     from i2am_train.config.words import as_typed
 
-    _check_flags(command)
-    allow_named(sys.argv[1:])
-    sweep = any(word in MULTIRUN_FLAGS for word in sys.argv[1:])
-    sys.argv[1:] = as_typed(command, sys.argv[1:], sweep=sweep)
+    words = _checked(command, words)
+    allow_named(words)
+    sweep = any(word in MULTIRUN_FLAGS for word in words)
     register_schemas()
     # Hydra would print errors itself, with its own advice, and exit with status 1.
     os.environ["HYDRA_FULL_ERROR"] = "1"
-    task = _Task(command, run)
+    task = _Task(command, run or workflow(command), sys.argv)
     decorate = hydra.main(version_base="1.3", config_path=str(conf_folder()), config_name=command)
     try:
+        # Hydra reads the program's words. The command itself sees those that were typed (`_Task`).
+        sys.argv = [f"i2am {command}", *as_typed(command, words, sweep=sweep)]
         decorate(task)()
     except (HydraException, OmegaConfBaseException) as error:
         if task.entered:
             raise
         raise ConfigError(readable(error, command)) from error
+    finally:
+        sys.argv = task.typed
     return task.status
+
+
+def workflow(command: str) -> Run:
+    """What a command runs, imported when it is called: that takes seconds, which help and bad options need not wait."""
+    module, _, function = COMMANDS[command].workflow.partition(":")
+
+    def run(config: Any) -> int | None:
+        status: int | None = getattr(import_module(f"i2am_train.workflows.{module}"), function)(
+            config
+        )
+        return status
+
+    return run
 
 
 class _Task:
     """What Hydra calls with the composed options; remembers the exit status."""
 
-    def __init__(self, command: str, run: Callable[[Any], int | None]) -> None:
+    def __init__(self, command: str, run: Run, typed: list[str]) -> None:
         self.command = command
         self.run = run
+        self.typed = typed
         self.entered = False
         self.status = 0
         # Hydra finds the module of a task by these.
-        self.__module__ = run.__module__
+        self.__module__ = __name__
         self.__name__ = self.__qualname__ = "run"
 
     def __call__(self, composed: Any) -> None:
@@ -256,6 +202,9 @@ class _Task:
             _refuse_distributed_sweep(config)
             self.entered = True
             quiet_libraries()
+            sys.argv = (
+                self.typed
+            )  # Lightning starts the other processes of a distributed run with these
             self.status = self.run(config) or 0
 
 
@@ -285,18 +234,18 @@ def readable(error: Exception, command: str) -> str:
 
 
 def _known_options(command: str) -> list[str]:
-    return ["experiment", *option_names(COMMANDS[command])]
+    return ["experiment", *option_names(COMMANDS[command].options)]
 
 
-def _check_flags(command: str) -> None:
-    """Refuses flags that Hydra does not have, or has for itself; it would answer with all of its own."""
+def _checked(command: str, words: Sequence[str]) -> list[str]:
+    """The words, flags last. Refuses flags that Hydra does not have, or has for itself; it would answer with all of
+    its own.
+    """
     from argparse import ArgumentError
 
     from hydra._internal.utils import get_args_parser
 
-    parser = get_args_parser()
-    parser.exit_on_error = False
-    for word in sys.argv[1:]:
+    for word in words:
         flag = word.split("=")[0]
         # Not abbreviated ones either: "--experiment" would be "--experimental-rerun".
         if word.startswith(DASHES) and flag not in HYDRA_FLAGS:
@@ -306,11 +255,14 @@ def _check_flags(command: str) -> None:
             raise ConfigError(
                 f"There is no flag '{shortened(word)}'; options have no dashes. {hint}"
             )
-    sys.argv[1:] = _flags_last(sys.argv[1:])
+    parser = get_args_parser()
+    parser.exit_on_error = False
+    ordered = _flags_last(words)
     try:
-        parser.parse_known_args(sys.argv[1:])
+        parser.parse_known_args(ordered)
     except ArgumentError as error:
         raise ConfigError(f"A flag is not possible: {error}. See --help.") from error
+    return ordered
 
 
 def _flags_last(words: Sequence[str]) -> list[str]:

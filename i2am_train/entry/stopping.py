@@ -12,21 +12,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
+from i2am_train.config.commands import COMMANDS
 from i2am_train.errors import CommandStopped
 
 STOPPING = (signal.SIGINT, signal.SIGTERM)
-
-GOES_ON = "The same command goes on {}."
-STARTS_ANEW = "The same command starts anew; nothing that was there before was changed."
-WHAT_CONTINUES = {
-    "train": GOES_ON.format("from the last checkpoint"),
-    "evaluate": GOES_ON.format("with the batches that are not there yet"),
-    "ablate": GOES_ON.format("with the cells that are not finished yet"),
-    "detect": GOES_ON.format("with the batches that are not there yet"),
-    "data_derive": GOES_ON.format("with the pictures that are not there yet"),
-    "data_cache": GOES_ON.format("with the shards that are not there yet"),
-}
-"""By command; the others start anew."""
 
 
 @contextmanager
@@ -63,4 +52,7 @@ class _Stop:
 
 def sentence(command: str, stop: CommandStopped) -> str:
     """What was received, and what the same command will do."""
-    return f"{stop} {WHAT_CONTINUES.get(command, STARTS_ANEW)}"
+    goes_on = COMMANDS[command].goes_on if command else ""
+    if goes_on:
+        return f"{stop} The same command goes on {goes_on}."
+    return f"{stop} The same command starts anew; nothing that was there before was changed."

@@ -10,7 +10,7 @@ it, with the masks and the truth that its maps are judged by. Only image metrics
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any, Self, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -22,7 +22,9 @@ from i2am_train.attention.maps import AttributionMaps, HeatMap, threshold
 from i2am_train.attention.recipe import LayerId
 from i2am_train.attention.trace import trace
 from i2am_train.config.attention import AttributionConfig
+from i2am_train.config.evaluation import EvaluateConfig
 from i2am_train.config.models import SamplingConfig
+from i2am_train.config.training import TrainConfig
 from i2am_train.data.sample import TryOnBatch, batch_on
 from i2am_train.evaluation.scoring import check_scores
 from i2am_train.losses.attention import attention_centers
@@ -61,6 +63,15 @@ class EvaluationSettings:
     attribution: AttributionConfig
     metrics: tuple[str, ...]
     """Image metrics by name; the attention scores are always computed."""
+
+    @classmethod
+    def of(cls, config: TrainConfig | EvaluateConfig) -> Self:
+        """Those of a training's validation or of an evaluation."""
+        return cls(
+            sampling=config.sampling,
+            attribution=config.attribution,
+            metrics=tuple(config.evaluation.metrics),
+        )
 
 
 def check_settings(model: TryOnModel, settings: EvaluationSettings) -> None:

@@ -14,6 +14,7 @@ from jaxtyping import Float
 from torch import Tensor
 from tqdm import tqdm
 
+from i2am_train.config.evaluation import EvaluateConfig
 from i2am_train.errors import DataError, NotFiniteError
 from i2am_train.evaluation.folders import ImageSet
 from i2am_train.metrics.distribution import (
@@ -28,6 +29,7 @@ from i2am_train.metrics.distribution import (
 from i2am_train.metrics.features import FEATURE_NETWORKS, RESIZE_FILTER, image_features
 from i2am_train.metrics.image_quality import ImagePairScore
 from i2am_train.metrics.registry import image_metric, image_pair_score, metric_info, set_distance
+from i2am_train.ops.devices import chosen_device
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,6 +43,19 @@ class ScoringOptions:
     kernel_subsets: int = KERNEL_SUBSETS
     batch_size: int = 32
     progress: bool = False
+
+
+def make_scoring(config: EvaluateConfig) -> ScoringOptions:
+    """How an evaluation scores finished images."""
+    evaluation = config.evaluation
+    return ScoringOptions(
+        metrics=tuple(evaluation.metrics),
+        kernel_subset_size=evaluation.kernel_subset_size,
+        kernel_subsets=evaluation.kernel_subsets,
+        batch_size=evaluation.batch_size,
+        device=chosen_device(config.device),
+        progress=config.progress_bar,
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

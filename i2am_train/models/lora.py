@@ -13,6 +13,8 @@ from torch import Tensor
 
 PROJECTIONS = ("to_q", "to_k", "to_v", "to_out.0")
 """Parts of an attention module that get an adapter, in self-attention and cross-attention alike."""
+FOLDER = "lora"
+"""Folder of a run with the adapters alone, if it trained any."""
 ADAPTER = "default"
 """peft's name for the one adapter that a model has here."""
 

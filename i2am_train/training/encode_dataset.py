@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
+from i2am_train.config.data import DataConfig
 from i2am_train.data.cache import (
     CORRESPONDENCE,
     ENCODED,
@@ -27,6 +28,7 @@ from i2am_train.data.cache import (
     CacheIndex,
     CacheKey,
     CacheLayout,
+    LatentCache,
     Shard,
     pack_row,
     write_shard,
@@ -37,6 +39,7 @@ from i2am_train.data.opening import (
     Reading,
     list_length,
     open_dataset,
+    reading_of,
 )
 from i2am_train.data.reading import EpochPosition
 from i2am_train.data.sample import TryOnBatch
@@ -52,6 +55,15 @@ from i2am_train.types import Pairing, Role, Split
 
 DECODER = ("decoder.", "post_quant_conv.")
 """Weights of a VAE that encoding does not use; a fine-tuned decoder does not make a cache useless."""
+
+
+def open_cache(data: DataConfig, root: Path, model: TryOnModel) -> LatentCache | None:
+    """The cache of ``data.cache``, checked to be what this model would make of this dataset; None without one."""
+    if data.cache is None:
+        return None
+    cache = LatentCache(data.cache, data.cache_copies)
+    cache.require(cache_key(model, data_state(root), reading_of(data)), augment=data.augment)
+    return cache
 
 
 def cache_key(model: TryOnModel, data: DataState, reading: Reading = AS_IT_LIES) -> CacheKey:

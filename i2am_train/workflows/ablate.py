@@ -9,10 +9,28 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from rich.console import Console
+
+from i2am_train.callbacks.snapshots import snapshot_folders
+from i2am_train.config.build import plain
 from i2am_train.config.evaluation import EvaluateConfig
+from i2am_train.config.store import BASE_ARM, arm_config, arm_name
 from i2am_train.config.training import AblateConfig
-from i2am_train.entry.command import entry
+from i2am_train.data.checks.needed_files import noted_in
+from i2am_train.data.opening import prepare_data
 from i2am_train.errors import ConfigError
+from i2am_train.fingerprints import data_state
+from i2am_train.json_files import read_json, write_json
+from i2am_train.locks import locked
+from i2am_train.metrics.registry import METRICS
+from i2am_train.reporting.ablation_page import build_report
+from i2am_train.reporting.tables.ablation import as_terminal, verdict_sentences
+from i2am_train.results.sample_scores import read_samples
+from i2am_train.results.study import compare
+from i2am_train.runs import RunFolder
+from i2am_train.tracking.finished import track_study
+from i2am_train.tracking.session import sync_advice
+from i2am_train.workflows import evaluate, train
 
 LOG_WIDTH = 140
 """Columns of the tables in a log file."""
@@ -27,20 +45,12 @@ class Cell(NamedTuple):
     @property
     def folder(self) -> str:
         """Where the cell lies inside the study's folder."""
-        from i2am_train.config.store import arm_name
-
         name = arm_name(self.arm)
         return f"cells/{name if self.seed is None else f'{name}-seed{self.seed}'}"
 
 
 def run(config: AblateConfig) -> None:
     """Fill all cells, write results and report, and show the table."""
-    from rich.console import Console
-
-    from i2am_train.locks import locked
-    from i2am_train.reporting.ablation_page import build_report
-    from i2am_train.reporting.tables.ablation import as_terminal, verdict_sentences
-    from i2am_train.tracking.session import sync_advice
 
     results = ablate(config)
     with locked(config.folder):
@@ -65,21 +75,11 @@ def ablate(config: AblateConfig) -> dict[str, Any]:
         I2AMError: an arm, the checkpoint, the data or the folder do not fit the configuration, or another process
             writes it.
     """
-    from i2am_train.data.checks.needed_files import noted_in
-    from i2am_train.locks import locked
-
     with locked(config.folder), noted_in(config.folder):
         return _ablate(config)
 
 
 def _ablate(config: AblateConfig) -> dict[str, Any]:
-    from i2am_train.assembly import prepare_data
-    from i2am_train.config.build import plain
-    from i2am_train.fingerprints import data_state
-    from i2am_train.json_files import write_json
-    from i2am_train.runs import RunFolder
-    from i2am_train.tracking.finished import track_study
-
     _check(config)
     root = prepare_data(config.data, config.folder, config.tracking.folder)
     arms = {arm: _arm_settings(config, arm) for arm in config.arms}
@@ -120,16 +120,11 @@ def tracked(config: AblateConfig, arm: str | None = None, *tags: str) -> AblateC
 
 
 def _holds(results: Path, entries: list[dict[str, Any]]) -> bool:
-    from i2am_train.json_files import read_json
-
     return results.is_file() and read_json(results).get("cells") == entries
 
 
 def _check(config: AblateConfig) -> None:
     """Bad input of any arm fails here, before anything is written."""
-    from i2am_train.config.store import BASE_ARM, arm_config, arm_name
-    from i2am_train.workflows import evaluate, train
-
     if config.trainer.multi_process:
         raise ConfigError(
             "A study trains its cells one after another in this process; found trainer.devices="
@@ -158,8 +153,6 @@ def _check_different(what: str, called: dict[str, str]) -> None:
 
 def _cells(config: AblateConfig) -> Iterator[Cell]:
     """Seed by seed, so that a stopped study holds whole comparisons."""
-    from i2am_train.config.store import BASE_ARM
-
     if BASE_ARM in config.arms:
         yield Cell(BASE_ARM, None)
     for seed in config.seeds:
@@ -179,24 +172,19 @@ def _with_time_left(cells: Sequence[Cell]) -> Iterator[tuple[Cell, str]]:
 
 
 def _run_cell(config: AblateConfig, cell: Cell, root: Path) -> dict[str, Any]:
-    from i2am_train.callbacks.snapshots import snapshot_folders
-    from i2am_train.config.store import arm_config, arm_name
-    from i2am_train.workflows.evaluate import default_output, evaluate, of_snapshot
-    from i2am_train.workflows.train import train
-
     started = time.monotonic()
     seed = [] if cell.seed is None else [f"seed{cell.seed}"]
     config = tracked(config, arm_name(cell.arm), *seed)
     checkpoint = config.init
     if cell.seed is not None:
         training = arm_config(config, cell.arm, cell.seed, root / cell.folder)
-        checkpoint = str(train(training))
+        checkpoint = str(train.train(training))
     judged = _evaluation(config, checkpoint)
     evaluation = root / cell.folder / "evaluation"
-    results = evaluate(judged, evaluation)
+    results = evaluate.evaluate(judged, evaluation)
     for snapshot in snapshot_folders(root / cell.folder):
-        one = of_snapshot(judged, snapshot, evaluation)
-        evaluate(one, default_output(one))
+        one = evaluate.of_snapshot(judged, snapshot, evaluation)
+        evaluate.evaluate(one, evaluate.default_output(one))
     return {
         "arm": cell.arm,
         "seed": cell.seed,
@@ -210,8 +198,6 @@ def _run_cell(config: AblateConfig, cell: Cell, root: Path) -> dict[str, Any]:
 
 def _minutes(cell: Path, now: float) -> float:
     """Minutes that the cell took when it was made, also when this run only read it."""
-    from i2am_train.json_files import read_json, write_json
-
     file = cell / "minutes.json"
     if not file.is_file():
         write_json(file, {"minutes": round(now, 2)})
@@ -235,9 +221,6 @@ def _evaluation(config: AblateConfig, checkpoint: str) -> EvaluateConfig:
 
 def _arm_settings(config: AblateConfig, arm: str) -> dict[str, Any]:
     """Entry of an arm in ``results.json``; reading it here checks the arm's file before anything is run."""
-    from i2am_train.config.build import plain
-    from i2am_train.config.store import BASE_ARM, arm_config
-
     if arm == BASE_ARM:
         return {"name": arm, "label": "Base", "losses": {}}
     training = arm_config(config, arm, 0, Path())
@@ -257,10 +240,6 @@ def _results(
     entries: list[dict[str, Any]],
     manifest: dict[str, Any],
 ) -> dict[str, Any]:
-    from i2am_train.metrics.registry import METRICS
-    from i2am_train.results.sample_scores import read_samples
-    from i2am_train.results.study import compare
-
     samples = {
         entry["folder"]: read_samples(root / entry["folder"] / "evaluation" / "samples.jsonl")
         for entry in entries
@@ -290,7 +269,3 @@ def _results(
         "cells": entries,
         **compared,
     }
-
-
-if __name__ == "__main__":
-    entry("ablate", run)

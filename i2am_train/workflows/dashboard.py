@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from i2am_train.config.tracking import DashboardConfig
-from i2am_train.entry.command import entry
+from i2am_train.json_files import require_own_json, write_json
+from i2am_train.tracking.dashboard import dashboard_json, save_dashboard
 
 
 def run(config: DashboardConfig) -> None:
@@ -12,9 +13,6 @@ def run(config: DashboardConfig) -> None:
     Raises:
         TrackingError: not logged in, or the server cannot be reached.
     """
-    from i2am_train.json_files import require_own_json, write_json
-    from i2am_train.tracking.dashboard import dashboard_json, save_dashboard
-
     if config.output is not None:
         require_own_json(config.output, ("project", "workspace", "report"))
         write_json(config.output, dashboard_json(config.project, config.group))
@@ -22,7 +20,3 @@ def run(config: DashboardConfig) -> None:
         return
     workspace, report = save_dashboard(config.entity, config.project, config.group)
     print(f"Workspace: {workspace}\nReport:    {report}")
-
-
-if __name__ == "__main__":
-    entry("dashboard", run)

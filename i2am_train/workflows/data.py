@@ -5,23 +5,38 @@
 
 from __future__ import annotations
 
-import sys
-
 from i2am_train.config.data import (
     DataCacheConfig,
     DataCheckConfig,
     DataDeriveConfig,
     DataMakeConfig,
 )
+from i2am_train.config.hub import revisions
 from i2am_train.config.locations import dataset_folder
-from i2am_train.entry.command import FAILED_CHECK, HELP_FLAGS, entry, errors_as_text
+from i2am_train.data.cache import CacheLayout
+from i2am_train.data.checks.dataset_report import check_dataset
+from i2am_train.data.derive.derivation import DeriveOptions, derive_dataset, split_lists
+from i2am_train.data.derive.parsing import LABEL_SETS
+from i2am_train.data.opening import Reading
+from i2am_train.data.synthetic.dataset import make_dataset
+from i2am_train.entry.command import FAILED_CHECK
 from i2am_train.errors import ConfigError
+from i2am_train.files import write_text
+from i2am_train.fingerprints import DERIVED_REPORT
+from i2am_train.json_files import require_own_json, write_json
+from i2am_train.locks import locked
+from i2am_train.models.human_parsers import HumanParser
+from i2am_train.models.loading import model_folder
+from i2am_train.models.pose_estimators import ViTPoseEstimator
+from i2am_train.models.tryon import TryOnModel
+from i2am_train.ops.devices import chosen_device
+from i2am_train.runs import require_apart
+from i2am_train.training.encode_dataset import make_cache
+from i2am_train.types import Pairing
 
 
 def make(config: DataMakeConfig) -> None:
     """Make the synthetic dataset that the options describe."""
-    from i2am_train.data.synthetic.dataset import make_dataset
-
     root = config.root or dataset_folder(config.size, config.train, config.test, config.seed)
     if config.root is None and config.annotations:
         raise ConfigError(
@@ -43,12 +58,6 @@ def make(config: DataMakeConfig) -> None:
 
 def check(config: DataCheckConfig) -> int:
     """Print the report on a dataset folder; status 1 if training would fail."""
-    from i2am_train.data.checks.dataset_report import check_dataset
-    from i2am_train.data.opening import Reading
-    from i2am_train.files import write_text
-    from i2am_train.json_files import require_own_json
-    from i2am_train.runs import require_apart
-
     if config.json is not None:
         require_apart(config.root, config.json)
         require_own_json(config.json, ("root", "ok", "findings"))
@@ -62,16 +71,6 @@ def check(config: DataCheckConfig) -> int:
 
 def derive(config: DataDeriveConfig) -> int:
     """Make masks and agnostic pictures; status 1 if a picture was refused."""
-    from i2am_train.config.hub import revisions
-    from i2am_train.data.derive.derivation import DeriveOptions, derive_dataset, split_lists
-    from i2am_train.data.derive.parsing import LABEL_SETS
-    from i2am_train.data.opening import Reading
-    from i2am_train.fingerprints import DERIVED_REPORT
-    from i2am_train.json_files import require_own_json, write_json
-    from i2am_train.locks import locked
-    from i2am_train.runs import require_apart
-    from i2am_train.types import Pairing
-
     file = config.json or config.root / DERIVED_REPORT
     require_apart(config.root, file)
     require_own_json(file, ("root", "made", "refused"))
@@ -88,12 +87,8 @@ def derive(config: DataDeriveConfig) -> int:
         layout.pairs(Pairing.PAIRED)  # bad lists are refused before models are loaded
     parser = estimator = None
     if config.parser is not None:
-        from i2am_train.models.human_parsers import HumanParser
-
         parser = HumanParser.from_pretrained(config.parser, config.device)
     if config.estimator is not None:
-        from i2am_train.models.pose_estimators import ViTPoseEstimator
-
         estimator = ViTPoseEstimator.from_pretrained(config.estimator, config.device)
     with locked(config.root):
         report = derive_dataset(config.root, reading, options, parser, estimator)
@@ -104,14 +99,6 @@ def derive(config: DataDeriveConfig) -> int:
 
 def cache(config: DataCacheConfig) -> None:
     """Encode the dataset, or the rest of it."""
-    from i2am_train.assembly import chosen_device, model_folder
-    from i2am_train.data.cache import CacheLayout
-    from i2am_train.data.opening import Reading
-    from i2am_train.locks import locked
-    from i2am_train.models.tryon import TryOnModel
-    from i2am_train.runs import require_apart
-    from i2am_train.training.encode_dataset import make_cache
-
     device = chosen_device(config.device)
     layout = CacheLayout(
         dtype=config.dtype,
@@ -140,41 +127,3 @@ def cache(config: DataCacheConfig) -> None:
         f"{config.output}\nTrain from it with: i2am train data.root={config.root} init={config.init} "
         f"data.cache={config.output}" + (" data.augment=true" if config.variants else "")
     )
-
-
-HELP = """\
-usage: i2am data make|derive|check|cache [name=value ...]
-
-  make    make a synthetic try-on dataset with exact correspondence, in VITON-HD layout
-  derive  make what a dataset lacks: masks and agnostic pictures from parsing maps and poses
-          (exit status 1 if a picture was refused)
-  check   report everything that is wrong with a dataset folder
-          (exit status 1 if training would fail)
-  cache   encode a dataset by the frozen networks, once for all training runs
-
-`i2am data make --help`, and likewise for the others, lists the options."""
-
-
-def main() -> None:
-    """Run the sub-command that the command line names."""
-    action = sys.argv[1] if len(sys.argv) > 1 else "--help"
-    if action in HELP_FLAGS:
-        print(HELP)
-        return
-    del sys.argv[1]  # Hydra reads what is left
-    if action == "make":
-        entry("data_make", make)
-    if action == "derive":
-        entry("data_derive", derive)
-    if action == "check":
-        entry("data_check", check)
-    if action == "cache":
-        entry("data_cache", cache)
-    with errors_as_text():
-        raise ConfigError(
-            f"There is no command 'i2am data {action}'. There are make, derive, check and cache."
-        )
-
-
-if __name__ == "__main__":
-    main()

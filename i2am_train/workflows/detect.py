@@ -5,19 +5,19 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from rich.console import Console
+
 from i2am_train.config.detection import DetectConfig
-from i2am_train.entry.command import entry
+from i2am_train.experiments.detection.experiment import run_experiment
+from i2am_train.experiments.detection.tables import tables_of
+from i2am_train.locks import locked
+from i2am_train.ops.devices import chosen_device
+from i2am_train.reporting.table import terminal
+from i2am_train.tracking.session import sync_advice
 
 
 def run(config: DetectConfig) -> None:
     """Run the experiment, print its tables and say where everything lies."""
-    from rich.console import Console
-
-    from i2am_train.experiments.detection.tables import tables_of
-    from i2am_train.locks import locked
-    from i2am_train.reporting.table import terminal
-    from i2am_train.tracking.session import sync_advice
-
     folder = output_folder(config)
     with locked(folder):
         results = detect(config, folder)
@@ -43,11 +43,4 @@ def detect(config: DetectConfig, folder: Path) -> dict[str, Any]:
     Raises:
         I2AMError: data, pipeline, detectors, device or folder do not fit the configuration; nothing is written then.
     """
-    from i2am_train.assembly import chosen_device
-    from i2am_train.experiments.detection.experiment import run_experiment
-
     return run_experiment(config, folder, chosen_device(config.device))
-
-
-if __name__ == "__main__":
-    entry("detect", run)

@@ -6,17 +6,52 @@ from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from rich.console import Console
+
+from i2am_train.callbacks.generation import GenerationCallback
+from i2am_train.callbacks.snapshots import snapshot_folders
+from i2am_train.config.build import plain
 from i2am_train.config.evaluation import EvaluateConfig
-from i2am_train.entry.command import entry
+from i2am_train.config.locations import checkpoint_folder
+from i2am_train.data.checks.needed_files import noted_in, refuse_broken_pictures
+from i2am_train.data.module import TryOnDataModule, make_datamodule
+from i2am_train.data.opening import prepare_data
+from i2am_train.errors import CheckpointError, I2AMError
+from i2am_train.evaluation.evaluator import EvaluationResult, EvaluationSettings, check_settings
+from i2am_train.evaluation.folders import open_folders
+from i2am_train.evaluation.generation import (
+    GeneratedSamples,
+    person_names,
+    real_images,
+    score_generated,
+)
+from i2am_train.evaluation.results import read_results, write_evaluation, write_panels
+from i2am_train.evaluation.scoring import check_scoring, make_scoring, score_images
+from i2am_train.fingerprints import data_state, folder_state
+from i2am_train.json_files import read_object
+from i2am_train.locks import locked
+from i2am_train.models.loading import load_model, model_folder
+from i2am_train.models.tryon import TryOnModel
+from i2am_train.ops.devices import check_device
 from i2am_train.processes import first_process, wait_for
-
-if TYPE_CHECKING:
-    from i2am_train.data.module import TryOnDataModule
-    from i2am_train.evaluation.generation import GeneratedSamples
-    from i2am_train.models.tryon import TryOnModel
-
+from i2am_train.reporting.table import terminal
+from i2am_train.reporting.tables.published import CAUTION, TABLE_2, published_values
+from i2am_train.reporting.tables.scores import evaluation_scores
+from i2am_train.runs import (
+    MANIFEST_FILE,
+    SETTINGS_FILE,
+    RunFolder,
+    model_suffix,
+    require_apart,
+    run_of,
+)
+from i2am_train.tracking.artifacts import arm_name, use_dataset, use_images, use_model
+from i2am_train.tracking.finished import track_evaluation
+from i2am_train.tracking.session import sync_advice
+from i2am_train.trainers import check_test_trainer, make_test_trainer, make_untrained_module
+from i2am_train.types import GridSize, Pairing
 
 WITHOUT_EFFECT_ON_SCORES = (
     "output",
@@ -33,8 +68,6 @@ WITHOUT_EFFECT_ON_SCORES = (
 
 def run(config: EvaluateConfig) -> None:
     """Evaluate, and print the scores and where everything lies."""
-    from i2am_train.tracking.session import sync_advice
-
     for one in with_snapshots(config):
         folder = default_output(one)
         results = evaluate(one, folder)
@@ -51,10 +84,6 @@ def with_snapshots(config: EvaluateConfig) -> list[EvaluateConfig]:
     Raises:
         CheckpointError: snapshots were asked for, and the checkpoint is not a run that kept any.
     """
-    from i2am_train.callbacks.snapshots import snapshot_folders
-    from i2am_train.config.locations import checkpoint_folder
-    from i2am_train.errors import CheckpointError
-
     if not config.snapshots:
         return [config]
     run = checkpoint_folder(config.checkpoint or "")
@@ -81,12 +110,6 @@ def expected_values(config: EvaluateConfig) -> dict[str, float]:
     Raises:
         RunFolderError: the run's settings cannot be read.
     """
-    from i2am_train.config.locations import checkpoint_folder
-    from i2am_train.json_files import read_object
-    from i2am_train.reporting.tables.published import TABLE_2, published_values
-    from i2am_train.runs import SETTINGS_FILE, run_of
-    from i2am_train.types import Pairing
-
     model = config.expected
     if model is None and config.checkpoint is not None:
         folder = checkpoint_folder(config.checkpoint)
@@ -100,12 +123,6 @@ def expected_values(config: EvaluateConfig) -> dict[str, float]:
 
 def print_scores(results: dict[str, Any], expected: dict[str, float] | None = None) -> None:
     """The scores as a table, with the paper's beside them if given, the number of samples and any warning."""
-    from rich.console import Console
-
-    from i2am_train.reporting.table import terminal
-    from i2am_train.reporting.tables.published import CAUTION
-    from i2am_train.reporting.tables.scores import evaluation_scores
-
     console = Console(markup=False, emoji=False)
     console.print(terminal(evaluation_scores(results, expected or {})))
     if expected:
@@ -118,8 +135,6 @@ def default_output(config: EvaluateConfig) -> Path:
     """``output``, or a folder in the run's, or one in ``runs/`` that is named after what is judged."""
     if config.output is not None:
         return config.output
-    from i2am_train.config.locations import checkpoint_folder
-    from i2am_train.runs import SETTINGS_FILE, model_suffix, run_of
 
     name = f"evaluation-{config.evaluation.pairing}"
     if config.images is not None:
@@ -139,8 +154,6 @@ def evaluate(config: EvaluateConfig, folder: Path) -> dict[str, Any]:
     Raises:
         I2AMError: checkpoint, data, images or folder do not fit the configuration, or another process writes it.
     """
-    from i2am_train.locks import locked
-
     with locked(folder):
         if config.checkpoint is None:
             return evaluate_folders(config, folder)
@@ -154,17 +167,6 @@ def evaluate_folders(config: EvaluateConfig, folder: Path) -> dict[str, Any]:
         DataError: the folders or images do not fit each other or the metrics.
         RunFolderError: the output folder holds another evaluation, or one of images that changed since.
     """
-    from i2am_train.assembly import check_device, make_scoring
-    from i2am_train.errors import I2AMError
-    from i2am_train.evaluation.evaluator import EvaluationResult
-    from i2am_train.evaluation.folders import open_folders
-    from i2am_train.evaluation.results import read_results, write_evaluation
-    from i2am_train.evaluation.scoring import check_scoring, score_images
-    from i2am_train.fingerprints import folder_state
-    from i2am_train.runs import RunFolder, require_apart
-    from i2am_train.tracking.finished import track_evaluation
-    from i2am_train.types import GridSize, Pairing
-
     assert config.images is not None  # the schema's check
     assert config.reference is not None
     check_device(config.device)
@@ -214,8 +216,6 @@ def evaluate_folders(config: EvaluateConfig, folder: Path) -> dict[str, Any]:
 
 
 def _use_folders(config: EvaluateConfig, fingerprints: Mapping[str, str], run: Any) -> None:
-    from i2am_train.tracking.artifacts import use_images
-
     for role, root in (("images", config.images), ("reference", config.reference)):
         assert root is not None  # the schema's check
         use_images(run, role, root, fingerprints[role])
@@ -223,8 +223,6 @@ def _use_folders(config: EvaluateConfig, fingerprints: Mapping[str, str], run: A
 
 def _folder_settings(config: EvaluateConfig) -> dict[str, Any]:
     """The options that mean something for finished images."""
-    from i2am_train.config.build import plain
-
     unused = ("checkpoint", "data", "sampling", "attribution", "precision")
     return {name: value for name, value in plain(config).items() if name not in unused}
 
@@ -237,28 +235,11 @@ def evaluate_checkpoint(config: EvaluateConfig, checkpoint: str, folder: Path) -
     Raises:
         I2AMError: checkpoint, data or folder do not fit the configuration.
     """
-    from i2am_train.data.checks.needed_files import noted_in
-
     with noted_in(folder):
         return _evaluate_checkpoint(config, checkpoint, folder)
 
 
 def _evaluate_checkpoint(config: EvaluateConfig, checkpoint: str, folder: Path) -> dict[str, Any]:
-    from i2am_train.assembly import make_scoring, model_folder
-    from i2am_train.config.build import plain
-    from i2am_train.evaluation.generation import (
-        GeneratedSamples,
-        person_names,
-        real_images,
-        score_generated,
-    )
-    from i2am_train.evaluation.results import read_results, write_evaluation, write_panels
-    from i2am_train.fingerprints import data_state
-    from i2am_train.runs import MANIFEST_FILE, RunFolder
-    from i2am_train.tracking.artifacts import arm_name
-    from i2am_train.tracking.finished import track_evaluation
-    from i2am_train.types import Pairing
-
     model, datamodule = prepare(config, checkpoint, folder)
     settings = plain(config) | {"checkpoint": str(model_folder(checkpoint))}
     if not first_process():
@@ -300,9 +281,6 @@ def _evaluate_checkpoint(config: EvaluateConfig, checkpoint: str, folder: Path) 
 
 
 def _use_data_and_model(config: EvaluateConfig, root: Path, data: str, run: Any) -> None:
-    from i2am_train.assembly import model_folder
-    from i2am_train.tracking.artifacts import use_dataset, use_model
-
     use_dataset(run, root, data)
     use_model(run, model_folder(config.checkpoint or ""), upload=config.tracking.upload_model)
 
@@ -314,9 +292,6 @@ def generate(
     samples: GeneratedSamples,
 ) -> None:
     """Make the batches that are not there yet."""
-    from i2am_train.assembly import make_test_trainer, make_untrained_module
-    from i2am_train.callbacks.generation import GenerationCallback
-
     pending = samples.pending()
     if not pending:
         return
@@ -339,23 +314,9 @@ def prepare(
     Raises:
         I2AMError: device, checkpoint, data, layers, metrics or number of samples do not fit the configuration.
     """
-    from i2am_train.assembly import (
-        check_test_trainer,
-        load_model,
-        make_datamodule,
-        make_scoring,
-        make_settings,
-        prepare_data,
-    )
-    from i2am_train.data.checks.needed_files import refuse_broken_pictures
-    from i2am_train.evaluation.evaluator import check_settings
-    from i2am_train.evaluation.generation import real_images
-    from i2am_train.evaluation.scoring import check_scoring
-
     check_test_trainer(config)
     model = load_model(checkpoint, config.data)
-    settings = make_settings(config.sampling, config.attribution, config.evaluation.metrics)
-    check_settings(model, settings)
+    check_settings(model, EvaluationSettings.of(config))
     # May draw the embedded dataset, which takes a while.
     root = prepare_data(config.data, folder, config.tracking.folder)
     datamodule = make_datamodule(
@@ -372,7 +333,3 @@ def prepare(
     real = real_images(dataset)
     check_scoring(real, real, make_scoring(config))
     return model, datamodule
-
-
-if __name__ == "__main__":
-    entry("evaluate", run)

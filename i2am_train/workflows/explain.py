@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from i2am_train.config.explanation import TRYON, ExplainConfig
-from i2am_train.entry.command import entry
 
 if TYPE_CHECKING:
     import torch
@@ -19,9 +17,6 @@ if TYPE_CHECKING:
     from i2am_train.models.sampling import SamplingStep
     from i2am_train.models.tryon import TryOnModel
     from i2am_train.reporting.explained import CleanImage, ExplainedSample, Origin
-
-RECIPES = "--recipes"
-"""Flag that lists the known models."""
 
 MAY_DIFFER = ("output", "device")
 """Options that change nothing in what is drawn."""
@@ -64,10 +59,12 @@ def explain(config: ExplainConfig) -> Path:
     Raises:
         I2AMError: device, checkpoint, data, sample, layer or patch do not fit; nothing is written then.
     """
-    from i2am_train.assembly import chosen_device, load_model, model_folder, prepare_data
     from i2am_train.config.build import plain
+    from i2am_train.data.opening import prepare_data
     from i2am_train.files import write_text
     from i2am_train.fingerprints import data_state
+    from i2am_train.models.loading import load_model, model_folder
+    from i2am_train.ops.devices import chosen_device
     from i2am_train.reporting.explained import write_explained
     from i2am_train.reporting.explorer import PAGE, explorer_page
     from i2am_train.runs import RunFolder
@@ -197,8 +194,7 @@ def _making(config: ExplainConfig, manifest: dict[str, Any]) -> dict[str, str]:
 
 def _samples(config: ExplainConfig, root: Path) -> list[TryOnSample]:
     """The chosen samples."""
-    from i2am_train.assembly import reading_of
-    from i2am_train.data.opening import list_length, open_dataset
+    from i2am_train.data.opening import list_length, open_dataset, reading_of
     from i2am_train.errors import DataError
 
     reading = reading_of(config.data)
@@ -327,12 +323,3 @@ def _save(figure: Any, path: Path) -> None:
     from i2am_train.reporting.figures.canvas import save_figure
 
     save_figure(figure, path, dpi=200)
-
-
-if __name__ == "__main__":
-    if RECIPES in sys.argv[1:]:
-        from i2am_train.workflows.recipes import print_recipes
-
-        print_recipes()
-    else:
-        entry("explain", run)

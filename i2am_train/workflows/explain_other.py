@@ -68,9 +68,9 @@ def explain_picture(config: ExplainConfig) -> Path:
 
 def _explained(config: ExplainConfig) -> _Case:
     """All that is computed and drawn."""
-    from i2am_train.assembly import chosen_device
     from i2am_train.evaluation.others import generate_attended
     from i2am_train.models.others.loaders import loader_of
+    from i2am_train.ops.devices import chosen_device
     from i2am_train.reporting.others import figures
 
     loader = loader_of(config.model)

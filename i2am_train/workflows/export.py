@@ -2,8 +2,15 @@
 
 from __future__ import annotations
 
+import torch
+
+from i2am_train.config.hub import HUB, check_repository, push
+from i2am_train.config.locations import checkpoint_folder
 from i2am_train.config.models import ExportConfig
-from i2am_train.entry.command import entry
+from i2am_train.models.convert.exported import check_free, export_pipeline
+from i2am_train.models.loading import model_folder
+from i2am_train.models.tryon import TryOnModel
+from i2am_train.reporting.model_card import ModelFacts, model_card
 
 
 def run(config: ExportConfig) -> None:
@@ -12,15 +19,6 @@ def run(config: ExportConfig) -> None:
     Raises:
         I2AMError: the checkpoint cannot be read, the folder is in use, or the hub refuses.
     """
-    import torch
-
-    from i2am_train.assembly import model_folder
-    from i2am_train.config.hub import HUB, check_repository, push
-    from i2am_train.config.locations import checkpoint_folder
-    from i2am_train.models.convert.exported import check_free, export_pipeline
-    from i2am_train.models.tryon import TryOnModel
-    from i2am_train.reporting.model_card import ModelFacts, model_card
-
     if config.push is not None:
         check_repository(config.push)
     check_free(config.output)
@@ -54,7 +52,3 @@ def run(config: ExportConfig) -> None:
     if config.push is not None:
         address = push(config.output, config.push, private=config.private)
         print(f"Pushed: {address}\nUse it as checkpoint={HUB}{config.push}")
-
-
-if __name__ == "__main__":
-    entry("export", run)

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
 
+from torch import nn
+
+from i2am_train.config.hub import revisions
 from i2am_train.config.models import InitConfig
-from i2am_train.entry.command import entry
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
-    from pathlib import Path
-
-    from torch import nn
-
-    from i2am_train.models.convert.key_report import KeyReport
-    from i2am_train.models.tryon import TryOnModel
+from i2am_train.errors import RunFolderError
+from i2am_train.json_files import require_own_json, write_json
+from i2am_train.models.convert.components import assemble
+from i2am_train.models.convert.key_report import KeyMismatchError, KeyReport
+from i2am_train.models.convert.paint_by_example_file import read_pipeline, write_pipeline
+from i2am_train.models.tryon import TryOnModel
 
 
 def run(config: InitConfig) -> None:
@@ -23,11 +24,6 @@ def run(config: InitConfig) -> None:
     Raises:
         I2AMError: a part is missing, damaged or does not fit, the folder exists, or the disk is full.
     """
-    from i2am_train.config.hub import revisions
-    from i2am_train.errors import RunFolderError
-    from i2am_train.json_files import require_own_json
-    from i2am_train.models.convert.key_report import KeyMismatchError
-
     if config.output.exists():
         raise RunFolderError(
             f"'{config.output}' exists. Nothing was written. Give another output=FOLDER."
@@ -59,8 +55,6 @@ class _Made(NamedTuple):
 
 
 def _make_model(config: InitConfig) -> _Made:
-    from i2am_train.models.convert.components import assemble
-
     model, reports = assemble(config)
     model.save_pretrained(config.output, half=config.half)
     follow = f"i2am train init={config.output} data=viton_hd data.root=PATH"
@@ -68,8 +62,6 @@ def _make_model(config: InitConfig) -> _Made:
 
 
 def _make_pipeline(config: InitConfig) -> _Made:
-    from i2am_train.models.convert.paint_by_example_file import read_pipeline, write_pipeline
-
     assert config.pipeline_file is not None
     pipeline, report = read_pipeline(config.pipeline_file)
     write_pipeline(pipeline, config.output, half=config.half)
@@ -99,8 +91,6 @@ def report_file(output: Path) -> Path:
 
 def write_report(output: Path, reports: Sequence[KeyReport]) -> Path:
     """Writes what became of every key beside the model's folder."""
-    from i2am_train.json_files import write_json
-
     file = report_file(output)
     write_json(file, [report.as_json() for report in reports])
     return file
@@ -132,7 +122,3 @@ def _weights(networks: Mapping[str, nn.Module]) -> str:
         f"{name} {sum(value.numel() for value in network.parameters()) / 1e6:,.1f} M"
         for name, network in networks.items()
     )
-
-
-if __name__ == "__main__":
-    entry("init", run)

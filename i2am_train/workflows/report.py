@@ -4,13 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from i2am_train.config.build import plain
 from i2am_train.config.reporting import ReportConfig
-from i2am_train.entry.command import entry
-
-if TYPE_CHECKING:
-    from i2am_train.reporting.pages import Section
+from i2am_train.environment import now, provenance
+from i2am_train.errors import ConfigError
+from i2am_train.experiments.detection.report import plan_detections
+from i2am_train.files import write_text
+from i2am_train.json_files import read_json, write_json
+from i2am_train.locks import locked
+from i2am_train.reporting.figures.files import plan_figures
+from i2am_train.reporting.pages import Section, left_out, report_page
+from i2am_train.reporting.table_files import plan_tables
+from i2am_train.runs import RunFolder
 
 INDEX, PAGE, SCHEMA = "index.json", "report.html", 1
 
@@ -20,10 +27,6 @@ Write = Callable[[Path], "tuple[dict[str, Any], list[Section]]"]
 
 def run(config: ReportConfig) -> None:
     """Make the report, and say what was made, what was left out and why."""
-    from i2am_train.json_files import read_json
-    from i2am_train.locks import locked
-    from i2am_train.reporting.pages import left_out
-
     with locked(config.folder):
         folder = report(config)
     index = read_json(folder / INDEX)
@@ -45,14 +48,6 @@ def report(config: ReportConfig) -> Path:
     Raises:
         I2AMError: there is nothing to report, an input does not fit, or the folder is taken.
     """
-    from i2am_train.config.build import plain
-    from i2am_train.environment import now, provenance
-    from i2am_train.errors import ConfigError
-    from i2am_train.files import write_text
-    from i2am_train.json_files import write_json
-    from i2am_train.reporting.pages import report_page
-    from i2am_train.runs import RunFolder
-
     parts = [part for prepare in PARTS if (part := prepare(config)) is not None]
     if not parts:
         raise ConfigError(
@@ -79,7 +74,6 @@ def tables(config: ReportConfig) -> Write | None:
     """The tables over evaluated models; None without such folders."""
     if not config.runs:
         return None
-    from i2am_train.reporting.table_files import plan_tables
 
     planned = plan_tables(config.runs, config.names, mixed=config.mixed)
     return lambda folder: planned.write(folder, config.formats, config.dpi)
@@ -89,7 +83,6 @@ def figures(config: ReportConfig) -> Write | None:
     """The figures of explained samples; None without such folders."""
     if not config.explained:
         return None
-    from i2am_train.reporting.figures.files import plan_figures
 
     planned = plan_figures(config.explained, config.figures, config.models, config.layers)
     return lambda folder: planned.write(folder, config.formats, config.dpi)
@@ -99,7 +92,6 @@ def detections(config: ReportConfig) -> Write | None:
     """Tables and figures of detection experiments; None without such folders."""
     if not config.detected:
         return None
-    from i2am_train.experiments.detection.report import plan_detections
 
     planned = plan_detections(config.detected)
     return lambda folder: planned.write(folder, config.formats, config.dpi)
@@ -123,7 +115,3 @@ PARTS: tuple[Callable[[ReportConfig], Write | None], ...] = (tables, figures, de
 
 APPEARANCE = ("output", "figures", "formats", "layers", "models", "names", "dpi")
 """Options that may change when a report of the same inputs is made again in its folder."""
-
-
-if __name__ == "__main__":
-    entry("report", run)

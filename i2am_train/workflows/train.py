@@ -2,23 +2,56 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from pathlib import Path
 
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from i2am_train.callbacks.checkpoints import resume_point
+from i2am_train.callbacks.imported import check_callbacks, imported_callbacks
+from i2am_train.callbacks.loggers import finish_tracking, record_model
+from i2am_train.config.build import plain
+from i2am_train.config.hub import revisions
+from i2am_train.config.store import to_yaml
 from i2am_train.config.training import WITHOUT_EFFECT_ON_WEIGHTS, TrainConfig
-from i2am_train.entry.command import entry
+from i2am_train.data.checks.needed_files import noted_in, refuse_broken_pictures
+from i2am_train.data.layouts.viton_hd import require_correspondence
+from i2am_train.data.module import TryOnDataModule, make_datamodule
+from i2am_train.data.opening import prepare_data
+from i2am_train.data.reading import TryOnDataset
+from i2am_train.evaluation.evaluator import EvaluationSettings, check_settings
+from i2am_train.fingerprints import data_state
+from i2am_train.locks import locked
+from i2am_train.models.lora import FOLDER as ADAPTER_FOLDER
+from i2am_train.models.lora import has_adapters, save_adapters
 from i2am_train.processes import first_process, wait_for
-
-if TYPE_CHECKING:
-    from pathlib import Path
-
-    from i2am_train.data.module import TryOnDataModule
-    from i2am_train.training.module import TryOnModule
+from i2am_train.redaction import without_secrets
+from i2am_train.reporting.tables.published import published_row
+from i2am_train.runs import MANIFEST_FILE, MODEL_FOLDER, RunFolder
+from i2am_train.tracking.session import sync_advice
+from i2am_train.trainers import (
+    check_trainer,
+    make_module,
+    make_trainer,
+    measure_steps,
+    release_signals,
+)
+from i2am_train.training.encode_dataset import open_cache
+from i2am_train.training.module import TryOnModule
+from i2am_train.training.optimization import trained_weights
+from i2am_train.training.preflight import (
+    check_batches,
+    check_best,
+    check_disk,
+    check_trained,
+    memory_advice,
+)
+from i2am_train.training.rehearsal import describe
 
 
 def run(config: TrainConfig) -> None:
     """Train and say where the model lies; or only try whether it would work."""
-    from i2am_train.tracking.session import sync_advice
-
     if config.dry_run:
         rehearse(config)
         return
@@ -26,8 +59,6 @@ def run(config: TrainConfig) -> None:
     if first_process():
         print(f"\nModel: {folder / 'model'}\nJudge it with: i2am evaluate checkpoint={folder}")
         if config.expected is not None:
-            from i2am_train.reporting.tables.published import published_row
-
             print(
                 f"{published_row(config.expected)}\nFor numbers beside it, add data=viton_hd data.root="
                 f"{config.data.root} sampling=ddim50 sampling.guidance=5 evaluation=paper, and then again "
@@ -43,31 +74,11 @@ def train(config: TrainConfig) -> Path:
     Raises:
         I2AMError: data, checkpoint, layer or run folder do not fit the configuration, or another process writes it.
     """
-    from i2am_train.data.checks.needed_files import noted_in
-    from i2am_train.locks import locked
-
     with locked(config.folder), noted_in(config.folder):
         return _train(config)
 
 
 def _train(config: TrainConfig) -> Path:
-    from i2am_train.assembly import (
-        ADAPTER_FOLDER,
-        finish_tracking,
-        make_trainer,
-        record_model,
-        release_signals,
-    )
-    from i2am_train.callbacks.checkpoints import resume_point
-    from i2am_train.callbacks.imported import imported_callbacks
-    from i2am_train.config.build import plain
-    from i2am_train.config.hub import revisions
-    from i2am_train.fingerprints import data_state
-    from i2am_train.models.lora import has_adapters, save_adapters
-    from i2am_train.runs import MANIFEST_FILE, MODEL_FOLDER, RunFolder
-    from i2am_train.training.optimization import trained_weights
-    from i2am_train.training.preflight import check_trained, memory_advice
-
     own = imported_callbacks(config.callbacks)
     module, datamodule = prepare(config)
     if not first_process():
@@ -114,14 +125,6 @@ def _train(config: TrainConfig) -> Path:
 
 def rehearse(config: TrainConfig) -> None:
     """Print the configuration, then what a few steps of it cost, and what the whole will."""
-    from rich.console import Console
-    from rich.table import Table
-
-    from i2am_train.assembly import measure_steps
-    from i2am_train.config.store import to_yaml
-    from i2am_train.redaction import without_secrets
-    from i2am_train.training.rehearsal import describe
-
     module, datamodule = prepare(config)
     measured = measure_steps(config, module, datamodule)
     if not first_process():
@@ -140,33 +143,13 @@ def prepare(config: TrainConfig) -> tuple[TryOnModule, TryOnDataModule]:
     Raises:
         I2AMError: machine, data, checkpoint, layers, metrics or numbers of samples do not fit the configuration.
     """
-    import torch
-
-    from i2am_train.assembly import (
-        check_trainer,
-        make_datamodule,
-        make_module,
-        make_settings,
-        open_cache,
-        prepare_data,
-    )
-    from i2am_train.callbacks.imported import check_callbacks
-    from i2am_train.data.checks.needed_files import refuse_broken_pictures
-    from i2am_train.data.layouts.viton_hd import require_correspondence
-    from i2am_train.data.reading import TryOnDataset
-    from i2am_train.evaluation.evaluator import check_settings
-    from i2am_train.training.preflight import check_batches, check_best, check_disk
-
     processes = check_trainer(config)
     check_best(config)
     check_callbacks(config.callbacks)
     torch.manual_seed(config.seed)
     module = make_module(config)
     if config.validation.samples:
-        check_settings(
-            module.model,
-            make_settings(config.sampling, config.attribution, config.evaluation.metrics),
-        )
+        check_settings(module.model, EvaluationSettings.of(config))
     # May draw the embedded dataset, which takes a while.
     root = prepare_data(config.data, config.folder, config.tracking.folder)
     if config.objective.truth:
@@ -191,7 +174,3 @@ def prepare(config: TrainConfig) -> tuple[TryOnModule, TryOnDataModule]:
         refuse_broken_pictures([one for one in read if isinstance(one, TryOnDataset)])
     check_disk(config, module.model)
     return module, datamodule
-
-
-if __name__ == "__main__":
-    entry("train", run)

@@ -7,8 +7,8 @@ import lightning as L
 import pytest
 from torch import Tensor
 
-from i2am_train.assembly import make_trainer
 from i2am_train.config.store import compose
+from i2am_train.trainers import make_trainer
 from i2am_train.training.draws import draw
 from i2am_train.workflows.train import prepare
 

@@ -14,50 +14,22 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import numpy as np
 import pytest
 from hydra.core.global_hydra import GlobalHydra
 from PIL import Image
 
+from i2am_train.cli import main
 from i2am_train.config.commands import COMMANDS
 from i2am_train.config.locations import checkout, dataset_folder
 from i2am_train.config.store import compose
-from i2am_train.entry.command import entry
 from i2am_train.experiments.detection.shapes import make_shapes
 from i2am_train.types import GridSize
-from i2am_train.workflows import (
-    ablate,
-    dashboard,
-    data,
-    detect,
-    evaluate,
-    explain,
-    export,
-    init,
-    report,
-    train,
-)
 
 SECONDS = 60
 """Longer than any refusal takes on a busy machine."""
-
-RUN: dict[str, Any] = {
-    "train": train.run,
-    "evaluate": evaluate.run,
-    "ablate": ablate.run,
-    "explain": explain.run,
-    "detect": detect.run,
-    "report": report.run,
-    "export": export.run,
-    "init": init.run,
-    "dashboard": dashboard.run,
-    "data_make": data.make,
-    "data_check": data.check,
-    "data_derive": data.derive,
-    "data_cache": data.cache,
-}
 
 SMALL = "data.root={data} data.height=64 data.width=48 data.workers=0"
 """Options of the small dataset and model, in one word of the table."""
@@ -513,7 +485,7 @@ def _is_a_paragraph(printed: str, message: str) -> None:
 def test_there_are_a_hundred() -> None:
     """No case stands there twice, and every command has its own."""
     assert len(CASES) == len({(c, usual, *wrong) for c, usual, wrong, _ in CASES}) >= 100
-    assert {command for command, *_ in CASES} == set(RUN) == set(COMMANDS)
+    assert {command for command, *_ in CASES} == set(COMMANDS)
 
 
 @pytest.mark.filterwarnings("default")  # Lightning's and torch's own deprecations
@@ -533,9 +505,8 @@ def test_bad_input(
 ) -> None:
     """Status 2, one paragraph with the fragment, and every file is as it was."""
     before = _everything(world)
-    sys.argv = [f"i2am {command}", *_words(usual, wrong, world)]
     with pytest.raises(SystemExit, match="2"):
-        entry(command, RUN[command])
+        main([*command.split("_"), *_words(usual, wrong, world)])
     _is_a_paragraph(capsys.readouterr().err, message.format(**world))
     assert list(Path.cwd().iterdir()) == []
     assert _everything(world) == before
@@ -550,9 +521,8 @@ def test_cheap_checks_come_before_a_dataset_is_drawn(
     folder = dataset_folder(GridSize(128, 96), 3, 2, 987654)
     made = ["data.synthetic.train=3", "data.synthetic.test=2", "data.synthetic.seed=987654"]
     checkpoint = {"evaluate": "checkpoint=tiny", "train": "init=tiny"}[command]
-    sys.argv = [f"i2am {command}", checkpoint, "evaluation.metrics=[nope]", *made]
     with pytest.raises(SystemExit, match="2"):
-        entry(command, RUN[command])
+        main([command, checkpoint, "evaluation.metrics=[nope]", *made])
     _is_a_paragraph(capsys.readouterr().err, "No metric is called 'nope'")
     assert not folder.exists()
 
@@ -561,7 +531,8 @@ def test_cheap_checks_come_before_a_dataset_is_drawn(
     ("words", "message"),
     [
         ("trian", "Did you mean 'train'?"),
-        ("data chek", "There are make, derive, check and cache"),
+        ("data chek", "Did you mean 'check'?"),
+        ("data show", "There are make, derive, check, cache."),
         ("train --experiment refined", "Write experiment=VALUE."),
         ("evaluate seed=1 --cfg job", "Did you mean"),
         ("data make train=1e30", "whole number of at most"),
@@ -569,7 +540,7 @@ def test_cheap_checks_come_before_a_dataset_is_drawn(
 )
 def test_bad_input_of_a_program(words: str, message: str, tmp_path: Path) -> None:
     """The same from a shell."""
-    program = f"import sys; from i2am_train.cli import main; main({words.split()})"
+    program = f"from i2am_train.cli import main; main({words.split()})"
     done = subprocess.run(
         [sys.executable, "-c", program], capture_output=True, text=True, check=False, timeout=90,
         cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(checkout())},

@@ -1,6 +1,5 @@
 """`i2am data cache`, then `i2am train data.cache=`: the same training without the frozen encoders."""
 
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,10 +8,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from i2am_train import assembly
+from i2am_train.cli import main
 from i2am_train.config.store import compose
 from i2am_train.errors import DataError
-from i2am_train.workflows.data import cache, main
+from i2am_train.workflows import train as workflow
+from i2am_train.workflows.data import cache
 from i2am_train.workflows.train import train
 
 pytestmark = pytest.mark.filterwarnings("default")  # Lightning's and torch's own deprecations
@@ -56,7 +56,7 @@ def largest_difference(one: dict[str, torch.Tensor], other: dict[str, torch.Tens
 
 def forbid_encoders(monkeypatch: pytest.MonkeyPatch) -> None:
     """Any call of a frozen encoder is an error."""
-    make_module = assembly.make_module
+    make_module = workflow.make_module
 
     def called(*_: Any) -> None:
         raise AssertionError("a frozen encoder was run")
@@ -67,7 +67,7 @@ def forbid_encoders(monkeypatch: pytest.MonkeyPatch) -> None:
             network.register_forward_pre_hook(called)
         return module
 
-    monkeypatch.setattr(assembly, "make_module", made)
+    monkeypatch.setattr(workflow, "make_module", made)
 
 
 def test_three_steps_from_the_cache_are_those_without(
@@ -184,9 +184,8 @@ def test_the_command_line(
     """It says what was made and how to use it."""
     words = ["cache", f"root={small_dataset}", f"init={small_checkpoint}", "splits=[train,test]"]
     more = [f"output={tmp_path / 'cache'}", "workers=1", "shard_samples=15", "progress_bar=false"]
-    monkeypatch.setattr(sys, "argv", ["i2am data", *words, *more])
     with pytest.raises(SystemExit, match=r"^0$"):
-        main()
+        main(["data", *words, *more])
     printed = capsys.readouterr().out
     assert "20 train and 6 test samples in 3 shards" in printed
     assert f"data.cache={tmp_path / 'cache'}" in printed

@@ -17,7 +17,7 @@ SCRIPT = """
 import functools, json, sys
 import lightning as L
 import torch
-from i2am_train import assembly
+from i2am_train.workflows import train as workflow
 from i2am_train.workflows.train import train
 from i2am_train.config.store import compose
 from i2am_train.training.optimization import compiled_graphs
@@ -32,7 +32,7 @@ class Fault(L.Callback):
             raise RuntimeError("the machine went down")
 
 
-def failing(*arguments, make=assembly.make_trainer):
+def failing(*arguments, make=workflow.make_trainer):
     trainer = make(*arguments)
     trainer.callbacks.insert(0, Fault())
     return trainer
@@ -41,14 +41,14 @@ def failing(*arguments, make=assembly.make_trainer):
 folder, options = sys.argv[1], sys.argv[2:]
 train(compose("train", [*options, f"output={folder}/eager"]))
 options = [*options, "optimization.compile=true", f"output={folder}/compiled"]
-graphs, usual = [compiled_graphs()], assembly.make_trainer
-assembly.make_trainer = failing
+graphs, usual = [compiled_graphs()], workflow.make_trainer
+workflow.make_trainer = failing
 try:
     train(compose("train", options))
 except RuntimeError as error:
     print(error)
 graphs.append(compiled_graphs())
-assembly.make_trainer = usual
+workflow.make_trainer = usual
 torch.compiler.reset()  # as in a process of its own
 train(compose("train", options))
 print(json.dumps([*graphs, compiled_graphs()]))

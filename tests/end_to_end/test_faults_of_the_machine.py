@@ -9,15 +9,14 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import pytest
 from hydra.core.global_hydra import GlobalHydra
 
+from i2am_train.cli import main
 from i2am_train.config.store import compose
-from i2am_train.entry.command import entry
 from i2am_train.files import UNFINISHED
 from i2am_train.locks import LOCK, locked
 from i2am_train.workflows import explain
@@ -38,11 +37,8 @@ def _as_a_fresh_process(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iter
 def i2am(command: str, words: Sequence[str]) -> int:
     """The exit status of a command, run in this process; an error that it does not say is raised."""
     GlobalHydra.instance().clear()
-    sys.argv = [f"i2am {command}", *words]
-    module, _, part = command.partition(" ")
-    run = getattr(import_module(f"i2am_train.workflows.{module}"), part or "run")
     with pytest.raises(SystemExit, match=r"\d*") as stop:
-        entry(command.replace(" ", "_"), run)
+        main([*command.split(), *words])
     return int(stop.value.code or 0)
 
 

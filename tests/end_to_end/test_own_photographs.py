@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file, save_file
 
+from i2am_train.cli import main
 from i2am_train.config.store import compose
 from i2am_train.data.synthetic.dataset import make_dataset
 from i2am_train.types import GridSize
@@ -79,9 +79,8 @@ def test_a_dataset_without_poses_is_one_paragraph(
 ) -> None:
     # Proves exit status 2 of the program, and that nothing was written.
     shutil.rmtree(photographs / "train/openpose_json")
-    monkeypatch.setattr(sys, "argv", ["i2am data", "derive", f"root={photographs}"])
     with pytest.raises(SystemExit, match="2"):
-        data.main()
+        main(["data", "derive", f"root={photographs}"])
     assert "where bodies are is not known. Nothing was written." in capsys.readouterr().err
     assert not (photographs / "train/cloth-mask").exists()
 

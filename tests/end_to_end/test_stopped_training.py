@@ -13,7 +13,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +23,8 @@ import torch
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from i2am_train import assembly
 from i2am_train.callbacks.interruption import requeue
+from i2am_train.cli import main
 from i2am_train.config.store import compose
 from i2am_train.errors import (
     ConfigError,
@@ -35,6 +34,7 @@ from i2am_train.errors import (
     TrainingError,
 )
 from i2am_train.evaluation.generation import GeneratedSamples
+from i2am_train.workflows import train as workflow
 from i2am_train.workflows.train import train
 
 pytestmark = pytest.mark.filterwarnings("default")  # Lightning's and torch's own deprecations
@@ -157,14 +157,14 @@ def stop_before_step(
     step: int, monkeypatch: pytest.MonkeyPatch, happen: Callable[[], None] = crash
 ) -> None:
     """Trainers that are made from now on come to that step and no further."""
-    make = assembly.make_trainer
+    make = workflow.make_trainer
 
     def make_failing(*arguments: Any) -> L.Trainer:
         trainer = make(*arguments)
         trainer.callbacks.insert(0, Fault(step, happen))
         return trainer
 
-    monkeypatch.setattr(assembly, "make_trainer", make_failing)
+    monkeypatch.setattr(workflow, "make_trainer", make_failing)
 
 
 def test_it_goes_on_from_any_step(
@@ -204,13 +204,9 @@ def test_a_damaged_checkpoint_costs_a_step(
 
 def i2am(command: str, options: Sequence[str], monkeypatch: pytest.MonkeyPatch) -> int:
     """The exit status of a command that is run in this process."""
-    from i2am_train.entry.command import entry
-
-    module = import_module(f"i2am_train.workflows.{command}")
-    monkeypatch.setattr(sys, "argv", [f"i2am {command}", *options])
     monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
     with pytest.raises(SystemExit, match=r"\d+") as stop:
-        entry(command, module.run)
+        main([command, *options])
     return int(str(stop.value.code))
 
 
@@ -400,7 +396,7 @@ def test_what_is_not_finite_stops_before_it_changes_a_weight(
     """Said with step and samples; the saved weights are those of the last good step."""
     options = [*training, "validation.samples=0", "experiment=refined"]
     with monkeypatch.context() as patch:
-        patch.setattr(assembly, "make_trainer", Poison(where)(assembly.make_trainer))
+        patch.setattr(workflow, "make_trainer", Poison(where)(workflow.make_trainer))
         with pytest.raises(
             TrainingError, match=rf"The {where} became .* in step 3, on samples \d{{5}}"
         ):
@@ -475,14 +471,14 @@ def test_a_training_that_ends_early_saves_no_model(
     training: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Whatever the reason: here the trainer is told to stop."""
-    make = assembly.make_trainer
+    make = workflow.make_trainer
 
     def make_stopping(*arguments: Any) -> L.Trainer:
         trainer = make(*arguments)
         trainer.callbacks.insert(0, Fault(2, lambda: setattr(trainer, "should_stop", True)))
         return trainer
 
-    monkeypatch.setattr(assembly, "make_trainer", make_stopping)
+    monkeypatch.setattr(workflow, "make_trainer", make_stopping)
     with pytest.raises(TrainingError, match=r"ended after 3 of 4 steps.*No model was saved"):
         train(compose("train", [*training, f"output={tmp_path / 'run'}"]))
     assert not (tmp_path / "run/model").exists()

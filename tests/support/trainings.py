@@ -7,7 +7,7 @@ from typing import Any
 import lightning as L
 import pytest
 
-from i2am_train import assembly
+from i2am_train.workflows import train as workflow
 
 
 class Stop(L.Callback):
@@ -22,13 +22,13 @@ class Stop(L.Callback):
 def going_down(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Trainings inside end with `Stop`, and must."""
     with monkeypatch.context() as patch:
-        make = assembly.make_trainer
+        make = workflow.make_trainer
 
         def make_stopping(*arguments: Any) -> L.Trainer:
             trainer = make(*arguments)
             trainer.callbacks.append(Stop())
             return trainer
 
-        patch.setattr(assembly, "make_trainer", make_stopping)
+        patch.setattr(workflow, "make_trainer", make_stopping)
         with pytest.raises(RuntimeError, match="went down"):
             yield

@@ -13,9 +13,9 @@ import lightning as L
 import pytest
 import wandb
 
-from i2am_train import assembly
 from i2am_train.config.store import compose
 from i2am_train.tracking import session
+from i2am_train.workflows import train as workflow
 from i2am_train.workflows.train import train
 
 pytestmark = pytest.mark.filterwarnings("default")  # Lightning's, TensorBoard's and W&B's own
@@ -118,14 +118,14 @@ def test_a_server_that_dies_loses_nothing(
     capfd: pytest.CaptureFixture[str], make_server: Callable[[], Any],
 ) -> None:  # fmt: skip
     """Training ends soon, says what to do, and another server gets every scalar and the model from the disk."""
-    make = assembly.make_trainer
+    make = workflow.make_trainer
 
     def make_with_outage(*arguments: Any) -> L.Trainer:
         trainer = make(*arguments)
         trainer.callbacks.append(ServerDies(wandb_server))
         return trainer
 
-    monkeypatch.setattr(assembly, "make_trainer", make_with_outage)
+    monkeypatch.setattr(workflow, "make_trainer", make_with_outage)
     started = time.monotonic()
     run = train(compose("train", [*training, "tracking.finish_timeout=3"]))
     assert time.monotonic() - started < 40
@@ -153,7 +153,7 @@ def test_resumed_offline_parts_become_one_run(
                 raise RuntimeError("the machine went down")
 
     config = compose("train", [*training, "tracking.wandb=offline"])
-    make = assembly.make_trainer
+    make = workflow.make_trainer
 
     def make_stopping(*arguments: Any) -> L.Trainer:
         trainer = make(*arguments)
@@ -161,7 +161,7 @@ def test_resumed_offline_parts_become_one_run(
         return trainer
 
     with monkeypatch.context() as patch:
-        patch.setattr(assembly, "make_trainer", make_stopping)
+        patch.setattr(workflow, "make_trainer", make_stopping)
         with pytest.raises(RuntimeError, match="went down"):
             train(config)
     run = train(config)

@@ -12,8 +12,9 @@ import time
 from collections.abc import Iterator
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import suppress
+from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import pytest
 from hydra.core.global_hydra import GlobalHydra
@@ -21,10 +22,10 @@ from safetensors import SafetensorError
 from torch.utils.data import DataLoader, Dataset
 
 from i2am_train import cli
+from i2am_train.config.commands import COMMANDS
 from i2am_train.config.training import TrainConfig
-from i2am_train.entry.command import entry
+from i2am_train.entry.command import execute
 from i2am_train.errors import DataError
-from i2am_train.workflows import data
 
 HEAVY = ("torch", "numpy", "lightning", "diffusers", "transformers", "cv2", "matplotlib")
 
@@ -43,9 +44,8 @@ def _as_a_fresh_process(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iter
 
 def run_command(command: str, words: list[str], run: Any = lambda config: None) -> int:
     """Run a command in this process; its exit status."""
-    sys.argv = [f"i2am {command}", *words]
     with pytest.raises(SystemExit, match=r"\d+") as stop:
-        entry(command, run)
+        execute(command, words, run)
     assert isinstance(stop.value.code, int)
     return stop.value.code
 
@@ -179,9 +179,8 @@ def test_other_processes_of_a_distributed_run_are_silent(
 
 def test_debugging_shows_the_traceback() -> None:
     """With --debug the error itself comes through."""
-    sys.argv = ["i2am train", "--debug"]
     with pytest.raises(DataError, match="Fill it"):
-        entry("train", refuse)
+        execute("train", ["--debug"], refuse)
     os.environ.pop("I2AM_DEBUG")
 
 
@@ -191,9 +190,8 @@ def test_a_fault_of_the_program_keeps_its_traceback() -> None:
     def fail(config: TrainConfig) -> None:
         raise ZeroDivisionError("a bug")
 
-    sys.argv = ["i2am train"]
     with pytest.raises(ZeroDivisionError, match="a bug"):
-        entry("train", fail)
+        execute("train", [], fail)
 
 
 @pytest.mark.usefixtures("own_sigterm")
@@ -292,9 +290,8 @@ def test_errors_of_the_system_that_may_be_the_programs_keep_their_traceback(
     def fail(config: TrainConfig) -> None:
         raise error
 
-    sys.argv = ["i2am train"]
     with pytest.raises(type(error)):
-        entry("train", fail)
+        execute("train", [], fail)
 
 
 def closed(redirection: str, words: str = "--help") -> subprocess.CompletedProcess[str]:
@@ -321,16 +318,18 @@ def test_an_output_that_cannot_be_written_is_said() -> None:
     )  # fmt: skip
 
 
-def test_data_has_three_sub_commands(capsys: pytest.CaptureFixture[str]) -> None:
-    """`i2am data` explains itself, and a misspelled sub-command names all three."""
-    data.main()
+def test_data_has_four_sub_commands(capsys: pytest.CaptureFixture[str]) -> None:
+    """`i2am data` explains itself, and a sub-command that does not exist names the nearest one, or all four."""
+    cli.main(["data"])
     assert "make|derive|check|cache" in capsys.readouterr().out
-    sys.argv = ["i2am data", "chek"]
-    with pytest.raises(SystemExit, match="2"):
-        data.main()
-    assert capsys.readouterr().err == (
-        "i2am: There is no command 'i2am data chek'. There are make, derive, check and cache.\n"
-    )
+    for word, hint in {
+        "chek": "Did you mean 'check'?",
+        "show": "There are make, derive, check, cache.",
+    }.items():
+        with pytest.raises(SystemExit, match="2"):
+            cli.main(["data", word])
+        expected = f"i2am: There is no command 'i2am data {word}'. {hint}\n"
+        assert capsys.readouterr().err == expected
 
 
 @pytest.mark.parametrize(
@@ -364,15 +363,18 @@ def test_help_and_composition_load_nothing_heavy(words: list[str]) -> None:
     assert len(done.stdout.splitlines()) > 3
 
 
-def test_a_command_s_module_is_main() -> None:
-    """Lightning restarts `__main__.__spec__.name` with `sys.argv[1:]`: both are the command's."""
-    program = (
-        "import sys, i2am_train.entry.command as module\n"
-        "module.entry = lambda command, run: print(\n"
-        "    sys.modules['__main__'].__spec__.name, run.__module__, sys.argv[1:])\n"
-        "from i2am_train.cli import main; main(['train', 'seed=1'])"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=60
-    )
-    assert done.stdout == "i2am_train.workflows.train __main__ ['seed=1']\n"
+@pytest.mark.parametrize("command", COMMANDS)
+def test_each_command_has_a_workflow(command: str) -> None:
+    """The function that it names exists and takes the options."""
+    module, _, function = COMMANDS[command].workflow.partition(":")
+    run = getattr(import_module(f"i2am_train.workflows.{module}"), function)
+    (config,) = get_type_hints(run).keys() - {"return"}
+    assert get_type_hints(run)[config] is COMMANDS[command].options
+
+
+def test_other_processes_are_started_with_the_command() -> None:
+    """Lightning starts them as `sys.argv`, or as the module of `__main__`: both are the command as it was typed."""
+    seen: list[list[str]] = []
+    sys.argv = ["i2am", "train", "name=a (1)"]
+    assert run_command("train", ["name=a-(1)"], lambda config: seen.append(sys.argv)) == 0
+    assert seen == [["i2am", "train", "name=a (1)"]]

@@ -9,25 +9,25 @@ import pytest
 from i2am_train.config.build import group_of, option_names
 from i2am_train.config.commands import COMMANDS
 from i2am_train.config.documentation import WIDTH, field_docstrings
-from i2am_train.entry.command import EXAMPLES, command_help
+from i2am_train.entry.command import command_help
 
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_help_lists_every_option(command: str) -> None:
     """Each option of a command stands in its help, with examples, in lines that fit a terminal."""
     text = command_help(command)
-    groups = {name.rpartition(".")[0] for name in option_names(COMMANDS[command])}
-    for name in set(option_names(COMMANDS[command])) - groups:
-        assert f"  {name}=" in text
+    groups = {name.rpartition(".")[0] for name in option_names(COMMANDS[command].options)}
+    for name in set(option_names(COMMANDS[command].options)) - groups:
+        assert text.count(f"\n  {name}=") == 1
     assert text.startswith(f"usage: i2am {command.replace('_', ' ')} ")
     assert max(map(len, text.splitlines())) <= WIDTH
-    assert command in EXAMPLES
+    assert f"\n  i2am {command.replace('_', ' ')}" in text
 
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_option_is_described(command: str) -> None:
     """No field of a schema is without a docstring that ends with a full stop."""
-    schemas = [COMMANDS[command]]
+    schemas = [COMMANDS[command].options]
     for schema in schemas:
         texts = field_docstrings(schema)
         for item in fields(schema):
@@ -37,13 +37,28 @@ def test_every_option_is_described(command: str) -> None:
                 assert texts[item.name].endswith("."), f"{schema.__name__}.{item.name}"
 
 
+@pytest.mark.parametrize("command", COMMANDS)
+def test_what_is_used_first_stands_first(command: str) -> None:
+    """At most ten options, each one that exists, before all others."""
+    first = COMMANDS[command].first.split()
+    assert len(first) <= 10
+    assert set(first) <= {"experiment", *option_names(COMMANDS[command].options)}
+    places = [command_help(command).index(f"\n  {name}=") for name in first]
+    assert places == sorted(places)
+
+
+def test_training_has_no_more_options_than_that() -> None:
+    """A new one takes the place of another."""
+    assert len(option_names(COMMANDS["train"].options)) <= 120
+
+
 def test_help_offers_the_experiments_of_its_command() -> None:
     """Arms are offered by train, studies by ablate, and neither by evaluate."""
     train, ablate = command_help("train"), command_help("ablate")
-    line = next(line for line in train.splitlines() if line.startswith("  experiment="))
-    assert "refined" in line
-    assert "demo" not in line
-    assert "  experiment=demo" in ablate
+    arms, studies = (text.split("\n  experiment=")[1].split("=")[0] for text in (train, ablate))
+    assert "refined" in arms
+    assert "demo" not in arms
+    assert "demo" in studies
     assert "  experiment=" not in command_help("evaluate")
 
 

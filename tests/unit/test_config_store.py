@@ -55,7 +55,7 @@ def test_defaults_are_the_schema_s(command: str) -> None:
     """The default files say nothing else than --help, which shows the schema's defaults."""
     overrides = REQUIRED.get(command, [])
     given = dict(override.split("=") for override in overrides)
-    assert compose(command, overrides) == build(COMMANDS[command], given)
+    assert compose(command, overrides) == build(COMMANDS[command].options, given)
 
 
 @pytest.mark.parametrize(("group", "name"), FILES)

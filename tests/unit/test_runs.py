@@ -152,6 +152,7 @@ def test_wheel_has_no_git_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
 
 def test_a_command_is_recorded_as_it_can_be_typed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """`i2am train seed=1` runs a module by its file, and is still written down as the user typed it."""
-    monkeypatch.setattr("sys.argv", ["/x/i2am_train/workflows/train.py", "seed=1", "arms=[a, b]"])
-    assert command_line() == "i2am train seed=1 'arms=[a, b]'"
+    """Also where Python was called with the module."""
+    for program in ("/x/bin/i2am", "/x/i2am_train/__main__.py"):
+        monkeypatch.setattr("sys.argv", [program, "train", "seed=1", "arms=[a, b]"])
+        assert command_line() == "i2am train seed=1 'arms=[a, b]'"

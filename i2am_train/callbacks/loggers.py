@@ -1,0 +1,107 @@
+"""What a training logs to: files in its run folder, and a run in Weights & Biases."""
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+from lightning.fabric.loggers.logger import rank_zero_experiment
+from lightning.pytorch.loggers import Logger, TensorBoardLogger, WandbLogger
+from lightning.pytorch.utilities import rank_zero_only
+
+from i2am_train.callbacks.checkpoints import steps_done
+from i2am_train.callbacks.evaluation import EvaluationCallback
+from i2am_train.config.build import plain
+from i2am_train.config.training import TrainConfig
+from i2am_train.data.opening import prepare_data
+from i2am_train.runs import MODEL_FOLDER, RunFolder
+from i2am_train.tracking.artifacts import log_model, use_dataset
+from i2am_train.tracking.names import TRAIN_JOB
+from i2am_train.tracking.session import finish_run, open_run
+from i2am_train.training.csv_history import ContinuedCSVLogger
+
+
+class TrackedLogger(WandbLogger):
+    """Opens the run when it is first used, in the first process only."""
+
+    def __init__(self, folder: Path, project: str, start: Callable[[], Any]) -> None:
+        super().__init__(project=project, save_dir=folder)
+        self._start = start
+
+    @property
+    @rank_zero_experiment
+    def experiment(self) -> Any:
+        """The ``wandb.Run``."""
+        if self._experiment is None and not hasattr(self, "_attach_id"):
+            self._experiment = self._start()
+        return super().experiment
+
+    @rank_zero_only
+    def end(self, *, failed: bool) -> None:
+        """Ends the run, if one was opened."""
+        if self._experiment is not None:
+            finish_run(self._experiment, failed=failed)
+            self._experiment = None
+
+
+def make_loggers(config: TrainConfig, folder: Path) -> list[Logger]:
+    """CSV, TensorBoard and W&B; files lie in the run folder.
+
+    What a killed attempt logged after its last checkpoint is dropped; W&B keeps it, and shows those steps twice.
+    """
+    tracking = config.tracking
+    done = steps_done(folder)
+    loggers: list[Logger] = []
+    if tracking.csv:
+        loggers.append(ContinuedCSVLogger(folder, done))
+    if tracking.tensorboard:
+        loggers.append(TensorBoardLogger(folder, name="tensorboard", version="", purge_step=done))
+    if tracking.wandb != "disabled":
+        loggers.append(TrackedLogger(folder, tracking.project, partial(_start_run, config, folder)))
+    return loggers
+
+
+def _start_run(config: TrainConfig, folder: Path) -> Any:
+    """The W&B run of a training, with configuration, provenance and dataset."""
+    manifest = RunFolder(folder, resumed=False).manifest
+    manifest.pop("settings", None)
+    run = open_run(
+        config.tracking,
+        folder,
+        name=folder.name,
+        job_type=TRAIN_JOB,
+        arm=config.name,
+        config={**plain(config), "provenance": manifest},
+        tags=[config.name, f"seed{config.seed}"],
+    )
+    use_dataset(run, prepare_data(config.data), manifest["data"])
+    return run
+
+
+def record_model(trainer: L.Trainer, config: TrainConfig, folder: Path) -> None:
+    """Logs the finished model as an artifact of the W&B run."""
+    manifest = RunFolder(folder, resumed=False).manifest
+    results = [c.result for c in trainer.callbacks if isinstance(c, EvaluationCallback)]  # type: ignore[attr-defined]
+    metadata = {
+        "metrics": results[0].metrics if results and results[0] else {},
+        "step": trainer.global_step,
+        "data": manifest["data"],
+        "git": manifest["git"],
+    }
+    for logger in trainer.loggers:
+        if isinstance(logger, TrackedLogger):
+            log_model(
+                logger.experiment,
+                folder,
+                folder / MODEL_FOLDER,
+                metadata,
+                upload=config.tracking.upload_model,
+            )
+
+
+def finish_tracking(trainer: L.Trainer, *, failed: bool = False) -> None:
+    """Ends the W&B run; the next training in this process would otherwise be written into it."""
+    for logger in trainer.loggers:
+        if isinstance(logger, TrackedLogger):
+            logger.end(failed=failed)
