@@ -45,12 +45,8 @@ class TableSet:
             entries[-1]["files"] += self._save(figure, folder, file_formats, dpi)
             alt = "Scatter plots; the table gives the numbers."
             sections[-1].pictures.append(Picture(embedded_figure(figure), CAPTION, alt))
-        sections.append(
-            Section(
-                "Evaluations that were read",
-                html=html(evaluation_table(self.evaluations), "origins"),
-            )
-        )
+        read = html(evaluation_table(self.evaluations), "origins")
+        sections.append(Section("Evaluations that were read", html=read))
         index = {
             "tables": entries,
             "tables_left_out": dict(self.left_out),

@@ -78,10 +78,14 @@ def evaluation_files(folder: Path) -> dict[str, Path]:
 
 
 ARM_COLUMNS = ("arm", "label", "metric", "mean", "standard deviation", "seeds")
-DIFFERENCE_COLUMNS = (
-    *("arm", "against", "metric", "difference", "low", "high", "pairs", "pairs above zero"),
-    *("over", "interval", "shows"),
-)
+_DIFFERENCE = {name: name for name in ("arm", "against", "metric", "difference", "low", "high")} | {
+    "pairs": "n",
+    "pairs above zero": "positive",
+    "over": "over",
+    "interval": "interval",
+}
+"""Columns of differences, and the entry of ``results["paired"]`` that each shows."""
+DIFFERENCE_COLUMNS = (*_DIFFERENCE, "shows")
 
 
 def track_study(tracking: TrackingConfig, folder: Path, results: Mapping[str, Any]) -> None:
@@ -140,20 +144,11 @@ def arm_rows(results: Mapping[str, Any]) -> list[list[Any]]:
 
 def difference_rows(results: Mapping[str, Any]) -> list[list[Any]]:
     """A row for each paired difference, in the order of ``DIFFERENCE_COLUMNS``."""
-    fields = (
-        *("arm", "against", "metric", "difference", "low", "high", "n", "positive"),
-        *("over", "interval"),
-    )
+    better = {name: entry["higher_is_better"] for name, entry in results["metrics"].items()}
     return [
         [
-            *(entry[name] for name in fields),
-            str(
-                verdict(
-                    results["metrics"][entry["metric"]]["higher_is_better"],
-                    entry["low"],
-                    entry["high"],
-                )
-            ),
+            *(entry[name] for name in _DIFFERENCE.values()),
+            str(verdict(better[entry["metric"]], entry["low"], entry["high"])),
         ]
         for entry in results["paired"]
     ]

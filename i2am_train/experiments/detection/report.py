@@ -240,28 +240,12 @@ def sheet_box(box: Sequence[float], size: GridSize, color: str) -> sheet.Box:
 
 
 @dataclass(frozen=True, slots=True)
-class Input:
-    """One experiment, its name in files, and what made it."""
-
-    label: str
-    detected: Detected
-    origin: Mapping[str, Any]
-
-    @property
-    def made_by(self) -> str:
-        """The origin in one line."""
-        origin = self.origin
-        return (
-            f"{self.label}: '{origin['command']}', pipeline {origin['settings']['pipeline']}, "
-            f"data {origin['data']}, code {code_state(origin['git'])}"
-        )
-
-
-@dataclass(frozen=True, slots=True)
 class DetectionSet:
-    """Experiments whose tables and figures will be written."""
+    """Experiments whose tables and figures will be written, by their names in files."""
 
-    inputs: tuple[Input, ...]
+    inputs: Mapping[str, Detected]
+    origins: Mapping[str, Mapping[str, Any]]
+    """What made each."""
 
     def write(
         self, folder: Path, formats: Sequence[str], dpi: int
@@ -269,29 +253,32 @@ class DetectionSet:
         """Write ``tables/*`` and ``figures/*`` of each; the index of them, and the page's sections."""
         index: dict[str, Any] = {"tables": [], "figures": [], "left_out": {}}
         shown: list[pages.Section] = []
-        for one in self.inputs:
-            for table in tables_of(one.detected.results):
-                stem = f"{table.name}-{one.label}"
-                index["tables"].append(write_table(table, folder, stem, [one.made_by]))
-            drawing = drawing_of(one.detected.examples)
+        for label, detected in self.inputs.items():
+            made_by = self._made_by(label)
+            for table in tables_of(detected.results):
+                stem = f"{table.name}-{label}"
+                index["tables"].append(write_table(table, folder, stem, [made_by]))
+            drawing = drawing_of(detected.examples)
             if drawing is None:
-                index["left_out"][f"samples of {one.label}"] = "'i2am detect' with pictures=N"
+                index["left_out"][f"samples of {label}"] = "'i2am detect' with pictures=N"
             else:
-                index["figures"].append(_write_figure(one, drawing, folder, formats, dpi))
-            shown += sections(one.detected, drawing, one.label)
-        return index | {"detections": {one.label: dict(one.origin) for one in self.inputs}}, shown
+                files = [f"{FIGURES}/{KIND}-{label}.{ending}" for ending in formats]
+                description = f"{FIGURE_CAPTION}\nMade by '{command_line()}' from\n{made_by}"
+                for file in files:
+                    save_figure(drawing, folder / file, dpi, description)
+                about = {"figure": KIND, "paper": "section 5.1", "caption": FIGURE_CAPTION}
+                index["figures"].append({**about, "files": files, "inputs": [label]})
+            shown += sections(detected, drawing, label)
+        return index | {
+            "detections": {n: dict(origin) for n, origin in self.origins.items()}
+        }, shown
 
-
-def _write_figure(
-    one: Input, drawing: Figure, folder: Path, formats: Sequence[str], dpi: int
-) -> dict[str, Any]:
-    """The figure in all formats; its entry of the index."""
-    description = f"{FIGURE_CAPTION}\nMade by '{command_line()}' from\n{one.made_by}"
-    files = [f"{FIGURES}/{KIND}-{one.label}.{file_format}" for file_format in formats]
-    for file in files:
-        save_figure(drawing, folder / file, dpi, description)
-    about = {"figure": KIND, "paper": "section 5.1", "caption": FIGURE_CAPTION}
-    return {**about, "files": files, "inputs": [one.label]}
+    def _made_by(self, label: str) -> str:
+        origin = self.origins[label]
+        return (
+            f"{label}: '{origin['command']}', pipeline {origin['settings']['pipeline']}, "
+            f"data {origin['data']}, code {code_state(origin['git'])}"
+        )
 
 
 def plan_detections(folders: Sequence[Path]) -> DetectionSet:
@@ -303,10 +290,8 @@ def plan_detections(folders: Sequence[Path]) -> DetectionSet:
     Raises:
         RunFolderError: a folder is not one of ``i2am detect``, or its run did not come to its end.
     """
-    labels = numbered([folder.name for folder in folders])
+    places = dict(zip(numbered([folder.name for folder in folders]), folders, strict=True))
     return DetectionSet(
-        tuple(
-            Input(label, read_detected(folder), origin_of(folder))
-            for label, folder in zip(labels, folders, strict=True)
-        )
+        {label: read_detected(folder) for label, folder in places.items()},
+        {label: origin_of(folder) for label, folder in places.items()},
     )
