@@ -8,7 +8,7 @@ import errno
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from hashlib import blake2s
 from pathlib import Path
@@ -111,3 +111,17 @@ def free_space(folder: Path) -> tuple[Path, int]:
     folder = folder.absolute()
     existing = next(path for path in (folder, *folder.parents) if path.is_dir())
     return existing, shutil.disk_usage(existing).free
+
+
+def numbered(names: Sequence[str]) -> list[str]:
+    """The names, with a number behind those that occur more than once.
+
+    >>> numbered(["x", "x", "y"])
+    ['x-1', 'x-2', 'y']
+    """
+    seen: dict[str, int] = {}
+    result = []
+    for name in names:
+        seen[name] = seen.get(name, 0) + 1
+        result.append(name if names.count(name) == 1 else f"{name}-{seen[name]}")
+    return result

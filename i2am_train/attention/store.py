@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from jaxtyping import Float
 from torch import Tensor
@@ -53,6 +54,15 @@ class LayerRecord:
                 "Direction.REFERENCE_TO_GENERATED, or give the recipe a reference grid."
             )
         return self.reference_grid
+
+    def sample(self, row: int) -> LayerRecord:
+        """Only one sample of the batch."""
+        cut: dict[str, Any] = {
+            name: value[row : row + 1]
+            for name, value in vars(self).items()
+            if isinstance(value, Tensor)
+        }
+        return replace(self, **cut)
 
     def vectors(self, direction: Direction) -> Float[Tensor, "batch step head token"]:
         """The column means of a direction."""
@@ -130,6 +140,10 @@ class AttributionStore:
     def select(self, layers: Sequence[LayerId]) -> AttributionStore:
         """Only the given layers."""
         return replace(self, layers=tuple(self.layer(layer) for layer in layers))
+
+    def sample(self, row: int) -> AttributionStore:
+        """Only one sample of the batch."""
+        return replace(self, layers=tuple(record.sample(row) for record in self.layers))
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ training's random streams and puts the module back in training mode (Lightning d
 without it.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +18,11 @@ from i2am_train.evaluation.evaluator import (
     EvaluationResult,
     EvaluationSettings,
     Evaluator,
-    Panel,
     from_all_processes,
-    make_panels,
 )
-from i2am_train.evaluation.results import stack_panels, write_panels
 from i2am_train.reporting.figures.canvas import save_figure
-from i2am_train.reporting.figures.samples import sample_panel
-from i2am_train.results.study import Panels
+from i2am_train.reporting.figures.samples import sample_figure
+from i2am_train.results.panels import SamplePanels, write_panels
 from i2am_train.tracking.media import generated_overlays, reference_overlays, sample_table
 from i2am_train.tracking.names import (
     ATTRIBUTION_GENERATED,
@@ -58,7 +55,7 @@ class EvaluationCallback(L.Callback):
         self.table_samples = table_samples
         self.result: EvaluationResult | None = None
         self._evaluator: Evaluator | None = None
-        self._panels: dict[int, Panel] = {}
+        self._panels: dict[int, SamplePanels] = {}
         self._wanted: set[int] = set()
 
     # -- Lightning's hooks -----------------------------------------------------------------------------------------
@@ -98,8 +95,8 @@ class EvaluationCallback(L.Callback):
     def _update(self, trainer: L.Trainer, module: L.LightningModule, batch: TryOnBatch) -> None:
         assert isinstance(module, TryOnModule) and self._evaluator is not None
         with trainer.precision_plugin.forward_context():
-            explained = self._evaluator.update(module.model, batch)
-        self._panels |= make_panels(explained, self._wanted)
+            made = self._evaluator.update(module.model, batch)
+        self._panels |= {one.index: one.panels() for one in made if one.index in self._wanted}
 
     def _finish(self) -> EvaluationResult:
         assert self._evaluator is not None
@@ -107,31 +104,25 @@ class EvaluationCallback(L.Callback):
         self._panels = from_all_processes(self._panels)
         return self.result
 
-    def _first_panels(self, count: int) -> dict[int, Panel]:
-        return dict(sorted(self._panels.items())[:count])
-
     def _draw(self, trainer: L.Trainer, folder: Path, step: int) -> None:
-        drawn = self._first_panels(self.panel_samples)
-        if not drawn:
+        panels = list(self._panels.values())[: self.panel_samples]
+        if not panels:
             return
-        panels = stack_panels(drawn)
         write_panels(folder, panels)
-        path = save_figure(sample_panel({"model": panels}), folder / "panel.png", dpi=110)
+        path = save_figure(sample_figure({"model": panels}), folder / "panel.png", dpi=110)
         _log_picture(trainer, "val/attribution", path, step)
         _log_samples(trainer, panels, step)
         delta = self.settings.attribution.delta
         overlays = {
-            ATTRIBUTION_GENERATED: generated_overlays(drawn.values(), delta),
-            ATTRIBUTION_REFERENCE: reference_overlays(drawn.values(), delta),
+            ATTRIBUTION_GENERATED: generated_overlays(panels, delta),
+            ATTRIBUTION_REFERENCE: reference_overlays(panels, delta),
         }
         _log_to_wandb(trainer, overlays, step)
 
     def _tabulate(self, trainer: L.Trainer, result: EvaluationResult, step: int) -> None:
         if self.table_samples and any(isinstance(one, WandbLogger) for one in trainer.loggers):
-            panels = stack_panels(self._panels)
-            table = sample_table(
-                result.rows, panels, self.table_samples, epoch=trainer.current_epoch, step=step
-            )
+            panels = list(self._panels.values())[: self.table_samples]
+            table = sample_table(result.rows, panels, epoch=trainer.current_epoch, step=step)
             _log_to_wandb(trainer, {TABLE: table}, step)
 
 
@@ -153,10 +144,12 @@ def _log_picture(trainer: L.Trainer, name: str, path: Path, step: int) -> None:
             logger.experiment.add_image(name, picture, step, dataformats="HWC")
 
 
-def _log_samples(trainer: L.Trainer, panels: Panels, step: int) -> None:
-    rows = np.concatenate([panels.garment, panels.person, panels.generated], axis=2)
+def _log_samples(trainer: L.Trainer, panels: Sequence[SamplePanels], step: int) -> None:
+    rows = np.stack([np.hstack([one.garment, one.person, one.generated]) for one in panels])
     for logger in trainer.loggers:
         if isinstance(logger, WandbLogger):
-            logger.log_image("val/samples", list(rows), step=step, caption=list(panels.names))
+            logger.log_image(
+                "val/samples", list(rows), step=step, caption=[one.name for one in panels]
+            )
         elif isinstance(logger, TensorBoardLogger):
             logger.experiment.add_images("val/samples", rows, step, dataformats="NHWC")

@@ -6,14 +6,9 @@ import lightning as L
 
 from i2am_train.config.attention import AttributionConfig
 from i2am_train.config.models import SamplingConfig
-from i2am_train.evaluation.evaluator import (
-    attention_scores,
-    generate_with_attention,
-    make_panels,
-    sample_rows,
-)
+from i2am_train.evaluation.evaluator import score_row
+from i2am_train.evaluation.explaining import explain_batch
 from i2am_train.evaluation.generation import GeneratedSamples
-from i2am_train.ops.images import to_uint8
 from i2am_train.training.module import TryOnModule
 
 
@@ -34,21 +29,18 @@ class GenerationCallback(L.Callback):
         self.samples = samples
         self.sampling = sampling
         self.attribution = attribution
-        self.panels = set(range(panel_samples))
+        self.panel_samples = panel_samples
 
     def on_test_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, *_: Any
     ) -> None:
         assert isinstance(pl_module, TryOnModule)
         with trainer.precision_plugin.forward_context():
-            explained = generate_with_attention(
-                pl_module.model, batch, self.sampling, self.attribution
-            )
-        scores = attention_scores(explained, self.attribution)
+            made = explain_batch(pl_module.model, batch, self.sampling, self.attribution)
         self.samples.write(
-            sample_rows(explained.batch, scores),
-            to_uint8(explained.generated).permute(0, 2, 3, 1),
-            make_panels(explained, self.panels),
+            [score_row(one) for one in made],
+            [one.images["generated"] for one in made],
+            [one.panels() for one in made if one.index < self.panel_samples],
         )
 
     def on_test_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:

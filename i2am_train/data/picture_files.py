@@ -136,6 +136,12 @@ def read_grey(path: Path, about: int | None = None) -> Image:
         return _decoded(picture, path, "L", "black", about)
 
 
+def write_png(path: Path, picture: Image) -> None:
+    """Write a picture, RGB ``[H, W, 3]`` or grey ``[H, W]``, in one step."""
+    with written(path) as unfinished:
+        PillowImage.fromarray(picture).save(unfinished, format="PNG")
+
+
 def read_values(path: Path, *, palette: bool) -> NDArray[Any]:
     """Values ``[H, W]`` as they are stored, or RGB ``[H, W, 3]`` of a picture in colours.
 

@@ -2,50 +2,31 @@
 
 It knows nothing of Lightning or files. The callbacks drive it in validation during training; ``i2am evaluate`` keeps
 what the same functions give batch by batch (``generation``) and scores the images from their files (``scoring``).
-
-The network and its batch lie on the model's device, and leave it together: an :class:`Explained` is on the CPU, all of
-it, with the masks and the truth that its maps are judged by. Only image metrics with a network go back to a device.
+Explanations lie on the CPU; only image metrics with a network go back to a device.
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Self, TypeVar
 
+import numpy as np
 import torch
 import torch.distributed as dist
-from jaxtyping import Bool, Float, UInt8
-from torch import Tensor
 from torchmetrics import MetricCollection
 
-from i2am_train.attention.maps import AttributionMaps, HeatMap, threshold
-from i2am_train.attention.recipe import LayerId
 from i2am_train.attention.trace import trace
 from i2am_train.config.attention import AttributionConfig
 from i2am_train.config.evaluation import EvaluateConfig
 from i2am_train.config.models import SamplingConfig
 from i2am_train.config.training import TrainConfig
-from i2am_train.data.sample import TryOnBatch, batch_on
+from i2am_train.data.sample import TryOnBatch
+from i2am_train.evaluation.explaining import explain_batch, value_or_none
+from i2am_train.evaluation.explanation import Explanation
 from i2am_train.evaluation.scoring import check_scores
-from i2am_train.losses.attention import attention_centers
-from i2am_train.metrics.correspondence import (
-    attention_entropy,
-    center_spread,
-    collapse_warning,
-    correspondence_error,
-    pck,
-    spread_ratio,
-    target_on_grid,
-)
-from i2am_train.metrics.imacs import imacs, imacs_column
+from i2am_train.metrics.correspondence import collapse_warning
 from i2am_train.metrics.registry import METRICS, image_metrics, image_pair_score, metric_info
-from i2am_train.models.sampling import SamplingStep, sample
 from i2am_train.models.tryon import TryOnModel
-from i2am_train.models.watch import Watch
-from i2am_train.ops.grids import mask_on_grid
-from i2am_train.ops.images import to_uint8
-from i2am_train.seeds import seed_for
-from i2am_train.types import Direction, GridSize
 
 T = TypeVar("T")
 
@@ -84,182 +65,6 @@ def check_settings(model: TryOnModel, settings: EvaluationSettings) -> None:
     attribution = settings.attribution
     with trace(model, layers=attribution.layers, matrix_layers=[attribution.layer]):
         pass
-
-
-@dataclass(kw_only=True)
-class Explained:
-    """Images of one batch, the attention that made them, and what both are judged by; every tensor is on the CPU.
-
-    Functions of it take no other batch, so that maps never meet the masks of another device or of other samples.
-    """
-
-    batch: TryOnBatch
-    """What the images were made from, with the masks, the truth and the names."""
-    generated: Float[Tensor, "batch 3 height width"]
-    maps: AttributionMaps
-    map_generated: Float[Tensor, "batch height width"]
-    """Unified reference-to-generated map at image size, in [0, 1], not thresholded."""
-    map_reference: Float[Tensor, "batch height width"]
-    """Unified generated-to-reference map at image size, in [0, 1], not thresholded."""
-    centers: Float[Tensor, "batch generated 2"]
-    """Attention centres of the chosen layer, yx in reference patches."""
-    scores: Float[Tensor, "batch generated reference"]
-    layer: str
-    generated_grid: GridSize
-    reference_grid: GridSize
-
-
-def generate_with_attention(
-    model: TryOnModel,
-    batch: TryOnBatch,
-    sampling: SamplingConfig,
-    attribution: AttributionConfig,
-    *,
-    matrix_layers: Sequence[LayerId] | None = (),
-    on_step: Callable[[SamplingStep], None] | None = None,
-) -> Explained:
-    """Samples a batch, whose tensors lie on the model's device, and keeps the attention of that very pass.
-
-    Every number of it is finite: NaN in a score then means "no value", and nothing else.
-
-    What comes back is on the CPU: this is the one place where images, maps, masks and truth leave the device. Score
-    matrices are kept of ``attribution.layer`` and of ``matrix_layers`` (None: of every layer); ``on_step`` is the
-    sampler's.
-
-    Raises:
-        NotFiniteError: images or attention became NaN or infinite; the message says where, and of which samples.
-    """
-    seeds = [seed_for(sampling.seed, "sampling", int(index)) for index in batch["index"]]
-    with trace(
-        model,
-        layers=attribution.layers,
-        matrix_layers=None if matrix_layers is None else [attribution.layer, *matrix_layers],
-        generated_mask=batch["inpaint_mask"] if attribution.inpaint_queries else None,
-        byte_budget=attribution.byte_budget,
-    ) as attention:
-        generated = sample(
-            model,
-            batch["garment"],
-            batch["agnostic"],
-            batch["densepose"],
-            seeds=seeds,
-            steps=sampling.steps,
-            guidance=sampling.guidance,
-            sampler=sampling.sampler,
-            names=batch["name"],
-            on_step=on_step,
-        )
-    maps = attention.maps()
-    record = maps.store.layer(attribution.layer)
-    scores = maps.scores(attribution.layer)
-    size = GridSize(*generated.shape[-2:])
-    explained = Explained(
-        batch=batch_on(batch, "cpu"),
-        generated=generated.cpu(),
-        maps=maps,
-        map_generated=_unified(maps, Direction.REFERENCE_TO_GENERATED, attribution, size).values,
-        map_reference=_unified(maps, Direction.GENERATED_TO_REFERENCE, attribution, size).values,
-        centers=attention_centers(scores.reshape(*scores.shape[:2], *model.reference_grid)),
-        scores=scores,
-        layer=record.layer,
-        generated_grid=record.generated_grid,
-        reference_grid=model.reference_grid,
-    )
-    _check_numbers(explained)
-    return explained
-
-
-def _check_numbers(explained: Explained) -> None:
-    watch = Watch(explained.batch["name"])
-    watch.see(explained.scores, f"The attention of layer {explained.layer}")
-    watch.see(explained.centers, f"The attention centres of layer {explained.layer}")
-    watch.see(explained.map_generated, "The map on the generated image, over all layers and steps,")
-    watch.see(explained.map_reference, "The map on the reference, over all layers and steps,")
-    watch.check()
-
-
-def _unified(
-    maps: AttributionMaps, direction: Direction, options: AttributionConfig, size: GridSize
-) -> HeatMap:
-    return maps.unified(direction, options.weighting).on_picture(size)
-
-
-def attention_scores(
-    explained: Explained, options: AttributionConfig
-) -> dict[str, Float[Tensor, " batch"]]:
-    """Every attention metric of each sample; NaN where a sample has no value (empty mask, no truth)."""
-    sides = {
-        "imacs_g": (explained.map_generated, explained.batch["inpaint_mask"]),
-        "imacs_r": (explained.map_reference, explained.batch["garment_mask"]),
-    }
-    scores: dict[str, Tensor] = {}
-    for name, (heat_map, mask) in sides.items():
-        scores |= imacs_table(name, heat_map, mask, options)
-    return scores | _correspondence_scores(explained)
-
-
-def imacs_table(
-    name: str, heat_map: Tensor, mask: Tensor, options: AttributionConfig
-) -> dict[str, Tensor]:
-    """IMACS at every threshold and penalty, from one map; first of all at the options' own ones."""
-    penalties = list(dict.fromkeys([options.penalty, *options.penalties]))
-    table = {
-        imacs_column(name, delta, penalty): values
-        for delta in dict.fromkeys([options.delta, *options.deltas])
-        for penalty, values in zip(
-            penalties, imacs(threshold(heat_map, delta), mask, penalties), strict=True
-        )
-    }
-    return {name: table[imacs_column(name, options.delta, options.penalty)], **table}
-
-
-def _target(explained: Explained) -> Float[Tensor, "batch generated 2"]:
-    return target_on_grid(
-        explained.batch["correspondence"],
-        explained.batch["warped_garment_mask"],
-        explained.generated_grid,
-        explained.reference_grid,
-    )
-
-
-def _correspondence_scores(explained: Explained) -> dict[str, Tensor]:
-    target = _target(explained)
-    mask = garment_patches(explained)
-    return {
-        "correspondence_error": correspondence_error(explained.centers, target),
-        "pck_1": pck(explained.centers, target, 1.0),
-        "pck_2": pck(explained.centers, target, 2.0),
-        "center_spread": center_spread(explained.centers, mask),
-        "spread_ratio": spread_ratio(explained.centers, target),
-        "attention_entropy": attention_entropy(explained.scores, mask),
-    }
-
-
-def garment_patches(explained: Explained) -> Bool[Tensor, "batch generated"]:
-    """Generated patches that lie on the garment: its warped mask where there is one, else the inpainted region."""
-    batch = explained.batch
-    known = batch["warped_garment_mask"].flatten(1).any(dim=1)
-    mask = torch.where(known[:, None, None], batch["warped_garment_mask"], batch["inpaint_mask"])
-    return mask_on_grid(mask, explained.generated_grid)
-
-
-@dataclass(kw_only=True)
-class Panel:
-    """What the report draws of one sample; images are uint8 [height, width, 3]."""
-
-    name: str
-    garment_name: str
-    images: dict[str, UInt8[Tensor, "height width 3"]]
-    map_generated: Float[Tensor, "height width"]
-    map_reference: Float[Tensor, "height width"]
-    centers: Float[Tensor, "generated 2"]
-    target_centers: Float[Tensor, "generated 2"]
-    mask: Bool[Tensor, " generated"]
-    inpaint_mask: Bool[Tensor, "height width"]
-    garment_mask: Bool[Tensor, "height width"]
-    layer: str
-    generated_grid: GridSize
-    reference_grid: GridSize
 
 
 @dataclass(kw_only=True)
@@ -329,27 +134,37 @@ class Evaluator:
         self._set_metrics.reset()
 
     @torch.no_grad()
-    def update(self, model: TryOnModel, batch: TryOnBatch) -> Explained:
+    def update(self, model: TryOnModel, batch: TryOnBatch) -> list[Explanation]:
         """Samples and scores one batch, whose tensors must lie on the model's device."""
-        explained = generate_with_attention(
-            model, batch, self.settings.sampling, self.settings.attribution
-        )
-        scores = attention_scores(explained, self.settings.attribution)
-        scores |= self._image_scores(explained)
-        self.rows |= sample_rows(explained.batch, scores)
-        return explained
+        made = explain_batch(model, batch, self.settings.sampling, self.settings.attribution)
+        images = self._image_scores(made)
+        for row, one in enumerate(made):
+            scores = {name: values[row] for name, values in images.items()}
+            self.rows[one.index] = {**score_row(one), **scores}
+        return made
 
-    def _image_scores(self, explained: Explained) -> dict[str, Float[Tensor, " batch"]]:
-        """Metrics of pairs, NaN where a sample has no partner; what sets need is kept in their metrics' states."""
-        batch = explained.batch
-        pictures = (explained.generated, batch["person"])
-        generated, real = (to_uint8(images).to(self.device) for images in pictures)
-        self._set_metrics.update(generated, real, batch["index"].to(self.device))
-        scores = {name: score(generated, real).cpu() for name, score in self._pair_scores.items()}
+    def _image_scores(self, made: Sequence[Explanation]) -> dict[str, list[float | None]]:
+        """Metrics of pairs, None where a sample has no partner; what sets need is kept in their metrics' states."""
+        generated, real = (
+            torch.from_numpy(np.stack([one.images[name] for one in made]))
+            .permute(0, 3, 1, 2)
+            .contiguous()
+            .to(self.device)
+            for name in ("generated", "person")
+        )
+        indices = torch.tensor([one.index for one in made], device=self.device)
+        self._set_metrics.update(generated, real, indices)
+        scores = {
+            name: score(generated, real).tolist() for name, score in self._pair_scores.items()
+        }
         for name, values in scores.items():
-            check_scores(name, values.tolist(), batch["name"])
+            check_scores(name, values, [one.name for one in made])
         return {
-            name: torch.where(batch["paired"], values, torch.nan) for name, values in scores.items()
+            name: [
+                value_or_none(value) if one.paired else None
+                for one, value in zip(made, values, strict=True)
+            ]
+            for name, values in scores.items()
         }
 
     def compute(self) -> EvaluationResult:
@@ -361,18 +176,10 @@ class Evaluator:
         return EvaluationResult.from_rows(rows, set_scores)
 
 
-def sample_rows(batch: TryOnBatch, scores: Mapping[str, Tensor]) -> dict[int, dict[str, Any]]:
-    """Names and scores of each sample of a batch, by its index; None where a sample has no value."""
-    columns = {name: values.tolist() for name, values in scores.items()}
-    return {
-        int(index): {
-            "index": int(index),
-            "name": batch["name"][position],
-            "garment_name": batch["garment_name"][position],
-        }
-        | {name: value_or_none(values[position]) for name, values in columns.items()}
-        for position, index in enumerate(batch["index"])
-    }
+def score_row(explanation: Explanation) -> dict[str, Any]:
+    """Index, names and scores of a try-on sample, as ``samples.jsonl`` has them; None where it has no value."""
+    names = {"name": explanation.name, "garment_name": explanation.inputs["garment"]}
+    return {"index": explanation.index, **names, **explanation.scores}
 
 
 def from_all_processes(own: Mapping[int, T]) -> dict[int, T]:
@@ -383,45 +190,6 @@ def from_all_processes(own: Mapping[int, T]) -> dict[int, T]:
         dist.all_gather_object(parts, own)
     together = {index: item for part in parts for index, item in part.items()}
     return dict(sorted(together.items()))
-
-
-def make_panels(explained: Explained, wanted: set[int]) -> dict[int, Panel]:
-    """Panels of those samples whose index is wanted, by index."""
-    batch = explained.batch
-    target = _target(explained)
-    mask = garment_patches(explained)
-    images = {
-        name: to_uint8(batch[name]).permute(0, 2, 3, 1)
-        for name in ("garment", "agnostic", "densepose", "person")
-    }
-    images["generated"] = to_uint8(explained.generated).permute(0, 2, 3, 1)
-    return {
-        int(index): Panel(
-            name=batch["name"][row],
-            garment_name=batch["garment_name"][row],
-            images={name: stack[row] for name, stack in images.items()},
-            map_generated=explained.map_generated[row],
-            map_reference=explained.map_reference[row],
-            centers=explained.centers[row],
-            target_centers=target[row],
-            mask=mask[row],
-            inpaint_mask=batch["inpaint_mask"][row],
-            garment_mask=batch["garment_mask"][row],
-            layer=explained.layer,
-            generated_grid=explained.generated_grid,
-            reference_grid=explained.reference_grid,
-        )
-        for row, index in enumerate(batch["index"])
-        if int(index) in wanted
-    }
-
-
-def value_or_none(score: float) -> float | None:
-    """The score, or None in place of NaN: the sample has no value (empty mask, no truth, no partner).
-
-    Faults do not come here: maps and images are checked to be numbers before they are scored.
-    """
-    return None if math.isnan(score) else score
 
 
 def _mean(values: list[float | None]) -> float:

@@ -12,27 +12,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from jaxtyping import UInt8
-from torch import Tensor
-
+from i2am_train.data.arrays import Image
+from i2am_train.data.picture_files import write_png
 from i2am_train.data.reading import TryOnDataset
 from i2am_train.errors import DataError
 from i2am_train.evaluation.batches import batches
-from i2am_train.evaluation.evaluator import EvaluationResult, Panel
+from i2am_train.evaluation.evaluator import EvaluationResult
 from i2am_train.evaluation.folders import ImageSet, read_image
-from i2am_train.evaluation.results import (
-    IMAGES,
-    stack_panels,
-    write_image,
-    write_panels,
-)
 from i2am_train.evaluation.scoring import ImageScores, ScoringOptions, score_images
 from i2am_train.files import UNFINISHED
 from i2am_train.json_files import read_json, write_json
-from i2am_train.results.study import PANEL_ARRAYS, PANELS, Panels, read_panels
+from i2am_train.results.panels import SamplePanels, read_panels, write_panels
 
-PARTIAL, ROWS = "partial", "rows.json"
+IMAGES, PARTIAL, ROWS = "images", "partial", "rows.json"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,27 +46,29 @@ class GeneratedSamples:
 
     def write(
         self,
-        rows: Mapping[int, dict[str, Any]],
-        images: UInt8[Tensor, "batch height width 3"],
-        panels: Mapping[int, Panel],
+        rows: Sequence[Mapping[str, Any]],
+        images: Sequence[Image],
+        panels: Sequence[SamplePanels] = (),
     ) -> None:
-        """Keeps one batch, whose rows are given by position in the order of its images."""
-        positions = list(rows)
-        for position, image in zip(positions, images, strict=True):
-            write_image(self.folder, self.names[position], image)
-        place = self._place(positions[0])
+        """Keeps one batch, whose rows and images are in the order of their samples."""
+        for row, image in zip(rows, images, strict=True):
+            write_png(self.image_path(row["index"]), image)
+        folder = self._folder_of(rows[0]["index"])
         if panels:
-            write_panels(place, stack_panels(panels))
-        write_json(place / ROWS, list(rows.values()))
+            write_panels(folder, panels)
+        write_json(folder / ROWS, list(rows))
 
     def rows(self) -> list[dict[str, Any]]:
         """Rows of all samples, in order."""
-        return [row for batch in self.batches() for row in read_json(self._place(batch[0]) / ROWS)]
+        return [
+            row for batch in self.batches() for row in read_json(self._folder_of(batch[0]) / ROWS)
+        ]
 
-    def panels(self) -> Panels | None:
-        """The panels of all batches that have some, in order."""
-        parts = [read_panels(self._place(batch[0]) / PANELS) for batch in self.batches()]
-        return _joined([part for part in parts if part is not None])
+    def panels(self) -> list[SamplePanels]:
+        """The panels of all samples that have some, in order."""
+        return [
+            panels for batch in self.batches() for panels in read_panels(self._folder_of(batch[0]))
+        ]
 
     def clear(self) -> None:
         """Removes what the finished evaluation holds elsewhere."""
@@ -86,26 +80,12 @@ class GeneratedSamples:
         """Where the image of a sample lies."""
         return self.folder / IMAGES / f"{self.names[position]}.png"
 
-    def _place(self, first: int) -> Path:
+    def _folder_of(self, first: int) -> Path:
         return self.folder / PARTIAL / f"batch-{first // self.batch_size:05d}"
 
     def _is_finished(self, batch: range) -> bool:
         images = all(self.image_path(position).is_file() for position in batch)
-        return images and (self._place(batch[0]) / ROWS).is_file()
-
-
-def _joined(parts: Sequence[Panels]) -> Panels | None:
-    if not parts:
-        return None
-    first = parts[0]
-    return Panels(
-        names=tuple(name for part in parts for name in part.names),
-        garment_names=tuple(name for part in parts for name in part.garment_names),
-        layer=first.layer,
-        generated_grid=first.generated_grid,
-        reference_grid=first.reference_grid,
-        **{name: np.concatenate([getattr(part, name) for part in parts]) for name in PANEL_ARRAYS},
-    )
+        return images and (self._folder_of(batch[0]) / ROWS).is_file()
 
 
 def person_names(dataset: TryOnDataset) -> tuple[str, ...]:

@@ -8,7 +8,7 @@ position. The paper shows by eye that it does in PASD's middle layers and less s
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -114,3 +114,28 @@ def layer_alignment(maps: AttributionMaps, radius: float = 1.0) -> dict[str, Ali
             scores = record.scores_over_reference
             found[record.layer] = alignment(scores, record.generated_grid, grid, radius)
     return found
+
+
+def alignment_table(maps: AttributionMaps) -> list[dict[str, Any]]:
+    """The mean over samples of each layer's alignment, ready for JSON, in the order of the layers.
+
+    ``distance`` counts reference patches, ``relative`` is a share of the diagonal, ``within_one`` the
+    share of the attention at most one patch away; ``even`` is the ``relative`` of attention that is
+    spread evenly. Layers without a score matrix are left out.
+    """
+    rows = []
+    for layer, found in layer_alignment(maps).items():
+        record = maps.store.layer(layer)
+        grids = record.generated_grid, record.grid(Direction.GENERATED_TO_REFERENCE)
+        rows.append(
+            {
+                "layer": layer,
+                "generated_grid": grids[0],
+                "reference_grid": grids[1],
+                "distance": float(found.distance.mean()),
+                "relative": float(found.relative.mean()),
+                "within_one": float(found.within.mean()),
+                "even": float(even_alignment(*grids).relative),
+            }
+        )
+    return rows

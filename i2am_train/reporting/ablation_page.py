@@ -16,14 +16,9 @@ from matplotlib.figure import Figure
 
 from i2am_train.files import write_text
 from i2am_train.metrics.registry import MetricInfo
-from i2am_train.reporting.figures.canvas import arm_colors
-from i2am_train.reporting.figures.training import (
-    PanelPart,
-    difference_plot,
-    metric_curves,
-    sample_panel,
-    save_figure,
-)
+from i2am_train.reporting.figures.canvas import arm_colors, save_figure
+from i2am_train.reporting.figures.samples import ColumnGroup, sample_figure
+from i2am_train.reporting.figures.training import difference_plot, metric_curves
 from i2am_train.reporting.formatting import markdown_text, minus, number
 from i2am_train.reporting.pages import (
     Picture,
@@ -46,9 +41,9 @@ from i2am_train.reporting.tables.ablation import (
     verdict_sentences,
 )
 from i2am_train.results.history import History
+from i2am_train.results.panels import SamplePanels
 from i2am_train.results.study import (
     ArmRun,
-    Panels,
     Results,
     Study,
     arm_labels,
@@ -239,56 +234,56 @@ def _quantities(histories: Sequence[History], prefix: str, results: Results) -> 
 
 
 def _panel_figures(study: Study) -> Iterator[Picture]:
-    panels = _panels_by_arm(study)
-    if not panels:
+    by_arm = _panels_by_arm(study)
+    if not by_arm:
         return
     labels = arm_labels(study.results)
     colors = arm_colors(labels)
     main = {
-        a: panels[a]
+        a: by_arm[a]
         for a in (reference_arm(study.results), focus_arm(study.results))
-        if a in panels
+        if a in by_arm
     }
-    poster = sample_panel(main or panels, labels=labels, colors=colors, width=15.0)
+    poster = sample_figure(main or by_arm, labels=labels, colors=colors, width=15.0)
     save_figure(poster, study.folder / "figures" / "samples.png", dpi=200)
-    first = next(iter(panels.values()))
-    for name, parts, caption in _panel_plan(first):
-        rows = MAX_CENTER_ROWS if PanelPart.CENTERS in parts else None
-        figure = sample_panel(panels, parts, labels, colors, rows=rows)
-        alt = f"{caption} Rows: samples {', '.join(first.names)}."
+    first = next(iter(by_arm.values()))
+    for name, groups, caption in _panel_plan(first[0]):
+        rows = MAX_CENTER_ROWS if ColumnGroup.CENTERS in groups else None
+        figure = sample_figure(by_arm, groups, labels, colors, rows=rows)
+        alt = f"{caption} Rows: samples {', '.join(one.name for one in first)}."
         yield _block(study, figure, f"samples_{name}.png", caption, alt)
 
 
-def _panel_plan(panels: Panels) -> Iterator[tuple[str, tuple[PanelPart, ...], str]]:
+def _panel_plan(panels: SamplePanels) -> Iterator[tuple[str, tuple[ColumnGroup, ...], str]]:
     """Name, columns and caption of each figure of samples."""
     yield (
         "images",
-        (PanelPart.INPUTS, PanelPart.IMAGES),
+        (ColumnGroup.INPUTS, ColumnGroup.IMAGES),
         "Held-out samples: what the model is given, the true photograph, and what each arm makes.",
     )
     yield (
         "maps",
-        (PanelPart.GENERATED_MAPS, PanelPart.REFERENCE_MAPS),
+        (ColumnGroup.GENERATED_MAPS, ColumnGroup.REFERENCE_MAPS),
         "Unified attribution maps over all layers, heads and steps. Left: where the garment's "
         "information lands in the generated image. Right: which parts of the garment were used.",
     )
     grid, reference = panels.generated_grid, panels.reference_grid
     yield (
         "centers",
-        (PanelPart.CENTERS,),
+        (ColumnGroup.CENTERS,),
         f"Attention centres of layer {panels.layer} ({grid} generated patches, {reference} "
         "reference patches). Grey mesh: where each garment patch truly comes from. Coloured mesh: "
         "the centre of its attention, with a thin line to its truth. Equal meshes are perfect.",
     )
 
 
-def _panels_by_arm(study: Study) -> dict[str, Panels]:
+def _panels_by_arm(study: Study) -> dict[str, tuple[SamplePanels, ...]]:
     """Panels of the arms to show, those of the lowest seed, if they are of the same samples."""
-    chosen: dict[str, Panels] = {}
+    chosen: dict[str, tuple[SamplePanels, ...]] = {}
     for arm in _arms_to_show(study.results):
-        panels = next((run.panels for run in study.of_arm(arm) if run.panels), None)
-        same = not chosen or (panels and panels.names == next(iter(chosen.values())).names)
-        if panels and same:
+        panels = next((run.panels for run in study.of_arm(arm) if run.panels), ())
+        first = next(iter(chosen.values()), panels)
+        if panels and [one.name for one in panels] == [one.name for one in first]:
             chosen[arm] = panels
     return chosen
 

@@ -8,34 +8,31 @@ score from them, as `AttributionMaps` and `imacs` do. It needs no server and ask
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
+from numpy.typing import NDArray
 from torch import Tensor
 
 from i2am_train.attention.maps import AttributionMaps, time_groups
 from i2am_train.attention.recipe import paper_number, similar_layer
 from i2am_train.attention.store import AttributionStore, LayerRecord
 from i2am_train.config.attention import AttributionConfig
-from i2am_train.data.sample import TryOnSample
+from i2am_train.data.arrays import Image
 from i2am_train.errors import ConfigError
-from i2am_train.metrics.correspondence import target_on_grid
-from i2am_train.ops.grids import mask_on_grid
-from i2am_train.ops.images import to_uint8
+from i2am_train.evaluation.explanation import TO_GENERATED, TO_REFERENCE, Explanation
 from i2am_train.reporting.figures.canvas import (
     OKABE_ITO,
     TRUTH_COLOR,
-    Picture,
     arm_colors,
     heat_colormap,
 )
 from i2am_train.reporting.figures.elements import short_name
 from i2am_train.reporting.figures.samples import TEAR
 from i2am_train.reporting.pages import as_base64, embedded_picture, page_environment
-from i2am_train.types import Direction, GridSize
+from i2am_train.types import GridSize
 
 PAGE = "explorer.html"
 """What its file is called in a run folder."""
@@ -51,58 +48,12 @@ _LEVELS = 2**16 - 1
 Json: TypeAlias = dict[str, Any]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Explored:
-    """One sample as the page shows it, whichever model it is of. All samples have the same sizes."""
-
-    heading: str
-    name: str
-    about: str
-    """What stands in small letters behind the heading."""
-    reference: Picture
-    """As far as the model saw it: its grids cover it."""
-    generated_mask: Bool[Tensor, "height width"] | None
-    reference_mask: Bool[Tensor, "reference_height reference_width"] | None
-    region: Bool[Tensor, "height width"]
-    """Where generated patches count for centres: on the garment, where that is known."""
-    correspondence: Float[Tensor, "height width 2"] | None = None
-    """True place of each pixel of the region on the reference; None where unknown."""
-
-
-def explored(sample: TryOnSample) -> Explored:
-    """A sample of a try-on dataset."""
-    known = bool(sample["warped_garment_mask"].any())
-    return Explored(
-        heading=f"Sample {sample['index']}",
-        name=sample["name"],
-        about=f"person {sample['name']}, garment {sample['garment_name']}",
-        reference=_picture(sample["garment"]),
-        generated_mask=sample["inpaint_mask"],
-        reference_mask=sample["garment_mask"],
-        region=sample["warped_garment_mask"] if known else sample["inpaint_mask"],
-        correspondence=sample["correspondence"] if known else None,
-    )
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Explanation:
-    """What one model made of one sample: the image, and the attention of that very pass."""
-
-    generated: Picture
-    maps: AttributionMaps
-    """A capture of one sample, with the score matrices of some layers or of all."""
-
-
-def explorer_data(
-    samples: Sequence[Explored],
-    models: Mapping[str, Sequence[Explanation]],
-    options: AttributionConfig,
-) -> Json:
+def explorer_data(models: Mapping[str, Sequence[Explanation]], options: AttributionConfig) -> Json:
     """What the page's script reads, as plain values for JSON.
 
     Args:
-        samples: in the order of the page, on the CPU.
-        models: by the name that the page shows, one explanation per sample.
+        models: by the name that the page shows, explanations of the same samples in the order of the page.
+            Reference, masks and truth are those of the first model. All samples have the same sizes.
         options: how the page opens (threshold, penalty, weighting, layer of single patches), and
             the number of time groups.
 
@@ -114,8 +65,8 @@ def explorer_data(
     stores = [each.maps.store for made in models.values() for each in made]
     _check_comparable(stores)
     groups = time_groups(stores[0].steps, options.time_groups)
-    data = _without_matrices(samples, models, options, groups)
-    if _has_reference(stores[0]):
+    data = _without_matrices(models, options, groups)
+    if TO_REFERENCE in stores[0].directions:
         _add_matrices(data, models, _matrix_layers(stores[0], options, data))
     return data
 
@@ -195,15 +146,15 @@ def _check_comparable(stores: Sequence[AttributionStore]) -> None:
 
 
 def _without_matrices(
-    samples: Sequence[Explored],
     models: Mapping[str, Sequence[Explanation]],
     options: AttributionConfig,
     groups: Sequence[slice],
 ) -> Json:
     """Everything that the script reads, but for the score matrices."""
-    first = next(iter(models.values()))[0]
-    store = first.maps.store
-    sizes = {"generated": first.generated.shape[:2], "reference": samples[0].reference.shape[:2]}
+    samples = next(iter(models.values()))
+    store = samples[0].maps.store
+    seen = [sample.seen_picture() for sample in samples]
+    sizes = {"generated": tuple(samples[0].size), "reference": seen[0].shape[:2]}
     colors = arm_colors(models, start_arm="")
     alpha = heat_colormap()(np.arange(256))
     return {
@@ -223,15 +174,11 @@ def _without_matrices(
         "groups": [_group(group, store) for group in groups],
         "layers": [_layer(record) for record in store.layers],
         "models": list(models),
-        "samples": [_sample(sample, store) for sample in samples],
+        "samples": [_sample(*pair) for pair in zip(samples, seen, strict=True)],
         "captures": [
             [_capture(explanation, groups) for explanation in made] for made in models.values()
         ],
     }
-
-
-def _has_reference(store: AttributionStore) -> bool:
-    return Direction.GENERATED_TO_REFERENCE in store.directions
 
 
 def _notices(captures: Sequence[AttributionMaps]) -> list[str]:
@@ -269,43 +216,38 @@ def _layer(record: LayerRecord) -> Json:
     }
 
 
-def _sample(sample: Explored, store: AttributionStore) -> Json:
+def _sample(sample: Explanation, seen: Image) -> Json:
     """Reference, masks, and per layer which generated patches lie on the garment and belong where."""
-    masks = {"generated": sample.generated_mask, "reference": sample.reference_mask}
+    on_reference, inpaint = sample.seen_mask(), sample.mask(TO_GENERATED)
     return {
-        "heading": sample.heading,
+        "heading": f"Sample {sample.index}" if sample.is_tryon else sample.name,
         "name": sample.name,
-        "about": sample.about,
-        "picture": embedded_picture(sample.reference),
+        "about": ", ".join(f"{kind} {name}" for kind, name in sample.inputs.items()),
+        "picture": embedded_picture(seen),
         "masks": {
-            side: None if mask is None else _packed_mask(mask) for side, mask in masks.items()
+            side: None if mask is None else _packed_mask(mask)
+            for side, mask in (("generated", inpaint), ("reference", on_reference))
         },
         "layers": [
             {
-                "on_garment": _packed_mask(
-                    mask_on_grid(sample.region[None], record.generated_grid)
-                ),
+                "on_garment": _packed_mask(sample.patches_inside(record.generated_grid).numpy()),
                 "target": _packed_floats(_target(sample, record)),
             }
-            for record in store.layers
+            for record in sample.maps.store.layers
         ],
     }
 
 
-def _target(sample: Explored, record: LayerRecord) -> Float[Tensor, "1 generated 2"]:
+def _target(sample: Explanation, record: LayerRecord) -> NDArray[np.float32]:
     """True position of each generated patch, yx in reference patches; NaN where unknown."""
-    grid = record.generated_grid
-    if sample.correspondence is None or record.reference_grid is None:
-        return torch.full((1, grid.tokens, 2), torch.nan)
-    return target_on_grid(
-        sample.correspondence[None], sample.region[None], grid, record.reference_grid
-    )
+    grid, reference_grid = record.generated_grid, record.reference_grid or GridSize(1, 1)
+    return sample.true_places(grid, reference_grid)
 
 
 def _capture(explanation: Explanation, groups: Sequence[slice]) -> Json:
     """One model's image of one sample and its column means, ``[group, head]`` maps per layer."""
     return {
-        "picture": embedded_picture(explanation.generated),
+        "picture": embedded_picture(explanation.images["generated"]),
         "layers": [
             {
                 "generated": _packed_maps(_group_means(record.to_generated, groups)),
@@ -336,7 +278,7 @@ def _matrix_layers(store: AttributionStore, options: AttributionConfig, data: Js
     ]
     first = store.names.index(similar_layer(options.layer, store.names))
     chosen = {first}
-    for index in sorted(captured, key=lambda at: (at != first, _cells(store.layers[at]))):
+    for index in sorted(captured, key=lambda at: (at != first, _scores(store.layers[at]))):
         left -= models * _packed_size(store.layers[index])
         if left < 0:
             break
@@ -344,15 +286,15 @@ def _matrix_layers(store: AttributionStore, options: AttributionConfig, data: Js
     return sorted(chosen)
 
 
-def _cells(record: LayerRecord) -> int:
-    return record.generated_grid.tokens * record.grid(Direction.GENERATED_TO_REFERENCE).tokens
+def _scores(record: LayerRecord) -> int:
+    return record.generated_grid.tokens * record.grid(TO_REFERENCE).tokens
 
 
 def _packed_size(record: LayerRecord) -> float:
     """Bytes of both matrices in base64: two per score, eight per map."""
-    reference = record.grid(Direction.GENERATED_TO_REFERENCE).tokens
+    reference = record.grid(TO_REFERENCE).tokens
     maps = record.generated_grid.tokens + reference
-    return (2 * _cells(record) * 2 + maps * 8) * 4 / 3
+    return (2 * _scores(record) * 2 + maps * 8) * 4 / 3
 
 
 def _length(value: Any) -> int:
@@ -394,19 +336,15 @@ def _packed_maps(maps: Float[Tensor, "map token"]) -> dict[str, str]:
     units = torch.where(step > 0, (values - low) / step, 0.0).round()
     return {
         "units": as_base64(units.numpy().astype("<u2").tobytes()),
-        "low": _packed_floats(low),
-        "step": _packed_floats(step),
+        "low": _packed_floats(low.numpy()),
+        "step": _packed_floats(step.numpy()),
     }
 
 
-def _packed_floats(values: Tensor) -> str:
-    return as_base64(values.numpy().astype("<f4").tobytes())
+def _packed_floats(values: NDArray[np.floating]) -> str:
+    return as_base64(values.astype("<f4").tobytes())
 
 
-def _packed_mask(mask: Tensor) -> str:
+def _packed_mask(mask: NDArray[np.bool_]) -> str:
     """Eight pixels per byte, the first one in the highest bit."""
-    return as_base64(np.packbits(mask.numpy().reshape(-1)).tobytes())
-
-
-def _picture(image: Float[Tensor, "3 height width"]) -> Picture:
-    return np.asarray(to_uint8(image).permute(1, 2, 0).contiguous())
+    return as_base64(np.packbits(mask.reshape(-1)).tobytes())

@@ -15,16 +15,13 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 import numpy as np
-from numpy.typing import NDArray
-from safetensors import SafetensorError, safe_open
 
 from i2am_train.errors import RunFolderError
 from i2am_train.results.history import History, read_history
+from i2am_train.results.panels import SamplePanels, read_panels
 from i2am_train.results.sample_scores import RESULTS, SAMPLES, SampleScores, read_samples
 from i2am_train.results.statistics import Over, PairedDifference, paired_difference
-from i2am_train.types import GridSize
 
-PANELS = "panels.safetensors"
 SCHEMA = 1
 """The version of ``results.json`` that this module reads."""
 
@@ -34,46 +31,8 @@ Results: TypeAlias = Mapping[str, Any]
 Cells: TypeAlias = Sequence[Mapping[str, Any]]
 """``results["cells"]``: an entry for each arm and seed."""
 
-ImageStack: TypeAlias = NDArray[np.uint8]
-"""Pictures ``[sample, height, width, 3]``."""
-
-FloatArray: TypeAlias = NDArray[np.floating[Any]]
-
 START_ARM = "base"
 """Name of the arm that is not trained: the checkpoint that all others start from."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Panels:
-    """What is drawn of the first few samples of one evaluation.
-
-    ``map_generated`` and ``map_reference`` are unified maps in [0, 1]; ``centers`` and
-    ``target_centers`` are yx in 0-based reference patches per generated patch, NaN where unknown;
-    ``mask`` marks the generated patches that lie on the garment.
-    """
-
-    names: tuple[str, ...]
-    garment_names: tuple[str, ...]
-    layer: str
-    generated_grid: GridSize
-    reference_grid: GridSize
-    garment: ImageStack
-    agnostic: ImageStack
-    densepose: ImageStack
-    person: ImageStack
-    generated: ImageStack
-    map_generated: FloatArray
-    map_reference: FloatArray
-    centers: FloatArray
-    target_centers: FloatArray
-    mask: NDArray[np.bool_]
-
-
-PANEL_ARRAYS = (
-    *("garment", "agnostic", "densepose", "person", "generated"),
-    *("map_generated", "map_reference", "centers", "target_centers", "mask"),
-)
-"""The fields of ``Panels`` that hold an entry per sample, as ``panels.safetensors`` names them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +45,7 @@ class ArmRun:
     evaluated: int | None
     """Number of samples of its evaluation."""
     samples: SampleScores
-    panels: Panels | None
+    panels: tuple[SamplePanels, ...]
     history: History | None
 
 
@@ -156,34 +115,9 @@ def _read_run(study: Path, cell: Mapping[str, Any]) -> ArmRun:
         folder=folder,
         evaluated=_read_json(path).get("samples") if path.is_file() else None,
         samples=read_samples(evaluation / SAMPLES),
-        panels=read_panels(evaluation / PANELS),
+        panels=read_panels(evaluation),
         history=read_history(folder / "metrics.csv", arm, seed),
     )
-
-
-def read_panels(path: Path) -> Panels | None:
-    """The panel samples of one evaluation, or ``None`` if none were kept."""
-    if not path.is_file():
-        return None
-    try:
-        with safe_open(path, framework="numpy") as file:
-            metadata = file.metadata() or {}
-            arrays = {name: file.get_tensor(name) for name in PANEL_ARRAYS}
-        return Panels(
-            names=tuple(json.loads(metadata["names"])),
-            garment_names=tuple(json.loads(metadata["garment_names"])),
-            layer=metadata["layer"],
-            generated_grid=_grid(metadata["generated_grid"]),
-            reference_grid=_grid(metadata["reference_grid"]),
-            **arrays,
-        )
-    except (SafetensorError, KeyError, TypeError, ValueError) as error:
-        raise RunFolderError(f"{path} cannot be read: {error}. Evaluate again.") from None
-
-
-def _grid(text: str) -> GridSize:
-    height, width = text.split("x")
-    return GridSize(int(height), int(width))
 
 
 def _missing_parts(runs: Sequence[ArmRun]) -> Iterator[str]:

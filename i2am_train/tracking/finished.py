@@ -1,6 +1,6 @@
 """What finished evaluations and ablations tell W&B: scores, tables and results, with what they judged as inputs."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -8,10 +8,11 @@ import wandb
 
 from i2am_train.config.tracking import TrackingConfig
 from i2am_train.evaluation.evaluator import EvaluationResult
+from i2am_train.results.panels import PANELS, SamplePanels
 from i2am_train.results.sample_scores import RESULTS
 from i2am_train.results.sample_scores import SAMPLES as SAMPLES_FILE
 from i2am_train.results.statistics import verdict
-from i2am_train.results.study import PANELS, Panels, arm_labels
+from i2am_train.results.study import arm_labels
 from i2am_train.runs import RunFolder
 from i2am_train.tracking.artifacts import log_results, results_name, use_results
 from i2am_train.tracking.media import sample_table, score_table
@@ -34,7 +35,7 @@ def track_evaluation(
     result: EvaluationResult,
     *,
     arm: str,
-    panels: Panels | None,
+    panels: Sequence[SamplePanels],
     use_inputs: Callable[[Any], None],
 ) -> None:
     """Log a finished evaluation as a run of its own; nothing where W&B is disabled.
@@ -44,7 +45,7 @@ def track_evaluation(
         folder: of the evaluation, with its manifest and its written results.
         result: the scores.
         arm: of the model, unless ``tracking.arm`` is set.
-        panels: pictures and maps of the first samples, if there are any.
+        panels: of the first samples, as far as they were kept.
         use_inputs: says of a run what it reads (``artifacts.use_dataset``, ``artifacts.use_model``).
     """
     if tracking.wandb == "disabled":
@@ -64,8 +65,8 @@ def track_evaluation(
             EVALUATION + name: value for name, value in result.metrics.items()
         }
         logged[EVALUATION + SAMPLES] = score_table(result.rows)
-        if panels is not None and tracking.table_samples:
-            logged[EVALUATION + TABLE] = sample_table(result.rows, panels, tracking.table_samples)
+        if shown := panels[: tracking.table_samples]:
+            logged[EVALUATION + TABLE] = sample_table(result.rows, shown)
         run.log(logged)
         log_results(run, EVALUATION_JOB, folder, evaluation_files(folder))
     finally:

@@ -7,9 +7,9 @@ import numpy as np
 import wandb
 from numpy.typing import NDArray
 
-from i2am_train.evaluation.evaluator import SAMPLE_NAMES, Panel
+from i2am_train.evaluation.evaluator import SAMPLE_NAMES
 from i2am_train.reporting.figures.canvas import overlay
-from i2am_train.results.study import Panels
+from i2am_train.results.panels import SamplePanels
 
 INPAINTED, GARMENT, ATTRIBUTED = "inpainted region", "garment", "attribution above delta"
 """Masks of the overlays, as W&B shows them."""
@@ -33,32 +33,29 @@ Rows = Sequence[Mapping[str, Any]]
 T = TypeVar("T")
 
 
-def sample_table(rows: Rows, panels: Panels, samples: int, **moment: int) -> Any:
-    """A ``wandb.Table`` of the first samples: pictures, both unified maps and every score, worst first.
+def sample_table(rows: Rows, panels: Sequence[SamplePanels], **moment: int) -> Any:
+    """A ``wandb.Table`` of the first samples, those with panels: pictures, maps and every score, worst first.
 
     Args:
         rows: names and scores of samples (``EvaluationResult.rows``).
-        panels: pictures and maps of the first of them, in their order.
-        samples: how many samples to show, as far as there are panels.
+        panels: of the first of them, in their order.
         moment: first columns, equal in all rows: epoch and optimiser step.
     """
     scores = _score_names(rows)
     table = wandb.Table(columns=[*moment, *TABLE_COLUMNS, *scores])
-    first = range(min(samples, len(panels.names)))
-    for number in worst_first(first, [rows[number] for number in first]):
-        row = rows[number]
-        garment, generated = panels.garment[number], panels.generated[number]
+    pairs = list(zip(rows, panels, strict=False))
+    for row, one in worst_first(pairs, rows[: len(pairs)]):
         pictures = (
-            garment,
-            panels.person[number],
-            generated,
-            overlay(generated, panels.map_generated[number]),
-            overlay(garment, panels.map_reference[number]),
+            one.garment,
+            one.person,
+            one.generated,
+            overlay(one.generated, one.map_generated),
+            overlay(one.garment, one.map_reference),
         )
         table.add_data(
             *moment.values(),
-            panels.names[number],
-            panels.garment_names[number],
+            one.name,
+            one.garment_name,
             *(wandb.Image(picture) for picture in pictures),
             *(row[name] for name in scores),
         )
@@ -83,38 +80,32 @@ def worst_first(items: Iterable[T], rows: Rows) -> list[T]:
     return [item for item, _ in sorted(zip(items, rows, strict=True), key=order)]
 
 
-def generated_overlays(panels: Iterable[Panel], delta: float) -> list[Any]:
+def generated_overlays(panels: Iterable[SamplePanels], delta: float) -> list[Any]:
     """Generated images, each with the inpainted region and where the attribution is ``delta`` or more."""
     return [
         _overlaid(
-            panel.images["generated"].numpy(),
-            {
-                INPAINTED: panel.inpaint_mask.numpy(),
-                ATTRIBUTED: panel.map_generated.numpy() >= delta,
-            },
-            panel.name,
+            one.generated,
+            {INPAINTED: one.inpaint_mask, ATTRIBUTED: one.map_generated >= delta},
+            one.name,
         )
-        for panel in panels
+        for one in panels
     ]
 
 
-def reference_overlays(panels: Iterable[Panel], delta: float) -> list[Any]:
+def reference_overlays(panels: Iterable[SamplePanels], delta: float) -> list[Any]:
     """Garments, each with its mask and where the attribution is ``delta`` or more."""
     return [
         _overlaid(
-            panel.images["garment"].numpy(),
-            {
-                GARMENT: panel.garment_mask.numpy(),
-                ATTRIBUTED: panel.map_reference.numpy() >= delta,
-            },
-            f"{panel.garment_name} on {panel.name}",
+            one.garment,
+            {GARMENT: one.garment_mask, ATTRIBUTED: one.map_reference >= delta},
+            f"{one.garment_name} on {one.name}",
         )
-        for panel in panels
+        for one in panels
     ]
 
 
 def _overlaid(
-    picture: NDArray[np.uint8], masks: Mapping[str, NDArray[np.bool_]], caption: str
+    picture: NDArray[np.uint8], masks: Mapping[str, NDArray[np.bool_] | None], caption: str
 ) -> Any:
     numbers = {name: number for number, name in CLASSES.items()}
     return wandb.Image(
@@ -126,6 +117,7 @@ def _overlaid(
                 "class_labels": {numbers[name]: name},
             }
             for name, mask in masks.items()
+            if mask is not None
         },
     )
 

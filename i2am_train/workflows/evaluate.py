@@ -27,7 +27,7 @@ from i2am_train.evaluation.generation import (
     real_images,
     score_generated,
 )
-from i2am_train.evaluation.results import read_results, write_evaluation, write_panels
+from i2am_train.evaluation.results import read_results, write_evaluation
 from i2am_train.evaluation.scoring import check_scoring, make_scoring, score_images
 from i2am_train.fingerprints import data_state, folder_state
 from i2am_train.json_files import read_object
@@ -39,6 +39,7 @@ from i2am_train.processes import first_process, wait_for
 from i2am_train.reporting.table import terminal
 from i2am_train.reporting.tables.published import CAUTION, TABLE_2, published_values
 from i2am_train.reporting.tables.scores import evaluation_scores
+from i2am_train.results.panels import write_panels
 from i2am_train.runs import (
     MANIFEST_FILE,
     SETTINGS_FILE,
@@ -208,7 +209,7 @@ def evaluate_folders(config: EvaluateConfig, folder: Path) -> dict[str, Any]:
         folder,
         result,
         arm=config.images.name,
-        panels=None,
+        panels=(),
         use_inputs=partial(_use_folders, config, settings["fingerprints"]),
     )
     opened.finish()
@@ -264,7 +265,7 @@ def _evaluate_checkpoint(config: EvaluateConfig, checkpoint: str, folder: Path) 
         paired=config.evaluation.pairing is Pairing.PAIRED,
     )
     panels = samples.panels()
-    if panels is not None:
+    if panels:
         write_panels(folder, panels)
     write_evaluation(folder, result, settings)
     track_evaluation(

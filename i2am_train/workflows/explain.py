@@ -2,73 +2,161 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from i2am_train.config.explanation import TRYON, ExplainConfig
+import torch
+from torch.utils.data import default_collate
 
-if TYPE_CHECKING:
-    import torch
-    from torch import Tensor
+from i2am_train.attention.known import known_models
+from i2am_train.attention.maps import time_groups
+from i2am_train.config.build import plain
+from i2am_train.config.explanation import FACTORY, OTHER_MODELS_OPTIONS, TRYON, ExplainConfig
+from i2am_train.config.hub import revisions
+from i2am_train.data.arrays import Mask
+from i2am_train.data.opening import list_length, open_dataset, prepare_data, reading_of
+from i2am_train.data.picture_files import read_photograph, read_region
+from i2am_train.data.sample import TryOnSample, batch_on
+from i2am_train.errors import ConfigError, DataError
+from i2am_train.evaluation.explaining import explain_batch, explain_picture, to_pictures
+from i2am_train.evaluation.explanation import (
+    TO_GENERATED,
+    TO_REFERENCE,
+    CleanImage,
+    Explanation,
+    write_explanation,
+)
+from i2am_train.files import write_text
+from i2am_train.fingerprints import data_state, file_fingerprint
+from i2am_train.locks import locked
+from i2am_train.models.loading import load_model, model_folder
+from i2am_train.models.others.loaders import loader_of
+from i2am_train.models.others.other_model import NO_GUIDANCE, Loader, Request, Source
+from i2am_train.models.sampling import SamplingStep
+from i2am_train.models.tryon import TryOnModel
+from i2am_train.ops.devices import chosen_device
+from i2am_train.ops.grids import mask_on_grid, spread_patches
+from i2am_train.reporting.explorer import PAGE, explorer_data, explorer_page
+from i2am_train.reporting.figures.canvas import save_figure
+from i2am_train.reporting.figures.single import figures_of
+from i2am_train.reporting.provenance import flat, provenance_rows
+from i2am_train.runs import RunFolder, checkpoint_label
+from i2am_train.types import GridSize
 
-    from i2am_train.data.sample import TryOnSample
-    from i2am_train.evaluation.evaluator import Explained
-    from i2am_train.models.sampling import SamplingStep
-    from i2am_train.models.tryon import TryOnModel
-    from i2am_train.reporting.explained import CleanImage, ExplainedSample, Origin
-
+KEPT = ("images", "masks")
+"""Folders of the explanation's own pictures, beside those that are drawn."""
+FILES = ("image", "mask", "reference", "reference_mask", "adapter")
+"""Options of other models that name a file."""
+ALWAYS_TAKEN = ("reference_mask", "size")
 MAY_DIFFER = ("output", "device")
 """Options that change nothing in what is drawn."""
-KEPT = ("images", "masks")
-"""Folders of the sample's own pictures, beside those that are drawn."""
+DPI = 200
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Case:
-    """One checkpoint on one sample."""
+class _Made:
+    """All that was computed, before anything is written."""
 
-    folder: str
-    """Where its files go, inside the run folder."""
-    sample: ExplainedSample
-    figures: dict[str, Any]
-    """Drawn pictures by name."""
+    settings: dict[str, Any]
+    data: str | None
+    """Fingerprint of the dataset."""
+    models: Mapping[str, list[Explanation]]
+    """By the name on the page."""
+    about: Mapping[str, str]
+    """What the page says of the models."""
 
 
 def run(config: ExplainConfig) -> None:
     """Explain the samples, or the picture of another model, and say where pictures and page lie."""
-    from i2am_train.locks import locked
-    from i2am_train.reporting.explorer import PAGE
-
-    if config.model == TRYON:
-        with locked(folder_of(config)):
-            folder = explain(config)
-    else:
-        from i2am_train.workflows import explain_other
-
-        with locked(explain_other.folder_of(config)):
-            folder = explain_other.explain_picture(config)
+    with locked(folder_of(config)):
+        folder = explain(config)
     pictures = len([path for path in folder.rglob("*.png") if path.parent.name not in KEPT])
     size = (folder / PAGE).stat().st_size / 10**6
     print(f"{pictures} pictures, scores, maps and {PAGE} ({size:.1f} MB) in {folder}")
 
 
 def explain(config: ExplainConfig) -> Path:
-    """Sample each image once, keep and draw its maps, make the page of them, and return the folder.
+    """Sample each picture once, keep and draw its maps, make the page of them, and return the folder.
 
     Raises:
-        I2AMError: device, checkpoint, data, sample, layer or patch do not fit; nothing is written then.
+        I2AMError: device, checkpoint, data, sample, pictures, layer or patch do not fit; nothing is written then.
     """
-    from i2am_train.config.build import plain
-    from i2am_train.data.opening import prepare_data
-    from i2am_train.files import write_text
-    from i2am_train.fingerprints import data_state
-    from i2am_train.models.loading import load_model, model_folder
-    from i2am_train.ops.devices import chosen_device
-    from i2am_train.reporting.explained import write_explained
-    from i2am_train.reporting.explorer import PAGE, explorer_page
-    from i2am_train.runs import RunFolder
+    made = _of_samples(config) if config.model == TRYON else _of_pictures(config)
+    several = sum(map(len, made.models.values())) > 1
+    explanations = {
+        _subfolder(config, name, one) if several else "": one
+        for name, ones in made.models.items()
+        for one in ones
+    }
+    figures = {place: figures_of(one) for place, one in explanations.items()}
+    page = explorer_data(made.models, config.attribution)
+    folder = RunFolder.open(folder_of(config), made.settings, may_differ=MAY_DIFFER)
+    folder.start(seed=config.sampling.seed, data=made.data)
+    for place, one in explanations.items():
+        write_explanation(folder / place, one)
+        for name, figure in figures[place].items():
+            marks = " ".join(one.maps.marks)
+            save_figure(figure, folder / place / f"{name}.png", dpi=DPI, description=marks)
+    making = {
+        **dict(provenance_rows(folder.manifest)),
+        **made.about,
+        "Sampling": flat(plain(config.sampling)),
+        "Attribution": flat(plain(config.attribution)),
+    }
+    write_text(folder / PAGE, explorer_page(page, making))
+    folder.finish()
+    for mark in dict.fromkeys(mark for one in explanations.values() for mark in one.maps.marks):
+        print(mark)
+    return folder.path
 
+
+def folder_of(config: ExplainConfig) -> Path:
+    """``output``, or a folder in ``runs/`` named after what is explained."""
+    if config.output is not None:
+        return config.output
+    if config.model == TRYON:
+        checkpoints = "+".join(Path(checkpoint).name for checkpoint in config.checkpoints)
+        samples = "+".join(map(str, config.samples))
+        name = f"{checkpoints}-{config.split}{samples}-{config.pairing}"
+    else:
+        model = config.model if config.model != FACTORY else str(config.factory).partition(":")[0]
+        name = f"{model}-{_picture_name(config)}"
+    return Path.cwd() / "runs" / f"explain-{name}"
+
+
+def _subfolder(config: ExplainConfig, name: str, one: Explanation) -> str:
+    return f"{name.replace('/', '_')}-{config.split}{one.index}"
+
+
+def _with_patches(config: ExplainConfig, made: Explanation, **fields: Any) -> Explanation:
+    """The explanation with the patches that get maps: the user's, or some of the region and of the reference.
+
+    Raises:
+        ConfigError: patches are given, and the reference's tokens have no place.
+    """
+    grid = made.grid(TO_GENERATED)
+    generated = config.generated_patches or spread_patches(made.patches_inside(grid), grid)
+    reference = config.reference_patches
+    if TO_REFERENCE in made.directions:
+        grid, seen = made.grid(TO_REFERENCE), made.seen_mask()
+        anywhere = torch.zeros(grid.tokens, dtype=torch.bool)
+        inside = anywhere if seen is None else mask_on_grid(torch.from_numpy(seen)[None], grid)[0]
+        reference = reference or spread_patches(inside, grid)
+    elif given := [n for n in ("generated_patches", "reference_patches") if getattr(config, n)]:
+        raise ConfigError(
+            f"{given[0]}= asks for maps between patches, and this model's reference tokens have no "
+            "place in the reference picture. Leave it out."
+        )
+    fields |= {"generated_patches": tuple(generated), "reference_patches": tuple(reference)}
+    return replace(made, **fields)
+
+
+# ---- samples of a dataset ------------------------------------------------------------------------
+
+
+def _of_samples(config: ExplainConfig) -> _Made:
     device = chosen_device(config.device)
     names = _labels(config.checkpoints)
     models = {name: load_model(path, config.data) for name, path in names.items()}
@@ -78,125 +166,29 @@ def explain(config: ExplainConfig) -> Path:
     where = list(folders.values())
     settings = plain(config) | {"checkpoint": where if len(where) > 1 else where[0]}
     RunFolder.check(folder_of(config), settings, may_differ=MAY_DIFFER)  # before images are made
-    cases = {
-        name: [
-            _case(config, name, model, sample, device, _origin(config, folders[name], data))
-            for sample in samples
-        ]
-        for name, model in models.items()
-    }
-    page_data = _page_data(config, samples, cases)
-    folder = RunFolder.open(folder_of(config), settings, may_differ=MAY_DIFFER)
-    folder.start(seed=config.sampling.seed, data=data)
-    for case in (case for made in cases.values() for case in made):
-        write_explained(folder / case.folder, case.sample)
-        for name, figure in case.figures.items():
-            _save(figure, folder / case.folder / f"{name}.png")
-    page = explorer_page(page_data, _making(config, folder.manifest))
-    write_text(folder / PAGE, page)
-    folder.finish()
-    return folder.path
+    return _Made(
+        settings=settings,
+        data=data,
+        models={
+            name: [
+                _of_sample(config, model.eval().to(device), sample, folders[name], data)
+                for sample in samples
+            ]
+            for name, model in models.items()
+        },
+        about={"Checkpoints": ", ".join(config.checkpoints)},
+    )
 
 
 def _labels(checkpoints: list[str]) -> dict[str, str]:
     """Checkpoints by their short name, or by all of their path where that is not unique."""
-    from i2am_train.runs import checkpoint_label
-
     short = [checkpoint_label(Path(checkpoint)) for checkpoint in checkpoints]
     unique = len(set(short)) == len(short)
     return dict(zip(short if unique else checkpoints, checkpoints, strict=True))
 
 
-def folder_of(config: ExplainConfig) -> Path:
-    """``output``, or a folder in ``runs/`` named after what is explained."""
-    if config.output is not None:
-        return config.output
-    checkpoints = "+".join(Path(checkpoint).name for checkpoint in config.checkpoints)
-    samples = "+".join(map(str, config.samples))
-    name = f"explain-{checkpoints}-{config.split}{samples}-{config.pairing}"
-    return Path.cwd() / "runs" / name
-
-
-def _origin(config: ExplainConfig, checkpoint: str, data: str) -> Origin:
-    from i2am_train.reporting.explained import Origin
-
-    sampling = config.sampling
-    return Origin(
-        checkpoint=checkpoint,
-        data=data,
-        guidance=sampling.guidance,
-        steps=sampling.steps,
-        seed=sampling.seed,
-    )
-
-
-def _case(
-    config: ExplainConfig,
-    name: str,
-    model: TryOnModel,
-    sample: TryOnSample,
-    device: torch.device,
-    origin: Origin,
-) -> _Case:
-    """Samples one image with its attention, and draws it."""
-    from torch.utils.data import default_collate
-
-    from i2am_train.data.sample import batch_on
-    from i2am_train.evaluation.evaluator import generate_with_attention
-
-    model = model.eval().to(device)
-    batch = batch_on(default_collate([sample]), model.device)
-    clean = CleanImages(config.sampling.steps, config.attribution.time_groups)
-    explained = generate_with_attention(
-        model,
-        batch,
-        config.sampling,
-        config.attribution,
-        matrix_layers=config.matrix_layers,
-        on_step=clean,
-    )
-    described = _sample(config, origin, explained, clean.decoded(model))
-    alone = len(config.checkpoints) == len(config.samples) == 1
-    return _Case(
-        folder="" if alone else f"{name.replace('/', '_')}-{config.split}{sample['index']}",
-        sample=described,
-        figures=_figures(described) | {"centers": _center_figure(explained)},
-    )
-
-
-def _page_data(
-    config: ExplainConfig, samples: list[TryOnSample], cases: dict[str, list[_Case]]
-) -> dict[str, Any]:
-    from i2am_train.reporting.explorer import Explanation, explored, explorer_data
-
-    models = {
-        name: [
-            Explanation(generated=case.sample.images["generated"], maps=case.sample.maps)
-            for case in made
-        ]
-        for name, made in cases.items()
-    }
-    return explorer_data([explored(sample) for sample in samples], models, config.attribution)
-
-
-def _making(config: ExplainConfig, manifest: dict[str, Any]) -> dict[str, str]:
-    """What the page says of its origin."""
-    from i2am_train.config.build import plain
-    from i2am_train.reporting.provenance import flat, provenance_rows
-
-    return {
-        **dict(provenance_rows(manifest)),
-        "Checkpoints": ", ".join(config.checkpoints),
-        "Sampling": flat(plain(config.sampling)),
-        "Attribution": flat(plain(config.attribution)),
-    }
-
-
 def _samples(config: ExplainConfig, root: Path) -> list[TryOnSample]:
     """The chosen samples."""
-    from i2am_train.data.opening import list_length, open_dataset, reading_of
-    from i2am_train.errors import DataError
-
     reading = reading_of(config.data)
     total = list_length(root, config.split, config.pairing, reading)
     for index in config.samples:
@@ -211,12 +203,39 @@ def _samples(config: ExplainConfig, root: Path) -> list[TryOnSample]:
     return [dataset[position] for position in range(len(dataset))]
 
 
+def _of_sample(
+    config: ExplainConfig, model: TryOnModel, sample: TryOnSample, checkpoint: str, data: str | None
+) -> Explanation:
+    """Samples one image with its attention."""
+    sampling = config.sampling
+    clean = CleanImages(sampling.steps, config.attribution.time_groups)
+    (made,) = explain_batch(
+        model,
+        batch_on(default_collate([sample]), model.device),
+        sampling,
+        config.attribution,
+        matrix_layers=config.matrix_layers,
+        on_step=clean,
+    )
+    return _with_patches(
+        config,
+        made,
+        clean=clean.decoded(model),
+        model=checkpoint_label(Path(checkpoint)),
+        origin={
+            "checkpoint": checkpoint,
+            "data": data,
+            "guidance": sampling.guidance,
+            "steps": sampling.steps,
+            "seed": sampling.seed,
+        },
+    )
+
+
 class CleanImages:
     """Keeps the clean latent that the model predicts at the end of each time group."""
 
     def __init__(self, steps: int, groups: int) -> None:
-        from i2am_train.attention.maps import time_groups
-
         self._last = {run.stop - 1 for run in time_groups(steps, groups)}
         self._kept: list[SamplingStep] = []
 
@@ -225,101 +244,142 @@ class CleanImages:
         if step.step_index in self._last:
             self._kept.append(step)
 
+    @torch.no_grad()
     def decoded(self, model: TryOnModel) -> tuple[CleanImage, ...]:
         """The first sample's images, noisiest first."""
-        import torch
-
-        from i2am_train.reporting.explained import CleanImage
-
-        with torch.no_grad():
-            images = model.decode_latents(torch.cat([step.clean[:1] for step in self._kept]))
+        images = model.decode_latents(torch.cat([step.clean[:1] for step in self._kept]))
         return tuple(
-            CleanImage(step.step_index, step.timestep, _picture(image))
-            for step, image in zip(self._kept, images, strict=True)
+            CleanImage(step.step_index, step.timestep, picture)
+            for step, picture in zip(self._kept, to_pictures(images), strict=True)
         )
 
 
-def _picture(image: Tensor) -> Any:
-    """A ``[3, height, width]`` image in [-1, 1] as uint8 ``[height, width, 3]``."""
-    from i2am_train.ops.images import to_uint8
-
-    return to_uint8(image).permute(1, 2, 0).cpu().numpy()
+# ---- pictures of the user, by other people's models ----------------------------------------------
 
 
-def _sample(
-    config: ExplainConfig,
-    origin: Origin,
-    explained: Explained,
-    clean: tuple[CleanImage, ...],
-) -> ExplainedSample:
-    """All that figures need, as plain arrays."""
-    from i2am_train.evaluation.evaluator import attention_scores, value_or_none
-    from i2am_train.reporting.explained import IMAGES, MASKS, ExplainedSample
-    from i2am_train.runs import checkpoint_label
-
-    batch = explained.batch
-    generated, reference = _patches(config, explained)
-    scores = attention_scores(explained, config.attribution)
-    known = batch["correspondence"][0].isfinite().any()
-    pictures: dict[str, Any] = {**batch, "generated": explained.generated}
-    return ExplainedSample(
-        name=batch["name"][0],
-        garment_name=batch["garment_name"][0],
-        paired=bool(batch["paired"][0]),
-        layer=explained.layer,
-        images={name: _picture(pictures[name][0]) for name in IMAGES},
-        masks={name: pictures[f"{name}_mask"][0].numpy() for name in MASKS},
-        correspondence=batch["correspondence"][0].numpy() if known else None,
-        clean=clean,
-        maps=explained.maps,
-        scores={name: value_or_none(float(value[0])) for name, value in scores.items()},
-        generated_patches=tuple(generated),
-        reference_patches=tuple(reference),
-        model=checkpoint_label(Path(origin.checkpoint)),
-        origin=origin,
-        delta=config.attribution.delta,
-        weighting=config.attribution.weighting,
-        time_groups=config.attribution.time_groups,
+def _of_pictures(config: ExplainConfig) -> _Made:
+    # Before it is made, when a model of the hub may not be there yet.
+    RunFolder.check(folder_of(config), plain(config), may_differ=(*MAY_DIFFER, "revisions"))
+    loader = loader_of(config.model)
+    _check_options(config, loader)
+    request, reference_mask = _request(config, loader)
+    source = Source(
+        model=config.model,
+        checkpoint=config.checkpoints[0] if config.checkpoints else None,
+        adapter=config.adapter,
+        factory=config.factory,
+        recipe=config.recipe,
+        options=config.recipe_options.given,
+        guided=config.sampling.guidance > NO_GUIDANCE,
+        device=chosen_device(config.device),
+    )
+    made = explain_picture(
+        loader.load(source),
+        request,
+        config.attribution,
+        name=_picture_name(config),
+        reference_mask=reference_mask,
+        matrix_layers=config.matrix_layers,
+    )
+    recipe = made.maps.store.recipe
+    titles = {known.name: known.title for known in known_models()}
+    title = titles.get(recipe) or recipe or str(config.factory)
+    inputs = {name: path.name for name, path in _files(config).items()}
+    made = _with_patches(config, made, model=title, inputs=inputs, origin=_picture_origin(config))
+    return _Made(
+        settings=plain(config) | revisions(*config.checkpoints),
+        data=None,
+        models={title: [made]},
+        about={
+            "Model": f"{title}, recipe {recipe or 'of the factory'}",
+            "Checkpoint": str(config.checkpoint or config.factory),
+        },
     )
 
 
-def _figures(sample: ExplainedSample) -> dict[str, Any]:
-    """The paper's figures that one sample allows, by name."""
-    from i2am_train.reporting.figures.paper import plan
-    from i2am_train.reporting.figures.sheet import draw_sheet
+def _check_options(config: ExplainConfig, loader: Loader) -> None:
+    """Refuses what the model lacks, and what it would silently pass over.
 
-    planned, _ = plan([sample])
-    return {figure.name: draw_sheet(figure.sheet([sample])) for figure in planned}
+    Raises:
+        ConfigError: an option is missing, of another model, or half of a pair.
+    """
+    given = {
+        name
+        for name in ("checkpoint", *OTHER_MODELS_OPTIONS)
+        if getattr(config, name) not in (None, "")
+    }
+    possible = (*loader.needs, *loader.takes, *ALWAYS_TAKEN)
+    missing = [name for name in loader.needs if name not in given]
+    if missing:
+        raise ConfigError(
+            f"model={config.model} needs {', '.join(f'{name}=' for name in loader.needs)}; "
+            f"{', '.join(f'{name}=' for name in missing)} was not given."
+        )
+    if unused := sorted(given - set(possible)):
+        raise ConfigError(
+            f"{unused[0]}= means nothing to model={config.model}, which takes "
+            f"{', '.join(f'{name}=' for name in possible)}. Leave it out."
+        )
+    if (config.mask is None) != (config.image is None):
+        alone, other = ("image", "mask") if config.mask is None else ("mask", "image")
+        raise ConfigError(
+            f"{alone}= was given without {other}=. Give both to fill a region in, or neither to "
+            "make a picture from noise."
+        )
+    if len(config.checkpoints) > 1:
+        raise ConfigError(f"model={config.model} takes one checkpoint at a time, not a list.")
+    if config.sampling.sampler != "ddim":
+        raise ConfigError(
+            f"sampling.sampler={config.sampling.sampler} is for model=tryon; model={config.model} "
+            "samples with the scheduler of its own folder or code. Leave it out."
+        )
 
 
-def _patches(
-    config: ExplainConfig, explained: Explained
-) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
-    """The generated and the reference patches that get maps: the user's, or some of the garment."""
-    from i2am_train.evaluation.evaluator import garment_patches
-    from i2am_train.ops.grids import mask_on_grid, spread_patches
-
-    generated = config.generated_patches or spread_patches(
-        garment_patches(explained)[0], explained.generated_grid
+def _request(config: ExplainConfig, loader: Loader) -> tuple[Request, Mask | None]:
+    """What the model is asked for, and the region that counts of the reference."""
+    assert config.reference is not None
+    reference = read_photograph(config.reference, "reference")
+    image = mask = reference_mask = None
+    if config.image is not None and config.mask is not None:
+        image = read_photograph(config.image, "image")
+        mask = read_region(config.mask, "mask", image, "image")
+    if config.reference_mask is not None:
+        reference_mask = read_region(
+            config.reference_mask, "reference_mask", reference, "reference"
+        )
+    request = Request(
+        reference=reference,
+        image=image,
+        mask=mask,
+        prompt=config.prompt,
+        size=loader.size if config.size is None else GridSize(*config.size),
+        steps=config.sampling.steps,
+        guidance=config.sampling.guidance,
+        seed=config.sampling.seed,
     )
-    reference = config.reference_patches or spread_patches(
-        mask_on_grid(explained.batch["garment_mask"], explained.reference_grid)[0],
-        explained.reference_grid,
-    )
-    return generated, reference
+    return request, reference_mask
 
 
-def _center_figure(explained: Explained) -> Any:
-    """The sample beside the field of its attention centres."""
-    from i2am_train.evaluation.evaluator import make_panels
-    from i2am_train.evaluation.results import stack_panels
-    from i2am_train.reporting.figures.samples import sample_panel
+def _picture_origin(config: ExplainConfig) -> dict[str, Any]:
+    """What the picture was made by and from; files by their fingerprints, too."""
+    return {
+        "model": config.model,
+        "checkpoint": plain(config.checkpoint),
+        "factory": config.factory,
+        "prompt": config.prompt,
+        **plain(config.sampling),
+        "data": None,
+        "files": {
+            name: {"path": str(path), "sha256": file_fingerprint(path)}
+            for name, path in _files(config).items()
+        },
+    }
 
-    panels = stack_panels(make_panels(explained, {int(explained.batch["index"][0])}))
-    return sample_panel({"model": panels}, labels={"model": "generated"})
+
+def _picture_name(config: ExplainConfig) -> str:
+    files = (config.image, config.reference)
+    return "-".join(path.stem for path in files if path is not None)
 
 
-def _save(figure: Any, path: Path) -> None:
-    from i2am_train.reporting.figures.canvas import save_figure
-
-    save_figure(figure, path, dpi=200)
+def _files(config: ExplainConfig) -> dict[str, Path]:
+    return {name: path for name in FILES if (path := getattr(config, name)) is not None}

@@ -17,9 +17,9 @@ from safetensors.torch import load_file
 from i2am_train.attention.archive import load_maps
 from i2am_train.config.store import compose
 from i2am_train.errors import CaptureError, CheckpointError, ConfigError, DataError, RunFolderError
+from i2am_train.evaluation.explanation import explanation_folders, read_explanation
 from i2am_train.metrics.imacs import imacs
 from i2am_train.reporting.ablation_page import build_report
-from i2am_train.reporting.explained import read_explained, sample_folders
 from i2am_train.reporting.figures.paper import PAPER_FIGURES
 from i2am_train.types import Direction
 from i2am_train.workflows.ablate import ablate
@@ -208,7 +208,7 @@ def test_explanation(overrides: list[str], small_checkpoint: Path, tmp_path: Pat
     archive = load_maps(folder / "maps.safetensors")
     assert len(archive.maps.layers) == 9
     assert archive.maps.store.steps == 2
-    sample = read_explained(folder)
+    sample = read_explanation(folder)
     assert sample.generated_patches == ((1, 2), (3, 0))
     assert all(sample.maps.scores(layer).shape[0] == 1 for layer in sample.maps.layers)
     # decoded in two batches, whose last bits may differ: one grey level at most
@@ -254,7 +254,7 @@ def test_explanations_side_by_side(
     folder = explain(compose("explain", [*overrides, *options, f"output={tmp_path / 'out'}"]))
     first = small_checkpoint.parent.name
     folders = [folder / f"{name}-test3" for name in (first, "a")]
-    assert sample_folders(folder) == folders
+    assert explanation_folders(folder) == folders
     for name in folders:
         assert load_maps(name / "maps.safetensors").names == ("50003_00",)
         assert (name / "scores.png").is_file()

@@ -21,13 +21,14 @@ from i2am_train.attention import load_maps
 from i2am_train.config.attention import AttributionConfig
 from i2am_train.config.store import compose
 from i2am_train.errors import CaptureError, CheckpointError, ConfigError, DataError, I2AMError
-from i2am_train.evaluation.others import generate_attended
+from i2am_train.evaluation.explaining import explain_picture
+from i2am_train.evaluation.explanation import read_explanation
 from i2am_train.models.others.catvton import load_attention, load_catvton
 from i2am_train.models.others.other_model import Request, Source
-from i2am_train.reporting.explained import read_explained
 from i2am_train.reporting.figures.canvas import save_figure
 from i2am_train.types import Direction, GridSize
 from i2am_train.workflows.explain import run
+from i2am_train.workflows.report import report
 from tests.support.pipelines import tiny_catvton, tiny_ip_adapter, tiny_stable_diffusion
 
 FACTORY = "factory=tests.support.stableviton_like"
@@ -304,12 +305,13 @@ def test_catvton_is_as_if_untraced_on_either_canvas(
         guidance=2.5, seed=0,
     )  # fmt: skip
     attribution = AttributionConfig(time_groups=2, layers=[2, 8])
-    made = generate_attended(model, request, attribution, [])
-    np.testing.assert_array_equal(made.generated, model.make(request))
+    made = explain_picture(model, request, attribution)
+    generated = made.images["generated"]
+    np.testing.assert_array_equal(generated, model.make(request))
     grids = [(layer.generated_grid, layer.reference_grid) for layer in made.maps.store.layers]
     assert grids == [(GridSize(8, 6),) * 2, (GridSize(32, 24),) * 2]
     unguided = replace(request, guidance=1.0)
-    assert (model.make(unguided) != made.generated).any()
+    assert (model.make(unguided) != generated).any()
 
 
 @pytest.mark.parametrize("stride", [7, 8])
@@ -342,8 +344,24 @@ def test_a_factory_brings_a_model_of_its_own_repository(explain: Explain) -> Non
     ]
     assert scores["layer"] == "warp_flow_blks.1"
     assert {"specific_reference", "reverse_specific"} < drawn(folder)
-    with pytest.raises(I2AMError, match=r"explains a picture by another model \(stableviton\)"):
-        read_explained(folder)
+
+
+def test_other_models_come_back_and_are_reported(
+    explain: Explain, pictures: Path, tmp_path: Path
+) -> None:
+    """Their folders are read as those of try-on models are; figures that need a dataset's sample are left out."""
+    mask = f"reference_mask={pictures / 'shirt_mask.png'}"
+    folder = explain("model=factory", f"{FACTORY}:build", mask)
+    one = read_explanation(folder)
+    assert (one.name, one.model, one.reference) == ("person-shirt", "StableVITON", "reference")
+    assert np.array_equal(one.images["reference"], opened(pictures / "shirt.png"))
+    assert one.scores == scores_of(folder)["scores"]
+    assert one.masks["inpaint"].shape == one.size
+    made = report(compose("report", [f"explained=[{folder}]", f"output={tmp_path / 'report'}"]))
+    index = json.loads((made / "index.json").read_text())
+    drawn = {entry["figure"] for entry in index["figures"]}
+    assert {"layers", "time_heads", "specific_reference", "two_axis"} <= drawn
+    assert {"scores", "flow", "refinement", "guidance", "unpaired"} <= set(index["left_out"])
 
 
 def test_a_partial_model_is_marked_everywhere(
@@ -356,7 +374,7 @@ def test_a_partial_model_is_marked_everywhere(
         words[path.stem] = [text.get_text().replace("\n", " ") for text in figure.texts]
         save_figure(figure, path, **options)
 
-    monkeypatch.setattr("i2am_train.reporting.figures.canvas.save_figure", noted)
+    monkeypatch.setattr("i2am_train.workflows.explain.save_figure", noted)
     folder = explain("model=factory", f"{FACTORY}:build")
     way = "a CLIP embedding of the garment also enters by cross-attention"
     scores = scores_of(folder)

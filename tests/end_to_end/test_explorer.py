@@ -31,10 +31,12 @@ from i2am_train.attention.store import AttributionStore, LayerRecord
 from i2am_train.config.attention import AttributionConfig
 from i2am_train.data.opening import open_dataset
 from i2am_train.data.sample import TryOnSample
+from i2am_train.evaluation.explaining import MASKS, to_pictures
+from i2am_train.evaluation.explanation import Explanation
 from i2am_train.losses.attention import attention_centers
 from i2am_train.metrics.correspondence import correspondence_error, target_on_grid
 from i2am_train.metrics.imacs import imacs
-from i2am_train.reporting.explorer import Explanation, explored, explorer_data, explorer_page
+from i2am_train.reporting.explorer import explorer_data, explorer_page
 from i2am_train.types import Direction, GridSize, LayerWeighting, Pairing, Split
 
 CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
@@ -113,17 +115,34 @@ def file(
     pictures = np.random.default_rng(0).integers(0, 256, (2, *SIZE, 3), dtype=np.uint8)
     models = {
         name: [
-            Explanation(generated=picture, maps=maps)
-            for picture, maps in zip(pictures, made, strict=True)
+            explanation(sample, picture, maps)
+            for sample, picture, maps in zip(samples, pictures, made, strict=True)
         ]
         for name, made in zip(("baseline", "refined"), captures, strict=True)
     }
-    data = explorer_data(
-        [explored(sample) for sample in samples], models, AttributionConfig(time_groups=GROUPS)
-    )
+    data = explorer_data(models, AttributionConfig(time_groups=GROUPS))
     path = tmp_path_factory.mktemp("explorer") / "explorer.html"
     path.write_text(explorer_page(data, {"Command": "i2am explain"}), encoding="utf-8")
     return path
+
+
+def explanation(
+    sample: TryOnSample, generated: NDArray[np.uint8], maps: AttributionMaps
+) -> Explanation:
+    """As `i2am explain` makes it, but of a capture that was drawn."""
+    return Explanation(
+        name=sample["name"],
+        inputs={"person": sample["name"], "garment": sample["garment_name"]},
+        index=sample["index"],
+        images={"generated": generated, "garment": to_pictures(sample["garment"][None])[0]},
+        masks={name: sample[f"{name}_mask"].numpy() for name in MASKS},  # type: ignore[literal-required]
+        correspondence=sample["correspondence"].numpy(),
+        maps=maps,
+        layer=PAPER_LAYERS[1],
+        delta=0.4,
+        weighting=LayerWeighting.PAPER,
+        time_groups=GROUPS,
+    )
 
 
 @pytest.fixture(scope="module")

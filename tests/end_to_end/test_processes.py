@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from i2am_train.results.study import read_panels
+from i2am_train.results.panels import read_panels
 
 
 def logged(folder: Path) -> dict[str, float]:
@@ -136,11 +136,11 @@ def test_two_processes_evaluate_as_one(
         assert (tmp_path / "one" / path).read_bytes() == (tmp_path / "two" / path).read_bytes(), (
             path
         )
-    first, second = (read_panels(tmp_path / name / "panels.safetensors") for name in ("one", "two"))
-    assert first is not None
-    assert second is not None
-    assert first.names == second.names
-    assert first.map_generated.tobytes() == second.map_generated.tobytes()
+    first, second = (read_panels(tmp_path / name) for name in ("one", "two"))
+    assert first
+    for one, two in zip(first, second, strict=True):
+        assert one.name == two.name
+        assert one.map_generated.tobytes() == two.map_generated.tobytes()
 
 
 def test_a_sweep_runs_as_jobs(tmp_path: Path) -> None:

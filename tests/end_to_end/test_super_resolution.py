@@ -10,7 +10,7 @@ from PIL import Image
 from i2am_train.attention import load_maps
 from i2am_train.config.store import compose
 from i2am_train.types import Direction, GridSize
-from i2am_train.workflows.explain_other import explain_picture
+from i2am_train.workflows.explain import explain
 
 SIZE = GridSize(96, 64)
 MODELS = {"pasd": (20, 4, 12), "seesr": (50, 5, 9)}
@@ -41,7 +41,7 @@ def explained(
         f"size=[{SIZE.height},{SIZE.width}]", f"attribution={name}", f"sampling={name}",
         f"output={tmp_path_factory.mktemp(name) / 'out'}",
     ]  # fmt: skip
-    return name, explain_picture(compose("explain", overrides))
+    return name, explain(compose("explain", overrides))
 
 
 def test_figures_and_table_are_written(explained: tuple[str, Path]) -> None:

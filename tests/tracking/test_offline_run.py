@@ -14,8 +14,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from i2am_train.config.store import compose
 from i2am_train.fingerprints import data_state
 from i2am_train.json_files import read_json
+from i2am_train.results.panels import read_panels
 from i2am_train.results.sample_scores import read_samples
-from i2am_train.results.study import read_panels
 from i2am_train.tracking import media, names
 from i2am_train.tracking.dashboard import dashboard_json
 from i2am_train.workflows.evaluate import evaluate
@@ -143,12 +143,12 @@ def test_the_table_of_a_validation(run: Path, stored: Any) -> None:
     assert {row["step"] for row in rows} == {3}
     scores = [row["imacs_g"] for row in rows]
     assert scores == sorted(scores)
-    panels = read_panels(run / "validation" / "epoch-0001" / "panels.safetensors")
-    assert panels is not None
+    panels = read_panels(run / "validation" / "epoch-0001")
+    assert len(panels) == 2
     by_name = {row["sample"]: row for row in rows}
-    for position, name in enumerate(panels.names):
-        with Image.open(by_name[name]["generated"]) as picture:
-            assert np.array_equal(np.asarray(picture.convert("RGB")), panels.generated[position])
+    for one in panels:
+        with Image.open(by_name[one.name]["generated"]) as picture:
+            assert np.array_equal(np.asarray(picture.convert("RGB")), one.generated)
     columns = {name.removeprefix("val/") for name in csv_scalars(run) if name.startswith("val/")}
     assert columns == set(rows[0]) - {"epoch", "step", *media.TABLE_COLUMNS}
 
@@ -175,11 +175,11 @@ def test_table_means_are_the_logged_scores(
 
 def test_masks_of_the_overlays(run: Path, stored: Any) -> None:
     """Both kinds of pictures with both masks, whose pixels are the panel's maps at delta."""
-    panels = read_panels(run / "validation" / "epoch-0001" / "panels.safetensors")
-    assert panels is not None
+    panels = read_panels(run / "validation" / "epoch-0001")
+    assert len(panels) == 2
     for name, maps, region in (
-        ("attribution_generated", panels.map_generated, media.INPAINTED),
-        ("attribution_reference", panels.map_reference, media.GARMENT),
+        ("attribution_generated", [one.map_generated for one in panels], media.INPAINTED),
+        ("attribution_reference", [one.map_reference for one in panels], media.GARMENT),
     ):
         entry = [row for row in stored.history if f"val/{name}/count" in row][-1]
         masks = entry[f"val/{name}/all_masks"]
@@ -196,11 +196,11 @@ def test_masks_of_the_overlays(run: Path, stored: Any) -> None:
 
 def test_pictures(run: Path, stored: Any) -> None:
     """The panel of each validation, and its samples with their names: garment, truth, generated."""
-    panels = read_panels(run / "validation" / "epoch-0001" / "panels.safetensors")
-    assert panels is not None
+    panels = read_panels(run / "validation" / "epoch-0001")
+    assert len(panels) == 2
     assert sum("val/attribution/count" in row for row in stored.history) == 2
     samples = [row for row in stored.history if "val/samples/count" in row][-1]
-    assert samples["val/samples/captions"] == list(panels.names)
+    assert samples["val/samples/captions"] == [one.name for one in panels]
     assert (samples["val/samples/height"], samples["val/samples/width"]) == (64, 3 * 48)
     assert samples[names.STEP] == 3  # beside the scores
 

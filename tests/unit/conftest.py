@@ -10,14 +10,8 @@ import torch
 
 from i2am_train.attention import AttributionMaps, AttributionStore, LayerRecord
 from i2am_train.attention.recipe import PAPER_LAYERS
-from i2am_train.reporting.explained import (
-    IMAGES,
-    MASKS,
-    CleanImage,
-    ExplainedSample,
-    Origin,
-    write_explained,
-)
+from i2am_train.evaluation.explaining import IMAGES, MASKS
+from i2am_train.evaluation.explanation import CleanImage, Explanation, write_explanation
 from i2am_train.runs import RunFolder
 from i2am_train.types import GridSize, LayerWeighting
 
@@ -49,10 +43,10 @@ def explained_maps(seed: int = 0) -> AttributionMaps:
 
 
 @pytest.fixture(scope="session")
-def make_explained() -> Callable[..., ExplainedSample]:
+def make_explained() -> Callable[..., Explanation]:
     """Builds an explained sample; keywords replace its fields, those of its origin included."""
 
-    def make(seed: int = 0, **changes: Any) -> ExplainedSample:
+    def make(seed: int = 0, **changes: Any) -> Explanation:
         rng = np.random.default_rng(seed)
         origin = {
             "checkpoint": "weights/tiny",
@@ -69,10 +63,12 @@ def make_explained() -> Callable[..., ExplainedSample]:
         place = np.stack([(y + 0.5) / SIZE.height, (x + 0.5) / SIZE.width], -1)
         fields: dict[str, Any] = {
             "name": "00001_00",
-            "garment_name": "00001_00",
+            "inputs": {"person": "00001_00", "garment": "00001_00"},
             "paired": True,
             "layer": PAPER_LAYERS[1],
-            "images": {n: rng.integers(0, 256, (*SIZE, 3), dtype=np.uint8) for n in IMAGES},
+            "images": {
+                n: rng.integers(0, 256, (*SIZE, 3), dtype=np.uint8) for n in (*IMAGES, "generated")
+            },
             "masks": masks,
             "correspondence": np.where(masks["warped_garment"][..., None], place, np.nan),
             "clean": tuple(
@@ -84,24 +80,24 @@ def make_explained() -> Callable[..., ExplainedSample]:
             "generated_patches": ((1, 1), (2, 0), (2, 1), (3, 2)),
             "reference_patches": ((2, 3), (4, 1)),
             "model": "tiny",
-            "origin": Origin(**origin),
+            "origin": origin,
             "delta": 0.4,
             "weighting": LayerWeighting.PAPER,
             "time_groups": 2,
         }
-        return ExplainedSample(**fields | changes)
+        return Explanation(**fields | changes)
 
     return make
 
 
 @pytest.fixture(scope="session")
-def write_explained_run() -> Callable[[ExplainedSample, Path], Path]:
+def write_explained_run() -> Callable[[Explanation, Path], Path]:
     """Writes a sample as the finished run folder of `i2am explain`."""
 
-    def write(sample: ExplainedSample, path: Path) -> Path:
-        folder = RunFolder.open(path, {"checkpoint": sample.origin.checkpoint})
-        folder.start(seed=sample.origin.seed, data=sample.origin.data)
-        write_explained(path, sample)
+    def write(sample: Explanation, path: Path) -> Path:
+        folder = RunFolder.open(path, {"checkpoint": sample.origin["checkpoint"]})
+        folder.start(seed=sample.origin["seed"], data=sample.origin["data"])
+        write_explanation(path, sample)
         folder.finish()
         return path
 

@@ -7,7 +7,7 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from i2am_train.config.store import compose
-from i2am_train.results.study import read_panels
+from i2am_train.results.panels import read_panels
 from i2am_train.workflows.train import train
 
 pytestmark = pytest.mark.filterwarnings("default")  # Lightning's, TensorBoard's and W&B's own
@@ -45,8 +45,6 @@ def test_pictures_are_logged(events: EventAccumulator) -> None:
 def test_panels_are_kept(run: Path) -> None:
     """The first two validation samples as an archive and as a picture."""
     folder = run / "validation" / "epoch-0000"
-    panels = read_panels(folder / "panels.safetensors")
-    assert panels is not None
-    assert panels.garment.shape == (2, 64, 48, 3)
+    assert [one.garment.shape for one in read_panels(folder)] == [(64, 48, 3)] * 2
     with Image.open(folder / "panel.png") as picture:
         assert min(picture.size) > 200

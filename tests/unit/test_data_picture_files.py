@@ -28,6 +28,7 @@ from i2am_train.data.picture_files import (
     read_rgb,
     read_size,
     read_values,
+    write_png,
 )
 from i2am_train.errors import DataError
 from i2am_train.evaluation.folders import check_images, read_image
@@ -326,3 +327,12 @@ def test_photographs_of_100_megapixels_are_read(tmp_path: Path) -> None:
     path = put(tmp_path / "x.jpg", encoded(Image.new("L", (12000, 8400), 77), "JPEG"))
     assert read_size(path) == (8400, 12000)
     assert read_grey(path, about=128).shape == (1050, 1500)
+
+
+def test_a_written_picture_comes_back(tmp_path: Path) -> None:
+    """Lossless, in a folder that is made, and nothing else in it."""
+    picture = np.random.default_rng(4).integers(0, 256, (16, 12, 3), dtype=np.uint8)
+    path = tmp_path / "images" / "00004_00.png"
+    write_png(path, picture)
+    assert np.array_equal(read_rgb(path), picture)
+    assert list(path.parent.iterdir()) == [path]

@@ -20,12 +20,11 @@ from i2am_train.evaluation.evaluator import (
     EvaluationResult,
     EvaluationSettings,
     Evaluator,
-    attention_scores,
     check_settings,
-    generate_with_attention,
-    make_panels,
 )
+from i2am_train.evaluation.explaining import attention_scores, explain_batch
 from i2am_train.metrics.correspondence import target_on_grid
+from i2am_train.metrics.imacs import imacs
 from i2am_train.models.sampling import sample
 from i2am_train.seeds import seed_for
 from i2am_train.types import Direction, GridSize, Pairing, Split
@@ -72,16 +71,20 @@ def captured(model: Any, read_batch: Callable[..., Any]) -> tuple[Any, Any, Any]
     """The same samples once more, without the evaluator: batch, maps, images."""
     batch = read_batch(SAMPLES)
     with trace(model, matrix_layers=[2], generated_mask=batch["inpaint_mask"]) as attention:
-        images = sample(
-            model,
-            batch["garment"],
-            batch["agnostic"],
-            batch["densepose"],
-            seeds=[seed_for(SAMPLING.seed, "sampling", index) for index in SAMPLES],
-            steps=SAMPLING.steps,
-            guidance=SAMPLING.guidance,
-        )
+        images = sampled(model, batch, SAMPLES)
     return batch, attention.maps(), images
+
+
+def sampled(model: Any, batch: Any, indices: list[int]) -> torch.Tensor:
+    return sample(
+        model,
+        batch["garment"],
+        batch["agnostic"],
+        batch["densepose"],
+        seeds=[seed_for(SAMPLING.seed, "sampling", index) for index in indices],
+        steps=SAMPLING.steps,
+        guidance=SAMPLING.guidance,
+    )
 
 
 @pytest.mark.parametrize(
@@ -109,14 +112,16 @@ def test_every_delta_and_lambda_from_one_pass(model: Any, read_batch: Callable[.
     batch = read_batch([1, 4, 5])
     deltas, penalties = [0.1, 0.4, 0.7], [0.0, 2.0, 7.0]
     sweep = AttributionConfig(deltas=deltas, penalties=penalties)
-    explained = generate_with_attention(model, batch, SAMPLING, sweep)
-    scores = attention_scores(explained, sweep)
+    with trace(model, matrix_layers=[2]) as attention:
+        sampled(model, batch, [1, 4, 5])
+    maps = attention.maps()
+    scores = attention_scores(maps, batch, sweep)
     for name in ("imacs_g", "imacs_r"):
         assert torch.equal(scores[name], scores[f"{name}@d0.4_l3"])
         for delta in deltas:
             for penalty in penalties:
                 one = AttributionConfig(delta=delta, penalty=penalty, penalties=[])
-                single = attention_scores(explained, one)[name]
+                single = attention_scores(maps, batch, one)[name]
                 assert torch.equal(scores[f"{name}@d{delta:g}_l{penalty:g}"], single)
             zero, two, seven = (scores[f"{name}@d{delta:g}_l{penalty:g}"] for penalty in penalties)
             torch.testing.assert_close(zero + 3.5 * (two - zero), seven, atol=1e-5, rtol=0)
@@ -224,17 +229,30 @@ def test_reset_forgets(model: Any, read_batch: Callable[..., Any]) -> None:
     assert [row["index"] for row in evaluator.compute().rows] == [2, 3]
 
 
-def test_panels_of_the_wanted_samples(model: Any, read_batch: Callable[..., Any]) -> None:
-    """Only those, with the pictures of that sample and maps in [0, 1]."""
+def test_every_sample_is_explained_by_itself(model: Any, read_batch: Callable[..., Any]) -> None:
+    """Its own pictures, masks, truth, maps and scores; and the panels that are kept of it."""
     batch = read_batch([1, 4, 5])
-    explained = Evaluator(settings(), torch.device("cpu")).update(model, batch)
-    ((index, panel),) = make_panels(explained, {4, 9}).items()
-    assert (index, panel.name) == (4, batch["name"][1])
-    assert panel.images["garment"].shape == (64, 48, 3)
+    made = explain_batch(model, batch, SAMPLING, AttributionConfig())
+    scores = [[one.scores[name] for one in made] for name in ("imacs_g", "pck_1", "center_spread")]
+    assert all(len(set(values)) == 3 for values in (scores[0], scores[2]))
+    one = made[1]
+    assert (one.index, one.name, one.paired) == (4, batch["name"][1], True)
+    assert one.inputs == {"person": one.name, "garment": batch["garment_name"][1]}
     original = ((batch["garment"][1] + 1) * 127.5).round().to(torch.uint8).permute(1, 2, 0)
-    assert torch.equal(panel.images["garment"], original)
-    assert (panel.map_generated.min(), panel.map_generated.max()) == (0, 1)
-    assert panel.centers.shape == panel.target_centers.shape == (panel.generated_grid.tokens, 2)
+    assert np.array_equal(one.images["garment"], original)
+    assert np.array_equal(one.masks["inpaint"], batch["inpaint_mask"][1])
+    assert np.array_equal(one.correspondence, batch["correspondence"][1], equal_nan=True)
+    for side, direction in zip("gr", Direction, strict=True):
+        heat = torch.from_numpy(one.unified(direction, thresholded=True))[None]
+        score = imacs(heat, torch.from_numpy(one.mask(direction))[None])
+        assert one.scores[f"imacs_{side}"] == pytest.approx(float(score), abs=1e-5)
+    panels = one.panels()
+    assert panels.name == one.name
+    assert panels.garment.shape == (64, 48, 3)
+    assert (panels.map_generated.min(), panels.map_generated.max()) == (0, 1)
+    assert panels.centers.shape == panels.target_centers.shape == (panels.generated_grid.tokens, 2)
+    errors = np.linalg.norm(panels.centers - panels.target_centers, axis=-1)
+    assert one.scores["correspondence_error"] == pytest.approx(np.nanmean(errors), abs=1e-4)
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,6 @@ import torch
 
 from i2am_train.data.opening import open_dataset
 from i2am_train.errors import DataError
-from i2am_train.evaluation.evaluator import Panel
 from i2am_train.evaluation.generation import (
     GeneratedSamples,
     joined_result,
@@ -19,27 +18,28 @@ from i2am_train.evaluation.generation import (
 from i2am_train.evaluation.scoring import ImageScores
 from i2am_train.files import UNFINISHED
 from i2am_train.ops.images import to_uint8
+from i2am_train.results.panels import SamplePanels
 from i2am_train.types import GridSize, Pairing, Split
 
 SIZE = GridSize(64, 48)
 NAMES = tuple("abcde")
 
 
-def panel(index: int) -> Panel:
-    draw = torch.Generator().manual_seed(index)
-    picture = torch.randint(256, (16, 12, 3), generator=draw).to(torch.uint8)
+def panels_of(index: int) -> SamplePanels:
+    draw = np.random.default_rng(index)
+    picture = draw.integers(0, 256, (16, 12, 3), dtype=np.uint8)
     pictures = ("garment", "agnostic", "densepose", "person", "generated")
-    return Panel(
+    return SamplePanels(
         name=NAMES[index],
         garment_name=NAMES[index],
-        images=dict.fromkeys(pictures, picture),
-        map_generated=torch.rand(16, 12, generator=draw),
-        map_reference=torch.rand(16, 12, generator=draw),
-        centers=torch.rand(12, 2, generator=draw),
-        target_centers=torch.rand(12, 2, generator=draw),
-        mask=torch.rand(12, generator=draw) > 0.5,
-        inpaint_mask=torch.rand(16, 12, generator=draw) > 0.5,
-        garment_mask=torch.rand(16, 12, generator=draw) > 0.5,
+        **dict.fromkeys(pictures, picture),
+        map_generated=draw.random((16, 12)),
+        map_reference=draw.random((16, 12)),
+        centers=draw.random((12, 2)),
+        target_centers=draw.random((12, 2)),
+        mask=draw.random(12) > 0.5,
+        inpaint_mask=draw.random((16, 12)) > 0.5,
+        garment_mask=draw.random((16, 12)) > 0.5,
         layer="up_blocks.1.attentions.1",
         generated_grid=GridSize(4, 3),
         reference_grid=GridSize(8, 6),
@@ -56,9 +56,8 @@ def samples(tmp_path: Path) -> GeneratedSamples:
 
 
 def make(samples: GeneratedSamples, *positions: int, panels: tuple[int, ...] = ()) -> None:
-    images = torch.full((len(positions), 16, 12, 3), 7, dtype=torch.uint8)
-    chosen = {index: panel(index) for index in panels}
-    samples.write({position: row(position) for position in positions}, images, chosen)
+    images = [np.full((16, 12, 3), 7, np.uint8)] * len(positions)
+    samples.write([row(at) for at in positions], images, [panels_of(at) for at in panels])
 
 
 def test_batches_are_made_once(samples: GeneratedSamples) -> None:
@@ -87,14 +86,13 @@ def test_panels_of_batches_come_together(samples: GeneratedSamples) -> None:
     make(samples, 0, 1, panels=(0, 1))
     make(samples, 4)
     panels = samples.panels()
-    assert panels is not None
-    assert panels.names == ("a", "b", "c")
-    for position in range(3):
-        assert np.array_equal(panels.centers[position], panel(position).centers.numpy())
-        assert np.array_equal(panels.generated[position], panel(position).images["generated"])
+    assert [one.name for one in panels] == ["a", "b", "c"]
+    for position, one in enumerate(panels):
+        assert np.array_equal(one.centers, panels_of(position).centers)
+        assert np.array_equal(one.generated, panels_of(position).generated)
     bare = GeneratedSamples(folder=samples.folder / "other", names=NAMES[:2], batch_size=2)
     make(bare, 0, 1)
-    assert bare.panels() is None
+    assert bare.panels() == []
 
 
 def test_a_finished_evaluation_keeps_its_images_only(samples: GeneratedSamples) -> None:

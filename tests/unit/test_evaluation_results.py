@@ -1,56 +1,46 @@
 """evaluation/results.py: the files of an evaluation, read back, and what a failure leaves."""
 
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-import torch
-from PIL import Image
 
 from i2am_train.evaluation import results as results_module
-from i2am_train.evaluation.evaluator import EvaluationResult, Panel
+from i2am_train.evaluation.evaluator import EvaluationResult
 from i2am_train.evaluation.results import (
     read_results,
     sample_intervals,
-    stack_panels,
     write_evaluation,
-    write_image,
-    write_panels,
 )
+from i2am_train.results import panels as panels_module
+from i2am_train.results.panels import SamplePanels, read_panels, write_panels
 from i2am_train.results.sample_scores import read_samples
 from i2am_train.results.statistics import Over, mean_interval
-from i2am_train.results.study import Panels, read_panels
 from i2am_train.types import GridSize
 
 GENERATED, REFERENCE = GridSize(4, 3), GridSize(8, 6)
 PICTURES = ("garment", "agnostic", "densepose", "person", "generated")
 
 
-def panel(index: int) -> Panel:
-    draw = torch.Generator().manual_seed(index)
-    return Panel(
+def panels_of(index: int) -> SamplePanels:
+    draw = np.random.default_rng(index)
+    return SamplePanels(
         name=f"{index:05d}_00",
         garment_name=f"{index + 1:05d}_00",
-        images={
-            name: torch.randint(256, (16, 12, 3), generator=draw).to(torch.uint8)
-            for name in PICTURES
-        },
-        map_generated=torch.rand(16, 12, generator=draw),
-        map_reference=torch.rand(16, 12, generator=draw),
-        centers=torch.rand(GENERATED.tokens, 2, generator=draw),
-        target_centers=torch.full((GENERATED.tokens, 2), torch.nan),
-        mask=torch.rand(GENERATED.tokens, generator=draw) > 0.5,
-        inpaint_mask=torch.rand(16, 12, generator=draw) > 0.5,
-        garment_mask=torch.rand(16, 12, generator=draw) > 0.5,
+        **{name: draw.integers(0, 256, (16, 12, 3), dtype=np.uint8) for name in PICTURES},
+        map_generated=draw.random((16, 12)),
+        map_reference=draw.random((16, 12)),
+        centers=draw.random((GENERATED.tokens, 2)),
+        target_centers=np.full((GENERATED.tokens, 2), np.nan),
+        mask=draw.random(GENERATED.tokens) > 0.5,
+        inpaint_mask=draw.random((16, 12)) > 0.5,
+        garment_mask=draw.random((16, 12)) > 0.5,
         layer="up_blocks.1.attentions.1",
         generated_grid=GENERATED,
         reference_grid=REFERENCE,
     )
-
-
-def panels(*indices: int) -> Panels:
-    return stack_panels({index: panel(index) for index in indices})
 
 
 def outcome() -> EvaluationResult:
@@ -84,37 +74,28 @@ def test_intervals_are_of_means_over_samples() -> None:
 
 
 def test_panels_come_back(tmp_path: Path) -> None:
-    """The report reads what was written: by ascending index, names beside their pictures, NaN as NaN."""
-    write_panels(tmp_path / "new", panels(7, 2))
-    read = read_panels(tmp_path / "new" / "panels.safetensors")
-    assert read is not None
-    assert read.names == ("00002_00", "00007_00")
-    assert read.garment_names == ("00003_00", "00008_00")
-    assert (read.generated_grid, read.reference_grid) == (GENERATED, REFERENCE)
-    assert read.layer == "up_blocks.1.attentions.1"
-    for position, written in enumerate((panel(2), panel(7))):
-        for name in PICTURES:
-            assert np.array_equal(getattr(read, name)[position], written.images[name].numpy())
-        for name in ("map_generated", "map_reference", "centers", "mask"):
-            assert np.array_equal(getattr(read, name)[position], getattr(written, name).numpy())
+    """The report reads what was written: in its order, names beside their pictures, NaN as NaN."""
+    write_panels(tmp_path / "new", [panels_of(2), panels_of(7)])
+    for read, written in zip(read_panels(tmp_path / "new"), map(panels_of, (2, 7)), strict=True):
+        for field in fields(SamplePanels):
+            after, before = getattr(read, field.name), getattr(written, field.name)
+            np.testing.assert_array_equal(after, before, err_msg=field.name)
     assert np.isnan(read.target_centers).all()
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["panels.safetensors"]
 
 
 def test_panels_are_never_half_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A full disk leaves the earlier archive readable."""
-    write_panels(tmp_path, panels(2, 5))
+    write_panels(tmp_path, [panels_of(2), panels_of(5)])
 
     def disk_full(tensors: Any, path: Path, metadata: Any) -> None:
         path.write_bytes(b"half")
         raise OSError("no space left on device")
 
-    monkeypatch.setattr(results_module, "save_file", disk_full)
+    monkeypatch.setattr(panels_module, "save_file", disk_full)
     with pytest.raises(OSError, match="no space left"):
-        write_panels(tmp_path, panels(3))
-    read = read_panels(tmp_path / "panels.safetensors")
-    assert read is not None
-    assert read.names == ("00002_00", "00005_00")
+        write_panels(tmp_path, [panels_of(3)])
+    assert [one.name for one in read_panels(tmp_path)] == ["00002_00", "00005_00"]
 
 
 def test_scores_come_back(tmp_path: Path) -> None:
@@ -145,12 +126,3 @@ def test_results_are_written_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
             write_evaluation(tmp_path, outcome(), {})
     assert (tmp_path / "samples.jsonl").is_file()
     assert read_results(tmp_path) is None
-
-
-def test_images_come_back(tmp_path: Path) -> None:
-    """Lossless, under the sample's name, and nothing else in the folder."""
-    picture = panel(4).images["generated"]
-    write_image(tmp_path, "00004_00", picture)
-    path = tmp_path / "images" / "00004_00.png"
-    assert np.array_equal(np.asarray(Image.open(path)), picture.numpy())
-    assert list(path.parent.iterdir()) == [path]

@@ -23,9 +23,8 @@ from i2am_train.errors import CheckpointError, I2AMError, NotFiniteError
 from i2am_train.evaluation.evaluator import (
     EvaluationSettings,
     Evaluator,
-    generate_with_attention,
-    value_or_none,
 )
+from i2am_train.evaluation.explaining import explain_batch, value_or_none
 from i2am_train.evaluation.folders import ImageSet
 from i2am_train.evaluation.scoring import ScoringOptions, score_images
 from i2am_train.experiments.detection.detectors import _detections
@@ -124,7 +123,7 @@ def test_attention_that_is_no_number(make_small_model: Any, batch: Any) -> None:
     layer = model.unet.get_submodule("up_blocks.1.attentions.1.transformer_blocks.0.attn2")
     overflowing(layer.to_k, call=0, row=0)
     with pytest.raises(I2AMError, match=r"NaN|not finite|no number"):
-        generate_with_attention(model, batch, ONE_STEP, AttributionConfig())
+        explain_batch(model, batch, ONE_STEP, AttributionConfig())
 
 
 def test_a_score_without_value_is_no_fault(make_small_model: Any, batch: Any) -> None:

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from i2am_train.config.store import compose
+from i2am_train.evaluation.explanation import Explanation
 from i2am_train.experiments.detection.report import (
     KIND,
     SCHEMA,
@@ -21,7 +22,6 @@ from i2am_train.experiments.detection.tables import main_table, published_iou, t
 from i2am_train.files import write_text
 from i2am_train.json_files import write_json
 from i2am_train.reporting import table as formats
-from i2am_train.reporting.explained import ExplainedSample
 from i2am_train.results.sample_scores import RESULTS, SAMPLES
 from i2am_train.runs import RunFolder
 from i2am_train.workflows.report import report
@@ -164,12 +164,12 @@ def example() -> Example:
 
 def test_a_sample_is_drawn_with_its_boxes(example: Example) -> None:
     """The object's box on the image, the detector's on the painting, those of the map at the end."""
-    cells = sample_sheet([example, example]).sections[0].rows[1]
-    assert [len(cell.boxes) for cell in cells] == [1, 0, 0, 1, 0, 2]
-    target = cells[0].boxes[0]
+    panels = sample_sheet([example, example]).sections[0].rows[1]
+    assert [len(panel.boxes) for panel in panels] == [1, 0, 0, 1, 0, 2]
+    target = panels[0].boxes[0]
     assert (target.top, target.left, target.height, target.width) == (0.25, 0.25, 0.5, 0.5)
-    assert cells[-1].note == "IoU 0.25 / 0.00"
-    assert (cells[1].picture[example.mask] == 255).all()
+    assert panels[-1].note == "IoU 0.25 / 0.00"
+    assert (panels[1].picture[example.mask] == 255).all()
 
 
 @pytest.fixture
@@ -199,8 +199,8 @@ def test_examples_come_back(experiment: Path, example: Example) -> None:
 
 def test_one_report_holds_both_kinds_of_figures(
     experiment: Path,
-    make_explained: Callable[..., ExplainedSample],
-    write_explained_run: Callable[[ExplainedSample, Path], Path],
+    make_explained: Callable[..., Explanation],
+    write_explained_run: Callable[[Explanation, Path], Path],
     tmp_path: Path,
 ) -> None:
     """What explained samples and experiments give is joined: in the index, on the page, in what it says of inputs."""

@@ -13,11 +13,11 @@ from numpy.typing import NDArray
 
 from i2am_train.attention import AttributionMaps, AttributionStore, LayerRecord
 from i2am_train.config.attention import AttributionConfig
-from i2am_train.data.sample import TryOnSample
 from i2am_train.errors import CaptureError, ConfigError
+from i2am_train.evaluation.explanation import Explanation
 from i2am_train.reporting import explorer
-from i2am_train.reporting.explorer import Explanation, explored, explorer_data, explorer_page
-from i2am_train.types import GridSize
+from i2am_train.reporting.explorer import explorer_data, explorer_page
+from i2am_train.types import GridSize, LayerWeighting
 
 SIZE = (24, 20)
 STEPS = 5
@@ -27,27 +27,10 @@ HEADS = (2, 2, 3)
 OPTIONS = AttributionConfig(layer=2, time_groups=2)
 
 
-def make_sample(name: str = "50003_00") -> TryOnSample:
-    image = torch.rand(3, *SIZE) * 2 - 1
-    mask = torch.zeros(SIZE, dtype=torch.bool)
-    mask[5:17, 3:11] = True
-    return {
-        "name": name,
-        "garment_name": name,
-        "index": 3,
-        "paired": True,
-        "person": image,
-        "garment": image.flip(-1),
-        "agnostic": image,
-        "densepose": image,
-        "garment_mask": mask.flip(-1),
-        "inpaint_mask": mask,
-        "warped_garment_mask": mask,
-        "correspondence": torch.rand(*SIZE, 2),
-    }
-
-
-def make_explanation(steps: int = STEPS, matrices: bool = True) -> Explanation:
+def make_explanation(
+    steps: int = STEPS, matrices: bool = True, name: str = "50003_00"
+) -> Explanation:
+    """Of a sample with known correspondence."""
     torch.manual_seed(0)
     records = []
     for number, (grid, heads) in enumerate(zip(GRIDS, HEADS, strict=True)):
@@ -65,9 +48,25 @@ def make_explanation(steps: int = STEPS, matrices: bool = True) -> Explanation:
             )
         )
     timesteps = tuple(range(999, 999 - steps, -1))
-    generated = np.random.default_rng(0).integers(0, 256, (*SIZE, 3), dtype=np.uint8)
+    draw = np.random.default_rng(0)
+    mask = np.zeros(SIZE, np.bool_)
+    mask[5:17, 3:11] = True
     return Explanation(
-        generated=generated, maps=AttributionMaps(AttributionStore(tuple(records), timesteps))
+        name=name,
+        inputs={"person": name, "garment": name},
+        index=3,
+        paired=True,
+        images={
+            key: draw.integers(0, 256, (*SIZE, 3), dtype=np.uint8)
+            for key in ("generated", "garment")
+        },
+        masks={"inpaint": mask, "garment": mask[:, ::-1], "warped_garment": mask},
+        correspondence=draw.random((*SIZE, 2), dtype=np.float32),
+        maps=AttributionMaps(AttributionStore(tuple(records), timesteps)),
+        layer="up_blocks.1.attentions.1",
+        delta=0.4,
+        weighting=LayerWeighting.PAPER,
+        time_groups=2,
     )
 
 
@@ -81,15 +80,13 @@ def unpacked(packed: Mapping[str, str], tokens: int) -> NDArray[np.float64]:
 
 def data_of(models: Sequence[str] = ("tiny",), **explanation: Any) -> dict[str, Any]:
     made = {name: [make_explanation(**explanation)] for name in models}
-    return explorer_data([explored(make_sample())], made, OPTIONS)
+    return explorer_data(made, OPTIONS)
 
 
 def test_maps_are_exact_to_half_a_step_of_16_bits() -> None:
     """Matrices come back within 1/131070 of each map's range, also columns; a constant exactly."""
     explanation = make_explanation()
-    layer = explorer_data([explored(make_sample())], {"tiny": [explanation]}, OPTIONS)["captures"][
-        0
-    ][0]
+    layer = explorer_data({"tiny": [explanation]}, OPTIONS)["captures"][0][0]
     maps = explanation.maps
     for name, expected in (
         ("looks", maps.scores(2)[0]),
@@ -106,7 +103,7 @@ def test_maps_are_exact_to_half_a_step_of_16_bits() -> None:
 def test_time_groups_are_means_over_their_steps() -> None:
     """Two groups of 2 and 3 steps, every head on its own."""
     explanation = make_explanation()
-    data = explorer_data([explored(make_sample())], {"tiny": [explanation]}, OPTIONS)
+    data = explorer_data({"tiny": [explanation]}, OPTIONS)
     assert [group["steps"] for group in data["groups"]] == [2, 3]
     assert data["groups"][1]["label"] == "step 2–4 (t 997 to 995)"
     record = explanation.maps.store.layers[2]
@@ -155,7 +152,7 @@ def test_the_page_says_what_it_left_out(monkeypatch: pytest.MonkeyPatch) -> None
 def test_the_page_stands_alone() -> None:
     """Nothing in it points anywhere, and a name cannot break out of its place."""
     evil = "</script><script>alert(1)</script>"
-    data = explorer_data([explored(make_sample(evil))], {evil: [make_explanation()]}, OPTIONS)
+    data = explorer_data({evil: [make_explanation(name=evil)]}, OPTIONS)
     page = explorer_page(data, {"Command": f"i2am explain {evil}"})
     assert "alert(1)</script>" not in page
     assert "http://" not in page
@@ -168,7 +165,7 @@ def test_captures_that_cannot_stand_side_by_side() -> None:
     """Other steps or layers are refused, as are captures without the matrices of patches."""
     models = {"a": [make_explanation()], "b": [make_explanation(steps=4)]}
     with pytest.raises(ConfigError, match="cannot show them side by side"):
-        explorer_data([explored(make_sample())], models, OPTIONS)
+        explorer_data(models, OPTIONS)
     with pytest.raises(CaptureError, match=r"score matrix of layer .* was not kept"):
         data_of(matrices=False)
     with pytest.raises(ConfigError, match="cannot be cut into 2 time groups"):

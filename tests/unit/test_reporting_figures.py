@@ -1,6 +1,7 @@
 """Figures hold the data they were given: artists' arrays are compared, never pixels of text."""
 
 import json
+from dataclasses import replace
 
 import matplotlib as mpl
 import numpy as np
@@ -8,19 +9,12 @@ import pytest
 from matplotlib.collections import LineCollection
 from PIL import Image
 
-from i2am_train.reporting.figures.canvas import arm_colors, image_grid
-from i2am_train.reporting.figures.samples import mesh
-from i2am_train.reporting.figures.sheet import Cell, Section, Sheet, draw_sheet
-from i2am_train.reporting.figures.training import (
-    PanelPart,
-    difference_plot,
-    metric_curves,
-    overlay,
-    sample_panel,
-    save_figure,
-)
+from i2am_train.reporting.figures.canvas import arm_colors, image_grid, overlay, save_figure
+from i2am_train.reporting.figures.samples import ColumnGroup, mesh, sample_figure
+from i2am_train.reporting.figures.sheet import Panel, Section, Sheet, draw_sheet
+from i2am_train.reporting.figures.training import difference_plot, metric_curves
 from i2am_train.results.history import Curve, History
-from i2am_train.results.study import Panels
+from i2am_train.results.panels import SamplePanels
 from i2am_train.types import GridSize
 
 SIZE = (16, 12)
@@ -37,25 +31,25 @@ def panels():
     y, x = np.mgrid[:3, :2]
     target = np.stack([y, x], -1).reshape(1, 6, 2).repeat(2, 0).astype(np.float32)
     target[0, 5] = np.nan
-    stack = np.stack([picture(100), picture(150)])
     maps = np.random.default_rng(0).uniform(0, 1, (2, *SIZE)).astype(np.float32)
-    return Panels(
-        names=("a", "b"),
-        garment_names=("ga", "gb"),
-        layer="up_blocks.1.attentions.1",
-        generated_grid=generated,
-        reference_grid=reference,
-        garment=stack,
-        agnostic=stack,
-        densepose=stack,
-        person=stack,
-        generated=stack,
-        map_generated=maps,
-        map_reference=maps,
-        centers=target + 0.25,
-        target_centers=target,
-        mask=np.ones((2, 6), bool),
-    )
+    return [
+        SamplePanels(
+            name=name,
+            garment_name=f"g{name}",
+            layer="up_blocks.1.attentions.1",
+            generated_grid=generated,
+            reference_grid=reference,
+            **dict.fromkeys(("garment", "agnostic", "densepose", "person", "generated"), shown),
+            map_generated=heat,
+            map_reference=heat,
+            centers=truth + 0.25,
+            target_centers=truth,
+            mask=np.ones(6, bool),
+        )
+        for name, shown, heat, truth in zip(
+            "ab", (picture(100), picture(150)), maps, target, strict=True
+        )
+    ]
 
 
 def test_overlay_leaves_zero_alone_and_grows_with_the_map():
@@ -77,26 +71,26 @@ def test_overlay_refuses_maps_that_were_not_normalised(heat):
         overlay(picture(), heat)
 
 
-def test_cells_of_a_grid_have_the_shape_of_the_picture():
-    # No stretched pictures: height over width of every cell is the aspect that was asked for.
+def test_panels_of_a_grid_have_the_shape_of_the_picture():
+    # No stretched pictures: height over width of every panel is the aspect that was asked for.
     grid = image_grid(3, [2, 1], aspect=4 / 3, width=7.0)
     width, height = grid.figure.get_size_inches()
-    for axes in grid.cells:
+    for axes in grid.panels:
         box = axes.get_position()
         assert box.height * height / (box.width * width) == pytest.approx(4 / 3)
     assert [list(group) for group in grid.groups] == [[0, 1], [2]]
 
 
-def test_sample_panel_has_all_columns_in_order(panels):
+def test_sample_figure_has_all_columns_in_order(panels):
     arms = {"baseline": panels, "refined": panels}
-    figure = sample_panel(arms, labels={"refined": "ours"})
+    figure = sample_figure(arms, labels={"refined": "ours"})
     titles = [axes.get_title() for axes in figure.axes[:12]]
     assert titles == ["garment", "agnostic", "pose", "truth", *(["baseline", "ours"] * 4)]
     assert [figure.axes[row * 12].get_ylabel() for row in (0, 1)] == ["a", "b"]
 
 
 def test_center_field_draws_truth_errors_and_centres_in_patch_units(panels):
-    figure = sample_panel({"refined": panels}, [PanelPart.CENTERS])
+    figure = sample_figure({"refined": panels}, [ColumnGroup.CENTERS])
     truth, errors, centers = (
         c for c in figure.axes[0].collections if isinstance(c, LineCollection)
     )
@@ -111,33 +105,33 @@ def test_center_field_draws_truth_errors_and_centres_in_patch_units(panels):
 
 def test_center_field_puts_x_before_y(panels):
     # Patch 1 of the 3x2 grid is in row 0, column 1: x = 1, y = 0.
-    figure = sample_panel({"refined": panels}, [PanelPart.CENTERS], colors={"refined": "black"})
+    figure = sample_figure({"refined": panels}, [ColumnGroup.CENTERS], colors={"refined": "black"})
     offsets = figure.axes[0].collections[-1].get_offsets()
     np.testing.assert_allclose(offsets[1], [1.25, 0.25])
 
 
 def test_mesh_has_no_edge_to_unknown_patches_nor_across_a_tear(panels):
-    known, edges = mesh(panels, 0)
+    known, edges = mesh(panels[0])
     assert known.tolist() == [0, 1, 2, 3, 4]
     assert sorted(map(tuple, edges.tolist())) == [(0, 1), (0, 2), (1, 3), (2, 3), (2, 4)]
-    panels.target_centers[1, 5] = (50.0, 50.0)  # a sleeve that lies elsewhere on the garment
-    _, torn = mesh(panels, 1)
+    panels[1].target_centers[5] = (50.0, 50.0)  # a sleeve that lies elsewhere on the garment
+    _, torn = mesh(panels[1])
     assert not (torn == 5).any()
 
 
 def test_mesh_of_a_sample_without_any_truth_is_empty(panels):
-    panels.target_centers[1] = np.nan
-    known, edges = mesh(panels, 1)
+    panels[1].target_centers[:] = np.nan
+    known, edges = mesh(panels[1])
     assert (known.size, edges.shape) == (0, (0, 2))
-    sample_panel({"refined": panels}, [PanelPart.CENTERS])
+    sample_figure({"refined": panels}, [ColumnGroup.CENTERS])
 
 
-def test_sample_panel_refuses_arms_with_other_samples(panels):
-    other = Panels(**{f: getattr(panels, f) for f in panels.__slots__} | {"names": ("a", "c")})
+def test_sample_figure_refuses_arms_with_other_samples(panels):
+    other = [panels[0], replace(panels[1], name="c")]
     with pytest.raises(ValueError, match="kept different samples"):
-        sample_panel({"baseline": panels, "refined": other})
+        sample_figure({"baseline": panels, "refined": other})
     with pytest.raises(ValueError, match="at least one arm"):
-        sample_panel({})
+        sample_figure({})
 
 
 def history(arm, seed, steps, values):
@@ -198,8 +192,8 @@ def test_arms_have_different_colours_and_the_same_in_every_subset():
 
 def small_figure():
     """A new figure with one map."""
-    cell = Cell(picture=picture(), heat=np.eye(3))
-    return draw_sheet(Sheet(sections=(Section(rows=((cell,),)),), caption=""))
+    panel = Panel(picture=picture(), heat=np.eye(3))
+    return draw_sheet(Sheet(sections=(Section(rows=((panel,),)),), caption=""))
 
 
 @pytest.mark.parametrize("suffix", [".png", ".svg", ".pdf"])

@@ -24,7 +24,7 @@ from i2am_train.reporting.figures.comparisons import (
     refinement,
     scores_under_maps,
 )
-from i2am_train.reporting.figures.elements import layers_of, same_place, specific_cells
+from i2am_train.reporting.figures.elements import layers_of, same_patch, specific_panels
 from i2am_train.reporting.figures.files import plan_figures
 from i2am_train.reporting.figures.paper import PAPER_FIGURES, PlannedFigure, plan
 from i2am_train.reporting.figures.patches import (
@@ -50,7 +50,7 @@ def scaled(values):
 
 
 def titles(row):
-    return [cell.title for cell in row]
+    return [panel.title for panel in row]
 
 
 def with_layer(sample, layer, **changes):
@@ -111,8 +111,8 @@ def test_time_groups_and_heads_are_where_their_titles_say(sample):
     generated, reference = section.rows
     assert section.group_titles == ("(a) by timestep", "(b) layer 9, 2 heads")
     assert titles(generated) == ["", "999–750", "500–250", "", "head 1", "head 2"]
-    assert [cell.heat.argmax() for cell in generated[1:3]] == [10, 20]
-    assert [cell.heat.argmax() for cell in reference[4:]] == [3, 7]
+    assert [panel.heat.argmax() for panel in generated[1:3]] == [10, 20]
+    assert [panel.heat.argmax() for panel in reference[4:]] == [3, 7]
     assert titles(reference) == [""] * 6
 
 
@@ -153,7 +153,7 @@ def test_the_overview_shows_every_kind_of_map(sample):
     assert titles(times.rows[0]) == ["999–750", "500–250"]
     patches, *maps = looks.rows[0]
     assert len(patches.boxes) == len(maps) == 4
-    assert [box.color for box in patches.boxes] == [cell.frame for cell in maps]
+    assert [box.color for box in patches.boxes] == [panel.frame for panel in maps]
 
 
 # ---- patches -------------------------------------------------------------------------------------
@@ -169,14 +169,14 @@ def looking(sample, layer, places):
 
 def test_a_patch_shows_where_it_looks_and_where_it_should(sample):
     sample = looking(sample, 2, [(7 * index + 3) % 30 for index in range(12)])
-    (cell,) = specific_cells(sample, [(1, 1)])  # patch 4 looks at 31 % 30 = 1: row 0, column 1
-    assert cell.heat.argmax() == 1
-    assert cell.heat.sum() == pytest.approx(1.0)
-    peak, truth = cell.marks
+    (panel,) = specific_panels(sample, [(1, 1)])  # patch 4 looks at 31 % 30 = 1: row 0, column 1
+    assert panel.heat.argmax() == 1
+    assert panel.heat.sum() == pytest.approx(1.0)
+    peak, truth = panel.marks
     assert (peak.kind, peak.y, peak.x) == (MarkKind.PEAK, 0.5 / 6, 1.5 / 5)
     assert truth.kind is MarkKind.TRUTH
     assert (truth.y, truth.x) == pytest.approx((1.5 / 4, 1.5 / 3))  # the identity, see conftest
-    (without,) = specific_cells(replace(sample, correspondence=None), [(1, 1)])
+    (without,) = specific_panels(replace(sample, correspondence=None), [(1, 1)])
     assert [mark.kind for mark in without.marks] == [MarkKind.PEAK]
 
 
@@ -185,16 +185,16 @@ def test_pairs_join_a_boxed_patch_with_its_map(sample):
     assert [len(row) for row in section.rows] == [6, 2]
     boxed = [row[column] for row in section.rows for column in range(0, len(row), 2)]
     maps = [row[column] for row in section.rows for column in range(1, len(row), 2)]
-    assert [(cell.boxes[0].top, cell.boxes[0].left) for cell in boxed] == [
+    assert [(panel.boxes[0].top, panel.boxes[0].left) for panel in boxed] == [
         (y / 4, x / 3) for y, x in sample.generated_patches
     ]
-    assert all(cell.arrow for cell in boxed)
-    for cell, (y, x) in zip(maps, sample.generated_patches, strict=True):
+    assert all(panel.arrow for panel in boxed)
+    for panel, (y, x) in zip(maps, sample.generated_patches, strict=True):
         scores = sample.maps.scores(2)[0, y * 3 + x].numpy().reshape(6, 5)
-        np.testing.assert_allclose(cell.heat, scaled(scores), atol=1e-5)
+        np.testing.assert_allclose(panel.heat, scaled(scores), atol=1e-5)
 
 
-def test_across_layers_the_same_place_is_shown(sample):
+def test_across_layers_the_same_patch_is_shown(sample):
     (section,) = specific_across_layers(sample, [8, 2]).sections
     assert section.row_titles == tuple(f"patch {y}, {x}" for y, x in sample.generated_patches)
     assert titles(section.rows[0]) == ["", "layer 2\n4x3", "layer 8\n16x12"]
@@ -202,7 +202,7 @@ def test_across_layers_the_same_place_is_shown(sample):
         fine = sample.maps.scores(8)[0, (4 * y + 2) * 12 + 4 * x + 2].numpy().reshape(6, 5)
         np.testing.assert_allclose(row[2].heat, scaled(fine), atol=1e-5)
         assert row[0].boxes[0].top == y / 4
-    assert same_place((5, 7), GridSize(16, 12), GridSize(4, 3)) == (1, 1)
+    assert same_patch((5, 7), GridSize(16, 12), GridSize(4, 3)) == (1, 1)
 
 
 def test_reverse_maps_are_columns_on_the_generated_image(sample):
@@ -239,7 +239,7 @@ def test_scores_stand_under_the_maps_that_they_are_computed_from(sample, make_ex
     (section,) = scores_under_maps([sample, other]).sections
     assert section.row_titles == ("00001_00", "00002_00")
     assert titles(section.rows[0]) == ["garment", "generated", "$M_g$ above 0.4", "$M_r$ above 0.4"]
-    notes = [[cell.note for cell in row[2:]] for row in section.rows]
+    notes = [[panel.note for panel in row[2:]] for row in section.rows]
     assert notes == [["IMACS$_g$ −0.250", "IMACS$_r$ 0.500"], ["IMACS$_g$ –", "IMACS$_r$ 0.125"]]
     heat = section.rows[1][2].heat
     np.testing.assert_array_equal(heat, other.unified(TO_GENERATED, thresholded=True))
@@ -247,7 +247,7 @@ def test_scores_stand_under_the_maps_that_they_are_computed_from(sample, make_ex
 
 
 def test_rows_say_model_and_guidance_where_they_differ(sample):
-    other = replace(sample, model="refined", origin=replace(sample.origin, guidance=1.0))
+    other = replace(sample, model="refined", origin={**sample.origin, "guidance": 1.0})
     (section,) = scores_under_maps([sample, other]).sections
     assert section.row_titles == (
         "00001_00\ntiny, guidance 2",
@@ -263,9 +263,9 @@ def test_refinement_shows_the_same_patches_by_each_model(sample, make_explained)
     assert [row[0].note for row in section.rows] == ["garment", "person"]
     for row, model in zip(section.rows, (sample, other), strict=True):
         assert np.array_equal(row[1].picture, model.images["generated"])
-        for cell, (y, x) in zip(row[4:], sample.generated_patches[:2], strict=True):
+        for panel, (y, x) in zip(row[4:], sample.generated_patches[:2], strict=True):
             scores = model.maps.scores(2)[0, y * 3 + x].numpy().reshape(6, 5)
-            np.testing.assert_allclose(cell.heat, scaled(scores), atol=1e-5)
+            np.testing.assert_allclose(panel.heat, scaled(scores), atol=1e-5)
     assert section.rows[0][1].boxes == section.rows[1][1].boxes
 
 

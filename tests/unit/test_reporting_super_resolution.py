@@ -5,8 +5,10 @@ import pytest
 import torch
 
 from i2am_train.attention import AttributionMaps, AttributionStore, LayerRecord
-from i2am_train.reporting.others import ExplainedPicture, description, figures
-from i2am_train.reporting.super_resolution import alignment_plot, alignment_sheet, alignment_table
+from i2am_train.evaluation.explanation import Explanation
+from i2am_train.metrics.alignment import alignment_table
+from i2am_train.reporting.figures.alignment import alignment_plot, alignment_sheet
+from i2am_train.reporting.figures.single import figures_of
 from i2am_train.types import GridSize, LayerWeighting
 
 GRID = GridSize(4, 3)  # its diagonal is 5
@@ -22,15 +24,15 @@ def record(name: str, rows_down: int) -> LayerRecord:
     )
 
 
-def explained(recipe: str = "pasd", partial: str | None = None) -> ExplainedPicture:
+def explained(recipe: str = "pasd", partial: str | None = None) -> Explanation:
     """One layer that is aligned, one that is a row off."""
     layers = (record("up_blocks.0.x.0", 0), record("up_blocks.0.x.1", 1))
     picture = np.full((40, 30, 3), 90, np.uint8)
-    return ExplainedPicture(
-        name="sample", model="model", layer="up_blocks.0.x.0", generated=picture,
-        reference=picture[::2, ::2], generated_mask=None, reference_mask=None,
-        maps=AttributionMaps(AttributionStore(layers, (9, 5, 1), recipe, partial)), scores={},
-        generated_patches=((1, 2), (3, 0)), reference_patches=((0, 0),), origin={}, delta=0.4,
+    return Explanation(
+        name="sample", model="model", layer="up_blocks.0.x.0",
+        images={"generated": picture, "reference": picture[::2, ::2]},
+        maps=AttributionMaps(AttributionStore(layers, (9, 5, 1), recipe, partial)),
+        generated_patches=((1, 2), (3, 0)), reference_patches=((0, 0),), delta=0.4,
         weighting=LayerWeighting.PAPER, time_groups=3,
     )  # fmt: skip
 
@@ -38,10 +40,10 @@ def explained(recipe: str = "pasd", partial: str | None = None) -> ExplainedPict
 def test_sheet_shows_distance_and_own_place() -> None:
     """Rows are patches: 0 % where aligned, 1 of 5 one row off, 3 of 5 from the last row to the first."""
     rows = alignment_sheet(explained()).sections[0].rows
-    assert [[cell.note for cell in row[1:]] for row in rows] == [["0 %", "20 %"], ["0 %", "60 %"]]
+    assert [[panel.note for panel in row[1:]] for row in rows] == [["0 %", "20 %"], ["0 %", "60 %"]]
     for row, (y, x) in zip(rows, ((1, 2), (3, 0)), strict=True):
-        for cell in row:
-            assert (cell.boxes[0].top, cell.boxes[0].left) == pytest.approx((y / 4, x / 3))
+        for panel in row:
+            assert (panel.boxes[0].top, panel.boxes[0].left) == pytest.approx((y / 4, x / 3))
     mark = rows[0][2].marks[0]
     assert (mark.y, mark.x) == pytest.approx((2.5 / 4, 2.5 / 3), abs=0.03)  # of 20x15 pixels
 
@@ -60,7 +62,7 @@ def test_table_and_plot_agree() -> None:
 def test_every_figure_says_what_its_maps_lack() -> None:
     """Broken to lines, above all else, the plot too, whose axes keep their size."""
     ways = "features of the low-resolution picture are also added to the skip connections"
-    drawn = figures(explained(partial=ways))
+    drawn = figures_of(explained(partial=ways))
     assert {"alignment", "alignment_layers", "unified", "reverse_specific"} < set(drawn)
     for figure in drawn.values():
         assert f"partial: {ways}" in [text.get_text().replace("\n", " ") for text in figure.texts]
@@ -77,5 +79,5 @@ def test_every_figure_says_what_its_maps_lack() -> None:
 def test_only_of_models_whose_reference_is_the_same_picture(recipe: str, aligned: bool) -> None:
     """Elsewhere a patch has no place of its own on the reference, so nothing is said of it."""
     sample = explained(recipe)
-    assert ("alignment" in figures(sample)) == aligned
-    assert (description(sample)["alignment"] is not None) == aligned
+    assert ("alignment" in figures_of(sample)) == aligned
+    assert (sample.description()["alignment"] is not None) == aligned

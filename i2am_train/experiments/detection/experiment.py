@@ -31,8 +31,10 @@ from i2am_train.config.detection import DetectConfig
 from i2am_train.config.hub import revisions
 from i2am_train.config.locations import expanded, shapes_folder
 from i2am_train.data.arrays import Image
+from i2am_train.data.picture_files import write_png
 from i2am_train.evaluation.batches import batches
-from i2am_train.evaluation.results import CONFIDENCE, IMAGES, write_image
+from i2am_train.evaluation.generation import IMAGES
+from i2am_train.evaluation.results import CONFIDENCE
 from i2am_train.experiments.detection.coco import Bench, BenchSample, read_bench
 from i2am_train.experiments.detection.detectors import Detector, best_detection, load_detector
 from i2am_train.experiments.detection.report import (
@@ -169,7 +171,7 @@ class KeptPaintings:
     def write(self, batch: range, painted: Painted, weighting: LayerWeighting) -> None:
         """Keep a batch: images first, maps last and in one step."""
         for position, image in zip(batch, painted.images, strict=True):
-            write_image(self.folder, self.samples[position].name, torch.from_numpy(image))
+            write_png(self.folder / IMAGES / f"{self.samples[position].name}.png", image)
         maps = unified_maps(painted, weighting)
         with written(self.file(batch, MAPS, "safetensors")) as unfinished:
             save_file(maps, unfinished, {FUNCTIONAL: str(painted.functional)})

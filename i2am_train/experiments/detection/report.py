@@ -24,11 +24,10 @@ from safetensors.numpy import save_file
 from i2am_train.environment import command_line
 from i2am_train.errors import RunFolderError
 from i2am_train.experiments.detection.tables import Results, tables_of
-from i2am_train.files import write_text, written
+from i2am_train.files import numbered, write_text, written
 from i2am_train.json_files import read_object
 from i2am_train.metrics import boxes
 from i2am_train.reporting import pages
-from i2am_train.reporting.explained import numbered
 from i2am_train.reporting.figures import sheet
 from i2am_train.reporting.figures.canvas import OKABE_ITO, Picture, save_figure
 from i2am_train.reporting.figures.files import FOLDER as FIGURES
@@ -37,8 +36,8 @@ from i2am_train.reporting.formatting import number
 from i2am_train.reporting.provenance import code_state
 from i2am_train.reporting.table import LATEX_NEEDS, latex, markdown
 from i2am_train.reporting.table_files import write_table
+from i2am_train.results.panels import PANELS
 from i2am_train.results.sample_scores import RESULTS, SAMPLES, read_samples
-from i2am_train.results.study import PANELS
 from i2am_train.types import GridSize
 
 SCHEMA, KIND = 1, "detection"
@@ -192,7 +191,7 @@ def sections(detected: Detected, drawing: Figure | None, label: str = "") -> lis
 def sample_sheet(examples: Sequence[Example]) -> sheet.Sheet:
     """A row per sample: image, mask, reference, painted image, map, boxes."""
     rows = [_sheet_row(example) for example in examples]
-    rest = [tuple(replace(cell, title="") for cell in row) for row in rows[1:]]
+    rest = [tuple(replace(panel, title="") for panel in row) for row in rows[1:]]
     section = sheet.Section(
         rows=(rows[0], *rest),
         row_titles=tuple(str(example.row["category"]) for example in examples),
@@ -202,7 +201,7 @@ def sample_sheet(examples: Sequence[Example]) -> sheet.Sheet:
     return sheet.Sheet(sections=(section,), caption=FIGURE_CAPTION)
 
 
-def _sheet_row(example: Example) -> tuple[sheet.Cell, ...]:
+def _sheet_row(example: Example) -> tuple[sheet.Panel, ...]:
     row, size = example.row, GridSize(*example.generated.shape[:2])
     target = sheet_box(row["target"], size, TARGET_COLOR)
     best = [one["generated"] for one in row["detections"].values() if one["generated"]]
@@ -212,12 +211,12 @@ def _sheet_row(example: Example) -> tuple[sheet.Cell, ...]:
     scores = [number(row["iou"]["generated"][name], 2) for name, _ in ours]
     masked = np.where(example.mask[..., None], np.uint8(255), example.image)
     return (
-        sheet.Cell(picture=example.image, boxes=(target,), title="image"),
-        sheet.Cell(picture=masked, outline=example.mask, title="mask"),
-        sheet.Cell(picture=example.reference, title="reference"),
-        sheet.Cell(picture=example.generated, boxes=seen, title="painted"),
-        sheet.Cell(picture=example.generated, heat=example.heat, title="map"),
-        sheet.Cell(
+        sheet.Panel(picture=example.image, boxes=(target,), title="image"),
+        sheet.Panel(picture=masked, outline=example.mask, title="mask"),
+        sheet.Panel(picture=example.reference, title="reference"),
+        sheet.Panel(picture=example.generated, boxes=seen, title="painted"),
+        sheet.Panel(picture=example.generated, heat=example.heat, title="map"),
+        sheet.Panel(
             picture=example.generated,
             boxes=(target, *found),
             title="boxes",

@@ -11,11 +11,11 @@ import wandb
 from i2am_train.config.tracking import TrackingConfig
 from i2am_train.experiments.detection.report import Detected, Example, read_detected
 from i2am_train.experiments.detection.tables import KINDS, Results, label, swept_name
+from i2am_train.files import numbered
 from i2am_train.metrics.boxes import METHOD_LABELS, METHODS_OF_MAPS
-from i2am_train.reporting.explained import numbered
 from i2am_train.reporting.figures.canvas import overlay
+from i2am_train.results.panels import PANELS
 from i2am_train.results.sample_scores import RESULTS, SAMPLES
-from i2am_train.results.study import PANELS
 from i2am_train.runs import RunFolder
 from i2am_train.tracking.artifacts import log_results
 from i2am_train.tracking.names import (

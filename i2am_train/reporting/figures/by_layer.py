@@ -11,22 +11,19 @@ from numpy.typing import NDArray
 
 from i2am_train.attention.maps import AttributionMaps, by_resolution
 from i2am_train.attention.recipe import LayerId, paper_number
-from i2am_train.reporting.explained import ExplainedSample
+from i2am_train.evaluation.explanation import TO_GENERATED, TO_REFERENCE, Explanation, array
 from i2am_train.reporting.figures.elements import (
-    TO_GENERATED,
-    TO_REFERENCE,
     layer_label,
     layer_title,
     layers_of,
-    map_cell,
-    patch_cell,
-    plain_cell,
-    specific_cells,
+    map_panel,
+    patch_panel,
+    plain_panel,
+    specific_panels,
     time_titles,
     untitled,
 )
-from i2am_train.reporting.figures.explained import Drawn, array
-from i2am_train.reporting.figures.sheet import Cell, Section, Sheet
+from i2am_train.reporting.figures.sheet import Panel, Section, Sheet
 from i2am_train.types import Direction
 
 HEADS_SHOWN = 8
@@ -37,7 +34,7 @@ HEADS_PER_RESOLUTION = 3
 """Heads in the paper's Fig. 20."""
 
 
-def layer_maps(sample: Drawn, layers: Sequence[LayerId] | None = None) -> Sheet:
+def layer_maps(sample: Explanation, layers: Sequence[LayerId] | None = None) -> Sheet:
     """Layer-level maps in both directions, coarse to fine (Fig. 2).
 
     Rows: on the generated image, on the garment. Columns: the picture, then ``layers`` (all where
@@ -54,13 +51,13 @@ def layer_maps(sample: Drawn, layers: Sequence[LayerId] | None = None) -> Sheet:
     )
 
 
-def _layer_section(sample: Drawn, layers: Sequence[str]) -> Section:
+def _layer_section(sample: Explanation, layers: Sequence[str]) -> Section:
     chosen = sample.maps.select(layers)
     titles = [layer_title(chosen, name) for name in chosen.layers]
     rows = [
         (
-            plain_cell(sample, direction),
-            *_cells(sample, direction, array(chosen.layer_level(direction).normalised()), titles),
+            plain_panel(sample, direction),
+            *_panels(sample, direction, array(chosen.layer_level(direction).normalised()), titles),
         )
         for direction in sample.directions
     ]
@@ -71,25 +68,25 @@ def _layer_section(sample: Drawn, layers: Sequence[str]) -> Section:
     )
 
 
-def time_and_head_maps(sample: Drawn) -> Sheet:
+def time_and_head_maps(sample: Explanation) -> Sheet:
     """Time-level (a) and head-level maps (b, c, ...) in both directions (Fig. 6).
 
     Layers with different numbers of heads cannot be put together by head: there is a block for
     each number, most heads first.
     """
-    blocks = [_block(sample, "(a) by timestep", lambda d: _time_cells(sample, d))]
+    blocks = [_block(sample, "(a) by timestep", lambda d: _time_panels(sample, d))]
     by_heads = sorted(sample.maps.by_head_count().items(), reverse=True)
     for letter, (heads, maps) in zip("bcdefgh", by_heads, strict=False):
         title = f"({letter}) {_head_title(maps, heads)}"
-        blocks.append(_block(sample, title, partial(_head_cells, sample, maps)))
+        blocks.append(_block(sample, title, partial(_head_panels, sample, maps)))
     return Sheet(
         sections=tuple(_side_by_side(blocks)),
         caption=f"Time- and head-level attribution maps of {sample.name} ({sample.model}) on the "
-        f"generated image (g) and on the {sample.reference_word} (r); the noisiest steps come first.",
+        f"generated image (g) and on the {sample.reference} (r); the noisiest steps come first.",
     )
 
 
-def two_axis_maps(sample: ExplainedSample) -> Sheet:
+def two_axis_maps(sample: Explanation) -> Sheet:
     """Resolution x time and resolution x head in both directions (Fig. 20).
 
     Rows are the grids of the layers, coarse to fine; the left columns are time groups, the right
@@ -116,33 +113,33 @@ def two_axis_maps(sample: ExplainedSample) -> Sheet:
     )
 
 
-def overview(sample: ExplainedSample) -> Sheet:
+def overview(sample: Explanation) -> Sheet:
     """All kinds of maps of one sample: unified, head-level, time-level, specific-reference (Fig. 21).
 
     Heads are those of the layers like the chosen one.
     """
     inputs = (
-        Cell(picture=sample.images["garment"], title="garment"),
-        Cell(picture=sample.images["person"], title="person"),
-        Cell(picture=sample.images["generated"], title="generated"),
-        map_cell(sample, TO_GENERATED, sample.unified(TO_GENERATED), "$M_g$"),
-        map_cell(sample, TO_REFERENCE, sample.unified(TO_REFERENCE), "$M_r$"),
+        Panel(picture=sample.images["garment"], title="garment"),
+        Panel(picture=sample.images["person"], title="person"),
+        Panel(picture=sample.images["generated"], title="generated"),
+        map_panel(sample, TO_GENERATED, sample.unified(TO_GENERATED), "$M_g$"),
+        map_panel(sample, TO_REFERENCE, sample.unified(TO_REFERENCE), "$M_r$"),
     )
     heads = sample.maps.store.layer(sample.layer).heads
     alike = sample.maps.by_head_count()[heads]
     patches = sample.generated_patches[: len(inputs) - 1]
     looks = (
-        patch_cell(sample, TO_GENERATED, patches, title="patches"),
-        *specific_cells(sample, patches),
+        patch_panel(sample, TO_GENERATED, patches, title="patches"),
+        *specific_panels(sample, patches),
     )
     sections = (
         Section(rows=(inputs,), title="Unified maps", groups=(3, 2)),
         Section(
-            rows=(_head_cells(sample, alike, TO_GENERATED),),
+            rows=(_head_panels(sample, alike, TO_GENERATED),),
             title=f"Head-level maps $M_{{g,n}}$, {_head_title(alike, heads)}",
         ),
         Section(
-            rows=(_time_cells(sample, TO_GENERATED),),
+            rows=(_time_panels(sample, TO_GENERATED),),
             title="Time-level maps $M_{g,\\tau}$ by timestep",
         ),
         Section(
@@ -153,39 +150,43 @@ def overview(sample: ExplainedSample) -> Sheet:
     )
     return Sheet(
         sections=sections,
-        caption=f"Attribution maps of {sample.name} with garment {sample.garment_name} "
+        caption=f"Attribution maps of {sample.name} with garment {sample.inputs['garment']} "
         f"({sample.model}, {'paired' if sample.paired else 'unpaired'}).",
     )
 
 
-def _cells(
-    sample: Drawn,
+def _panels(
+    sample: Explanation,
     direction: Direction,
     maps: NDArray[np.floating],
     titles: Sequence[str],
-) -> tuple[Cell, ...]:
+) -> tuple[Panel, ...]:
     return tuple(
-        map_cell(sample, direction, heat, title) for heat, title in zip(maps, titles, strict=True)
+        map_panel(sample, direction, heat, title) for heat, title in zip(maps, titles, strict=True)
     )
 
 
-def _time_cells(sample: Drawn, direction: Direction) -> tuple[Cell, ...]:
+def _time_panels(sample: Explanation, direction: Direction) -> tuple[Panel, ...]:
     maps = sample.maps.time_level(direction, sample.time_groups, sample.weighting)
-    return _cells(sample, direction, array(maps.normalised()), time_titles(sample))
+    return _panels(sample, direction, array(maps.normalised()), time_titles(sample))
 
 
-def _head_cells(sample: Drawn, maps: AttributionMaps, direction: Direction) -> tuple[Cell, ...]:
+def _head_panels(
+    sample: Explanation, maps: AttributionMaps, direction: Direction
+) -> tuple[Panel, ...]:
     values = array(maps.head_level(direction, sample.weighting).normalised())[:HEADS_SHOWN]
     titles = [f"head {head + 1}" for head in range(len(values))]
-    return _cells(sample, direction, values, titles)
+    return _panels(sample, direction, values, titles)
 
 
-def _block(sample: Drawn, title: str, cells: Callable[[Direction], tuple[Cell, ...]]) -> Section:
+def _block(
+    sample: Explanation, title: str, panels: Callable[[Direction], tuple[Panel, ...]]
+) -> Section:
     """The picture and its maps, one row per direction."""
-    rows = [(plain_cell(sample, direction), *cells(direction)) for direction in sample.directions]
+    rows = [(plain_panel(sample, direction), *panels(direction)) for direction in sample.directions]
     return Section(
         rows=(rows[0], *map(untitled, rows[1:])),
-        row_titles=("on the image", f"on the {sample.reference_word}")[: len(rows)],
+        row_titles=("on the image", f"on the {sample.reference}")[: len(rows)],
         groups=(len(rows[0]),),
         group_titles=(title,),
     )
@@ -219,8 +220,8 @@ def _head_title(maps: AttributionMaps, heads: int) -> str:
 
 
 def _two_axis_rows(
-    sample: ExplainedSample, direction: Direction, titles: Sequence[str]
-) -> tuple[tuple[Cell, ...], ...]:
+    sample: Explanation, direction: Direction, titles: Sequence[str]
+) -> tuple[tuple[Panel, ...], ...]:
     by_time = array(
         sample.maps.two_axis(
             direction, "time", "resolution", groups=sample.time_groups, weighting=sample.weighting
@@ -232,6 +233,6 @@ def _two_axis_rows(
         by_head = array(alike.head_level(direction, sample.weighting).normalised())
         maps = [*by_time[:, level], *by_head[:HEADS_PER_RESOLUTION]]
         shown = titles[: len(maps)] if level == 0 else [""] * len(maps)
-        cells = zip(maps, shown, strict=True)
-        rows.append(tuple(map_cell(sample, direction, heat, title) for heat, title in cells))
+        panels = zip(maps, shown, strict=True)
+        rows.append(tuple(map_panel(sample, direction, heat, title) for heat, title in panels))
     return tuple(rows)

@@ -143,7 +143,7 @@ class Margins:
 
 @dataclass(frozen=True, slots=True)
 class ImageGrid:
-    """Axes for pictures of one shape; ``axes[row][column]`` fill their cells exactly."""
+    """Axes for pictures of one shape; ``axes[row][column]`` fill their panels exactly."""
 
     figure: Figure
     axes: tuple[tuple[Axes, ...], ...]
@@ -156,7 +156,7 @@ class ImageGrid:
         return float(self.figure.get_figheight())
 
     @property
-    def cells(self) -> list[Axes]:
+    def panels(self) -> list[Axes]:
         """All axes, row by row."""
         return [axes for row in self.axes for axes in row]
 
@@ -223,25 +223,25 @@ def image_grid(
     width: float,
     margins: Margins | None = None,
 ) -> ImageGrid:
-    """Lay out ``rows`` x ``sum(group_sizes)`` cells of height ``aspect`` times their width.
+    """Lay out ``rows`` x ``sum(group_sizes)`` panels of height ``aspect`` times their width.
 
     Args:
         rows: number of rows.
         group_sizes: columns per group; groups stand further apart than columns.
         aspect: height of a picture over its width.
         width: of the whole figure, in inches; the height follows.
-        margins: space around and between the cells.
+        margins: space around and between the panels.
     """
     m = margins or Margins()
     columns = sum(group_sizes)
     gaps = m.gap * (columns - len(group_sizes)) + m.group_gap * (len(group_sizes) - 1)
-    cell_width = (width - m.left - m.right - gaps) / columns
-    cell_height = cell_width * aspect
-    height = m.top + rows * cell_height + (rows - 1) * m.gap + m.bottom
+    panel_width = (width - m.left - m.right - gaps) / columns
+    panel_height = panel_width * aspect
+    height = m.top + rows * panel_height + (rows - 1) * m.gap + m.bottom
     figure = new_figure(width, height)
-    lefts = _column_offsets(group_sizes, cell_width, m)
-    bottoms = [height - m.top - (r + 1) * cell_height - r * m.gap for r in range(rows)]
-    size = (cell_width / width, cell_height / height)
+    lefts = _column_offsets(group_sizes, panel_width, m)
+    bottoms = [height - m.top - (r + 1) * panel_height - r * m.gap for r in range(rows)]
+    size = (panel_width / width, panel_height / height)
     axes = tuple(
         tuple(add_bare_axes(figure, (left / width, bottom / height, *size)) for left in lefts)
         for bottom in bottoms
@@ -249,12 +249,12 @@ def image_grid(
     return ImageGrid(figure, axes, _ranges(group_sizes), m)
 
 
-def _column_offsets(sizes: Sequence[int], cell_width: float, margins: Margins) -> list[float]:
+def _column_offsets(sizes: Sequence[int], panel_width: float, margins: Margins) -> list[float]:
     offsets, left = [], margins.left
     for size in sizes:
         for _ in range(size):
             offsets.append(left)
-            left += cell_width + margins.gap
+            left += panel_width + margins.gap
         left += margins.group_gap - margins.gap
     return offsets
 
@@ -275,7 +275,7 @@ def add_bare_axes(figure: Figure, box: tuple[float, float, float, float]) -> Axe
 
 
 def show_picture(axes: Axes, picture: Picture, interpolation: str = "lanczos") -> None:
-    """Draw a picture so that it fills its cell."""
+    """Draw a picture so that it fills its panel."""
     axes.imshow(picture, interpolation=interpolation, aspect="auto")
 
 
@@ -287,7 +287,7 @@ def show_heat(
 ) -> None:
     """Draw a heat map, over a pale grey copy of ``underlay`` if one is given.
 
-    The map may be of any size; it is stretched over the cell.
+    The map may be of any size; it is stretched over the panel.
     """
     values = np.asarray(heat_map, dtype=np.float64)
     norm = Normalize(*limits)

@@ -12,24 +12,21 @@ from numpy.typing import NDArray
 
 from i2am_train.attention.maps import normalise
 from i2am_train.attention.recipe import LayerId
+from i2am_train.evaluation.explanation import TO_GENERATED, TO_REFERENCE, Explanation, array
 from i2am_train.ops.images import resize_maps
-from i2am_train.reporting.explained import ExplainedSample
 from i2am_train.reporting.figures.canvas import plain_text
 from i2am_train.reporting.figures.elements import (
-    TO_GENERATED,
-    TO_REFERENCE,
     layer_label,
     layer_title,
     layers_of,
-    map_cell,
+    map_panel,
     patch_box,
     patch_colors,
-    plain_cell,
-    specific_cells,
+    plain_panel,
+    specific_panels,
     untitled,
 )
-from i2am_train.reporting.figures.explained import array
-from i2am_train.reporting.figures.sheet import Cell, Section, Sheet
+from i2am_train.reporting.figures.sheet import Panel, Section, Sheet
 from i2am_train.types import Direction
 
 GIVEN = ("garment", "person", "agnostic", "densepose")
@@ -38,7 +35,7 @@ PATCH_TITLES = ("patch $i$", "patch $j$")
 PATCHES_COMPARED = len(PATCH_TITLES)
 
 
-def scores_under_maps(samples: Sequence[ExplainedSample]) -> Sheet:
+def scores_under_maps(samples: Sequence[Explanation]) -> Sheet:
     """Unified maps above the threshold with their masks, and the scores under them (Fig. 15).
 
     One row per sample: garment, generated image, and the two maps that IMACS reads.
@@ -46,10 +43,10 @@ def scores_under_maps(samples: Sequence[ExplainedSample]) -> Sheet:
     rows = []
     for index, sample in enumerate(samples):
         row = (
-            plain_cell(sample, TO_REFERENCE, "garment"),
-            plain_cell(sample, TO_GENERATED, "generated"),
-            _scored_cell(sample, TO_GENERATED, f"$M_g$ above {sample.delta:g}"),
-            _scored_cell(sample, TO_REFERENCE, f"$M_r$ above {sample.delta:g}"),
+            plain_panel(sample, TO_REFERENCE, "garment"),
+            plain_panel(sample, TO_GENERATED, "generated"),
+            _scored_panel(sample, TO_GENERATED, f"$M_g$ above {sample.delta:g}"),
+            _scored_panel(sample, TO_REFERENCE, f"$M_r$ above {sample.delta:g}"),
         )
         rows.append(row if index == 0 else untitled(row))
     section = Section(rows=tuple(rows), row_titles=tuple(_row_names(samples)), groups=(2, 2))
@@ -60,7 +57,7 @@ def scores_under_maps(samples: Sequence[ExplainedSample]) -> Sheet:
     )
 
 
-def refinement(samples: Sequence[ExplainedSample]) -> Sheet:
+def refinement(samples: Sequence[Explanation]) -> Sheet:
     """The same sample by several models, such as baseline and refined (Fig. 10).
 
     One row per model: generated image, both unified maps with their scores, and where the same
@@ -73,11 +70,11 @@ def refinement(samples: Sequence[ExplainedSample]) -> Sheet:
     rows = []
     for index, (sample, given) in enumerate(zip(samples, cycle(GIVEN), strict=False)):
         row = (
-            Cell(picture=first.images[given], title="given", note=given),
-            replace(plain_cell(sample, TO_GENERATED, "generated"), boxes=boxes),
-            _scored_cell(sample, TO_GENERATED, "$M_g$"),
-            _scored_cell(sample, TO_REFERENCE, "$M_r$"),
-            *specific_cells(sample, patches, first.layer, PATCH_TITLES),
+            Panel(picture=first.images[given], title="given", note=given),
+            replace(plain_panel(sample, TO_GENERATED, "generated"), boxes=boxes),
+            _scored_panel(sample, TO_GENERATED, "$M_g$"),
+            _scored_panel(sample, TO_REFERENCE, "$M_r$"),
+            *specific_panels(sample, patches, first.layer, PATCH_TITLES),
         )
         rows.append(row if index == 0 else untitled(row))
     section = Section(
@@ -94,13 +91,13 @@ def refinement(samples: Sequence[ExplainedSample]) -> Sheet:
 
 
 def guidance_effect(
-    samples: Sequence[ExplainedSample], layers: Sequence[LayerId] | None = None
+    samples: Sequence[Explanation], layers: Sequence[LayerId] | None = None
 ) -> Sheet:
     """The same sample with several guidance scales, the smallest first (Fig. 11).
 
     Generated image, layer-level maps and the unified map on it with its score. Guidance 1 is none.
     """
-    ordered = sorted(samples, key=lambda sample: sample.origin.guidance)
+    ordered = sorted(samples, key=lambda sample: sample.origin["guidance"])
     first = ordered[0]
     chosen = layers_of(first.maps, layers)
     rows = []
@@ -108,19 +105,19 @@ def guidance_effect(
         maps = sample.maps.select(chosen).layer_level(TO_GENERATED).normalised()
         titles = [layer_title(sample.maps, name) for name in chosen]
         by_layer = (
-            map_cell(sample, TO_GENERATED, heat, title)
+            map_panel(sample, TO_GENERATED, heat, title)
             for heat, title in zip(array(maps), titles, strict=True)
         )
-        note = _score_note(sample, TO_GENERATED).replace(" ", "\n")  # cells may be narrow
+        note = _score_note(sample, TO_GENERATED).replace(" ", "\n")  # panels may be narrow
         row = (
-            plain_cell(sample, TO_GENERATED, "generated"),
+            plain_panel(sample, TO_GENERATED, "generated"),
             *by_layer,
-            map_cell(sample, TO_GENERATED, sample.unified(TO_GENERATED), "$M_g$", note),
+            map_panel(sample, TO_GENERATED, sample.unified(TO_GENERATED), "$M_g$", note),
         )
         rows.append(row if index == 0 else untitled(row))
     section = Section(
         rows=tuple(rows),
-        row_titles=tuple(_guidance_title(sample.origin.guidance) for sample in ordered),
+        row_titles=tuple(_guidance_title(sample.origin["guidance"]) for sample in ordered),
         groups=(1, len(chosen), 1),
     )
     return Sheet(
@@ -130,7 +127,7 @@ def guidance_effect(
     )
 
 
-def daam_direction(sample: ExplainedSample) -> Sheet:
+def daam_direction(sample: Explanation) -> Sheet:
     """Why the softmax direction matters (Fig. 16): over the reference, every place gets the same.
 
     From the score matrices of all layers: (a) the map of this method, (b) the mean over the
@@ -139,24 +136,24 @@ def daam_direction(sample: ExplainedSample) -> Sheet:
     """
     ours = array(sample.maps.unified(TO_GENERATED, sample.weighting))
     daam = daam_map(sample)
-    cells = (
-        plain_cell(sample, TO_GENERATED, "generated"),
-        map_cell(sample, TO_GENERATED, _normalised(ours), "(a) $M_g$", _range(ours)),
-        map_cell(sample, TO_GENERATED, _normalised(daam), "(b) DAAM", _range(daam)),
-        map_cell(
+    panels = (
+        plain_panel(sample, TO_GENERATED, "generated"),
+        map_panel(sample, TO_GENERATED, _normalised(ours), "(a) $M_g$", _range(ours)),
+        map_panel(sample, TO_GENERATED, _normalised(daam), "(b) DAAM", _range(daam)),
+        map_panel(
             sample, TO_GENERATED, _stretched(daam), "(c) (b) stretched",
             f"max − min {np.ptp(daam):.0e}",
         ),
     )  # fmt: skip
     return Sheet(
-        sections=(Section(rows=(cells,), groups=(1, 3)),),
+        sections=(Section(rows=(panels,), groups=(1, 3)),),
         caption=f"Softmax over generated places (a) and, as in DAAM, over the reference (b) for "
         f"{sample.name} ({sample.model}). Rows of (b) sum to one, so that the map is constant; "
         "stretching it to [0, 1] shows rounding errors (c).",
     )
 
 
-def daam_map(sample: ExplainedSample) -> NDArray[np.float32]:
+def daam_map(sample: Explanation) -> NDArray[np.float32]:
     """DAAM's map on the finest grid, not normalised, from the score matrices of all layers."""
     records = sample.maps.store.layers
     size = max((record.generated_grid for record in records), key=lambda grid: grid.tokens)
@@ -181,25 +178,25 @@ def _range(values: NDArray[np.float32]) -> str:
     return f"{values.min():.5f} to {values.max():.5f}"
 
 
-def _scored_cell(sample: ExplainedSample, direction: Direction, title: str) -> Cell:
+def _scored_panel(sample: Explanation, direction: Direction, title: str) -> Panel:
     heat = sample.unified(direction, thresholded=True)
-    return map_cell(sample, direction, heat, title, _score_note(sample, direction))
+    return map_panel(sample, direction, heat, title, _score_note(sample, direction))
 
 
-def _score_note(sample: ExplainedSample, direction: Direction) -> str:
+def _score_note(sample: Explanation, direction: Direction) -> str:
     side = "g" if direction is TO_GENERATED else "r"
     score = sample.scores.get(f"imacs_{side}")
     return f"IMACS$_{side}$ " + ("–" if score is None else f"{score:.3f}".replace("-", "−"))
 
 
-def _row_names(samples: Sequence[ExplainedSample]) -> list[str]:
+def _row_names(samples: Sequence[Explanation]) -> list[str]:
     """Names of the samples, and below them the models and guidance scales where these differ."""
     several_models = len({sample.model for sample in samples}) > 1
-    several_scales = len({sample.origin.guidance for sample in samples}) > 1
+    several_scales = len({sample.origin["guidance"] for sample in samples}) > 1
     names = []
     for sample in samples:
         about = [sample.model] if several_models else []
-        about += [_guidance_title(sample.origin.guidance)] if several_scales else []
+        about += [_guidance_title(sample.origin["guidance"])] if several_scales else []
         names.append(plain_text("\n".join(filter(None, (sample.name, ", ".join(about))))))
     return names
 

@@ -1,4 +1,4 @@
-"""What the figures of explained samples are put together from: maps and patches as cells, titles."""
+"""What the figures of explained samples are put together from: maps and patches as panels, titles."""
 
 from __future__ import annotations
 
@@ -9,18 +9,22 @@ import numpy as np
 from numpy.typing import NDArray
 
 from i2am_train.attention.maps import AttributionMaps, time_groups
-from i2am_train.attention.recipe import LayerId, describe_layers, layer_name, paper_number
+from i2am_train.attention.recipe import LayerId, describe_layers, paper_number, similar_layer
 from i2am_train.errors import CaptureError
+from i2am_train.evaluation.explanation import (
+    TO_GENERATED,
+    TO_REFERENCE,
+    Explanation,
+    PatchIndex,
+    array,
+)
 from i2am_train.reporting.figures.canvas import OKABE_ITO
-from i2am_train.reporting.figures.explained import Drawn, GridCell, array
-from i2am_train.reporting.figures.sheet import Box, Cell, Mark, MarkKind
+from i2am_train.reporting.figures.placement import drawn_mask, drawn_picture, placement
+from i2am_train.reporting.figures.sheet import Box, Mark, MarkKind, Panel
 from i2am_train.types import Direction, GridSize
 
 FIRST_BLOCK = ".transformer_blocks.0"
 """The only one in Stable Diffusion 1.5 and 2."""
-
-TO_GENERATED = Direction.REFERENCE_TO_GENERATED
-TO_REFERENCE = Direction.GENERATED_TO_REFERENCE
 
 
 # ---- layers and times ----------------------------------------------------------------------------
@@ -34,8 +38,10 @@ def layers_of(maps: AttributionMaps, wanted: Sequence[LayerId] | None) -> list[s
     """
     if wanted is None:
         return list(maps.layers)
-    names = {layer_name(layer) for layer in wanted}
-    captured = [name for name in maps.layers if name in names]
+    model = maps.store.model or maps.layers
+    numbered = any(map(paper_number, model))
+    chosen = {one if numbered else similar_layer(one, model) for one in wanted}
+    captured = [name for name in maps.layers if chosen & {name, paper_number(name)}]
     if not captured:
         raise CaptureError(
             f"None of the layers {', '.join(map(str, wanted))} was captured. There are "
@@ -71,7 +77,7 @@ def short_name(layer: str) -> str:
     return f"{side} {'.'.join(numbers)}" if side in ("down", "mid", "up") else layer
 
 
-def time_titles(sample: Drawn) -> list[str]:
+def time_titles(sample: Explanation) -> list[str]:
     """First and last timestep of each time group, as the scheduler counts; steps where unknown."""
     steps = sample.maps.store.timesteps
     titles = []
@@ -88,56 +94,62 @@ def _span(first: float, last: float) -> str:
     return f"{first:.0f}" if first == last else f"{first:.0f}–{last:.0f}"
 
 
-# ---- cells ---------------------------------------------------------------------------------------
+# ---- panels --------------------------------------------------------------------------------------
 
 
-def plain_cell(sample: Drawn, direction: Direction, title: str = "") -> Cell:
+def plain_panel(sample: Explanation, direction: Direction, title: str = "") -> Panel:
     """The picture that maps of a direction lie on."""
-    return Cell(picture=sample.picture(direction), title=title)
+    return Panel(picture=drawn_picture(sample, direction), title=title)
 
 
-def map_cell(
-    sample: Drawn,
+def map_panel(
+    sample: Explanation,
     direction: Direction,
     heat: NDArray[np.floating],
     title: str = "",
     note: str = "",
-) -> Cell:
+) -> Panel:
     """A map over the picture that it lies on, with the mask that it should fill."""
-    placement = sample.placement(direction)
-    return Cell(
-        picture=sample.picture(direction),
-        heat=heat if placement is None else placement.heat(heat),
-        outline=sample.outline(direction),
+    place = placement(sample, direction)
+    return Panel(
+        picture=drawn_picture(sample, direction),
+        heat=heat if place is None else place.heat(heat),
+        outline=drawn_mask(sample, direction),
         title=title,
         note=note,
     )
 
 
-def untitled(row: Sequence[Cell]) -> tuple[Cell, ...]:
-    """The same cells without their titles: a row under another one of the same columns."""
-    return tuple(replace(cell, title="") for cell in row)
+def untitled(row: Sequence[Panel]) -> tuple[Panel, ...]:
+    """The same panels without their titles: a row under another one of the same columns."""
+    return tuple(replace(panel, title="") for panel in row)
 
 
 # ---- patches -------------------------------------------------------------------------------------
 
 
-def patch_cell(
-    sample: Drawn, direction: Direction, patches: Sequence[GridCell], title: str = ""
-) -> Cell:
+def patch_panel(
+    sample: Explanation, direction: Direction, patches: Sequence[PatchIndex], title: str = ""
+) -> Panel:
     """The picture with a box around each patch: generated ones, or those of the garment."""
     boxes = tuple(
         placed_box(sample, direction, patch, color)
         for patch, color in zip(patches, patch_colors(len(patches)), strict=True)
     )
-    return replace(plain_cell(sample, direction, title), boxes=boxes)
+    return replace(plain_panel(sample, direction, title), boxes=boxes)
 
 
-def placed_box(sample: Drawn, direction: Direction, patch: GridCell, color: str) -> Box:
-    """The place of a patch of the sample's layer on the picture of a direction."""
-    grid, placement = sample.grid(direction), sample.placement(direction)
-    box = patch_box(patch, grid, color)
-    return box if placement is None else placement.box(box, grid)
+def placed_box(
+    sample: Explanation,
+    direction: Direction,
+    patch: PatchIndex,
+    color: str,
+    grid: GridSize | None = None,
+) -> Box:
+    """Where a patch of a grid, by default that of the sample's layer, lies on the drawn picture."""
+    grid = grid or sample.grid(direction)
+    box, place = patch_box(patch, grid, color), placement(sample, direction)
+    return box if place is None else place.box(box, grid)
 
 
 def patch_colors(count: int) -> list[str]:
@@ -146,8 +158,8 @@ def patch_colors(count: int) -> list[str]:
     return [order[index % len(order)] for index in range(count)]
 
 
-def patch_box(patch: GridCell, grid: GridSize, color: str) -> Box:
-    """The place of a grid's cell in the picture.
+def patch_box(patch: PatchIndex, grid: GridSize, color: str) -> Box:
+    """A patch of a grid in the picture that the grid covers.
 
     >>> patch_box((1, 2), GridSize(4, 3), "black").top
     0.25
@@ -156,76 +168,75 @@ def patch_box(patch: GridCell, grid: GridSize, color: str) -> Box:
     return Box(y / grid.height, x / grid.width, 1 / grid.height, 1 / grid.width, color)
 
 
-def same_place(patch: GridCell, grid: GridSize, other: GridSize) -> GridCell:
-    """The cell of another grid that holds the centre of a cell (the lower right of four).
+def same_patch(patch: PatchIndex, grid: GridSize, other: GridSize) -> PatchIndex:
+    """The patch of another grid that holds the centre of a patch (the lower right of four).
 
-    >>> same_place((1, 2), GridSize(4, 3), GridSize(8, 6))
+    >>> same_patch((1, 2), GridSize(4, 3), GridSize(8, 6))
     (3, 5)
     """
     y, x = ((2 * place + 1) for place in patch)
     return y * other.height // (2 * grid.height), x * other.width // (2 * grid.width)
 
 
-def specific_cells(
-    sample: Drawn,
-    patches: Sequence[GridCell],
+def specific_panels(
+    sample: Explanation,
+    patches: Sequence[PatchIndex],
     layer: str | None = None,
     titles: Sequence[str] = (),
-) -> list[Cell]:
+) -> list[Panel]:
     """Where generated patches look on the garment (eq. 14), with the strongest and the true place.
 
     Args:
         sample: whose score matrix of the layer was kept.
-        patches: cells of the sample's own layer.
+        patches: of the sample's own layer.
         layer: whose attention is shown, at the same place; the sample's own where None.
         titles: one per patch, or none.
     """
     record = sample.maps.store.layer(layer or sample.layer)
-    places = [same_place(p, sample.grid(TO_GENERATED), record.generated_grid) for p in patches]
+    places = [same_patch(p, sample.grid(TO_GENERATED), record.generated_grid) for p in patches]
     maps = sample.maps.specific_reference(places, record.layer)
     reference = record.grid(TO_REFERENCE)
     truth = sample.true_places(record.generated_grid, reference)
-    cells = []
+    panels = []
     colors = patch_colors(len(patches))
     for index, (values, (y, x)) in enumerate(zip(array(maps.normalised()), places, strict=True)):
         marks = _marks(sample, TO_REFERENCE, values, truth[y * record.generated_grid.width + x])
-        cell = map_cell(sample, TO_REFERENCE, values, titles[index] if titles else "")
-        cells.append(replace(cell, marks=marks, frame=colors[index]))
-    return cells
+        panel = map_panel(sample, TO_REFERENCE, values, titles[index] if titles else "")
+        panels.append(replace(panel, marks=marks, frame=colors[index]))
+    return panels
 
 
-def reverse_cells(
-    sample: Drawn,
-    patches: Sequence[GridCell],
+def reverse_panels(
+    sample: Explanation,
+    patches: Sequence[PatchIndex],
     layer: str | None = None,
     titles: Sequence[str] = (),
-) -> list[Cell]:
+) -> list[Panel]:
     """What garment patches feed on the generated image, with the strongest place.
 
-    The arguments are those of ``specific_cells``, with patches of the reference grid.
+    The arguments are those of ``specific_panels``, with patches of the reference grid.
     """
     record = sample.maps.store.layer(layer or sample.layer)
     maps = sample.maps.reverse_specific_reference(patches, record.layer)
-    cells = []
+    panels = []
     colors = patch_colors(len(patches))
     for index, values in enumerate(array(maps.normalised())):
-        cell = map_cell(sample, TO_GENERATED, values, titles[index] if titles else "")
-        cells.append(
-            replace(cell, marks=_marks(sample, TO_GENERATED, values, None), frame=colors[index])
+        panel = map_panel(sample, TO_GENERATED, values, titles[index] if titles else "")
+        panels.append(
+            replace(panel, marks=_marks(sample, TO_GENERATED, values, None), frame=colors[index])
         )
-    return cells
+    return panels
 
 
 def _marks(
-    sample: Drawn,
+    sample: Explanation,
     direction: Direction,
     values: NDArray[np.floating],
     truth: NDArray[np.floating] | None,
 ) -> tuple[Mark, ...]:
     """The strongest place of a map, and the true one (yx in patches) where it is known."""
-    placement = sample.placement(direction)
-    if placement is not None:  # what the model saw beside the picture is no place of it
-        values = placement.heat(values)
+    if place := placement(sample, direction):  # what was seen beside the picture is no place of it
+        values = place.heat(values)
     height, width = values.shape
     y, x = divmod(int(values.argmax()), width)
     peak = Mark((y + 0.5) / height, (x + 0.5) / width, MarkKind.PEAK)

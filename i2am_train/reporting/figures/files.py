@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from i2am_train.environment import command_line, git_state
 from i2am_train.errors import ConfigError
-from i2am_train.reporting.explained import (
-    ExplainedSample,
+from i2am_train.evaluation.explanation import (
+    Explanation,
+    explanation_folders,
     manifest_of,
-    numbered,
-    read_explained,
-    sample_folders,
+    read_explanation,
 )
+from i2am_train.files import numbered
 from i2am_train.reporting.figures.canvas import save_figure
 from i2am_train.reporting.figures.paper import PAPER_FIGURES, Layers, PlannedFigure, plan
 from i2am_train.reporting.figures.sheet import draw_sheet
@@ -31,7 +31,7 @@ class Input:
     """One explained sample, its name in files, and what made it."""
 
     label: str
-    sample: ExplainedSample
+    sample: Explanation
     origin: Mapping[str, Any]
 
 
@@ -70,8 +70,7 @@ class FigureSet:
             "figures": entries,
             "left_out": dict(self.left_out),
             "inputs": {
-                entry.label: {**asdict(entry.sample.origin), **entry.origin}
-                for entry in self.inputs
+                entry.label: {**entry.sample.origin, **entry.origin} for entry in self.inputs
             },
         }
         return index, sections
@@ -109,7 +108,7 @@ def plan_figures(
         ConfigError: a figure was asked for by name and cannot be drawn, or ``models`` do not fit.
         RunFolderError: a folder is not one of ``i2am explain``.
     """
-    folders = [folder for run in runs for folder in sample_folders(run)]
+    folders = [folder for run in runs for folder in explanation_folders(run)]
     if models and len(models) != len(folders):
         raise ConfigError(
             f"models has {len(models)} names for {len(folders)} explained samples. Give one name "
@@ -118,7 +117,7 @@ def plan_figures(
     given: Sequence[str | None] = models or (None,) * len(folders)
     labels = numbered([folder.name for folder in folders])
     inputs = tuple(
-        Input(label, read_explained(folder, model), origin_of(folder))
+        Input(label, read_explanation(folder, model), origin_of(folder))
         for label, folder, model in zip(labels, folders, given, strict=True)
     )
     planned, left_out = plan([entry.sample for entry in inputs], names)
@@ -145,6 +144,6 @@ def origin_of(folder: Path) -> dict[str, Any]:
 def _sentence(entry: Input) -> str:
     origin = entry.origin
     return (
-        f"{entry.label}: '{origin['command']}', checkpoint {entry.sample.origin.checkpoint}, "
+        f"{entry.label}: '{origin['command']}', checkpoint {entry.sample.origin['checkpoint']}, "
         f"data {origin['data']}, code {code_state(origin['git'])}"
     )

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import get_args
 
 from i2am_train.attention.recipe import LayerId
-from i2am_train.reporting.explained import ExplainedSample
+from i2am_train.evaluation.explanation import TO_REFERENCE, Explanation
 from i2am_train.reporting.figures.by_layer import (
     layer_maps,
     overview,
@@ -45,49 +46,62 @@ class PaperFigure:
     source: str
     about: str
     needs: str
-    groups: Callable[[Sequence[ExplainedSample]], list[Group]]
-    sheet: Callable[[Sequence[ExplainedSample], Layers], Sheet]
+    groups: Callable[[Sequence[Explanation]], list[Group]]
+    sheet: Callable[[Sequence[Explanation], Layers], Sheet]
     single: bool
     """Whether each figure is of one sample."""
 
 
-def _each(fits: Callable[[ExplainedSample], bool]) -> Callable[..., list[Group]]:
+def _each(fits: Callable[[Explanation], bool]) -> Callable[..., list[Group]]:
     """One figure for each sample that fits."""
     return lambda samples: [(index,) for index, sample in enumerate(samples) if fits(sample)]
 
 
-def _has_matrices(sample: ExplainedSample) -> bool:
-    return all(record.scores_over_reference is not None for record in sample.maps.store.layers)
+def _has_reference(sample: Explanation) -> bool:
+    return TO_REFERENCE in sample.directions
 
 
-def _together(samples: Sequence[ExplainedSample]) -> list[Group]:
-    """All samples whose pictures have the same size."""
+def _has_patches(sample: Explanation) -> bool:
+    return _has_reference(sample) and bool(sample.generated_patches)
+
+
+def _has_matrices(sample: Explanation) -> bool:
+    layers = sample.maps.store.layers
+    return _has_reference(sample) and all(
+        record.scores_over_reference is not None for record in layers
+    )
+
+
+def _together(samples: Sequence[Explanation]) -> list[Group]:
+    """All samples of try-on models whose pictures have the same size."""
     sizes: dict[GridSize, list[int]] = {}
     for index, sample in enumerate(samples):
-        sizes.setdefault(sample.size, []).append(index)
+        if sample.is_tryon:
+            sizes.setdefault(sample.size, []).append(index)
     return [tuple(members) for members in sizes.values()]
 
 
-def _same_sample_by_models(samples: Sequence[ExplainedSample]) -> list[Group]:
+def _same_sample_by_models(samples: Sequence[Explanation]) -> list[Group]:
     return _alike_but(samples, "checkpoint")
 
 
-def _same_sample_by_guidance(samples: Sequence[ExplainedSample]) -> list[Group]:
+def _same_sample_by_guidance(samples: Sequence[Explanation]) -> list[Group]:
     return _alike_but(samples, "guidance")
 
 
-def _alike_but(samples: Sequence[ExplainedSample], difference: str) -> list[Group]:
-    """Groups that agree in sample, data and how they were made, but for one thing that varies."""
-    alike: dict[tuple[object, ...], dict[object, int]] = {}
+def _alike_but(samples: Sequence[Explanation], difference: str) -> list[Group]:
+    """Groups of try-on samples that agree in how they were made, but for one thing that varies."""
+    alike: dict[str, dict[object, int]] = {}
     for index, sample in enumerate(samples):
-        origin = {name: getattr(sample.origin, name) for name in sample.origin.__slots__}
-        varying = origin.pop(difference)
-        key = (sample.name, sample.garment_name, *origin.items())
-        alike.setdefault(key, {}).setdefault(varying, index)
+        if sample.is_tryon:
+            origin = dict(sample.origin)
+            varying = origin.pop(difference)
+            key = json.dumps([sample.name, sample.inputs, origin], sort_keys=True)
+            alike.setdefault(key, {}).setdefault(varying, index)
     return [tuple(members.values()) for members in alike.values() if len(members) > 1]
 
 
-def _single(draw: Callable[[ExplainedSample], Sheet]) -> Callable[..., Sheet]:
+def _single(draw: Callable[[Explanation], Sheet]) -> Callable[..., Sheet]:
     return lambda samples, layers: draw(samples[0])
 
 
@@ -106,7 +120,8 @@ PAPER_FIGURES: Mapping[FigureName, PaperFigure] = {
     "flow": PaperFigure(
         "Fig. 7", "generation flow: both directions by time, and specific patches",
         "a folder of 'i2am explain' with at least one patch on the garment",
-        _each(lambda sample: bool(sample.generated_patches)), _single(generation_flow), True,
+        _each(lambda sample: _has_patches(sample) and bool(sample.clean)),
+        _single(generation_flow), True,
     ),
     "specific_layers": PaperFigure(
         "Fig. 9", "specific-reference maps across layers",
@@ -134,7 +149,7 @@ PAPER_FIGURES: Mapping[FigureName, PaperFigure] = {
     "specific_reference": PaperFigure(
         "Fig. 12", "where generated patches look on the garment",
         "a folder of 'i2am explain'",
-        _each(lambda sample: bool(sample.generated_patches)), _single(specific_reference), True,
+        _each(_has_patches), _single(specific_reference), True,
     ),
     "scores": PaperFigure(
         "Fig. 15", "unified maps with masks and IMACS under them",
@@ -150,12 +165,12 @@ PAPER_FIGURES: Mapping[FigureName, PaperFigure] = {
     "two_axis": PaperFigure(
         "Fig. 20", "maps by resolution and time, and by resolution and head",
         "a folder of 'i2am explain'",
-        _each(lambda sample: True), _single(two_axis_maps), True,
+        _each(_has_reference), _single(two_axis_maps), True,
     ),
     "unpaired": PaperFigure(
         "Fig. 21", "all kinds of maps where the garment is another one",
         "a folder of 'i2am explain' with pairing=unpaired",
-        _each(lambda sample: not sample.paired and bool(sample.generated_patches)),
+        _each(lambda sample: sample.paired is False and bool(sample.generated_patches)),
         _single(overview), True,
     ),
 }  # fmt: skip
@@ -169,13 +184,15 @@ class PlannedFigure:
     name: FigureName
     group: Group
 
-    def sheet(self, samples: Sequence[ExplainedSample], layers: Layers = None) -> Sheet:
-        """What the figure shows; ``samples`` are all of them."""
-        return PAPER_FIGURES[self.name].sheet([samples[index] for index in self.group], layers)
+    def sheet(self, samples: Sequence[Explanation], layers: Layers = None) -> Sheet:
+        """What the figure shows, under the marks of its maps; ``samples`` are all of them."""
+        shown = [samples[index] for index in self.group]
+        marks = tuple(dict.fromkeys(mark for sample in shown for mark in sample.maps.marks))
+        return replace(PAPER_FIGURES[self.name].sheet(shown, layers), warnings=marks)
 
 
 def plan(
-    samples: Sequence[ExplainedSample], names: Sequence[FigureName] = ()
+    samples: Sequence[Explanation], names: Sequence[FigureName] = ()
 ) -> tuple[list[PlannedFigure], dict[str, str]]:
     """What can be drawn of these samples, and what each kind that cannot be drawn would need.
 

@@ -6,24 +6,27 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from i2am_train.attention.recipe import LayerId
-from i2am_train.reporting.explained import ExplainedSample
-from i2am_train.reporting.figures.elements import (
+from i2am_train.evaluation.explanation import (
     TO_GENERATED,
     TO_REFERENCE,
+    Explanation,
+    PatchIndex,
+    array,
+)
+from i2am_train.reporting.figures.elements import (
     layer_label,
     layer_title,
     layers_of,
-    map_cell,
+    map_panel,
     patch_colors,
     placed_box,
-    plain_cell,
-    reverse_cells,
-    specific_cells,
+    plain_panel,
+    reverse_panels,
+    specific_panels,
     time_titles,
     untitled,
 )
-from i2am_train.reporting.figures.explained import Drawn, GridCell, array
-from i2am_train.reporting.figures.sheet import Cell, Section, Sheet
+from i2am_train.reporting.figures.sheet import Panel, Section, Sheet
 from i2am_train.types import Direction
 
 PATCHES_PER_LAYER_FIGURE = 4
@@ -31,7 +34,7 @@ PATCHES_PER_LAYER_FIGURE = 4
 PAIRS_PER_ROW = 3
 
 
-def generation_flow(sample: ExplainedSample) -> Sheet:
+def generation_flow(sample: Explanation) -> Sheet:
     """How an image comes to be, row by row from noise to image (Fig. 7).
 
     Left: what of the garment is used in each time group. Middle: the clean image that the model
@@ -47,12 +50,12 @@ def generation_flow(sample: ExplainedSample) -> Sheet:
     rows = []
     for group, clean in enumerate(sample.clean):
         flow = (
-            map_cell(sample, TO_REFERENCE, to_reference[group], "$M_{r,\\tau}$"),
-            Cell(picture=clean.picture, title="predicted"),
-            map_cell(sample, TO_GENERATED, to_generated[group], "$M_{g,\\tau}$"),
+            map_panel(sample, TO_REFERENCE, to_reference[group], "$M_{r,\\tau}$"),
+            Panel(picture=clean.picture, title="predicted"),
+            map_panel(sample, TO_GENERATED, to_generated[group], "$M_{g,\\tau}$"),
         )
         pair = pairs[group] if group < len(pairs) else ()
-        titled = [replace(cell, title=t) for cell, t in zip(pair, _PAIR_TITLES, strict=False)]
+        titled = [replace(panel, title=t) for panel, t in zip(pair, _PAIR_TITLES, strict=False)]
         row = (*flow, *titled)
         rows.append(row if group == 0 else untitled(row))
     section = Section(
@@ -76,7 +79,7 @@ def generation_flow(sample: ExplainedSample) -> Sheet:
 _PAIR_TITLES = ("patch $i$", "$M_{sr,i}$")
 
 
-def specific_reference(sample: Drawn) -> Sheet:
+def specific_reference(sample: Explanation) -> Sheet:
     """Each generated patch, and by an arrow where it looks on the garment (Fig. 12)."""
     pairs = [
         (replace(box, arrow=True), looks) for box, looks in _pairs(sample, sample.generated_patches)
@@ -85,50 +88,50 @@ def specific_reference(sample: Drawn) -> Sheet:
     return Sheet(
         sections=(Section(rows=rows, groups=(2,) * (len(rows[0]) // 2)),),
         caption=f"Specific-reference attribution maps of {sample.name} ({sample.model}), "
-        f"{layer_label(sample.layer)}: where the boxed patch looks on the {sample.reference_word}.",
+        f"{layer_label(sample.layer)}: where the boxed patch looks on the {sample.reference}.",
     )
 
 
-def specific_across_layers(sample: Drawn, layers: Sequence[LayerId] | None = None) -> Sheet:
+def specific_across_layers(sample: Explanation, layers: Sequence[LayerId] | None = None) -> Sheet:
     """Where a place of the generated image looks, from layer to layer (Fig. 9).
 
     Rows are patches of the sample's layer; in other layers the patch at the same place is shown.
     """
     chosen = layers_of(sample.maps, layers)
     patches = sample.generated_patches[:PATCHES_PER_LAYER_FIGURE]
-    columns = [specific_cells(sample, patches, layer) for layer in chosen]
+    columns = [specific_panels(sample, patches, layer) for layer in chosen]
     return _across_layers(
         sample, TO_GENERATED, patches, chosen, columns,
         f"Specific-reference attribution maps of {sample.name} ({sample.model}) across layers: "
-        f"where the boxed place of the generated image looks on the {sample.reference_word}.",
+        f"where the boxed place of the generated image looks on the {sample.reference}.",
     )  # fmt: skip
 
 
-def reverse_across_layers(sample: Drawn, layers: Sequence[LayerId] | None = None) -> Sheet:
+def reverse_across_layers(sample: Explanation, layers: Sequence[LayerId] | None = None) -> Sheet:
     """What a patch of the garment feeds on the generated image, from layer to layer."""
     chosen = layers_of(sample.maps, layers)
     patches = sample.reference_patches[:PATCHES_PER_LAYER_FIGURE]
-    columns = [reverse_cells(sample, patches, layer) for layer in chosen]
+    columns = [reverse_panels(sample, patches, layer) for layer in chosen]
     return _across_layers(
         sample, TO_REFERENCE, patches, chosen, columns,
         f"Reverse specific-reference attribution maps of {sample.name} ({sample.model}) across "
-        f"layers: where the boxed patch of the {sample.reference_word} goes on the generated image.",
+        f"layers: where the boxed patch of the {sample.reference} goes on the generated image.",
     )  # fmt: skip
 
 
 def _across_layers(
-    sample: Drawn,
+    sample: Explanation,
     direction: Direction,
-    patches: Sequence[GridCell],
+    patches: Sequence[PatchIndex],
     layers: Sequence[str],
-    columns: Sequence[Sequence[Cell]],
+    columns: Sequence[Sequence[Panel]],
     caption: str,
 ) -> Sheet:
     """``columns[layer][patch]`` beside the picture with the patch."""
     rows = []
     for index, (patch, color) in enumerate(zip(patches, patch_colors(len(patches)), strict=True)):
         box = placed_box(sample, direction, patch, color)
-        first = replace(plain_cell(sample, direction), boxes=(box,))
+        first = replace(plain_panel(sample, direction), boxes=(box,))
         row = (first, *(column[index] for column in columns))
         titles = ["", *(layer_title(sample.maps, layer) for layer in layers)]
         if index == 0:
@@ -142,14 +145,14 @@ def _across_layers(
     return Sheet(sections=(section,), caption=caption)
 
 
-def _pairs(sample: Drawn, patches: Sequence[GridCell]) -> list[tuple[Cell, Cell]]:
+def _pairs(sample: Explanation, patches: Sequence[PatchIndex]) -> list[tuple[Panel, Panel]]:
     """For each patch the generated image with its box, and the map of where it looks."""
-    looks = specific_cells(sample, patches)
+    looks = specific_panels(sample, patches)
     colors = patch_colors(len(patches))
     return [
         (
             replace(
-                plain_cell(sample, TO_GENERATED),
+                plain_panel(sample, TO_GENERATED),
                 boxes=(placed_box(sample, TO_GENERATED, patch, color),),
             ),
             look,
@@ -158,8 +161,9 @@ def _pairs(sample: Drawn, patches: Sequence[GridCell]) -> list[tuple[Cell, Cell]
     ]
 
 
-def _in_rows(pairs: Sequence[tuple[Cell, Cell]], per_row: int) -> tuple[tuple[Cell, ...], ...]:
+def _in_rows(pairs: Sequence[tuple[Panel, Panel]], per_row: int) -> tuple[tuple[Panel, ...], ...]:
     starts = range(0, len(pairs), per_row)
     return tuple(
-        tuple(cell for pair in pairs[start : start + per_row] for cell in pair) for start in starts
+        tuple(panel for pair in pairs[start : start + per_row] for panel in pair)
+        for start in starts
     )

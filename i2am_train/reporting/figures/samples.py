@@ -7,6 +7,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+from functools import partial
 
 import matplotlib as mpl
 import numpy as np
@@ -26,7 +27,7 @@ from i2am_train.reporting.figures.canvas import (
     show_heat,
     show_picture,
 )
-from i2am_train.results.study import Panels
+from i2am_train.results.panels import SamplePanels
 
 TEAR = 2.5
 """Neighbours on the person whose true positions on the garment lie further apart than this many
@@ -34,12 +35,12 @@ times the median are not joined: a sleeve in front of the body is no neighbour o
 garment. Chosen by us, by eye."""
 
 
-MAX_CELL_WIDTH = 2.1
+MAX_PANEL_WIDTH = 2.1
 """Inches; with few columns the figure gets narrower instead of its pictures larger."""
 
 
-class PanelPart(StrEnum):
-    """A group of columns of a sample panel."""
+class ColumnGroup(StrEnum):
+    """Columns of a figure of samples that stand together."""
 
     INPUTS = "inputs"
     IMAGES = "images"
@@ -48,34 +49,34 @@ class PanelPart(StrEnum):
     CENTERS = "centers"
 
 
-ALL_PARTS = tuple(PanelPart)
-
 _HEADINGS = {
-    PanelPart.INPUTS: "Input and truth",
-    PanelPart.IMAGES: "Generated",
-    PanelPart.GENERATED_MAPS: "Attribution on the generated image",
-    PanelPart.REFERENCE_MAPS: "Attribution on the garment",
-    PanelPart.CENTERS: "Attention centres on the garment",
+    ColumnGroup.INPUTS: "Input and truth",
+    ColumnGroup.IMAGES: "Generated",
+    ColumnGroup.GENERATED_MAPS: "Attribution on the generated image",
+    ColumnGroup.REFERENCE_MAPS: "Attribution on the garment",
+    ColumnGroup.CENTERS: "Attention centres on the garment",
 }
 _SHORT_HEADINGS = {
-    PanelPart.GENERATED_MAPS: "Map on image",
-    PanelPart.REFERENCE_MAPS: "Map on garment",
-    PanelPart.CENTERS: "Centres",
+    ColumnGroup.GENERATED_MAPS: "Map on image",
+    ColumnGroup.REFERENCE_MAPS: "Map on garment",
+    ColumnGroup.CENTERS: "Centres",
 }
 
-Draw = Callable[[Axes, int], None]
+_INPUTS = {"garment": "garment", "agnostic": "agnostic", "pose": "densepose", "truth": "person"}
 
 
 @dataclass(frozen=True, slots=True)
 class _Column:
     title: str
-    draw: Draw
+    panels: Sequence[SamplePanels]
+    """Of all samples."""
+    draw: Callable[[Axes, SamplePanels], None]
 
 
 @mpl.rc_context(STYLE)
-def sample_panel(
-    panels_by_arm: Mapping[str, Panels],
-    parts: Sequence[PanelPart] = ALL_PARTS,
+def sample_figure(
+    by_arm: Mapping[str, Sequence[SamplePanels]],
+    groups: Sequence[ColumnGroup] = tuple(ColumnGroup),
     labels: Mapping[str, str] | None = None,
     colors: Mapping[str, str] | None = None,
     width: float = 11.0,
@@ -84,8 +85,8 @@ def sample_panel(
     """One row per sample: garment, agnostic, pose, truth, then image, maps and centres per arm.
 
     Args:
-        panels_by_arm: what each arm kept of the same samples, in the order of columns.
-        parts: which groups of columns to draw.
+        by_arm: what each arm kept of the same samples, in the order of columns.
+        groups: which columns to draw.
         labels: column titles by arm; the arm's name where there is none.
         colors: colour of each arm's attention mesh.
         width: of the figure in inches, at most.
@@ -94,84 +95,78 @@ def sample_panel(
     Raises:
         ValueError: if the arms did not keep the same samples, or there is no arm.
     """
-    first = _checked(panels_by_arm)
-    colors = colors or arm_colors(panels_by_arm)
-    titles = {arm: (labels or {}).get(arm, arm) for arm in panels_by_arm}
-    groups = {part: list(_columns(part, panels_by_arm, titles, colors)) for part in parts}
-    count = min(rows or len(first.names), len(first.names))
-    height, wide = first.garment.shape[1:3]
-    with_maps = any(part in _SHORT_HEADINGS and part != PanelPart.CENTERS for part in parts)
+    first = _checked(by_arm)[:rows]
+    colors = colors or arm_colors(by_arm)
+    titles = {arm: (labels or {}).get(arm, arm) for arm in by_arm}
+    by_group = {group: list(_columns(group, by_arm, titles, colors)) for group in groups}
+    height, wide = first[0].garment.shape[:2]
+    with_maps = any(group in _SHORT_HEADINGS and group != ColumnGroup.CENTERS for group in groups)
     margins = Margins(top=0.56, bottom=0.42 if with_maps else 0.06)
-    columns = [column for of in groups.values() for column in of]
-    width = min(width, len(columns) * MAX_CELL_WIDTH + 0.5)
-    grid = image_grid(count, [len(of) for of in groups.values()], height / wide, width, margins)
-    for row in range(count):
+    columns = [column for of in by_group.values() for column in of]
+    width = min(width, len(columns) * MAX_PANEL_WIDTH + 0.5)
+    sizes = [len(of) for of in by_group.values()]
+    grid = image_grid(len(first), sizes, height / wide, width, margins)
+    for row in range(len(first)):
         for column, axes in zip(columns, grid.axes[row], strict=True):
-            column.draw(axes, row)
+            column.draw(axes, column.panels[row])
     grid.column_titles([column.title for column in columns])
-    grid.row_titles(first.names[:count])
-    grid.group_titles([_heading(part, len(of), len(columns)) for part, of in groups.items()])
+    grid.row_titles([one.name for one in first])
+    grid.group_titles([_heading(group, len(of), len(columns)) for group, of in by_group.items()])
     if with_maps:
         grid.color_bar(heat_scale(), "attribution, each map scaled to [0, 1]")
     return grid.figure
 
 
-def _checked(panels_by_arm: Mapping[str, Panels]) -> Panels:
-    if not panels_by_arm:
-        raise ValueError("A sample panel needs the panels of at least one arm.")
-    first, *others = panels_by_arm.values()
-    for other in others:
-        if (other.names, other.garment_names) != (first.names, first.garment_names):
+def _checked(by_arm: Mapping[str, Sequence[SamplePanels]]) -> Sequence[SamplePanels]:
+    if not by_arm:
+        raise ValueError("A figure of samples needs the panels of at least one arm.")
+    named = [[(one.name, one.garment_name) for one in panels] for panels in by_arm.values()]
+    for other in named:
+        if other != named[0]:
             raise ValueError(
-                f"The arms kept different samples: {first.names} and {other.names}. "
+                f"The arms kept different samples: {named[0]} and {other}. "
                 "Evaluate all arms with the same panel samples."
             )
-    return first
+    return next(iter(by_arm.values()))
 
 
-def _heading(part: PanelPart, columns: int, all_columns: int) -> str:
+def _heading(group: ColumnGroup, columns: int, all_columns: int) -> str:
     narrow = columns / all_columns < 0.3
-    return _SHORT_HEADINGS.get(part, _HEADINGS[part]) if narrow else _HEADINGS[part]
+    return _SHORT_HEADINGS.get(group, _HEADINGS[group]) if narrow else _HEADINGS[group]
 
 
 def _columns(
-    part: PanelPart,
-    panels_by_arm: Mapping[str, Panels],
+    group: ColumnGroup,
+    by_arm: Mapping[str, Sequence[SamplePanels]],
     titles: Mapping[str, str],
     colors: Mapping[str, str],
 ) -> Iterator[_Column]:
-    if part is PanelPart.INPUTS:
-        yield from _input_columns(next(iter(panels_by_arm.values())))
+    if group is ColumnGroup.INPUTS:
+        first = next(iter(by_arm.values()))
+        for title, name in _INPUTS.items():
+            # flat labels of the pose: no blending between the parts of a body
+            interpolation = "nearest" if title == "pose" else "lanczos"
+            yield _Column(title, first, partial(_draw_picture, name, interpolation))
         return
-    for arm, panels in panels_by_arm.items():
-        yield _Column(titles[arm], _arm_drawing(part, panels, colors[arm]))
+    for arm, panels in by_arm.items():
+        yield _Column(titles[arm], panels, partial(_DRAWINGS[group], color=colors[arm]))
 
 
-def _input_columns(panels: Panels) -> Iterator[_Column]:
-    for title, pictures, interpolation in (
-        ("garment", panels.garment, "lanczos"),
-        ("agnostic", panels.agnostic, "lanczos"),
-        ("pose", panels.densepose, "nearest"),  # flat labels: no blending between parts
-        ("truth", panels.person, "lanczos"),
-    ):
-        yield _Column(title, _picture_drawing(pictures, interpolation))
+def _draw_picture(
+    name: str, interpolation: str, axes: Axes, panels: SamplePanels, color: str = ""
+) -> None:
+    show_picture(axes, getattr(panels, name), interpolation)
 
 
-def _picture_drawing(pictures: NDArray[np.uint8], interpolation: str) -> Draw:
-    return lambda axes, row: show_picture(axes, pictures[row], interpolation)
+def _draw_generated_map(axes: Axes, panels: SamplePanels, color: str) -> None:
+    show_heat(axes, panels.map_generated, panels.generated)
 
 
-def _arm_drawing(part: PanelPart, panels: Panels, color: str) -> Draw:
-    if part is PanelPart.IMAGES:
-        return _picture_drawing(panels.generated, "lanczos")
-    if part is PanelPart.GENERATED_MAPS:
-        return lambda axes, row: show_heat(axes, panels.map_generated[row], panels.generated[row])
-    if part is PanelPart.REFERENCE_MAPS:
-        return lambda axes, row: show_heat(axes, panels.map_reference[row], panels.garment[row])
-    return lambda axes, row: draw_center_field(axes, panels, row, color)
+def _draw_reference_map(axes: Axes, panels: SamplePanels, color: str) -> None:
+    show_heat(axes, panels.map_reference, panels.garment)
 
 
-def draw_center_field(axes: Axes, panels: Panels, index: int, color: str) -> None:
+def draw_center_field(axes: Axes, panels: SamplePanels, color: str) -> None:
     """Draw where the attention of each garment patch points, against where it should point.
 
     On the pale flat garment: the true positions of the generated patches as a grey mesh, the
@@ -184,11 +179,11 @@ def draw_center_field(axes: Axes, panels: Panels, index: int, color: str) -> Non
         grid.width - 0.5,
         grid.height - 0.5,
         -0.5,
-    )  # patch units; centre of patch 0 at 0
-    axes.imshow(faded(panels.garment[index], 0.55), extent=extent, aspect="auto")
+    )  # patches; the first one's centre is 0
+    axes.imshow(faded(panels.garment, 0.55), extent=extent, aspect="auto")
     axes.set_autoscale_on(False)
-    known, edges = mesh(panels, index)
-    truth, centers = panels.target_centers[index], panels.centers[index]
+    known, edges = mesh(panels)
+    truth, centers = panels.target_centers, panels.centers
     weight = float(np.clip(8.0 / panels.generated_grid.height, 0.35, 1.0))
     errors = np.stack([centers[known], truth[known]], axis=1)
     for segments, line_color, line_width, alpha in (
@@ -209,7 +204,7 @@ def draw_center_field(axes: Axes, panels: Panels, index: int, color: str) -> Non
     axes.scatter(x, y, s=9 * weight, color=color, edgecolors="white", linewidths=0.4, zorder=3)
 
 
-def mesh(panels: Panels, index: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+def mesh(panels: SamplePanels) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """The generated patches with a known position, and the pairs of neighbours among them.
 
     Returns:
@@ -217,9 +212,9 @@ def mesh(panels: Panels, index: int) -> tuple[NDArray[np.int64], NDArray[np.int6
         across a tear (see ``TEAR``) is no edge.
     """
     grid = panels.generated_grid
-    target = panels.target_centers[index]
-    finite = np.isfinite(target).all(-1) & np.isfinite(panels.centers[index]).all(-1)
-    known = finite & panels.mask[index]
+    target = panels.target_centers
+    finite = np.isfinite(target).all(-1) & np.isfinite(panels.centers).all(-1)
+    known = finite & panels.mask
     order = np.arange(grid.tokens).reshape(grid)
     pairs = np.concatenate(
         [
@@ -232,3 +227,12 @@ def mesh(panels: Panels, index: int) -> tuple[NDArray[np.int64], NDArray[np.int6
     if len(edges):
         edges = edges[lengths <= TEAR * np.median(lengths)]
     return np.flatnonzero(known), edges
+
+
+_DRAWINGS: Mapping[ColumnGroup, Callable[..., None]] = {
+    ColumnGroup.IMAGES: partial(_draw_picture, "generated", "lanczos"),
+    ColumnGroup.GENERATED_MAPS: _draw_generated_map,
+    ColumnGroup.REFERENCE_MAPS: _draw_reference_map,
+    ColumnGroup.CENTERS: draw_center_field,
+}
+"""What is drawn of one sample for each arm."""

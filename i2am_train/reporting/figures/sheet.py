@@ -1,6 +1,6 @@
 """A figure as data, and the one function that draws it.
 
-A ``Sheet`` says what is shown where: sections of rows of cells, each a picture with, if wanted, a
+A ``Sheet`` says what is shown where: sections of rows of panels, each a picture with, if wanted, a
 heat map over it, the outline of a mask, patches and points. The figures of the paper are functions
 that return sheets (``levels``, ``patches``, ``comparisons``), so that what they show can be checked
 without looking at pixels, and all of them look alike.
@@ -40,7 +40,7 @@ from i2am_train.reporting.figures.canvas import (
 
 TEXT_WIDTH = 5.5
 """Inches; the width of a text column in the ICLR style, which the paper is set in."""
-MAX_CELL_WIDTH = 1.1
+MAX_PANEL_WIDTH = 1.1
 """Inches; a figure of few columns gets narrower instead of its pictures larger."""
 MIN_WIDTH = 3.25
 """Inches; room for the colour bar and its label."""
@@ -87,13 +87,13 @@ class Box:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Cell:
+class Panel:
     """One place of a figure.
 
     ``heat`` lies in [0, 1] and may be of any size; it is laid over a pale grey ``picture``.
     ``outline`` is a mask of the picture's size. ``title`` stands above and ``note`` below; ``frame``
     is a colour that tells which box a map belongs to. With ``arrow`` an arrow leads from the first
-    box to the first mark of the next cell.
+    box to the first mark of the next panel.
     """
 
     picture: Picture
@@ -109,13 +109,13 @@ class Cell:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Section:
-    """Rows of cells under one heading.
+    """Rows of panels under one heading.
 
     ``groups`` are the numbers of columns that stand close together, ``group_titles`` what stands
     over them; without groups all columns are one. A row may be shorter than the others.
     """
 
-    rows: tuple[tuple[Cell, ...], ...]
+    rows: tuple[tuple[Panel, ...], ...]
     title: str = ""
     row_titles: tuple[str, ...] = ()
     groups: tuple[int, ...] = ()
@@ -140,8 +140,8 @@ class Sheet:
     warnings: tuple[str, ...] = ()
 
     @property
-    def cells(self) -> tuple[Cell, ...]:
-        """All cells in the order of reading."""
+    def panels(self) -> tuple[Panel, ...]:
+        """All panels in the order of reading."""
         rows = chain.from_iterable(section.rows for section in self.sections)
         return tuple(chain.from_iterable(rows))
 
@@ -155,19 +155,21 @@ def draw_sheet(sheet: Sheet, width: float = TEXT_WIDTH) -> Figure:
         width: inches, at most; a figure of few columns is narrower.
 
     Raises:
-        ValueError: if there is no cell, or the pictures differ in their aspect ratio.
+        ValueError: if there is no panel, or the pictures differ in their aspect ratio.
     """
-    aspect = _aspect(sheet.cells)
-    cell_width = min(MAX_CELL_WIDTH, *(_cell_width(section, width) for section in sheet.sections))
+    aspect = _aspect(sheet.panels)
+    panel_width = min(
+        MAX_PANEL_WIDTH, *(_width_of_panels(section, width) for section in sheet.sections)
+    )
     rows = sum(len(section.rows) for section in sheet.sections)
     words = sum(_words_height(section) for section in sheet.sections)
     words += _SECTION_GAP * (len(sheet.sections) - 1) + _EDGE
     warnings = LINE * len(warning_lines(sheet.warnings, MIN_WIDTH))
-    cell_width = min(cell_width, (MAX_HEIGHT - words - warnings - _FOOTER) / rows / aspect)
-    width = max(MIN_WIDTH, *(_content_width(s, cell_width) for s in sheet.sections))
+    panel_width = min(panel_width, (MAX_HEIGHT - words - warnings - _FOOTER) / rows / aspect)
+    width = max(MIN_WIDTH, *(_content_width(s, panel_width) for s in sheet.sections))
     lines = warning_lines(sheet.warnings, width)
-    height = words + rows * cell_width * aspect + _footer_height(sheet, width) + LINE * len(lines)
-    pen = _Pen(new_figure(width, height), width, height, cell_width, cell_width * aspect)
+    height = words + rows * panel_width * aspect + _footer_height(sheet, width) + LINE * len(lines)
+    pen = _Pen(new_figure(width, height), width, height, panel_width, panel_width * aspect)
     top = write_warnings(pen.figure, lines)
     for section in sheet.sections:
         top = pen.section(section, top) + _SECTION_GAP
@@ -193,8 +195,8 @@ def write_warnings(figure: Figure, lines: Sequence[str]) -> float:
     return _EDGE + LINE * len(lines)
 
 
-def _aspect(cells: Sequence[Cell]) -> float:
-    shapes = {cell.picture.shape[:2] for cell in cells}
+def _aspect(panels: Sequence[Panel]) -> float:
+    shapes = {panel.picture.shape[:2] for panel in panels}
     ratios = {height / width for height, width in shapes}
     if len(ratios) != 1:
         found = ", ".join(f"{height}x{width}" for height, width in sorted(shapes)) or "none"
@@ -204,7 +206,7 @@ def _aspect(cells: Sequence[Cell]) -> float:
 
 def _footer_height(sheet: Sheet, width: float) -> float:
     """One line for legend and colour bar, or two where they do not fit beside each other."""
-    texts = [str(handle.get_label()) for handle in _legend(sheet.cells)]
+    texts = [str(handle.get_label()) for handle in _legend(sheet.panels)]
     legend = sum(_HANDLE + _CHARACTER * len(text) for text in texts)
     return _FOOTER + (_LEGEND_LINE if legend + _SCALE_WIDTH > width else 0.0)
 
@@ -219,29 +221,29 @@ def _gaps(section: Section) -> float:
     return _GAP * (sum(groups) - len(groups)) + _GROUP_GAP * (len(groups) - 1)
 
 
-def _cell_width(section: Section, width: float) -> float:
+def _width_of_panels(section: Section, width: float) -> float:
     room = width - _left(section) - _EDGE - _gaps(section)
     return room / sum(section.column_groups)
 
 
-def _content_width(section: Section, cell_width: float) -> float:
+def _content_width(section: Section, panel_width: float) -> float:
     columns = sum(section.column_groups)
-    return _left(section) + columns * cell_width + _gaps(section) + _EDGE
+    return _left(section) + columns * panel_width + _gaps(section) + _EDGE
 
 
 def _lines(texts: Iterator[str]) -> int:
     return max((text.count("\n") + 1 for text in texts if text), default=0)
 
 
-def _head(row: Sequence[Cell]) -> float:
+def _head(row: Sequence[Panel]) -> float:
     """Height of the titles over a row."""
-    lines = _lines(cell.title for cell in row)
+    lines = _lines(panel.title for panel in row)
     return lines * LINE + (0.04 if lines else 0.0)
 
 
-def _foot(row: Sequence[Cell]) -> float:
+def _foot(row: Sequence[Panel]) -> float:
     """Height of the notes under a row."""
-    lines = _lines(cell.note for cell in row)
+    lines = _lines(panel.note for panel in row)
     return lines * LINE + (0.04 if lines else 0.0)
 
 
@@ -261,8 +263,8 @@ class _Pen:
     figure: Figure
     width: float
     height: float
-    cell_width: float
-    cell_height: float
+    panel_width: float
+    panel_height: float
 
     def section(self, section: Section, top: float) -> float:
         """Draw a section and return where it ends."""
@@ -277,21 +279,21 @@ class _Pen:
         for index, row in enumerate(section.rows):
             top += _head(row)
             axes = [
-                self._draw_cell(cell, left, top) for cell, left in zip(row, lefts, strict=False)
+                self._draw_panel(panel, left, top) for panel, left in zip(row, lefts, strict=False)
             ]
             if section.row_titles:
                 axes[0].set_ylabel(
                     section.row_titles[index], fontsize=_SMALL_SIZE, color=INK, labelpad=2.5
                 )
             self._arrows(row, axes)
-            top += self.cell_height + _foot(row) + _GAP
+            top += self.panel_height + _foot(row) + _GAP
         return top - _GAP
 
     def footer(self, sheet: Sheet) -> None:
         """Colour bar at the right, meaning of lines and points at the left."""
-        if any(cell.heat is not None for cell in sheet.cells):
+        if any(panel.heat is not None for panel in sheet.panels):
             add_color_bar(self.figure, heat_scale(), sheet.scale, min(1.2, 0.25 * self.width))
-        handles = list(_legend(sheet.cells))
+        handles = list(_legend(sheet.panels))
         if not handles:
             return
         level = COLOR_BAR_LEVEL + _footer_height(sheet, self.width) - _FOOTER
@@ -310,14 +312,14 @@ class _Pen:
         for size in section.column_groups:
             for _ in range(size):
                 lefts.append(left)
-                left += self.cell_width + _GAP
+                left += self.panel_width + _GAP
             left += _GROUP_GAP - _GAP
         return lefts
 
     def _group_titles(self, section: Section, lefts: Sequence[float], top: float) -> None:
         first = 0
         for size, title in zip(section.column_groups, section.group_titles, strict=True):
-            start, end = lefts[first], lefts[first + size - 1] + self.cell_width
+            start, end = lefts[first], lefts[first + size - 1] + self.panel_width
             first += size
             if not title:
                 continue
@@ -328,34 +330,34 @@ class _Pen:
             y += 0.03 / self.height
             self.figure.text(center, y, title, ha="center", fontsize=7.5, color=INK)
 
-    def _draw_cell(self, cell: Cell, left: float, top: float) -> Axes:
-        bottom = self._up(top + self.cell_height)
-        size = (self.cell_width / self.width, self.cell_height / self.height)
+    def _draw_panel(self, panel: Panel, left: float, top: float) -> Axes:
+        bottom = self._up(top + self.panel_height)
+        size = (self.panel_width / self.width, self.panel_height / self.height)
         axes = add_bare_axes(self.figure, (left / self.width, bottom, *size))
-        if cell.heat is None:
-            show_picture(axes, cell.picture)
+        if panel.heat is None:
+            show_picture(axes, panel.picture)
         else:
-            show_heat(axes, cell.heat, cell.picture)
-        if cell.outline is not None:
-            draw_outline(axes, cell.outline)
-        height, width = cell.picture.shape[:2]
-        if cell.frame is not None:
+            show_heat(axes, panel.heat, panel.picture)
+        if panel.outline is not None:
+            draw_outline(axes, panel.outline)
+        height, width = panel.picture.shape[:2]
+        if panel.frame is not None:
             for spine in axes.spines.values():
-                spine.set(color=cell.frame, linewidth=0.9)
-        for box in cell.boxes:
+                spine.set(color=panel.frame, linewidth=0.9)
+        for box in panel.boxes:
             _draw_box(axes, box, height, width)
-        for mark in cell.marks:
+        for mark in panel.marks:
             _draw_mark(axes, mark, height, width)
-        axes.set_title(cell.title, fontsize=_TITLE_SIZE, pad=2.5, color=INK, linespacing=1.05)
-        axes.set_xlabel(cell.note, fontsize=_SMALL_SIZE, labelpad=2.5, color=INK)
+        axes.set_title(panel.title, fontsize=_TITLE_SIZE, pad=2.5, color=INK, linespacing=1.05)
+        axes.set_xlabel(panel.note, fontsize=_SMALL_SIZE, labelpad=2.5, color=INK)
         return axes
 
-    def _arrows(self, row: Sequence[Cell], axes: Sequence[Axes]) -> None:
-        for index, cell in enumerate(row[:-1]):
+    def _arrows(self, row: Sequence[Panel], axes: Sequence[Axes]) -> None:
+        for index, panel in enumerate(row[:-1]):
             following = row[index + 1]
-            if not (cell.arrow and cell.boxes and following.marks):
+            if not (panel.arrow and panel.boxes and following.marks):
                 continue
-            box, mark = cell.boxes[0], following.marks[0]
+            box, mark = panel.boxes[0], following.marks[0]
             start = (box.left + box.width, 1 - box.top - box.height / 2)
             arrow = ConnectionPatch(
                 start, (mark.x, 1 - mark.y), coordsA="axes fraction", coordsB="axes fraction",
@@ -390,10 +392,10 @@ def _draw_mark(axes: Axes, mark: Mark, height: int, width: int) -> None:
     axes.add_line(_mark_line(mark.kind, mark.x * width - 0.5, mark.y * height - 0.5))
 
 
-def _legend(cells: Sequence[Cell]) -> Iterator[Line2D]:
-    if any(cell.outline is not None for cell in cells):
+def _legend(panels: Sequence[Panel]) -> Iterator[Line2D]:
+    if any(panel.outline is not None for panel in panels):
         yield Line2D([], [], color=INK, linewidth=0.9, linestyle=(0, (3, 1.5)), label="mask")
-    kinds = {mark.kind for cell in cells for mark in cell.marks}
+    kinds = {mark.kind for panel in panels for mark in panel.marks}
     for kind in MarkKind:
         if kind in kinds:
             yield _mark_line(kind, np.nan, np.nan, kind.value)

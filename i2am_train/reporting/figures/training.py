@@ -26,25 +26,12 @@ from i2am_train.reporting.figures.canvas import (
     WORSE,
     arm_colors,
     new_figure,
-    overlay,
     plain_text,
-    save_figure,
 )
-from i2am_train.reporting.figures.samples import PanelPart, sample_panel
 from i2am_train.reporting.tables.ablation import measured_metrics
 from i2am_train.results.history import Curve, History
 from i2am_train.results.statistics import Verdict, verdict
 from i2am_train.results.study import Results, arm_labels
-
-__all__ = [
-    "PanelPart",
-    "arm_colors",
-    "difference_plot",
-    "metric_curves",
-    "overlay",
-    "sample_panel",
-    "save_figure",
-]
 
 _VERDICT_COLORS = {Verdict.BETTER: BETTER, Verdict.WORSE: WORSE}
 
@@ -71,7 +58,7 @@ def metric_curves(
     """
     arms = list(dict.fromkeys(history.arm for history in histories))
     colors = colors or arm_colors(arms)
-    figure, plots = _small_multiples(len(quantities), width, cell_height=1.9, header=0.35)
+    figure, plots = _small_multiples(len(quantities), width, panel_height=1.9, header=0.35)
     for axes, (name, title) in zip(plots, quantities.items(), strict=True):
         axes.set_title(with_index(title), loc="left")
         axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
@@ -119,11 +106,11 @@ def _columns_of(plots: int) -> int:
 
 
 def _small_multiples(
-    count: int, width: float, cell_height: float, header: float = 0.0
+    count: int, width: float, panel_height: float, header: float = 0.0
 ) -> tuple[Figure, list[Axes]]:
     columns = _columns_of(count)
     rows = -(-count // columns)
-    height = rows * cell_height + header
+    height = rows * panel_height + header
     figure = new_figure(width, height)
     figure.set_layout_engine(
         "constrained", rect=(0, 0, 1, 1 - header / height), h_pad=0.07, w_pad=0.09
@@ -144,8 +131,8 @@ def difference_plot(results: Results, width: float = 11.0) -> Figure:
     metrics = {n: i for n, i in measured_metrics(results).items() if any(_entries(results, n))}
     labels = {arm: plain_text(label) for arm, label in arm_labels(results).items()}
     arms = [arm for arm in labels if any(e["arm"] == arm for e in results["paired"])]
-    cell_height = 0.8 + 0.24 * len(arms)
-    figure, plots = _small_multiples(len(metrics), width, cell_height)
+    panel_height = 0.8 + 0.24 * len(arms)
+    figure, plots = _small_multiples(len(metrics), width, panel_height)
     for index, (axes, (name, info)) in enumerate(zip(plots, metrics.items(), strict=True)):
         _draw_differences(axes, results, name, info, arms)
         first_in_row = index % _columns_of(len(metrics)) == 0
@@ -184,9 +171,9 @@ def _draw_differences(
 def seed_differences(results: Results, arm: str, against: str, metric: str) -> list[float]:
     """Difference ``arm - against`` of every seed that both have, lowest seed first."""
     values: dict[tuple[str, int], float] = {
-        (cell["arm"], cell["seed"]): cell["metrics"][metric]
-        for cell in results["cells"]
-        if cell["seed"] is not None and cell["metrics"].get(metric) is not None
+        (entry["arm"], entry["seed"]): entry["metrics"][metric]
+        for entry in results["cells"]
+        if entry["seed"] is not None and entry["metrics"].get(metric) is not None
     }
     seeds = sorted(seed for name, seed in values if name == arm and (against, seed) in values)
     return [values[arm, seed] - values[against, seed] for seed in seeds]

@@ -1,13 +1,12 @@
 """Super-resolution: whether each patch looks at its own place, layer by layer (paper 5.3, A.7; Figs. 9, 18).
 
-The figures by time, head and layer (Figs. 8 and 17) are those of every model (``levels``).
+The figures by time, head and layer (Figs. 8 and 17) are those of every model (``by_layer``).
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
 
 import matplotlib as mpl
 from matplotlib.axes import Axes
@@ -15,26 +14,21 @@ from matplotlib.figure import Figure
 
 from i2am_train.attention.maps import AttributionMaps
 from i2am_train.attention.recipe import LayerId
-from i2am_train.attention.store import LayerRecord
-from i2am_train.metrics.alignment import even_alignment, layer_alignment, patch_distance
+from i2am_train.evaluation.explanation import TO_GENERATED, TO_REFERENCE, Explanation, PatchIndex
+from i2am_train.metrics.alignment import alignment_table, patch_distance
 from i2am_train.reporting.figures.canvas import GREY, OKABE_ITO, STYLE, new_figure
 from i2am_train.reporting.figures.elements import (
-    TO_GENERATED,
-    TO_REFERENCE,
     layer_title,
     layers_of,
-    patch_box,
     patch_colors,
     placed_box,
-    plain_cell,
-    same_place,
-    specific_cells,
+    plain_panel,
+    same_patch,
+    specific_panels,
 )
-from i2am_train.reporting.figures.explained import Drawn, GridCell
 from i2am_train.reporting.figures.sheet import (
     LINE,
-    Box,
-    Cell,
+    Panel,
     Section,
     Sheet,
     warning_lines,
@@ -48,7 +42,7 @@ PLOT_HEIGHT = 2.4
 """Inches of the plot below its marks (chosen by us)."""
 
 
-def alignment_sheet(sample: Drawn, layers: Sequence[LayerId] | None = None) -> Sheet:
+def alignment_sheet(sample: Explanation, layers: Sequence[LayerId] | None = None) -> Sheet:
     """Where a place of the generated image looks in each layer, and how far away that is (Figs. 9, 18).
 
     Rows are the first patches of the sample's layer, columns the layers; the box is the patch's own
@@ -63,11 +57,11 @@ def alignment_sheet(sample: Drawn, layers: Sequence[LayerId] | None = None) -> S
     columns = [_column(sample, patches, layer) for layer in chosen]
     rows = []
     for index, (patch, color) in enumerate(zip(patches, patch_colors(len(patches)), strict=True)):
-        first = plain_cell(sample, TO_GENERATED)
+        first = plain_panel(sample, TO_GENERATED)
         first = replace(first, boxes=(placed_box(sample, TO_GENERATED, patch, color),))
         rows.append((first, *(column[index] for column in columns)))
     titles = ["generated", *(layer_title(sample.maps, layer) for layer in chosen)]
-    rows[0] = tuple(replace(cell, title=t) for cell, t in zip(rows[0], titles, strict=True))
+    rows[0] = tuple(replace(panel, title=t) for panel, t in zip(rows[0], titles, strict=True))
     section = Section(
         rows=tuple(rows),
         row_titles=tuple(f"patch {y}, {x}" for y, x in patches),
@@ -76,58 +70,25 @@ def alignment_sheet(sample: Drawn, layers: Sequence[LayerId] | None = None) -> S
     return Sheet(
         sections=(section,),
         caption=f"Alignment of {sample.name} ({sample.model}): where the boxed place of the generated "
-        f"image looks on the {sample.reference_word} in each layer; the box there is the same place, "
+        f"image looks on the {sample.reference} in each layer; the box there is the same place, "
         "the number the mean distance of the attention from it in percent of the diagonal.",
     )
 
 
-def _column(sample: Drawn, patches: Sequence[GridCell], layer: str) -> list[Cell]:
+def _column(sample: Explanation, patches: Sequence[PatchIndex], layer: str) -> list[Panel]:
     """One layer's map of each patch, with the patch's own place and the distance from it."""
     record = sample.maps.store.layer(layer)
-    scores = sample.maps.scores(layer)
-    away = patch_distance(scores, record.generated_grid, record.grid(TO_REFERENCE))[0].tolist()
-    colors = patch_colors(len(patches))
-    cells = []
-    for cell, patch, color in zip(
-        specific_cells(sample, patches, layer), patches, colors, strict=True
+    grid = record.generated_grid
+    away = patch_distance(sample.maps.scores(layer), grid, record.grid(TO_REFERENCE))[0].tolist()
+    panels = []
+    for panel, patch, color in zip(
+        specific_panels(sample, patches, layer), patches, patch_colors(len(patches)), strict=True
     ):
-        y, x = same_place(patch, sample.grid(TO_GENERATED), record.generated_grid)
-        note = f"{100 * away[y * record.generated_grid.width + x]:.0f} %"
-        box = _own_place(sample, record, (y, x), color)
-        cells.append(replace(cell, boxes=(box,), note=note, frame=None))
-    return cells
-
-
-def _own_place(sample: Drawn, record: LayerRecord, patch: GridCell, color: str) -> Box:
-    """A generated patch of a layer, drawn at its own place on the reference."""
-    grid, placement = record.generated_grid, sample.placement(TO_REFERENCE)
-    box = patch_box(patch, grid, color)
-    return box if placement is None else placement.box(box, grid)
-
-
-def alignment_table(maps: AttributionMaps) -> list[dict[str, Any]]:
-    """The mean over samples of each layer's alignment, ready for JSON, in the order of the layers.
-
-    ``distance`` counts reference patches, ``relative`` is a share of the diagonal, ``within_one`` the
-    share of the attention at most one patch away; ``even`` is the ``relative`` of attention that is
-    spread evenly. Layers without a score matrix are left out.
-    """
-    rows = []
-    for layer, found in layer_alignment(maps).items():
-        record = maps.store.layer(layer)
-        grids = record.generated_grid, record.grid(TO_REFERENCE)
-        rows.append(
-            {
-                "layer": layer,
-                "generated_grid": grids[0],
-                "reference_grid": grids[1],
-                "distance": float(found.distance.mean()),
-                "relative": float(found.relative.mean()),
-                "within_one": float(found.within.mean()),
-                "even": float(even_alignment(*grids).relative),
-            }
-        )
-    return rows
+        y, x = same_patch(patch, sample.grid(TO_GENERATED), grid)
+        box = placed_box(sample, TO_REFERENCE, (y, x), color, grid)
+        note = f"{100 * away[y * grid.width + x]:.0f} %"
+        panels.append(replace(panel, boxes=(box,), note=note, frame=None))
+    return panels
 
 
 @mpl.rc_context(STYLE)

@@ -9,7 +9,12 @@ from PIL import Image
 from safetensors.numpy import save_file
 
 from i2am_train.errors import DataError, RunFolderError
-from i2am_train.reporting.explained import SCHEMA, read_explained, sample_folders, write_explained
+from i2am_train.evaluation.explanation import (
+    SCHEMA,
+    explanation_folders,
+    read_explanation,
+    write_explanation,
+)
 from i2am_train.types import Direction, GridSize
 
 
@@ -19,7 +24,7 @@ def folder(make_explained, write_explained_run, tmp_path):
 
 
 def test_everything_comes_back_as_it_was(make_explained, folder):
-    before, after = make_explained(), read_explained(folder)
+    before, after = make_explained(), read_explanation(folder)
     for name in ("images", "masks"):
         kept, original = getattr(after, name), getattr(before, name)
         assert list(kept) == list(original)
@@ -30,14 +35,14 @@ def test_everything_comes_back_as_it_was(make_explained, folder):
         assert np.array_equal(new.picture, old.picture)
     for layer in before.maps.layers:
         assert torch.equal(after.maps.scores(layer), before.maps.scores(layer))
-    same = ("name", "garment_name", "paired", "layer", "scores", "generated_patches", "model")
+    same = ("name", "inputs", "index", "paired", "layer", "scores", "generated_patches", "model")
     for name in (*same, "reference_patches", "origin", "delta", "weighting", "time_groups"):
         assert getattr(after, name) == getattr(before, name), name
 
 
 def test_a_sample_without_truth_has_no_true_places(make_explained, write_explained_run, tmp_path):
     sample = make_explained(correspondence=None, model="other")
-    read = read_explained(write_explained_run(sample, tmp_path / "x"), model="mine")
+    read = read_explanation(write_explained_run(sample, tmp_path / "x"), model="mine")
     assert read.correspondence is None
     assert read.model == "mine"
     assert np.isnan(read.true_places(GridSize(4, 3), GridSize(6, 5))).all()
@@ -64,14 +69,14 @@ def test_a_run_of_several_samples_has_a_folder_for_each(
 ):
     run = write_explained_run(make_explained(), tmp_path / "run")
     one = [run]
-    assert sample_folders(run) == one
+    assert explanation_folders(run) == one
     for name in ("b", "a"):
-        write_explained(run / name, make_explained(name=name))
+        write_explanation(run / name, make_explained(name=name))
     (run / "scores.json").unlink()
-    assert sample_folders(run) == [run / "a", run / "b"]
-    assert read_explained(run / "b").name == "b"  # finished, says the manifest above it
+    assert explanation_folders(run) == [run / "a", run / "b"]
+    assert read_explanation(run / "b").name == "b"  # finished, says the manifest above it
     with pytest.raises(RunFolderError, match=r"not the folder of explained samples \(it has no"):
-        sample_folders(tmp_path / "nothing")
+        explanation_folders(tmp_path / "nothing")
 
 
 def changed(path, **changes):
@@ -119,4 +124,4 @@ DAMAGE = {
 def test_a_damaged_folder_is_named(folder, what, error, match):
     DAMAGE[what](folder)
     with pytest.raises(error, match=match):
-        read_explained(folder)
+        read_explanation(folder)
