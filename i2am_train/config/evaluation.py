@@ -112,6 +112,12 @@ class EvaluateConfig(Options):
             )
         if self.images is not None:
             self._check_finished_images()
+        elif self.data.root is None and (self.evaluation.samples or 0) > self.data.synthetic.test:
+            raise OptionError(
+                "evaluation.samples",
+                self.evaluation.samples,
+                f"at most data.synthetic.test={self.data.synthetic.test}",
+            )
 
     def _check_finished_images(self) -> None:
         """Refuses what belongs to a model that makes images."""

@@ -198,8 +198,15 @@ class TrainConfig(Options):
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
 
     def check(self) -> None:
-        """A run has a label; parts of weights do not go together with everything."""
+        """A run has a label and enough samples; parts of weights do not go together with everything."""
         self.label = self.label or self.name
+        needed = self.validation.samples + self.data.batch_size
+        if self.data.root is None and needed > self.data.synthetic.train:
+            raise OptionError(
+                "data.synthetic.train",
+                self.data.synthetic.train,
+                f"at least {needed}, validation.samples and one batch of data.batch_size={self.data.batch_size}",
+            )
         # Not in the group itself: a study hands its group to arms, which may set another variant.
         self.objective = replace(self.objective, sigma=self.objective.width)
         if self.trainer.sharded:

@@ -32,6 +32,10 @@ from i2am_train.tracking.finished import track_study
 from i2am_train.tracking.session import sync_advice
 from i2am_train.workflows import evaluate, train
 
+WITHOUT_EFFECT_ON_CELLS = (
+    *("output", "arms", "seeds", "data.workers", "device", "trainer.progress_bar", "tracking"),
+)
+"""Options that may differ when a study is asked for again: arms and seeds are added, other cells stay as they are."""
 LOG_WIDTH = 140
 """Columns of the tables in a log file."""
 
@@ -80,18 +84,11 @@ def ablate(config: AblateConfig) -> dict[str, Any]:
 
 
 def _ablate(config: AblateConfig) -> dict[str, Any]:
+    RunFolder.check(config.folder, plain(config), may_differ=WITHOUT_EFFECT_ON_CELLS)
     _check(config)
     root = prepare_data(config.data, config.folder, config.tracking.folder)
     arms = {arm: _arm_settings(config, arm) for arm in config.arms}
-    folder = RunFolder.open(
-        config.folder,
-        plain(config),
-        # More arms and seeds may be added to a study; its other cells stay as they are.
-        may_differ=(
-            *("output", "arms", "seeds", "data.workers", "device", "trainer.progress_bar"),
-            "tracking",
-        ),
-    )
+    folder = RunFolder.open(config.folder, plain(config), may_differ=WITHOUT_EFFECT_ON_CELLS)
     folder.start(data=data_state(root))
     entries = []
     for cell, remaining in _with_time_left(list(_cells(config))):
@@ -135,9 +132,12 @@ def _check(config: AblateConfig) -> None:
     cells = {arm: arm_config(config, arm, 0, config.folder) for arm in trained}
     _check_different("names", {arm: arm_name(arm) for arm in config.arms})
     _check_different("labels", {arm: _arm_settings(config, arm)["label"] for arm in config.arms})
-    evaluate.prepare(_evaluation(config, config.init), config.init, config.folder)
+    judged = _evaluation(config, config.init)
     for cell in cells.values():
-        train.prepare(cell)
+        train.make_checked_module(cell)
+    model, _ = evaluate.prepare(judged, config.init, config.folder)
+    for cell in cells.values():
+        train.open_data(cell, model, processes=1)
 
 
 def _check_different(what: str, called: dict[str, str]) -> None:

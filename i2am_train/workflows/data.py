@@ -17,7 +17,7 @@ from i2am_train.data.cache import CacheLayout
 from i2am_train.data.checks.dataset_report import check_dataset
 from i2am_train.data.derive.derivation import DeriveOptions, derive_dataset, split_lists
 from i2am_train.data.derive.parsing import LABEL_SETS
-from i2am_train.data.opening import Reading
+from i2am_train.data.opening import Reading, list_length
 from i2am_train.data.synthetic.dataset import make_dataset
 from i2am_train.entry.command import FAILED_CHECK
 from i2am_train.errors import ConfigError
@@ -107,6 +107,9 @@ def cache(config: DataCacheConfig) -> None:
         shard_samples=config.shard_samples,
     )
     require_apart(config.root, config.output)
+    reading = Reading(config.layout, tuple(config.categories), config.fit)
+    for split in config.splits:
+        list_length(config.root, split, Pairing.PAIRED, reading)  # before a model is loaded
     model = TryOnModel.from_pretrained(model_folder(config.init)).to(device)
     with locked(config.output):
         index = make_cache(
@@ -114,7 +117,7 @@ def cache(config: DataCacheConfig) -> None:
             config.root,
             config.output,
             layout,
-            reading=Reading(config.layout, tuple(config.categories), config.fit),
+            reading=reading,
             splits=config.splits,
             batch_size=config.batch_size,
             workers=config.workers,

@@ -241,8 +241,9 @@ def evaluate_checkpoint(config: EvaluateConfig, checkpoint: str, folder: Path) -
 
 
 def _evaluate_checkpoint(config: EvaluateConfig, checkpoint: str, folder: Path) -> dict[str, Any]:
-    model, datamodule = prepare(config, checkpoint, folder)
     settings = plain(config) | {"checkpoint": str(model_folder(checkpoint))}
+    RunFolder.check(folder, settings, may_differ=WITHOUT_EFFECT_ON_SCORES)
+    model, datamodule = prepare(config, checkpoint, folder)
     if not first_process():
         wait_for(folder / MANIFEST_FILE)
     opened = RunFolder.open(folder, settings, may_differ=WITHOUT_EFFECT_ON_SCORES)

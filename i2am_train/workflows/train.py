@@ -25,6 +25,7 @@ from i2am_train.fingerprints import data_state
 from i2am_train.locks import locked
 from i2am_train.models.lora import FOLDER as ADAPTER_FOLDER
 from i2am_train.models.lora import has_adapters, save_adapters
+from i2am_train.models.tryon import TryOnModel
 from i2am_train.processes import first_process, wait_for
 from i2am_train.redaction import without_secrets
 from i2am_train.reporting.tables.published import published_row
@@ -80,14 +81,20 @@ def train(config: TrainConfig) -> Path:
 
 def _train(config: TrainConfig) -> Path:
     own = imported_callbacks(config.callbacks)
+    resume = config.resume or not first_process()  # the others find the folder that the first made
+    RunFolder.check(
+        config.folder,
+        plain(config),
+        resume=resume,
+        may_differ=(*WITHOUT_EFFECT_ON_WEIGHTS, "revisions"),
+    )
     module, datamodule = prepare(config)
     if not first_process():
         wait_for(config.folder / MANIFEST_FILE)
     folder = RunFolder.open(
         config.folder,
         plain(config) | revisions(config.init),
-        resume=config.resume
-        or not first_process(),  # the others find the folder that the first made
+        resume=resume,
         may_differ=WITHOUT_EFFECT_ON_WEIGHTS,
     )
     if folder.finished:
@@ -143,6 +150,16 @@ def prepare(config: TrainConfig) -> tuple[TryOnModule, TryOnDataModule]:
     Raises:
         I2AMError: machine, data, checkpoint, layers, metrics or numbers of samples do not fit the configuration.
     """
+    module, processes = make_checked_module(config)
+    return module, open_data(config, module.model, processes)
+
+
+def make_checked_module(config: TrainConfig) -> tuple[TryOnModule, int]:
+    """Module of a run and number of its processes; all is checked that needs no dataset, which may have to be drawn.
+
+    Raises:
+        I2AMError: machine, checkpoint, layers, metrics, callbacks or free space do not fit the configuration.
+    """
     processes = check_trainer(config)
     check_best(config)
     check_callbacks(config.callbacks)
@@ -150,7 +167,16 @@ def prepare(config: TrainConfig) -> tuple[TryOnModule, TryOnDataModule]:
     module = make_module(config)
     if config.validation.samples:
         check_settings(module.model, EvaluationSettings.of(config))
-    # May draw the embedded dataset, which takes a while.
+    check_disk(config, module.model)
+    return module, processes
+
+
+def open_data(config: TrainConfig, model: TryOnModel, processes: int) -> TryOnDataModule:
+    """Data of a run, checked; the embedded dataset is drawn where it is missing, which takes a while.
+
+    Raises:
+        I2AMError: data, cache or numbers of samples do not fit the configuration.
+    """
     root = prepare_data(config.data, config.folder, config.tracking.folder)
     if config.objective.truth:
         require_correspondence(root)
@@ -160,7 +186,7 @@ def prepare(config: TrainConfig) -> tuple[TryOnModule, TryOnDataModule]:
         seed=config.seed,
         eval_batch_size=config.evaluation.batch_size,
         validation_samples=config.validation.samples,
-        cache=open_cache(config.data, root, module.model),
+        cache=open_cache(config.data, root, model),
     )
     training = datamodule.train_dataset()
     read: list[object] = [training]
@@ -172,5 +198,4 @@ def prepare(config: TrainConfig) -> tuple[TryOnModule, TryOnDataModule]:
     check_batches(config, len(training), held_out, processes)
     if first_process():
         refuse_broken_pictures([one for one in read if isinstance(one, TryOnDataset)])
-    check_disk(config, module.model)
-    return module, datamodule
+    return datamodule

@@ -513,17 +513,39 @@ def test_bad_input(
 
 
 @pytest.mark.usefixtures("_as_a_fresh_process")
-@pytest.mark.parametrize("command", ["evaluate", "train"])
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("evaluate checkpoint=tiny evaluation.metrics=[nope]", "No metric is called 'nope'"),
+        ("evaluate checkpoint=tiny attribution.layer=mid", "mid"),
+        ("evaluate checkpoint=tiny evaluation.samples=3", "at most data.synthetic.test=2"),
+        ("train evaluation.metrics=[nope]", "No metric is called 'nope'"),
+        ("train objective.dcml=0.1 objective.layer=mid", "mid"),
+        ("train trainer.keep_best=nope", "nope"),
+        ("train callbacks=[nope:It]", "nope"),
+        ("train validation.samples=32", "data.synthetic.train=5 is not possible"),
+        ("train output={used}", "a run of another configuration"),
+        ("ablate arms=[base,{arm}] reference=base", "mid"),
+        ("ablate evaluation.metrics=[nope]", "No metric is called 'nope'"),
+        ("explain checkpoint=tiny sample=2", "less than data.synthetic.test=2"),
+    ],
+)
 def test_cheap_checks_come_before_a_dataset_is_drawn(
-    command: str, capsys: pytest.CaptureFixture[str]
+    words: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A metric that does not exist is refused before the embedded dataset is made."""
-    folder = dataset_folder(GridSize(128, 96), 3, 2, 987654)
-    made = ["data.synthetic.train=3", "data.synthetic.test=2", "data.synthetic.seed=987654"]
-    checkpoint = {"evaluate": "checkpoint=tiny", "train": "init=tiny"}[command]
+    """All that is wrong without a look at the data is refused before the embedded dataset is made."""
+    folder = dataset_folder(GridSize(128, 96), 5, 2, 987654)
+    made = ["data.synthetic.train=5", "data.synthetic.test=2", "data.synthetic.seed=987654"]
+    small = [] if words.startswith(("evaluate", "explain")) else ["data.batch_size=2"]
+    held_out = [] if "validation" in words or not small else ["validation.samples=2"]
+    arm = tmp_path / "arm.yaml"
+    arm.write_text("objective: {dcml: 0.1, layer: mid}\n")
+    used = tmp_path / "used"
+    used.mkdir()
+    (used / "settings.json").write_text('{"seed": 5}')
     with pytest.raises(SystemExit, match="2"):
-        main([command, checkpoint, "evaluation.metrics=[nope]", *made])
-    _is_a_paragraph(capsys.readouterr().err, "No metric is called 'nope'")
+        main([*words.format(arm=arm, used=used).split(), *made, *small, *held_out])
+    _is_a_paragraph(capsys.readouterr().err, message)
     assert not folder.exists()
 
 
