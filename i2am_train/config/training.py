@@ -269,7 +269,13 @@ class AblateConfig(Options):
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
 
     def check(self) -> None:
-        """The comparison has a partner."""
+        """The comparison has a partner, and the baseline no term of the user's."""
+        if self.objective.terms:
+            raise OptionError(
+                "objective.terms",
+                self.objective.terms,
+                "none, since all arms would have them, the baseline too: set them in the file of an arm",
+            )
         if len(self.arms) > 1 and self.reference not in self.arms:
             raise ConfigError(
                 f"reference={self.reference} is none of the arms {self.arms}. "

@@ -260,6 +260,12 @@ CASES: list[tuple[str, str, list[str], str]] = [
         "list.yaml",
     ),
     ("ablate", MODEL, ["arms=[baseline,{arms}/imports.yaml]"], "I2AM_ALLOW_IMPORTS=json"),
+    (
+        "ablate",
+        MODEL,
+        ["objective.terms.mine={fn: tests.support.terms:mass, weight: 1}"],
+        "set them in the file of an arm",
+    ),
     ("ablate", MODEL, ["arms=[baseline,{arms}/term.yaml]"], "I2AM_ALLOW_IMPORTS=json"),
     ("ablate", MODEL, ["arms=[Baseline]"], "no arm 'Baseline'"),
     ("ablate", MODEL, ["arms=[baseline,]"], "cannot be read"),
