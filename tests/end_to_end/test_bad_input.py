@@ -27,6 +27,7 @@ from i2am_train.config.locations import checkout, dataset_folder
 from i2am_train.config.store import compose
 from i2am_train.experiments.detection.shapes import make_shapes
 from i2am_train.types import GridSize
+from i2am_train.workflows import evaluate
 
 SECONDS = 60
 """Longer than any refusal takes on a busy machine."""
