@@ -22,14 +22,13 @@ from i2am_train.reporting.figures.elements import (
     layers_of,
     patch_colors,
     placed_box,
-    plain_panel,
     same_patch,
     specific_panels,
 )
+from i2am_train.reporting.figures.patches import across_layers
 from i2am_train.reporting.figures.sheet import (
     LINE,
     Panel,
-    Section,
     Sheet,
     warning_lines,
     write_warnings,
@@ -55,24 +54,13 @@ def alignment_sheet(sample: Explanation, layers: Sequence[LayerId] | None = None
     chosen = layers_of(sample.maps, layers)
     patches = sample.generated_patches[:PATCHES_SHOWN]
     columns = [_column(sample, patches, layer) for layer in chosen]
-    rows = []
-    for index, (patch, color) in enumerate(zip(patches, patch_colors(len(patches)), strict=True)):
-        first = plain_panel(sample, TO_GENERATED)
-        first = replace(first, boxes=(placed_box(sample, TO_GENERATED, patch, color),))
-        rows.append((first, *(column[index] for column in columns)))
-    titles = ["generated", *(layer_title(sample.maps, layer) for layer in chosen)]
-    rows[0] = tuple(replace(panel, title=t) for panel, t in zip(rows[0], titles, strict=True))
-    section = Section(
-        rows=tuple(rows),
-        row_titles=tuple(f"patch {y}, {x}" for y, x in patches),
-        groups=(1, len(chosen)),
-    )
-    return Sheet(
-        sections=(section,),
-        caption=f"Alignment of {sample.name} ({sample.model}): where the boxed place of the generated "
+    return across_layers(
+        sample, TO_GENERATED, patches, chosen, columns,
+        f"Alignment of {sample.name} ({sample.model}): where the boxed place of the generated "
         f"image looks on the {sample.reference} in each layer; the box there is the same place, "
         "the number the mean distance of the attention from it in percent of the diagonal.",
-    )
+        first_title="generated",
+    )  # fmt: skip
 
 
 def _column(sample: Explanation, patches: Sequence[PatchIndex], layer: str) -> list[Panel]:
@@ -85,7 +73,7 @@ def _column(sample: Explanation, patches: Sequence[PatchIndex], layer: str) -> l
         specific_panels(sample, patches, layer), patches, patch_colors(len(patches)), strict=True
     ):
         y, x = same_patch(patch, sample.grid(TO_GENERATED), grid)
-        box = placed_box(sample, TO_REFERENCE, (y, x), color, grid)
+        box = placed_box(sample, TO_REFERENCE, (y, x), grid, color)
         note = f"{100 * away[y * grid.width + x]:.0f} %"
         panels.append(replace(panel, boxes=(box,), note=note, frame=None))
     return panels

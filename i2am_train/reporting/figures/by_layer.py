@@ -21,7 +21,7 @@ from i2am_train.reporting.figures.elements import (
     plain_panel,
     specific_panels,
     time_titles,
-    untitled,
+    titled_once,
 )
 from i2am_train.reporting.figures.sheet import Panel, Section, Sheet
 from i2am_train.types import Direction
@@ -62,7 +62,7 @@ def _layer_section(sample: Explanation, layers: Sequence[str]) -> Section:
         for direction in sample.directions
     ]
     return Section(
-        rows=(rows[0], *map(untitled, rows[1:])),
+        rows=titled_once(rows),
         row_titles=("$M_g^{(l)}$", "$M_r^{(l)}$")[: len(rows)],
         groups=(1, len(titles)),
     )
@@ -185,7 +185,7 @@ def _block(
     """The picture and its maps, one row per direction."""
     rows = [(plain_panel(sample, direction), *panels(direction)) for direction in sample.directions]
     return Section(
-        rows=(rows[0], *map(untitled, rows[1:])),
+        rows=titled_once(rows),
         row_titles=("on the image", f"on the {sample.reference}")[: len(rows)],
         groups=(len(rows[0]),),
         group_titles=(title,),

@@ -20,11 +20,10 @@ from i2am_train.reporting.figures.elements import (
     layer_title,
     layers_of,
     map_panel,
-    patch_box,
-    patch_colors,
+    patch_panel,
     plain_panel,
     specific_panels,
-    untitled,
+    titled_once,
 )
 from i2am_train.reporting.figures.sheet import Panel, Section, Sheet
 from i2am_train.types import Direction
@@ -40,16 +39,16 @@ def scores_under_maps(samples: Sequence[Explanation]) -> Sheet:
 
     One row per sample: garment, generated image, and the two maps that IMACS reads.
     """
-    rows = []
-    for index, sample in enumerate(samples):
-        row = (
+    rows = [
+        (
             plain_panel(sample, TO_REFERENCE, "garment"),
             plain_panel(sample, TO_GENERATED, "generated"),
             _scored_panel(sample, TO_GENERATED, f"$M_g$ above {sample.delta:g}"),
             _scored_panel(sample, TO_REFERENCE, f"$M_r$ above {sample.delta:g}"),
         )
-        rows.append(row if index == 0 else untitled(row))
-    section = Section(rows=tuple(rows), row_titles=tuple(_row_names(samples)), groups=(2, 2))
+        for sample in samples
+    ]
+    section = Section(rows=titled_once(rows), row_titles=tuple(_row_names(samples)), groups=(2, 2))
     return Sheet(
         sections=(section,),
         caption="Unified attribution maps above the threshold, the masks that they should fill "
@@ -65,20 +64,19 @@ def refinement(samples: Sequence[Explanation]) -> Sheet:
     """
     first = samples[0]
     patches = first.generated_patches[:PATCHES_COMPARED]
-    grid, colors = first.grid(TO_GENERATED), patch_colors(len(patches))
-    boxes = tuple(patch_box(p, grid, c) for p, c in zip(patches, colors, strict=True))
-    rows = []
-    for index, (sample, given) in enumerate(zip(samples, cycle(GIVEN), strict=False)):
-        row = (
+    boxes = patch_panel(first, TO_GENERATED, patches).boxes
+    rows = [
+        (
             Panel(picture=first.images[given], title="given", note=given),
             replace(plain_panel(sample, TO_GENERATED, "generated"), boxes=boxes),
             _scored_panel(sample, TO_GENERATED, "$M_g$"),
             _scored_panel(sample, TO_REFERENCE, "$M_r$"),
             *specific_panels(sample, patches, first.layer, PATCH_TITLES),
         )
-        rows.append(row if index == 0 else untitled(row))
+        for sample, given in zip(samples, cycle(GIVEN), strict=False)
+    ]
     section = Section(
-        rows=tuple(rows),
+        rows=titled_once(rows),
         row_titles=tuple(plain_text(sample.model) for sample in samples),
         groups=(1, 1, 2, len(patches)),
         group_titles=("", "", "unified maps", f"patches, {layer_label(first.layer)}"),
@@ -101,7 +99,7 @@ def guidance_effect(
     first = ordered[0]
     chosen = layers_of(first.maps, layers)
     rows = []
-    for index, sample in enumerate(ordered):
+    for sample in ordered:
         maps = sample.maps.select(chosen).layer_level(TO_GENERATED).normalised()
         titles = [layer_title(sample.maps, name) for name in chosen]
         by_layer = (
@@ -114,9 +112,9 @@ def guidance_effect(
             *by_layer,
             map_panel(sample, TO_GENERATED, sample.unified(TO_GENERATED), "$M_g$", note),
         )
-        rows.append(row if index == 0 else untitled(row))
+        rows.append(row)
     section = Section(
-        rows=tuple(rows),
+        rows=titled_once(rows),
         row_titles=tuple(_guidance_title(sample.origin["guidance"]) for sample in ordered),
         groups=(1, len(chosen), 1),
     )

@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 from numpy.typing import NDArray
 
-from i2am_train.attention.maps import AttributionMaps, time_groups
+from i2am_train.attention.maps import AttributionMaps, HeatMap, time_groups
 from i2am_train.attention.recipe import LayerId, describe_layers, paper_number, similar_layer
 from i2am_train.errors import CaptureError
 from i2am_train.evaluation.explanation import (
@@ -120,9 +120,10 @@ def map_panel(
     )
 
 
-def untitled(row: Sequence[Panel]) -> tuple[Panel, ...]:
-    """The same panels without their titles: a row under another one of the same columns."""
-    return tuple(replace(panel, title="") for panel in row)
+def titled_once(rows: Sequence[Sequence[Panel]]) -> tuple[tuple[Panel, ...], ...]:
+    """Rows of the same columns: titles stand over the first one only."""
+    first, *others = (tuple(row) for row in rows)
+    return (first, *(tuple(replace(panel, title="") for panel in row) for row in others))
 
 
 # ---- patches -------------------------------------------------------------------------------------
@@ -133,21 +134,24 @@ def patch_panel(
 ) -> Panel:
     """The picture with a box around each patch: generated ones, or those of the garment."""
     boxes = tuple(
-        placed_box(sample, direction, patch, color)
+        placed_box(sample, direction, patch, sample.grid(direction), color)
         for patch, color in zip(patches, patch_colors(len(patches)), strict=True)
     )
     return replace(plain_panel(sample, direction, title), boxes=boxes)
 
 
+def boxed_panels(
+    sample: Explanation, direction: Direction, patches: Sequence[PatchIndex]
+) -> list[Panel]:
+    """The picture for each patch, with a box around it in the patch's own colour."""
+    picture = plain_panel(sample, direction)
+    return [replace(picture, boxes=(box,)) for box in patch_panel(sample, direction, patches).boxes]
+
+
 def placed_box(
-    sample: Explanation,
-    direction: Direction,
-    patch: PatchIndex,
-    color: str,
-    grid: GridSize | None = None,
+    sample: Explanation, direction: Direction, patch: PatchIndex, grid: GridSize, color: str
 ) -> Box:
-    """Where a patch of a grid, by default that of the sample's layer, lies on the drawn picture."""
-    grid = grid or sample.grid(direction)
+    """Where a patch of a grid lies on the drawn picture."""
     box, place = patch_box(patch, grid, color), placement(sample, direction)
     return box if place is None else place.box(box, grid)
 
@@ -195,37 +199,41 @@ def specific_panels(
     record = sample.maps.store.layer(layer or sample.layer)
     places = [same_patch(p, sample.grid(TO_GENERATED), record.generated_grid) for p in patches]
     maps = sample.maps.specific_reference(places, record.layer)
-    reference = record.grid(TO_REFERENCE)
-    truth = sample.true_places(record.generated_grid, reference)
-    panels = []
-    colors = patch_colors(len(patches))
-    for index, (values, (y, x)) in enumerate(zip(array(maps.normalised()), places, strict=True)):
-        marks = _marks(sample, TO_REFERENCE, values, truth[y * record.generated_grid.width + x])
-        panel = map_panel(sample, TO_REFERENCE, values, titles[index] if titles else "")
-        panels.append(replace(panel, marks=marks, frame=colors[index]))
-    return panels
+    true_places = sample.true_places(record.generated_grid, record.grid(TO_REFERENCE))
+    truth = [true_places[y * record.generated_grid.width + x] for y, x in places]
+    return _patch_maps(sample, TO_REFERENCE, maps, truth, titles or [""] * len(patches))
 
 
 def reverse_panels(
-    sample: Explanation,
-    patches: Sequence[PatchIndex],
-    layer: str | None = None,
-    titles: Sequence[str] = (),
+    sample: Explanation, patches: Sequence[PatchIndex], layer: str | None = None
 ) -> list[Panel]:
     """What garment patches feed on the generated image, with the strongest place.
 
     The arguments are those of ``specific_panels``, with patches of the reference grid.
     """
-    record = sample.maps.store.layer(layer or sample.layer)
-    maps = sample.maps.reverse_specific_reference(patches, record.layer)
-    panels = []
-    colors = patch_colors(len(patches))
-    for index, values in enumerate(array(maps.normalised())):
-        panel = map_panel(sample, TO_GENERATED, values, titles[index] if titles else "")
-        panels.append(
-            replace(panel, marks=_marks(sample, TO_GENERATED, values, None), frame=colors[index])
+    maps = sample.maps.reverse_specific_reference(patches, layer or sample.layer)
+    return _patch_maps(sample, TO_GENERATED, maps, [None] * len(patches), [""] * len(patches))
+
+
+def _patch_maps(
+    sample: Explanation,
+    direction: Direction,
+    maps: HeatMap,
+    truth: Sequence[NDArray[np.floating] | None],
+    titles: Sequence[str],
+) -> list[Panel]:
+    """One panel per patch, framed in the patch's colour."""
+    colors = patch_colors(len(titles))
+    return [
+        replace(
+            map_panel(sample, direction, values, title),
+            marks=_marks(sample, direction, values, true_place),
+            frame=color,
         )
-    return panels
+        for values, true_place, title, color in zip(
+            array(maps.normalised()), truth, titles, colors, strict=True
+        )
+    ]
 
 
 def _marks(

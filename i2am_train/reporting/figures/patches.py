@@ -14,17 +14,15 @@ from i2am_train.evaluation.explanation import (
     array,
 )
 from i2am_train.reporting.figures.elements import (
+    boxed_panels,
     layer_label,
     layer_title,
     layers_of,
     map_panel,
-    patch_colors,
-    placed_box,
-    plain_panel,
     reverse_panels,
     specific_panels,
     time_titles,
-    untitled,
+    titled_once,
 )
 from i2am_train.reporting.figures.sheet import Panel, Section, Sheet
 from i2am_train.types import Direction
@@ -56,10 +54,9 @@ def generation_flow(sample: Explanation) -> Sheet:
         )
         pair = pairs[group] if group < len(pairs) else ()
         titled = [replace(panel, title=t) for panel, t in zip(pair, _PAIR_TITLES, strict=False)]
-        row = (*flow, *titled)
-        rows.append(row if group == 0 else untitled(row))
+        rows.append((*flow, *titled))
     section = Section(
-        rows=tuple(rows),
+        rows=titled_once(rows),
         row_titles=tuple(f"$t$ = {title}" for title in time_titles(sample)),
         groups=(1, 2, 2),
         group_titles=(
@@ -100,7 +97,7 @@ def specific_across_layers(sample: Explanation, layers: Sequence[LayerId] | None
     chosen = layers_of(sample.maps, layers)
     patches = sample.generated_patches[:PATCHES_PER_LAYER_FIGURE]
     columns = [specific_panels(sample, patches, layer) for layer in chosen]
-    return _across_layers(
+    return across_layers(
         sample, TO_GENERATED, patches, chosen, columns,
         f"Specific-reference attribution maps of {sample.name} ({sample.model}) across layers: "
         f"where the boxed place of the generated image looks on the {sample.reference}.",
@@ -112,33 +109,30 @@ def reverse_across_layers(sample: Explanation, layers: Sequence[LayerId] | None 
     chosen = layers_of(sample.maps, layers)
     patches = sample.reference_patches[:PATCHES_PER_LAYER_FIGURE]
     columns = [reverse_panels(sample, patches, layer) for layer in chosen]
-    return _across_layers(
+    return across_layers(
         sample, TO_REFERENCE, patches, chosen, columns,
         f"Reverse specific-reference attribution maps of {sample.name} ({sample.model}) across "
         f"layers: where the boxed patch of the {sample.reference} goes on the generated image.",
     )  # fmt: skip
 
 
-def _across_layers(
+def across_layers(
     sample: Explanation,
     direction: Direction,
     patches: Sequence[PatchIndex],
     layers: Sequence[str],
     columns: Sequence[Sequence[Panel]],
     caption: str,
+    first_title: str = "",
 ) -> Sheet:
     """``columns[layer][patch]`` beside the picture with the patch."""
-    rows = []
-    for index, (patch, color) in enumerate(zip(patches, patch_colors(len(patches)), strict=True)):
-        box = placed_box(sample, direction, patch, color)
-        first = replace(plain_panel(sample, direction), boxes=(box,))
-        row = (first, *(column[index] for column in columns))
-        titles = ["", *(layer_title(sample.maps, layer) for layer in layers)]
-        if index == 0:
-            row = tuple(replace(c, title=title) for c, title in zip(row, titles, strict=True))
-        rows.append(row)
+    titles = (first_title, *(layer_title(sample.maps, layer) for layer in layers))
+    rows = [
+        tuple(replace(panel, title=title) for panel, title in zip(row, titles, strict=True))
+        for row in zip(boxed_panels(sample, direction, patches), *columns, strict=True)
+    ]
     section = Section(
-        rows=tuple(rows),
+        rows=titled_once(rows),
         row_titles=tuple(f"patch {y}, {x}" for y, x in patches),
         groups=(1, len(layers)),
     )
@@ -147,18 +141,8 @@ def _across_layers(
 
 def _pairs(sample: Explanation, patches: Sequence[PatchIndex]) -> list[tuple[Panel, Panel]]:
     """For each patch the generated image with its box, and the map of where it looks."""
-    looks = specific_panels(sample, patches)
-    colors = patch_colors(len(patches))
-    return [
-        (
-            replace(
-                plain_panel(sample, TO_GENERATED),
-                boxes=(placed_box(sample, TO_GENERATED, patch, color),),
-            ),
-            look,
-        )
-        for patch, color, look in zip(patches, colors, looks, strict=True)
-    ]
+    boxed = boxed_panels(sample, TO_GENERATED, patches)
+    return list(zip(boxed, specific_panels(sample, patches), strict=True))
 
 
 def _in_rows(pairs: Sequence[tuple[Panel, Panel]], per_row: int) -> tuple[tuple[Panel, ...], ...]:
