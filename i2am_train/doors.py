@@ -115,6 +115,20 @@ def resolve(path: str, option: str, expected: str, *checks: Check) -> Any:
     return found
 
 
+def make(found: Callable[..., Any], named: str, **keywords: Any) -> Any:
+    """What a class or function gives; where it fails, its name in the option is said.
+
+    Raises:
+        ConfigError: in place of the error of the user's code.
+    """
+    try:
+        return found(**keywords)
+    except Exception as error:
+        raise ConfigError(
+            f"{named} cannot be made: {type(error).__name__}: {error}. --debug shows where it fails."
+        ) from error
+
+
 def calls(*arguments: str, **keywords: Any) -> Check:
     """A check that an object can be called with so many arguments, and with these keywords.
 

@@ -55,6 +55,12 @@ def is_of_dataset(name: PurePath) -> bool:
     )
 
 
+def part_of(root: Path) -> Callable[[PurePath], bool]:
+    """Which names below a root belong to the dataset: all of them where it has none of `DATASET_FOLDERS`."""
+    usual = any((root / name).is_dir() for name in DATASET_FOLDERS) or not root.is_dir()
+    return is_of_dataset if usual else lambda name: True
+
+
 def _is_pair_list(name: PurePath) -> bool:
     return name.suffix == ".txt" and "_pairs" in name.name
 
@@ -64,7 +70,7 @@ def data_state(root: Path) -> DataState:
 
     Fast (no picture is read); the folder's place and times do not matter.
     """
-    return _state(root, is_of_dataset)
+    return _state(root, part_of(root))
 
 
 def folder_state(folder: Path) -> DataState:

@@ -18,7 +18,7 @@ from typing import Any
 
 from i2am_train.environment import now, provenance
 from i2am_train.errors import RunFolderError
-from i2am_train.fingerprints import RECORD_FILE, DataRecord, DataState, is_of_dataset
+from i2am_train.fingerprints import RECORD_FILE, DataRecord, DataState, part_of
 from i2am_train.json_files import read_json, read_object, without_nan, write_json
 from i2am_train.locks import LOCK
 from i2am_train.redaction import shown
@@ -217,7 +217,7 @@ def best_step(run: Path) -> int | None:
 def require_apart(
     data: Path,
     *outputs: Path | None,
-    counts: Callable[[PurePath], bool] = is_of_dataset,
+    counts: Callable[[PurePath], bool] | None = None,
 ) -> None:
     """Fails where a command would write among the data that it reads, or the data lie in what it writes.
 
@@ -226,12 +226,13 @@ def require_apart(
     Args:
         data: the folder of a dataset, or of pictures.
         outputs: folders and files that the command writes.
-        counts: whether a name below ``data`` belongs to the data; beside a dataset's own files there is room.
+        counts: whether a name below ``data`` belongs to the data; None: beside a dataset's own files there is room.
 
     Raises:
         RunFolderError: one of the folders lies inside the other, through links, too.
     """
     root = Path(os.path.realpath(data))
+    counts = counts or part_of(root)
     for output in filter(None, outputs):
         place = Path(os.path.realpath(output))
         if root.is_relative_to(place):

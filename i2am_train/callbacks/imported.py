@@ -5,7 +5,7 @@ from typing import Any
 
 from lightning.pytorch.callbacks import Callback
 
-from i2am_train.doors import calls, path_and_keywords, resolve
+from i2am_train.doors import calls, make, path_and_keywords, resolve
 from i2am_train.errors import ConfigError
 
 EXPECTED = (
@@ -41,12 +41,7 @@ def imported_callbacks(entries: Sequence[Entry]) -> list[Callback]:
     """
     made = []
     for named, found, keywords in _found(entries):
-        try:
-            callback = found if isinstance(found, Callback) else found(**keywords)
-        except Exception as error:
-            raise ConfigError(
-                f"{named} cannot be made: {type(error).__name__}: {error}. --debug shows where it fails."
-            ) from error
+        callback = found if isinstance(found, Callback) else make(found, named, **keywords)
         if not isinstance(callback, Callback):
             raise ConfigError(f"{named} returned a {type(callback).__name__}. Expected {EXPECTED}.")
         made.append(callback)

@@ -9,7 +9,10 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any, NamedTuple, get_args
+
+from i2am_train.doors import is_import_path
+from i2am_train.types import LayoutName
 
 
 class Rule(NamedTuple):
@@ -83,6 +86,13 @@ Layers = Annotated[list[Layer], Rule("null for all, or a list that is not empty"
 PatchPosition = tuple[Natural, Natural]
 """Row and column in a grid of patches, from 0."""
 
+Layout = Annotated[
+    str,
+    Rule(
+        f"one of {', '.join(get_args(LayoutName))}, or package.module:name",
+        lambda text: text in get_args(LayoutName) or is_import_path(text),
+    ),
+]
 NOT_BLANK = Rule("a folder or a URL, or null", lambda text: bool(text.strip()))
 ModelFolder = Annotated[
     str, NOT_BLANK._replace(expected="a folder, or tiny for the shipped weights")

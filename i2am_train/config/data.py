@@ -13,6 +13,7 @@ from i2am_train.config.constraints import (
     Count,
     HubModel,
     ImageSide,
+    Layout,
     ModelFolder,
     Natural,
     Pixels,
@@ -25,7 +26,7 @@ from i2am_train.config.constraints import (
 )
 from i2am_train.config.locations import absolute
 from i2am_train.errors import ConfigError
-from i2am_train.types import Category, Device, Fit, GridSize, LayoutName, PoseSource, Split
+from i2am_train.types import Category, Device, Fit, GridSize, PoseSource, Split
 
 
 @dataclass(kw_only=True, slots=True)
@@ -46,8 +47,9 @@ class DataConfig(Options):
 
     root: Path | None = None
     """Folder in VITON-HD or DressCode layout; null: the embedded dataset, made when missing."""
-    layout: LayoutName = "auto"
-    """How the folder is laid out; auto: dresscode where it has folders of categories."""
+    layout: Layout = "auto"
+    """How the folder is laid out: viton_hd, dresscode, auto (dresscode where it has folders of
+    categories), or your own by import path, my_package:MyLayout (i2am_train/EXTENDING.md)."""
     categories: Annotated[list[Category], distinct] = field(default_factory=list)
     """Categories of DressCode to read: upper_body, lower_body, dresses; empty: all that exist."""
     fit: Fit = "stretch"
@@ -116,8 +118,8 @@ class DataDeriveConfig(Options):
 
     root: Path
     """Dataset folder in VITON-HD or DressCode layout: pair lists, people and flat garments."""
-    layout: LayoutName = "auto"
-    """How the folder is laid out; auto: dresscode where it has folders of categories."""
+    layout: Layout = "auto"
+    """How the folder is laid out, as in data.layout."""
     categories: Annotated[list[Category], distinct] = field(default_factory=list)
     """Categories of DressCode to work on; empty: all that exist."""
     category: Category = "upper_body"
@@ -157,8 +159,8 @@ class DataCheckConfig(Options):
 
     root: Path
     """Dataset folder in VITON-HD or DressCode layout."""
-    layout: LayoutName = "auto"
-    """How the folder is laid out; auto: dresscode where it has folders of categories."""
+    layout: Layout = "auto"
+    """How the folder is laid out, as in data.layout."""
     categories: Annotated[list[Category], distinct] = field(default_factory=list)
     """Categories of DressCode to check; empty: all that exist."""
     height: Pixels | None = None
@@ -190,8 +192,8 @@ class DataCacheConfig(Options):
 
     root: Path
     """Dataset folder in VITON-HD or DressCode layout."""
-    layout: LayoutName = "auto"
-    """How the folder is laid out; auto: dresscode where it has folders of categories."""
+    layout: Layout = "auto"
+    """How the folder is laid out, as in data.layout."""
     categories: Annotated[list[Category], distinct] = field(default_factory=list)
     """Categories of DressCode to encode; empty: all that exist."""
     fit: Fit = "stretch"

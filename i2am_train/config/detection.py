@@ -65,7 +65,8 @@ class DetectConfig(Options):
     detectors: Annotated[list[HubModel], distinct] = field(default_factory=list)
     """Supervised detectors to compare with: torchvision:NAME, torchvision:NAME@FILE, or a folder or
     hub name of transformers, of a model that finds boxes (PekingU/rtdetr_r50vd, hustvl/yolos-tiny)
-    or segments (facebook/maskformer-swin-tiny-coco)."""
+    or segments (facebook/maskformer-swin-tiny-coco); or your own by import path,
+    my_package:MyDetector (i2am_train/EXTENDING.md)."""
     score: BelowOne = 0.5
     """An image counts for a detector where its best detection's score exceeds this."""
     match_category: bool = False

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 from i2am_train.config.attention import AttributionConfig
 from i2am_train.config.build import OptionError, Options
@@ -38,7 +38,7 @@ class EvaluationConfig(Options):
     pairing: Pairing = Pairing.PAIRED
     """paired: each person gets the garment that they wear; unpaired: another one. Of two folders,
     paired: images of the same name belong together; unpaired: they are compared as sets only."""
-    metrics: list[str] = field(
+    metrics: list[str | dict[str, Any]] = field(
         default_factory=lambda: [
             "ssim",
             "stlpips",
@@ -46,7 +46,8 @@ class EvaluationConfig(Options):
             "kd_efficientnet_lite0",
         ]
     )
-    """Image metrics beside the attention scores; also there: lpips, fid, kid."""
+    """Image metrics beside the attention scores; also there: lpips, fid, kid, and your own by import
+    path: my_package:psnr (i2am_train/EXTENDING.md)."""
     kernel_subset_size: Annotated[int, at_least(2)] | None = None
     """Images of either set in a subset of the kernel distance (kd, kid); null: all, once, if both
     sets are equally large and have 1000 images at most, otherwise 1000 or the smaller set."""

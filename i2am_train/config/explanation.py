@@ -114,7 +114,8 @@ class ExplainConfig(Options):
     factory: str | None = None
     """model=factory: package.module:function that returns your pipeline (i2am_train/attention/README.md)."""
     recipe: str | None = None
-    """model=factory: name of the recipe where the pipeline is not recognised by its modules."""
+    """model=factory: name of the recipe where the pipeline is not recognised by its modules, or the
+    import path of your own (i2am_train/EXTENDING.md)."""
     output: Path | None = None
     """Folder for page, pictures and archives (several explanations: a folder in it for each); null:
     runs/explain-<checkpoint>-<split><sample>-<pairing>, or runs/explain-<model>-<image>-<reference>."""

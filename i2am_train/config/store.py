@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,9 @@ BASE_ARM = "base"
 """The arm that is not trained: the checkpoint that all arms start from."""
 ARM_ENDINGS = (".yaml", ".yml")
 """By these a path is told from the name of a shipped experiment."""
+
+WITH_EXPERIMENTS = ("train", "ablate")
+"""Commands that take ``experiment=``."""
 
 SHARED_GROUPS = (
     "data",
@@ -72,9 +76,49 @@ def compose(command: str, overrides: Sequence[str] = ()) -> Any:
     register_schemas()
     GlobalHydra.instance().clear()
     allow_named(overrides)
-    words = as_typed(command, overrides)
+    words = as_typed(command, with_own_experiment(command, overrides))
     with initialize_config_dir(version_base="1.3", config_dir=str(conf_folder())):
         return to_dataclass(command, hydra_compose(config_name=command, overrides=words))
+
+
+def with_own_experiment(command: str, words: Sequence[str], *, sweep: bool = False) -> list[str]:
+    """The words of a command; in ``experiment=FILE``, a YAML file of the user's is given to Hydra under a name.
+
+    Args:
+        command: key of ``COMMANDS``.
+        words: as typed.
+        sweep: a comma separates values of a sweep (-m).
+
+    Raises:
+        ConfigError: there is no such file, or it sets nothing.
+    """
+    named = []
+    for word in words:
+        option, _, value = word.partition("=")
+        if option == "experiment" and command in WITH_EXPERIMENTS:
+            files = value.split(",") if sweep else [value]
+            word = f"experiment={','.join(_experiment_name(command, file) for file in files)}"
+        named.append(word)
+    return named
+
+
+def _experiment_name(command: str, typed: str) -> str:
+    """What Hydra knows an experiment by: its name in ``conf/experiment``, or one that is made for a file."""
+    file = typed.strip("'\"")
+    if not file.endswith(ARM_ENDINGS):
+        return typed
+    path = absolute(Path(file))
+    if not path.is_file():
+        known = ", ".join(experiment_names(option_names(COMMANDS[command].options)))
+        raise ConfigError(
+            f"There is no experiment '{file}' ({path} {'is no file' if path.exists() else 'is missing'}). Experiments "
+            f"are {known}, or the path of a YAML file that sets options of `i2am {command}`."
+        )
+    names = {"name": arm_name(file), "label": _stem(file)} if command == "train" else {}
+    name = f"{arm_name(file)}-{sha256(str(path).encode()).hexdigest()[:8]}"
+    node = _literal({**names, **arm_values(str(path))})
+    ConfigStore.instance().store(name, node, group="experiment", package="_global_")
+    return name
 
 
 def to_dataclass(command: str, config: DictConfig) -> Any:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from i2am_train.config.data import DataConfig
 from i2am_train.config.locations import dataset_folder
@@ -14,18 +14,20 @@ from i2am_train.data.layouts.layout import Layout
 from i2am_train.data.layouts.viton_hd import VitonHDLayout
 from i2am_train.data.reading import TryOnDataset
 from i2am_train.data.synthetic.dataset import make_dataset
+from i2am_train.doors import calls, derives, resolve
 from i2am_train.errors import DataError
 from i2am_train.processes import first_process, wait_for
 from i2am_train.runs import require_apart
-from i2am_train.types import CATEGORIES, Category, Fit, GridSize, LayoutName, Pairing, Split
+from i2am_train.types import CATEGORIES, Category, Fit, GridSize, Pairing, Role, Split
 
 
 @dataclass(frozen=True)
 class Reading:
     """How a dataset folder is read."""
 
-    layout: LayoutName = "auto"
-    """auto: dresscode where a category's folder exists, viton_hd otherwise."""
+    layout: str = "auto"
+    """A `types.LayoutName` (auto: dresscode where a category's folder exists, viton_hd otherwise), or the import path
+    of a layout."""
     categories: tuple[Category, ...] = ()
     """Of DressCode, in this order; empty: all that exist."""
     fit: Fit = "stretch"
@@ -82,6 +84,7 @@ def split_layouts(root: Path, split: Split, reading: Reading) -> list[Layout]:
 
     Raises:
         DataError: categories were asked for that are not there.
+        ConfigError: the layout cannot be imported, or is none.
     """
     name = detect_layout(root) if reading.layout == "auto" else reading.layout
     if name == "dresscode":
@@ -89,10 +92,33 @@ def split_layouts(root: Path, split: Split, reading: Reading) -> list[Layout]:
         return dresscode_layouts(root, split, reading.categories or there or CATEGORIES)
     if reading.categories:
         raise DataError(
-            f"data.categories={list(reading.categories)} belongs to DressCode, and {root} is in VITON-HD layout. "
+            f"data.categories={list(reading.categories)} belongs to DressCode, and {root} is in another layout. "
             "Leave it out, or check data.root."
         )
-    return [VitonHDLayout(root, split)]
+    return [VitonHDLayout(root, split) if name == "viton_hd" else own_layout(name)(root, split)]
+
+
+def own_layout(path: str) -> Callable[[Path, Split], Layout]:
+    """The user's layout by its import path.
+
+    Raises:
+        ConfigError: it cannot be imported, or is no layout.
+    """
+
+    def lacking(found: Any) -> str | None:
+        missing = [name for name in ("places", "small_mask_rule") if not hasattr(found, name)]
+        roles = [] if missing else [role for role in Role if role not in found.places]
+        named = [*missing, *(f"places[Role.{role.name}]" for role in roles)]
+        return f"lacks {', '.join(named)}" if named else None
+
+    layout: Callable[[Path, Split], Layout] = resolve(
+        path,
+        "data.layout",
+        "a class derived from i2am_train.data.layouts.layout.Layout (or from one of those beside it), made by (root, "
+        "split)",
+        *(derives(Layout), lacking, calls("root", "split")),
+    )
+    return layout
 
 
 def absent_halves(layouts: Sequence[Layout]) -> list[Layout]:

@@ -143,7 +143,7 @@ def run_with_hydra(command: str, words: Sequence[str], run: Run | None = None) -
     from hydra.errors import HydraException
     from omegaconf.errors import OmegaConfBaseException
 
-    from i2am_train.config.store import register_schemas
+    from i2am_train.config.store import register_schemas, with_own_experiment
     from i2am_train.config.words import as_typed
 
     words = _checked(command, words)
@@ -156,7 +156,8 @@ def run_with_hydra(command: str, words: Sequence[str], run: Run | None = None) -
     decorate = hydra.main(version_base="1.3", config_path=str(conf_folder()), config_name=command)
     try:
         # Hydra reads the program's words. The command itself sees those that were typed (`_Task`).
-        sys.argv = [f"i2am {command}", *as_typed(command, words, sweep=sweep)]
+        known = with_own_experiment(command, words, sweep=sweep)
+        sys.argv = [f"i2am {command}", *as_typed(command, known, sweep=sweep)]
         decorate(task)()
     except (HydraException, OmegaConfBaseException) as error:
         if task.entered:
@@ -217,9 +218,9 @@ def readable(error: Exception, command: str) -> str:
         return unknown_option(match[1], _known_options(command))
     if match := MISSING_FILE.search(text):
         choices = ", ".join(match["choices"].split())
-        told = f"There is no file conf/{match['file'].removesuffix('.yaml')}.yaml. {match['group']} can be {choices}."
-        own = match["group"] == "experiment" and match["file"].endswith((".yaml", ".yml"))
-        return told + (" A file of your own is an arm: i2am ablate arms=[FILE]." if own else "")
+        own = ", or the path of a YAML file" if match["group"] == "experiment" else ""
+        name = match["file"].removesuffix(".yaml")
+        return f"There is no file conf/{name}.yaml. {match['group']} can be {choices}{own}."
     if isinstance(error, OverrideParseException):
         word = str(error.override)
         name, equals, _ = word.partition("=")

@@ -25,6 +25,7 @@ from i2am_train.evaluation.explaining import explain_batch, value_or_none
 from i2am_train.evaluation.explanation import Explanation
 from i2am_train.evaluation.scoring import check_scores
 from i2am_train.metrics.correspondence import collapse_warning
+from i2am_train.metrics.imported import check_imported, metric_names
 from i2am_train.metrics.registry import METRICS, image_metrics, image_pair_score, metric_info
 from i2am_train.models.tryon import TryOnModel
 
@@ -51,7 +52,7 @@ class EvaluationSettings:
         return cls(
             sampling=config.sampling,
             attribution=config.attribution,
-            metrics=tuple(config.evaluation.metrics),
+            metrics=metric_names(config.evaluation.metrics),
         )
 
 
@@ -61,7 +62,7 @@ def check_settings(model: TryOnModel, settings: EvaluationSettings) -> None:
     Raises ``ConfigError`` for a metric, ``CaptureError`` for a layer that does not exist, and ``WeightsMissingError``
     for a metric whose network is not on this machine.
     """
-    Evaluator(settings, model.device)
+    check_imported(Evaluator(settings, model.device).pair_scores, model.image_size)
     attribution = settings.attribution
     with trace(model, layers=attribution.layers, matrix_layers=[attribution.layer]):
         pass
@@ -122,7 +123,7 @@ class Evaluator:
 
     def __post_init__(self) -> None:
         infos = {name: metric_info(name) for name in self.settings.metrics}
-        self._pair_scores = {
+        self.pair_scores = {
             name: image_pair_score(name) for name, info in infos.items() if info.per_sample
         }
         names = [name for name, info in infos.items() if not info.per_sample]
@@ -154,9 +155,7 @@ class Evaluator:
         )
         indices = torch.tensor([one.index for one in made], device=self.device)
         self._set_metrics.update(generated, real, indices)
-        scores = {
-            name: score(generated, real).tolist() for name, score in self._pair_scores.items()
-        }
+        scores = {name: score(generated, real).tolist() for name, score in self.pair_scores.items()}
         for name, values in scores.items():
             check_scores(name, values, [one.name for one in made])
         return {

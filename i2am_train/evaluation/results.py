@@ -8,6 +8,7 @@ from typing import Any
 from i2am_train.evaluation.evaluator import EvaluationResult, score_columns
 from i2am_train.files import write_text
 from i2am_train.json_files import write_json
+from i2am_train.metrics.registry import describe, own_metrics
 from i2am_train.results.sample_scores import RESULTS, SAMPLES
 from i2am_train.results.statistics import Over, mean_interval
 
@@ -29,6 +30,7 @@ def write_evaluation(folder: Path, result: EvaluationResult, settings: dict[str,
             "warnings": result.warnings,
             "protocol": result.protocol,
             "settings": settings,
+            **({"own_metrics": own} if (own := own_metrics(result.metrics)) else {}),
         },
     )
 
@@ -53,4 +55,5 @@ def read_results(folder: Path) -> dict[str, Any] | None:
     if not path.is_file():
         return None
     results: dict[str, Any] = json.loads(path.read_text())
+    describe(results.get("own_metrics", {}))
     return results

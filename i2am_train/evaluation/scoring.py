@@ -28,7 +28,14 @@ from i2am_train.metrics.distribution import (
 )
 from i2am_train.metrics.features import FEATURE_NETWORKS, RESIZE_FILTER, image_features
 from i2am_train.metrics.image_quality import ImagePairScore
-from i2am_train.metrics.registry import image_metric, image_pair_score, metric_info, set_distance
+from i2am_train.metrics.imported import check_imported, metric_names
+from i2am_train.metrics.registry import (
+    image_metric,
+    image_pair_score,
+    metric_info,
+    own_metrics,
+    set_distance,
+)
 from i2am_train.ops.devices import chosen_device
 
 
@@ -49,7 +56,7 @@ def make_scoring(config: EvaluateConfig) -> ScoringOptions:
     """How an evaluation scores finished images."""
     evaluation = config.evaluation
     return ScoringOptions(
-        metrics=tuple(evaluation.metrics),
+        metrics=metric_names(evaluation.metrics),
         kernel_subset_size=evaluation.kernel_subset_size,
         kernel_subsets=evaluation.kernel_subsets,
         batch_size=evaluation.batch_size,
@@ -102,10 +109,12 @@ def check_scoring(generated: ImageSet, real: ImageSet, options: ScoringOptions) 
         WeightsMissingError: a metric's network is not on this machine.
     """
     metrics = [image_metric(name) for name in options.metrics]
+    own = {name: image_pair_score(name) for name in own_metrics(options.metrics)}
     if generated.size != real.size:
         raise DataError(
             f"The generated images are {generated.size} and the real ones {real.size}. Resize both to one size."
         )
+    check_imported(own, generated.size)
     if (
         any(isinstance(metric, SetDistance) for metric in metrics)
         and min(len(generated), len(real)) < 2

@@ -72,7 +72,7 @@ class MetricInfo:
 
 
 # fmt: off
-METRICS: Mapping[str, MetricInfo] = {
+METRICS: dict[str, MetricInfo] = {
     "imacs_g": MetricInfo(
         "IMACS_g", True, 3, "attention",
         "Attribution inside minus outside the inpainted region, on the generated image",
@@ -137,8 +137,10 @@ METRICS: Mapping[str, MetricInfo] = {
     ),
 }
 # fmt: on
+"""The shipped metrics, and behind them those that were registered or described since."""
+SHIPPED = tuple(METRICS)
 
-_PAIR_SCORES: Mapping[str, Callable[[], ImagePairScore]] = {
+_PAIR_SCORES: dict[str, Callable[[], ImagePairScore]] = {
     "ssim": lambda: ssim,
     "stlpips": lambda: PerceptualDistance("stlpips"),
     "lpips": lambda: PerceptualDistance("lpips"),
@@ -149,6 +151,26 @@ _SET_DISTANCES: Mapping[str, tuple[type[SetDistance], str]] = {
     "fid": (FrechetDistance, "inception_v3"),
     "kid": (KernelDistance, "inception_v3"),
 }
+
+
+def register(name: str, info: MetricInfo, score: ImagePairScore) -> None:
+    """Make a user's own metric known by name, in place of an earlier one of that name."""
+    METRICS[name] = info
+    _PAIR_SCORES[name] = lambda: score
+
+
+def own_metrics(
+    names: Iterable[str] | None = None,
+) -> dict[str, dict[str, str | int | bool | None]]:
+    """Those among some metrics, or among all that are known, that are not shipped; as `describe` takes them."""
+    own = [name for name in METRICS if name not in SHIPPED]
+    return {name: METRICS[name].as_json() for name in own if names is None or name in names}
+
+
+def describe(own: Mapping[str, Mapping[str, Any]]) -> None:
+    """Make metrics of finished results known to tables and figures; they can be shown and not computed."""
+    for name, said in own.items():
+        METRICS.setdefault(name, MetricInfo.of(name, said))
 
 
 def metric_info(name: str) -> MetricInfo:

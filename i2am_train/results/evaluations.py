@@ -14,6 +14,7 @@ from typing import Any
 
 from i2am_train.errors import ConfigError, RunFolderError
 from i2am_train.json_files import entries_of, read_object
+from i2am_train.metrics.registry import describe
 from i2am_train.results.sample_scores import RESULTS, SAMPLES, read_samples
 from i2am_train.results.study import uses_truth
 from i2am_train.runs import (
@@ -142,6 +143,7 @@ def _read(folder: Path) -> Evaluation:
         )
     with entries_of(folder / RESULTS):
         settings = results["settings"]
+        describe(results.get("own_metrics", {}))
         origin = _origin(settings, folder)
         return Evaluation(
             folder=folder,

@@ -10,6 +10,7 @@ import torch
 from i2am_train.config.training import TrainConfig
 from i2am_train.errors import ConfigError, TrainingError
 from i2am_train.files import free_space
+from i2am_train.metrics.imported import metric_names
 from i2am_train.metrics.registry import METRICS
 from i2am_train.models.tryon import TryOnModel
 from i2am_train.training.rehearsal import checkpoint_bytes, weight_bytes
@@ -24,11 +25,11 @@ def check_best(config: TrainConfig) -> None:
     best = config.trainer.keep_best
     if best is None:
         return
+    asked = metric_names(config.evaluation.metrics)
     scores = [
         name
         for name, info in METRICS.items()
-        if info.higher_is_better is not None
-        and (info.group == "attention" or name in config.evaluation.metrics)
+        if info.higher_is_better is not None and (info.group == "attention" or name in asked)
     ]
     if not config.validation.samples:
         raise ConfigError(

@@ -1,16 +1,22 @@
 """i2am_train/EXTENDING.md is true: its files, written into an empty folder, do there what it says they do."""
 
+import contextlib
+import io
 import re
 import shlex
+import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from hydra.core.global_hydra import GlobalHydra
+from PIL import Image
 
 import i2am_train
 from i2am_train.cli import main
+from i2am_train.experiments.detection.shapes import make_shapes
+from i2am_train.metrics import registry
 
 TEXT = (Path(i2am_train.__file__).parent / "EXTENDING.md").read_text()
 SECTIONS = dict(re.findall(r"^## (.*?)\n(.*?)(?=^## |\Z)", TEXT, re.MULTILINE | re.DOTALL))
@@ -21,6 +27,17 @@ SMALL = {
     "train": (
         f"{DATA} init={{model}} data.batch_size=8 optimization.steps=1 validation=none "
         "trainer.progress_bar=false trainer.accelerator=cpu tracking=files"
+    ),
+    "evaluate": (
+        f"{DATA} sampling.steps=1 attribution.time_groups=1 evaluation.samples=2 device=cpu "
+        "progress_bar=false tracking=files"
+    ),
+    "report": "",
+    "data": "",
+    "explain": "sampling.steps=1 attribution.time_groups=1 device=cpu",
+    "detect": (
+        "pipeline={pipeline} height=32 width=48 steps=1 pictures=0 device=cpu progress_bar=false "
+        "tracking=files"
     ),
 }
 """Options that make each command quick."""
@@ -35,12 +52,22 @@ def blocks(section: str, language: str) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """An empty folder with the files of all how-tos."""
+def folder(small_dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """An empty folder with the files of all how-tos, and the dataset that one of them supposes."""
     root = tmp_path_factory.mktemp("stranger")
+    for split in ("train", "test"):
+        names = {"image": "people", "cloth": "shirts"}
+        for part in (small_dataset / split).iterdir():
+            place = root / "shop" / names.get(part.name, part.name)
+            shutil.copytree(part, place, dirs_exist_ok=True)
+        (root / "shop" / "lists").mkdir(exist_ok=True)
+        shutil.copy(small_dataset / f"{split}_pairs.txt", root / f"shop/lists/{split}.txt")
     for name, content in FILES.items():
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         (root / name).write_text(content)
+    garment = next((small_dataset / "train" / "cloth").iterdir())
+    Image.open(garment).save(root / "shirt.png")
+    make_shapes(root / "data" / "coco", 2)
     before = [*sys.path]
     yield root
     sys.path[:] = before
@@ -48,25 +75,40 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         del sys.modules[name]
 
 
+@pytest.fixture(scope="module")
+def printed(
+    folder: Path, small_dataset: Path, small_checkpoint: Path, paint_by_example: Path
+) -> Iterator[str]:
+    """What all commands of all how-tos print and log in that folder; all trainings are one run."""
+    lines = [shlex.split(line) for section in SECTIONS for line in blocks(section, "bash")]
+    training = [words for words in lines if words[:2] == ["i2am", "train"]]
+    others = [words for words in lines if words not in training]
+    together = {word.partition("=")[0]: word for words in training for word in words[2:]}
+    places = {"data": small_dataset, "model": small_checkpoint, "pipeline": paint_by_example}
+    shown = io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(shown):
+        patch.chdir(folder)
+        patch.setenv("COLUMNS", "200")
+        for words in [["i2am", "train", *together.values()], *others]:
+            with patch.context() as of_this_command:
+                run(words, places, of_this_command)
+    yield shown.getvalue() + "".join(file.read_text() for file in folder.glob("runs/*/metrics.csv"))
+    GlobalHydra.instance().clear()
+
+
 @pytest.mark.filterwarnings("default")  # Lightning's and torch's own deprecations
 @pytest.mark.parametrize("section", SECTIONS)
-def test_how_to(
-    section: str,
-    folder: Path,
-    small_dataset: Path,
-    small_checkpoint: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    """Every command of the section succeeds, and together they print, or log, the lines that it shows."""
-    monkeypatch.chdir(folder)
-    places = {"data": small_dataset, "model": small_checkpoint}
-    for command in blocks(section, "bash"):
-        run(shlex.split(command), places, monkeypatch)
-    logged = [file.read_text() for file in folder.glob("runs/*/metrics.csv")]
-    printed = capsys.readouterr().out + "".join(logged)
+def test_how_to(section: str, printed: str) -> None:
+    """Every command succeeds, and prints, or logs, the lines that its section shows."""
     for line in blocks(section, "text"):
-        assert re.search(re.escape(line).replace(r"\.\.\.", ".*"), printed), (line, printed)
+        pattern = re.escape(line).replace(r"\.\.\.", ".*")
+        assert re.search(pattern, printed), f"{line}\n{printed}"
+
+
+def test_a_report_knows_the_metric_of_a_finished_run(printed: str, folder: Path) -> None:
+    """It imports nothing: label and direction stand in the results."""
+    page = (folder / "runs" / "report" / "report.html").read_text()
+    assert re.search("PSNR.{0,40}↑", page)
 
 
 def run(words: list[str], places: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -76,11 +118,14 @@ def run(words: list[str], places: dict[str, Path], monkeypatch: pytest.MonkeyPat
     while "=" in words[0]:
         monkeypatch.setenv(*words.pop(0).split("="))
     _, name, *options = words
+    options = [w.replace("checkpoint=tiny", f"checkpoint={places['model']}") for w in options]
     given = {option.partition("=")[0] for option in options}
     more = [w for w in SMALL[name].format(**places).split() if w.partition("=")[0] not in given]
+    monkeypatch.setattr(sys, "argv", ["i2am"])
     with pytest.raises(SystemExit, match="0"):
         main([name, *options, *more])
-    GlobalHydra.instance().clear()
+    for metric in registry.own_metrics():  # as if the process ended
+        del registry.METRICS[metric]
 
 
 def test_every_door_has_a_how_to_of_twenty_lines() -> None:

@@ -113,7 +113,7 @@ def test_nothing_is_left_behind(tmp_path: Path) -> None:
         (["data.rot=a (1)"], r"no option 'data\.rot'\. Did you mean 'data\.root'\?"),
         (
             ["experiment=my file (1).yaml"],
-            r"no file conf/experiment/my file \(1\)\.yaml\. .* arms=\[FILE\]",
+            r"no experiment 'my file \(1\)\.yaml' \(.* is missing\)\. .*baseline, .*a YAML file",
         ),
         (["arms=[a,b"], r"no option 'arms'"),
         (["data.categories=[dresses,"], r"'data\.categories=\[dresses,' cannot be read"),

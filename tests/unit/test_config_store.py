@@ -144,6 +144,30 @@ def test_an_arm_can_be_a_file(tmp_path: Path) -> None:
     assert (cell.name, cell.label, cell.objective.cwg) == ("weak_cwg", "weak_cwg", 1e-4)
 
 
+def test_an_experiment_can_be_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file of any name, also that of a shipped one; words have the last word; others of its name are not mixed up."""
+    monkeypatch.chdir(tmp_path)
+    for folder, steps in (("a b", 3), ("c", 4)):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "refined.yaml").write_text(
+            f"defaults: [strong]\nobjective: {{cwg: 0.5}}\noptimization: {{steps: {steps}}}\nlabel: Mine\n"
+        )
+    config = compose("train", ["experiment=a b/refined.yaml", "optimization.warmup_steps=2"])
+    strong = compose("train", ["experiment=strong"])
+    assert config.objective.cwg == 0.5
+    assert config.objective.dcml == strong.objective.dcml
+    assert (config.optimization.steps, config.optimization.warmup_steps) == (3, 2)
+    assert (config.name, strong.name) == (strong.name, "strong")
+    assert compose("train", ["experiment=c/refined.yaml"]).optimization.steps == 4
+    (tmp_path / "own.yml").write_text("seeds: [3]\n")
+    assert compose("ablate", ["experiment=own.yml"]).seeds == [3]
+    with pytest.raises(ConfigError, match="no option 'seeds'"):
+        compose("train", ["experiment=own.yml"])
+    (tmp_path / "own.yml").write_text("callbacks: ['json:loads']\n")
+    assert compose("train", ["experiment=own.yml"]).callbacks == ["json:loads"]
+    assert (compose("train", ["experiment=own.yml"]).name, config.label) == ("own", "Mine")
+
+
 def test_an_unknown_arm_lists_the_arms() -> None:
     """A misspelled arm says which there are."""
     with pytest.raises(ConfigError, match=r"no arm 'refind' .*base, baseline.*refined"):

@@ -3,16 +3,17 @@
 Named by ``torchvision:NAME`` (its own COCO weights), ``torchvision:NAME@FILE`` (weights of the same
 network from a file), or by a folder of transformers or its name on the hub. Models that find boxes
 (DETR, RT-DETR, YOLOS, ...) and models that find segments (MaskFormer, Mask2Former) are taken;
-the box of a segment is its extents.
+the box of a segment is its extents. A detector of the user's own is named by its import path.
 """
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import Any, ClassVar, Protocol, cast
 
 import numpy as np
 import torch
@@ -22,7 +23,8 @@ from transformers import AutoModelForObjectDetection, AutoModelForUniversalSegme
 
 from i2am_train.config.locations import expanded
 from i2am_train.data.arrays import Image
-from i2am_train.errors import CheckpointError, NotFiniteError, WeightsMissingError
+from i2am_train.doors import calls, is_import_path, make, resolve
+from i2am_train.errors import CheckpointError, ConfigError, NotFiniteError, WeightsMissingError
 from i2am_train.metrics.boxes import Box
 from i2am_train.models.human_parsers import load_with_processor
 from i2am_train.models.pretrained import load_config
@@ -77,10 +79,60 @@ def load_detector(name: str) -> Detector:
 
     Raises:
         CheckpointError: there is no such detector, or its weights cannot be had.
+        ConfigError: an import path leads to nothing, or to something else.
     """
     if name.startswith(TORCHVISION):
         return TorchvisionDetector.from_name(name.removeprefix(TORCHVISION))
+    if is_import_path(name):
+        return ImportedDetector.from_path(name)
     return TransformersDetector.from_pretrained(name)
+
+
+@dataclass(frozen=True)
+class ImportedDetector:
+    """A detector of the user's own; what it gives is checked."""
+
+    path: str
+    detector: Any
+
+    EXPECTED: ClassVar[str] = (
+        "a class or function that is called without arguments and gives an object with detect(image, threshold), "
+        "which returns a list of Detection of i2am_train.experiments.detection.detectors"
+    )
+
+    @classmethod
+    def from_path(cls, path: str) -> ImportedDetector:
+        """From ``package.module:name``.
+
+        Raises:
+            ConfigError: it cannot be imported or made, or has no such method.
+        """
+        found = resolve(path, "detectors", cls.EXPECTED, calls())
+        made = make(found, f"detectors={path}")
+        wrong = calls("image", "threshold")(getattr(made, "detect", None))
+        if wrong:
+            raise ConfigError(
+                f"detectors={path}: detect of a {type(made).__name__} {wrong}. Expected {cls.EXPECTED}."
+            )
+        return cls(path, made)
+
+    def to(self, device: torch.device) -> ImportedDetector:
+        """The same detector elsewhere, if it can be moved."""
+        move = getattr(self.detector, "to", None)
+        return self if move is None else ImportedDetector(self.path, move(device))
+
+    def detect(self, image: Image, threshold: float) -> list[Detection]:
+        """Objects whose score exceeds the threshold."""
+        found = self.detector.detect(image, threshold)
+        if not isinstance(found, list) or not all(isinstance(one, Detection) for one in found):
+            raise ConfigError(
+                f"detectors={self.path}: detect returned {found!r:.200}. Expected {self.EXPECTED}."
+            )
+        if not all(math.isfinite(value) for one in found for value in (*one.box, one.score)):
+            raise NotFiniteError(
+                f"detectors={self.path} gives boxes or scores that are NaN or infinite."
+            )
+        return [one for one in found if one.score > threshold]
 
 
 @dataclass(frozen=True)

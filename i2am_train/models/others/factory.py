@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, Protocol
 
 import numpy as np
 from PIL import Image as PillowImage
 
-from i2am_train.attention.known import detect_recipe, named_recipe
+from i2am_train.attention.known import KnownModel, detect_recipe, named_recipe, register
 from i2am_train.attention.recipe import Recipe
 from i2am_train.data.arrays import Image
 from i2am_train.data.pictures import resize_picture
-from i2am_train.doors import calls, resolve
+from i2am_train.doors import calls, is_import_path, make, resolve
 from i2am_train.errors import ConfigError
 from i2am_train.models.others.other_model import OtherModel, Request, Source, pillow
 
@@ -81,10 +82,34 @@ def load_by_factory(source: Source) -> OtherModel:
 
 
 def _recipe(pipeline: Any, recipe: Recipe | str | None, source: Source) -> Recipe:
+    if source.recipe and is_import_path(source.recipe):
+        return _imported_recipe(pipeline, source.recipe, source.options)
     if isinstance(recipe, Recipe) and not source.recipe:
         return recipe
     name = source.recipe or recipe or detect_recipe(pipeline).name
     return named_recipe(pipeline, str(name), **source.options)
+
+
+def _imported_recipe(pipeline: Any, path: str, options: Mapping[str, Any]) -> Recipe:
+    """The user's recipe by its import path."""
+    expected = (
+        "a Recipe, a KnownModel, or a function that takes the options in recipe_options as keywords and returns a "
+        "Recipe (i2am_train/attention/README.md)"
+    )
+
+    def fits(found: Any) -> str | None:
+        if isinstance(found, Recipe):
+            return f"takes no {', '.join(options)}: it is a Recipe already" if options else None
+        return None if isinstance(found, KnownModel) else calls(**options)(found)
+
+    found = resolve(path, "recipe", expected, fits)
+    if isinstance(found, KnownModel):
+        register(found)
+        return named_recipe(pipeline, found.name, **options)
+    made = found if isinstance(found, Recipe) else make(found, f"recipe={path}", **options)
+    if not isinstance(made, Recipe):
+        raise ConfigError(f"recipe={path} returned a {type(made).__name__}. Expected {expected}.")
+    return made
 
 
 def _check(pipeline: Any, recipe: Any, name: str) -> None:

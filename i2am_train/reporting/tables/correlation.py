@@ -14,7 +14,7 @@ from itertools import groupby
 import numpy as np
 from numpy.typing import NDArray
 
-from i2am_train.metrics.registry import METRICS
+from i2am_train.metrics.registry import METRICS, own_metrics
 from i2am_train.reporting.table import Cell, Heading, Row, Table
 from i2am_train.reporting.tables.scores import ATTENTION_METRICS, IMAGE_METRICS
 from i2am_train.results.evaluations import Evaluation
@@ -90,7 +90,8 @@ def correlation_table(evaluations: Sequence[Evaluation]) -> Table | None:
 
 def measured_by_all(points: Sequence[Evaluation]) -> list[str]:
     """The image metrics that every point has."""
-    return [name for name in IMAGE_METRICS if all(name in point.metrics for point in points)]
+    names = (*IMAGE_METRICS, *own_metrics())
+    return [name for name in names if all(name in point.metrics for point in points)]
 
 
 def _cells(selection: Selection, metric: str) -> Iterator[Cell | None]:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from i2am_train.metrics.imacs import imacs_column
-from i2am_train.metrics.registry import METRICS, MetricInfo
+from i2am_train.metrics.registry import METRICS, MetricInfo, own_metrics
 from i2am_train.reporting.table import Cell, Heading, Row, Table, with_best
 from i2am_train.reporting.tables.ablation import TRUTH_MARK, TRUTH_NOTE
 from i2am_train.results.evaluations import Evaluation
@@ -70,7 +70,7 @@ def _models_table(evaluations: Sequence[Evaluation]) -> Table | None:
             pairing,
         )
         for pairing in pairings
-        for name in (*IMAGE_METRICS, *ATTENTION_METRICS)
+        for name in (*IMAGE_METRICS, *own_metrics(), *ATTENTION_METRICS)
         if (name, pairing) in measured
     ]
     title = "Models by image metrics and IMACS"
