@@ -52,7 +52,7 @@ UNKNOWN = Caller()
 
 def find_caller() -> Caller:
     """The nearest function above that says whether it uses guidance; `UNKNOWN` without one."""
-    for frame in _frames_above():
+    for frame in _outwards(sys._getframe(1)):
         guided = _guided(frame.f_locals)
         if guided is not None:
             return _described(frame, guided)
@@ -71,12 +71,8 @@ def _described(frame: FrameType, guided: bool) -> Caller:
     )
 
 
-def _frames_above() -> Iterator[FrameType]:
-    """Frames of Python functions outside torch and this package's capture, innermost first."""
-    return _outwards(sys._getframe(1))
-
-
 def _outwards(frame: FrameType | None) -> Iterator[FrameType]:
+    """Frames of Python functions outside torch and this package's capture, innermost first."""
     while frame is not None:
         if not str(frame.f_globals.get("__name__", "")).startswith(("torch.", __package__)):
             yield frame

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -216,20 +216,12 @@ def not_finite(store: AttributionStore) -> str | None:
 def _first_step(record: LayerRecord) -> int | None:
     """The first step with a vector that is not finite, counted from 0; the number of steps if only a
     score matrix is not; None if all is."""
-    steps = [int(bad.nonzero()[0]) for bad in map(_bad_steps, _vectors(record)) if bad.any()]
+    vectors = [v for v in (record.to_generated, record.to_reference, record.mass) if v is not None]
+    # Which steps of ``[batch, step, head, token]`` hold a value that is not finite.
+    at_fault = [~v.isfinite().transpose(0, 1).flatten(1).all(dim=1) for v in vectors]
+    steps = [int(bad.nonzero()[0]) for bad in at_fault if bad.any()]
     if steps:
         return min(steps)
     matrices = record.scores_over_reference, record.scores_over_generated
     finite = all(bool(matrix.isfinite().all()) for matrix in matrices if matrix is not None)
     return None if finite else record.to_generated.shape[1]
-
-
-def _vectors(record: LayerRecord) -> Iterator[Tensor]:
-    yield from (record.to_generated, record.to_reference)
-    if record.mass is not None:
-        yield record.mass
-
-
-def _bad_steps(vectors: Tensor) -> Tensor:
-    """Which steps of ``[batch, step, head, token]`` hold a value that is not finite."""
-    return ~vectors.isfinite().transpose(0, 1).flatten(1).all(dim=1)

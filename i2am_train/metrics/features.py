@@ -81,10 +81,6 @@ class EfficientNetLite0Features(nn.Module):
         return features.mean(dim=(2, 3))
 
 
-def _efficientnet_lite0() -> nn.Module:
-    return EfficientNetLite0Features()
-
-
 def _inception_v3() -> nn.Module:
     """Build clean-fid's own wrapper; it scales pixels in [0, 255] by ``(pixel - 128) / 128``."""
     from cleanfid.inception_torchscript import InceptionV3W
@@ -171,7 +167,7 @@ class PerceptualNetwork:
 Network = TypeVar("Network", FeatureNetwork, PerceptualNetwork)
 
 FEATURE_NETWORKS: Mapping[str, FeatureNetwork] = {
-    "efficientnet_lite0": FeatureNetwork(size=224, dimension=1280, build=_efficientnet_lite0),
+    "efficientnet_lite0": FeatureNetwork(size=224, dimension=1280, build=EfficientNetLite0Features),
     "inception_v3": FeatureNetwork(
         size=299, dimension=2048, build=_inception_v3, weights=INCEPTION_WEIGHTS
     ),

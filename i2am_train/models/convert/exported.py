@@ -50,6 +50,9 @@ def check_free(folder: Path) -> None:
 
 
 def _index(model: TryOnModel) -> dict[str, object]:
+    config = model.schedule.scheduler.config
+    # What the model was trained with, by which a scheduler in the place of its own is judged.
+    noise = {name: value for name, value in config.items() if not name.startswith("_")}
     return {
         "_class_name": ["pipeline", "TryOnPipeline"],
         "_diffusers_version": diffusers.__version__,
@@ -58,11 +61,5 @@ def _index(model: TryOnModel) -> dict[str, object]:
         "reference_encoder": ["transformers", type(model.reference_encoder).__name__],
         "projector": ["projector", "ReferenceProjector"],
         "scheduler": ["diffusers", "DDIMScheduler"],
-        NOISE_SCHEDULE: _noise_schedule(model),
+        NOISE_SCHEDULE: noise,
     } | asdict(model.config)
-
-
-def _noise_schedule(model: TryOnModel) -> dict[str, object]:
-    """What the model was trained with, by which a scheduler in the place of its own is judged."""
-    config = model.schedule.scheduler.config
-    return {name: value for name, value in config.items() if not name.startswith("_")}
