@@ -16,7 +16,6 @@ from i2am_train.data.arrays import Image
 from i2am_train.data.picture_files import write_png
 from i2am_train.data.reading import TryOnDataset
 from i2am_train.errors import DataError
-from i2am_train.evaluation.batches import batches
 from i2am_train.evaluation.evaluator import EvaluationResult
 from i2am_train.evaluation.folders import ImageSet, read_image
 from i2am_train.evaluation.scoring import ImageScores, ScoringOptions, score_images
@@ -25,6 +24,15 @@ from i2am_train.json_files import read_json, write_json
 from i2am_train.results.panels import SamplePanels, read_panels, write_panels
 
 IMAGES, PARTIAL, ROWS = "images", "partial", "rows.json"
+
+
+def batches(count: int, size: int) -> list[range]:
+    """Positions of ``count`` samples, batch by batch.
+
+    >>> batches(5, 2)
+    [range(0, 2), range(2, 4), range(4, 5)]
+    """
+    return [range(start, min(start + size, count)) for start in range(0, count, size)]
 
 
 @dataclass(frozen=True, kw_only=True)
