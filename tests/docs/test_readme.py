@@ -20,7 +20,7 @@ from i2am_train.models.others.other_model import Source
 from tests.support.pipelines import tiny_ip_adapter
 
 ROOT = Path(__file__).parents[2]
-PLACES = ("*.md", "conf/*.md", "data/**/*.md", "i2am_train/**/*.md")
+PLACES = ("*.md", "conf/*.md", "data/**/*.md", "i2am_train/**/*.md", "tests/*.md")
 TEXTS = {
     str(path.relative_to(ROOT)): path.read_text()
     for place in PLACES
