@@ -27,9 +27,9 @@ COMMANDS = {
 DATA_COMMANDS = {
     "make": "make a synthetic try-on dataset with exact correspondence, in VITON-HD layout",
     "derive": "make what a dataset lacks: masks and agnostic pictures from parsing maps and poses\n"
-    "          (exit status 1 if a picture was refused)",
+    "            (exit status 1 if a picture was refused)",
     "check": "report everything that is wrong with a dataset folder\n"
-    "          (exit status 1 if training would fail)",
+    "            (exit status 1 if training would fail)",
     "cache": "encode a dataset by the frozen networks, once for all training runs",
 }
 """What follows ``i2am data``."""

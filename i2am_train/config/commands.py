@@ -125,6 +125,7 @@ COMMANDS: dict[str, Command] = {
         i2am init unet=FOLDER vae=VITONHD_VAE_finetuning.ckpt encoder=FOLDER output=models/start
         i2am init custom=FILE.safetensors encoder=facebook/dinov2-giant output=models/custom
         """,
+        first="output unet custom vae encoder height width paint_by_example dci_vton",
     ),
     "dashboard": Command(
         DashboardConfig,
