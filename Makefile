@@ -7,7 +7,7 @@ OLDEST := .venv-oldest
 # Two workers, each on one core: torch would otherwise start a thread per core in each of them.
 TEST_WORKERS ?= 2
 
-.PHONY: help demo test test-slow test-gpu test-oldest check format notebooks install wheel clean
+.PHONY: help demo quick test-quick test test-long test-all test-gpu test-oldest check format notebooks install wheel clean
 .DEFAULT_GOAL := help
 
 help:  ## list what there is to make
@@ -16,18 +16,35 @@ help:  ## list what there is to make
 demo: $(STAMP)  ## train baseline and refined on the embedded data and compare them: runs/demo/report.html
 	@$(BIN)/i2am ablate experiment=demo
 
-test: $(STAMP)  ## all quick tests
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(TEST_WORKERS) --dist worksteal -m "not slow and not gpu"
+# The packages that compute and no more, with what proves their mathematics; not their few tests that take ten seconds.
+PURE := attention config losses metrics ops results
+NOT_QUICK := $(addprefix tests/unit/test_,attention_compiled.py attention_live.py metrics_distribution.py metrics_image_quality.py)
+QUICK := $(filter-out $(NOT_QUICK),$(foreach name,$(PURE),$(wildcard tests/unit/test_$(name)_*.py))) $(PURE:%=i2am_train/%) \
+	tests/contracts/test_losses.py tests/golden tests/properties
+PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q
+IN_PARALLEL := -n $(TEST_WORKERS) --dist worksteal
 
-test-slow: $(STAMP)  ## the tests that `make test` leaves out
-	@$(BIN)/python -m pytest -q -m "slow and not gpu"
+quick: $(STAMP)  ## within a minute: `make check`, and beside it the tests of the packages that only compute
+	@$(MAKE) --no-print-directory --jobs=2 --output-sync check test-quick
+
+test-quick: $(STAMP)
+	@$(PYTEST) $(QUICK) -m "not long and not slow and not gpu"
+
+test: $(STAMP)  ## all tests but long runs of whole commands (6 minutes on two cores)
+	@$(PYTEST) $(IN_PARALLEL) -m "not long and not slow and not gpu"
+
+test-long: $(STAMP)  ## those long runs
+	@$(PYTEST) $(IN_PARALLEL) -m "long and not slow and not gpu"
+
+test-all: $(STAMP)  ## every test, those that take minutes, too (an hour)
+	@$(PYTEST) $(IN_PARALLEL) -m "not gpu"
 
 test-gpu: $(STAMP)  ## the real commands on a CUDA device (a few minutes; skipped where there is none)
 	@$(BIN)/python -m pytest -q -m gpu tests/cuda
 
 # The oldest packages warn of what newer ones changed: warnings are no errors there.
-test-oldest: $(OLDEST)/.installed  ## the tests of `make test` with the oldest packages that pyproject.toml allows
-	@OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest -q -n $(TEST_WORKERS) --dist worksteal -W default -m "not slow and not gpu"
+test-oldest: $(OLDEST)/.installed  ## the tests of `make test` and `make test-long` with the oldest packages that pyproject.toml allows
+	@OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest -q $(IN_PARALLEL) -W default -m "not slow and not gpu"
 
 check: $(STAMP)  ## lint, formatting, types, direction of imports
 	@echo "ruff check";    $(BIN)/ruff check --quiet .

@@ -6,6 +6,8 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
+
 HANGING = """
 import time
 from pathlib import Path
@@ -38,6 +40,7 @@ def test_it(tmp_path):
 """
 
 
+@pytest.mark.long
 def test_a_training_that_hangs_in_a_test_ends_at_sigterm(tmp_path: Path) -> None:
     """At the first one, although the step never ends; the line where it hung is on standard error."""
     (tmp_path / "test_hanging.py").write_text(HANGING)

@@ -56,6 +56,7 @@ def python(installed: Path, folder: Path, *words: str) -> str:
     return done.stdout
 
 
+@pytest.mark.long
 def test_the_wheel_carries_everything(wheel: Path) -> None:
     """Every Python file, template, file of conf/ and shipped weight is inside; no test is."""
     with zipfile.ZipFile(wheel) as archive:
@@ -76,6 +77,7 @@ def test_the_wheel_carries_everything(wheel: Path) -> None:
     assert tops == {"i2am_train", f"i2am_train-{i2am_train.__version__}.dist-info"}
 
 
+@pytest.mark.long
 def test_it_runs_from_any_folder(installed: Path, tmp_path: Path) -> None:
     """Help, composition and the shipped folders come from the wheel, not from this checkout."""
     assert "commands:" in python(installed, tmp_path, "-m", "i2am_train", "--help")

@@ -135,7 +135,9 @@ def model_of(name: str) -> Any:
     return fresh(next(case for case in (*CASES, *LDM_CASES) if str(case) == name))
 
 
-@pytest.mark.parametrize("guidance", ["on", "1.0", "none"])
+@pytest.mark.parametrize(
+    "guidance", ["on", *(pytest.param(name, marks=pytest.mark.long) for name in ("1.0", "none"))]
+)
 @pytest.mark.parametrize("case", [*CASES, *LDM_CASES], ids=str)
 def test_maps_are_of_the_conditional_rows(case: Case, guidance: str) -> None:
     target = model_of(str(case))

@@ -27,12 +27,13 @@ from i2am_train.workflows.init import run as run_init
 from i2am_train.workflows.train import rehearse, train
 from tests.support.card import card, on_card
 from tests.support.detectors import tiny_maskformer, tiny_rt_detr, tiny_yolos
+from tests.support.person_models import ATR, tiny_parser, tiny_pose_estimator
 from tests.support.pipelines import tiny_catvton, tiny_ip_adapter
-from tests.unit.test_models_parsing import ATR
-from tests.unit.test_models_parsing import save_model as save_parser
-from tests.unit.test_models_poses import save_model as save_estimator
 
-pytestmark = pytest.mark.filterwarnings("default")  # Lightning's and diffusers' own deprecations
+pytestmark = [
+    pytest.mark.long,
+    pytest.mark.filterwarnings("default"),  # Lightning's and diffusers' own deprecations
+]
 
 
 def judged(folder: Path) -> dict[str, float]:
@@ -108,13 +109,13 @@ def test_a_study(training: list[str], tmp_path: Path) -> None:
 
 
 def test_an_evaluation(
-    machine: Any, options: list[str], small_checkpoint: Path, tmp_path: Path
+    machine: Any, overrides: list[str], small_checkpoint: Path, tmp_path: Path
 ) -> None:
     """On the card as on the CPU, up to the order of sums (a real card's convolutions are TF32)."""
     scores = {}
     for device in ("cpu", "cuda"):
         words = [
-            *options, f"checkpoint={small_checkpoint}", f"device={device}", "progress_bar=false",
+            *overrides, f"checkpoint={small_checkpoint}", f"device={device}", "progress_bar=false",
             "evaluation.metrics=[ssim,stlpips,kd_efficientnet_lite0]", "evaluation.samples=3",
             "evaluation.panel_samples=2", "evaluation.batch_size=2", "tracking.wandb=disabled",
         ]  # fmt: skip
@@ -129,8 +130,8 @@ def test_an_evaluation(
 
 
 @pytest.mark.usefixtures("there")
-def test_an_explanation(options: list[str], small_checkpoint: Path, tmp_path: Path) -> None:
-    words = [*options, f"checkpoint={small_checkpoint}", "sample=1", "device=cuda"]
+def test_an_explanation(overrides: list[str], small_checkpoint: Path, tmp_path: Path) -> None:
+    words = [*overrides, f"checkpoint={small_checkpoint}", "sample=1", "device=cuda"]
     folder = explain(compose("explain", [*words, f"output={tmp_path / 'out'}"]))
     assert (folder / "explorer.html").is_file()
     assert (folder / "centers.png").is_file()
@@ -209,8 +210,8 @@ def test_detection(machine: Any, paint_by_example: Path, tmp_path: Path) -> None
 
 def test_models_that_derive(machine: Any, tmp_path: Path) -> None:
     """The human parser and the pose estimator of ``i2am data derive`` go where the card is by themselves."""
-    save_parser(tmp_path / "parser", ATR)
-    save_estimator(tmp_path / "estimator")
+    tiny_parser(tmp_path / "parser", ATR)
+    tiny_pose_estimator(tmp_path / "estimator")
     photograph = np.random.default_rng(0).integers(0, 256, (64, 48, 3), np.uint8)
     with machine():
         parser = HumanParser.from_pretrained(str(tmp_path / "parser"), "auto")

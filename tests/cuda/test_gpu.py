@@ -7,24 +7,18 @@ import json
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
-from safetensors.torch import load_file
 
 from i2am_train.config.store import compose
 from i2am_train.workflows.train import train
-from tests.support.trainings import going_down
+from tests.support.trainings import going_down, same_weights, weights
 
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.filterwarnings("default"),  # Lightning's and torch's own deprecations
 ]
-
-
-def weights(folder: Path) -> dict[str, Any]:
-    return load_file(folder / "model" / "unet" / "diffusion_pytorch_model.safetensors")
 
 
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "16-mixed"])
@@ -40,7 +34,7 @@ def test_resumed_equals_uninterrupted(
     with going_down(monkeypatch):
         train(compose("train", again))
     resumed = train(compose("train", again))
-    assert all(weights(resumed)[name].equal(value) for name, value in weights(whole).items())
+    assert same_weights(resumed, whole)
 
 
 def test_eight_bit_adamw(training: list[str], tmp_path: Path) -> None:

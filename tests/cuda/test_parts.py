@@ -38,6 +38,8 @@ from i2am_train.types import Backend, Direction, GridSize, LossVariant, Pairing,
 from i2am_train.workflows.data import cache
 from tests.support.card import on_card
 
+pytestmark = pytest.mark.long
+
 SAMPLES = [1, 4, 6]
 SIZE, GENERATED, REFERENCE = GridSize(64, 48), GridSize(4, 3), GridSize(8, 6)
 ARMS = experiment_names(option_names(TrainConfig))

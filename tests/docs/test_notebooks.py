@@ -1,7 +1,7 @@
 """The notebooks are valid, committed without outputs, and run from top to bottom; what they show is there and right.
 
-Notebook 1 runs as it is. Notebooks 2 and 3 train, so `make test` runs the same cells with fewer steps and samples
-(set in their cell tagged `parameters`), and `make test-slow` runs them as they are.
+Notebook 1 runs as it is. Notebooks 2 and 3 train, so `make test-long` runs the same cells with fewer steps and samples
+(set in their cell tagged `parameters`), and `make test-all` runs them as they are.
 """
 
 import re
@@ -70,6 +70,7 @@ def test_pictures_are_rendered(name: str) -> None:
     assert all((rendered / f"{picture}.png").is_file() for picture in PICTURES[name])
 
 
+@pytest.mark.long
 def test_explain_a_model(tmp_path: Path) -> None:
     """Capture changes nothing, scores by hand are those of the command, made-up attentions score as named."""
     text = run("01_explain_a_model", tmp_path)
@@ -92,6 +93,7 @@ def test_explain_a_model(tmp_path: Path) -> None:
     assert len(pages) == 1
 
 
+@pytest.mark.long
 def test_refine_your_model(tmp_path: Path) -> None:
     """Both arms train and are judged on the same samples, in two steps."""
     text = run("02_refine_your_model", tmp_path, TINY)
@@ -112,6 +114,7 @@ def test_refine_your_model_in_full(tmp_path: Path) -> None:
     assert re.search(r"Correspondence error ↓ .*\| better \|", text)
 
 
+@pytest.mark.long
 def test_read_the_report(tmp_path: Path) -> None:
     """A study in two steps an arm: all tables are there, and the small simulation shows what the text says."""
     text = run("03_read_the_report", tmp_path, TINY)

@@ -18,7 +18,7 @@ from typing import NoReturn
 
 import numpy as np
 import pytest
-from hydra.core.global_hydra import GlobalHydra
+import torch
 from PIL import Image
 
 from i2am_train.cli import main
@@ -85,6 +85,14 @@ CASES: list[tuple[str, str, list[str], str]] = [
     ("train", MODEL, ["objective.cwg=nan"], "expected a finite number"),
     ("train", MODEL, ["objective.variant=null"], "expected one of paper"),
     ("train", MODEL, ["objective.layer="], "one of the paper's layers"),
+    (
+        "train",
+        MODEL,
+        ["experiment=refined", "objective.layer=mid_block.attentions.7"],
+        "up_blocks.1.attentions.0 (1)",
+    ),
+    ("train", MODEL, ["attribution.layer=mid_block.attentions.7"], "No attention layer"),
+    ("train", MODEL, ["attribution.delta=1.0"], "a number in [0, 1)"),
     ("train", MODEL, ["attribution.penalties=[1,inf]"], "penalties[1]=inf"),
     ("train", MODEL, ["attribution.layers=[]"], "null for all, or a list that is not empty"),
     ("train", MODEL, ["sampling.seed=1e25"], "whole number of at most"),
@@ -93,6 +101,8 @@ CASES: list[tuple[str, str, list[str], str]] = [
     ("train", MODEL, ["evaluation.metrics=ssim"], "expected a list"),
     ("train", MODEL, ["data.workers=100000"], "between 0 and 512"),
     ("train", MODEL, ["data.batch_size=1000000000"], "fewer than one batch"),
+    ("train", MODEL, ["validation.samples=20"], "validation samples cannot be held out"),
+    ("train", MODEL, ["data.height=128", "data.width=96"], "made for images of 64x48"),
     ("train", MODEL, ["data.height=16000000"], "a multiple of 16 between 16 and 16384"),
     ("train", MODEL, ["data.height=64px"], "expected a whole number"),
     ("train", MODEL, ["data.root="], "data.root='' is not possible: expected a path"),
@@ -129,6 +139,7 @@ CASES: list[tuple[str, str, list[str], str]] = [
     ("train", MODEL, ["data.cache="], "a folder or a URL, or null"),
     ("train", MODEL, ["init={pipeline}"], "lacks reference_encoder"),
     ("train", MODEL, ["init={data}"], "no try-on model"),
+    ("train", MODEL, ["init={empty}/nowhere"], "no checkpoint folder"),
     ("train", MODEL, ["init=~nobody42/model"], "there is no user nobody42"),
     ("train", MODEL, ["init=hub:x"], "names no model on the hub"),
     ("train", MODEL, ["output=~nobody42/x"], "there is no user nobody42"),
@@ -142,6 +153,9 @@ CASES: list[tuple[str, str, list[str], str]] = [
     ("train", MODEL, ["tracking.tags=['']"], "1 to 64 signs in a tag"),
     ("train", MODEL, ["trainer.progress_bar=1"], "expected true or false"),
     ("train", MODEL, ["trainer.devices=true"], "expected a whole number or a text"),
+    ("train", MODEL, ["trainer.devices=two"], "int > 0"),
+    ("train", MODEL, ["trainer.accelerator=gpux"], "Available names are"),
+    ("train", MODEL, ["trainer.strategy=ddpp"], "invalid strategy"),
     ("train", MODEL, ["callbacks=json:loads"], "expected a list"),
     ("train", MODEL, ["callbacks=[timer]"], "expected package.module:name"),
     ("train", MODEL, ["callbacks=[{every: 3}]"], "{{fn: package.module:name, ...}}"),
@@ -252,6 +266,7 @@ CASES: list[tuple[str, str, list[str], str]] = [
     ("evaluate", JUDGE, ["evaluation.metrics=[json:loads]"], "called with (generated, real)"),
     ("evaluate", JUDGE, ["evaluation.metrics=[{label: PSNR}]"], "{{fn: package.module:name, ...}}"),
     ("evaluate", JUDGE, ["evaluation.samples=7"], "7 test samples were asked for"),
+    ("evaluate", JUDGE, ["attribution.layer=up_blocks.9"], "No attention layer"),
     ("evaluate", JUDGE, ["evaluation.pairing=Paired"], "Did you mean 'paired'?"),
     ("evaluate", JUDGE, ["checkpoint="], "expected a folder, or tiny"),
     ("evaluate", JUDGE, ["checkpoint={text}"], "is a file, and a checkpoint is a folder"),
@@ -305,6 +320,12 @@ CASES: list[tuple[str, str, list[str], str]] = [
     ("ablate", MODEL, ["confidence=95"], "a number in [0, 1)"),
     ("ablate", MODEL, ["bootstrap_samples=1000000000"], "between 100 and 1000000"),
     ("ablate", MODEL, ["trainer.devices=2"], "trainer.devices=2"),
+    (
+        "ablate",
+        MODEL,
+        ["arms=[base,refined]", "reference=refined", "attribution.layers=[nowhere]"],
+        "No attention layer",
+    ),
     ("explain", SHOW, ["sample=6"], "numbered from 0 to 5"),
     ("explain", SHOW, ["sample=first"], "expected a whole number"),
     ("explain", SHOW, ["attribution.time_groups=5"], "at most sampling.steps=1"),
@@ -379,6 +400,7 @@ CASES: list[tuple[str, str, list[str], str]] = [
     ("export", "checkpoint={model} output=out", ["output={data}"], "data"),
     ("export", "checkpoint={model} output=out", ["output={model}"], "model"),
     ("export", "checkpoint={model} output=out", ["output={text}"], "text.txt"),
+    ("export", "checkpoint={model} output=out", ["output={images}"], "not an empty folder"),
     ("export", "checkpoint={model} output=out", ["dtype=fp16"], "expected one of float32"),
     ("export", "checkpoint={model} output=out", ["push=nobody"], "expected USER/NAME"),
     ("init", "output=out", [], "What to start from is not clear"),
@@ -425,6 +447,11 @@ CASES: list[tuple[str, str, list[str], str]] = [
     ("data_cache", CACHE, ["init={pipeline}"], "lacks reference_encoder"),
     ("data_cache", CACHE, ["variants=1000000000"], "between 0 and 10000"),
 ]
+if not torch.cuda.is_available():
+    CASES += [
+        ("evaluate", JUDGE, ["device=cuda"], "no CUDA device"),
+        ("explain", SHOW, ["device=cuda"], "no CUDA device"),
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -494,13 +521,8 @@ def _cache_index() -> str:
 
 
 @pytest.fixture
-def _as_a_fresh_process(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
-    """Each command starts in an empty folder, and ends with an error where it takes too long."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["i2am"])
-    for name in ("I2AM_DEBUG", "HYDRA_FULL_ERROR", "LOCAL_RANK"):
-        monkeypatch.setenv(name, "")  # registers the old value, to be put back
-        monkeypatch.delenv(name)
+def quick_process(fresh_process: None) -> Iterator[None]:
+    """A command ends with an error where it takes too long."""
 
     def too_long(number: int, frame: FrameType | None) -> NoReturn:
         raise TimeoutError(f"no answer in {SECONDS} s")
@@ -510,7 +532,6 @@ def _as_a_fresh_process(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iter
     yield
     signal.alarm(0)
     signal.signal(signal.SIGALRM, before)
-    GlobalHydra.instance().clear()
 
 
 def _everything(world: dict[str, str]) -> set[tuple[str, int, int]]:
@@ -541,7 +562,7 @@ def test_there_are_a_hundred() -> None:
 
 
 @pytest.mark.filterwarnings("default")  # Lightning's and torch's own deprecations
-@pytest.mark.usefixtures("_as_a_fresh_process")
+@pytest.mark.usefixtures("quick_process")
 @pytest.mark.parametrize(
     ("command", "usual", "wrong", "message"),
     CASES,
@@ -564,7 +585,7 @@ def test_bad_input(
     assert _everything(world) == before
 
 
-@pytest.mark.usefixtures("_as_a_fresh_process")
+@pytest.mark.usefixtures("quick_process")
 @pytest.mark.parametrize(
     ("words", "message"),
     [

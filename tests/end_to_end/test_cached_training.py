@@ -89,6 +89,7 @@ def test_three_steps_from_the_cache_are_those_without(
         trained(options, tmp_path / "forbidden")
 
 
+@pytest.mark.long
 def test_adapters_from_the_cache_are_those_without(
     training: list[str], make: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -121,6 +122,7 @@ def test_half_precision_is_near(
     assert moved.mean() < 0.1 * 3e-4
 
 
+@pytest.mark.long
 def test_augmented_epochs_from_variants_are_those_without(
     training: list[str], make: Callable[..., str], tmp_path: Path
 ) -> None:
@@ -133,6 +135,7 @@ def test_augmented_epochs_from_variants_are_those_without(
     assert largest_difference(uncached, cached) == 0
 
 
+@pytest.mark.long
 def test_validation_reads_pictures(
     training: list[str], make: Callable[..., str], tmp_path: Path
 ) -> None:

@@ -18,13 +18,15 @@ import torch
 from huggingface_hub import ModelCard
 
 from i2am_train.config.store import compose
-from i2am_train.errors import CheckpointError, ConfigError
 from i2am_train.models.tryon import TryOnModel
 from i2am_train.workflows.evaluate import evaluate
 from i2am_train.workflows.export import run as run_export
 from i2am_train.workflows.train import train
 
-pytestmark = pytest.mark.filterwarnings("default")  # Lightning's and diffusers' own deprecations
+pytestmark = [
+    pytest.mark.long,
+    pytest.mark.filterwarnings("default"),  # Lightning's and diffusers' own deprecations
+]
 
 TOKEN = "hf_of_the_tests"
 
@@ -272,17 +274,3 @@ def test_the_card_of_a_run(training: list[str], overrides: list[str], tmp_path: 
     trained = TryOnModel.from_pretrained(run / "model")
     for name, value in trained.state_dict().items():
         assert model.state_dict()[name].equal(value.to(torch.bfloat16).float()), name
-
-
-def test_bad_input_leaves_nothing(small_checkpoint: Path, tmp_path: Path) -> None:
-    """A used folder and a name that is none are refused before anything is written."""
-    (tmp_path / "used").mkdir()
-    (tmp_path / "used" / "mine.txt").write_text("mine")
-    words = [f"checkpoint={small_checkpoint}"]
-    with pytest.raises(CheckpointError, match="not an empty folder"):
-        run_export(compose("export", [*words, f"output={tmp_path / 'used'}"]))
-    with pytest.raises(ConfigError, match=r"push=model is not possible: expected USER/NAME"):
-        run_export(compose("export", [*words, f"output={tmp_path / 'new'}", "push=model"]))
-    with pytest.raises(ConfigError, match="float8"):
-        compose("export", [*words, f"output={tmp_path / 'new'}", "dtype=float8"])
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["used"]

@@ -6,40 +6,24 @@ import os
 import resource
 import shutil
 import subprocess
-import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
-from hydra.core.global_hydra import GlobalHydra
 
-from i2am_train.cli import main
 from i2am_train.config.store import compose
 from i2am_train.files import UNFINISHED
 from i2am_train.locks import LOCK, locked
 from i2am_train.workflows import explain
+from tests.support.commands import exit_status
 
-pytestmark = pytest.mark.filterwarnings("default")  # Lightning's and torch's own deprecations
-
-
-@pytest.fixture(autouse=True)
-def _as_a_fresh_process(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
-    """Each command starts in an empty folder, without what the last one left in the process."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["i2am"])
-    monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
-    yield
-    GlobalHydra.instance().clear()
-
-
-def i2am(command: str, words: Sequence[str]) -> int:
-    """The exit status of a command, run in this process; an error that it does not say is raised."""
-    GlobalHydra.instance().clear()
-    with pytest.raises(SystemExit, match=r"\d*") as stop:
-        main([*command.split(), *words])
-    return int(stop.value.code or 0)
+pytestmark = [
+    pytest.mark.long,
+    pytest.mark.usefixtures("fresh_process"),
+    pytest.mark.filterwarnings("default"),  # Lightning's and torch's own deprecations
+]
 
 
 @contextmanager
@@ -164,7 +148,7 @@ def test_a_read_only_folder(
         name, words = commands(command, disk)
         subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
         capsys.readouterr()
-        assert i2am(name, words) == 2
+        assert exit_status(name, words) == 2
         assert "read-only file system. Give another folder" in said(capsys)
 
 
@@ -196,7 +180,7 @@ def test_a_full_disk(
         usage = shutil.disk_usage(disk)
         monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=10**12))
         capsys.readouterr()
-        assert i2am(name, words) == 2
+        assert exit_status(name, words) == 2
         assert "no space left on device. Make room" in said(capsys)
         assert left_over(disk) == []
 
@@ -218,7 +202,7 @@ def test_a_folder_in_use(
     with locked(folder):
         before = sorted(place.rglob("*"))
         capsys.readouterr()
-        assert i2am(name, words) == 2
+        assert exit_status(name, words) == 2
         assert f"{folder} is in use by another i2am command: process {os.getpid()}" in said(capsys)
         assert sorted(place.rglob("*")) == before
 
@@ -247,7 +231,7 @@ def test_an_impossible_path(
     before = sorted(place.iterdir())
     name, words = commands(command, place / part)
     capsys.readouterr()
-    assert i2am(name, words) == 2
+    assert exit_status(name, words) == 2
     assert message in said(capsys)
     assert sorted(place.iterdir()) == before
 
@@ -274,7 +258,7 @@ def test_a_file_that_is_too_large(
     name, words = commands(command, tmp_path / "place")
     capsys.readouterr()
     with files_of_at_most(50_000):
-        assert i2am(name, words) == 2
+        assert exit_status(name, words) == 2
     assert "file too large. Raise the limit of the size of files" in said(capsys)
     assert left_over(tmp_path / "place") == []
 
@@ -289,7 +273,7 @@ def test_tracking_on_a_full_disk(
         usage = shutil.disk_usage(disk)
         monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=10**12))
         capsys.readouterr()
-        assert i2am(name, words) == 2
+        assert exit_status(name, words) == 2
         assert "no space left on device. Make room" in said(capsys)
 
 
@@ -309,13 +293,13 @@ def test_a_file_of_another_kind_is_not_overwritten(
         words = [*words, f"json={theirs}"]
     theirs.write_text('{"chapter": 1}')
     capsys.readouterr()
-    assert i2am(name, words) == 2
+    assert exit_status(name, words) == 2
     assert f"{theirs} exists and is no file that this command writes" in said(capsys)
     assert theirs.read_text() == '{"chapter": 1}'
     theirs.unlink()
-    assert i2am(name, words) == 0
+    assert exit_status(name, words) == 0
     made = theirs.read_bytes()
-    assert i2am(name, words) == 0
+    assert exit_status(name, words) == 0
     assert bool(made)
 
 
@@ -328,6 +312,6 @@ def test_an_output_among_the_data(
     before = sorted(small_dataset.rglob("*"))
     name, words = commands(command, small_dataset / "train" / "runs")
     capsys.readouterr()
-    assert i2am(name, words) == 2
+    assert exit_status(name, words) == 2
     assert f"lies among the data in {small_dataset}" in said(capsys)
     assert sorted(small_dataset.rglob("*")) == before

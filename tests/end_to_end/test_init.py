@@ -18,6 +18,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import CLIPConfig, CLIPModel, Dinov2Config, Dinov2Model
 
+pytestmark = pytest.mark.long
+
 AUTHORS = Path(__file__).parents[1] / "unit" / "test_models_authors_layout.py"
 GIB = 2**20  # in the kilobytes of ru_maxrss
 TRUE_SIZE = (512, 384)

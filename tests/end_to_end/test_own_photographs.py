@@ -15,7 +15,10 @@ from i2am_train.data.synthetic.dataset import make_dataset
 from i2am_train.types import GridSize
 from i2am_train.workflows import data, evaluate, export, init, train
 
-pytestmark = pytest.mark.filterwarnings("default")  # Lightning's and torch's own deprecations
+pytestmark = [
+    pytest.mark.long,
+    pytest.mark.filterwarnings("default"),  # Lightning's and torch's own deprecations
+]
 
 
 @pytest.fixture

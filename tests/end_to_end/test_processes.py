@@ -13,6 +13,8 @@ from safetensors.torch import load_file
 
 from i2am_train.results.panels import read_panels
 
+pytestmark = pytest.mark.long
+
 
 def logged(folder: Path) -> dict[str, float]:
     """The training losses of the first step and any validation scores of the last epoch in ``metrics.csv``."""
@@ -40,18 +42,16 @@ def run(*words: str, launcher: tuple[str, ...] = ()) -> str:
 
 
 def test_two_processes_equal_one(
-    small_dataset: Path, small_checkpoint: Path, tmp_path: Path
+    training: list[str], small_checkpoint: Path, tmp_path: Path
 ) -> None:
     """The same global batch on one and on two processes: equal losses, weights and scores, each sample counted once.
 
     Half of the conditions are dropped, so that the processes have unequally many samples with attention losses.
     """
     common = [
-        f"data.root={small_dataset}", f"init={small_checkpoint}", "data.height=64", "data.width=48",
-        "data.workers=0", "sampling.steps=2", "optimization.steps=2", "validation.samples=5",
-        "validation.panel_samples=2", "evaluation.batch_size=2", "trainer.progress_bar=false",
-        "trainer.accelerator=cpu", "tracking.wandb=disabled", "tracking.tensorboard=false", "experiment=refined",
-        "trainer.log_every_n_steps=1", "optimization.condition_dropout=0.5", "optimization.global_batch=4",
+        *training, "optimization.steps=2", "validation.samples=5", "evaluation.batch_size=2",
+        "tracking.tensorboard=false", "experiment=refined", "optimization.condition_dropout=0.5",
+        "optimization.global_batch=4",
     ]  # fmt: skip
     two = ["data.batch_size=2", "trainer.devices=2", "trainer.strategy=ddp"]
     torchrun = ("-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone")
@@ -80,16 +80,12 @@ def test_two_processes_equal_one(
 
 
 @pytest.mark.slow
-def test_adapters_on_two_processes_equal_those_on_one(
-    small_dataset: Path, small_checkpoint: Path, tmp_path: Path
-) -> None:
+def test_adapters_on_two_processes_equal_those_on_one(training: list[str], tmp_path: Path) -> None:
     """LoRA with attention losses: equal losses and adapters, though the frozen weights get no gradient."""
     common = [
-        f"data.root={small_dataset}", f"init={small_checkpoint}", "data.height=64", "data.width=48",
-        "data.workers=0", "optimization.steps=2", "validation.samples=0", "trainer.progress_bar=false",
-        "trainer.accelerator=cpu", "tracking.wandb=disabled", "tracking.tensorboard=false", "experiment=refined",
-        "trainer.log_every_n_steps=1", "optimization.condition_dropout=0.5", "optimization.global_batch=4",
-        "optimization.trainable=lora", "optimization.lora_rank=2",
+        *training, "optimization.steps=2", "validation.samples=0", "tracking.tensorboard=false", "experiment=refined",
+        "optimization.condition_dropout=0.5", "optimization.global_batch=4", "optimization.trainable=lora",
+        "optimization.lora_rank=2",
     ]  # fmt: skip
     variants = {
         "one": ["data.batch_size=4"],
@@ -109,12 +105,11 @@ def test_adapters_on_two_processes_equal_those_on_one(
 
 
 def test_two_processes_evaluate_as_one(
-    small_dataset: Path, small_checkpoint: Path, tmp_path: Path
+    overrides: list[str], small_checkpoint: Path, tmp_path: Path
 ) -> None:
     """Bit for bit the same images, rows and scores from three batches on one and on two processes."""
     common = [
-        f"data.root={small_dataset}", f"checkpoint={small_checkpoint}", "data.height=64", "data.width=48",
-        "data.workers=0", "sampling.steps=2", "evaluation.batch_size=2", "evaluation.panel_samples=3",
+        *overrides, f"checkpoint={small_checkpoint}", "evaluation.batch_size=2", "evaluation.panel_samples=3",
         "evaluation.metrics=[ssim,fd_efficientnet_lite0]", "progress_bar=false", "device=cpu",
         "tracking.wandb=disabled",
     ]  # fmt: skip

@@ -14,7 +14,10 @@ from i2am_train.errors import DataError, RunFolderError
 from i2am_train.training.encode_dataset import make_cache
 from i2am_train.workflows.train import train
 
-pytestmark = pytest.mark.filterwarnings("default")  # Lightning's and torch's own deprecations
+pytestmark = [
+    pytest.mark.long,
+    pytest.mark.filterwarnings("default"),  # Lightning's and torch's own deprecations
+]
 
 
 @pytest.fixture

@@ -1,50 +1,44 @@
 """A stopped ``i2am evaluate`` goes on where it was: a real process, killed by the system between two batches."""
 
 import json
-import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from safetensors import safe_open
 
 from i2am_train.config.store import compose
 from i2am_train.results.panels import PANELS
 from i2am_train.workflows.evaluate import evaluate
+from tests.support.commands import Command
 
-pytestmark = pytest.mark.filterwarnings("default")  # Lightning's and torch's own deprecations
+pytestmark = [
+    pytest.mark.long,
+    pytest.mark.filterwarnings("default"),  # Lightning's and torch's own deprecations
+]
 
 
 @pytest.fixture
-def options(small_dataset: Path, small_checkpoint: Path) -> list[str]:
+def options(overrides: list[str], small_checkpoint: Path) -> list[str]:
     """Three batches of two samples, with enough steps that the first is not the last at once."""
     return [
-        f"data.root={small_dataset}", f"checkpoint={small_checkpoint}", "data.height=64", "data.width=48",
-        "data.workers=0", "sampling.steps=60", "evaluation.batch_size=2", "evaluation.panel_samples=3",
+        *overrides, f"checkpoint={small_checkpoint}", "sampling.steps=10",
+        "evaluation.batch_size=2", "evaluation.panel_samples=3",
         "evaluation.metrics=[ssim,kd_efficientnet_lite0]", "progress_bar=false", "device=cpu",
     ]  # fmt: skip
 
 
 def killed_after_a_batch(options: list[str], output: Path) -> None:
     """Starts the command and kills it as soon as one batch is finished."""
-    command = [sys.executable, "-m", "i2am_train", "evaluate", *options, f"output={output}"]
-    # As many threads as here: sums in another order would change the last bits.
-    environment = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
+    command = Command(["evaluate", *options, f"output={output}"], output.with_suffix(".log"))
     deadline = time.monotonic() + 600
     while not list(output.glob("partial/*/rows.json")):
-        if process.poll() is not None or time.monotonic() > deadline:
-            process.kill()
-            pytest.fail(f"no batch was finished: {process.communicate()[1][-3000:]}")
+        if command.ended or time.monotonic() > deadline:
+            pytest.fail(f"no batch was finished: {command.stop()[1][-3000:]}")
         time.sleep(0.005)
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
-    assert process.returncode == -signal.SIGKILL
+    assert command.stop()[0] == -signal.SIGKILL
 
 
 def contents(folder: Path) -> dict[str, Any]:

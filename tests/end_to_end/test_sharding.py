@@ -21,7 +21,10 @@ from i2am_train.config.store import compose
 from i2am_train.models.tryon import TryOnModel
 from i2am_train.workflows.train import train
 
-pytestmark = pytest.mark.filterwarnings("default")  # Lightning's and torch's own deprecations
+pytestmark = [
+    pytest.mark.long,
+    pytest.mark.filterwarnings("default"),  # Lightning's and torch's own deprecations
+]
 
 TOLERANCE = 1e-4
 """Relative: two halves of a batch are summed in another order than the whole, in float32, and 1e-7 grows over steps."""
@@ -56,18 +59,14 @@ def distance(first: dict[str, Any], second: dict[str, Any]) -> float:
 
 
 @pytest.fixture(scope="module")
-def common(small_dataset: Path, small_checkpoint: Path) -> list[str]:
+def common(training: list[str]) -> list[str]:
     """Attention losses, averaged weights, clipped gradients, dropped conditions, and batches that two processes share.
 
     Five validation samples in batches of two: the processes generate unequally many.
     """
     return [
-        f"data.root={small_dataset}", f"init={small_checkpoint}", "data.height=64", "data.width=48",
-        "data.workers=0", "sampling.steps=2", "optimization.steps=4", "validation.samples=5",
-        "validation.panel_samples=2", "evaluation.batch_size=2", "evaluation.metrics=[ssim]",
-        "trainer.progress_bar=false", "trainer.accelerator=cpu", "tracking.wandb=disabled",
-        "tracking.tensorboard=false", "experiment=refined", "trainer.log_every_n_steps=1",
-        "optimization.gradient_clip=0.5", "optimization.condition_dropout=0.5",
+        *training, "validation.samples=5", "evaluation.batch_size=2", "tracking.tensorboard=false",
+        "experiment=refined", "optimization.gradient_clip=0.5", "optimization.condition_dropout=0.5",
         "optimization.global_batch=4", "optimization.warmup_steps=0",
         "trainer.checkpoint_every_n_steps=2", "trainer.keep_checkpoints=2",
         "trainer.snapshot_every_n_steps=3", "trainer.keep_best=ssim", "optimization.ema_decay=0.9",

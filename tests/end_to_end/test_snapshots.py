@@ -18,7 +18,10 @@ from i2am_train.workflows.evaluate import run as run_evaluate
 from i2am_train.workflows.report import report
 from i2am_train.workflows.train import train
 
-pytestmark = pytest.mark.filterwarnings("default")  # Lightning's and torch's own deprecations
+pytestmark = [
+    pytest.mark.long,
+    pytest.mark.filterwarnings("default"),  # Lightning's and torch's own deprecations
+]
 
 
 def unet(folder: Path) -> dict[str, torch.Tensor]:

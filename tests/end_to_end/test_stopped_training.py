@@ -5,12 +5,11 @@ Real processes, stopped where a user or a scheduler would stop them.
 
 import csv
 import json
+import multiprocessing
 import os
 import random
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -24,7 +23,6 @@ from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from i2am_train.callbacks.interruption import requeue
-from i2am_train.cli import main
 from i2am_train.config.store import compose
 from i2am_train.errors import (
     ConfigError,
@@ -36,19 +34,15 @@ from i2am_train.errors import (
 from i2am_train.evaluation.generation import GeneratedSamples
 from i2am_train.workflows import train as workflow
 from i2am_train.workflows.train import train
+from tests.support.commands import Command, exit_status
+from tests.support.trainings import same_weights, weights
 
-pytestmark = pytest.mark.filterwarnings("default")  # Lightning's and torch's own deprecations
+pytestmark = [
+    pytest.mark.long,
+    pytest.mark.filterwarnings("default"),  # Lightning's and torch's own deprecations
+]
 LONG = ("optimization.steps=12", "validation.samples=0", "data.batch_size=4")
 """Twenty samples, four a step: five steps an epoch."""
-
-
-def weights(folder: Path) -> dict[str, torch.Tensor]:
-    return load_file(folder / "model/unet/diffusion_pytorch_model.safetensors")
-
-
-def same_weights(first: Path, second: Path) -> bool:
-    other = weights(second)
-    return all(torch.equal(value, other[name]) for name, value in weights(first).items())
 
 
 def rows(folder: Path) -> list[dict[str, str]]:
@@ -70,35 +64,27 @@ def drawn_steps(folder: Path) -> list[int]:
     return [event.step for event in shown.Scalars("loss/total")]
 
 
-class Run:
+class Run(Command):
     """One attempt at a training run, as a process of its own."""
 
     def __init__(
         self, options: Sequence[str], output: Path, environment: Mapping[str, str] | None = None
     ) -> None:
-        words = [sys.executable, "-m", "i2am_train", "train", *options, f"output={output}"]
+        words = ["train", *options, f"output={output}"]
+        super().__init__(words, output.with_suffix(".log"), environment)
         self.output = output
-        self.process = subprocess.Popen(
-            words, env=os.environ | {"OMP_NUM_THREADS": "1"} | (environment or {}), text=True,
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-        )  # fmt: skip
 
     def wait_for_step(self, step: int) -> None:
         """Until the curves show a step, or the process has ended."""
-        ended = time.monotonic() + 120
-        while self.process.poll() is None and time.monotonic() < ended:
+        until = time.monotonic() + 120
+        while not self.ended and time.monotonic() < until:
             if steps(self.output)[-1] >= step:
                 return
             time.sleep(0.02)
 
-    def stop(self, number: int) -> tuple[int, str]:
-        self.process.send_signal(number)
-        _, errors = self.process.communicate(timeout=120)
-        return self.process.returncode, errors
-
-    def finish(self) -> None:
-        _, errors = self.process.communicate(timeout=300)
-        assert self.process.returncode == 0, errors[-3000:]
+    def succeed(self) -> None:
+        status, said = self.finish()
+        assert status == 0, said[-3000:]
 
 
 @pytest.fixture(scope="module")
@@ -125,11 +111,11 @@ def test_a_killed_run_ends_as_if_it_had_not_been(
     for step in sorted(moments.sample(range(1, 11), 3)):
         attempt = Run(options, tmp_path / "killed")
         attempt.wait_for_step(step)
-        with pytest.raises(FolderInUseError, match=rf"in use .* process {attempt.process.pid}, "):
+        with pytest.raises(FolderInUseError, match=rf"in use .* process {attempt.process_id}, "):
             train(compose("train", [*options, f"output={tmp_path / 'killed'}"]))
         time.sleep(moments.random() * 0.3)
         attempt.stop(signal.SIGKILL)
-    Run(options, tmp_path / "killed").finish()
+    Run(options, tmp_path / "killed").succeed()
     assert same_weights(whole, tmp_path / "killed")
     assert rows(tmp_path / "killed") == rows(whole)
     assert steps(whole) == list(range(13))
@@ -202,14 +188,6 @@ def test_a_damaged_checkpoint_costs_a_step(
     assert newest.with_name("step-000006.ckpt.damaged").read_bytes() == content
 
 
-def i2am(command: str, options: Sequence[str], monkeypatch: pytest.MonkeyPatch) -> int:
-    """The exit status of a command that is run in this process."""
-    monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
-    with pytest.raises(SystemExit, match=r"\d+") as stop:
-        main([command, *options])
-    return int(str(stop.value.code))
-
-
 def test_told_twice_it_stops_at_once(
     options: list[str], whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
@@ -222,7 +200,7 @@ def test_told_twice_it_stops_at_once(
             os.kill(os.getpid(), signal.SIGINT)
 
     stop_before_step(6, monkeypatch, interrupt_twice)
-    assert i2am("train", options, monkeypatch) == 130
+    assert exit_status("train", options) == 130
     assert capsys.readouterr().err.splitlines()[-1] == (
         "i2am: SIGINT received: training was stopped at once, without saving. The same command goes on from the last "
         "checkpoint."
@@ -238,14 +216,15 @@ def test_a_killed_reader_is_said(
     """As the system does where memory runs out."""
 
     def kill_reader() -> None:
-        for reader in psutil.Process().children():
+        for process in multiprocessing.active_children():  # not the server of `Command`
+            reader = psutil.Process(process.pid)
             reader.kill()
             psutil.wait_procs([reader])
         time.sleep(1)  # torch hears of it
 
     stop_before_step(1, monkeypatch, kill_reader)
     more = ["data.workers=1", f"output={tmp_path / 'run'}", "optimization.steps=12"]
-    assert i2am("train", [*options, *more], monkeypatch) == 2
+    assert exit_status("train", [*options, *more]) == 2
     said = capsys.readouterr().err.splitlines()[-1]
     assert said.startswith("i2am: A process that helps this one was killed")
 
@@ -268,7 +247,7 @@ def test_an_evaluation_that_is_told_to_stop_says_what_continues(
         *overrides, f"checkpoint={small_checkpoint}", "device=cpu", "evaluation.metrics=[ssim]",
         "evaluation.batch_size=3", "progress_bar=false", "tracking=files", f"output={tmp_path / 'out'}",
     ]  # fmt: skip
-    assert i2am("evaluate", options, monkeypatch) == 128 + number
+    assert exit_status("evaluate", options) == 128 + number
     said = capsys.readouterr().err.splitlines()[-1]
     name = signal.Signals(number).name
     assert said == (
@@ -296,7 +275,7 @@ def test_told_to_stop_it_saves_and_goes_on(
     assert "The same command continues it." in errors
     (saved,) = (tmp_path / "stopped/checkpoints").glob("interrupted-step-*.ckpt")
     assert int(saved.stem.rpartition("-")[2]) >= 5
-    Run(options, tmp_path / "stopped").finish()
+    Run(options, tmp_path / "stopped").succeed()
     assert same_weights(whole, tmp_path / "stopped")
     assert rows(whole) == rows(tmp_path / "stopped")
     assert not list((tmp_path / "stopped/checkpoints").glob("interrupted*"))
@@ -327,7 +306,7 @@ def test_a_job_of_slurm_saves_and_asks_to_be_started_again(
     assert returned == 128 + signal.SIGUSR1
     assert "SIGUSR1 received: training stopped after step" in errors
     assert (tmp_path / "said").read_text() == "requeue 7_3\n"
-    Run(options, tmp_path / "run", slurm).finish()
+    Run(options, tmp_path / "run", slurm).succeed()
     assert steps(tmp_path / "run") == list(range(13))
 
 

@@ -12,6 +12,8 @@ from i2am_train.config.store import compose
 from i2am_train.types import Direction, GridSize
 from i2am_train.workflows.explain import explain
 
+pytestmark = pytest.mark.long
+
 SIZE = GridSize(96, 64)
 MODELS = {"pasd": (20, 4, 12), "seesr": (50, 5, 9)}
 """Steps, time groups (paper A.7) and layers (the public code)."""

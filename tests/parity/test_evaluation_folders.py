@@ -96,6 +96,7 @@ def folder_features(folder: Path) -> Any:
     )
 
 
+@pytest.mark.long
 def test_set_distances_equal_clean_fid(folders: tuple[Path, Path], result: Any) -> None:
     """clean-fid reads the same folders with its own loader, and gives the same two numbers."""
     generated, real = (folder_features(folder) for folder in folders)
@@ -109,6 +110,7 @@ def test_set_distances_equal_clean_fid(folders: tuple[Path, Path], result: Any) 
     assert scores["kd_efficientnet_lite0"] == pytest.approx(kernel, rel=1e-3)
 
 
+@pytest.mark.long
 def test_set_distances_equal_torchmetrics(pixels: tuple[list[Any], list[Any]], result: Any) -> None:
     """torchmetrics' FID and KID with the same network on the same resized pixels."""
     resize = make_resizer("PIL", False, "bicubic", (224, 224))
@@ -156,6 +158,7 @@ def test_stlpips_equals_the_package(pixels: tuple[list[Any], list[Any]], result:
     np.testing.assert_allclose([row["stlpips"] for row in result[1]], expected, rtol=1e-4)
 
 
+@pytest.mark.long
 def test_resizing_both_sets_equals_clean_fid(folders: tuple[Path, Path], tmp_path: Path) -> None:
     """With resize=, features are those of images that clean-fid's filter resized and rounded first."""
     config = compose("evaluate", options(folders, "resize=[40,32]", "evaluation.pairing=unpaired"))

@@ -294,15 +294,13 @@ def wrap_in_compile(case: Case, target: Any) -> None:
 
 
 COMPILED_ALWAYS = {"ip_adapter", "paint_by_example_ldm"}
-"""A compilation takes ten seconds and more: these cases stand for the others in `make test`."""
+"""A compilation takes ten seconds and more: these cases stand for the others in `make test-long`."""
 
 
 def to_compile(cases: Sequence[Case]) -> list[Any]:
     """Parameters for `check_compiled_whole`, most of them marked slow."""
-    return [
-        pytest.param(case, marks=() if str(case) in COMPILED_ALWAYS else pytest.mark.slow)
-        for case in cases
-    ]
+    marks = {True: pytest.mark.long, False: pytest.mark.slow}
+    return [pytest.param(case, marks=marks[str(case) in COMPILED_ALWAYS]) for case in cases]
 
 
 def check_compiled_whole(case: Case, backend: str) -> None:
@@ -388,6 +386,7 @@ class RecipeContract:
         assert passes.count(True) == passes.count(False) > 0
         check(attention.maps(), slow, case.joint)
 
+    @pytest.mark.long
     def test_compiled_blocks_hide_no_attention(self, case):
         # compiled and run before the trace: hooks that come later would be ignored
         target = fresh(case)
@@ -398,6 +397,7 @@ class RecipeContract:
         check(traced_run(case, target, 2, True).maps(), slow, case.joint)
         torch.compiler.reset()
 
+    @pytest.mark.long
     def test_a_compiled_network_in_the_place_of_the_plain_one(self, case):
         # pipeline.unet = torch.compile(pipeline.unet), which puts a wrapper around all paths
         target = fresh(case)

@@ -1,13 +1,29 @@
-"""A training that goes down as a machine does, in the middle of its work."""
+"""Trainings of the tests: their weights, and one that goes down as a machine does, in the middle of its work."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import lightning as L
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from i2am_train.workflows import train as workflow
+
+
+def weights(run: Path) -> dict[str, torch.Tensor]:
+    """Those of a finished run's U-Net."""
+    return load_file(run / "model" / "unet" / "diffusion_pytorch_model.safetensors")
+
+
+def same_weights(one: Path, other: Path) -> bool:
+    """Whether two runs ended at the same U-Net, bit by bit."""
+    first, second = weights(one), weights(other)
+    return first.keys() == second.keys() and all(
+        torch.equal(value, second[name]) for name, value in first.items()
+    )
 
 
 class Stop(L.Callback):

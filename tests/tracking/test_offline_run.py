@@ -26,22 +26,17 @@ pytestmark = pytest.mark.filterwarnings("default")  # Lightning's, TensorBoard's
 
 
 @pytest.fixture(scope="session")
-def common(small_dataset: Path) -> list[str]:
+def tracked() -> list[str]:
     return [
-        f"data.root={small_dataset}", "data.height=64", "data.width=48", "data.workers=0", "sampling.steps=2",
-        "tracking.wandb=offline", "tracking.project=unit", "tracking.group=together", "tracking.tags=[mine]",
-    ]  # fmt: skip
+        f"tracking.{word}"
+        for word in ("wandb=offline", "project=unit", "group=together", "tags=[mine]")
+    ]
 
 
 @pytest.fixture(scope="session")
-def training(common: list[str], small_checkpoint: Path) -> list[str]:
+def training(training: list[str], tracked: list[str]) -> list[str]:
     """Two epochs of two steps with four validation samples."""
-    return [
-        *common, "experiment=refined", f"init={small_checkpoint}", "data.batch_size=8", "optimization.steps=4",
-        "validation.samples=4", "validation.panel_samples=2", "evaluation.metrics=[ssim]", "evaluation.batch_size=3",
-        "trainer.progress_bar=false", "trainer.log_every_n_steps=1", "trainer.accelerator=cpu",
-        "tracking.table_samples=3",
-    ]  # fmt: skip
+    return [*training, *tracked, "experiment=refined", "tracking.table_samples=3"]
 
 
 @pytest.fixture(scope="module")
@@ -51,10 +46,10 @@ def run(training: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def evaluation(common: list[str], run: Path) -> Path:
+def evaluation(overrides: list[str], tracked: list[str], run: Path) -> Path:
     """The trained model on six test samples, two of them with panels."""
-    options = [*common, f"checkpoint={run}", "progress_bar=false", "device=cpu", "evaluation.panel_samples=2",
-               "evaluation.metrics=[ssim]"]  # fmt: skip
+    options = [*overrides, *tracked, f"checkpoint={run}", "progress_bar=false", "device=cpu",
+               "evaluation.panel_samples=2", "evaluation.metrics=[ssim]"]  # fmt: skip
     folder = run / "evaluation-paired"
     evaluate(compose("evaluate", options), folder)
     return folder

@@ -29,14 +29,11 @@ def _as_a_fresh_process(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def training(small_dataset: Path, small_checkpoint: Path, tmp_path: Path) -> list[str]:
+def training(training: list[str], tmp_path: Path) -> list[str]:
     """Two epochs of two steps."""
     return [
-        f"data.root={small_dataset}", "data.height=64", "data.width=48", "data.workers=0", "sampling.steps=2",
-        f"init={small_checkpoint}", "data.batch_size=8", "optimization.steps=4", "validation.samples=2",
-        "validation.panel_samples=1", "evaluation.metrics=[]", "trainer.progress_bar=false",
-        "trainer.log_every_n_steps=1", "trainer.accelerator=cpu", "tracking=online", "tracking.table_samples=2",
-        "tracking.project=unit", f"output={tmp_path / 'run'}",
+        *training, "validation.samples=2", "validation.panel_samples=1", "evaluation.metrics=[]",
+        "tracking.wandb=online", "tracking.table_samples=2", "tracking.project=unit", f"output={tmp_path / 'run'}",
     ]  # fmt: skip
 
 
@@ -67,6 +64,7 @@ def test_online(wandb_server: Any, training: list[str], tmp_path: Path) -> None:
     assert wandb_server.inputs == {(run_id, kinds["dataset"]["name"])}
 
 
+@pytest.mark.long
 def test_without_a_server_the_run_goes_on_offline(
     training: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str],
     wandb_server: Any, read_runs: Callable[[Path], list[Any]],
@@ -113,6 +111,7 @@ class ServerDies(L.Callback):
             self.server.stop()
 
 
+@pytest.mark.long
 def test_a_server_that_dies_loses_nothing(
     wandb_server: Any, training: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     capfd: pytest.CaptureFixture[str], make_server: Callable[[], Any],

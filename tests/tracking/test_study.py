@@ -17,16 +17,12 @@ pytestmark = pytest.mark.filterwarnings("default")  # Lightning's, TensorBoard's
 
 
 @pytest.fixture(scope="module")
-def config(
-    small_dataset: Path, small_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory
-) -> AblateConfig:
+def config(training: list[str], tmp_path_factory: pytest.TempPathFactory) -> AblateConfig:
     """Base, baseline and refined with one seed and two steps."""
     options = [
-        f"data.root={small_dataset}", "data.height=64", "data.width=48", "data.workers=0", "data.batch_size=8",
-        f"init={small_checkpoint}", "sampling.steps=2", "optimization.steps=2", "validation.samples=2",
-        "validation.panel_samples=1", "evaluation.metrics=[ssim]", "evaluation.samples=4", "evaluation.panel_samples=1",
-        "trainer.progress_bar=false", "trainer.accelerator=cpu", "device=cpu", "bootstrap_samples=100", "seeds=[3]",
-        "tracking.wandb=offline", "tracking.tags=[mine]", "name=three-arms",
+        *training, "optimization.steps=2", "validation.samples=2", "validation.panel_samples=1", "evaluation.samples=4",
+        "evaluation.panel_samples=1", "device=cpu", "bootstrap_samples=100", "seeds=[3]", "tracking.wandb=offline",
+        "tracking.tags=[mine]", "name=three-arms",
         f"output={tmp_path_factory.mktemp('study') / 'three-arms'}",
     ]  # fmt: skip
     built: AblateConfig = compose("ablate", options)

@@ -76,7 +76,7 @@ def compiled(kind: str) -> subprocess.CompletedProcess[str]:
 @pytest.mark.parametrize(
     ("kind", "graphs"),
     [
-        ("plain", 1),
+        pytest.param("plain", 1, marks=pytest.mark.long),
         pytest.param("inductor", 1, marks=pytest.mark.slow),  # minutes of a C++ compiler
         pytest.param("lora", 1, marks=pytest.mark.slow),
         pytest.param("tap later", 2, marks=pytest.mark.slow),

@@ -14,16 +14,10 @@ pytestmark = pytest.mark.filterwarnings("default")  # Lightning's, TensorBoard's
 
 
 @pytest.fixture(scope="module")
-def run(
-    small_dataset: Path, small_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Path:
+def run(training: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two refined steps and a validation of three samples, two of them with panels."""
     options = [
-        "experiment=refined", f"data.root={small_dataset}", f"init={small_checkpoint}", "data.height=64",
-        "data.width=48", "data.workers=0", "data.batch_size=8", "optimization.steps=2", "sampling.steps=2",
-        "validation.samples=3", "validation.panel_samples=2", "evaluation.metrics=[ssim]", "evaluation.batch_size=2",
-        "trainer.progress_bar=false", "trainer.log_every_n_steps=1", "trainer.accelerator=cpu",
-        "tracking.wandb=disabled",
+        *training, "experiment=refined", "optimization.steps=2", "validation.samples=3", "evaluation.batch_size=2",
     ]  # fmt: skip
     output = tmp_path_factory.mktemp("logged") / "run"
     return train(compose("train", [*options, f"output={output}"]))

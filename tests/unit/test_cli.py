@@ -9,7 +9,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import suppress
 from importlib import import_module
@@ -17,7 +16,6 @@ from pathlib import Path
 from typing import Any, get_type_hints
 
 import pytest
-from hydra.core.global_hydra import GlobalHydra
 from safetensors import SafetensorError
 from torch.utils.data import DataLoader, Dataset
 
@@ -30,16 +28,7 @@ from i2am_train.errors import DataError
 HEAVY = ("torch", "numpy", "lightning", "diffusers", "transformers", "cv2", "matplotlib")
 
 
-@pytest.fixture(autouse=True)
-def _as_a_fresh_process(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
-    """Each command starts in an empty folder, without what the last one left in the process."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["i2am"])
-    for name in ("I2AM_DEBUG", "HYDRA_FULL_ERROR", "LOCAL_RANK"):
-        monkeypatch.setenv(name, "")  # registers the old value, to be put back
-        monkeypatch.delenv(name)
-    yield
-    GlobalHydra.instance().clear()
+pytestmark = pytest.mark.usefixtures("fresh_process")
 
 
 def run_command(command: str, words: list[str], run: Any = lambda config: None) -> int:

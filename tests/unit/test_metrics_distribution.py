@@ -113,6 +113,7 @@ def test_batches_order_and_repetition_change_nothing(metric_class: type[SetDista
     assert parts.compute().item() == pytest.approx(whole.compute().item(), rel=1e-4)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("metric_class", [FrechetDistance, KernelDistance])
 def test_two_processes_equal_one(metric_class: type[SetDistance]) -> None:
     """Merged states of two interleaved halves, one sample in both, give the number of the whole."""
@@ -126,6 +127,7 @@ def test_two_processes_equal_one(metric_class: type[SetDistance]) -> None:
     assert first.compute().item() == pytest.approx(whole.compute().item(), rel=1e-4)
 
 
+@pytest.mark.long
 def test_images_of_the_same_kind_are_nearer_than_degraded_ones() -> None:
     """Other images of the same kind are nearer to the real set than its own, grown noisy."""
     real, same_kind, index = random_images(6, seed=1), random_images(6, seed=0), torch.arange(6)

@@ -298,6 +298,7 @@ def test_registry_describes_every_image_metric() -> None:
     }
 
 
+@pytest.mark.long
 def test_collection_gives_what_the_single_metrics_give() -> None:
     """Metrics updated together equal metrics updated alone, though two of them share features."""
     names = available_image_metrics(offline_only=True)

@@ -6,41 +6,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from transformers import (
-    SegformerConfig,
-    SegformerForSemanticSegmentation,
-    SegformerImageProcessor,
-)
 
 from i2am_train.data.derive.parsing import DRESS_CODE, VITON_HD
 from i2am_train.errors import CheckpointError
 from i2am_train.models.human_parsers import HumanParser
-
-ATR = [
-    "Background", "Hat", "Hair", "Sunglasses", "Upper-clothes", "Skirt", "Pants", "Dress", "Belt", "Left-shoe",
-    "Right-shoe", "Face", "Left-leg", "Right-leg", "Left-arm", "Right-arm", "Bag", "Scarf",
-]  # fmt: skip
-LIP = [
-    "Background", "Hat", "Hair", "Glove", "Sunglasses", "UpperClothes", "Dress", "Coat", "Socks", "Pants",
-    "Jumpsuits", "Scarf", "Skirt", "Face", "Left-arm", "Right-arm", "Left-leg", "Right-leg", "Left-shoe",
-    "Right-shoe",
-]  # fmt: skip
-
-
-def save_model(folder: Path, labels: list[str], wanted: int | None = None) -> Path:
-    """A random model; ``wanted`` makes it predict one label everywhere."""
-    torch.manual_seed(0)
-    config = SegformerConfig(
-        num_encoder_blocks=4, depths=[1, 1, 1, 1], hidden_sizes=[8, 8, 16, 16], num_attention_heads=[1, 1, 2, 2],
-        decoder_hidden_size=16, id2label=dict(enumerate(labels)), label2id={n: i for i, n in enumerate(labels)},
-    )  # fmt: skip
-    model = SegformerForSemanticSegmentation(config)
-    if wanted is not None:
-        with torch.no_grad():
-            model.decode_head.classifier.bias[wanted] = 1000.0
-    model.save_pretrained(folder)
-    SegformerImageProcessor(size={"height": 64, "width": 64}).save_pretrained(folder)
-    return folder
+from tests.support.person_models import ATR, LIP, tiny_parser
 
 
 def photographs() -> list[Any]:
@@ -50,7 +20,7 @@ def photographs() -> list[Any]:
 
 def test_maps_are_the_models_own_in_our_labels(tmp_path: Path) -> None:
     # Proves sizes, and every pixel against transformers' own post-processing.
-    parser = HumanParser.from_pretrained(str(save_model(tmp_path / "atr", ATR)), "cpu")
+    parser = HumanParser.from_pretrained(str(tiny_parser(tmp_path / "atr", ATR)), "cpu")
     maps = parser(photographs(), DRESS_CODE)
     assert [labels.shape for labels in maps] == [(96, 72), (50, 64)]
     inputs = parser.processor(images=photographs(), return_tensors="pt")
@@ -81,7 +51,7 @@ def test_labels_are_mapped_by_name(
 ) -> None:
     # Proves the table, label sets of both kinds into both of ours.
     parser = HumanParser.from_pretrained(
-        str(save_model(tmp_path / "model", labels, labels.index(label)))
+        str(tiny_parser(tmp_path / "model", labels, labels.index(label)))
     )
     for names, ours in wanted.items():
         for values in parser(photographs(), names):
@@ -90,7 +60,7 @@ def test_labels_are_mapped_by_name(
 
 def test_models_of_other_things_are_refused(tmp_path: Path) -> None:
     # Proves that a model of streets or rooms is not taken for a human parser, and the message on a missing one.
-    folder = save_model(tmp_path / "streets", ["road", "car", "Hat"])
+    folder = tiny_parser(tmp_path / "streets", ["road", "car", "Hat"])
     with pytest.raises(
         CheckpointError, match=r"labels that are not known: road, car; expected .*upper_clothes"
     ):

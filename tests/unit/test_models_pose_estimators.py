@@ -7,28 +7,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from transformers import (
-    VitPoseBackboneConfig,
-    VitPoseConfig,
-    VitPoseForPoseEstimation,
-    VitPoseImageProcessor,
-)
+from transformers import VitPoseImageProcessor
 
 from i2am_train.errors import CheckpointError
 from i2am_train.models.pose_estimators import COCO_17, ViTPoseEstimator
-
-
-def save_model(folder: Path, joints: int = 17) -> Path:
-    """A random model of 64x48 pixels."""
-    torch.manual_seed(0)
-    backbone = VitPoseBackboneConfig(
-        image_size=[64, 48], patch_size=[16, 16], hidden_size=32, num_hidden_layers=1, num_attention_heads=2,
-        out_indices=[1],
-    )  # fmt: skip
-    config = VitPoseConfig(backbone_config=backbone, num_labels=joints, use_simple_decoder=True)
-    VitPoseForPoseEstimation(config).save_pretrained(folder)
-    VitPoseImageProcessor(size={"height": 64, "width": 48}).save_pretrained(folder)
-    return folder
+from tests.support.person_models import tiny_pose_estimator
 
 
 def picture() -> np.ndarray:
@@ -37,12 +20,12 @@ def picture() -> np.ndarray:
 
 def test_a_model_from_a_folder_finds_joints(tmp_path: Path) -> None:
     # Proves loading and the real forward pass: one set of joints per photograph, a wrong number of joints refused.
-    estimator = ViTPoseEstimator.from_pretrained(str(save_model(tmp_path / "pose")), "cpu")
+    estimator = ViTPoseEstimator.from_pretrained(str(tiny_pose_estimator(tmp_path / "pose")), "cpu")
     found = estimator([picture(), picture()[:128]], [(0, 0, 192, 256), (20, 10, 60, 90)])
     assert len(found) == 2
     assert estimator([], []) == []
     with pytest.raises(CheckpointError, match=r"finds 5 joints; expected COCO's 17"):
-        ViTPoseEstimator.from_pretrained(str(save_model(tmp_path / "hand", 5)))
+        ViTPoseEstimator.from_pretrained(str(tiny_pose_estimator(tmp_path / "hand", 5)))
     with pytest.raises(CheckpointError, match=r"could be loaded from estimator=.*nowhere"):
         ViTPoseEstimator.from_pretrained(str(tmp_path / "nowhere"))
 
