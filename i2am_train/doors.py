@@ -176,7 +176,7 @@ def _allowed() -> list[str]:
 def _imported(module: str, named: str) -> Any:
     here = str(Path.cwd())
     if here not in sys.path:
-        sys.path.insert(0, here)
+        sys.path.append(here)  # last: it hides no installed package
     try:
         return import_module(module)
     except Exception as error:

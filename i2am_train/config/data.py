@@ -226,7 +226,9 @@ class DataCacheConfig(Options):
 
     def check(self) -> None:
         """Caches are made on this machine."""
-        if re.search(r"/\w+:/", str(self.output)):  # pathlib makes one slash of two
+        if address := re.search(
+            r"(?<=/)\w+:/.*", str(self.output)
+        ):  # pathlib makes one slash of two
             raise OptionError(
-                "output", self.output, "a folder; copy it to object storage when it is made"
+                "output", address[0], "a folder; copy it to object storage when it is made"
             )

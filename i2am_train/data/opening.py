@@ -43,8 +43,8 @@ def reading_of(data: DataConfig) -> Reading:
     return Reading(data.layout, tuple(data.categories), data.fit)
 
 
-def prepare_data(data: DataConfig, *outputs: Path | None) -> Path:
-    """The dataset's folder; the embedded dataset is made if it is not there yet.
+def data_root(data: DataConfig, *outputs: Path | None) -> Path:
+    """The dataset's folder, which may not be there yet.
 
     Raises:
         RunFolderError: one of the folders that the command writes lies in it, or it in one of them.
@@ -52,6 +52,16 @@ def prepare_data(data: DataConfig, *outputs: Path | None) -> Path:
     synthetic = data.synthetic
     root = data.root or dataset_folder(data.size, synthetic.train, synthetic.test, synthetic.seed)
     require_apart(root, *outputs, data.cache_copies)
+    return root
+
+
+def prepare_data(data: DataConfig, *outputs: Path | None) -> Path:
+    """The dataset's folder; the embedded dataset is made if it is not there yet.
+
+    Raises:
+        RunFolderError: as of :func:`data_root`.
+    """
+    synthetic, root = data.synthetic, data_root(data, *outputs)
     if data.root is not None:
         return root
     if not first_process():

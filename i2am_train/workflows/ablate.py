@@ -17,7 +17,7 @@ from i2am_train.config.evaluation import EvaluateConfig
 from i2am_train.config.store import BASE_ARM, arm_config, arm_name
 from i2am_train.config.training import AblateConfig
 from i2am_train.data.checks.needed_files import noted_in
-from i2am_train.data.opening import prepare_data
+from i2am_train.data.opening import data_root, prepare_data
 from i2am_train.errors import ConfigError
 from i2am_train.fingerprints import data_state
 from i2am_train.json_files import read_json, write_json
@@ -84,6 +84,7 @@ def ablate(config: AblateConfig) -> dict[str, Any]:
 
 
 def _ablate(config: AblateConfig) -> dict[str, Any]:
+    data_root(config.data, config.folder, config.tracking.folder)
     RunFolder.check(config.folder, plain(config), may_differ=WITHOUT_EFFECT_ON_CELLS)
     _check(config)
     root = prepare_data(config.data, config.folder, config.tracking.folder)

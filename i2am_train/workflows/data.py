@@ -22,7 +22,7 @@ from i2am_train.data.synthetic.dataset import make_dataset
 from i2am_train.entry.command import FAILED_CHECK
 from i2am_train.errors import ConfigError
 from i2am_train.files import write_text
-from i2am_train.fingerprints import DERIVED_REPORT
+from i2am_train.fingerprints import DERIVED_REPORT, is_of_dataset
 from i2am_train.json_files import require_own_json, write_json
 from i2am_train.locks import locked
 from i2am_train.models.human_parsers import HumanParser
@@ -72,7 +72,7 @@ def check(config: DataCheckConfig) -> int:
 def derive(config: DataDeriveConfig) -> int:
     """Make masks and agnostic pictures; status 1 if a picture was refused."""
     file = config.json or config.root / DERIVED_REPORT
-    require_apart(config.root, file)
+    require_apart(config.root, file, counts=is_of_dataset)  # its report lies beside the pictures
     require_own_json(file, ("root", "made", "refused"))
     options = DeriveOptions(
         category=config.category,

@@ -17,7 +17,7 @@ from i2am_train.config.evaluation import EvaluateConfig
 from i2am_train.config.locations import checkpoint_folder
 from i2am_train.data.checks.needed_files import noted_in, refuse_broken_pictures
 from i2am_train.data.module import TryOnDataModule, make_datamodule
-from i2am_train.data.opening import prepare_data
+from i2am_train.data.opening import data_root, prepare_data
 from i2am_train.errors import CheckpointError, I2AMError
 from i2am_train.evaluation.evaluator import EvaluationResult, EvaluationSettings, check_settings
 from i2am_train.evaluation.folders import open_folders
@@ -242,6 +242,7 @@ def evaluate_checkpoint(config: EvaluateConfig, checkpoint: str, folder: Path) -
 
 def _evaluate_checkpoint(config: EvaluateConfig, checkpoint: str, folder: Path) -> dict[str, Any]:
     settings = plain(config) | {"checkpoint": str(model_folder(checkpoint))}
+    data_root(config.data, folder, config.tracking.folder)
     RunFolder.check(folder, settings, may_differ=WITHOUT_EFFECT_ON_SCORES)
     model, datamodule = prepare(config, checkpoint, folder)
     if not first_process():

@@ -18,7 +18,7 @@ from i2am_train.config.training import WITHOUT_EFFECT_ON_WEIGHTS, TrainConfig
 from i2am_train.data.checks.needed_files import noted_in, refuse_broken_pictures
 from i2am_train.data.layouts.viton_hd import require_correspondence
 from i2am_train.data.module import TryOnDataModule, make_datamodule
-from i2am_train.data.opening import prepare_data
+from i2am_train.data.opening import data_root, prepare_data
 from i2am_train.data.reading import TryOnDataset
 from i2am_train.evaluation.evaluator import EvaluationSettings, check_settings
 from i2am_train.fingerprints import data_state
@@ -82,6 +82,7 @@ def train(config: TrainConfig) -> Path:
 def _train(config: TrainConfig) -> Path:
     own = imported_callbacks(config.callbacks)
     resume = config.resume or not first_process()  # the others find the folder that the first made
+    data_root(config.data, config.folder, config.tracking.folder)
     RunFolder.check(
         config.folder,
         plain(config),

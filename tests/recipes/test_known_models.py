@@ -395,8 +395,16 @@ class TestOptionsByConfiguration:
 
     @pytest.mark.parametrize(
         ("option", "value", "least"),
-        [("count", 0, 1), ("first", -1, 0), ("adapter", -1, 0), ("reference_grid", (4, 0), 1)],
+        [("count", 0, 1), ("first", -1, 0), ("adapter", -1, 0), ("reference_grid", [4, 0], 1)],
     )
     def test_numbers_that_no_sequence_has(self, option: str, value: object, least: int):
         with pytest.raises(ConfigError, match=rf"recipe_options.{option}.*at least {least}"):
-            RecipeConfig(**{option: value})
+            compose(
+                "explain",
+                [
+                    "model=factory",
+                    "factory=a:b",
+                    "reference=a.png",
+                    f"recipe_options.{option}={value}",
+                ],
+            )
