@@ -26,6 +26,8 @@ def _run(words: Sequence[str], log: Path, environment: Mapping[str, str], thread
         os.dup2(stream, number)
     os.environ.update(environment)
     torch.set_num_threads(threads)
+    # Readers are children of the command, as in a program, and end with it; a fork of the server would start its own.
+    multiprocessing.set_start_method("fork", force=True)
     main(words)
 
 
