@@ -15,27 +15,11 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.nn.functional import adaptive_avg_pool2d, interpolate
 
-SEESR_RESIDUAL = 1.0
-"""Equation 23: all of the picture that the last noise level leaves."""
-PASD_RESIDUAL = 0.1189
-"""The paper's alpha_a for PASD (A.7)."""
-
-
-def low_resolution_start(
-    low_resolution: Tensor,
-    noise: Tensor,
-    alpha_cumprod: float,
-    residual: float = SEESR_RESIDUAL,
-) -> Tensor:
-    """Start latents ``sqrt(r a) z_LR + sqrt(1 - r a) z_T`` (paper eqs. 23 and 24).
-
-    ``low_resolution`` are scaled latents of the enlarged low-resolution picture, ``alpha_cumprod`` is the schedule's
-    cumulative alpha at the last timestep (0.0047 for Stable Diffusion), ``residual`` is `SEESR_RESIDUAL` (eq. 23;
-    what ``scheduler.add_noise(z_LR, noise, 999)`` computes) or `PASD_RESIDUAL` (eq. 24).
-    """
-    kept = residual * alpha_cumprod
-    return float(kept**0.5) * low_resolution + float((1 - kept) ** 0.5) * noise
-
+from i2am_train.models.super_resolution import (
+    PASD_RESIDUAL,
+    SEESR_RESIDUAL,
+    low_resolution_start,
+)
 
 CONTEXT, SCALE, SWIN_WIDTH, SWIN_SIDE = 8, 4, 6, 12
 SCHEDULE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
