@@ -95,9 +95,7 @@ def resolve(path: str, option: str, expected: str, *checks: Check) -> Any:
     named = f"{option}={path}"
     match = _IMPORT_PATH.fullmatch(path)
     if match is None:
-        raise ConfigError(
-            f"{named} is not possible: expected package.module:name, the import path of {expected}."
-        )
+        raise ConfigError(f"{named} is not possible: expected package.module:name, the import path of {expected}.")
     module = match["module"]
     if not any(f"{module}.".startswith(f"{allowed}.") for allowed in _allowed()):
         raise ConfigError(
@@ -187,10 +185,6 @@ def _imported(module: str, named: str) -> Any:
 
 
 def _missing(module: str, name: str, found: Any) -> str:
-    there = (
-        [key for key in vars(found) if not key.startswith("_")]
-        if hasattr(found, "__dict__")
-        else []
-    )
+    there = [key for key in vars(found) if not key.startswith("_")] if hasattr(found, "__dict__") else []
     near = get_close_matches(name, there, n=3) or sorted(there)[:8]
     return f"{module} has no '{name}' (it has: {', '.join(near) or 'nothing'})."

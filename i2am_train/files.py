@@ -61,9 +61,7 @@ def write_text(path: Path, text: str) -> None:
 def _make_folder(folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
-    except (
-        FileExistsError
-    ):  # a file, or a link that leads nowhere: the error of reading it says which
+    except FileExistsError:  # a file, or a link that leads nowhere: the error of reading it says which
         folder.stat()
         raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(folder)) from None
 

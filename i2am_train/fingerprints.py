@@ -48,11 +48,7 @@ def is_of_dataset(name: PurePath) -> bool:
     >>> [is_of_dataset(PurePath(name)) for name in ("train/cloth/a.jpg", "train_pairs.txt", "runs/a", "report.json")]
     [True, True, False, False]
     """
-    return (
-        name.parts[:1] == (DESCRIPTION_FILE,)
-        or _is_pair_list(name)
-        or name.parts[0] in DATASET_FOLDERS
-    )
+    return name.parts[:1] == (DESCRIPTION_FILE,) or _is_pair_list(name) or name.parts[0] in DATASET_FOLDERS
 
 
 def part_of(root: Path) -> Callable[[PurePath], bool]:
@@ -144,19 +140,10 @@ class DataRecord:
             return None
         content = self._read()
         then: dict[str, str] = content["files"]
-        changed = sorted(
-            name for name in then.keys() | now.files.keys() if then.get(name) != now.files.get(name)
-        )
-        unreadable = {
-            _without_ending(name)
-            for name in then
-            if any(name in failure for failure in content["failures"])
-        }
+        changed = sorted(name for name in then.keys() | now.files.keys() if then.get(name) != now.files.get(name))
+        unreadable = {_without_ending(name) for name in then if any(name in failure for failure in content["failures"])}
         stands_in = {_without_ending(name) for name in now.files}
-        if any(
-            _without_ending(n) not in unreadable or _without_ending(n) not in stands_in
-            for n in changed
-        ):
+        if any(_without_ending(n) not in unreadable or _without_ending(n) not in stands_in for n in changed):
             return None
         return changed
 
@@ -170,19 +157,12 @@ class DataRecord:
             "removed": then.keys() - now.files.keys(),
             "changed": {n for n in then.keys() & now.files.keys() if then[n] != now.files[n]},
         }
-        return ", ".join(
-            f"{len(names)} {kind} ({min(names)})" for kind, names in kinds.items() if names
-        )
+        return ", ".join(f"{len(names)} {kind} ({min(names)})" for kind, names in kinds.items() if names)
 
     def _read(self) -> dict[str, Any]:
         try:
             return dict(json.loads(gzip.decompress(self.file.read_bytes())))
-        except (
-            OSError,
-            EOFError,
-            ValueError,
-            zlib.error,
-        ):  # damaged: then nothing counts as a repair
+        except (OSError, EOFError, ValueError, zlib.error):  # damaged: then nothing counts as a repair
             return {"files": {}, "failures": []}
 
     def _write(self, content: Mapping[str, Any]) -> None:

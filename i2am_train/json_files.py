@@ -29,13 +29,9 @@ def read_json(path: Path) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise RunFolderError(
-            f"{path} is missing: {path.parent} is not the folder of a run."
-        ) from None
+        raise RunFolderError(f"{path} is missing: {path.parent} is not the folder of a run.") from None
     except (ValueError, RecursionError) as error:
-        raise RunFolderError(
-            f"{path} is not readable JSON ({error}). Delete {path.parent} and run again."
-        ) from error
+        raise RunFolderError(f"{path} is not readable JSON ({error}). Delete {path.parent} and run again.") from error
 
 
 def read_object(path: Path) -> dict[str, Any]:

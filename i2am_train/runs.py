@@ -43,12 +43,7 @@ class RunFolder:
 
     @classmethod
     def open(
-        cls,
-        path: Path,
-        settings: Mapping[str, Any],
-        *,
-        resume: bool = True,
-        may_differ: Collection[str] = (),
+        cls, path: Path, settings: Mapping[str, Any], *, resume: bool = True, may_differ: Collection[str] = ()
     ) -> RunFolder:
         """Create the folder of a run, or continue the run of the same settings that lies in it.
 
@@ -69,11 +64,7 @@ class RunFolder:
 
     @staticmethod
     def check(
-        path: Path,
-        settings: Mapping[str, Any],
-        *,
-        resume: bool = True,
-        may_differ: Collection[str] = (),
+        path: Path, settings: Mapping[str, Any], *, resume: bool = True, may_differ: Collection[str] = ()
     ) -> bool:
         """Fail as ``open`` would, before work that ends there, and write nothing; True if the run is there already."""
         saved = _saved_settings(path)
@@ -155,9 +146,7 @@ class RunFolder:
             return
         for name in own:
             (self.path / name).unlink(missing_ok=True)
-        if not (
-            self.path / LOCK
-        ).is_file():  # else whoever holds the lock removes the folder at the end
+        if not (self.path / LOCK).is_file():  # else whoever holds the lock removes the folder at the end
             self.path.rmdir()
 
     def finish(self, **results: Any) -> None:
@@ -214,11 +203,7 @@ def best_step(run: Path) -> int | None:
     return int(read_json(file)["step"]) if file.is_file() else None
 
 
-def require_apart(
-    data: Path,
-    *outputs: Path | None,
-    counts: Callable[[PurePath], bool] | None = None,
-) -> None:
+def require_apart(data: Path, *outputs: Path | None, counts: Callable[[PurePath], bool] | None = None) -> None:
     """Fails where a command would write among the data that it reads, or the data lie in what it writes.
 
     The first would change the data with every file, so that nothing made of them could ever be continued.
@@ -269,10 +254,7 @@ def _refuse_foreign_files(path: Path) -> None:
 
 
 def _refuse_other_settings(
-    path: Path,
-    saved: Mapping[str, Any],
-    wanted: Mapping[str, Any],
-    may_differ: Collection[str],
+    path: Path, saved: Mapping[str, Any], wanted: Mapping[str, Any], may_differ: Collection[str]
 ) -> None:
     differences = [
         f"{name}={new} (there: {old})"
@@ -287,9 +269,7 @@ def _refuse_other_settings(
         )
 
 
-def _differences(
-    saved: Mapping[str, Any], wanted: Mapping[str, Any]
-) -> Iterator[tuple[str, Any, Any]]:
+def _differences(saved: Mapping[str, Any], wanted: Mapping[str, Any]) -> Iterator[tuple[str, Any, Any]]:
     old, new = dict(_leaves(saved)), dict(_leaves(wanted))
     for name in sorted(old.keys() | new.keys()):
         if old.get(name) != new.get(name):

@@ -7,11 +7,7 @@ from typing import Any
 
 import lightning as L
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.callbacks import (
-    Callback,
-    LearningRateMonitor,
-    TQDMProgressBar,
-)
+from lightning.pytorch.callbacks import Callback, LearningRateMonitor, TQDMProgressBar
 
 from i2am_train.callbacks.averaging import AveragedWeights
 from i2am_train.callbacks.checkpoints import FOLDER as CHECKPOINTS
@@ -32,10 +28,7 @@ from i2am_train.metrics.registry import metric_info
 from i2am_train.models.loading import load_model
 from i2am_train.models.tryon import TryOnModel
 from i2am_train.ops.devices import check_device
-from i2am_train.runs import (
-    BEST_FOLDER,
-    SNAPSHOTS_FOLDER,
-)
+from i2am_train.runs import BEST_FOLDER, SNAPSHOTS_FOLDER
 from i2am_train.training.checkpoint_io import AtomicCheckpointIO
 from i2am_train.training.module import TryOnModule
 from i2am_train.training.optimization import eight_bit_adamw
@@ -77,21 +70,16 @@ def check_test_trainer(config: EvaluateConfig) -> None:
     check_device(config.device)
     _try_trainer(
         _test_hardware(config),
-        f"device={config.device}, devices={config.devices}, strategy={config.strategy}, "
-        f"precision={config.precision}",
+        f"device={config.device}, devices={config.devices}, strategy={config.strategy}, precision={config.precision}",
         "device=auto devices=1 strategy=auto takes what this machine has.",
     )
 
 
 def _try_trainer(hardware: dict[str, Any], options: str, advice: str) -> L.Trainer:
     try:
-        return L.Trainer(
-            **hardware, logger=False, enable_checkpointing=False, enable_progress_bar=False
-        )
+        return L.Trainer(**hardware, logger=False, enable_checkpointing=False, enable_progress_bar=False)
     except (ImportError, MisconfigurationException, TypeError, ValueError) as error:
-        raise ConfigError(
-            f"Lightning refuses {options}: {' '.join(str(error).split())} {advice}"
-        ) from error
+        raise ConfigError(f"Lightning refuses {options}: {' '.join(str(error).split())} {advice}") from error
 
 
 def _hardware(config: TrainConfig) -> dict[str, Any]:
@@ -117,9 +105,7 @@ def release_signals(trainer: L.Trainer) -> None:
             callback.restore()
 
 
-def measure_steps(
-    config: TrainConfig, module: TryOnModule, datamodule: TryOnDataModule
-) -> Measured:
+def measure_steps(config: TrainConfig, module: TryOnModule, datamodule: TryOnDataModule) -> Measured:
     """Takes a few steps of a training run and writes nothing."""
     timer = StepTimer()
     trainer = L.Trainer(
@@ -147,9 +133,7 @@ def make_trainer(config: TrainConfig, folder: Path, own: Sequence[Callback] = ()
     callbacks: list[Callback] = [
         StopAfterSteps(config.optimization.steps),
         CheckpointCallback(
-            folder / CHECKPOINTS,
-            config.trainer.checkpoint_every_n_steps,
-            config.trainer.keep_checkpoints,
+            folder / CHECKPOINTS, config.trainer.checkpoint_every_n_steps, config.trainer.keep_checkpoints
         ),
         FiniteGuard(folder, gradients=config.optimization.precision != "16-mixed"),
     ]
@@ -161,9 +145,7 @@ def make_trainer(config: TrainConfig, folder: Path, own: Sequence[Callback] = ()
                 settings,
                 folder / "validation",
                 panel_samples=config.validation.panel_samples,
-                table_samples=config.tracking.table_samples
-                if config.tracking.wandb != "disabled"
-                else 0,
+                table_samples=config.tracking.table_samples if config.tracking.wandb != "disabled" else 0,
             )
         )
     if (best := config.trainer.keep_best) is not None:
@@ -176,10 +158,7 @@ def make_trainer(config: TrainConfig, folder: Path, own: Sequence[Callback] = ()
     if config.trainer.snapshot_every_n_steps is not None:
         callbacks.append(
             SnapshotCallback(
-                folder / SNAPSHOTS_FOLDER,
-                config.trainer.snapshot_every_n_steps,
-                config.optimization.steps,
-                averaging,
+                folder / SNAPSHOTS_FOLDER, config.trainer.snapshot_every_n_steps, config.optimization.steps, averaging
             )
         )
     callbacks += own
@@ -250,10 +229,4 @@ def make_module(config: TrainConfig) -> TryOnModule:
     if config.optimization.from_scratch:
         model.redraw_denoiser()
     kind = ShardedTryOnModule if config.trainer.sharded else TryOnModule
-    return kind(
-        model,
-        objective,
-        config.optimization,
-        config.seed,
-        cached=config.data.cache is not None,
-    )
+    return kind(model, objective, config.optimization, config.seed, cached=config.data.cache is not None)

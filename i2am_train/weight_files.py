@@ -75,9 +75,7 @@ def read_adapter(file: Path) -> dict[str, dict[str, Tensor]]:
     for name, value in (content if isinstance(content, dict) else {}).items():
         parts = value.items() if isinstance(value, dict) else [(str(name).partition(".")[2], value)]
         group = str(name).partition(".")[0]
-        groups.setdefault(group, {}).update(
-            {str(part): tensor for part, tensor in parts if isinstance(tensor, Tensor)}
-        )
+        groups.setdefault(group, {}).update({str(part): tensor for part, tensor in parts if isinstance(tensor, Tensor)})
     check_used({f"{group}.{n}": t for group, own in groups.items() for n, t in own.items()}, file)
     return groups
 
@@ -97,11 +95,7 @@ def integer_tensors(file: Path) -> dict[str, str]:
         CheckpointError: as for `read_weights`.
     """
     if file.suffix != ".safetensors":
-        types = {
-            name: str(value.dtype)
-            for name, value in read_weights(file).items()
-            if not _floats(value)
-        }
+        types = {name: str(value.dtype) for name, value in read_weights(file).items() if not _floats(value)}
         return {name: kind.removeprefix("torch.") for name, kind in types.items()}
     check_file(file)
     try:
@@ -109,9 +103,7 @@ def integer_tensors(file: Path) -> dict[str, str]:
             kinds = {name: archive.get_slice(name).get_dtype() for name in archive.keys()}  # noqa: SIM118
     except READING as error:
         raise _unreadable(file, error) from error
-    return {
-        name: kind for name, kind in kinds.items() if kind[:1] in ("I", "U", "B") and kind != "BF16"
-    }
+    return {name: kind for name, kind in kinds.items() if kind[:1] in ("I", "U", "B") and kind != "BF16"}
 
 
 def check_file(file: Path) -> None:
@@ -154,9 +146,7 @@ def _unreadable(file: Path, error: Exception) -> CheckpointError:
 def _read_pickle(file: Path) -> object:
     try:
         # Only the zip format can be mapped instead of read.
-        return torch.load(
-            file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file)
-        )
+        return torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
     except pickle.UnpicklingError as error:
         names = _refused_names(file, str(error))
         if not names:
@@ -220,11 +210,7 @@ def files_of_index(index: Path) -> list[Path]:
         CheckpointError: it is no index, names files elsewhere, or some of its files are missing.
     """
     names = read_description(index).get("weight_map")
-    if (
-        not isinstance(names, dict)
-        or not names
-        or not all(isinstance(n, str) for n in names.values())
-    ):
+    if not isinstance(names, dict) or not names or not all(isinstance(n, str) for n in names.values()):
         raise CheckpointError(
             f"'{index}' is no index of weights: expected 'weight_map', an object of tensors and the files that hold "
             "them. Copy or download it again."
@@ -248,9 +234,7 @@ def files_of_index(index: Path) -> list[Path]:
 # -- values ---------------------------------------------------------------------------------------------------------
 
 
-def check_numbers(
-    tensors: Mapping[str, Tensor], source: object, *, infinite: Collection[str] = ()
-) -> None:
+def check_numbers(tensors: Mapping[str, Tensor], source: object, *, infinite: Collection[str] = ()) -> None:
     """Refuses tensors that a model cannot compute with: every value must be a finite number.
 
     Args:
@@ -261,11 +245,7 @@ def check_numbers(
     Raises:
         CheckpointError: one holds not-a-number or infinity; the message names it.
     """
-    bad = [
-        name
-        for name, value in tensors.items()
-        if _floats(value) and not _are_numbers(value, name in infinite)
-    ]
+    bad = [name for name, value in tensors.items() if _floats(value) and not _are_numbers(value, name in infinite)]
     if bad:
         first = tensors[bad[0]]
         count = int((first.isnan() if bad[0] in infinite else ~first.isfinite()).sum())
@@ -293,10 +273,7 @@ def check_used(tensors: Mapping[str, Tensor], source: object) -> None:
     Raises:
         CheckpointError: there are any.
     """
-    check_types(
-        {n: str(t.dtype).removeprefix("torch.") for n, t in tensors.items() if not _floats(t)},
-        source,
-    )
+    check_types({n: str(t.dtype).removeprefix("torch.") for n, t in tensors.items() if not _floats(t)}, source)
     check_numbers(tensors, source)
 
 
@@ -311,9 +288,7 @@ def check_network(network: nn.Module, source: object, part: str = "") -> None:
     check_numbers(state, source, infinite=state.keys() - weights)
 
 
-def check_floating(
-    files: Iterable[Path], network: nn.Module, source: object, unused: Collection[str] = ()
-) -> None:
+def check_floating(files: Iterable[Path], network: nn.Module, source: object, unused: Collection[str] = ()) -> None:
     """Refuses whole numbers where a network has weights; libraries would convert them without a word.
 
     Args:
@@ -325,9 +300,7 @@ def check_floating(
     Raises:
         CheckpointError: a tensor of a file is not floating, and is none of the network's counters or positions.
     """
-    counters = {
-        name.rpartition(".")[2] for name, value in network.named_buffers() if not _floats(value)
-    }
+    counters = {name.rpartition(".")[2] for name, value in network.named_buffers() if not _floats(value)}
     bad = {
         name: kind
         for file in files
@@ -420,9 +393,7 @@ class PublishedFile:
     def _download(self) -> None:
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            torch.hub.download_url_to_file(
-                self.url, str(self.path), hash_prefix=self.sha256, progress=False
-            )
+            torch.hub.download_url_to_file(self.url, str(self.path), hash_prefix=self.sha256, progress=False)
         except (OSError, RuntimeError) as error:
             raise WeightsMissingError(
                 f"The weights {self.name} are not at {self.path} and cannot be downloaded ({error}). Fetch {self.url} "

@@ -58,9 +58,7 @@ class Case:
 
 
 @torch.no_grad()
-def two_softmaxes(
-    generated: Tensor, reference: Tensor, scale: float | None = None, **_: Any
-) -> ColumnMeans:
+def two_softmaxes(generated: Tensor, reference: Tensor, scale: float | None = None, **_: Any) -> ColumnMeans:
     """The rival: all heads' logits at once, two softmaxes, two means."""
     logits = generated.float() @ reference.float().mT * (scale or generated.shape[-1] ** -0.5)
     return ColumnMeans(logits.softmax(dim=-2).mean(dim=-1), logits.softmax(dim=-1).mean(dim=-2))
@@ -187,14 +185,7 @@ def train_case(batch: int = 8) -> Case:
 
         return run
 
-    return Case(
-        {
-            "baseline": trainer(Objective()),
-            "refined": trainer(refined),
-        },
-        "baseline",
-        "refined",
-    )
+    return Case({"baseline": trainer(Objective()), "refined": trainer(refined)}, "baseline", "refined")
 
 
 def synthetic_batch(batch: int) -> Any:

@@ -56,18 +56,13 @@ def write_all(folder: Path, samples: list[SyntheticSample]) -> None:
         write_sample(folder, sample)
 
 
-def measure_all(
-    folder: Path, samples: int, size: GridSize, workers: int
-) -> dict[str, dict[str, float]]:
+def measure_all(folder: Path, samples: int, size: GridSize, workers: int) -> dict[str, dict[str, float]]:
     """All rows of the table."""
     total = samples + TEST_SAMPLES
     root = folder / "set"
     results = {
         "make": measure(
-            total,
-            lambda: make_dataset(
-                root, samples, TEST_SAMPLES, size, 0, workers=workers, progress=False
-            ),
+            total, lambda: make_dataset(root, samples, TEST_SAMPLES, size, 0, workers=workers, progress=False)
         )
     }
     # Imported here, as worker processes import this file: they would load torch before they draw.
@@ -88,8 +83,7 @@ def measure_all(
 def table(results: dict[str, dict[str, float]]) -> str:
     """One line per kind of work."""
     rows = [
-        (name, f"{row['samples_per_second']:.1f}", f"{row['cpu_ms_per_sample']:.2f}")
-        for name, row in results.items()
+        (name, f"{row['samples_per_second']:.1f}", f"{row['cpu_ms_per_sample']:.2f}") for name, row in results.items()
     ]
     return markdown_lines(("work", "samples/s", "CPU ms/sample"), rows, right=(1, 2))
 

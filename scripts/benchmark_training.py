@@ -104,9 +104,7 @@ def true_model() -> TryOnModel:
         height=size.height, width=size.width, reference_height=518, reference_width=392, class_token=True
     )  # fmt: skip
     projector = ReferenceProjector(1536, 768, tokens=1037, depth=3)
-    scheduler = DDIMScheduler(
-        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False
-    )
+    scheduler = DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False)
     return TryOnModel(config, unet, vae, encoder, projector, scheduler)
 
 
@@ -116,9 +114,7 @@ class WrittenOut:
     def __init__(self) -> None:
         self.scores: Tensor | None = None
 
-    def __call__(
-        self, attn: Any, hidden_states: Tensor, encoder_hidden_states: Tensor, **_: Any
-    ) -> Tensor:
+    def __call__(self, attn: Any, hidden_states: Tensor, encoder_hidden_states: Tensor, **_: Any) -> Tensor:
         """diffusers' interface of an attention processor."""
         query = attn.head_to_batch_dim(attn.to_q(hidden_states))
         key = attn.head_to_batch_dim(attn.to_k(encoder_hidden_states))
@@ -287,8 +283,7 @@ class Bench:
         dtype = torch.bfloat16 if self.on_gpu else torch.float32
         with torch.no_grad():
             latents = [
-                vae.encode(pictures[name].to(dtype)).latent_dist.sample()
-                * vae.config.scaling_factor
+                vae.encode(pictures[name].to(dtype)).latent_dist.sample() * vae.config.scaling_factor
                 for name in ENCODED
             ]
             size = (model.config.reference_height, model.config.reference_width)
@@ -409,9 +404,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         variant: {
             "seconds": round(statistics.median(seconds), 4),
             "images_per_second": round(options.batch / statistics.median(seconds), 2),
-            "peak_mib": round(
-                bench.gpu_peak(variant) if bench.on_gpu else peak_of_process(options, variant)
-            ),
+            "peak_mib": round(bench.gpu_peak(variant) if bench.on_gpu else peak_of_process(options, variant)),
         }
         for variant, seconds in times.items()
     }
@@ -424,10 +417,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     }  # fmt: skip
     fastest["augmented"] = fastest["pictures"]
     result["input"] = {
-        name: {
-            "samples_per_second": rate,
-            "times_demand": round(rate / fastest[name], 2) if fastest[name] else None,
-        }
+        name: {"samples_per_second": rate, "times_demand": round(rate / fastest[name], 2) if fastest[name] else None}
         for name, rate in rates.items()
     }
     return result
@@ -441,9 +431,7 @@ def say(text: str) -> None:
 def ratios(times: dict[str, list[float]]) -> dict[str, float]:
     """Medians over rounds of the aims' ratios."""
     return {
-        name: round(
-            statistics.median(a / b for a, b in zip(times[one], times[other], strict=True)), 3
-        )
+        name: round(statistics.median(a / b for a, b in zip(times[one], times[other], strict=True)), 3)
         for name, (one, other, _) in AIMS.items()
         if one in times and other in times
     }
@@ -456,9 +444,7 @@ def table(result: dict[str, Any]) -> str:
         for name, row in result["variants"].items()
     ]
     skipped = [f"{name} left out: {reason}" for name, reason in result["skipped"].items()]
-    ratios = [
-        (name, f"{value:.3f}", str(AIMS[name][2])) for name, value in result["ratios"].items()
-    ]
+    ratios = [(name, f"{value:.3f}", str(AIMS[name][2])) for name, value in result["ratios"].items()]
     loaders = [
         (name, f"{row['samples_per_second']:.1f}", f"{row['times_demand'] or 0:.2f}")
         for name, row in result["input"].items()
@@ -488,9 +474,7 @@ def main() -> None:
     if options.peak:
         print_peak(options)
         return
-    machine = (
-        torch.cuda.get_device_name() if options.device == "cuda" else f"{options.threads} threads"
-    )
+    machine = torch.cuda.get_device_name() if options.device == "cuda" else f"{options.threads} threads"
     about = {
         "shape": options.shape, "device": machine, "batch": options.batch, "runs": options.runs,
         "workers": options.workers, "torch": torch.__version__, "load": round(os.getloadavg()[0], 1),

@@ -40,8 +40,7 @@ def of_results(path: Path) -> dict[str, Any]:
     labels = arm_labels(results)
     steps = {arm["name"]: arm.get("steps") for arm in results["arms"]}
     rows = (
-        _row(labels[c["arm"]], Path(c["folder"]).name, steps[c["arm"]], False, c["metrics"])
-        for c in results["cells"]
+        _row(labels[c["arm"]], Path(c["folder"]).name, steps[c["arm"]], False, c["metrics"]) for c in results["cells"]
     )
     return _kept(results, rows)
 
@@ -60,9 +59,7 @@ def main() -> None:
     given = sys.argv[1:]
     kept = of_folder(Path(given[0])) if given else of_results(RESULTS / "trajectory.json")
     CHECKPOINTS.write_text(json.dumps(kept, indent=1) + "\n")
-    print(
-        f"{len(kept['checkpoints'])} checkpoints in {CHECKPOINTS}. Next: python scripts/update_readme.py"
-    )
+    print(f"{len(kept['checkpoints'])} checkpoints in {CHECKPOINTS}. Next: python scripts/update_readme.py")
 
 
 if __name__ == "__main__":

@@ -86,8 +86,7 @@ def embedded_batch(samples: int, size: GridSize) -> dict[str, Tensor]:
     """The first held-out samples of the embedded dataset (seed 0), as the study has them."""
     drawn = [render_sample(0, FIRST_TEST_INDEX + number, size) for number in range(samples)]
     batch = {
-        name: torch.stack([torch.tensor(getattr(one, name)).permute(2, 0, 1) for one in drawn])
-        for name in CONDITIONS
+        name: torch.stack([torch.tensor(getattr(one, name)).permute(2, 0, 1) for one in drawn]) for name in CONDITIONS
     }
     batch = {name: images / 127.5 - 1 for name, images in batch.items()}
     masks = torch.stack([torch.tensor(one.inpaint_mask) for one in drawn])

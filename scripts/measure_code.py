@@ -76,9 +76,7 @@ def of_package(texts: dict[Path, str]) -> dict[str, Any]:
         "public classes and functions": sum(named.values()),
         "of them named like another": sum(count > 1 for count in named.values()),
         "file names used more than once": sum(
-            count > 1
-            for name, count in Counter(path.name for path in texts).items()
-            if name != "__init__.py"
+            count > 1 for name, count in Counter(path.name for path in texts).items() if name != "__init__.py"
         ),
         "function length, median": median(lengths),
         "function length, 90 %": round(quantiles(lengths, n=10)[-1]),
@@ -91,9 +89,7 @@ def of_package(texts: dict[Path, str]) -> dict[str, Any]:
 
 def of_readme(text: str) -> dict[str, Any]:
     prose = re.sub(r"```.*?```", "", text, flags=re.DOTALL)
-    prose = "\n".join(
-        line for line in prose.splitlines() if not line.startswith(("|", "#", "<", "!"))
-    )
+    prose = "\n".join(line for line in prose.splitlines() if not line.startswith(("|", "#", "<", "!")))
     sentences = [s.split() for s in re.split(r"(?<=[.!?:])\s+|\n\n", prose) if len(s.split()) > 2]
     return {
         "README lines": text.count("\n"),

@@ -34,10 +34,7 @@ def read(path: Path) -> NotebookNode:
 
 
 def executed(
-    notebook: NotebookNode,
-    folder: Path,
-    parameters: Mapping[str, Any] | None = None,
-    time_limit: int = PATIENCE,
+    notebook: NotebookNode, folder: Path, parameters: Mapping[str, Any] | None = None, time_limit: int = PATIENCE
 ) -> NotebookNode:
     """The notebook with the outputs of one run in ``folder``, with the package of this checkout.
 
@@ -49,10 +46,7 @@ def executed(
     cell = next(cell for cell in ready.cells if "parameters" in tags(cell))
     cell.source = "\n".join([cell.source, *lines])
     client = NotebookClient(
-        ready,
-        timeout=time_limit,
-        kernel_name="python3",
-        resources={"metadata": {"path": str(folder)}},
+        ready, timeout=time_limit, kernel_name="python3", resources={"metadata": {"path": str(folder)}}
     )
     paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
     own = {"PYTHONPATH": os.pathsep.join(paths), "IPYTHONDIR": str(folder / ".ipython")}

@@ -46,9 +46,7 @@ def render(index: int, size: GridSize) -> dict[str, np.ndarray]:
     truth = torch.from_numpy(sample.correspondence)[None]
     mask = torch.from_numpy(sample.warped_garment_mask)[None]
     reference = GridSize(size.height // 8, size.width // 8)
-    pictures = {
-        name: getattr(sample, name) for name in ("person", "agnostic", "densepose", "garment")
-    }
+    pictures = {name: getattr(sample, name) for name in ("person", "agnostic", "densepose", "garment")}
     targets = {
         f"target_{layer}": target_on_grid(truth, mask, grid, reference)[0].numpy()
         for layer, grid in SEEDED_LAYERS.items()
@@ -103,10 +101,7 @@ class Optimizers:
         vectors = [weight for weight in self.parameters if weight.ndim not in (2, 4)]
         self.parts = (
             torch.optim.Muon(
-                [view for _, view in self.views],
-                lr=matrix_rate,
-                weight_decay=0.01,
-                adjust_lr_fn="match_rms_adamw",
+                [view for _, view in self.views], lr=matrix_rate, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"
             ),
             torch.optim.AdamW(vectors, lr=vector_rate, betas=(0.9, 0.98), fused=True),
         )
@@ -146,10 +141,7 @@ def half_precision() -> Iterator[None]:
             wide = attention(query.float(), key.float(), value.float(), *args, **kwargs)
         return wide.to(query.dtype)
 
-    with (
-        patch.object(nn.functional, "scaled_dot_product_attention", in_float32),
-        torch.autocast("cpu", torch.bfloat16),
-    ):
+    with patch.object(nn.functional, "scaled_dot_product_attention", in_float32), torch.autocast("cpu", torch.bfloat16):
         yield
 
 
@@ -167,10 +159,7 @@ def train_vae(model: TryOnModel, data: dict[str, Tensor], options: argparse.Name
     draw = torch.Generator().manual_seed(1)
     progress = tqdm(range(options.vae_steps), desc="VAE", mininterval=10)
     for step in progress:
-        rows = {
-            name: torch.randint(len(data[name]), (share,), generator=draw)
-            for name, share in VAE_BATCH.items()
-        }
+        rows = {name: torch.randint(len(data[name]), (share,), generator=draw) for name, share in VAE_BATCH.items()}
         images = torch.cat([pictures(data[name][chosen]) for name, chosen in rows.items()])
         with half_precision():
             posterior = vae.encode(images).latent_dist
@@ -233,13 +222,7 @@ def train_denoiser(model: TryOnModel, data: dict[str, Tensor], options: argparse
             part.load_state_dict(state[name])
     model.vae.requires_grad_(False)
     log = options.work / "log.jsonl"
-    progress = tqdm(
-        range(first, options.steps),
-        initial=first,
-        total=options.steps,
-        desc="denoiser",
-        mininterval=10,
-    )
+    progress = tqdm(range(first, options.steps), initial=first, total=options.steps, desc="denoiser", mininterval=10)
     with ScoreTap(model, model.attention_recipe(), list(SEEDED_LAYERS)) as tap:
         for step in progress:
             hint = seed_weight(step, options.seeded_steps)
@@ -296,15 +279,9 @@ def denoiser_losses(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
-    parser.add_argument(
-        "--work", type=Path, default=Path("runs/tiny_model"), help="state for resuming"
-    )
-    parser.add_argument(
-        "--output", type=Path, default=Path("data/weights/tiny"), help="the model's folder"
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--work", type=Path, default=Path("runs/tiny_model"), help="state for resuming")
+    parser.add_argument("--output", type=Path, default=Path("data/weights/tiny"), help="the model's folder")
     parser.add_argument("--samples", type=int, default=8000)
     parser.add_argument("--vae-steps", type=int, default=2200)
     parser.add_argument("--steps", type=int, default=3600)
@@ -321,9 +298,7 @@ def main() -> None:
     data = render_all(options.samples, options.work)
     train_vae(model, data, options)
     set_scaling_factor(model, data)
-    print(
-        f"VAE ready after {(time.monotonic() - started) / 60:.1f} min; scale {model.vae.config.scaling_factor}"
-    )
+    print(f"VAE ready after {(time.monotonic() - started) / 60:.1f} min; scale {model.vae.config.scaling_factor}")
     train_denoiser(model, encode_all(model, data, options.work), options)
     print(f"finished after {(time.monotonic() - started) / 60:.1f} min: {options.output}")
 

@@ -53,9 +53,7 @@ def rendered(document: str) -> str:
         ("packages", packages()),
     ):
         pattern = rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)"
-        document = re.sub(
-            pattern, lambda m, t=text: f"{m[1]}{t}\n{m[2]}", document, flags=re.DOTALL
-        )
+        document = re.sub(pattern, lambda m, t=text: f"{m[1]}{t}\n{m[2]}", document, flags=re.DOTALL)
     return document
 
 
@@ -138,14 +136,7 @@ def packages() -> str:
 
 def benchmark(text: str) -> str:
     """One row for each case of the benchmark, beside its rival."""
-    heads = (
-        "case",
-        "time ratio (median)",
-        "extra memory (MiB)",
-        "plain softmax: ratio",
-        "MiB",
-        "runs",
-    )
+    heads = ("case", "time ratio (median)", "extra memory (MiB)", "plain softmax: ratio", "MiB", "runs")
     rows = []
     for name, case in json.loads(text).items():
         pairs = [

@@ -132,9 +132,7 @@ def make_small_model() -> Callable[..., Any]:
 
 
 @pytest.fixture(scope="session")
-def small_checkpoint(
-    make_small_model: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory
-) -> Path:
+def small_checkpoint(make_small_model: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The small model's folder."""
     folder = tmp_path_factory.mktemp("checkpoint") / "model"
     make_small_model().save_pretrained(folder)
@@ -193,10 +191,7 @@ def make_parts() -> Callable[..., Any]:
         widths = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
         torch.manual_seed(1)
         if kind == "unet":
-            sizes: dict[str, Any] = {
-                "block_out_channels": (32, 32, 64, 64),
-                "attention_head_dim": 8,
-            }
+            sizes: dict[str, Any] = {"block_out_channels": (32, 32, 64, 64), "attention_head_dim": 8}
             return UNet2DConditionModel(**sizes | {"cross_attention_dim": 24} | changes).eval()
         if kind == "vae":
             sizes = {"block_out_channels": (32, 32, 64, 64), "layers_per_block": 2}

@@ -2,14 +2,7 @@
 
 from i2am_train.attention.archive import Archive, load_maps, save_maps
 from i2am_train.attention.frames import Frame, announce
-from i2am_train.attention.known import (
-    KnownModel,
-    Signature,
-    detect_recipe,
-    known_models,
-    named_recipe,
-    register,
-)
+from i2am_train.attention.known import KnownModel, Signature, detect_recipe, known_models, named_recipe, register
 from i2am_train.attention.known_recipes import diffusers_decoder
 from i2am_train.attention.live import ScoreTap
 from i2am_train.attention.maps import AttributionMaps, HeatMap, normalise, threshold, time_groups

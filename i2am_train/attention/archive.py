@@ -32,9 +32,7 @@ class Archive:
     names: tuple[str, ...]
 
 
-def save_maps(
-    maps: AttributionMaps, path: str | os.PathLike[str], names: Sequence[str] = ()
-) -> Path:
+def save_maps(maps: AttributionMaps, path: str | os.PathLike[str], names: Sequence[str] = ()) -> Path:
     """Write everything that `maps` can be made from; the file appears whole or not at all.
 
     ``names`` are those of the samples, in the order of the batch. Raises `DataError` for maps that
@@ -48,8 +46,7 @@ def save_maps(
         )
     if names and len(names) != maps.store.batch:
         raise DataError(
-            f"{len(names)} names were given for {maps.store.batch} samples. Give one name per "
-            "sample, or none."
+            f"{len(names)} names were given for {maps.store.batch} samples. Give one name per sample, or none."
         )
     with written(target) as unfinished:
         save_file(_tensors(maps.store), unfinished, metadata=_metadata(maps.store, names))
@@ -65,8 +62,7 @@ def load_maps(path: str | os.PathLike[str]) -> Archive:
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a dict
     except (OSError, SafetensorError) as error:
         raise DataError(
-            f"'{source}' cannot be read as an attribution archive ({error}). Make it again with "
-            "'i2am explain'."
+            f"'{source}' cannot be read as an attribution archive ({error}). Make it again with 'i2am explain'."
         ) from error
     if metadata.get("format", "").startswith(_NAME) and metadata["format"] != _FORMAT:
         raise DataError(
@@ -102,11 +98,7 @@ def _tensors(store: AttributionStore) -> dict[str, Tensor]:
     for record in store.layers:
         kept = ("to_generated", "to_reference", *_OPTIONAL)
         values = {name: getattr(record, name) for name in kept}
-        tensors |= {
-            f"{record.layer}/{name}": value.contiguous()
-            for name, value in values.items()
-            if value is not None
-        }
+        tensors |= {f"{record.layer}/{name}": value.contiguous() for name, value in values.items() if value is not None}
     return tensors
 
 

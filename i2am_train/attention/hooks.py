@@ -43,9 +43,7 @@ def resolve_root(target: Any, recipe: Recipe) -> nn.Module:
     found = target
     for name in filter(None, recipe.root.split(".")):
         if not hasattr(found, name):
-            children = (
-                [key for key, _ in found.named_children()] if isinstance(found, nn.Module) else []
-            )
+            children = [key for key, _ in found.named_children()] if isinstance(found, nn.Module) else []
             has = f" It has: {', '.join(children)}." if children else ""
             raise CaptureError(
                 f"{type(target).__name__} has no part '{recipe.root}', the recipe's root.{has} "
@@ -94,9 +92,7 @@ def _refuse_other_models(root: nn.Module, recipe: Recipe) -> None:
 def _attention_like(root: nn.Module) -> str:
     """Paths of modules that look like attention, for messages."""
     names = [
-        path
-        for path, module in named_modules(root)
-        if hasattr(module, "heads") or "attn" in path.rpartition(".")[2]
+        path for path, module in named_modules(root) if hasattr(module, "heads") or "attn" in path.rpartition(".")[2]
     ]
     shown = names[:12] + (["..."] if len(names) > 12 else [])
     return ", ".join(shown) or "no module with heads"
@@ -140,9 +136,7 @@ class Listener:
     _probes: list[Probe] = field(init=False)
 
     def __post_init__(self) -> None:
-        self._probes = [
-            probe(site, partial(self._deliver, site), self._is_open) for site in self.sites
-        ]
+        self._probes = [probe(site, partial(self._deliver, site), self._is_open) for site in self.sites]
 
     def attach(self) -> None:
         """Register all hooks; refuses a root that already has a listener of this kind."""
@@ -176,18 +170,12 @@ class Listener:
         self._close()
 
     def _open(self, arguments: dict[str, Any]) -> None:
-        if (
-            torch._C._current_graph_task_id() != -1
-        ):  # a checkpoint around the root runs it again in backward
+        if torch._C._current_graph_task_id() != -1:  # a checkpoint around the root runs it again in backward
             return
         size = self._latent_size(arguments)
         timestep = arguments.get(self.recipe.timestep) if self.recipe.timestep else None
         self._frame = Frame(
-            call=self._calls,
-            timestep=timestep,
-            latent=size.grid,
-            batch=size.rows,
-            announced=announced_evaluation(),
+            call=self._calls, timestep=timestep, latent=size.grid, batch=size.rows, announced=announced_evaluation()
         )
         self._calls += 1
         for each in self._probes:

@@ -153,11 +153,7 @@ class ProjectionProbe:
         self.clear()
         if self._is_open() and generated is not None and reference is not None:
             self._check_rows(len(generated), len(reference))
-            self._deliver(
-                AttentionInputs(
-                    self._split_heads(generated), self._split_heads(reference), self._scale
-                )
-            )
+            self._deliver(AttentionInputs(self._split_heads(generated), self._split_heads(reference), self._scale))
 
     def _check_rows(self, generated: int, reference: int) -> None:
         """Keys of other rows are cut anew by the model, so that samples see each other's reference."""
@@ -245,9 +241,7 @@ class SdpaProbe(TorchFunctionMode):
             key = key.repeat_interleave(query.shape[1] // key.shape[1], dim=1)
         return AttentionInputs(query, key.expand(*query.shape[:2], -1, -1), scale)
 
-    def _refuse_other_scores(
-        self, query: Tensor, attn_mask: Tensor | None, is_causal: bool
-    ) -> None:
+    def _refuse_other_scores(self, query: Tensor, attn_mask: Tensor | None, is_causal: bool) -> None:
         layer = self._site.layer
         if query.ndim != 4:
             raise CaptureError(
@@ -306,9 +300,7 @@ class MaskGuard:
     def __init__(self, site: SiteModule, is_open: Callable[[], bool]) -> None:
         self._layer, self._module, self._is_open = site.layer, site.module, is_open
         names = list(inspect.signature(site.module.forward).parameters)
-        self._places = {
-            name: names.index(name) if name in names else sys.maxsize for name in site.site.masks
-        }
+        self._places = {name: names.index(name) if name in names else sys.maxsize for name in site.site.masks}
 
     def attach(self) -> RemovableHandle:
         """Look at the arguments of each call."""

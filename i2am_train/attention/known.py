@@ -54,8 +54,7 @@ def module_like(root: nn.Module, pattern: str) -> str | None:
         (
             path
             for path, module in named_modules(root)
-            if re.fullmatch(pattern, path)
-            or re.fullmatch(pattern, f"{path}:{type(module).__name__}")
+            if re.fullmatch(pattern, path) or re.fullmatch(pattern, f"{path}:{type(module).__name__}")
         ),
         None,
     )
@@ -113,17 +112,13 @@ class KnownModel:
         unknown = [name for name in options if name not in self.options]
         if unknown:
             raise CaptureError(
-                f"The recipe {self.name} has no option '{unknown[0]}'. It has: "
-                f"{', '.join(self.options) or 'none'}."
+                f"The recipe {self.name} has no option '{unknown[0]}'. It has: {', '.join(self.options) or 'none'}."
             )
         return self.recipe(**options)
 
 
 def _read_tryon(pipeline: Any) -> dict[str, Any]:
-    return {
-        "reference_grid": GridSize(*pipeline.reference_grid),
-        "special_tokens": int(pipeline.config.class_token),
-    }
+    return {"reference_grid": GridSize(*pipeline.reference_grid), "special_tokens": int(pipeline.config.class_token)}
 
 
 _LDM_ROOTS = (recipes.LDM_ROOT, "diffusion_model", "")
@@ -226,9 +221,7 @@ def register(model: KnownModel) -> None:
     with `CaptureError`.
     """
     if any(known.name == model.name for known in KNOWN_MODELS):
-        raise CaptureError(
-            f"There is a shipped recipe called '{model.name}'. Give your function another name."
-        )
+        raise CaptureError(f"There is a shipped recipe called '{model.name}'. Give your function another name.")
     _REGISTERED[:] = [known for known in _REGISTERED if known.name != model.name] + [model]
 
 

@@ -64,16 +64,12 @@ DINOV2_GRID = GridSize(37, 28)
 """Patches of the paper's reference encoder, DINOv2 with patches of 14, at 518x392."""
 
 
-def custom(
-    reference_grid: GridSize = DINOV2_GRID, special_tokens: int = 1, guided: bool | None = None
-) -> Recipe:
+def custom(reference_grid: GridSize = DINOV2_GRID, special_tokens: int = 1, guided: bool | None = None) -> Recipe:
     """The paper's own model in its authors' code: conditional rows come first."""
     tokens = Tokens(reference_grid, skip=special_tokens)
     pattern = r"(?P<layer>decoders\.\d+\.1)\.attention_2"
     site = Site(pattern, "q_proj", "k_proj", "n_heads", reference=tokens)
-    return Recipe(
-        "diffusion.unet", (site,), "first_half", "x", "time", name="custom", guided=guided
-    )
+    return Recipe("diffusion.unet", (site,), "first_half", "x", "time", name="custom", guided=guided)
 
 
 def paint_by_example(guided: bool | None = None) -> Recipe:
@@ -155,16 +151,12 @@ _DOUBLED = _joint(Tokens(block=(0, 2)), Tokens(block=(1, 2)))
 def idm_vton(guided: bool | None = None) -> Recipe:
     """IDM-VTON: 70 self-attentions over the tokens of both pictures."""
     tokens = "16 IP-Adapter tokens of the garment also enter by cross-attention"
-    return Recipe(
-        "unet", (_DOUBLED,), "second_half", name="idm_vton", guided=guided, partial=tokens
-    )
+    return Recipe("unet", (_DOUBLED,), "second_half", name="idm_vton", guided=guided, partial=tokens)
 
 
 def ootdiffusion(guided: bool | None = None) -> Recipe:
     """OOTDiffusion: 16 self-attentions, conditional rows first."""
-    return Recipe(
-        "unet_vton", (_DOUBLED,), "first_half", name="ootdiffusion", guided=guided, partial=_BY_CLIP
-    )
+    return Recipe("unet_vton", (_DOUBLED,), "first_half", name="ootdiffusion", guided=guided, partial=_BY_CLIP)
 
 
 def catvton(guided: bool | None = None, side_by_side: bool = False) -> Recipe:
@@ -189,9 +181,7 @@ def ladi_vton(first: int = 11, count: int = 16, guided: bool | None = None) -> R
     )  # fmt: skip
 
 
-def _ip_adapter(
-    name: str, tokens: Tokens, adapter: int, guided: bool | None, canvas: Canvas
-) -> Recipe:
+def _ip_adapter(name: str, tokens: Tokens, adapter: int, guided: bool | None, canvas: Canvas) -> Recipe:
     site = Site(
         DIFFUSERS_SELF_ATTENTION.replace("attn1", "attn2"),
         reference_projection=f"processor.to_k_ip.{adapter}",

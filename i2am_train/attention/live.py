@@ -10,12 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from i2am_train.attention.frames import Frame
-from i2am_train.attention.hooks import (
-    Listener,
-    choose_sites,
-    resolve_root,
-    resolve_sites,
-)
+from i2am_train.attention.hooks import Listener, choose_sites, resolve_root, resolve_sites
 from i2am_train.attention.inputs import AttentionInputs
 from i2am_train.attention.known import chosen_recipe
 from i2am_train.attention.recipe import LayerId, Recipe, SiteModule, SitePlaces
@@ -28,9 +23,7 @@ class _LastForward:
     """What one layer attended with in the last forward, and its scores once somebody asked for them."""
 
     def __init__(self, site: SiteModule, frame: Frame, inputs: AttentionInputs) -> None:
-        self.places: SitePlaces = site.places(
-            inputs.generated.shape[2], inputs.reference.shape[2], frame.latent
-        )
+        self.places: SitePlaces = site.places(inputs.generated.shape[2], inputs.reference.shape[2], frame.latent)
         self._inputs = inputs
         self._scores: Tensor | None = None
 
@@ -62,17 +55,13 @@ class ScoreTap:
     are computed only when asked for.
     """
 
-    def __init__(
-        self, target: Any, recipe: Recipe | str | None = None, layers: Sequence[LayerId] = (2,)
-    ) -> None:
+    def __init__(self, target: Any, recipe: Recipe | str | None = None, layers: Sequence[LayerId] = (2,)) -> None:
         self.recipe = chosen_recipe(target, recipe)
         root = resolve_root(target, self.recipe)
         sites = resolve_sites(root, self.recipe)
         self._model = tuple(site.layer for site in sites)
         self._sites = choose_sites(sites, layers)
-        self._listener = Listener(
-            root, self.recipe, self._sites, self._keep, "score tap", self._forget
-        )
+        self._listener = Listener(root, self.recipe, self._sites, self._keep, "score tap", self._forget)
         self._last: dict[str, _LastForward] = {}
 
     def __enter__(self) -> ScoreTap:
@@ -115,8 +104,7 @@ class ScoreTap:
     def _grid(self, layer: LayerId, grid: GridSize | None) -> GridSize:
         if grid is None:
             raise CaptureError(
-                f"The recipe gives the tokens of layer {layer} no place in a picture. Set their "
-                "grid in the recipe."
+                f"The recipe gives the tokens of layer {layer} no place in a picture. Set their grid in the recipe."
             )
         return grid
 

@@ -72,12 +72,7 @@ class Rollup:
         return grouped.reshape(*grouped.shape[:-1], *grid) * density
 
     def combine(
-        self,
-        records: Sequence[LayerRecord],
-        size: GridSize,
-        *,
-        groups: int | None = None,
-        heads: bool = False,
+        self, records: Sequence[LayerRecord], size: GridSize, *, groups: int | None = None, heads: bool = False
     ) -> Float[Tensor, "batch group head height width"]:
         """Mean over layers, each resized once per grid. A layer counts once per head, as in the paper's sum."""
         if heads:
@@ -112,10 +107,7 @@ def check_equal_heads(records: Sequence[LayerRecord]) -> None:
 def by_resolution(store: AttributionStore) -> dict[GridSize, tuple[LayerRecord, ...]]:
     """Layers by the grid of their generated tokens, coarse to fine."""
     grids = sorted({record.generated_grid for record in store.layers}, key=lambda grid: grid.tokens)
-    return {
-        grid: tuple(record for record in store.layers if record.generated_grid == grid)
-        for grid in grids
-    }
+    return {grid: tuple(record for record in store.layers if record.generated_grid == grid) for grid in grids}
 
 
 MapAxis: TypeAlias = Literal["time", "head", "layer", "resolution", "patch"]
@@ -150,9 +142,7 @@ def normalise(
     return torch.where(constant, torch.zeros_like(values), spread)
 
 
-def threshold(
-    values: Float[Tensor, "*batch height width"], delta: float
-) -> Float[Tensor, "*batch height width"]:
+def threshold(values: Float[Tensor, "*batch height width"], delta: float) -> Float[Tensor, "*batch height width"]:
     """Values above ``delta`` as they are, others zero: ``m * 1(m > delta)`` (paper eq. 5; strictly
     greater). What is not a number stays so.
 
@@ -160,9 +150,7 @@ def threshold(
     [[0.0, 0.0, 0.699999988079071]]
     """
     if not 0 <= delta < 1:
-        raise ConfigError(
-            f"delta is {delta}; it must be at least 0 and below 1 (the paper uses 0.4)."
-        )
+        raise ConfigError(f"delta is {delta}; it must be at least 0 and below 1 (the paper uses 0.4).")
     return torch.where(values <= delta, torch.zeros_like(values), values)
 
 
@@ -206,9 +194,7 @@ class HeatMap:
     def normalised(self, *, joint: bool = False) -> HeatMap:
         """Each map to [0, 1] by its own minimum and maximum, or by those of all maps of its sample (``joint``)."""
         joint_axes = len(self.axes) if joint else 0
-        return replace(
-            self, values=normalise(self.values, joint_axes=joint_axes), is_normalised=True
-        )
+        return replace(self, values=normalise(self.values, joint_axes=joint_axes), is_normalised=True)
 
     def thresholded(self, delta: float) -> HeatMap:
         """Normalised (unless it is), then without the values of at most ``delta``, which must lie in [0, 1)."""
@@ -240,9 +226,7 @@ class AttributionMaps:
         """Maps per number of heads, for models whose layers differ in it."""
         counts = sorted({record.heads for record in self.store.layers})
         return {
-            count: self.select(
-                [record.layer for record in self.store.layers if record.heads == count]
-            )
+            count: self.select([record.layer for record in self.store.layers if record.heads == count])
             for count in counts
         }
 
@@ -279,9 +263,7 @@ class AttributionMaps:
         raises `CaptureError` for others, where the reference gets all of it.
         """
         shares = tuple(
-            replace(record, to_generated=record.mass)
-            for record in self.store.layers
-            if record.mass is not None
+            replace(record, to_generated=record.mass) for record in self.store.layers if record.mass is not None
         )
         if len(shares) < len(self.store.layers):
             raise CaptureError(
@@ -306,10 +288,7 @@ class AttributionMaps:
         return HeatMap(maps[:, :, 0], direction, ("time",), (_numbers(groups),))
 
     def head_level(
-        self,
-        direction: Direction,
-        weighting: LayerWeighting = LayerWeighting.PAPER,
-        size: GridSize | None = None,
+        self, direction: Direction, weighting: LayerWeighting = LayerWeighting.PAPER, size: GridSize | None = None
     ) -> HeatMap:
         """HLAM: ``[batch, head, height, width]``; each layer is averaged before layers are (eq. 12).
 
@@ -348,16 +327,13 @@ class AttributionMaps:
         if heads:
             check_equal_heads(self.store.layers)
         maps = [
-            rollup.combine(level, common, groups=None if heads else groups, heads=heads)
-            for level in levels.values()
+            rollup.combine(level, common, groups=None if heads else groups, heads=heads) for level in levels.values()
         ]
         values = torch.stack([level[:, 0] if heads else level[:, :, 0] for level in maps], dim=2)
         names = tuple(str(grid) for grid in levels)
         return HeatMap(values, direction, (rows, columns), (_numbers(values.shape[1]), names))
 
-    def specific_reference(
-        self, patches: Sequence[Patch], layer: LayerId, size: GridSize | None = None
-    ) -> HeatMap:
+    def specific_reference(self, patches: Sequence[Patch], layer: LayerId, size: GridSize | None = None) -> HeatMap:
         """SRAM: where given generated patches look, ``[batch, patch, height, width]`` on the reference (eq. 14).
 
         ``layer`` must have been traced with its matrices (``trace(..., matrix_layers=[layer])``).
@@ -379,24 +355,16 @@ class AttributionMaps:
         record = self.store.layer(layer)
         at = _patch_indices(patches, record.grid(Direction.GENERATED_TO_REFERENCE))
         columns = self.scores(layer, over="generated")[:, :, at].transpose(1, 2)
-        return _patch_maps(
-            columns, record.generated_grid, Direction.REFERENCE_TO_GENERATED, at, size
-        )
+        return _patch_maps(columns, record.generated_grid, Direction.REFERENCE_TO_GENERATED, at, size)
 
     def scores(
         self, layer: LayerId, over: Literal["reference", "generated"] = "reference"
     ) -> Float[Tensor, "batch generated reference"]:
         """Head- and step-mean scores of a layer traced with its matrices; softmax over the axis named."""
         record = self.store.layer(layer)
-        scores = (
-            record.scores_over_reference if over == "reference" else record.scores_over_generated
-        )
+        scores = record.scores_over_reference if over == "reference" else record.scores_over_generated
         if scores is None:
-            kept = [
-                other.layer
-                for other in self.store.layers
-                if other.scores_over_reference is not None
-            ]
+            kept = [other.layer for other in self.store.layers if other.scores_over_reference is not None]
             raise CaptureError(
                 f"The score matrix of layer {record.layer} was not kept (kept: "
                 f"{', '.join(kept) or 'none'}). "
@@ -411,12 +379,7 @@ class AttributionMaps:
                 "Use Direction.REFERENCE_TO_GENERATED."
             )
         layers = tuple(
-            replace(
-                record,
-                to_generated=torch.full_like(
-                    record.to_generated, 1 / record.to_reference.shape[-1]
-                ),
-            )
+            replace(record, to_generated=torch.full_like(record.to_generated, 1 / record.to_reference.shape[-1]))
             for record in self.store.layers
         )
         return replace(self.store, layers=layers)

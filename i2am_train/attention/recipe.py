@@ -164,10 +164,7 @@ class Tokens:
 
     def __post_init__(self) -> None:
         if isinstance(self.grid, str) and self.grid != "latent":
-            raise CaptureError(
-                f"Tokens.grid is {self.grid!r}; expected a GridSize, 'latent' or None (not "
-                "spatial)."
-            )
+            raise CaptureError(f"Tokens.grid is {self.grid!r}; expected a GridSize, 'latent' or None (not spatial).")
 
     def places(self, length: int, latent: GridSize) -> TokenPlaces:
         """Places of the picture's tokens in a sequence of ``length`` tokens.
@@ -316,8 +313,7 @@ class SiteModule:
         layer if they don't fit."""
         try:
             return SitePlaces(
-                self.site.generated.places(generated, latent),
-                self.site.reference.places(reference, latent),
+                self.site.generated.places(generated, latent), self.site.reference.places(reference, latent)
             )
         except CaptureError as error:
             raise CaptureError(f"Layer {self.layer}: {error}") from None
@@ -390,8 +386,7 @@ class Recipe:
     def __post_init__(self) -> None:
         if isinstance(self.rows, str) and self.rows not in _NAMED_ROWS:
             raise CaptureError(
-                f"Recipe.rows is {self.rows!r}; expected one of {', '.join(_NAMED_ROWS)}, or a "
-                "function of the frame."
+                f"Recipe.rows is {self.rows!r}; expected one of {', '.join(_NAMED_ROWS)}, or a function of the frame."
             )
 
     def partial_in(self, root: nn.Module) -> str | None:

@@ -15,12 +15,7 @@ from i2am_train.attention.frames import Frame
 from i2am_train.attention.inputs import AttentionInputs
 from i2am_train.attention.recipe import SiteModule, SitePlaces
 from i2am_train.errors import CaptureError
-from i2am_train.ops.attention import (
-    HeadMeanMatrices,
-    column_means,
-    head_mean_matrices,
-    reference_mass,
-)
+from i2am_train.ops.attention import HeadMeanMatrices, column_means, head_mean_matrices, reference_mass
 from i2am_train.ops.grids import mask_on_grid
 from i2am_train.types import GridSize
 
@@ -59,9 +54,7 @@ class SiteRecorder:
         self._check_device(inputs.generated)
         _, self.heads, queries_count, _ = inputs.generated.shape
         self.key_tokens = inputs.reference.shape[2]
-        places = self._places_as_before(
-            self.site.places(queries_count, self.key_tokens, frame.latent)
-        )
+        places = self._places_as_before(self.site.places(queries_count, self.key_tokens, frame.latent))
         queries = places.generated.take(inputs.generated)
         keys = places.reference.take(inputs.reference)
         means = column_means(
@@ -75,9 +68,7 @@ class SiteRecorder:
         self.to_reference.append(means.to_reference)
         if self.site.site.joint:
             at = places.reference.index
-            self.mass.append(
-                reference_mass(queries, inputs.reference, at, inputs.scale, self.byte_budget)
-            )
+            self.mass.append(reference_mass(queries, inputs.reference, at, inputs.scale, self.byte_budget))
         if self.keeps_matrices:
             self._add(head_mean_matrices(queries, keys, inputs.scale))
 
@@ -112,9 +103,7 @@ class SiteRecorder:
         if self.generated_mask is None or grid is None:
             return None
         if self._weights is None:
-            weights: Float[Tensor, "batch generated"] = mask_on_grid(
-                self.generated_mask, grid
-            ).float()
+            weights: Float[Tensor, "batch generated"] = mask_on_grid(self.generated_mask, grid).float()
             if weights.shape[0] != queries.shape[0]:
                 raise CaptureError(
                     f"generated_mask has {weights.shape[0]} samples, but the model was called with "

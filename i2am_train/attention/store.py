@@ -58,9 +58,7 @@ class LayerRecord:
     def sample(self, row: int) -> LayerRecord:
         """Only one sample of the batch."""
         cut: dict[str, Any] = {
-            name: value[row : row + 1]
-            for name, value in vars(self).items()
-            if isinstance(value, Tensor)
+            name: value[row : row + 1] for name, value in vars(self).items() if isinstance(value, Tensor)
         }
         return replace(self, **cut)
 
@@ -117,9 +115,7 @@ class AttributionStore:
     @property
     def marks(self) -> tuple[str, ...]:
         """What a reader must know before trusting the maps, each a short sentence; empty if nothing."""
-        unmoved = (
-            "not functional: with a single reference token, queries and keys cannot influence "
-        )
+        unmoved = "not functional: with a single reference token, queries and keys cannot influence "
         found = [] if self.functional else [unmoved + "the image"]
         return (*found, *(() if self.partial is None else (f"partial: {self.partial}",)))
 
@@ -166,21 +162,11 @@ class SiteTable(tuple[SiteSummary, ...]):
     __slots__ = ()
 
     def __str__(self) -> str:
-        header = (
-            "layer",
-            "no.",
-            "generated",
-            "heads",
-            "reference tokens",
-            "grid",
-            "calls",
-            "functional",
-        )
+        header = ("layer", "no.", "generated", "heads", "reference tokens", "grid", "calls", "functional")
         lines = [header, *(_cells(site) for site in self)]
         widths = [max(len(line[column]) for line in lines) for column in range(len(header))]
         return "\n".join(
-            "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
-            for line in lines
+            "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines
         )
 
 
@@ -200,9 +186,7 @@ def _cells(site: SiteSummary) -> tuple[str, ...]:
 
 def not_finite(store: AttributionStore) -> str | None:
     """Where the first map that is not finite comes from, in words; None if all are finite."""
-    found = [
-        (step, record.layer) for record in store.layers if (step := _first_step(record)) is not None
-    ]
+    found = [(step, record.layer) for record in store.layers if (step := _first_step(record)) is not None]
     if not found:
         return None
     step, layer = min(found, key=lambda where: where[0])

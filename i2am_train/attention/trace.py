@@ -15,32 +15,13 @@ from torch import Tensor, nn
 
 from i2am_train.attention.callers import find_caller, hear_branches
 from i2am_train.attention.frames import Frame
-from i2am_train.attention.hooks import (
-    Listener,
-    choose_sites,
-    eager_while_listening,
-    resolve_root,
-    resolve_sites,
-)
+from i2am_train.attention.hooks import Listener, choose_sites, eager_while_listening, resolve_root, resolve_sites
 from i2am_train.attention.inputs import AttentionInputs
 from i2am_train.attention.known import chosen_recipe
 from i2am_train.attention.maps import AttributionMaps
-from i2am_train.attention.recipe import (
-    LayerId,
-    Recipe,
-    Rows,
-    SiteModule,
-    replace_backend,
-    with_rows,
-)
+from i2am_train.attention.recipe import LayerId, Recipe, Rows, SiteModule, replace_backend, with_rows
 from i2am_train.attention.reduction import SiteRecorder, undisturbed
-from i2am_train.attention.store import (
-    AttributionStore,
-    LayerRecord,
-    SiteSummary,
-    SiteTable,
-    not_finite,
-)
+from i2am_train.attention.store import AttributionStore, LayerRecord, SiteSummary, SiteTable, not_finite
 from i2am_train.errors import CaptureError
 from i2am_train.ops.attention import DEFAULT_BYTE_BUDGET
 from i2am_train.types import Backend, Branch
@@ -159,18 +140,14 @@ class Trace:
 
     def __enter__(self) -> Trace:
         if self._recorders:
-            raise CaptureError(
-                "This trace has been used already. Make a new one with trace(...) for each run."
-            )
+            raise CaptureError("This trace has been used already. Make a new one with trace(...) for each run.")
         root = resolve_root(self._target, self.recipe)
         sites = resolve_sites(root, self.recipe)
         self._model = tuple(site.layer for site in sites)
         if self._layers is not None:
             sites = choose_sites(sites, self._layers)
         matrix_layers = self._matrix_layers
-        with_matrices = set(
-            sites if matrix_layers is None else choose_sites(sites, matrix_layers, self._model)
-        )
+        with_matrices = set(sites if matrix_layers is None else choose_sites(sites, matrix_layers, self._model))
         opened = partial(self._open, root)
         listener = Listener(root, self.recipe, sites, self._record, "trace", opened)
         with ExitStack() as stack:
@@ -180,8 +157,7 @@ class Trace:
             listener.attach()
             self._exit = stack.pop_all()
         self._recorders = {
-            site: SiteRecorder(site, self._byte_budget, site in with_matrices, self._generated_mask)
-            for site in sites
+            site: SiteRecorder(site, self._byte_budget, site in with_matrices, self._generated_mask) for site in sites
         }
         return self
 
@@ -221,9 +197,7 @@ class Trace:
             frame = replace(frame, caller=find_caller(), branch=self._branch())
         _refuse_crops(frame)
         self._rows = self.recipe.conditional_rows(frame)
-        evaluation = _Evaluation(
-            frame.step_index, frame.read_timestep(), frame.caller.run, frame.time_embedding()
-        )
+        evaluation = _Evaluation(frame.step_index, frame.read_timestep(), frame.caller.run, frame.time_embedding())
         if self._rows is None:
             self._check_skipped(frame, evaluation)
             return
@@ -313,11 +287,7 @@ def _refuse_crops(frame: Frame) -> None:
 
 def _refuse_blind(recorders: Sequence[SiteRecorder]) -> None:
     """Refuse sites whose module never made the attention call that the recipe means."""
-    blind = [
-        recorder.site
-        for recorder in recorders
-        if recorder.site.site.via is Backend.SDPA and not recorder.calls
-    ]
+    blind = [recorder.site for recorder in recorders if recorder.site.site.via is Backend.SDPA and not recorder.calls]
     if blind:
         names = ", ".join(site.layer for site in blind)
         calls = sorted({site.site.call_in(site.module) for site in blind})
@@ -344,9 +314,7 @@ def _group_steps(evaluations: Sequence[_Evaluation]) -> list[list[int]]:
 def _stack_steps(recorded: Sequence[Tensor], steps: Sequence[Sequence[int]]) -> Tensor:
     """``[batch, step, head, token]`` on the CPU; evaluations of the same step are averaged."""
     means = [
-        recorded[step[0]]
-        if len(step) == 1
-        else torch.stack([recorded[at] for at in step]).mean(dim=0)
+        recorded[step[0]] if len(step) == 1 else torch.stack([recorded[at] for at in step]).mean(dim=0)
         for step in steps
     ]
     return torch.stack(means, dim=1).float().cpu()

@@ -67,14 +67,10 @@ class AveragedWeights(L.Callback):
         """The finished model is the average."""
         self.swap(pl_module)
 
-    def on_save_checkpoint(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]
-    ) -> None:
+    def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         checkpoint[STATE] = whole_state(self._averages, first=trainer.is_global_zero)
 
-    def on_load_checkpoint(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]
-    ) -> None:
+    def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         self._loaded = checkpoint[STATE]
 
     def _pairs(self, module: L.LightningModule) -> Iterator[tuple[Tensor, Tensor]]:

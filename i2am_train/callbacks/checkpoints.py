@@ -119,9 +119,7 @@ def steps_done(run: Path) -> int:
 def _checkpoints(folder: Path) -> list[tuple[int, Path]]:
     """Checkpoints with their steps, the latest first."""
     found = [
-        (int(match[1]), file)
-        for file in folder.glob("*.ckpt")
-        if (match := re.search(r"step-(\d+)\.ckpt$", file.name))
+        (int(match[1]), file) for file in folder.glob("*.ckpt") if (match := re.search(r"step-(\d+)\.ckpt$", file.name))
     ]
     return sorted(found, reverse=True)
 

@@ -14,23 +14,12 @@ import numpy as np
 from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
 
 from i2am_train.data.sample import TryOnBatch
-from i2am_train.evaluation.evaluator import (
-    EvaluationResult,
-    EvaluationSettings,
-    Evaluator,
-    from_all_processes,
-)
+from i2am_train.evaluation.evaluator import EvaluationResult, EvaluationSettings, Evaluator, from_all_processes
 from i2am_train.reporting.figures.canvas import save_figure
 from i2am_train.reporting.figures.samples import sample_figure
 from i2am_train.results.panels import SamplePanels, write_panels
 from i2am_train.tracking.media import generated_overlays, reference_overlays, sample_table
-from i2am_train.tracking.names import (
-    ATTRIBUTION_GENERATED,
-    ATTRIBUTION_REFERENCE,
-    EPOCH,
-    TABLE,
-    VALIDATION,
-)
+from i2am_train.tracking.names import ATTRIBUTION_GENERATED, ATTRIBUTION_REFERENCE, EPOCH, TABLE, VALIDATION
 from i2am_train.training.module import TryOnModule
 
 
@@ -42,12 +31,7 @@ class EvaluationCallback(L.Callback):
     """
 
     def __init__(
-        self,
-        settings: EvaluationSettings,
-        folder: Path,
-        *,
-        panel_samples: int,
-        table_samples: int = 0,
+        self, settings: EvaluationSettings, folder: Path, *, panel_samples: int, table_samples: int = 0
     ) -> None:
         self.settings = settings
         self.folder = folder
@@ -71,9 +55,7 @@ class EvaluationCallback(L.Callback):
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         result = self._finish()
         # Every process has the same values; sync_dist only tells Lightning that this is known.
-        pl_module.log_dict(
-            {VALIDATION + name: value for name, value in result.metrics.items()}, sync_dist=True
-        )
+        pl_module.log_dict({VALIDATION + name: value for name, value in result.metrics.items()}, sync_dist=True)
         for warning in result.warnings:
             trainer.print(f"Warning: {warning}")
         if trainer.is_global_zero and self._panels:
@@ -148,8 +130,6 @@ def _log_samples(trainer: L.Trainer, panels: Sequence[SamplePanels], step: int) 
     rows = np.stack([np.hstack([one.garment, one.person, one.generated]) for one in panels])
     for logger in trainer.loggers:
         if isinstance(logger, WandbLogger):
-            logger.log_image(
-                "val/samples", list(rows), step=step, caption=[one.name for one in panels]
-            )
+            logger.log_image("val/samples", list(rows), step=step, caption=[one.name for one in panels])
         elif isinstance(logger, TensorBoardLogger):
             logger.experiment.add_images("val/samples", rows, step, dataformats="NHWC")

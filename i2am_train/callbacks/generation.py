@@ -19,12 +19,7 @@ class GenerationCallback(L.Callback):
     """
 
     def __init__(
-        self,
-        samples: GeneratedSamples,
-        sampling: SamplingConfig,
-        attribution: AttributionConfig,
-        *,
-        panel_samples: int,
+        self, samples: GeneratedSamples, sampling: SamplingConfig, attribution: AttributionConfig, *, panel_samples: int
     ) -> None:
         self.samples = samples
         self.sampling = sampling

@@ -36,9 +36,7 @@ class FiniteGuard(L.Callback):
     ) -> None:
         self._batch = batch
 
-    def on_before_backward(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, loss: Tensor
-    ) -> None:
+    def on_before_backward(self, trainer: L.Trainer, pl_module: L.LightningModule, loss: Tensor) -> None:
         if not bool(torch.isfinite(loss)):
             self._stop(trainer, "loss", float(loss.detach()), {})
 
@@ -48,16 +46,12 @@ class FiniteGuard(L.Callback):
         if not self.gradients:
             return
         gradients = {
-            name: parameter.grad
-            for name, parameter in pl_module.named_parameters()
-            if parameter.grad is not None
+            name: parameter.grad for name, parameter in pl_module.named_parameters() if parameter.grad is not None
         }
         norm = float(whole(get_total_norm(list(gradients.values()))))
         pl_module.log(GRADIENT_NORM, norm)
         if not math.isfinite(norm):
-            at_fault = [
-                name for name, g in gradients.items() if not bool(whole(g).isfinite().all())
-            ]
+            at_fault = [name for name, g in gradients.items() if not bool(whole(g).isfinite().all())]
             self._stop(trainer, "gradient", norm, {"parameters": at_fault})
 
     def _stop(self, trainer: L.Trainer, what: str, value: float, facts: dict[str, Any]) -> None:

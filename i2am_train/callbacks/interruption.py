@@ -53,9 +53,7 @@ class InterruptionCallback(L.Callback):
                 signal.signal(number, self._receive)
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
-        if (
-            os.getpid() != self._process
-        ):  # a copy that reads samples; it is needed until the step's end
+        if os.getpid() != self._process:  # a copy that reads samples; it is needed until the step's end
             return
         if self._received == signal.SIGINT == number:
             # Not KeyboardInterrupt, at which Lightning ends the process with status 1.
@@ -123,9 +121,7 @@ def requeue() -> None:
     try:
         subprocess.run(["scontrol", "requeue", job], check=True)
     except (OSError, subprocess.CalledProcessError) as error:
-        rank_zero_warn(
-            f"SLURM did not take job {job} back ({error}). Submit it again, and it goes on."
-        )
+        rank_zero_warn(f"SLURM did not take job {job} back ({error}). Submit it again, and it goes on.")
 
 
 class StopAfterSteps(L.Callback):

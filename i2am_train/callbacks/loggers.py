@@ -91,13 +91,7 @@ def record_model(trainer: L.Trainer, config: TrainConfig, folder: Path) -> None:
     }
     for logger in trainer.loggers:
         if isinstance(logger, TrackedLogger):
-            log_model(
-                logger.experiment,
-                folder,
-                folder / MODEL_FOLDER,
-                metadata,
-                upload=config.tracking.upload_model,
-            )
+            log_model(logger.experiment, folder, folder / MODEL_FOLDER, metadata, upload=config.tracking.upload_model)
 
 
 def finish_tracking(trainer: L.Trainer, *, failed: bool = False) -> None:

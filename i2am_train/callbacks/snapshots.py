@@ -19,9 +19,7 @@ class SnapshotCallback(L.Callback):
     or not at all; a run that is continued writes the same folders again.
     """
 
-    def __init__(
-        self, folder: Path, every: int, steps: int, averaging: AveragedWeights | None = None
-    ) -> None:
+    def __init__(self, folder: Path, every: int, steps: int, averaging: AveragedWeights | None = None) -> None:
         self.folder = folder
         self.every = every
         self.steps = steps

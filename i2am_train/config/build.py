@@ -96,9 +96,7 @@ def build(schema: type[T], values: Mapping[str, Any], path: str = "") -> T:
             arguments[name] = _convert(_hints(schema)[name], value, f"{path}{name}")
     for name, item in known.items():
         if name not in arguments and _is_required(item):
-            raise ConfigError(
-                f"{path}{name} is required and was not given. Add {path}{name}=VALUE."
-            )
+            raise ConfigError(f"{path}{name} is required and was not given. Add {path}{name}=VALUE.")
     try:
         return schema(**arguments)
     except OptionError as error:
@@ -219,9 +217,7 @@ def _convert_group(hint: Any, value: Any, path: str) -> Any:
     if isinstance(value, hint):
         return value
     if not isinstance(value, Mapping):
-        raise OptionError(
-            path, value, f"a group of options such as {path}.{fields(hint)[0].name}=..."
-        )
+        raise OptionError(path, value, f"a group of options such as {path}.{fields(hint)[0].name}=...")
     return build(hint, value, f"{path}.")
 
 
@@ -232,9 +228,7 @@ def _convert_union(hints: tuple[Any, ...], value: Any, path: str) -> Any:
     exact = [hint for hint in members if type(value) is _bare(hint)]
     if (isinstance(value, bool) and not exact) or value is None:
         raise OptionError(path, value, " or ".join(map(_type_name, members)))
-    shape = (
-        dict if isinstance(value, Mapping) else list if isinstance(value, (list, tuple)) else None
-    )
+    shape = dict if isinstance(value, Mapping) else list if isinstance(value, (list, tuple)) else None
     origins = {member: get_origin(_bare(member)) for member in members}
     alike = [m for m, o in origins.items() if (o if o in (dict, list) else None) is shape]
     return _convert((exact or alike[-1:] or members[-1:])[0], value, path)
@@ -256,8 +250,7 @@ def _convert_tuple(hints: tuple[Any, ...], value: Any, path: str) -> tuple[Any, 
     if not isinstance(value, (list, tuple)) or len(value) != len(hints):
         raise OptionError(path, value, f"a list of {len(hints)} values")
     return tuple(
-        _convert(hint, item, f"{path}[{index}]")
-        for index, (hint, item) in enumerate(zip(hints, value, strict=True))
+        _convert(hint, item, f"{path}[{index}]") for index, (hint, item) in enumerate(zip(hints, value, strict=True))
     )
 
 

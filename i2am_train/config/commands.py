@@ -4,12 +4,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-from i2am_train.config.data import (
-    DataCacheConfig,
-    DataCheckConfig,
-    DataDeriveConfig,
-    DataMakeConfig,
-)
+from i2am_train.config.data import DataCacheConfig, DataCheckConfig, DataDeriveConfig, DataMakeConfig
 from i2am_train.config.detection import DetectConfig
 from i2am_train.config.evaluation import EvaluateConfig
 from i2am_train.config.explanation import ExplainConfig
@@ -68,8 +63,7 @@ COMMANDS: dict[str, Command] = {
         i2am ablate arms=[base,baseline,refined,supervised] seeds=[0,1,2,3,4] name=study
         i2am ablate experiment=demo
         """,
-        first="experiment arms seeds reference name init data.root optimization.steps "
-        "evaluation.samples output",
+        first="experiment arms seeds reference name init data.root optimization.steps evaluation.samples output",
         goes_on="with the cells that are not finished yet",
     ),
     "explain": Command(
@@ -83,8 +77,7 @@ COMMANDS: dict[str, Command] = {
         i2am explain model=catvton checkpoint=PATH adapter=FILE image=FILE mask=FILE reference=FILE
         i2am explain model=factory factory=my_model:build image=FILE mask=FILE reference=FILE
         """,
-        first="checkpoint sample pairing data.root attribution.layer model image mask reference "
-        "output",
+        first="checkpoint sample pairing data.root attribution.layer model image mask reference output",
     ),
     "detect": Command(
         DetectConfig,

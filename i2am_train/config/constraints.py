@@ -94,9 +94,7 @@ Layout = Annotated[
     ),
 ]
 NOT_BLANK = Rule("a folder or a URL, or null", lambda text: bool(text.strip()))
-ModelFolder = Annotated[
-    str, NOT_BLANK._replace(expected="a folder, or tiny for the shipped weights")
-]
+ModelFolder = Annotated[str, NOT_BLANK._replace(expected="a folder, or tiny for the shipped weights")]
 HubModel = Annotated[str, NOT_BLANK._replace(expected="a folder or a name on the hub")]
 Name = Annotated[
     str,
@@ -106,14 +104,11 @@ Name = Annotated[
     ),
 ]
 LABEL = Rule(
-    "one line of at most 100 letters",
-    lambda text: text.isprintable() and bool(text.strip()) and len(text) <= 100,
+    "one line of at most 100 letters", lambda text: text.isprintable() and bool(text.strip()) and len(text) <= 100
 )
 """What tables and figures can show; each of their formats escapes its own signs."""
 Label = Annotated[str, LABEL]
-Project = Annotated[
-    str, Rule(r"1 to 128 signs without / \ # ? % :", _matches(r"[^/\\#?%:]{1,128}"))
-]
+Project = Annotated[str, Rule(r"1 to 128 signs without / \ # ? % :", _matches(r"[^/\\#?%:]{1,128}"))]
 """What Weights & Biases takes as one."""
 Tag = Annotated[str, Rule("1 to 64 signs in a tag", lambda text: 1 <= len(text) <= 64)]
 
@@ -124,11 +119,9 @@ def _distinct(values: list[Any]) -> bool:
 
 distinct = Rule("a list that names nothing twice", _distinct)
 distinct_some = Rule(
-    "a list that is not empty and names nothing twice",
-    lambda values: bool(values) and _distinct(values),
+    "a list that is not empty and names nothing twice", lambda values: bool(values) and _distinct(values)
 )
 several = Rule(
-    "one value, or a list of values that are all different",
-    lambda values: bool(values) and _distinct(values),
+    "one value, or a list of values that are all different", lambda values: bool(values) and _distinct(values)
 )
 Folders = Annotated[list[Path], distinct]

@@ -173,10 +173,7 @@ class DataCheckConfig(Options):
     def check(self) -> None:
         """A size has two lengths."""
         if (self.height is None) != (self.width is None):
-            raise ConfigError(
-                f"Only one of height={self.height} and width={self.width} is set. "
-                "Set both, or neither."
-            )
+            raise ConfigError(f"Only one of height={self.height} and width={self.width} is set. Set both, or neither.")
 
     @property
     def size(self) -> GridSize | None:
@@ -226,9 +223,5 @@ class DataCacheConfig(Options):
 
     def check(self) -> None:
         """Caches are made on this machine."""
-        if address := re.search(
-            r"(?<=/)\w+:/.*", str(self.output)
-        ):  # pathlib makes one slash of two
-            raise OptionError(
-                "output", address[0], "a folder; copy it to object storage when it is made"
-            )
+        if address := re.search(r"(?<=/)\w+:/.*", str(self.output)):  # pathlib makes one slash of two
+            raise OptionError("output", address[0], "a folder; copy it to object storage when it is made")

@@ -84,9 +84,7 @@ class DetectConfig(Options):
     def check(self) -> None:
         """Annotations are of images."""
         if self.annotations is not None and self.root is None:
-            raise OptionError(
-                "annotations", self.annotations, "null without root, the folder of the images"
-            )
+            raise OptionError("annotations", self.annotations, "null without root, the folder of the images")
 
     @property
     def size(self) -> GridSize:

@@ -52,10 +52,7 @@ def field_docstrings(schema: type[Any]) -> dict[str, str]:
     found: dict[str, str] = {}
     for field_node, text_node in pairwise(body):
         match field_node, text_node:
-            case (
-                ast.AnnAssign(target=ast.Name(id=name)),
-                ast.Expr(value=ast.Constant(value=str(text))),
-            ):
+            case (ast.AnnAssign(target=ast.Name(id=name)), ast.Expr(value=ast.Constant(value=str(text)))):
                 found[name] = " ".join(text.split())
     return found
 
@@ -106,10 +103,7 @@ def _groups(schema: type[Any], prefix: str, entries: Mapping[str, str]) -> list[
 def _files(schema: type[Any]) -> str:
     """The choices of files in conf/ for this command's groups."""
     options = [item.name for item in fields(schema)]
-    choices = {
-        group: sorted(path.stem for path in (conf_folder() / group).glob("*.yaml"))
-        for group in options
-    }
+    choices = {group: sorted(path.stem for path in (conf_folder() / group).glob("*.yaml")) for group in options}
     lines = [f"  {group}={'|'.join(names)}" for group, names in choices.items() if names]
     return "\n".join(["files of options, each a file in conf/<group>/:", *lines]) if lines else ""
 

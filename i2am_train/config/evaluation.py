@@ -8,15 +8,7 @@ from typing import Annotated, Any
 
 from i2am_train.config.attention import AttributionConfig
 from i2am_train.config.build import OptionError, Options
-from i2am_train.config.constraints import (
-    Count,
-    ModelFolder,
-    Natural,
-    Pixels,
-    Rule,
-    at_least,
-    within,
-)
+from i2am_train.config.constraints import Count, ModelFolder, Natural, Pixels, Rule, at_least, within
 from i2am_train.config.data import DataConfig
 from i2am_train.config.models import SamplingConfig
 from i2am_train.config.tracking import TrackingConfig
@@ -24,8 +16,7 @@ from i2am_train.errors import ConfigError
 from i2am_train.types import Device, Pairing, Precision, PublishedModel
 
 UNSHARDED = Rule(
-    "auto or ddp: judging a model shards nothing",
-    lambda strategy: not strategy.startswith(("fsdp", "deepspeed")),
+    "auto or ddp: judging a model shards nothing", lambda strategy: not strategy.startswith(("fsdp", "deepspeed"))
 )
 
 
@@ -39,12 +30,7 @@ class EvaluationConfig(Options):
     """paired: each person gets the garment that they wear; unpaired: another one. Of two folders,
     paired: images of the same name belong together; unpaired: they are compared as sets only."""
     metrics: list[str | dict[str, Any]] = field(
-        default_factory=lambda: [
-            "ssim",
-            "stlpips",
-            "fd_efficientnet_lite0",
-            "kd_efficientnet_lite0",
-        ]
+        default_factory=lambda: ["ssim", "stlpips", "fd_efficientnet_lite0", "kd_efficientnet_lite0"]
     )
     """Image metrics beside the attention scores; also there: lpips, fid, kid, and your own by import
     path: my_package:psnr (i2am_train/EXTENDING.md)."""
@@ -108,16 +94,12 @@ class EvaluateConfig(Options):
                 "finished images."
             )
         if self.resize is not None and self.checkpoint is not None:
-            raise OptionError(
-                "resize", list(self.resize), "null with a checkpoint (it is for folders)"
-            )
+            raise OptionError("resize", list(self.resize), "null with a checkpoint (it is for folders)")
         if self.images is not None:
             self._check_finished_images()
         elif self.data.root is None and (self.evaluation.samples or 0) > self.data.synthetic.test:
             raise OptionError(
-                "evaluation.samples",
-                self.evaluation.samples,
-                f"at most data.synthetic.test={self.data.synthetic.test}",
+                "evaluation.samples", self.evaluation.samples, f"at most data.synthetic.test={self.data.synthetic.test}"
             )
 
     def _check_finished_images(self) -> None:
@@ -127,9 +109,7 @@ class EvaluateConfig(Options):
         if self.snapshots:
             raise OptionError("snapshots", self.snapshots, "false for finished images")
         if not self.evaluation.metrics:
-            raise OptionError(
-                "evaluation.metrics", [], "at least one image metric for finished images"
-            )
+            raise OptionError("evaluation.metrics", [], "at least one image metric for finished images")
 
     @property
     def multi_process(self) -> bool:

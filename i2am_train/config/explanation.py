@@ -139,17 +139,11 @@ class ExplainConfig(Options):
             raise ConfigError("checkpoint is required and was not given. Add checkpoint=VALUE.")
         if self.attribution.time_groups > self.sampling.steps:
             raise OptionError(
-                "attribution.time_groups",
-                self.attribution.time_groups,
-                f"at most sampling.steps={self.sampling.steps}",
+                "attribution.time_groups", self.attribution.time_groups, f"at most sampling.steps={self.sampling.steps}"
             )
         drawn = getattr(self.data.synthetic, self.split)
         if self.model == TRYON and self.data.root is None and max(self.samples) >= drawn:
-            raise OptionError(
-                "sample",
-                self.sample,
-                f"less than data.synthetic.{self.split}={drawn}, counted from 0",
-            )
+            raise OptionError("sample", self.sample, f"less than data.synthetic.{self.split}={drawn}, counted from 0")
         given = [name for name in OTHER_MODELS_OPTIONS if getattr(self, name) not in (None, "")]
         given += [f"recipe_options.{name}" for name in self.recipe_options.given]
         if self.model == TRYON and given:

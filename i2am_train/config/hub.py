@@ -27,9 +27,7 @@ def pull(name: str) -> Path:
 
     repository, _, revision = name.removeprefix(HUB).partition("@")
     if not NAME.fullmatch(repository):
-        raise CheckpointError(
-            f"'{name}' names no model on the hub. Write {HUB}USER/NAME[@REVISION]."
-        )
+        raise CheckpointError(f"'{name}' names no model on the hub. Write {HUB}USER/NAME[@REVISION].")
     with _hub_errors(f"fetched ({name})"):
         return Path(snapshot_download(repository, revision=revision or None))
 
@@ -79,9 +77,7 @@ def _commit(name: str) -> str | None:
     if not NAME.fullmatch(repository):
         return None
     try:
-        folder = snapshot_download(
-            repository, revision=revision or None, local_files_only=True, allow_patterns=[]
-        )
+        folder = snapshot_download(repository, revision=revision or None, local_files_only=True, allow_patterns=[])
     except (HFValidationError, LocalEntryNotFoundError):
         return None
     return Path(folder).name
@@ -104,9 +100,7 @@ def push(folder: Path, name: str, *, private: bool) -> str:
     api = HfApi()
     with _hub_errors(f"pushed to {name} (it lies in {folder})"):
         api.create_repo(name, private=private, exist_ok=True)
-        commit = api.upload_folder(
-            repo_id=name, folder_path=folder, commit_message="Model exported by i2am_train"
-        )
+        commit = api.upload_folder(repo_id=name, folder_path=folder, commit_message="Model exported by i2am_train")
     return str(commit.commit_url)
 
 

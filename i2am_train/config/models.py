@@ -7,15 +7,7 @@ from pathlib import Path
 from typing import Annotated
 
 from i2am_train.config.build import OptionError, Options
-from i2am_train.config.constraints import (
-    Guidance,
-    ImageSide,
-    ModelFolder,
-    Natural,
-    Pixels,
-    SamplingSteps,
-    within,
-)
+from i2am_train.config.constraints import Guidance, ImageSide, ModelFolder, Natural, Pixels, SamplingSteps, within
 from i2am_train.errors import ConfigError
 from i2am_train.types import Normalisation, PredictionType, SamplerName, WeightType
 
@@ -107,9 +99,7 @@ class InitConfig(Options):
 
     def _check_nothing_else(self, source: str) -> None:
         """Options of the try-on model change nothing in a pipeline, which is as its authors made it."""
-        others = [
-            option for option in fields(self) if option.name not in ("output", "half", source)
-        ]
+        others = [option for option in fields(self) if option.name not in ("output", "half", source)]
         changed = [option.name for option in others if getattr(self, option.name) != option.default]
         if changed:
             raise ConfigError(

@@ -7,14 +7,7 @@ from pathlib import Path
 from typing import Annotated
 
 from i2am_train.config.build import Options
-from i2am_train.config.constraints import (
-    Folders,
-    Label,
-    Layers,
-    distinct,
-    distinct_some,
-    within,
-)
+from i2am_train.config.constraints import Folders, Label, Layers, distinct, distinct_some, within
 from i2am_train.types import FigureFormat, FigureName
 
 
@@ -38,9 +31,7 @@ class ReportConfig(Options):
     """Which ones of explained samples: layers, time_heads, flow, specific_layers, reverse_layers,
     refinement, guidance, specific_reference, scores, daam, two_axis, unpaired; empty: all that the
     folders allow."""
-    formats: Annotated[list[FigureFormat], distinct_some] = field(
-        default_factory=lambda: ["png", "pdf"]
-    )
+    formats: Annotated[list[FigureFormat], distinct_some] = field(default_factory=lambda: ["png", "pdf"])
     """File formats: png, svg, pdf."""
     layers: Layers | None = field(default_factory=lambda: list[int | str]((2, 5, 8)))
     """Layers in figures by layer; the default is the paper's, one per resolution; null: all."""

@@ -170,9 +170,7 @@ def arm_config(study: AblateConfig, arm: str, seed: int, output: Path) -> TrainC
     own = arm_values(arm)
     for option in ("seed", "output", "dry_run"):
         if option in own:
-            raise ConfigError(
-                f"The arm '{arm}' sets {option}, which is the study's to set. Take it out of the file."
-            )
+            raise ConfigError(f"The arm '{arm}' sets {option}, which is the study's to set. Take it out of the file.")
     try:
         values = _overlaid({**names, **shared}, own)
         return build(TrainConfig, {**values, "seed": seed, "output": output})
@@ -233,9 +231,7 @@ def _default(entry: Any, path: Path, readers: Sequence[Path]) -> dict[str, Any]:
         case dict() if len(entry) == 1 and str(word := next(iter(entry))).startswith("override /"):
             file = f"{word.removeprefix('override /')}/{entry[word]}.yaml"
             if not (conf_folder() / file).is_file():
-                raise ConfigError(
-                    f"There is no file conf/{file}, which the defaults in {path} name."
-                )
+                raise ConfigError(f"There is no file conf/{file}, which the defaults in {path} name.")
             return {file.partition("/")[0]: _read_yaml(conf_folder() / file)}
     raise _impossible_default(entry, path)
 
@@ -258,9 +254,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         values = OmegaConf.to_container(OmegaConf.load(path), resolve=True)
     except (OSError, ValueError, RecursionError, YAMLError, OmegaConfBaseException) as error:
         reason = shortened(str(error) or type(error).__name__, 200)
-        raise ConfigError(
-            f"{path} cannot be read as YAML in UTF-8 ({reason}): {expected}."
-        ) from error
+        raise ConfigError(f"{path} cannot be read as YAML in UTF-8 ({reason}): {expected}.") from error
     if not isinstance(values, dict) or not values:
         found = "nothing" if not values else f"a list ({shortened(values)})"
         raise ConfigError(f"{path} holds {found}: {expected}.")

@@ -33,8 +33,7 @@ from i2am_train.types import Device, OptimizerName, Precision, PublishedModel, T
 SHARDED = "fsdp"
 """The strategy that shards weights, ``training.sharding``."""
 OWN_SHARDING = Rule(
-    f"{SHARDED}, which shards by itself",
-    lambda strategy: not strategy.startswith(("deepspeed", f"{SHARDED}_")),
+    f"{SHARDED}, which shards by itself", lambda strategy: not strategy.startswith(("deepspeed", f"{SHARDED}_"))
 )
 NOT_ZERO = Rule("above 0, or null for all: 0 trains nothing", lambda batches: batches > 0)
 EMPTY_OR_LABEL = LABEL._replace(holds=lambda text: text == "" or LABEL.holds(text))
@@ -224,9 +223,7 @@ class TrainConfig(Options):
             allowed = only if isinstance(only, tuple) else (only,)
             if value not in allowed:
                 expected = " or ".join(str("null" if a is None else a).lower() for a in allowed)
-                raise OptionError(
-                    f"optimization.{name}", value, f"{expected} with trainer.strategy={SHARDED}"
-                )
+                raise OptionError(f"optimization.{name}", value, f"{expected} with trainer.strategy={SHARDED}")
 
     @property
     def folder(self) -> Path:
@@ -244,9 +241,7 @@ class AblateConfig(Options):
     """Checkpoint folder that every arm starts from; tiny is the shipped one."""
     output: Path | None = None
     """Folder of the study; null: runs/<name>. Finished cells in it are kept and skipped."""
-    arms: Annotated[list[str], distinct_some] = field(
-        default_factory=lambda: ["base", "baseline", "refined"]
-    )
+    arms: Annotated[list[str], distinct_some] = field(default_factory=lambda: ["base", "baseline", "refined"])
     """Names of files in conf/experiment, or paths of such files; base is the checkpoint itself."""
     reference: str = "baseline"
     """The arm that the others are compared with, seed by seed."""

@@ -23,9 +23,7 @@ from i2am_train.errors import ConfigError
 
 TEXTS = (str, Path)
 
-ELEMENT = re.compile(
-    r"""\s*(?P<element>"(?:\\.|[^"\\])*"|'(?:\\.|[^'\\])*'|[^,]*?)\s*,""", re.DOTALL
-)
+ELEMENT = re.compile(r"""\s*(?P<element>"(?:\\.|[^"\\])*"|'(?:\\.|[^'\\])*'|[^,]*?)\s*,""", re.DOTALL)
 """One element of a typed list and the comma after it: quoted, or up to the next comma."""
 HALF_INTERPOLATION = re.compile(r"\$\{(?![^{}]+\})")
 """A ``${`` that refers to nothing, since it is not closed."""
@@ -63,10 +61,7 @@ def as_typed(command: str, words: Sequence[str], *, sweep: bool = False) -> list
     ['++objective.terms.mine.weight=0.1']
     """
     kinds = {"experiment": TEXT, **_kinds(COMMANDS[command].options)}
-    groups = {
-        "experiment",
-        *(item.name for item in fields(COMMANDS[command].options) if group_of(item)),
-    }
+    groups = {"experiment", *(item.name for item in fields(COMMANDS[command].options) if group_of(item))}
     free = [name for name, kind in kinds.items() if kind.mapping]
     typed = []
     for word in words:

@@ -205,14 +205,10 @@ class CacheIndex:
             rows = self.layout.rows_per_sample(Split(split))
             for shard in shards:
                 if not _SHARD_FILE.fullmatch(shard.file):
-                    raise ValueError(
-                        f"shards.file={shard.file}, expected such as train-000000.safetensors"
-                    )
+                    raise ValueError(f"shards.file={shard.file}, expected such as train-000000.safetensors")
                 whole = shard.first >= 0 and shard.first % self.layout.shard_samples == 0
                 if not whole or len(shard.crc32) != shard.samples * rows:
-                    raise ValueError(
-                        f"first, samples and crc32 of {shard.file} do not fit each other"
-                    )
+                    raise ValueError(f"first, samples and crc32 of {shard.file} do not fit each other")
 
 
 def pack_row(values: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
@@ -248,9 +244,7 @@ def row_checksum(values: Mapping[str, Tensor]) -> int:
     return checksum
 
 
-def write_shard(
-    folder: Path, split: Split, first: int, samples: int, rows: Sequence[Mapping[str, Tensor]]
-) -> Shard:
+def write_shard(folder: Path, split: Split, first: int, samples: int, rows: Sequence[Mapping[str, Tensor]]) -> Shard:
     """Write packed rows as one file; it appears complete or not at all."""
     file = f"{split}-{first:06d}.safetensors"
     with written(folder / file) as unfinished:
@@ -421,9 +415,7 @@ class LatentCache:
             ) from error
 
     def _damaged(self, shard: Shard, error: Exception) -> DataError:
-        return DataError(
-            f"{self._path(shard)} is damaged and cannot be read ({error}). {self._advice(shard)}"
-        )
+        return DataError(f"{self._path(shard)} is damaged and cannot be read ({error}). {self._advice(shard)}")
 
 
 class CachedDataset(Dataset[dict[str, Any]]):

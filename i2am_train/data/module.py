@@ -36,12 +36,8 @@ from i2am_train.types import GridSize, Pairing, Split
 class EpochSampler(DistributedSampler[Any]):
     """Shuffles by (seed, epoch) and tells the dataset the epoch together with each position."""
 
-    def __init__(
-        self, dataset: Dataset[Any], seed: int, epoch: int = 0, replicas: int = 1, rank: int = 0
-    ) -> None:
-        super().__init__(
-            dataset, num_replicas=replicas, rank=rank, shuffle=True, seed=seed, drop_last=True
-        )
+    def __init__(self, dataset: Dataset[Any], seed: int, epoch: int = 0, replicas: int = 1, rank: int = 0) -> None:
+        super().__init__(dataset, num_replicas=replicas, rank=rank, shuffle=True, seed=seed, drop_last=True)
         self.epoch = epoch
         self._samples: tuple[int, list[int]] | None = None
 
@@ -105,11 +101,7 @@ class TryOnDataModule(L.LightningDataModule):
         self.root, self.size = Path(root), GridSize(*size)
         self.batch_size, self.eval_batch_size, self.workers = batch_size, eval_batch_size, workers
         self.augment, self.seed, self.reading, self.cache = augment, seed, reading, cache
-        self.validation_samples, self.test_samples, self.test_pairing = (
-            validation_samples,
-            test_samples,
-            test_pairing,
-        )
+        self.validation_samples, self.test_samples, self.test_pairing = (validation_samples, test_samples, test_pairing)
         self.test_batches: Sequence[Sequence[int]] | None = None
 
     # -- datasets --------------------------------------------------------------------------------------------------
@@ -124,9 +116,7 @@ class TryOnDataModule(L.LightningDataModule):
                 "Use more samples, or lower data.batch_size or validation.samples."
             )
         if self.cache is not None:
-            return CachedDataset(
-                self.cache, self.root, Split.TRAIN, self.reading, indices, self.seed
-            )
+            return CachedDataset(self.cache, self.root, Split.TRAIN, self.reading, indices, self.seed)
         return open_dataset(
             self.root, Split.TRAIN, Pairing.PAIRED, self.size, self.reading, augment=self.augment, seed=self.seed,
             indices=indices,
@@ -149,9 +139,7 @@ class TryOnDataModule(L.LightningDataModule):
                 f"Ask for {total} or fewer."
             )
         indices = range(total if self.test_samples is None else self.test_samples)
-        return open_dataset(
-            self.root, Split.TEST, self.test_pairing, self.size, self.reading, indices=indices
-        )
+        return open_dataset(self.root, Split.TEST, self.test_pairing, self.size, self.reading, indices=indices)
 
     def _train_total(self) -> int:
         total = list_length(self.root, Split.TRAIN, Pairing.PAIRED, self.reading)
@@ -196,9 +184,7 @@ class TryOnDataModule(L.LightningDataModule):
                 f"or evaluation.samples to {self._processes()} or more."
             )
         sampler = ExactSampler(dataset, self._processes(), self._rank())
-        return DataLoader(
-            dataset, batch_size=self.eval_batch_size, sampler=sampler, **self._reading()
-        )
+        return DataLoader(dataset, batch_size=self.eval_batch_size, sampler=sampler, **self._reading())
 
     def _reading(self) -> dict[str, Any]:
         """How loaders read, whatever they read."""

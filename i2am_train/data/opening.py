@@ -67,9 +67,7 @@ def prepare_data(data: DataConfig, *outputs: Path | None) -> Path:
     if not first_process():
         wait_for(root)
     elif not root.is_dir():
-        make_dataset(
-            root, synthetic.train, synthetic.test, data.size, synthetic.seed, progress=True
-        )
+        make_dataset(root, synthetic.train, synthetic.test, data.size, synthetic.seed, progress=True)
     return root
 
 

@@ -216,9 +216,7 @@ def is_deep(picture: PillowImage.Image) -> bool:
 
     Pillow calls 16-bit RGB "RGB" and drops the lower bytes; only the decoder's argument tells.
     """
-    return picture.mode.startswith("I") or any(
-        ";16" in str(tile[3]) for tile in getattr(picture, "tile", ())
-    )
+    return picture.mode.startswith("I") or any(";16" in str(tile[3]) for tile in getattr(picture, "tile", ()))
 
 
 # -- of a dataset --------------------------------------------------------------------------------------------------
@@ -357,10 +355,7 @@ def read_region(path: Path, option: str, picture: Image, of: str) -> Mask:
             f"{height}x{width}. Give a mask of the same size, white inside the region."
         )
     if not mask.any():
-        raise DataError(
-            f"{option}={path} has no white pixel, so there is no region. Paint it white, the rest "
-            "black."
-        )
+        raise DataError(f"{option}={path} has no white pixel, so there is no region. Paint it white, the rest black.")
     return mask
 
 

@@ -56,9 +56,7 @@ def window(native: GridSize, size: GridSize, fit: Fit) -> Window:
         top, left, (height, width) = -top, -left, size
     else:
         return WHOLE
-    return Window(
-        top / whole.height, left / whole.width, height / whole.height, width / whole.width
-    )
+    return Window(top / whole.height, left / whole.width, height / whole.height, width / whole.width)
 
 
 def fit_picture(picture: Image, size: GridSize, fit: Fit, fill: int) -> Image:
@@ -76,9 +74,7 @@ def fit_mask(mask: Mask, size: GridSize, fit: Fit) -> Mask:
     return np.asarray(_padded(resized.astype(np.uint8), size, 0) > 0)
 
 
-def fit_nearest(
-    array: NDArray[np.float32], size: GridSize, fit: Fit, fill: float
-) -> NDArray[np.float32]:
+def fit_nearest(array: NDArray[np.float32], size: GridSize, fit: Fit, fill: float) -> NDArray[np.float32]:
     """Values that must not be mixed, at another size."""
     part, inner = _part(array, size, fit)
     return cast("NDArray[np.float32]", _padded(resize_nearest(part, inner), size, fill))
@@ -131,9 +127,7 @@ def resize_mask(mask: Mask, size: GridSize) -> Mask:
     """True where at least half of a pixel's area is inside."""
     if mask.shape == tuple(size):
         return mask
-    area = cv2.resize(
-        mask.astype(np.float32), (size.width, size.height), interpolation=cv2.INTER_AREA
-    )
+    area = cv2.resize(mask.astype(np.float32), (size.width, size.height), interpolation=cv2.INTER_AREA)
     return np.asarray(area >= 0.5)
 
 
@@ -141,7 +135,4 @@ def resize_nearest(array: NDArray[Any], size: GridSize) -> NDArray[Any]:
     """Nearest neighbour, for values that must not be mixed."""
     if array.shape[:2] == tuple(size):
         return array
-    return cast(
-        "NDArray[Any]",
-        cv2.resize(array, (size.width, size.height), interpolation=cv2.INTER_NEAREST_EXACT),
-    )
+    return cast("NDArray[Any]", cv2.resize(array, (size.width, size.height), interpolation=cv2.INTER_NEAREST_EXACT))

@@ -26,13 +26,7 @@ from i2am_train.data.checks.needed_files import check_files
 from i2am_train.data.derive.densepose import read_pose_picture
 from i2am_train.data.layouts.layout import Layout, Pair
 from i2am_train.data.picture_files import read_colour, read_correspondence, read_native_mask
-from i2am_train.data.pictures import (
-    Window,
-    fit_mask,
-    fit_nearest,
-    fit_picture,
-    window,
-)
+from i2am_train.data.pictures import Window, fit_mask, fit_nearest, fit_picture, window
 from i2am_train.data.sample import TryOnSample
 from i2am_train.data.transforms import Augmentation
 from i2am_train.errors import DataError
@@ -166,9 +160,7 @@ class TryOnDataset(Dataset[TryOnSample]):
             return np.zeros(self.size, np.bool_)
         return self._mask(layout.path(Role.WARPED_MASK, person))
 
-    def _correspondence(
-        self, layout: Layout, person: str, worn: bool, garment_window: Window
-    ) -> NDArray[np.float32]:
+    def _correspondence(self, layout: Layout, person: str, worn: bool, garment_window: Window) -> NDArray[np.float32]:
         if not worn or not layout.has(Role.CORRESPONDENCE):
             return np.full((*self.size, 2), np.nan, np.float32)
         native = read_correspondence(layout.path(Role.CORRESPONDENCE, person))

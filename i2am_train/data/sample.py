@@ -55,8 +55,5 @@ class TryOnBatch(TypedDict):
 
 def batch_on(batch: TryOnBatch, device: torch.device | str) -> TryOnBatch:
     """The same batch with all its tensors on a device."""
-    moved = {
-        name: value.to(device) if isinstance(value, Tensor) else value
-        for name, value in batch.items()
-    }
+    moved = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in batch.items()}
     return cast(TryOnBatch, moved)

@@ -20,9 +20,7 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-os.environ.setdefault(
-    "NO_ALBUMENTATIONS_UPDATE", "1"
-)  # importing it would ask a server for the newest version
+os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # importing it would ask a server for the newest version
 import albumentations as A
 
 from i2am_train.data.arrays import GREY, Image, SampleArrays
@@ -47,12 +45,8 @@ class Augmentation:
         self._person = _pipeline([_shift_scale()], PERSON_SIDE)
         self._colour = _pipeline(
             [
-                A.RandomBrightnessContrast(
-                    brightness_limit=(-0.1, 0.02), contrast_limit=(-0.3, 0.3), p=0.5
-                ),
-                A.HueSaturationValue(
-                    hue_shift_limit=5, sat_shift_limit=5, val_shift_limit=5, p=0.5
-                ),
+                A.RandomBrightnessContrast(brightness_limit=(-0.1, 0.02), contrast_limit=(-0.3, 0.3), p=0.5),
+                A.HueSaturationValue(hue_shift_limit=5, sat_shift_limit=5, val_shift_limit=5, p=0.5),
             ],
             COLOURED,
         )
@@ -103,9 +97,7 @@ def move_coordinates(
     return np.where(inside, moved, np.nan)[..., ::-1].astype(np.float32)
 
 
-def move_map(
-    correspondence: NDArray[np.float32], matrix: NDArray[np.float64]
-) -> NDArray[np.float32]:
+def move_map(correspondence: NDArray[np.float32], matrix: NDArray[np.float64]) -> NDArray[np.float32]:
     """A correspondence map after the person's picture was warped by an affine pixel matrix (nearest neighbour)."""
     height, width = correspondence.shape[:2]
     nothing = (float("nan"),) * 4

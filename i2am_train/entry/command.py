@@ -43,25 +43,12 @@ DASHES = ("-", "–", "—")
 """What flags begin with, also as word processors write it."""
 MULTIRUN_FLAGS = ("-m", "--multirun")
 HYDRA_FLAGS = (
-    *(
-        "--cfg",
-        "-c",
-        "--resolve",
-        "--package",
-        "-p",
-        "--info",
-        "-i",
-        "--run",
-        "-r",
-        *MULTIRUN_FLAGS,
-    ),
+    *("--cfg", "-c", "--resolve", "--package", "-p", "--info", "-i", "--run", "-r", *MULTIRUN_FLAGS),
     *("--config-path", "-cp", "--config-name", "-cn", "--config-dir", "-cd"),
     *("--shell-completion", "-sc"),
 )
 """Those of Hydra's flags that are offered; others speak of Hydra itself, and one unpickles a file."""
-VALUED_FLAGS = {
-    flag for flag in HYDRA_FLAGS if flag.startswith(("--c", "-c", "--p", "-p", "--i", "-i"))
-}
+VALUED_FLAGS = {flag for flag in HYDRA_FLAGS if flag.startswith(("--c", "-c", "--p", "-p", "--i", "-i"))}
 """Those that a value follows."""
 PLAIN_NAME = re.compile(r"(?!hydra\b)\w[\w.]*")
 """Name of an option, without the signs by which Hydra adds and deletes some."""
@@ -173,9 +160,7 @@ def workflow(command: str) -> Run:
     module, _, function = COMMANDS[command].workflow.partition(":")
 
     def run(config: Any) -> int | None:
-        status: int | None = getattr(import_module(f"i2am_train.workflows.{module}"), function)(
-            config
-        )
+        status: int | None = getattr(import_module(f"i2am_train.workflows.{module}"), function)(config)
         return status
 
     return run
@@ -203,9 +188,7 @@ class _Task:
             _refuse_distributed_sweep(config)
             self.entered = True
             quiet_libraries()
-            sys.argv = (
-                self.typed
-            )  # Lightning starts the other processes of a distributed run with these
+            sys.argv = self.typed  # Lightning starts the other processes of a distributed run with these
             self.status = self.run(config) or 0
 
 
@@ -253,9 +236,7 @@ def _checked(command: str, words: Sequence[str]) -> list[str]:
             name = flag.lstrip("".join(DASHES)).replace("-", "_")
             known = _known_options(command)
             hint = f"Write {name}=VALUE." if name in known else unknown_option(name, known)
-            raise ConfigError(
-                f"There is no flag '{shortened(word)}'; options have no dashes. {hint}"
-            )
+            raise ConfigError(f"There is no flag '{shortened(word)}'; options have no dashes. {hint}")
     parser = get_args_parser()
     parser.exit_on_error = False
     ordered = _flags_last(words)

@@ -43,9 +43,7 @@ class _Stop:
     def __call__(self, number: int, frame: FrameType | None) -> None:
         if os.getpid() == self.process:
             raise CommandStopped(number)
-        if (
-            number != signal.SIGINT
-        ):  # Ctrl-C reaches readers, too, and the process that they serve ends them
+        if number != signal.SIGINT:  # Ctrl-C reaches readers, too, and the process that they serve ends them
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
 

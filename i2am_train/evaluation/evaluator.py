@@ -50,9 +50,7 @@ class EvaluationSettings:
     def of(cls, config: TrainConfig | EvaluateConfig) -> Self:
         """Those of a training's validation or of an evaluation."""
         return cls(
-            sampling=config.sampling,
-            attribution=config.attribution,
-            metrics=metric_names(config.evaluation.metrics),
+            sampling=config.sampling, attribution=config.attribution, metrics=metric_names(config.evaluation.metrics)
         )
 
 
@@ -83,10 +81,7 @@ class EvaluationResult:
 
     @classmethod
     def from_rows(
-        cls,
-        rows: list[dict[str, Any]],
-        set_scores: Mapping[str, float],
-        protocol: dict[str, Any] | None = None,
+        cls, rows: list[dict[str, Any]], set_scores: Mapping[str, float], protocol: dict[str, Any] | None = None
     ) -> "EvaluationResult":
         """Means over at least one sample, joined with the scores that only a whole set has."""
         columns = score_columns(rows)
@@ -95,9 +90,7 @@ class EvaluationResult:
         return cls(
             metrics=metrics,
             rows=rows,
-            skipped={
-                name: values.count(None) for name, values in columns.items() if None in values
-            },
+            skipped={name: values.count(None) for name, values in columns.items() if None in values},
             warnings=_warnings(metrics),
             protocol=protocol or {},
         )
@@ -123,9 +116,7 @@ class Evaluator:
 
     def __post_init__(self) -> None:
         infos = {name: metric_info(name) for name in self.settings.metrics}
-        self.pair_scores = {
-            name: image_pair_score(name) for name, info in infos.items() if info.per_sample
-        }
+        self.pair_scores = {name: image_pair_score(name) for name, info in infos.items() if info.per_sample}
         names = [name for name, info in infos.items() if not info.per_sample]
         self._set_metrics: MetricCollection = image_metrics(names).to(self.device)
 
@@ -159,10 +150,7 @@ class Evaluator:
         for name, values in scores.items():
             check_scores(name, values, [one.name for one in made])
         return {
-            name: [
-                value_or_none(value) if one.paired else None
-                for one, value in zip(made, values, strict=True)
-            ]
+            name: [value_or_none(value) if one.paired else None for one, value in zip(made, values, strict=True)]
             for name, values in scores.items()
         }
 

@@ -177,17 +177,13 @@ def _garment_patches(batch: TryOnBatch, grid: GridSize) -> Bool[Tensor, "batch g
     return mask_on_grid(torch.where(known, warped, batch["inpaint_mask"]), grid)
 
 
-def imacs_table(
-    name: str, heat_map: Tensor, mask: Tensor, options: AttributionConfig
-) -> dict[str, Tensor]:
+def imacs_table(name: str, heat_map: Tensor, mask: Tensor, options: AttributionConfig) -> dict[str, Tensor]:
     """IMACS at every threshold and penalty, from one map; first of all at the options' own ones."""
     penalties = list(dict.fromkeys([options.penalty, *options.penalties]))
     table = {
         imacs_column(name, delta, penalty): values
         for delta in dict.fromkeys([options.delta, *options.deltas])
-        for penalty, values in zip(
-            penalties, imacs(threshold(heat_map, delta), mask, penalties), strict=True
-        )
+        for penalty, values in zip(penalties, imacs(threshold(heat_map, delta), mask, penalties), strict=True)
     }
     return {name: table[imacs_column(name, options.delta, options.penalty)], **table}
 
@@ -259,9 +255,7 @@ def explain_picture(
     return replace(explanation, scores=_picture_scores(explanation, attribution))
 
 
-def _picture_scores(
-    explanation: Explanation, attribution: AttributionConfig
-) -> dict[str, float | None]:
+def _picture_scores(explanation: Explanation, attribution: AttributionConfig) -> dict[str, float | None]:
     """IMACS of each direction that has a mask, at every threshold and penalty."""
     if "reference" in explanation.masks and TO_REFERENCE not in explanation.directions:
         raise DataError(

@@ -52,11 +52,7 @@ SCORES, MAPS, CORRESPONDENCE = "scores.json", "maps.safetensors", "correspondenc
 
 SHOWN_AT_MOST = 512
 """Pixels of a reference's longer side in figures and on the page; a photograph's own would be slow."""
-FITS: Mapping[Canvas, Fit] = {
-    Canvas.STRETCH: "stretch",
-    Canvas.CENTRE_CROP: "crop",
-    Canvas.LETTERBOX: "pad",
-}
+FITS: Mapping[Canvas, Fit] = {Canvas.STRETCH: "stretch", Canvas.CENTRE_CROP: "crop", Canvas.LETTERBOX: "pad"}
 """How a reference picture came to the canvas that its grids cover."""
 WHITE = 255
 
@@ -336,8 +332,7 @@ def manifest_of(folder: Path) -> dict[str, Any]:
     manifest = read_object((folder if inside else folder.parent) / MANIFEST_FILE)
     if manifest.get("finished") is None:
         raise RunFolderError(
-            f"The run of {folder} did not come to its end. Give its command again: "
-            f"{manifest.get('command')}"
+            f"The run of {folder} did not come to its end. Give its command again: {manifest.get('command')}"
         )
     return manifest
 
@@ -400,9 +395,7 @@ def _check_sizes(folder: Path, read: Explanation) -> None:
     apart = () if read.is_tryon else ("reference", "reference mask")
     for side in (sizes.keys() - set(apart), sizes.keys() & set(apart)):
         if len({sizes[name] for name in side}) > 1:
-            found = ", ".join(
-                f"{name} {size[0]}x{size[1]}" for name, size in sizes.items() if name in side
-            )
+            found = ", ".join(f"{name} {size[0]}x{size[1]}" for name, size in sizes.items() if name in side)
             raise RunFolderError(
                 f"The pictures in {folder} differ in size ({found}), so they are not of one "
                 "sample. Run 'i2am explain' again."

@@ -17,13 +17,7 @@ from PIL import Image
 from torch import Tensor
 
 from i2am_train.data.layouts.layout import stem_of
-from i2am_train.data.picture_files import (
-    UnreadablePictureError,
-    is_deep,
-    open_picture,
-    read_rgb,
-    upright_size,
-)
+from i2am_train.data.picture_files import UnreadablePictureError, is_deep, open_picture, read_rgb, upright_size
 from i2am_train.errors import DataError
 from i2am_train.metrics.features import resized_image
 from i2am_train.types import GridSize
@@ -55,12 +49,7 @@ class ImageSet:
 
 
 def open_folders(
-    images: Path,
-    reference: Path,
-    *,
-    paired: bool,
-    samples: int | None = None,
-    resize: GridSize | None = None,
+    images: Path, reference: Path, *, paired: bool, samples: int | None = None, resize: GridSize | None = None
 ) -> tuple[ImageSet, ImageSet]:
     """The images of two folders, checked to be comparable.
 
@@ -78,10 +67,7 @@ def open_folders(
     first, second = list_images(images), list_images(reference)
     if paired:
         _check_pairs(images, first, reference, second)
-    chosen = [
-        _first_of(files, samples, folder)
-        for files, folder in ((first, images), (second, reference))
-    ]
+    chosen = [_first_of(files, samples, folder) for files, folder in ((first, images), (second, reference))]
     sizes = [check_images(files) for files in chosen]
     if resize is None:
         _check_one_size(sizes[0] | sizes[1])
@@ -117,9 +103,7 @@ def list_images(folder: Path) -> dict[str, Path]:
     return named
 
 
-def _check_pairs(
-    images: Path, first: Mapping[str, Path], reference: Path, second: Mapping[str, Path]
-) -> None:
+def _check_pairs(images: Path, first: Mapping[str, Path], reference: Path, second: Mapping[str, Path]) -> None:
     parts = [
         f"{len(alone)} of {len(own)} images in {folder} have no partner ({_shown(sorted(alone))})"
         for folder, own, other in ((images, first, second), (reference, second, first))
@@ -173,10 +157,7 @@ def _fault(image: Image.Image) -> str | None:
         return "has more than 8 bits per channel; save it with 8 bits, in the way its maker would"
     if image.mode in GREY_MODES:
         return f"is grey (mode {image.mode}), as masks and maps are; save it as RGB if it is meant as a photograph"
-    if image.has_transparency_data and image.convert("RGBA").getchannel("A").getextrema() != (
-        255,
-        255,
-    ):
+    if image.has_transparency_data and image.convert("RGBA").getchannel("A").getextrema() != (255, 255):
         return "is transparent in places; put it on the background that it is meant to have"
     return None
 
@@ -193,14 +174,10 @@ def _check_one_size(sizes: dict[Path, GridSize]) -> None:
         )
 
 
-def _image_set(
-    files: Mapping[str, Path], sizes: Mapping[Path, GridSize], resize: GridSize | None
-) -> ImageSet:
+def _image_set(files: Mapping[str, Path], sizes: Mapping[Path, GridSize], resize: GridSize | None) -> ImageSet:
     paths = list(files.values())
     size = resize or sizes[paths[0]]
-    return ImageSet(
-        names=tuple(files), size=size, read=lambda position: read_image(paths[position], size)
-    )
+    return ImageSet(names=tuple(files), size=size, read=lambda position: read_image(paths[position], size))
 
 
 def read_image(path: Path, size: GridSize) -> UInt8[Tensor, "3 height width"]:

@@ -53,10 +53,7 @@ class GeneratedSamples:
         return [batch for batch in self.batches() if not self._is_finished(batch)]
 
     def write(
-        self,
-        rows: Sequence[Mapping[str, Any]],
-        images: Sequence[Image],
-        panels: Sequence[SamplePanels] = (),
+        self, rows: Sequence[Mapping[str, Any]], images: Sequence[Image], panels: Sequence[SamplePanels] = ()
     ) -> None:
         """Keeps one batch, whose rows and images are in the order of their samples."""
         for row, image in zip(rows, images, strict=True):
@@ -68,15 +65,11 @@ class GeneratedSamples:
 
     def rows(self) -> list[dict[str, Any]]:
         """Rows of all samples, in order."""
-        return [
-            row for batch in self.batches() for row in read_json(self._folder_of(batch[0]) / ROWS)
-        ]
+        return [row for batch in self.batches() for row in read_json(self._folder_of(batch[0]) / ROWS)]
 
     def panels(self) -> list[SamplePanels]:
         """The panels of all samples that have some, in order."""
-        return [
-            panels for batch in self.batches() for panels in read_panels(self._folder_of(batch[0]))
-        ]
+        return [panels for batch in self.batches() for panels in read_panels(self._folder_of(batch[0]))]
 
     def clear(self) -> None:
         """Removes what the finished evaluation holds elsewhere."""
@@ -103,11 +96,7 @@ def person_names(dataset: TryOnDataset) -> tuple[str, ...]:
         DataError: a person comes twice, so that one image would overwrite another.
     """
     names = [dataset.pairs[index].person for index in dataset.indices]
-    twice = (
-        sorted({name for name in names if names.count(name) > 1})
-        if len(set(names)) < len(names)
-        else []
-    )
+    twice = sorted({name for name in names if names.count(name) > 1}) if len(set(names)) < len(names) else []
     if twice:
         raise DataError(
             f"{len(twice)} persons come more than once in the {dataset.split} list of {dataset.root} "
@@ -126,9 +115,7 @@ def score_generated(
 ) -> EvaluationResult:
     """Joins the rows of finished samples with the scores of their images."""
     generated = ImageSet(
-        names=samples.names,
-        size=real.size,
-        read=lambda position: read_image(samples.image_path(position), real.size),
+        names=samples.names, size=real.size, read=lambda position: read_image(samples.image_path(position), real.size)
     )
     scores = score_images(generated, real, options, paired=paired)
     return joined_result(samples.rows(), scores)

@@ -29,13 +29,7 @@ from i2am_train.metrics.distribution import (
 from i2am_train.metrics.features import FEATURE_NETWORKS, RESIZE_FILTER, image_features
 from i2am_train.metrics.image_quality import ImagePairScore
 from i2am_train.metrics.imported import check_imported, metric_names
-from i2am_train.metrics.registry import (
-    image_metric,
-    image_pair_score,
-    metric_info,
-    own_metrics,
-    set_distance,
-)
+from i2am_train.metrics.registry import image_metric, image_pair_score, metric_info, own_metrics, set_distance
 from i2am_train.ops.devices import chosen_device
 
 
@@ -77,9 +71,7 @@ class ImageScores:
     """What must be the same for two results to be comparable; plain values for the result's file."""
 
 
-def score_images(
-    generated: ImageSet, real: ImageSet, options: ScoringOptions, *, paired: bool
-) -> ImageScores:
+def score_images(generated: ImageSet, real: ImageSet, options: ScoringOptions, *, paired: bool) -> ImageScores:
     """Every chosen metric of two sets of images; metrics of pairs only where images pair up by position.
 
     Raises:
@@ -87,9 +79,7 @@ def score_images(
     """
     check_scoring(generated, real, options)
     pair_metrics = [name for name in options.metrics if metric_info(name).per_sample]
-    set_metrics = {
-        name: set_distance(name) for name in options.metrics if not metric_info(name).per_sample
-    }
+    set_metrics = {name: set_distance(name) for name in options.metrics if not metric_info(name).per_sample}
     pairs: dict[str, list[float | None]] = {name: [None] * len(generated) for name in pair_metrics}
     if paired and pair_metrics:
         pairs = dict(_pair_scores(generated, real, pair_metrics, options))
@@ -115,18 +105,13 @@ def check_scoring(generated: ImageSet, real: ImageSet, options: ScoringOptions) 
             f"The generated images are {generated.size} and the real ones {real.size}. Resize both to one size."
         )
     check_imported(own, generated.size)
-    if (
-        any(isinstance(metric, SetDistance) for metric in metrics)
-        and min(len(generated), len(real)) < 2
-    ):
+    if any(isinstance(metric, SetDistance) for metric in metrics) and min(len(generated), len(real)) < 2:
         raise DataError(
             f"A distance between sets needs at least 2 images in each, found {len(generated)} generated and "
             f"{len(real)} real. Evaluate more samples, or leave the distances out of evaluation.metrics."
         )
     if any(isinstance(metric, KernelDistance) for metric in metrics):
-        kernel_subsets(
-            len(generated), len(real), options.kernel_subset_size, options.kernel_subsets
-        )
+        kernel_subsets(len(generated), len(real), options.kernel_subset_size, options.kernel_subsets)
 
 
 def _pair_scores(
@@ -148,10 +133,7 @@ def _set_scores(
     generated: ImageSet, real: ImageSet, metrics: Mapping[str, SetDistance], options: ScoringOptions
 ) -> dict[str, float]:
     features = {
-        network: (
-            set_features(generated, network, options, "generated"),
-            set_features(real, network, options, "real"),
-        )
+        network: (set_features(generated, network, options, "generated"), set_features(real, network, options, "real"))
         for network in {metric.network: None for metric in metrics.values()}
     }
     subsets = (options.kernel_subset_size, options.kernel_subsets)
@@ -217,12 +199,6 @@ def _protocol(
         "resize_filter": RESIZE_FILTER,
     }
     if any(isinstance(metric, KernelDistance) for metric in metrics.values()):
-        subsets = kernel_subsets(
-            len(generated), len(real), options.kernel_subset_size, options.kernel_subsets
-        )
-        protocol["kernel_subsets"] = {
-            "size": subsets.size,
-            "number": subsets.number,
-            "seed": KERNEL_SEED,
-        }
+        subsets = kernel_subsets(len(generated), len(real), options.kernel_subset_size, options.kernel_subsets)
+        protocol["kernel_subsets"] = {"size": subsets.size, "number": subsets.number, "seed": KERNEL_SEED}
     return protocol

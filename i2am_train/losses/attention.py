@@ -132,9 +132,7 @@ def dcml(
     return _divided(x_sum + y_sum, norm, x_pairs + y_pairs, attention.mask[0].numel() ** 2)
 
 
-def tv(
-    attention: Attention, *, power: Literal[1, 2] = 2, norm: Norm = "valid"
-) -> Float[Tensor, " batch"]:
+def tv(attention: Attention, *, power: Literal[1, 2] = 2, norm: Norm = "valid") -> Float[Tensor, " batch"]:
     """Total variation: neighbours look at neighbouring places (eq. 19); at least 0, and 0 for a constant centre.
 
     Sum over neighbours (right, below) in the mask of ``|difference of centres| ** power``, in reference patches.
@@ -229,9 +227,7 @@ def supervised(attention: Attention, *, sigma: float = 1.0) -> Float[Tensor, " b
 
 def _first_moment(mass: Float[Tensor, "*cells positions"], origin: int) -> Float[Tensor, " *cells"]:
     positions = torch.arange(origin, origin + mass.shape[-1], dtype=mass.dtype, device=mass.device)
-    return (mass * positions).sum(
-        dim=-1
-    )  # no matrix product: autocast would compute it in bfloat16
+    return (mass * positions).sum(dim=-1)  # no matrix product: autocast would compute it in bfloat16
 
 
 def _over_pairs(
@@ -258,10 +254,7 @@ def _over_pairs(
 
 
 def _over_neighbours(
-    centers: Float[Tensor, "batch height width 2"],
-    inside: Bool[Tensor, "batch height width"],
-    axis: int,
-    power: int,
+    centers: Float[Tensor, "batch height width 2"], inside: Bool[Tensor, "batch height width"], axis: int, power: int
 ) -> tuple[Float[Tensor, " batch"], Int[Tensor, " batch"]]:
     """Sum over valid neighbours along one axis, and their number."""
     length = inside.shape[axis] - 1
@@ -271,14 +264,11 @@ def _over_neighbours(
 
 
 def _squared_distances(
-    points: Float[Tensor, "batch height width 2"],
-    scores: Float[Tensor, "batch height width rows columns"],
-    origin: int,
+    points: Float[Tensor, "batch height width 2"], scores: Float[Tensor, "batch height width rows columns"], origin: int
 ) -> Float[Tensor, "batch height width rows columns"]:
     """From each point to each reference patch."""
     rows, columns = (
-        torch.arange(length, dtype=points.dtype, device=points.device) + origin
-        for length in scores.shape[-2:]
+        torch.arange(length, dtype=points.dtype, device=points.device) + origin for length in scores.shape[-2:]
     )
     y, x = points.unbind(dim=-1)
     vertical, horizontal = (y[..., None] - rows).square(), (x[..., None] - columns).square()

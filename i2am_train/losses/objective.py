@@ -14,18 +14,11 @@ from torch import Tensor
 from i2am_train.config.losses import ObjectiveConfig
 from i2am_train.doors import calls, resolve
 from i2am_train.errors import ConfigError
-from i2am_train.losses.attention import (
-    Attention,
-    attention_centers,
-    attention_on_grids,
-    supervised,
-)
+from i2am_train.losses.attention import Attention, attention_centers, attention_on_grids, supervised
 from i2am_train.losses.variants import VARIANTS
 from i2am_train.types import GridSize, TermName
 
-EXPECTED = (
-    "a function of an Attention (i2am_train/losses/attention.py) that returns one value per sample"
-)
+EXPECTED = "a function of an Attention (i2am_train/losses/attention.py) that returns one value per sample"
 
 
 class Term(NamedTuple):
@@ -69,9 +62,7 @@ class Objective:
         if count is None:
             count = attention.conditioned.sum()
         divisor = count.to(attention.scores.device).clamp(min=1e-6)  # all dropped: 0 / 1e-6
-        means = {
-            name: values.sum() / divisor for name, values in self.per_sample(attention).items()
-        }
+        means = {name: values.sum() / divisor for name, values in self.per_sample(attention).items()}
         total = attention.scores.new_zeros(())
         for name, term in self.terms.items():
             total = total + term.weight * means[name]
@@ -81,10 +72,7 @@ class Objective:
         """Each term, unweighted; 0 where the condition was dropped."""
         blind = attention._replace(target=None)
         with torch.autocast(attention.scores.device.type, enabled=False):
-            values = {
-                name: term.function(attention if term.truth else blind)
-                for name, term in self.terms.items()
-            }
+            values = {name: term.function(attention if term.truth else blind) for name, term in self.terms.items()}
         return {name: value.where(attention.conditioned, 0.0) for name, value in values.items()}
 
 
@@ -127,9 +115,7 @@ def _what_is_wrong(term: Callable[[Attention], Any], truth: bool) -> str | None:
     logits = torch.linspace(0, 360, 2 * 12 * 30).sin().reshape(2, 12, 30).requires_grad_()
     mask = torch.tensor([[True], [False]]).expand(2, 12)
     target = torch.where(mask[..., None], torch.ones(2, 12, 2), torch.nan) if truth else None
-    attention = attention_on_grids(
-        logits.softmax(-1), mask, GridSize(4, 3), GridSize(6, 5), target=target
-    )
+    attention = attention_on_grids(logits.softmax(-1), mask, GridSize(4, 3), GridSize(6, 5), target=target)
     try:
         found = term(attention)
     except Exception as error:

@@ -50,15 +50,11 @@ def alignment(
     away = _away(values, generated_grid, reference_grid)
     distance = (values * away).sum(dim=-1).mean(dim=-1)
     near = (away <= radius + 1e-6).to(values)
-    return Alignment(
-        distance, distance / _diagonal(reference_grid), (values * near).sum(dim=-1).mean(dim=-1)
-    )
+    return Alignment(distance, distance / _diagonal(reference_grid), (values * near).sum(dim=-1).mean(dim=-1))
 
 
 def patch_distance(
-    scores: Float[Tensor, "batch generated reference"],
-    generated_grid: GridSize,
-    reference_grid: GridSize,
+    scores: Float[Tensor, "batch generated reference"], generated_grid: GridSize, reference_grid: GridSize
 ) -> Float[Tensor, "batch generated"]:
     """Mean distance of each generated patch's attention from its own position, as a share of the
     reference's diagonal, in [0, 1]; the mean over patches is `Alignment.relative`.
@@ -72,9 +68,7 @@ def patch_distance(
     return (values * away).sum(dim=-1) / _diagonal(reference_grid)
 
 
-def even_alignment(
-    generated_grid: GridSize, reference_grid: GridSize, radius: float = 1.0
-) -> Alignment:
+def even_alignment(generated_grid: GridSize, reference_grid: GridSize, radius: float = 1.0) -> Alignment:
     """What attention that is spread evenly would have: the value of no alignment at all.
 
     >>> round(float(even_alignment(GridSize(1, 2), GridSize(1, 2)).distance), 3)
@@ -85,9 +79,7 @@ def even_alignment(
     return alignment(even, generated_grid, reference_grid, radius)
 
 
-def _away(
-    values: Tensor, generated_grid: GridSize, reference_grid: GridSize
-) -> Float[Tensor, "generated reference"]:
+def _away(values: Tensor, generated_grid: GridSize, reference_grid: GridSize) -> Float[Tensor, "generated reference"]:
     """Distance of each reference cell from each generated patch's own place, in reference cells."""
     dtype, device = values.dtype, values.device
     own = aligned_coordinates(generated_grid, reference_grid, dtype=dtype, device=device)

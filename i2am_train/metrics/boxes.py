@@ -128,9 +128,7 @@ def component_box(values: Float[Tensor, "height width"], delta: float) -> Box | 
     Box(left=2, top=1, right=4, bottom=2)
     """
     if not 0 <= delta < 1:
-        raise ConfigError(
-            f"delta is {delta}; it must be at least 0 and below 1 (the paper's: 0.4)."
-        )
+        raise ConfigError(f"delta is {delta}; it must be at least 0 and below 1 (the paper's: 0.4).")
     if values.min() == values.max():
         return whole_box(GridSize(*values.shape))
     return largest_component(values > delta)
@@ -183,6 +181,4 @@ def saved_picture(values: NDArray[np.float32]) -> NDArray[np.uint8]:
     spread = values - values.min()
     levels = spread / max(float(spread.max()), 1e-12) * AUTHORS_LEVELS
     colours = np.minimum(levels, AUTHORS_LEVELS - 1).astype(np.uint8)
-    return np.asarray(
-        cv2.resize(colours, (AUTHORS_SIZE, AUTHORS_SIZE), interpolation=cv2.INTER_NEAREST_EXACT)
-    )
+    return np.asarray(cv2.resize(colours, (AUTHORS_SIZE, AUTHORS_SIZE), interpolation=cv2.INTER_NEAREST_EXACT))

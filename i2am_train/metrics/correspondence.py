@@ -76,9 +76,7 @@ def correspondence_error(
 
 
 def pck(
-    centers: Float[Tensor, "batch generated 2"],
-    target: Float[Tensor, "batch generated 2"],
-    radius: float = 1.0,
+    centers: Float[Tensor, "batch generated 2"], target: Float[Tensor, "batch generated 2"], radius: float = 1.0
 ) -> Float[Tensor, " batch"]:
     """Share of attention centres within ``radius`` reference patches of the truth, in [0, 1].
 
@@ -130,9 +128,7 @@ def spread_ratio(
 
 
 def attention_entropy(
-    scores: Float[Tensor, "batch generated reference"],
-    mask: Bool[Tensor, "batch generated"],
-    normalised: bool = True,
+    scores: Float[Tensor, "batch generated reference"], mask: Bool[Tensor, "batch generated"], normalised: bool = True
 ) -> Float[Tensor, " batch"]:
     """Mean entropy of the attention rows over the masked patches; NaN for an empty mask.
 

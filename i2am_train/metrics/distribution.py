@@ -47,9 +47,7 @@ class KernelSubsets(NamedTuple):
     number: int
 
 
-def kernel_subsets(
-    generated: int, real: int, size: int | None = None, number: int = KERNEL_SUBSETS
-) -> KernelSubsets:
+def kernel_subsets(generated: int, real: int, size: int | None = None, number: int = KERNEL_SUBSETS) -> KernelSubsets:
     """The subsets in which two sets of so many images are compared.
 
     Args:
@@ -122,15 +120,11 @@ def kernel_distance(
     first, second = _checked_features(generated, real)
     size, number = subsets or kernel_subsets(len(first), len(second))
     with _numpy_seed(KERNEL_SEED):
-        distance = cleanfid.fid.kernel_distance(
-            second, first, num_subsets=number, max_subset_size=size
-        )
+        distance = cleanfid.fid.kernel_distance(second, first, num_subsets=number, max_subset_size=size)
     return torch.tensor(distance, dtype=torch.float32)
 
 
-def _checked_features(
-    generated: Tensor, real: Tensor
-) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+def _checked_features(generated: Tensor, real: Tensor) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     if min(len(generated), len(real)) < 2:
         raise DataError(
             f"A distance between sets needs at least 2 images in each, found {len(generated)} "
@@ -195,9 +189,7 @@ class SetDistance(IndexedMetric):
         """
         check_image_pair(generated, real)
         self._remember(
-            index,
-            generated=image_features(generated, self.network),
-            real=image_features(real, self.network),
+            index, generated=image_features(generated, self.network), real=image_features(real, self.network)
         )
 
 

@@ -35,8 +35,7 @@ Chosen by us: the widest activation of stlpips at 512x384 takes 50 MB per image.
 
 
 WITHOUT_DOWNLOAD = (
-    ", or choose metrics whose weights come with packages: stlpips, fd_efficientnet_lite0, "
-    "kd_efficientnet_lite0"
+    ", or choose metrics whose weights come with packages: stlpips, fd_efficientnet_lite0, kd_efficientnet_lite0"
 )
 ALEXNET_WEIGHTS = PublishedFile(
     # torchvision's AlexNet_Weights.IMAGENET1K_V1, the trunk that lpips asks torchvision for.
@@ -97,9 +96,7 @@ def _stlpips() -> nn.Module:
     """Build the shift-tolerant AlexNet; the package's one file holds its trunk and its heads."""
     from stlpips_pytorch import stlpips
 
-    module: nn.Module = stlpips.LPIPS(
-        net="alex", variant="shift_tolerant", pretrained=False, verbose=False
-    )
+    module: nn.Module = stlpips.LPIPS(net="alex", variant="shift_tolerant", pretrained=False, verbose=False)
     file = Path(stlpips.__file__).parent / "weights" / "vST0.0" / "alex_shift_tolerant.pth"
     return _filled(module, read_weights(file))
 
@@ -114,9 +111,7 @@ def _lpips() -> nn.Module:
     with warnings.catch_warnings():
         # lpips calls torchvision's constructor with an argument that torchvision has renamed.
         warnings.filterwarnings("ignore", category=UserWarning, module="torchvision")
-        module: nn.Module = lpips.LPIPS(
-            net="alex", version="0.1", pretrained=False, pnet_rand=True, verbose=False
-        )
+        module: nn.Module = lpips.LPIPS(net="alex", version="0.1", pretrained=False, pnet_rand=True, verbose=False)
     trunk = ALEXNET_WEIGHTS.read()
     weights = read_weights(Path(lpips.__file__).parent / "weights" / "v0.1" / "alex.pth")
     for name, _ in module.named_parameters():
@@ -168,9 +163,7 @@ Network = TypeVar("Network", FeatureNetwork, PerceptualNetwork)
 
 FEATURE_NETWORKS: Mapping[str, FeatureNetwork] = {
     "efficientnet_lite0": FeatureNetwork(size=224, dimension=1280, build=EfficientNetLite0Features),
-    "inception_v3": FeatureNetwork(
-        size=299, dimension=2048, build=_inception_v3, weights=INCEPTION_WEIGHTS
-    ),
+    "inception_v3": FeatureNetwork(size=299, dimension=2048, build=_inception_v3, weights=INCEPTION_WEIGHTS),
 }
 PERCEPTUAL_NETWORKS: Mapping[str, PerceptualNetwork] = {
     "stlpips": PerceptualNetwork(smallest=32, build=_stlpips),
@@ -212,10 +205,7 @@ def _with_weights(name: str, table: Mapping[str, Network], kind: str) -> Network
 @functools.cache
 def loaded(name: str, device: torch.device) -> nn.Module:
     """Return the frozen network in evaluation mode on the device; the same object at every call."""
-    networks: dict[str, FeatureNetwork | PerceptualNetwork] = {
-        **FEATURE_NETWORKS,
-        **PERCEPTUAL_NETWORKS,
-    }
+    networks: dict[str, FeatureNetwork | PerceptualNetwork] = {**FEATURE_NETWORKS, **PERCEPTUAL_NETWORKS}
     # Constructors fill their layers with random numbers before the weights arrive: an observer must
     # not move the stream of training, nor leave inference-mode tensors in a network that is kept.
     with torch.random.fork_rng(devices=[]), torch.inference_mode(False):
@@ -240,9 +230,7 @@ def check_image_pair(generated: Tensor, real: Tensor) -> None:
         )
 
 
-def resized(
-    images: UInt8[Tensor, "batch 3 height width"], size: int
-) -> Float[Tensor, "batch 3 size size"]:
+def resized(images: UInt8[Tensor, "batch 3 height width"], size: int) -> Float[Tensor, "batch 3 size size"]:
     """Resize to a square with clean-fid's filter: PIL bicubic, antialiased, not rounded.
 
     The aspect ratio is not kept, as in clean-fid. Values stay in [0, 255], on the images' device.
@@ -252,14 +240,10 @@ def resized(
     """
     resize = make_resizer("PIL", False, "bicubic", (size, size))
     pixels = [resize(image) for image in images.permute(0, 2, 3, 1).cpu().numpy()]
-    return (
-        torch.stack([torch.from_numpy(image) for image in pixels]).movedim(-1, 1).to(images.device)
-    )
+    return torch.stack([torch.from_numpy(image) for image in pixels]).movedim(-1, 1).to(images.device)
 
 
-def resized_image(
-    image: UInt8[Tensor, "3 height width"], size: GridSize
-) -> UInt8[Tensor, "3 new_height new_width"]:
+def resized_image(image: UInt8[Tensor, "3 height width"], size: GridSize) -> UInt8[Tensor, "3 new_height new_width"]:
     """Resize one image with the same filter, rounded to bytes again.
 
     >>> resized_image(torch.full((3, 8, 6), 7, dtype=torch.uint8), GridSize(4, 5)).shape

@@ -93,9 +93,7 @@ def _checked_penalties(penalty: float | Sequence[float]) -> tuple[float, ...]:
 
 def _checked_map(heat_map: Float[Tensor, "batch height width"]) -> Tensor:
     values = heat_map if heat_map.dtype is torch.float64 else heat_map.float()
-    if values.numel() and not (
-        values.min() >= -RANGE_TOLERANCE and values.max() <= 1 + RANGE_TOLERANCE
-    ):
+    if values.numel() and not (values.min() >= -RANGE_TOLERANCE and values.max() <= 1 + RANGE_TOLERANCE):
         raise DataError(
             f"IMACS needs maps in [0, 1], found values from {values.min():.4g} to "
             f"{values.max():.4g}. Normalise the map (HeatMap.normalised) before scoring it."

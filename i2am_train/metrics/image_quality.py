@@ -15,12 +15,7 @@ from torch import Tensor
 from torchmetrics.functional.image import structural_similarity_index_measure
 
 from i2am_train.errors import DataError
-from i2am_train.metrics.features import (
-    IMAGES_PER_PASS,
-    check_image_pair,
-    loaded,
-    perceptual_network,
-)
+from i2am_train.metrics.features import IMAGES_PER_PASS, check_image_pair, loaded, perceptual_network
 from i2am_train.metrics.indexed import IndexedMetric
 
 SSIM_SIGMA = 1.5
@@ -51,12 +46,7 @@ def ssim(
     _require_size(generated, SSIM_WINDOW, "ssim")
     # float64: a local variance is the small difference of two large means of squares.
     _, similarity = structural_similarity_index_measure(
-        generated.double(),
-        real.double(),
-        sigma=SSIM_SIGMA,
-        data_range=255.0,
-        reduction="none",
-        return_full_image=True,
+        generated.double(), real.double(), sigma=SSIM_SIGMA, data_range=255.0, reduction="none", return_full_image=True
     )
     border = SSIM_WINDOW // 2
     inside: Tensor = similarity[..., border:-border, border:-border]
@@ -91,9 +81,7 @@ class PerceptualDistance:
         perceptual_network(self.network)
 
     def __call__(
-        self,
-        generated: UInt8[Tensor, "batch 3 height width"],
-        real: UInt8[Tensor, "batch 3 height width"],
+        self, generated: UInt8[Tensor, "batch 3 height width"], real: UInt8[Tensor, "batch 3 height width"]
     ) -> Float[Tensor, " batch"]:
         """One distance per sample, computed in float32 also under autocast."""
         check_image_pair(generated, real)

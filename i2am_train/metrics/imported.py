@@ -40,9 +40,7 @@ class ImportedScore:
     score: Callable[..., Any]
 
     def __call__(
-        self,
-        generated: UInt8[Tensor, "batch 3 height width"],
-        real: UInt8[Tensor, "batch 3 height width"],
+        self, generated: UInt8[Tensor, "batch 3 height width"], real: UInt8[Tensor, "batch 3 height width"]
     ) -> Float[Tensor, " batch"]:
         """One value per sample.
 
@@ -103,9 +101,7 @@ def metric_names(entries: Sequence[str | Mapping[str, Any]]) -> tuple[str, ...]:
     return tuple(names)
 
 
-def check_imported(
-    scores: Mapping[str, Callable[[Tensor, Tensor], Tensor]], size: GridSize
-) -> None:
+def check_imported(scores: Mapping[str, Callable[[Tensor, Tensor], Tensor]], size: GridSize) -> None:
     """Ask the user's own metrics for two random pictures: what would fail after hours fails now.
 
     Raises:
@@ -177,15 +173,11 @@ def _described(named: str, found: Any, keywords: Mapping[str, Any]) -> tuple[str
     for text in ("label", "unit", "description"):
         line = said[text]
         if not isinstance(line, str) or not line.isprintable() or len(line) > 100:
-            raise ConfigError(
-                f"{named} has the {text} {line!r}. Expected one line of at most 100 letters."
-            )
+            raise ConfigError(f"{named} has the {text} {line!r}. Expected one line of at most 100 letters.")
     better, digits = said["higher_is_better"], said["digits"]
     if better not in (True, False, None) or digits not in range(11):
         raise ConfigError(
             f"{named} has higher_is_better={better!r} and digits={digits!r}. Expected true, false or null, and a "
             "number of 0 to 10 decimal places."
         )
-    return name, MetricInfo(
-        said["label"], better, digits, "image", said["description"], said["unit"], paired_only=True
-    )
+    return name, MetricInfo(said["label"], better, digits, "image", said["description"], said["unit"], paired_only=True)

@@ -14,12 +14,7 @@ from torchmetrics import Metric, MetricCollection
 
 from i2am_train.errors import ConfigError
 from i2am_train.metrics.distribution import FrechetDistance, KernelDistance, SetDistance
-from i2am_train.metrics.image_quality import (
-    ImagePairScore,
-    MeanImageMetric,
-    PerceptualDistance,
-    ssim,
-)
+from i2am_train.metrics.image_quality import ImagePairScore, MeanImageMetric, PerceptualDistance, ssim
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,9 +154,7 @@ def register(name: str, info: MetricInfo, score: ImagePairScore) -> None:
     _PAIR_SCORES[name] = lambda: score
 
 
-def own_metrics(
-    names: Iterable[str] | None = None,
-) -> dict[str, dict[str, str | int | bool | None]]:
+def own_metrics(names: Iterable[str] | None = None) -> dict[str, dict[str, str | int | bool | None]]:
     """Those among some metrics, or among all that are known, that are not shipped; as `describe` takes them."""
     own = [name for name in METRICS if name not in SHIPPED]
     return {name: METRICS[name].as_json() for name in own if names is None or name in names}
@@ -250,9 +243,7 @@ def image_metrics(names: Iterable[str]) -> MetricCollection:
     metrics = {name: image_metric(name) for name in names}
     groups: dict[str, list[str]] = {}
     for name, metric in metrics.items():
-        groups.setdefault(metric.network if isinstance(metric, SetDistance) else name, []).append(
-            name
-        )
+        groups.setdefault(metric.network if isinstance(metric, SetDistance) else name, []).append(name)
     return MetricCollection(dict(metrics), compute_groups=list(groups.values()))
 
 

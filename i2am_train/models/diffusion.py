@@ -44,9 +44,7 @@ class NoiseSchedule(nn.Module):
         self, timesteps: Int[Tensor, " batch"]
     ) -> tuple[Float[Tensor, "batch 1 1 1"], Float[Tensor, "batch 1 1 1"]]:
         """Signal and noise amplitude of each sample, ready to multiply images."""
-        return self.signal[timesteps][:, None, None, None], self.noise[timesteps][
-            :, None, None, None
-        ]
+        return self.signal[timesteps][:, None, None, None], self.noise[timesteps][:, None, None, None]
 
     def noised(
         self,
@@ -75,9 +73,7 @@ class NoiseSchedule(nn.Module):
         prediction: Float[Tensor, "batch channel height width"],
         noisy: Float[Tensor, "batch channel height width"],
         timesteps: Int[Tensor, " batch"],
-    ) -> tuple[
-        Float[Tensor, "batch channel height width"], Float[Tensor, "batch channel height width"]
-    ]:
+    ) -> tuple[Float[Tensor, "batch channel height width"], Float[Tensor, "batch channel height width"]]:
         """The x_0 and the eps that a prediction stands for."""
         signal, level = self.levels(timesteps)
         if self.prediction_type is PredictionType.EPSILON:
@@ -149,9 +145,7 @@ class DDIMSolver:
         clean, noise = self._schedule.clean_and_noise(prediction, latents, at)
         if step_index == len(self.timesteps) - 1:
             return SolverStep(clean, clean)
-        return SolverStep(
-            self._schedule.noised(clean, noise, torch.full_like(at, following)), clean
-        )
+        return SolverStep(self._schedule.noised(clean, noise, torch.full_like(at, following)), clean)
 
 
 class MultistepSolver:
@@ -166,9 +160,7 @@ class MultistepSolver:
     def __init__(self, name: SamplerName, schedule: NoiseSchedule, steps: int) -> None:
         kinds = {"dpmpp": DPMSolverMultistepScheduler, "unipc": UniPCMultistepScheduler}
         self._schedule = schedule
-        self._scheduler = kinds[name].from_config(
-            schedule.scheduler.config, timestep_spacing="trailing"
-        )
+        self._scheduler = kinds[name].from_config(schedule.scheduler.config, timestep_spacing="trailing")
         with warnings.catch_warnings():
             # diffusers turns tensors into arrays in a way that numpy 2 warns of.
             warnings.filterwarnings("ignore", category=DeprecationWarning, message="__array__")

@@ -51,9 +51,7 @@ class HumanParser:
         self.model, self.processor, self.name = model.eval(), processor, name
         self.labels = [_our_name(label) for _, label in sorted(model.config.id2label.items())]
         unknown = [
-            label
-            for label, ours in zip(model.config.id2label.values(), self.labels, strict=True)
-            if ours is None
+            label for label, ours in zip(model.config.id2label.values(), self.labels, strict=True) if ours is None
         ]
         if unknown:
             known = ", ".join(sorted({*VITON_HD.names, *DRESS_CODE.names}))
@@ -70,9 +68,7 @@ class HumanParser:
         Raises:
             CheckpointError: there is no such model, or it is of another kind.
         """
-        return cls(
-            *load_with_processor("parser", name, AutoModelForSemanticSegmentation, device), name
-        )
+        return cls(*load_with_processor("parser", name, AutoModelForSemanticSegmentation, device), name)
 
     @torch.inference_mode()
     def __call__(self, pictures: Sequence[Image], labels: LabelSet) -> list[LabelMap]:
@@ -89,9 +85,7 @@ class HumanParser:
         table = np.array([_value(name, labels) for name in self.labels], np.uint8)
         maps = []
         for picture, scores in zip(pictures, logits, strict=True):
-            sized = F.interpolate(
-                scores[None].float(), size=picture.shape[:2], mode="bilinear", align_corners=False
-            )
+            sized = F.interpolate(scores[None].float(), size=picture.shape[:2], mode="bilinear", align_corners=False)
             maps.append(table[sized[0].argmax(dim=0).cpu().numpy()])
         return maps
 

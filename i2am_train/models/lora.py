@@ -60,9 +60,7 @@ def _merged_weights(unet: UNet2DConditionModel) -> dict[str, Tensor]:
     from peft.tuners.lora import Linear
 
     weights = {
-        name.replace(".base_layer.", "."): value
-        for name, value in unet.state_dict().items()
-        if ".lora_" not in name
+        name.replace(".base_layer.", "."): value for name, value in unet.state_dict().items() if ".lora_" not in name
     }
     for path, layer in unet.named_modules():
         if isinstance(layer, Linear):

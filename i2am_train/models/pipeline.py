@@ -57,11 +57,7 @@ class TryOnPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin):
     ) -> None:
         super().__init__()
         self.register_modules(
-            unet=unet,
-            vae=vae,
-            reference_encoder=reference_encoder,
-            projector=projector,
-            scheduler=scheduler,
+            unet=unet, vae=vae, reference_encoder=reference_encoder, projector=projector, scheduler=scheduler
         )
         self.register_to_config(
             height=height,
@@ -183,9 +179,7 @@ class TryOnPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin):
         """Context tokens: the garment's patches row by row, after the class token if the model keeps it."""
         size = (self.config.reference_height, self.config.reference_width)
         if garment.shape[-2:] != size:
-            garment = interpolate(
-                garment, size, mode="bilinear", antialias=True, align_corners=False
-            )
+            garment = interpolate(garment, size, mode="bilinear", antialias=True, align_corners=False)
         mean, std = (
             torch.tensor(values, device=garment.device, dtype=garment.dtype)[:, None, None]
             for values in (self.config.reference_mean, self.config.reference_std)
@@ -242,17 +236,13 @@ class TryOnPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin):
             self.scheduler.set_timesteps(count, device=device)
             timesteps = self.scheduler.timesteps
             if timesteps[0] < timesteps[-1]:
-                raise ValueError(
-                    f"{type(self.scheduler).__name__} goes from pictures to noise. {_ADVICE}"
-                )
+                raise ValueError(f"{type(self.scheduler).__name__} goes from pictures to noise. {_ADVICE}")
             return [(timestep, 0) for timestep in timesteps]
         length = self.scheduler.config.num_train_timesteps
         grid = [length * index // count for index in range(count)] + [length - 1]
         return [(grid[i], grid[i - 1]) for i in range(count, 0, -1)]
 
-    def _step(
-        self, prediction: Tensor, latents: Tensor, timestep: Any, following: int, generator: Any
-    ) -> Tensor:
+    def _step(self, prediction: Tensor, latents: Tensor, timestep: Any, following: int, generator: Any) -> Tensor:
         if not self._samples_as_trained:
             step = self.scheduler.step
             draws = "generator" in inspect.signature(step).parameters

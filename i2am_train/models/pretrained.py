@@ -40,12 +40,7 @@ REASON = 300
 """Characters of a library's own message that are repeated."""
 STEMS = ("diffusion_pytorch_model", "model", "pytorch_model")
 """Names that diffusers (the first) and transformers give to files of weights."""
-DESCRIPTIONS = (
-    "config.json",
-    "scheduler_config.json",
-    "preprocessor_config.json",
-    INDEX_FILE,
-)
+DESCRIPTIONS = ("config.json", "scheduler_config.json", "preprocessor_config.json", INDEX_FILE)
 """What a folder may say of itself."""
 
 
@@ -118,9 +113,7 @@ def load_encoder(source: str) -> PreTrainedModel:
     return encoder.eval()
 
 
-def load_network(
-    kind: Any, source: str, part: str, check: Callable[[Any, str], None] | None = None
-) -> Any:
+def load_network(kind: Any, source: str, part: str, check: Callable[[Any, str], None] | None = None) -> Any:
     """A network of diffusers in float32, from its own folder or a pipeline's, or such a name on the hub.
 
     Args:
@@ -211,9 +204,7 @@ def load_pipeline(kind: Any, source: str, **parts: Any) -> Any:
     place = place_of(source)
     _check_descriptions(place, "")
     parts |= place.options
-    pipeline = reading(
-        source, lambda: kind.from_pretrained(place.name, dtype=torch.float32, **parts)
-    )
+    pipeline = reading(source, lambda: kind.from_pretrained(place.name, dtype=torch.float32, **parts))
     for part, network in pipeline.components.items():
         if isinstance(network, torch.nn.Module) and part not in parts:
             check_network(network, source, part)
@@ -240,10 +231,7 @@ def _load_network(
     if not of_diffusers:
         options["trust_remote_code"] = False
         options["ignore_mismatched_sizes"] = True  # they are named afterwards, and refused
-    network, info = reading(
-        source,
-        lambda: kind.from_pretrained(place.name, output_loading_info=True, **options),
-    )
+    network, info = reading(source, lambda: kind.from_pretrained(place.name, output_loading_info=True, **options))
     shown = f"{source}/{subfolder}" if subfolder else source
     _check_loaded(info, shown)
     files = before or _weight_files(place, subfolder)

@@ -19,15 +19,11 @@ class ReferenceProjector(ModelMixin, ConfigMixin):
     """
 
     @register_to_config  # type: ignore[untyped-decorator]
-    def __init__(
-        self, encoder_width: int, context_width: int, tokens: int, depth: int = 3, heads: int = 1
-    ) -> None:
+    def __init__(self, encoder_width: int, context_width: int, tokens: int, depth: int = 3, heads: int = 1) -> None:
         super().__init__()
         self.norm = nn.LayerNorm(encoder_width)
         self.blocks = nn.ModuleList(
-            BasicTransformerBlock(
-                encoder_width, heads, encoder_width // heads, activation_fn="geglu"
-            )
+            BasicTransformerBlock(encoder_width, heads, encoder_width // heads, activation_fn="geglu")
             for _ in range(depth)
         )
         self.output = nn.Linear(encoder_width, context_width)

@@ -27,9 +27,7 @@ class SamplingStep(NamedTuple):
     """The clean latent that the model predicts at this step."""
 
 
-def initial_noise(
-    model: TryOnModel, seeds: Sequence[int]
-) -> Float[Tensor, "batch 4 latent_height latent_width"]:
+def initial_noise(model: TryOnModel, seeds: Sequence[int]) -> Float[Tensor, "batch 4 latent_height latent_width"]:
     """Standard normal latents, one stream for each sample: the same alone, in a batch, on two processes."""
     shape = (4, *model.latent_size)
     rows = [torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
@@ -60,9 +58,7 @@ def sample(
         NotFiniteError: a network gave NaN or infinity; the message names the step and the samples.
     """
     conditions = Conditions(
-        model.encode_latents(agnostic),
-        model.encode_latents(densepose),
-        model.encode_reference(garment),
+        model.encode_latents(agnostic), model.encode_latents(densepose), model.encode_reference(garment)
     )
     watch = Watch(names)
     watch.see(conditions.agnostic, "The VAE's latents of the agnostic image")
@@ -74,10 +70,7 @@ def sample(
         at = torch.full((len(latents),), timestep, device=latents.device)
         prediction = _predict(model, latents, at, conditions, guidance, step_index)
         latents, clean = solver.step(step_index, prediction, latents)
-        watch.see(
-            latents,
-            f"Step {step_index + 1} of {steps} of sampling (timestep {timestep}): the latents",
-        )
+        watch.see(latents, f"Step {step_index + 1} of {steps} of sampling (timestep {timestep}): the latents")
         if on_step is not None:
             on_step(SamplingStep(step_index, timestep, clean))
     watch.check()
@@ -85,12 +78,7 @@ def sample(
 
 
 def _predict(
-    model: TryOnModel,
-    latents: Tensor,
-    timesteps: Tensor,
-    conditions: Conditions,
-    guidance: float,
-    step_index: int,
+    model: TryOnModel, latents: Tensor, timesteps: Tensor, conditions: Conditions, guidance: float, step_index: int
 ) -> Tensor:
     """The guided prediction; the batch is [unconditional, conditional], as in diffusers."""
     count = len(latents)

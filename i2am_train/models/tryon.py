@@ -160,9 +160,7 @@ class TryOnModel(nn.Module):
         return Moments(posterior.mean, posterior.std)
 
     def sample_latents(
-        self,
-        moments: Moments,
-        noise: Float[Tensor, "batch 4 latent_height latent_width"] | None = None,
+        self, moments: Moments, noise: Float[Tensor, "batch 4 latent_height latent_width"] | None = None
     ) -> Float[Tensor, "batch 4 latent_height latent_width"]:
         """Scaled latents of a posterior: its mean, or a sample of it when noise is given."""
         latents = moments.mean if noise is None else moments.mean + moments.std * noise
@@ -170,9 +168,7 @@ class TryOnModel(nn.Module):
         return scaled
 
     def decode_latents(
-        self,
-        latents: Float[Tensor, "batch 4 latent_height latent_width"],
-        names: Sequence[str] | None = None,
+        self, latents: Float[Tensor, "batch 4 latent_height latent_width"], names: Sequence[str] | None = None
     ) -> Float[Tensor, "batch 3 height width"]:
         """Images in [-1, 1]; ``names`` of the samples are for messages.
 
@@ -185,9 +181,7 @@ class TryOnModel(nn.Module):
         watch.check()
         return images.clamp(-1, 1)
 
-    def encode_reference(
-        self, garment: Float[Tensor, "batch 3 height width"]
-    ) -> Float[Tensor, "batch token context"]:
+    def encode_reference(self, garment: Float[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch token context"]:
         """Context tokens of garments in [-1, 1]: patches in row-major order, after the class token if kept."""
         return self.project_reference(self.encode_garment(garment))
 
@@ -197,19 +191,13 @@ class TryOnModel(nn.Module):
         """All tokens of the frozen encoder, special ones included, for garments in [-1, 1]."""
         size = (self.config.reference_height, self.config.reference_width)
         if garment.shape[-2:] != size:
-            garment = nn.functional.interpolate(
-                garment, size, mode="bilinear", antialias=True, align_corners=False
-            )
+            garment = nn.functional.interpolate(garment, size, mode="bilinear", antialias=True, align_corners=False)
         pixels = ((garment + 1) / 2 - self.reference_mean) / self.reference_std
-        tokens: Tensor = self.reference_encoder(
-            pixel_values=pixels, **self._any_size()
-        ).last_hidden_state
+        tokens: Tensor = self.reference_encoder(pixel_values=pixels, **self._any_size()).last_hidden_state
         return tokens
 
     def project_reference(
-        self,
-        tokens: Float[Tensor, "batch encoder_token width"],
-        dropped: Bool[Tensor, " batch"] | None = None,
+        self, tokens: Float[Tensor, "batch encoder_token width"], dropped: Bool[Tensor, " batch"] | None = None
     ) -> Float[Tensor, "batch token context"]:
         """Context tokens from the encoder's: what is trained of the way from garment to U-Net.
 
@@ -225,9 +213,7 @@ class TryOnModel(nn.Module):
         taken = inspect.signature(self.reference_encoder.forward).parameters
         return {name: True} if name in taken else {}
 
-    def _kept_tokens(
-        self, tokens: Float[Tensor, "batch encoder_token width"]
-    ) -> Float[Tensor, "batch token width"]:
+    def _kept_tokens(self, tokens: Float[Tensor, "batch encoder_token width"]) -> Float[Tensor, "batch token width"]:
         """The patches, after the class token if it is kept; registers are left out.
 
         Encoders put their special tokens first: none (SigLIP), a class token (CLIP, DINOv2), or a class token and
@@ -294,9 +280,7 @@ class TryOnModel(nn.Module):
             projector = ReferenceProjector.from_config(self.projector.config)
             copy_adapters(self.unet, unet)
         for name, network in (("unet.", unet), ("projector.", projector)):
-            values = {
-                key.removeprefix(name): v for key, v in weights.items() if key.startswith(name)
-            }
+            values = {key.removeprefix(name): v for key, v in weights.items() if key.startswith(name)}
             network.load_state_dict(values, assign=True)
         scheduler = self.schedule.scheduler
         return type(self)(self.config, unet, self.vae, self.reference_encoder, projector, scheduler)
@@ -371,10 +355,7 @@ def _check_fit(model: TryOnModel, folder: Path) -> None:
         "U-Net's input channels": (unet["in_channels"], INPUT_CHANNELS),
         "U-Net's context width": (unet["cross_attention_dim"], projector["context_width"]),
         "U-Net's latent channels": (unet["out_channels"], model.vae.config["latent_channels"]),
-        "projector's input width": (
-            projector["encoder_width"],
-            model.reference_encoder.config.hidden_size,
-        ),
+        "projector's input width": (projector["encoder_width"], model.reference_encoder.config.hidden_size),
         "projector's null tokens": (projector["tokens"], tokens),
     }
     wrong = [f"{name} {a}, expected {b}" for name, (a, b) in pairs.items() if a != b]

@@ -78,13 +78,8 @@ class Watch:
         )
 
     def _of(self, rows: list[int]) -> str:
-        names = [
-            f"sample {row + 1} of the batch" if self._names is None else self._names[row]
-            for row in rows
-        ]
-        return ", ".join(names[:SHOWN]) + (
-            f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
-        )
+        names = [f"sample {row + 1} of the batch" if self._names is None else self._names[row] for row in rows]
+        return ", ".join(names[:SHOWN]) + (f" and {len(names) - SHOWN} more" if len(names) > SHOWN else "")
 
 
 def computing_dtype(values: Tensor) -> torch.dtype:

@@ -132,12 +132,8 @@ def column_means(
     weights = _row_weights(generated_weights, flat_generated, heads)
     work = _Work.plan(flat_generated, columns, byte_budget)
     with torch.autocast(generated.device.type, enabled=False):
-        to_generated, to_reference = _all_heads(
-            flat_generated, flat_reference, scale, weights, work
-        )
-    return ColumnMeans(
-        to_generated.view(batch, heads, rows), to_reference.view(batch, heads, columns)
-    )
+        to_generated, to_reference = _all_heads(flat_generated, flat_reference, scale, weights, work)
+    return ColumnMeans(to_generated.view(batch, heads, rows), to_reference.view(batch, heads, columns))
 
 
 @torch.no_grad()
@@ -328,9 +324,7 @@ class _Group:
         count, columns = self.reference.shape[0], self.reference.shape[2]
         held = self.generated.shape[1] if self.work.keeps_exponentials else self.work.rows
         matrix = self.scratch[: count * held * columns].view(count, held, columns)
-        return (
-            matrix[:, rows] if self.work.keeps_exponentials else matrix[:, : rows.stop - rows.start]
-        )
+        return matrix[:, rows] if self.work.keeps_exponentials else matrix[:, : rows.stop - rows.start]
 
     def _product(self, rows: slice, out: Tensor) -> Tensor:
         if out.shape[0] == 1:  # a strided single matrix product is faster than a batch of one

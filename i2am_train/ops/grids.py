@@ -40,10 +40,7 @@ def unflatten(values: Shaped[Tensor, "batch tokens *rest"], grid: GridSize) -> T
 
 
 def reference_coordinates(
-    grid: GridSize,
-    *,
-    dtype: torch.dtype = torch.float32,
-    device: torch.device | None = None,
+    grid: GridSize, *, dtype: torch.dtype = torch.float32, device: torch.device | None = None
 ) -> Float[Tensor, "reference 2"]:
     """Position of every cell, ``yx`` in patch units, row-major (D of paper eq. 15, from 0).
 
@@ -72,10 +69,7 @@ def aligned_coordinates(
     """
     cells = reference_coordinates(generated_grid, dtype=dtype, device=device)
     ratio = cells.new_tensor(
-        [
-            reference_grid.height / generated_grid.height,
-            reference_grid.width / generated_grid.width,
-        ]
+        [reference_grid.height / generated_grid.height, reference_grid.width / generated_grid.width]
     )
     return (cells + 0.5) * ratio - 0.5
 
@@ -128,9 +122,7 @@ def spread_patches(mask: Bool[Tensor, " generated"], grid: GridSize) -> list[tup
     return [(int(y), int(x)) for y, x in cells[chosen]]
 
 
-def mask_on_grid(
-    mask: Bool[Tensor, "batch height width"], grid: GridSize
-) -> Bool[Tensor, "batch generated"]:
+def mask_on_grid(mask: Bool[Tensor, "batch height width"], grid: GridSize) -> Bool[Tensor, "batch generated"]:
     """Cells of which at least half lies inside the mask, flattened row-major.
 
     The authors' code takes the single pixel at the corner of each cell instead, so that one pixel

@@ -20,13 +20,7 @@ from i2am_train.reporting.figures.canvas import arm_colors, save_figure
 from i2am_train.reporting.figures.samples import ColumnGroup, sample_figure
 from i2am_train.reporting.figures.training import difference_plot, metric_curves
 from i2am_train.reporting.formatting import markdown_text, minus, number
-from i2am_train.reporting.pages import (
-    Picture,
-    Section,
-    embedded_file,
-    making,
-    page,
-)
+from i2am_train.reporting.pages import Picture, Section, embedded_file, making, page
 from i2am_train.reporting.provenance import flat
 from i2am_train.reporting.table import Cell, Heading, Row, Table, html
 from i2am_train.reporting.tables.ablation import (
@@ -42,15 +36,7 @@ from i2am_train.reporting.tables.ablation import (
 )
 from i2am_train.results.history import History
 from i2am_train.results.panels import SamplePanels
-from i2am_train.results.study import (
-    ArmRun,
-    Results,
-    Study,
-    arm_labels,
-    read_study,
-    reference_arm,
-    uses_truth,
-)
+from i2am_train.results.study import ArmRun, Results, Study, arm_labels, read_study, reference_arm, uses_truth
 
 MAX_ARMS_IN_PANEL = 4
 MAX_CENTER_ROWS = 4
@@ -90,9 +76,7 @@ def build_report(folder: Path) -> Path:
 
 def _markdown(study: Study) -> str:
     sentences = "\n\n".join(map(markdown_text, verdict_sentences(study.results)))
-    return (
-        f"# {markdown_text(_title(study.results))}\n\n{sentences}\n\n{as_markdown(study.results)}"
-    )
+    return f"# {markdown_text(_title(study.results))}\n\n{sentences}\n\n{as_markdown(study.results)}"
 
 
 def _title(results: Results) -> str:
@@ -222,14 +206,9 @@ def _quantities(histories: Sequence[History], prefix: str, results: Results) -> 
     """Titles of the logged columns with this prefix: metrics in table order, then the others."""
     logged = {name for history in histories for name in history.curves if name.startswith(prefix)}
     logged = {name for name in logged if not re.search(r"_(step|epoch)$", name)} or logged
-    metrics = {
-        f"{prefix}{name}": MetricInfo.of(name, entry).heading
-        for name, entry in results["metrics"].items()
-    }
+    metrics = {f"{prefix}{name}": MetricInfo.of(name, entry).heading for name, entry in results["metrics"].items()}
     known = {name: title for name, title in metrics.items() if name in logged}
-    others = {
-        name: name.removeprefix(prefix).replace("_", " ") for name in sorted(logged - known.keys())
-    }
+    others = {name: name.removeprefix(prefix).replace("_", " ") for name in sorted(logged - known.keys())}
     return {**known, **others}
 
 
@@ -239,11 +218,7 @@ def _panel_figures(study: Study) -> Iterator[Picture]:
         return
     labels = arm_labels(study.results)
     colors = arm_colors(labels)
-    main = {
-        a: by_arm[a]
-        for a in (reference_arm(study.results), focus_arm(study.results))
-        if a in by_arm
-    }
+    main = {a: by_arm[a] for a in (reference_arm(study.results), focus_arm(study.results)) if a in by_arm}
     poster = sample_figure(main or by_arm, labels=labels, colors=colors, width=15.0)
     save_figure(poster, study.folder / "figures" / "samples.png", dpi=200)
     first = next(iter(by_arm.values()))
@@ -327,9 +302,7 @@ def sample_table(study: Study) -> Table | None:
     def row(name: str, group: str) -> Row:
         pairs = ((before[name].get(m), after[name].get(m), i) for m, i in metrics.items())
         change = number(changes[name], ranking.digits, signed=True)
-        pictures = {
-            arm: kept for arm in (reference, focus) if (kept := _thumbnail(study, arm, name))
-        }
+        pictures = {arm: kept for arm in (reference, focus) if (kept := _thumbnail(study, arm, name))}
         shown = {f"{name}, {arm}": kept for arm, kept in pictures.items()}
         cells = (
             Cell(change, value=changes[name]),

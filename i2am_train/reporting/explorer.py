@@ -23,12 +23,7 @@ from i2am_train.config.attention import AttributionConfig
 from i2am_train.data.arrays import Image
 from i2am_train.errors import ConfigError
 from i2am_train.evaluation.explanation import TO_GENERATED, TO_REFERENCE, Explanation
-from i2am_train.reporting.figures.canvas import (
-    OKABE_ITO,
-    TRUTH_COLOR,
-    arm_colors,
-    heat_colormap,
-)
+from i2am_train.reporting.figures.canvas import OKABE_ITO, TRUTH_COLOR, arm_colors, heat_colormap
 from i2am_train.reporting.figures.elements import short_name
 from i2am_train.reporting.figures.samples import TEAR
 from i2am_train.reporting.pages import as_base64, embedded_picture, page_environment
@@ -80,19 +75,14 @@ def explorer_page(data: Json, making: Mapping[str, str]) -> str:
     """
     environment = page_environment()
     assert environment.loader is not None
-    sources = {
-        name: environment.loader.get_source(environment, f"explorer_{name}.js")[0]
-        for name in ("maps", "page")
-    }
+    sources = {name: environment.loader.get_source(environment, f"explorer_{name}.js")[0] for name in ("maps", "page")}
     return environment.get_template("explorer.html.j2").render(
         data=data,
         making=making,
         scripts=sources,
         layer_choices=list(_layer_choices(data["layers"])),
         head_choices=_numbered("Head {}", max(layer["heads"] for layer in data["layers"])),
-        time_choices=[
-            (str(at), f"Group {at}, {group['label']}") for at, group in enumerate(data["groups"])
-        ],
+        time_choices=[(str(at), f"Group {at}, {group['label']}") for at, group in enumerate(data["groups"])],
         matrix_note=_matrix_note(data["layers"]),
     )
 
@@ -131,10 +121,7 @@ def _matrix_note(layers: Sequence[Json]) -> str:
 def _check_comparable(stores: Sequence[AttributionStore]) -> None:
     """One set of controls serves all captures, so their layers, grids, heads and steps agree."""
     shapes = {
-        tuple(
-            (record.layer, record.heads, record.generated_grid, record.reference_grid)
-            for record in store.layers
-        )
+        tuple((record.layer, record.heads, record.generated_grid, record.reference_grid) for record in store.layers)
         + (store.steps,)
         for store in stores
     }
@@ -146,9 +133,7 @@ def _check_comparable(stores: Sequence[AttributionStore]) -> None:
 
 
 def _without_matrices(
-    models: Mapping[str, Sequence[Explanation]],
-    options: AttributionConfig,
-    groups: Sequence[slice],
+    models: Mapping[str, Sequence[Explanation]], options: AttributionConfig, groups: Sequence[slice]
 ) -> Json:
     """Everything that the script reads, but for the score matrices."""
     samples = next(iter(models.values()))
@@ -175,9 +160,7 @@ def _without_matrices(
         "layers": [_layer(record) for record in store.layers],
         "models": list(models),
         "samples": [_sample(*pair) for pair in zip(samples, seen, strict=True)],
-        "captures": [
-            [_capture(explanation, groups) for explanation in made] for made in models.values()
-        ],
+        "captures": [[_capture(explanation, groups) for explanation in made] for made in models.values()],
     }
 
 
@@ -251,18 +234,14 @@ def _capture(explanation: Explanation, groups: Sequence[slice]) -> Json:
         "layers": [
             {
                 "generated": _packed_maps(_group_means(record.to_generated, groups)),
-                "reference": _packed_maps(_group_means(record.to_reference, groups))
-                if record.reference_grid
-                else None,
+                "reference": _packed_maps(_group_means(record.to_reference, groups)) if record.reference_grid else None,
             }
             for record in explanation.maps.store.layers
         ],
     }
 
 
-def _group_means(
-    vectors: Float[Tensor, "1 step head token"], groups: Sequence[slice]
-) -> Float[Tensor, "map token"]:
+def _group_means(vectors: Float[Tensor, "1 step head token"], groups: Sequence[slice]) -> Float[Tensor, "map token"]:
     return torch.stack([vectors[0, group].mean(dim=0) for group in groups]).flatten(0, 1)
 
 
@@ -271,11 +250,7 @@ def _matrix_layers(store: AttributionStore, options: AttributionConfig, data: Js
     models, samples = len(data["models"]), len(data["samples"])
     used = sum(_length(part) for part in (data["samples"], data["captures"])) / samples
     left = SIZE_LIMIT - _PAGE_ALLOWANCE - used
-    captured = [
-        index
-        for index, record in enumerate(store.layers)
-        if record.scores_over_reference is not None
-    ]
+    captured = [index for index, record in enumerate(store.layers) if record.scores_over_reference is not None]
     first = store.names.index(similar_layer(options.layer, store.names))
     chosen = {first}
     for index in sorted(captured, key=lambda at: (at != first, _scores(store.layers[at]))):
@@ -306,9 +281,7 @@ def _length(value: Any) -> int:
     return sum(map(_length, value)) if isinstance(value, list) else 0
 
 
-def _add_matrices(
-    data: Json, models: Mapping[str, Sequence[Explanation]], layers: Sequence[int]
-) -> None:
+def _add_matrices(data: Json, models: Mapping[str, Sequence[Explanation]], layers: Sequence[int]) -> None:
     """``looks``: a map on the reference per generated patch; ``feeds``: the reverse."""
     for index in layers:
         data["layers"][index]["matrix"] = True

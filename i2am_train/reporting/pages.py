@@ -55,9 +55,7 @@ class Section:
         return cls(before + table.caption, html=html(table), notes=[*table.notes, *notes])
 
 
-def page(
-    title: str, sections: Sequence[Section], *, kind: str = "tables and figures", **parts: Any
-) -> str:
+def page(title: str, sections: Sequence[Section], *, kind: str = "tables and figures", **parts: Any) -> str:
     """A whole page.
 
     Args:

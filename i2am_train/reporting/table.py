@@ -59,13 +59,7 @@ class Cell:
 
     @classmethod
     def of(
-        cls,
-        value: float,
-        digits: int,
-        *,
-        std: float | None = None,
-        interval: Interval | None = None,
-        n: int = 1,
+        cls, value: float, digits: int, *, std: float | None = None, interval: Interval | None = None, n: int = 1
     ) -> Self:
         """A number with its standard deviation or its interval.
 
@@ -152,8 +146,7 @@ class Table:
             "paper": self.source,
             "columns": [{"label": h.label, "group": h.group} for h in self.headings],
             "rows": [
-                {"label": row.label, "group": row.group, "cells": [*map(_cell_json, row.cells)]}
-                for row in self.rows
+                {"label": row.label, "group": row.group, "cells": [*map(_cell_json, row.cells)]} for row in self.rows
             ],
             "notes": list(self.notes),
         }
@@ -179,9 +172,7 @@ def _row_groups(table: Table) -> Iterator[tuple[str, list[Row]]]:
 
 
 def with_best(
-    cells: Sequence[Cell | None],
-    higher_is_better: bool | None,
-    competing: Sequence[bool] | None = None,
+    cells: Sequence[Cell | None], higher_is_better: bool | None, competing: Sequence[bool] | None = None
 ) -> list[Cell | None]:
     """The entries with marks at the best and the second among the numbers as they are printed.
 
@@ -200,16 +191,11 @@ def with_best(
         float(cell.text) if cell and (competing is None or competing[index]) else None
         for index, cell in enumerate(cells)
     ]
-    order = sorted(
-        {value for value in printed if value is not None}, reverse=bool(higher_is_better)
-    )
+    order = sorted({value for value in printed if value is not None}, reverse=bool(higher_is_better))
     marks: dict[float | None, Mark] = {}
     if higher_is_better is not None and len(order) > 1:
         marks = dict(zip(order, (Mark.BEST, Mark.SECOND), strict=False))
-    return [
-        cell and replace(cell, mark=marks.get(value))
-        for cell, value in zip(cells, printed, strict=True)
-    ]
+    return [cell and replace(cell, mark=marks.get(value)) for cell, value in zip(cells, printed, strict=True)]
 
 
 _NUMBER = re.compile(r"[-+]?\d[\d.]*|\[[-+\d., ]+\]")
@@ -239,9 +225,7 @@ def terminal(table: Table) -> RenderableType:
     shown.add_column(table.corner)
     for index, heading in enumerate(table.headings):
         text = "\n".join(filter(None, (heading.group, heading.text)))
-        longest = max(
-            (len(cell.text) for row in table.rows if (cell := row.cells[index])), default=0
-        )
+        longest = max((len(cell.text) for row in table.rows if (cell := row.cells[index])), default=0)
         justify: JustifyMethod = "left" if heading.words else "right"
         shown.add_column(text, justify=justify, no_wrap=heading.words and longest <= UNBROKEN)
     for title, rows in _row_groups(table):
@@ -276,8 +260,7 @@ def markdown_rows(table: Table, *, underline: bool = True) -> str:
     marks: Mapping[Mark | None, str]
     marks = {Mark.BEST: "**{}**", Mark.SECOND: "<u>{}</u>" if underline else "{}"}
     rows = (
-        [markdown_text(_grouped(row.group, row.label))]
-        + [_markdown_cell(cell, marks) for cell in row.cells]
+        [markdown_text(_grouped(row.group, row.label))] + [_markdown_cell(cell, marks) for cell in row.cells]
         for row in table.rows
     )
     right = (place for place, heading in enumerate(table.headings, start=1) if not heading.words)
@@ -295,15 +278,12 @@ def _markdown_cell(cell: Cell | None, marks: Mapping[Mark | None, str]) -> str:
     return f"{text} {cell.spread}".rstrip()
 
 
-def markdown_lines(
-    header: Sequence[str], rows: Iterable[Sequence[str]], right: Iterable[int]
-) -> str:
+def markdown_lines(header: Sequence[str], rows: Iterable[Sequence[str]], right: Iterable[int]) -> str:
     """Texts that are Markdown already as a table; ``right`` numbers the columns that are aligned to the right."""
     right = set(right)
     rule = ["---:" if index in right else "---" for index in range(len(header))]
     return "\n".join(
-        "| " + " | ".join(text.replace("|", "\\|") for text in line) + " |"
-        for line in (header, rule, *rows)
+        "| " + " | ".join(text.replace("|", "\\|") for text in line) + " |" for line in (header, rule, *rows)
     )
 
 
@@ -313,9 +293,7 @@ def markdown_lines(
 def html(table: Table, kind: str = "main scores") -> str:
     """An HTML ``table`` element, without title and notes; ``kind`` is its class."""
     firsts = set(_starts(table)) if len(table.groups) > 1 else set()
-    attributes = [
-        _html_class(index in firsts, heading) for index, heading in enumerate(table.headings)
-    ]
+    attributes = [_html_class(index in firsts, heading) for index, heading in enumerate(table.headings)]
     head, body = _html_head(table, attributes), "".join(_html_rows(table, attributes))
     return f'<table class="{kind}"><thead>{head}</thead><tbody>{body}</tbody></table>'
 
@@ -353,8 +331,7 @@ def _html_rows(table: Table, attributes: Sequence[str]) -> Iterator[str]:
             yield f'<tr><th colspan="{span}" scope="rowgroup"><small>{escape(title)}</small></th></tr>'
         for row in rows:
             cells = "".join(
-                f"<td{attribute}>{_html_cell(cell)}</td>"
-                for cell, attribute in zip(row.cells, attributes, strict=True)
+                f"<td{attribute}>{_html_cell(cell)}</td>" for cell, attribute in zip(row.cells, attributes, strict=True)
             )
             yield f'<tr><th scope="row" class="arm">{html_label(row.label)}</th>{cells}</tr>'
 
@@ -368,9 +345,7 @@ def _html_cell(cell: Cell | None) -> str:
     elif cell.mark:
         text = f'<span class="chip {cell.mark}">{text}</span>'
     spread = f"<small>{minus(cell.spread)}</small>" if cell.spread else ""
-    pictures = (
-        f'<img src="{source}" alt="{escape(name)}">' for name, source in cell.pictures.items()
-    )
+    pictures = (f'<img src="{source}" alt="{escape(name)}">' for name, source in cell.pictures.items())
     return "".join((text, spread, *pictures))
 
 
@@ -391,9 +366,7 @@ def _latex_lines(table: Table) -> Iterator[str]:
     yield rf"\begin{{tabular}}{{l{alignment}}}"
     yield r"\toprule"
     if any(heading.group for heading in table.headings):
-        spans = [
-            (first + 2, *group) for first, group in zip(_starts(table), table.groups, strict=True)
-        ]
+        spans = [(first + 2, *group) for first, group in zip(_starts(table), table.groups, strict=True)]
         titles = (rf"\multicolumn{{{n}}}{{c}}{{{latex_label(title)}}}" for _, title, n in spans)
         yield _latex_line(["", *titles])
         yield " ".join(rf"\cmidrule(lr){{{first}-{first + n - 1}}}" for first, _, n in spans)
@@ -417,10 +390,7 @@ def _latex_line(texts: Iterable[str]) -> str:
     return " & ".join(texts) + r" \\"
 
 
-_LATEX_MARKS: Mapping[Mark | None, str] = {
-    Mark.BEST: r"$\mathbf{{{}}}$",
-    Mark.SECOND: r"\underline{{${}$}}",
-}
+_LATEX_MARKS: Mapping[Mark | None, str] = {Mark.BEST: r"$\mathbf{{{}}}$", Mark.SECOND: r"\underline{{${}$}}"}
 
 
 def _latex_cell(cell: Cell | None) -> str:

@@ -33,9 +33,7 @@ class TableSet:
     tables: tuple[Table, ...]
     left_out: Mapping[str, str]
 
-    def write(
-        self, folder: Path, file_formats: Sequence[str], dpi: int
-    ) -> tuple[dict[str, Any], list[Section]]:
+    def write(self, folder: Path, file_formats: Sequence[str], dpi: int) -> tuple[dict[str, Any], list[Section]]:
         """Write ``tables/*`` and the figure; the index of it, and the page's sections."""
         origins = self._origins()
         entries = [write_table(table, folder, table.name, origins) for table in self.tables]
@@ -54,9 +52,7 @@ class TableSet:
         }
         return index, sections
 
-    def _save(
-        self, figure: Figure, folder: Path, file_formats: Sequence[str], dpi: int
-    ) -> list[str]:
+    def _save(self, figure: Figure, folder: Path, file_formats: Sequence[str], dpi: int) -> list[str]:
         description = "\n".join([CAPTION, f"Made by '{command_line()}' from", *self._origins()])
         files = [f"figures/{STEM}.{ending}" for ending in file_formats]
         for file in files:

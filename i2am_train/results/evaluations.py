@@ -17,14 +17,7 @@ from i2am_train.json_files import entries_of, read_object
 from i2am_train.metrics.registry import describe
 from i2am_train.results.sample_scores import RESULTS, SAMPLES, read_samples
 from i2am_train.results.study import uses_truth
-from i2am_train.runs import (
-    MANIFEST_FILE,
-    MODEL_FOLDER,
-    SETTINGS_FILE,
-    best_step,
-    checkpoint_label,
-    run_of,
-)
+from i2am_train.runs import MANIFEST_FILE, MODEL_FOLDER, SETTINGS_FILE, best_step, checkpoint_label, run_of
 from i2am_train.types import Pairing
 
 MANIFEST_SCHEMA = 1
@@ -108,9 +101,7 @@ def _renamed(folder: Path, inside: list[Evaluation], name: str) -> list[Evaluati
             f"{folder} holds several models ({', '.join(dict.fromkeys(e.label for e in inside))}), so the name "
             f"'{name}' does not fit. Leave names out, or give the folders of its runs one by one."
         )
-    return [
-        replace(evaluation, label=name, model=f"{name} {evaluation.model}") for evaluation in inside
-    ]
+    return [replace(evaluation, label=name, model=f"{name} {evaluation.model}") for evaluation in inside]
 
 
 def _evaluation_folders(folder: Path) -> list[Path]:
@@ -220,9 +211,7 @@ def _told_apart(evaluations: list[Evaluation]) -> list[Evaluation]:
         place = (evaluation.model, evaluation.run, evaluation.step, evaluation.pairing)
         if place in taken:
             name = evaluation.folder.name
-            evaluation = replace(
-                evaluation, model=f"{evaluation.model} {name}", label=f"{evaluation.label} ({name})"
-            )
+            evaluation = replace(evaluation, model=f"{evaluation.model} {name}", label=f"{evaluation.label} ({name})")
         taken[place] = evaluation
         result.append(evaluation)
     places: dict[str, dict[str, str]] = {}

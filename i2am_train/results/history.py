@@ -40,9 +40,7 @@ def read_history(path: Path, arm: str, seed: int | None) -> History | None:
     columns: dict[str, dict[int, float]] = {}
     with path.open(newline="", encoding="utf-8") as file:
         for row in csv.DictReader(file):
-            numbers = {
-                name: value for name, text in row.items() if (value := _number(text)) is not None
-            }
+            numbers = {name: value for name, text in row.items() if (value := _number(text)) is not None}
             step = numbers.pop("step", None)
             for name, value in numbers.items():
                 if step is not None and name != "epoch":

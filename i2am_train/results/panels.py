@@ -51,9 +51,7 @@ class SamplePanels:
 
 _WORDS = ("name", "garment_name")
 _SHARED = ("layer", "generated_grid", "reference_grid")
-_ARRAYS = tuple(
-    field.name for field in fields(SamplePanels) if field.name not in (*_WORDS, *_SHARED)
-)
+_ARRAYS = tuple(field.name for field in fields(SamplePanels) if field.name not in (*_WORDS, *_SHARED))
 
 
 def write_panels(folder: Path, panels: Sequence[SamplePanels]) -> None:

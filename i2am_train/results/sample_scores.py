@@ -24,9 +24,7 @@ def read_samples(path: Path) -> tuple[Mapping[str, Any], ...]:
         lines = path.read_text(encoding="utf-8").splitlines()
         rows = tuple(json.loads(line) for line in lines if line.strip())
     except (ValueError, RecursionError) as error:
-        raise RunFolderError(
-            f"{path} is not readable JSON lines: {error}. Evaluate again."
-        ) from None
+        raise RunFolderError(f"{path} is not readable JSON lines: {error}. Evaluate again.") from None
     if not all(isinstance(row, dict) for row in rows):
         raise RunFolderError(f"{path} has lines that are no JSON objects. Evaluate again.")
     return rows

@@ -93,12 +93,7 @@ class PairedDifference:
 
 
 def paired_difference(
-    a: ArrayLike,
-    b: ArrayLike,
-    over: Over,
-    confidence: float = 0.95,
-    resamples: int = 10_000,
-    seed: int = 0,
+    a: ArrayLike, b: ArrayLike, over: Over, confidence: float = 0.95, resamples: int = 10_000, seed: int = 0
 ) -> PairedDifference:
     """Mean of ``a - b`` with the interval of :func:`mean_interval`.
 
@@ -140,11 +135,7 @@ over=<Over.SEEDS: 'seeds'>)
 
 
 def mean_interval(
-    values: ArrayLike,
-    over: Over,
-    confidence: float = 0.95,
-    resamples: int = 10_000,
-    seed: int = 0,
+    values: ArrayLike, over: Over, confidence: float = 0.95, resamples: int = 10_000, seed: int = 0
 ) -> tuple[float, float] | tuple[None, None]:
     """Interval of the mean of finite ``values``: the one place that decides which kind.
 
@@ -220,9 +211,7 @@ class Correlation:
     """Training runs, of which each brings all its points."""
 
 
-def correlation(
-    x: ArrayLike, y: ArrayLike, clusters: Sequence[str], confidence: float = 0.95
-) -> Correlation | None:
+def correlation(x: ArrayLike, y: ArrayLike, clusters: Sequence[str], confidence: float = 0.95) -> Correlation | None:
     """Correlation over points that come in clusters, with Fisher's interval for as many values as clusters.
 
     Args:
@@ -262,9 +251,7 @@ def correlation(
     )
 
 
-def _fisher_interval(
-    coefficient: float, variance: float, count: int, confidence: float
-) -> tuple[float, float] | None:
+def _fisher_interval(coefficient: float, variance: float, count: int, confidence: float) -> tuple[float, float] | None:
     """Around ``atanh`` of the coefficient, whose variance is ``variance / (count - 3)``."""
     if count < 4 or abs(coefficient) > 1 - 1e-9:
         return None

@@ -100,9 +100,7 @@ def _read_json(path: Path) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise RunFolderError(
-            f"{path} is not readable JSON: {error}. Run the command again."
-        ) from None
+        raise RunFolderError(f"{path} is not readable JSON: {error}. Run the command again.") from None
 
 
 def _read_run(study: Path, cell: Mapping[str, Any]) -> ArmRun:
@@ -164,9 +162,7 @@ def arm_labels(results: Results) -> dict[str, str]:
 # ---- comparison --------------------------------------------------------------------------------
 
 
-def recompared(
-    results: Results, samples: Mapping[str, SampleScores] | None = None
-) -> dict[str, Any]:
+def recompared(results: Results, samples: Mapping[str, SampleScores] | None = None) -> dict[str, Any]:
     """Results with ``summary`` and ``paired`` worked out anew from their cells, whichever version wrote them.
 
     ``samples`` are the scores of single samples by the cells' folders, for studies of one seed.
@@ -204,8 +200,7 @@ def compare(
     metrics, summaries = list(metrics), summarise(cells)
     return {
         "summary": {
-            arm: {metric: of_arm[metric] for metric in metrics if metric in of_arm}
-            for arm, of_arm in summaries.items()
+            arm: {metric: of_arm[metric] for metric in metrics if metric in of_arm} for arm, of_arm in summaries.items()
         },
         "paired": [
             {"arm": arm, "against": reference_arm, "metric": metric, **_entry(found)}
@@ -252,12 +247,7 @@ def _entry(difference: PairedDifference) -> dict[str, Any]:
 
 
 def _difference(
-    cells: Cells,
-    arm: str,
-    against: str,
-    metric: str,
-    samples: Mapping[str, SampleScores],
-    **options: Any,
+    cells: Cells, arm: str, against: str, metric: str, samples: Mapping[str, SampleScores], **options: Any
 ) -> PairedDifference | None:
     over_seeds = paired_over_seeds(cells, arm, against, metric, **options)
     first, second = (_by_seed(cells, name, "folder") for name in (arm, against))
@@ -269,9 +259,7 @@ def _difference(
     return paired_over_samples(*kept, metric, **options) or over_seeds
 
 
-def paired_over_seeds(
-    cells: Cells, arm: str, against: str, metric: str, **options: Any
-) -> PairedDifference | None:
+def paired_over_seeds(cells: Cells, arm: str, against: str, metric: str, **options: Any) -> PairedDifference | None:
     """Difference ``arm - against`` over the seeds that both have; ``None`` if they share none.
 
     A cell whose seed is ``None`` (the shared starting checkpoint) has no pair.
@@ -296,9 +284,7 @@ def _by_seed(cells: Cells, arm: str, entry: str) -> dict[int, Any]:
     return {c["seed"]: c[entry] for c in cells if c["arm"] == arm and c["seed"] is not None}
 
 
-def _paired(
-    first: Mapping[Any, Any], second: Mapping[Any, Any], over: Over, **options: Any
-) -> PairedDifference | None:
+def _paired(first: Mapping[Any, Any], second: Mapping[Any, Any], over: Over, **options: Any) -> PairedDifference | None:
     shared = first.keys() & second.keys()
     known = sorted(key for key in shared if _is_finite(first[key]) and _is_finite(second[key]))
     if not known:

@@ -47,9 +47,7 @@ def use_images(run: Any, role: str, root: Path, fingerprint: str) -> None:
     _use_fingerprint(run, IMAGES, fingerprint, root, {}, role)
 
 
-def _use_fingerprint(
-    run: Any, kind: str, fingerprint: str, root: Path, counts: dict[str, int], role: str = ""
-) -> None:
+def _use_fingerprint(run: Any, kind: str, fingerprint: str, root: Path, counts: dict[str, int], role: str = "") -> None:
     # The place is metadata: in the file it would make another version of the same data on each machine.
     artifact = wandb.Artifact(
         artifact_name(kind, fingerprint),
@@ -61,9 +59,7 @@ def _use_fingerprint(
     _use(run, artifact, role or kind)
 
 
-def log_model(
-    run: Any, folder: Path, model: Path, metadata: Mapping[str, Any], *, upload: bool
-) -> None:
+def log_model(run: Any, folder: Path, model: Path, metadata: Mapping[str, Any], *, upload: bool) -> None:
     """Log a finished run's model as its output, and note in the run folder how it is called."""
     name = artifact_name(MODEL, folder.name)
     metadata = {**metadata, "run": run.id}
@@ -129,9 +125,7 @@ def _model_artifact(name: str, model: Path, metadata: Mapping[str, Any], *, uplo
     if upload:
         for path in files:
             # "immutable": W&B reads the file where it lies instead of making a copy of all weights.
-            artifact.add_file(
-                str(path), name=path.relative_to(model).as_posix(), policy="immutable"
-            )
+            artifact.add_file(str(path), name=path.relative_to(model).as_posix(), policy="immutable")
         return artifact
     with artifact.new_file("files.tsv") as listing:
         for path in files:
@@ -143,9 +137,7 @@ def _model_artifact(name: str, model: Path, metadata: Mapping[str, Any], *, uplo
 
 
 def _use(run: Any, artifact: Any, role: str) -> None:
-    run.config.update(
-        {"inputs": {**run.config.get("inputs", {}), role: artifact.name}}, allow_val_change=True
-    )
+    run.config.update({"inputs": {**run.config.get("inputs", {}), role: artifact.name}}, allow_val_change=True)
     # The public `use_artifact` refuses to work offline and waits for the server online. This is what it calls: the
     # record says that the artifact is an input, and `wandb sync` makes the same request of it.
     run._log_artifact(artifact, is_user_created=True, use_after_commit=True)

@@ -63,9 +63,7 @@ def sections() -> list[DashboardSection]:
         DashboardSection(
             name="Attention scores",
             text="On the validation samples. A small spread ratio is collapse, which IMACS does not see.",
-            panels=[
-                _curve(VALIDATION + name, METRICS[name].label) for name in _metrics("attention")
-            ],
+            panels=[_curve(VALIDATION + name, METRICS[name].label) for name in _metrics("attention")],
         ),
         DashboardSection(
             name="Image quality",
@@ -118,9 +116,7 @@ def sections() -> list[DashboardSection]:
                     for name in ("i2am", "i2am_inverted", "overall", "random")
                 ),
                 *(
-                    _curve(
-                        DETECTION_SWEEP + name, f"{METHOD_LABELS[name]}: mean IoU", DETECTION_DELTA
-                    )
+                    _curve(DETECTION_SWEEP + name, f"{METHOD_LABELS[name]}: mean IoU", DETECTION_DELTA)
                     for name in METHODS_OF_MAPS
                 ),
                 _media("Boxes on painted images", DETECTION_BOXES),
@@ -139,8 +135,7 @@ def make_workspace(entity: str, project: str, group: str | None) -> Any:
         project=project,
         name=_title(group),
         sections=[
-            workspaces.Section(name=section.name, panels=list(section.panels), is_open=True)
-            for section in sections()
+            workspaces.Section(name=section.name, panels=list(section.panels), is_open=True) for section in sections()
         ],
         settings=workspaces.WorkspaceSettings(x_axis=STEP),
         runset_settings=workspaces.RunsetSettings(
@@ -186,10 +181,7 @@ def dashboard_json(project: str, group: str | None) -> dict[str, Any]:
     return {
         "project": project,
         "group": group,
-        **{
-            name: part.spec.model_dump(mode="json", by_alias=True, exclude_none=True)
-            for name, part in parts.items()
-        },
+        **{name: part.spec.model_dump(mode="json", by_alias=True, exclude_none=True) for name, part in parts.items()},
     }
 
 
@@ -202,9 +194,7 @@ def save_dashboard(entity: str | None, project: str, group: str | None) -> tuple
     api = _asked(wandb.Api)  # checks the login
     owner = entity or _asked(lambda: api.default_entity)
     if not owner:
-        raise TrackingError(
-            "Weights & Biases knows no default entity for this login. Give entity=USER_OR_TEAM."
-        )
+        raise TrackingError("Weights & Biases knows no default entity for this login. Give entity=USER_OR_TEAM.")
     # The report first: it fails where there is no such project.
     report = _asked(lambda: make_report(owner, project, group).save())
     workspace = _asked(lambda: make_workspace(owner, project, group).save())
@@ -234,11 +224,7 @@ def _one_line(error: Exception) -> str:
 def _metrics(group: str) -> list[str]:
     """Names of metrics that are logged with the default options."""
     image = EvaluationConfig().metrics
-    return [
-        name
-        for name, info in METRICS.items()
-        if info.group == group and (group == "attention" or name in image)
-    ]
+    return [name for name, info in METRICS.items() if info.group == group and (group == "attention" or name in image)]
 
 
 def _curve(name: str, title: str, axis: str = STEP) -> Any:
@@ -247,11 +233,7 @@ def _curve(name: str, title: str, axis: str = STEP) -> Any:
 
 def _bars(name: str, title: str) -> Any:
     return reports.BarPlot(
-        title=title,
-        metrics=[name],
-        groupby=f"config.{ARM}",
-        groupby_aggfunc="mean",
-        groupby_rangefunc="stddev",
+        title=title, metrics=[name], groupby=f"config.{ARM}", groupby_aggfunc="mean", groupby_rangefunc="stddev"
     )
 
 

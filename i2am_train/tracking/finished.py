@@ -61,9 +61,7 @@ def track_evaluation(
     )
     try:
         use_inputs(run)
-        logged: dict[str, Any] = {
-            EVALUATION + name: value for name, value in result.metrics.items()
-        }
+        logged: dict[str, Any] = {EVALUATION + name: value for name, value in result.metrics.items()}
         logged[EVALUATION + SAMPLES] = score_table(result.rows)
         if shown := panels[: tracking.table_samples]:
             logged[EVALUATION + TABLE] = sample_table(result.rows, shown)
@@ -106,10 +104,7 @@ def track_study(tracking: TrackingConfig, folder: Path, results: Mapping[str, An
         name=results["name"],
         job_type=STUDY_JOB,
         arm=STUDY_JOB,
-        config={
-            **results["settings"],
-            "provenance": {name: results[name] for name in named},
-        },
+        config={**results["settings"], "provenance": {name: results[name] for name in named}},
     )
     try:
         for cell in results["cells"]:
@@ -118,9 +113,7 @@ def track_study(tracking: TrackingConfig, folder: Path, results: Mapping[str, An
         run.log(
             {
                 STUDY_ARMS: wandb.Table(columns=list(ARM_COLUMNS), data=arm_rows(results)),
-                STUDY_DIFFERENCES: wandb.Table(
-                    columns=list(DIFFERENCE_COLUMNS), data=difference_rows(results)
-                ),
+                STUDY_DIFFERENCES: wandb.Table(columns=list(DIFFERENCE_COLUMNS), data=difference_rows(results)),
                 **{
                     f"{STUDY}{arm}/{metric}": entry["mean"]
                     for arm, metrics in results["summary"].items()

@@ -65,9 +65,7 @@ def sample_table(rows: Rows, panels: Sequence[SamplePanels], **moment: int) -> A
 def score_table(rows: Rows) -> Any:
     """A ``wandb.Table`` of the scores of all samples, worst first, without pictures."""
     names = [name for name in (*SAMPLE_NAMES, *_score_names(rows)) if name in rows[0]]
-    return wandb.Table(
-        columns=names, data=[[row[name] for name in names] for row in worst_first(rows, rows)]
-    )
+    return wandb.Table(columns=names, data=[[row[name] for name in names] for row in worst_first(rows, rows)])
 
 
 def worst_first(items: Iterable[T], rows: Rows) -> list[T]:
@@ -83,11 +81,7 @@ def worst_first(items: Iterable[T], rows: Rows) -> list[T]:
 def generated_overlays(panels: Iterable[SamplePanels], delta: float) -> list[Any]:
     """Generated images, each with the inpainted region and where the attribution is ``delta`` or more."""
     return [
-        _overlaid(
-            one.generated,
-            {INPAINTED: one.inpaint_mask, ATTRIBUTED: one.map_generated >= delta},
-            one.name,
-        )
+        _overlaid(one.generated, {INPAINTED: one.inpaint_mask, ATTRIBUTED: one.map_generated >= delta}, one.name)
         for one in panels
     ]
 
@@ -104,18 +98,13 @@ def reference_overlays(panels: Iterable[SamplePanels], delta: float) -> list[Any
     ]
 
 
-def _overlaid(
-    picture: NDArray[np.uint8], masks: Mapping[str, NDArray[np.bool_] | None], caption: str
-) -> Any:
+def _overlaid(picture: NDArray[np.uint8], masks: Mapping[str, NDArray[np.bool_] | None], caption: str) -> Any:
     numbers = {name: number for number, name in CLASSES.items()}
     return wandb.Image(
         picture,
         caption=caption,
         masks={
-            name: {
-                "mask_data": mask.astype(np.uint8) * numbers[name],
-                "class_labels": {numbers[name]: name},
-            }
+            name: {"mask_data": mask.astype(np.uint8) * numbers[name], "class_labels": {numbers[name]: name}}
             for name, mask in masks.items()
             if mask is not None
         },

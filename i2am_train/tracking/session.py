@@ -77,9 +77,7 @@ def open_run(
         "id": run_id(folder),
         "resume": "allow",
         "reinit": "create_new",
-        "settings": wandb.Settings(
-            init_timeout=START_TIMEOUT, finish_timeout=tracking.finish_timeout
-        ),
+        "settings": wandb.Settings(init_timeout=START_TIMEOUT, finish_timeout=tracking.finish_timeout),
     }
     with _arguments_without_secrets():
         run = _start(arguments, online=tracking.wandb == "online")
@@ -110,9 +108,7 @@ def _define_curves(run: Any) -> None:
     run.define_metric(STEP, hidden=True)
     run.define_metric("*", step_metric=STEP, step_sync=True)
     for metric in METRICS:
-        run.define_metric(
-            VALIDATION + metric, step_metric=STEP, step_sync=True, summary=summary_of(metric)
-        )
+        run.define_metric(VALIDATION + metric, step_metric=STEP, step_sync=True, summary=summary_of(metric))
 
 
 def _start(arguments: dict[str, Any], *, online: bool) -> Any:
@@ -140,9 +136,7 @@ def _with_recorded_artifacts(run: Any) -> Any:
     """
     interface = run._interface
 
-    def deliver_artifact(
-        run: Any, artifact: Any, aliases: Any, tags: Any, history_step: int, **options: Any
-    ) -> None:
+    def deliver_artifact(run: Any, artifact: Any, aliases: Any, tags: Any, history_step: int, **options: Any) -> None:
         interface.publish_artifact(run, artifact, aliases, tags, **options)
 
     interface.deliver_artifact = deliver_artifact

@@ -16,9 +16,7 @@ PARTS = {"state_dict", "optimizer_states", "loops", "global_step"}
 class AtomicCheckpointIO(TorchCheckpointIO):
     """Writes to a temporary name first, so that a killed process leaves the last good checkpoint."""
 
-    def save_checkpoint(
-        self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None
-    ) -> None:
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None) -> None:
         """Saves, flushes and renames."""
         with written(Path(path)) as unfinished:
             super().save_checkpoint(checkpoint, unfinished, storage_options)

@@ -33,13 +33,7 @@ class Draws(NamedTuple):
 
 
 def draw(
-    seed: int,
-    epoch: int,
-    indices: list[int],
-    *,
-    latent: GridSize,
-    timesteps: int,
-    condition_dropout: float,
+    seed: int, epoch: int, indices: list[int], *, latent: GridSize, timesteps: int, condition_dropout: float
 ) -> Draws:
     """Random numbers for the samples with the given dataset indices.
 
@@ -49,8 +43,7 @@ def draw(
     True
     """
     rows = [
-        _draw_one(seed_for(seed, "training", epoch, index), latent, timesteps, condition_dropout)
-        for index in indices
+        _draw_one(seed_for(seed, "training", epoch, index), latent, timesteps, condition_dropout) for index in indices
     ]
     return Draws(*(torch.stack(column) for column in zip(*rows, strict=True)))
 
@@ -92,9 +85,7 @@ class ConditionedCount:
         self._epoch = -1
         self._count = torch.zeros(())
 
-    def __call__(
-        self, batches: list[list[int]], epoch: int, draws: Callable[[list[int]], Draws]
-    ) -> Float[Tensor, ""]:
+    def __call__(self, batches: list[list[int]], epoch: int, draws: Callable[[list[int]], Draws]) -> Float[Tensor, ""]:
         """``batches`` are the step's (:func:`batches_of_step`), ``draws`` gives the random numbers of samples."""
         if (batches, epoch) != (self._batches, self._epoch):
             dropped = [draws(batch).dropped for batch in batches]

@@ -34,13 +34,7 @@ from i2am_train.data.cache import (
     write_shard,
 )
 from i2am_train.data.checks.needed_files import noted_in, refuse_broken_pictures
-from i2am_train.data.opening import (
-    AS_IT_LIES,
-    Reading,
-    list_length,
-    open_dataset,
-    reading_of,
-)
+from i2am_train.data.opening import AS_IT_LIES, Reading, list_length, open_dataset, reading_of
 from i2am_train.data.reading import EpochPosition
 from i2am_train.data.sample import TryOnBatch
 from i2am_train.errors import DataError, NotFiniteError
@@ -119,17 +113,7 @@ def make_cache(
         DataError: the dataset is broken, the folder holds another cache or something else, or the disk is too full.
     """
     with noted_in(output):
-        return _make_cache(
-            model,
-            root,
-            output,
-            layout or CacheLayout(),
-            reading,
-            splits,
-            batch_size,
-            workers,
-            progress,
-        )
+        return _make_cache(model, root, output, layout or CacheLayout(), reading, splits, batch_size, workers, progress)
 
 
 def _make_cache(
@@ -140,9 +124,7 @@ def _make_cache(
     data = data_state(root)
     index = CacheIndex(key=cache_key(model, data, reading), layout=layout, samples=samples)
     _keep_shards(root, output, index, data)
-    sources = {
-        split: _Source(model, root, Split(split), layout, reading) for split in index.samples
-    }
+    sources = {split: _Source(model, root, Split(split), layout, reading) for split in index.samples}
     refuse_broken_pictures([source.dataset for source in sources.values()])
     model.eval()
     rows = sum(n * layout.rows_per_sample(Split(name)) for name, n in index.samples.items())
@@ -168,9 +150,7 @@ def _keep_shards(root: Path, output: Path, index: CacheIndex, data: DataState) -
     require_apart(root, output)
     file = output / INDEX_FILE
     if not file.is_file():
-        foreign = (
-            {p.name for p in output.iterdir()} - {LOCK, RECORD_FILE} if output.is_dir() else set()
-        )
+        foreign = {p.name for p in output.iterdir()} - {LOCK, RECORD_FILE} if output.is_dir() else set()
         if foreign or output.is_file():
             raise DataError(
                 f"{output} is no cache: it holds {', '.join(sorted(foreign)[:5]) or 'a file'} and no {INDEX_FILE}. "
@@ -190,35 +170,21 @@ def _keep_shards(root: Path, output: Path, index: CacheIndex, data: DataState) -
         )
     index.samples = there.samples | index.samples
     for split in index.samples:
-        index.shards[split] = [
-            shard for shard in there.shards.get(split, []) if _is_sound(output / shard.file, shard)
-        ]
+        index.shards[split] = [shard for shard in there.shards.get(split, []) if _is_sound(output / shard.file, shard)]
 
 
 def _is_sound(path: Path, shard: Shard) -> bool:
-    return (
-        path.is_file()
-        and path.stat().st_size == shard.bytes
-        and file_fingerprint(path) == shard.sha256
-    )
+    return path.is_file() and path.stat().st_size == shard.bytes and file_fingerprint(path) == shard.sha256
 
 
 class _Source:
     """Encodes one split of a dataset."""
 
-    def __init__(
-        self, model: TryOnModel, root: Path, split: Split, layout: CacheLayout, reading: Reading
-    ) -> None:
+    def __init__(self, model: TryOnModel, root: Path, split: Split, layout: CacheLayout, reading: Reading) -> None:
         self.model, self.split, self.layout = model, split, layout
         augment = layout.variants > 0 and split is Split.TRAIN
         self.dataset = open_dataset(
-            root,
-            split,
-            Pairing.PAIRED,
-            model.image_size,
-            reading,
-            augment=augment,
-            seed=layout.seed,
+            root, split, Pairing.PAIRED, model.image_size, reading, augment=augment, seed=layout.seed
         )
         self.keep = [WARPED_MASK]
         if any(layout.has(Role.CORRESPONDENCE) for layout in self.dataset.layouts[:1]):
@@ -232,9 +198,7 @@ class _Source:
         variants = self.layout.rows_per_sample(self.split)
         counts = [min(self.layout.shard_samples, total - first) for first in firsts]
         batches = []
-        for first, count in zip(
-            firsts, counts, strict=True
-        ):  # no batch crosses the border of a shard
+        for first, count in zip(firsts, counts, strict=True):  # no batch crosses the border of a shard
             rows = [EpochPosition(v, first + i) for i in range(count) for v in range(variants)]
             for start in range(0, len(rows), batch_size):
                 batch = rows[start : start + batch_size]
@@ -252,9 +216,7 @@ class _Source:
             bar.update(len(made))
 
     @torch.no_grad()
-    def _encoded(
-        self, batches: list[list[EpochPosition]], workers: int
-    ) -> Iterator[list[dict[str, Tensor]]]:
+    def _encoded(self, batches: list[list[EpochPosition]], workers: int) -> Iterator[list[dict[str, Tensor]]]:
         loader: DataLoader[Any] = DataLoader(
             self.dataset, batch_sampler=batches, num_workers=workers, worker_init_fn=ignore_interrupts
         )  # fmt: skip
@@ -263,8 +225,7 @@ class _Source:
             values = self._encode(batch)
             _check_numbers(values, batch["name"], dtype)
             yield [
-                pack_row({name: value[row] for name, value in values.items()}, dtype)
-                for row in range(len(set(rows)))
+                pack_row({name: value[row] for name, value in values.items()}, dtype) for row in range(len(set(rows)))
             ]
 
     def _encode(self, batch: TryOnBatch) -> dict[str, Tensor]:
@@ -285,9 +246,7 @@ def _check_numbers(values: dict[str, Tensor], names: Sequence[str], dtype: torch
         if bool((bad := rows_at_fault(value.to(dtype))).any()):
             reason = "encoders give NaN or infinity"
             if not bool(rows_at_fault(value).any()):
-                reason = f"encoders give numbers that are too large for {dtype}".replace(
-                    "torch.", ""
-                )
+                reason = f"encoders give numbers that are too large for {dtype}".replace("torch.", "")
             raise NotFiniteError(
                 f"{name} of {names[int(bad.int().argmax())]} cannot be stored: the {reason}. Nothing of its shard was "
                 "written. Look at the sample's pictures; take another checkpoint, or dtype=float32."

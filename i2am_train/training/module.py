@@ -15,12 +15,7 @@ from i2am_train.losses.objective import Objective
 from i2am_train.models.lora import add_adapters
 from i2am_train.models.tryon import TryOnModel
 from i2am_train.training.draws import ConditionedCount, Draws, batches_of_step, draw
-from i2am_train.training.optimization import (
-    make_optimizer,
-    make_schedule,
-    prepare_networks,
-    set_trainable,
-)
+from i2am_train.training.optimization import make_optimizer, make_schedule, prepare_networks, set_trainable
 from i2am_train.training.step import TrainingBatch, step_losses
 
 LEARNING_RATE = "lr"
@@ -59,9 +54,7 @@ class TryOnModule(L.LightningModule):
         prepare_networks(model, options)
         model.train()  # loading leaves networks in evaluation mode, where diffusers checkpoints no gradients
         if objective.terms:
-            ScoreTap(
-                model, layers=[objective.layer]
-            )  # a layer that does not exist fails here, not hours later
+            ScoreTap(model, layers=[objective.layer])  # a layer that does not exist fails here, not hours later
 
     def on_train_start(self) -> None:
         """Attaches the score tap, after strategies have made their copies."""

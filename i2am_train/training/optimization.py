@@ -17,9 +17,7 @@ from i2am_train.types import Trainable
 V1 = ("conv_in.", "up_blocks.", "conv_norm_out.", "conv_out.")
 SETS: Mapping[Trainable, Callable[[str], bool]] = {
     "all": lambda name: True,
-    "v1": lambda name: (
-        name.startswith(V1) or (name.startswith("down_blocks.") and ".attn2." in name)
-    ),
+    "v1": lambda name: name.startswith(V1) or (name.startswith("down_blocks.") and ".attn2." in name),
     "v2": lambda name: not name.startswith("time_embedding."),
     "cross_attention": lambda name: name.startswith("conv_in.") or ".attn2." in name,
     "lora": lambda name: ".lora_" in name,
@@ -69,10 +67,7 @@ def make_optimizer(parameters: list[nn.Parameter], options: OptimizationConfig) 
     """
     if options.optimizer == "adamw8bit":
         made: Optimizer = eight_bit_adamw()(
-            parameters,
-            lr=options.learning_rate,
-            betas=options.betas,
-            weight_decay=options.weight_decay,
+            parameters, lr=options.learning_rate, betas=options.betas, weight_decay=options.weight_decay
         )
         return made
     return AdamW(

@@ -68,9 +68,7 @@ class StepTimer(L.Callback):
             device=torch.cuda.get_device_name() if on_gpu else "CPU",
             processes=trainer.world_size,
             accumulate=trainer.accumulate_grad_batches,
-            steps_per_epoch=max(
-                1, int(trainer.num_training_batches) // trainer.accumulate_grad_batches
-            ),
+            steps_per_epoch=max(1, int(trainer.num_training_batches) // trainer.accumulate_grad_batches),
         )
 
 
@@ -89,9 +87,7 @@ def checkpoint_bytes(model: TryOnModel, *, averaged: bool) -> int:
     return trained * 4 * (4 if averaged else 3)
 
 
-def describe(
-    config: TrainConfig, model: TryOnModel, measured: Measured
-) -> Iterator[tuple[str, str]]:
+def describe(config: TrainConfig, model: TryOnModel, measured: Measured) -> Iterator[tuple[str, str]]:
     """Terms and texts of a rehearsal."""
     for name, network in model.named_children():
         if any(True for _ in network.parameters()):
@@ -103,15 +99,9 @@ def describe(
         f"{batch} = {config.data.batch_size} x {measured.processes} processes x {measured.accumulate} accumulated",
     )
     yield "steps", f"{steps} in {steps / per_epoch:.1f} epochs of {per_epoch}"
-    yield (
-        "time",
-        f"{_duration(steps * measured.seconds)} ({measured.seconds:.2f} s a step), validation not counted",
-    )
+    yield ("time", f"{_duration(steps * measured.seconds)} ({measured.seconds:.2f} s a step), validation not counted")
     if config.optimization.compile:
-        yield (
-            "compilation",
-            f"{measured.graphs} graphs; the first step took {_duration(measured.first_seconds)}",
-        )
+        yield ("compilation", f"{measured.graphs} graphs; the first step took {_duration(measured.first_seconds)}")
     each = ", in the first process" if measured.processes > 1 else ""
     yield "memory", f"{measured.peak_bytes / 2**30:.1f} GiB at most on {measured.device}{each}"
     averaged = config.optimization.ema_decay is not None
@@ -121,9 +111,7 @@ def describe(
 
 def _parameters(network: nn.Module) -> str:
     total = sum(parameter.numel() for parameter in network.parameters())
-    trained = sum(
-        parameter.numel() for parameter in network.parameters() if parameter.requires_grad
-    )
+    trained = sum(parameter.numel() for parameter in network.parameters() if parameter.requires_grad)
     return f"{total / 1e6:.1f} M parameters, {trained / 1e6:.1f} M of them trained"
 
 

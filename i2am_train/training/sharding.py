@@ -146,9 +146,7 @@ class ShardedStrategy(ModelParallelStrategy):
             optimizer = optimizer.optimizer
         return whole_state(optimizer.state_dict(), first=self.is_global_zero)
 
-    def load_checkpoint(
-        self, checkpoint_path: Any, weights_only: bool | None = None
-    ) -> dict[str, Any]:
+    def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
         """Every process reads the file."""
         return self.checkpoint_io.load_checkpoint(checkpoint_path, weights_only=weights_only)
 
@@ -156,10 +154,7 @@ class ShardedStrategy(ModelParallelStrategy):
         """Each process takes its part of the weights."""
         assert self.lightning_module is not None
         own = self.lightning_module.state_dict()
-        parts = {
-            name: sharded_like(value, own.get(name))
-            for name, value in checkpoint["state_dict"].items()
-        }
+        parts = {name: sharded_like(value, own.get(name)) for name, value in checkpoint["state_dict"].items()}
         self.lightning_module.load_state_dict(parts, strict=strict)
 
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:

@@ -56,15 +56,11 @@ def step_losses(
         )
     if conditioned is None:
         conditioned = (~draws.dropped).sum().float()
-    total, terms = objective(
-        _attention(batch, draws, objective, tap), mean_over_processes(conditioned)
-    )
+    total, terms = objective(_attention(batch, draws, objective, tap), mean_over_processes(conditioned))
     return {"denoising": denoising.detach(), **terms, "total": denoising + total}
 
 
-def _denoising(
-    model: TryOnModel, batch: TrainingBatch, draws: Draws, snr_gamma: float | None
-) -> Float[Tensor, ""]:
+def _denoising(model: TryOnModel, batch: TrainingBatch, draws: Draws, snr_gamma: float | None) -> Float[Tensor, ""]:
     with torch.no_grad():
         person, agnostic, pose = (
             model.sample_latents(_moments(model, batch, name), draws.posterior[:, position])
@@ -75,16 +71,12 @@ def _denoising(
     prediction = model(
         noisy, draws.timesteps, agnostic, pose, batch.get("garment"), draws.dropped, batch.get(TOKENS)
     )  # fmt: skip
-    weights = snr_weights(
-        schedule.signal.square(), draws.timesteps, schedule.prediction_type, snr_gamma
-    )
+    weights = snr_weights(schedule.signal.square(), draws.timesteps, schedule.prediction_type, snr_gamma)
     target = schedule.target(person, draws.noise, draws.timesteps)
     return denoising_loss(prediction, target, weights).mean()
 
 
-def _attention(
-    batch: TrainingBatch, draws: Draws, objective: Objective, tap: ScoreTap
-) -> Attention:
+def _attention(batch: TrainingBatch, draws: Draws, objective: Objective, tap: ScoreTap) -> Attention:
     layer, worn = objective.layer, batch["warped_garment_mask"]
     generated, reference = tap.generated_grid(layer), tap.reference_grid(layer)
     target = None

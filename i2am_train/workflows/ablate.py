@@ -32,9 +32,7 @@ from i2am_train.tracking.finished import track_study
 from i2am_train.tracking.session import sync_advice
 from i2am_train.workflows import evaluate, train
 
-WITHOUT_EFFECT_ON_CELLS = (
-    *("output", "arms", "seeds", "data.workers", "device", "trainer.progress_bar", "tracking"),
-)
+WITHOUT_EFFECT_ON_CELLS = (*("output", "arms", "seeds", "data.workers", "device", "trainer.progress_bar", "tracking"),)
 """Options that may differ when a study is asked for again: arms and seeds are added, other cells stay as they are."""
 LOG_WIDTH = 140
 """Columns of the tables in a log file."""
@@ -242,8 +240,7 @@ def _results(
     manifest: dict[str, Any],
 ) -> dict[str, Any]:
     samples = {
-        entry["folder"]: read_samples(root / entry["folder"] / "evaluation" / "samples.jsonl")
-        for entry in entries
+        entry["folder"]: read_samples(root / entry["folder"] / "evaluation" / "samples.jsonl") for entry in entries
     }
     shown = {name for entry in entries for name in entry["metrics"]}
     metrics = {name: info.as_json() for name, info in METRICS.items() if name in shown}

@@ -5,12 +5,7 @@
 
 from __future__ import annotations
 
-from i2am_train.config.data import (
-    DataCacheConfig,
-    DataCheckConfig,
-    DataDeriveConfig,
-    DataMakeConfig,
-)
+from i2am_train.config.data import DataCacheConfig, DataCheckConfig, DataDeriveConfig, DataMakeConfig
 from i2am_train.config.hub import revisions
 from i2am_train.config.locations import dataset_folder
 from i2am_train.data.cache import CacheLayout
@@ -101,10 +96,7 @@ def cache(config: DataCacheConfig) -> None:
     """Encode the dataset, or the rest of it."""
     device = chosen_device(config.device)
     layout = CacheLayout(
-        dtype=config.dtype,
-        variants=config.variants,
-        seed=config.seed,
-        shard_samples=config.shard_samples,
+        dtype=config.dtype, variants=config.variants, seed=config.seed, shard_samples=config.shard_samples
     )
     require_apart(config.root, config.output)
     reading = Reading(config.layout, tuple(config.categories), config.fit)

@@ -21,12 +21,7 @@ from i2am_train.data.opening import data_root, prepare_data
 from i2am_train.errors import CheckpointError, I2AMError
 from i2am_train.evaluation.evaluator import EvaluationResult, EvaluationSettings, check_settings
 from i2am_train.evaluation.folders import open_folders
-from i2am_train.evaluation.generation import (
-    GeneratedSamples,
-    person_names,
-    real_images,
-    score_generated,
-)
+from i2am_train.evaluation.generation import GeneratedSamples, person_names, real_images, score_generated
 from i2am_train.evaluation.results import read_results, write_evaluation
 from i2am_train.evaluation.scoring import check_scoring, make_scoring, score_images
 from i2am_train.fingerprints import data_state, folder_state
@@ -40,14 +35,7 @@ from i2am_train.reporting.table import terminal
 from i2am_train.reporting.tables.published import CAUTION, TABLE_2, published_values
 from i2am_train.reporting.tables.scores import evaluation_scores
 from i2am_train.results.panels import write_panels
-from i2am_train.runs import (
-    MANIFEST_FILE,
-    SETTINGS_FILE,
-    RunFolder,
-    model_suffix,
-    require_apart,
-    run_of,
-)
+from i2am_train.runs import MANIFEST_FILE, SETTINGS_FILE, RunFolder, model_suffix, require_apart, run_of
 from i2am_train.tracking.artifacts import arm_name, use_dataset, use_images, use_model
 from i2am_train.tracking.finished import track_evaluation
 from i2am_train.tracking.session import sync_advice
@@ -198,8 +186,7 @@ def evaluate_folders(config: EvaluateConfig, folder: Path) -> dict[str, Any]:
         opened.discard()  # once the image at fault is replaced, the folders are others
         raise
     rows = [
-        {"index": index, "name": name}
-        | {metric: values[index] for metric, values in scores.pairs.items()}
+        {"index": index, "name": name} | {metric: values[index] for metric, values in scores.pairs.items()}
         for index, name in enumerate(images.names)
     ]
     result = EvaluationResult.from_rows(rows, scores.sets, scores.protocol)
@@ -254,17 +241,12 @@ def _evaluate_checkpoint(config: EvaluateConfig, checkpoint: str, folder: Path) 
     if first_process():
         opened.start(seed=config.sampling.seed, data=data_state(datamodule.root))
     dataset = datamodule.test_dataset()
-    samples = GeneratedSamples(
-        folder=folder, names=person_names(dataset), batch_size=config.evaluation.batch_size
-    )
+    samples = GeneratedSamples(folder=folder, names=person_names(dataset), batch_size=config.evaluation.batch_size)
     generate(config, model, datamodule, samples)
     if not first_process():
         return {}
     result = score_generated(
-        samples,
-        real_images(dataset),
-        make_scoring(config),
-        paired=config.evaluation.pairing is Pairing.PAIRED,
+        samples, real_images(dataset), make_scoring(config), paired=config.evaluation.pairing is Pairing.PAIRED
     )
     panels = samples.panels()
     if panels:
@@ -288,30 +270,20 @@ def _use_data_and_model(config: EvaluateConfig, root: Path, data: str, run: Any)
     use_model(run, model_folder(config.checkpoint or ""), upload=config.tracking.upload_model)
 
 
-def generate(
-    config: EvaluateConfig,
-    model: TryOnModel,
-    datamodule: TryOnDataModule,
-    samples: GeneratedSamples,
-) -> None:
+def generate(config: EvaluateConfig, model: TryOnModel, datamodule: TryOnDataModule, samples: GeneratedSamples) -> None:
     """Make the batches that are not there yet."""
     pending = samples.pending()
     if not pending:
         return
     datamodule.test_batches = pending
     callback = GenerationCallback(
-        samples,
-        config.sampling,
-        config.attribution,
-        panel_samples=config.evaluation.panel_samples,
+        samples, config.sampling, config.attribution, panel_samples=config.evaluation.panel_samples
     )
     trainer = make_test_trainer(config, callback)
     trainer.test(make_untrained_module(model), datamodule, verbose=False)
 
 
-def prepare(
-    config: EvaluateConfig, checkpoint: str, folder: Path
-) -> tuple[TryOnModel, TryOnDataModule]:
+def prepare(config: EvaluateConfig, checkpoint: str, folder: Path) -> tuple[TryOnModel, TryOnDataModule]:
     """Model and data of an evaluation in ``folder``; bad input leaves nothing behind.
 
     Raises:

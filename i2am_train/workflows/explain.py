@@ -21,13 +21,7 @@ from i2am_train.data.picture_files import read_photograph, read_region
 from i2am_train.data.sample import TryOnSample, batch_on
 from i2am_train.errors import ConfigError, DataError
 from i2am_train.evaluation.explaining import explain_batch, explain_picture, to_pictures
-from i2am_train.evaluation.explanation import (
-    TO_GENERATED,
-    TO_REFERENCE,
-    CleanImage,
-    Explanation,
-    write_explanation,
-)
+from i2am_train.evaluation.explanation import TO_GENERATED, TO_REFERENCE, CleanImage, Explanation, write_explanation
 from i2am_train.files import write_text
 from i2am_train.fingerprints import data_state, file_fingerprint
 from i2am_train.locks import locked
@@ -86,9 +80,7 @@ def explain(config: ExplainConfig) -> Path:
     made = _of_samples(config) if config.model == TRYON else _of_pictures(config)
     several = sum(map(len, made.models.values())) > 1
     explanations = {
-        _subfolder(config, name, one) if several else "": one
-        for name, ones in made.models.items()
-        for one in ones
+        _subfolder(config, name, one) if several else "": one for name, ones in made.models.items() for one in ones
     }
     figures = {place: figures_of(one) for place, one in explanations.items()}
     page = explorer_data(made.models, config.attribution)
@@ -170,10 +162,7 @@ def _of_samples(config: ExplainConfig) -> _Made:
         settings=settings,
         data=data,
         models={
-            name: [
-                _of_sample(config, model.eval().to(device), sample, folders[name], data)
-                for sample in samples
-            ]
+            name: [_of_sample(config, model.eval().to(device), sample, folders[name], data) for sample in samples]
             for name, model in models.items()
         },
         about={"Checkpoints": ", ".join(config.checkpoints)},
@@ -197,9 +186,7 @@ def _samples(config: ExplainConfig, root: Path) -> list[TryOnSample]:
                 f"sample={index} is out of range: the {config.split} split of {root} has "
                 f"{total} samples, numbered from 0 to {total - 1}."
             )
-    dataset = open_dataset(
-        root, config.split, config.pairing, config.data.size, reading, indices=config.samples
-    )
+    dataset = open_dataset(root, config.split, config.pairing, config.data.size, reading, indices=config.samples)
     return [dataset[position] for position in range(len(dataset))]
 
 
@@ -303,11 +290,7 @@ def _check_options(config: ExplainConfig, loader: Loader) -> None:
     Raises:
         ConfigError: an option is missing, of another model, or half of a pair.
     """
-    given = {
-        name
-        for name in ("checkpoint", *OTHER_MODELS_OPTIONS)
-        if getattr(config, name) not in (None, "")
-    }
+    given = {name for name in ("checkpoint", *OTHER_MODELS_OPTIONS) if getattr(config, name) not in (None, "")}
     possible = (*loader.needs, *loader.takes, *ALWAYS_TAKEN)
     missing = [name for name in loader.needs if name not in given]
     if missing:
@@ -344,9 +327,7 @@ def _request(config: ExplainConfig, loader: Loader) -> tuple[Request, Mask | Non
         image = read_photograph(config.image, "image")
         mask = read_region(config.mask, "mask", image, "image")
     if config.reference_mask is not None:
-        reference_mask = read_region(
-            config.reference_mask, "reference_mask", reference, "reference"
-        )
+        reference_mask = read_region(config.reference_mask, "reference_mask", reference, "reference")
     request = Request(
         reference=reference,
         image=image,
@@ -369,10 +350,7 @@ def _picture_origin(config: ExplainConfig) -> dict[str, Any]:
         "prompt": config.prompt,
         **plain(config.sampling),
         "data": None,
-        "files": {
-            name: {"path": str(path), "sha256": file_fingerprint(path)}
-            for name, path in _files(config).items()
-        },
+        "files": {name: {"path": str(path), "sha256": file_fingerprint(path)} for name, path in _files(config).items()},
     }
 
 

@@ -25,9 +25,7 @@ def run(config: InitConfig) -> None:
         I2AMError: a part is missing, damaged or does not fit, the folder exists, or the disk is full.
     """
     if config.output.exists():
-        raise RunFolderError(
-            f"'{config.output}' exists. Nothing was written. Give another output=FOLDER."
-        )
+        raise RunFolderError(f"'{config.output}' exists. Nothing was written. Give another output=FOLDER.")
     require_own_json(report_file(config.output), ("file", "mapped", "unexpected"))
     try:
         made = _make_model(config) if config.pipeline_file is None else _make_pipeline(config)
@@ -66,11 +64,7 @@ def _make_pipeline(config: InitConfig) -> _Made:
     pipeline, report = read_pipeline(config.pipeline_file)
     write_pipeline(pipeline, config.output, half=config.half)
     recipe = "paint_by_example" if config.dci_vton is None else "dci_vton_diffusers"
-    sizes = {
-        "U-Net": pipeline.unet,
-        "VAE": pipeline.vae,
-        "image encoder": pipeline.image_encoder,
-    }
+    sizes = {"U-Net": pipeline.unet, "VAE": pipeline.vae, "image encoder": pipeline.image_encoder}
     return _Made(
         f"Weights: {_weights(sizes)}",
         [report],

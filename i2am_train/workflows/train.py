@@ -31,23 +31,11 @@ from i2am_train.redaction import without_secrets
 from i2am_train.reporting.tables.published import published_row
 from i2am_train.runs import MANIFEST_FILE, MODEL_FOLDER, RunFolder
 from i2am_train.tracking.session import sync_advice
-from i2am_train.trainers import (
-    check_trainer,
-    make_module,
-    make_trainer,
-    measure_steps,
-    release_signals,
-)
+from i2am_train.trainers import check_trainer, make_module, make_trainer, measure_steps, release_signals
 from i2am_train.training.encode_dataset import open_cache
 from i2am_train.training.module import TryOnModule
 from i2am_train.training.optimization import trained_weights
-from i2am_train.training.preflight import (
-    check_batches,
-    check_best,
-    check_disk,
-    check_trained,
-    memory_advice,
-)
+from i2am_train.training.preflight import check_batches, check_best, check_disk, check_trained, memory_advice
 from i2am_train.training.rehearsal import describe
 
 
@@ -83,20 +71,12 @@ def _train(config: TrainConfig) -> Path:
     own = imported_callbacks(config.callbacks)
     resume = config.resume or not first_process()  # the others find the folder that the first made
     data_root(config.data, config.folder, config.tracking.folder)
-    RunFolder.check(
-        config.folder,
-        plain(config),
-        resume=resume,
-        may_differ=(*WITHOUT_EFFECT_ON_WEIGHTS, "revisions"),
-    )
+    RunFolder.check(config.folder, plain(config), resume=resume, may_differ=(*WITHOUT_EFFECT_ON_WEIGHTS, "revisions"))
     module, datamodule = prepare(config)
     if not first_process():
         wait_for(config.folder / MANIFEST_FILE)
     folder = RunFolder.open(
-        config.folder,
-        plain(config) | revisions(config.init),
-        resume=resume,
-        may_differ=WITHOUT_EFFECT_ON_WEIGHTS,
+        config.folder, plain(config) | revisions(config.init), resume=resume, may_differ=WITHOUT_EFFECT_ON_WEIGHTS
     )
     if folder.finished:
         print(f"{folder.path} is finished already; nothing to train.")
@@ -110,9 +90,7 @@ def _train(config: TrainConfig) -> Path:
     trainer = make_trainer(config, folder.path, own)
     try:
         with memory_advice(trainer):
-            trainer.fit(
-                module, datamodule, ckpt_path=None if checkpoint is None else str(checkpoint)
-            )
+            trainer.fit(module, datamodule, ckpt_path=None if checkpoint is None else str(checkpoint))
         check_trained(trainer, config)
         if (model := module.whole_model()) is not None:
             model.save_pretrained(folder / MODEL_FOLDER)

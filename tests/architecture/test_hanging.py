@@ -51,9 +51,7 @@ def test_a_training_that_hangs_in_a_test_ends_at_sigterm(tmp_path: Path) -> None
     )  # fmt: skip
     try:
         until = time.monotonic() + 120
-        while (
-            not (tmp_path / "hangs").exists() and tests.poll() is None and time.monotonic() < until
-        ):
+        while not (tmp_path / "hangs").exists() and tests.poll() is None and time.monotonic() < until:
             time.sleep(0.1)
         tests.send_signal(signal.SIGTERM)
         output, errors = tests.communicate(timeout=20)

@@ -72,13 +72,7 @@ def test_no_pickled_weights_and_no_device_calls() -> None:
 
 def test_weights_are_opened_in_one_place() -> None:
     """torch, safetensors and torchvision read files of weights where they are checked, and nowhere else."""
-    readers = (
-        "torch.load(",
-        "jit.load(",
-        "load_state_dict_from_url",
-        "weights=weights",
-        "weights=True",
-    )
+    readers = ("torch.load(", "jit.load(", "load_state_dict_from_url", "weights=weights", "weights=True")
     found = {
         (path.name, word)
         for path in sorted((ROOT / "i2am_train").rglob("*.py"))

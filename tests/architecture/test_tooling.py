@@ -51,9 +51,7 @@ def test_the_oldest_versions_are_those_that_are_allowed() -> None:
     wanted = [*project["dependencies"], *project["optional-dependencies"]["dev"]]
     lowest = dict(re.findall(r"([\w-]+)>=([\d.]+)", "\n".join(wanted)))
     lines = (ROOT / "scripts" / "constraints-oldest.txt").read_text(encoding="utf-8").splitlines()
-    pinned = {
-        normal(name): version for name, _, version in (line.partition("==") for line in lines)
-    }
+    pinned = {normal(name): version for name, _, version in (line.partition("==") for line in lines)}
 
     different = {
         name: (version, pinned.get(normal(name)))
@@ -67,9 +65,7 @@ def test_top_level_is_tidy() -> None:
     """What is committed lies in the folders that the README names."""
     if not (ROOT / ".git").exists():
         pytest.skip("not a git checkout")
-    listed = subprocess.run(
-        ["git", "-C", str(ROOT), "ls-files"], capture_output=True, text=True, check=True
-    )
+    listed = subprocess.run(["git", "-C", str(ROOT), "ls-files"], capture_output=True, text=True, check=True)
     tops = {line.split("/")[0] for line in listed.stdout.splitlines()}
     assert {name for name in tops if not name.startswith(".")} <= TOP_LEVEL
 

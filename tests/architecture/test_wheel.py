@@ -66,11 +66,7 @@ def test_the_wheel_carries_everything(wheel: Path) -> None:
     templates = (ROOT / "i2am_train" / "reporting" / "templates").iterdir()
     expected |= {str(path.relative_to(ROOT)) for path in templates}
     weights = ROOT / "data" / "weights"
-    expected |= {
-        f"i2am_train/weights/{path.relative_to(weights)}"
-        for path in weights.rglob("*")
-        if path.is_file()
-    }
+    expected |= {f"i2am_train/weights/{path.relative_to(weights)}" for path in weights.rglob("*") if path.is_file()}
     assert expected <= names
     assert {"i2am_train/py.typed", "i2am_train/conf/train.yaml"} <= names
     tops = {name.split("/")[0] for name in names}

@@ -59,12 +59,7 @@ def run(unet, **options):
 
 
 def hook_count(model):
-    kinds = (
-        "_forward_hooks",
-        "_forward_pre_hooks",
-        "_backward_hooks",
-        "_forward_hooks_always_called",
-    )
+    kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_forward_hooks_always_called")
     return sum(len(getattr(module, kind)) for module in model.modules() for kind in kinds)
 
 
@@ -74,19 +69,12 @@ def add_slicing(unet):
 
 
 def compile_it(unet):
-    unet.up_blocks[2].attentions[0].compile(
-        backend="eager"
-    )  # a region: the whole network takes long
+    unet.up_blocks[2].attentions[0].compile(backend="eager")  # a region: the whole network takes long
     run(unet)
     return unet
 
 
-VARIANTS = {
-    "plain": lambda unet: unet,
-    "lora": add_lora,
-    "sliced": add_slicing,
-    "compiled": compile_it,
-}
+VARIANTS = {"plain": lambda unet: unet, "lora": add_lora, "sliced": add_slicing, "compiled": compile_it}
 
 
 @pytest.fixture(params=list(VARIANTS))
@@ -106,9 +94,7 @@ class TestEveryModel:
         assert torch.equal(before, run(variant))
         assert [site.calls for site in attention.sites] == [1] * 9
         maps = attention.maps()
-        assert maps.layers == tuple(
-            f"up_blocks.{b}.attentions.{a}" for b in (1, 2, 3) for a in range(3)
-        )
+        assert maps.layers == tuple(f"up_blocks.{b}.attentions.{a}" for b in (1, 2, 3) for a in range(3))
         for direction, grid in zip(Direction, (LATENT, REFERENCE), strict=True):
             unified = maps.unified(direction)
             assert unified.values.shape == (BATCH, *grid)
@@ -139,9 +125,7 @@ def test_lora_injected_before_the_trace_is_what_is_seen(unet):
         run(unet)
     with trace(add_lora(unet), recipe()) as adapted:
         run(unet)
-    first, second = (
-        t.maps().unified(Direction.REFERENCE_TO_GENERATED).values for t in (plain, adapted)
-    )
+    first, second = (t.maps().unified(Direction.REFERENCE_TO_GENERATED).values for t in (plain, adapted))
     assert not torch.allclose(first, second, rtol=1e-3)
 
 
@@ -155,10 +139,7 @@ def test_lora_injected_after_the_hooks_is_what_is_seen(unet, when):
     # peft puts a layer around each projection; the maps are those of the adapted model
     adapted = seeded_lora(copy.deepcopy(unet))
     expected = []
-    for timestep, model in (
-        (500, unet if when == "between two steps" else adapted),
-        (400, adapted),
-    ):
+    for timestep, model in ((500, unet if when == "between two steps" else adapted), (400, adapted)):
         with trace(model, recipe()) as attention:
             run(model, timestep=timestep)
         expected.append(attention.maps().store.layer(2).to_generated[:, 0])
@@ -331,11 +312,7 @@ def test_another_use_of_the_modules_outside_the_root_is_dropped(unet):
     with trace(unet, recipe()) as attention:
         run(unet)
         with torch.no_grad():
-            block(
-                torch.randn(BATCH, 16, 6, 4),
-                encoder_hidden_states=inputs()[2],
-                return_dict=False,
-            )
+            block(torch.randn(BATCH, 16, 6, 4), encoder_hidden_states=inputs()[2], return_dict=False)
     assert {site.calls for site in attention.sites} == {1}
 
 
@@ -484,6 +461,4 @@ def test_our_sampler_announces_time_and_branch(make_small_model):
         draw(1.0)
     unguided = attention.maps().store  # the first step does not depend on guidance
     for one, other in zip(store.layers, unguided.layers, strict=True):
-        torch.testing.assert_close(
-            one.to_reference[:, 0], other.to_reference[:, 0], rtol=1e-4, atol=0
-        )
+        torch.testing.assert_close(one.to_reference[:, 0], other.to_reference[:, 0], rtol=1e-4, atol=0)

@@ -135,9 +135,7 @@ def model_of(name: str) -> Any:
     return fresh(next(case for case in (*CASES, *LDM_CASES) if str(case) == name))
 
 
-@pytest.mark.parametrize(
-    "guidance", ["on", *(pytest.param(name, marks=pytest.mark.long) for name in ("1.0", "none"))]
-)
+@pytest.mark.parametrize("guidance", ["on", *(pytest.param(name, marks=pytest.mark.long) for name in ("1.0", "none"))])
 @pytest.mark.parametrize("case", [*CASES, *LDM_CASES], ids=str)
 def test_maps_are_of_the_conditional_rows(case: Case, guidance: str) -> None:
     target = model_of(str(case))
@@ -161,9 +159,7 @@ def test_every_recipe_has_a_caller() -> None:
     assert CALLERS.keys() == {case.recipe for case in (*CASES, *LDM_CASES)}
 
 
-@pytest.mark.parametrize(
-    "name", ["ip_adapter", "ootdiffusion", "stableviton", "paint_by_example_ldm"]
-)
+@pytest.mark.parametrize("name", ["ip_adapter", "ootdiffusion", "stableviton", "paint_by_example_ldm"])
 def test_a_loop_that_says_nothing_is_refused_before_it_makes_an_image(name: str) -> None:
     case = next(case for case in (*CASES, *LDM_CASES) if str(case) == name)
     target = model_of(name)
@@ -205,9 +201,7 @@ class Recorder:
         for handle in self.handles:
             handle.remove()
 
-    def to_generated(
-        self, rows: slice, calls: slice = slice(None), at: Any = (slice(None),) * 2
-    ) -> Tensor:
+    def to_generated(self, rows: slice, calls: slice = slice(None), at: Any = (slice(None),) * 2) -> Tensor:
         """``[batch, step, head, token]`` of some rows and calls; ``at``: generated and reference tokens."""
         steps = []
         for query, key in self.seen[calls]:
@@ -335,15 +329,11 @@ def test_kontext_guides_by_two_calls(scale: float | None, prompts: int, images: 
     """True guidance, scale 1, and no negative prompt. Several images of several prompts given as embeddings are not
     possible: diffusers does not repeat those."""
     pipeline = kontext()
-    recipe = named_recipe(
-        pipeline, "flux_kontext", generated_grid=GRID, reference_grid=GRID, text_tokens=WORDS
-    )
+    recipe = named_recipe(pipeline, "flux_kontext", generated_grid=GRID, reference_grid=GRID, text_tokens=WORDS)
     embeds = {"prompt_embeds": noise(prompts, WORDS, CONTEXT, seed=1).float(),
               "pooled_prompt_embeds": noise(prompts, 6, seed=2).float()}  # fmt: skip
     if scale is not None:
-        embeds |= {f"negative_{name}": -value for name, value in embeds.items()} | {
-            "true_cfg_scale": scale
-        }
+        embeds |= {f"negative_{name}": -value for name, value in embeds.items()} | {"true_cfg_scale": scale}
     module = pipeline.transformer.transformer_blocks[0].attn
     with Recorder(module, 0) as recorder, trace(pipeline, recipe) as attention:
         pipeline(
@@ -379,10 +369,7 @@ def test_guidance_of_a_third_kind_is_refused() -> None:
     """Two images: a batch of six, of which half is neither conditional nor unconditional."""
     pipeline = adapted(StableDiffusionPAGPipeline)
     message = r"called with 6 rows for 2 samples; expected 4 with guidance"
-    with (
-        trace(pipeline, named_recipe(pipeline, "ip_adapter")),
-        pytest.raises(CaptureError, match=message),
-    ):
+    with trace(pipeline, named_recipe(pipeline, "ip_adapter")), pytest.raises(CaptureError, match=message):
         draw(pipeline, 5.0, images=2, pag_scale=3.0)
 
 
@@ -469,10 +456,7 @@ def test_a_crop_is_refused_before_the_picture_is_made() -> None:
         )  # fmt: skip
 
     recipe = named_recipe(pipeline, "ip_adapter")
-    with (
-        trace(pipeline, recipe),
-        pytest.raises(CaptureError, match=r"padding_mask_crop.*cut out yourself"),
-    ):
+    with trace(pipeline, recipe), pytest.raises(CaptureError, match=r"padding_mask_crop.*cut out yourself"):
         paint(padding_mask_crop=4)
     with trace(pipeline, recipe) as attention:
         paint()

@@ -97,9 +97,7 @@ def test_a_checkpoint(part: str, small_checkpoint: Path, tmp_path: Path, marker:
     file = pickled(folder / part)
     TryOnModel.from_pretrained(folder)
     poison(file, marker)
-    with pytest.raises(
-        CheckpointError, match=rf"{part}.* is a pickle with more than tensors in it"
-    ):
+    with pytest.raises(CheckpointError, match=rf"{part}.* is a pickle with more than tensors in it"):
         TryOnModel.from_pretrained(folder)
     assert not marker.exists()
 
@@ -142,9 +140,7 @@ def test_a_zip_behind_a_harmless_pickle(tmp_path: Path, marker: Path) -> None:
 
 
 @pytest.mark.parametrize("known", [True, False], ids=["the digest is right", "another file"])
-def test_alexnet_of_lpips(
-    known: bool, hub: Path, marker: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_alexnet_of_lpips(known: bool, hub: Path, marker: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Put by hand where our own message says; eight digits of a digest are soon forged."""
     file = hub / features.ALEXNET_WEIGHTS.name
     torch.save({"features.0.weight": torch.ones(2), "x": Harmful(marker)}, file)
@@ -170,9 +166,7 @@ def test_inception_is_opened_only_as_the_known_file(hub: Path) -> None:
 
 
 @pytest.mark.parametrize("known", [True, False], ids=["the digest is right", "another file"])
-def test_detectors_of_torchvision(
-    known: bool, hub: Path, marker: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_detectors_of_torchvision(known: bool, hub: Path, marker: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """torchvision itself would unpickle its file, and check its digest only after a download of its own."""
     import torchvision
 
@@ -229,15 +223,8 @@ def transformers_folders(tmp_path: Path) -> dict[str, tuple[Path, Door]]:
         )
     ).save_pretrained(tmp_path / "parser")  # fmt: skip
     SegformerImageProcessor().save_pretrained(tmp_path / "parser")
-    backbone = {
-        "model_type": "vitpose_backbone",
-        **small,
-        "image_size": [32, 32],
-        "patch_size": [16, 16],
-    }
-    pose = VitPoseConfig(
-        backbone_config=backbone, num_labels=17, id2label={n: str(n) for n in range(17)}
-    )
+    backbone = {"model_type": "vitpose_backbone", **small, "image_size": [32, 32], "patch_size": [16, 16]}
+    pose = VitPoseConfig(backbone_config=backbone, num_labels=17, id2label={n: str(n) for n in range(17)})
     VitPoseForPoseEstimation(pose).save_pretrained(tmp_path / "estimator")
     VitPoseImageProcessor().save_pretrained(tmp_path / "estimator")
     return {
@@ -246,14 +233,8 @@ def transformers_folders(tmp_path: Path) -> dict[str, tuple[Path, Door]]:
             tiny_yolos(tmp_path / "detector", (0.5, 0.5, 0.5, 0.5), 0.9),
             lambda folder: load_detector(str(folder)),
         ),
-        "parser": (
-            tmp_path / "parser",
-            lambda folder: HumanParser.from_pretrained(str(folder), "cpu"),
-        ),
-        "estimator": (
-            tmp_path / "estimator",
-            lambda folder: ViTPoseEstimator.from_pretrained(str(folder), "cpu"),
-        ),
+        "parser": (tmp_path / "parser", lambda folder: HumanParser.from_pretrained(str(folder), "cpu")),
+        "estimator": (tmp_path / "estimator", lambda folder: ViTPoseEstimator.from_pretrained(str(folder), "cpu")),
     }
 
 
@@ -306,9 +287,7 @@ def test_pipelines_of_other_models(tmp_path: Path, marker: Path, paint_by_exampl
     index = base / "model_index.json"
     (tmp_path / "ip" / "hostile.py").write_text(f"open({str(marker)!r}, 'w')")
     (base / "hostile.py").write_text(f"open({str(marker)!r}, 'w')")
-    index.write_text(
-        json.dumps(json.loads(index.read_text()) | {"tokenizer": ["hostile", "Tokenizer"]})
-    )
+    index.write_text(json.dumps(json.loads(index.read_text()) | {"tokenizer": ["hostile", "Tokenizer"]}))
     with pytest.raises(CheckpointError, match="hostile"):
         load_ip_adapter(ip)
     assert not marker.exists()

@@ -67,9 +67,7 @@ def mask() -> Tensor:
 
 
 @every_loss
-def test_one_finite_value_per_sample(
-    term: Term, variant: LossVariant, logits: Tensor, mask: Tensor
-) -> None:
+def test_one_finite_value_per_sample(term: Term, variant: LossVariant, logits: Tensor, mask: Tensor) -> None:
     """Unreduced, in the format of the scores."""
     value = term(logits.softmax(-1), mask, variant)
     assert value.shape == (SAMPLES,)
@@ -79,9 +77,7 @@ def test_one_finite_value_per_sample(
 
 
 @every_loss
-def test_the_gradient_arrives(
-    term: Term, variant: LossVariant, logits: Tensor, mask: Tensor
-) -> None:
+def test_the_gradient_arrives(term: Term, variant: LossVariant, logits: Tensor, mask: Tensor) -> None:
     """At the logits of every sample, finite."""
     logits.requires_grad_()
     term(logits.softmax(-1), mask, variant).sum().backward()
@@ -108,9 +104,7 @@ def test_an_empty_mask_is_zero_without_a_gradient(
 
 
 @every_loss
-def test_a_single_patch_has_no_pairs(
-    term: Term, variant: LossVariant, logits: Tensor, mask: Tensor
-) -> None:
+def test_a_single_patch_has_no_pairs(term: Term, variant: LossVariant, logits: Tensor, mask: Tensor) -> None:
     """Terms of pairs and neighbours are 0, those of patches finite."""
     single = torch.zeros_like(mask)
     single[:, 4] = True
@@ -121,9 +115,7 @@ def test_a_single_patch_has_no_pairs(
 
 
 @every_loss
-def test_half_precision_is_computed_in_float32(
-    term: Term, variant: LossVariant, logits: Tensor, mask: Tensor
-) -> None:
+def test_half_precision_is_computed_in_float32(term: Term, variant: LossVariant, logits: Tensor, mask: Tensor) -> None:
     """bfloat16 scores, and autocast around float32 ones, give the float32 value."""
     scores = logits.softmax(-1)
     value = term(scores.bfloat16(), mask, variant)
@@ -135,17 +127,13 @@ def test_half_precision_is_computed_in_float32(
 
 
 @every_loss
-def test_float64_stays_float64(
-    term: Term, variant: LossVariant, logits: Tensor, mask: Tensor
-) -> None:
+def test_float64_stays_float64(term: Term, variant: LossVariant, logits: Tensor, mask: Tensor) -> None:
     """So that golden values and gradient checks mean something."""
     assert term(logits.double().softmax(-1), mask, variant).dtype is torch.float64
 
 
 @every_loss
-def test_splitting_a_batch_changes_nothing(
-    term: Term, variant: LossVariant, logits: Tensor, mask: Tensor
-) -> None:
+def test_splitting_a_batch_changes_nothing(term: Term, variant: LossVariant, logits: Tensor, mask: Tensor) -> None:
     """No average over the batch hides inside."""
     scores = logits.softmax(-1)
     whole = term(scores, mask, variant)
@@ -154,9 +142,7 @@ def test_splitting_a_batch_changes_nothing(
 
 
 @every_loss
-def test_the_derivative_is_the_slope(
-    term: Term, variant: LossVariant, logits: Tensor, mask: Tensor
-) -> None:
+def test_the_derivative_is_the_slope(term: Term, variant: LossVariant, logits: Tensor, mask: Tensor) -> None:
     """A small step along the gradient changes the value as the gradient says (float64)."""
     free = logits.double().requires_grad_()
     value = term(free.softmax(-1), mask, variant).sum()

@@ -8,11 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from diffusers import FluxTransformer2DModel, SD3Transformer2DModel, UNet2DConditionModel
-from diffusers.models.attention_processor import (
-    Attention,
-    AttnProcessor,
-    IPAdapterAttnProcessor2_0,
-)
+from diffusers.models.attention_processor import Attention, AttnProcessor, IPAdapterAttnProcessor2_0
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn import functional as F
@@ -154,12 +150,7 @@ def run_flux(model, generated=HALF, reference=REFERENCE):
 
 def flux_recipe(model):
     return named_recipe(
-        model,
-        "flux_kontext",
-        generated_grid=HALF,
-        reference_grid=REFERENCE,
-        text_tokens=TEXT,
-        guided=False,
+        model, "flux_kontext", generated_grid=HALF, reference_grid=REFERENCE, text_tokens=TEXT, guided=False
     )
 
 
@@ -178,16 +169,11 @@ def two_adapters(unet):
     torch.manual_seed(0)
     for module in unet.modules():
         if isinstance(module, Attention) and module.is_cross_attention:
-            module.set_processor(
-                IPAdapterAttnProcessor2_0(module.inner_dim, CONTEXT, (4, 3), [1.0, 0.5])
-            )
+            module.set_processor(IPAdapterAttnProcessor2_0(module.inner_dim, CONTEXT, (4, 3), [1.0, 0.5]))
     return unet
 
 
-IP_CONTEXT = (
-    noise(BATCH, TEXT, CONTEXT),
-    [noise(BATCH, 1, 4, CONTEXT, seed=3), noise(BATCH, 2, 3, CONTEXT, seed=4)],
-)
+IP_CONTEXT = (noise(BATCH, TEXT, CONTEXT), [noise(BATCH, 1, 4, CONTEXT, seed=3), noise(BATCH, 2, 3, CONTEXT, seed=4)])
 PLAIN = {"prepare": lambda unet: unet, "context": None}
 SHARED_RECIPES = {
     "diffusers_decoder": (PLAIN, lambda unet: diffusers_decoder(REFERENCE, 1, "all", "")),
@@ -196,10 +182,7 @@ SHARED_RECIPES = {
         lambda unet: named_recipe(unet, "paint_by_example", guided=False),
     ),
     "catvton": (PLAIN, lambda unet: named_recipe(unet, "catvton", guided=False)),
-    "ladi_vton": (
-        PLAIN,
-        lambda unet: named_recipe(unet, "ladi_vton", first=3, count=4, guided=False),
-    ),
+    "ladi_vton": (PLAIN, lambda unet: named_recipe(unet, "ladi_vton", first=3, count=4, guided=False)),
     "ip_adapter_0": (
         {"prepare": two_adapters, "context": IP_CONTEXT},
         lambda unet: named_recipe(unet, "ip_adapter", guided=False),
@@ -224,10 +207,7 @@ def test_both_backends_give_the_same_maps(name, unet):
     by_projections, by_sdpa = stores
     assert by_sdpa.names == by_projections.names
     for one, other in zip(by_projections.layers, by_sdpa.layers, strict=True):
-        assert (one.generated_grid, one.reference_grid) == (
-            other.generated_grid,
-            other.reference_grid,
-        )
+        assert (one.generated_grid, one.reference_grid) == (other.generated_grid, other.reference_grid)
         for field in ("to_generated", "to_reference", "mass", "scores_over_reference"):
             expected, found = getattr(one, field), getattr(other, field)
             if expected is None:
@@ -246,9 +226,7 @@ def test_an_adapter_whose_scale_is_zero_is_not_taken_for_another(scales, seen, u
     for adapter in (0, 1):
         stores = []
         for via in Backend:
-            with trace(
-                unet, named_recipe(unet, "ip_adapter", adapter=adapter, guided=False), via=via
-            ) as attention:
+            with trace(unet, named_recipe(unet, "ip_adapter", adapter=adapter, guided=False), via=via) as attention:
                 run_unet(unet, IP_CONTEXT)
             if adapter == seen:
                 stores.append(attention.maps().store)
@@ -323,8 +301,7 @@ def test_joint_attention_after_norm_and_rotation_equals_a_slow_loop(name, reques
 
 
 @pytest.mark.parametrize(
-    ("name", "backend"),
-    [("sd3", "eager"), ("flux", "eager"), pytest.param("flux", "inductor", marks=pytest.mark.slow)],
+    ("name", "backend"), [("sd3", "eager"), ("flux", "eager"), pytest.param("flux", "inductor", marks=pytest.mark.slow)]
 )
 def test_joint_attention_of_a_network_compiled_whole(name, backend, request):
     # run in one graph before the trace, which must neither miss a call nor make another graph
@@ -489,9 +466,7 @@ class Toy(nn.Module):
     def __init__(self, **options):
         super().__init__()
         self.attn = nn.Module()
-        self.attn.forward = lambda q, k: F.scaled_dot_product_attention(
-            query=q, key=k, value=k, **options
-        )
+        self.attn.forward = lambda q, k: F.scaled_dot_product_attention(query=q, key=k, value=k, **options)
 
     def forward(self, sample, query, key):
         return self.attn(query, key)
@@ -536,9 +511,7 @@ def test_causal_attention_and_queries_without_heads_are_refused():
 
 
 def test_unknown_words_in_a_site_are_errors():
-    with pytest.raises(
-        CaptureError, match=r"no backend 'xformers'. Expected one of projections, s"
-    ):
+    with pytest.raises(CaptureError, match=r"no backend 'xformers'. Expected one of projections, s"):
         Site("attn", via="xformers")
     with pytest.raises(CaptureError, match="sdpa_call is -1"):
         Site("attn", sdpa_call=-1)

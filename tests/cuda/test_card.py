@@ -30,9 +30,7 @@ OPERATIONS: dict[str, Operation] = {
     "comparison": lambda h, t: h(3, 2) > t(3, 2),
     "product": lambda h, t: h(3, 2) @ t(2, 3),
     "embedding": lambda h, t: F.embedding(h(3).long(), t(5, 2)),
-    "attention": lambda h, t: F.scaled_dot_product_attention(
-        h(1, 2, 3, 4), h(1, 2, 3, 4), t(1, 2, 3, 4)
-    ),
+    "attention": lambda h, t: F.scaled_dot_product_attention(h(1, 2, 3, 4), h(1, 2, 3, 4), t(1, 2, 3, 4)),
     "cat": lambda h, t: torch.cat([h(3, 2), t(3, 2)]),
     "stack": lambda h, t: torch.stack([h(3, 2), t(3, 2)]),
     "stack of numbers": lambda h, t: torch.stack([h(3, 2).sum(), t(3, 2).sum()]),

@@ -53,9 +53,7 @@ SCORES = {
     [
         pytest.param(["optimization.ema_decay=0.9", "trainer.keep_best=imacs_g"], id="averaged"),
         pytest.param(
-            ["optimization.precision=bf16-mixed", "optimization.accumulate=2"],
-            id="bf16",
-            marks=pytest.mark.slow,
+            ["optimization.precision=bf16-mixed", "optimization.accumulate=2"], id="bf16", marks=pytest.mark.slow
         ),
         pytest.param(
             ["optimization.precision=16-mixed", "optimization.gradient_checkpointing=true"],
@@ -108,9 +106,7 @@ def test_a_study(training: list[str], tmp_path: Path) -> None:
         assert np.isfinite([cell["metrics"][name] for name in (*SCORES, "ssim")]).all()
 
 
-def test_an_evaluation(
-    machine: Any, overrides: list[str], small_checkpoint: Path, tmp_path: Path
-) -> None:
+def test_an_evaluation(machine: Any, overrides: list[str], small_checkpoint: Path, tmp_path: Path) -> None:
     """On the card as on the CPU, up to the order of sums (a real card's convolutions are TF32)."""
     scores = {}
     for device in ("cpu", "cuda"):
@@ -168,10 +164,7 @@ def catvton(folder: Path) -> list[str]:
         pytest.param("ip_adapter_full_face", ip_adapter, id="ip_adapter"),
         pytest.param("catvton", catvton, id="catvton", marks=pytest.mark.slow),
         pytest.param(
-            "factory",
-            lambda _: ["factory=tests.support.stableviton_like:build"],
-            id="factory",
-            marks=pytest.mark.slow,
+            "factory", lambda _: ["factory=tests.support.stableviton_like:build"], id="factory", marks=pytest.mark.slow
         ),
     ],
 )
@@ -242,12 +235,7 @@ def test_export_and_the_exported_pipeline(
 def test_assembling_a_model(machine: Any, make_parts: Callable[..., Any], tmp_path: Path) -> None:
     for name in ("unet", "vae", "dinov2"):
         make_parts(name).save_pretrained(tmp_path / "sd" / name)
-    words = [
-        f"unet={tmp_path / 'sd'}",
-        f"encoder={tmp_path / 'sd' / 'dinov2'}",
-        "height=128",
-        "width=64",
-    ]
+    words = [f"unet={tmp_path / 'sd'}", f"encoder={tmp_path / 'sd' / 'dinov2'}", "height=128", "width=64"]
     with machine():
         run_init(compose("init", [*words, f"output={tmp_path / 'model'}"]))
     assert TryOnModel.from_pretrained(tmp_path / "model").device.type == "cpu"

@@ -24,12 +24,7 @@ from i2am_train.metrics import correspondence
 from i2am_train.metrics.alignment import alignment
 from i2am_train.metrics.boxes import authors_box, component_box
 from i2am_train.metrics.imacs import imacs
-from i2am_train.metrics.registry import (
-    available_image_metrics,
-    image_metric,
-    image_pair_score,
-    metric_info,
-)
+from i2am_train.metrics.registry import available_image_metrics, image_metric, image_pair_score, metric_info
 from i2am_train.models.sampling import sample
 from i2am_train.training.draws import Draws, draw
 from i2am_train.training.optimization import set_trainable
@@ -68,12 +63,7 @@ def read(small_dataset: Path) -> Any:
 
 
 @pytest.fixture(scope="module")
-def encoded(
-    machine: Any,
-    small_dataset: Path,
-    small_checkpoint: Path,
-    tmp_path_factory: pytest.TempPathFactory,
-) -> Any:
+def encoded(machine: Any, small_dataset: Path, small_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
     """The same samples from a cache that was made on the card."""
     folder = tmp_path_factory.mktemp("encoded") / "cache"
     options = [f"root={small_dataset}", f"init={small_checkpoint}", f"output={folder}"]
@@ -126,9 +116,7 @@ def test_a_training_step(
 
 @pytest.mark.parametrize("variant", LossVariant)
 def test_every_loss(machine: Any, variant: LossVariant) -> None:
-    objective = make_objective(
-        ObjectiveConfig(variant=variant, dcml=1.0, tv=1.0, cwg=1.0, supervised=1.0)
-    )
+    objective = make_objective(ObjectiveConfig(variant=variant, dcml=1.0, tv=1.0, cwg=1.0, supervised=1.0))
     generator = torch.Generator().manual_seed(3)
     logits = torch.randn(3, GENERATED.tokens, REFERENCE.tokens, generator=generator)
     mask = torch.ones(3, GENERATED.tokens, dtype=torch.bool)
@@ -156,9 +144,7 @@ def test_every_metric_of_attention(machine: Any) -> None:
     centers, target = torch.rand(3, GENERATED.tokens, 2), torch.rand(3, *SIZE, 2)
     heat, mask = torch.rand(3, *SIZE), torch.rand(3, *SIZE) > 0.5
     with machine():
-        scores, centers, target, heat, mask = (
-            values.to("cuda") for values in (scores, centers, target, heat, mask)
-        )
+        scores, centers, target, heat, mask = (values.to("cuda") for values in (scores, centers, target, heat, mask))
         truth = correspondence.target_on_grid(target, mask, GENERATED, REFERENCE)
         patches = mask.flatten(1)[:, : GENERATED.tokens]
         values = [
@@ -224,11 +210,7 @@ def test_a_capture(machine: Any, model_there: Any, read: Any, via: Backend, mask
         maps = attention.maps()
         made = [
             *(maps.unified(direction).on_picture(SIZE).values for direction in Direction),
-            *(
-                maps.scores(layer, over)
-                for layer in maps.layers
-                for over in ("reference", "generated")
-            ),
+            *(maps.scores(layer, over) for layer in maps.layers for over in ("reference", "generated")),
             maps.specific_reference([0, 3], 2).values,
             maps.time_level(Direction.REFERENCE_TO_GENERATED, groups=2).values,
         ]

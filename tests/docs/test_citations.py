@@ -4,9 +4,7 @@ import re
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-NOTES = re.compile(
-    r"\bspec (section )?\d|\badapters note|\b(spec|adapters|experiment|design)\.md\b"
-)
+NOTES = re.compile(r"\bspec (section )?\d|\badapters note|\b(spec|adapters|experiment|design)\.md\b")
 EQUATIONS = re.compile(r"\b(?:eqs?\.|[Ee]quations?) (\d+)(?:(?:-| to | and |, )(\d+))*")
 APPENDICES = re.compile(r"\bA\.(\d+)\b")
 
@@ -34,7 +32,5 @@ def test_equations_and_appendices_are_the_paper_s() -> None:
     """The paper has equations 1 to 24 and appendices A.1 to A.7."""
     for name, text in texts().items():
         for match in EQUATIONS.finditer(text):
-            assert all(1 <= int(number) <= 24 for number in re.findall(r"\d+", match[0])), (
-                f"{name}: {match[0]}"
-            )
+            assert all(1 <= int(number) <= 24 for number in re.findall(r"\d+", match[0])), f"{name}: {match[0]}"
         assert all(1 <= int(number) <= 7 for number in APPENDICES.findall(text)), name

@@ -36,8 +36,7 @@ SMALL = {
     "data": "",
     "explain": "sampling.steps=1 attribution.time_groups=1 device=cpu",
     "detect": (
-        "pipeline={pipeline} height=32 width=48 steps=1 pictures=0 device=cpu progress_bar=false "
-        "tracking=files"
+        "pipeline={pipeline} height=32 width=48 steps=1 pictures=0 device=cpu progress_bar=false tracking=files"
     ),
 }
 """Options that make each command quick."""
@@ -76,9 +75,7 @@ def folder(small_dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Ite
 
 
 @pytest.fixture(scope="module")
-def printed(
-    folder: Path, small_dataset: Path, small_checkpoint: Path, paint_by_example: Path
-) -> Iterator[str]:
+def printed(folder: Path, small_dataset: Path, small_checkpoint: Path, paint_by_example: Path) -> Iterator[str]:
     """What all commands of all how-tos print and log in that folder; all trainings are one run."""
     lines = [shlex.split(line) for section in SECTIONS for line in blocks(section, "bash")]
     training = [words for words in lines if words[:2] == ["i2am", "train"]]

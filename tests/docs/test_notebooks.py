@@ -20,12 +20,7 @@ PICTURES = {
     "02_refine_your_model": {"loss_curves", "refined_centres", "paired_samples"},
     "03_read_the_report": {"differences", "changed_samples", "sweep", "correlation"},
 }
-TINY = {
-    "training_samples": 32,
-    "test_samples": 4,
-    "training_steps": 2,
-    "sampling_steps": 2,
-}
+TINY = {"training_samples": 32, "test_samples": 4, "training_steps": 2, "sampling_steps": 2}
 TIME_LIMIT = 300
 """Seconds for each cell, so that a notebook that hangs ends."""
 

@@ -21,11 +21,7 @@ from tests.support.pipelines import tiny_ip_adapter
 
 ROOT = Path(__file__).parents[2]
 PLACES = ("*.md", "conf/*.md", "data/**/*.md", "i2am_train/**/*.md", "tests/*.md")
-TEXTS = {
-    str(path.relative_to(ROOT)): path.read_text()
-    for place in PLACES
-    for path in sorted(ROOT.glob(place))
-}
+TEXTS = {str(path.relative_to(ROOT)): path.read_text() for place in PLACES for path in sorted(ROOT.glob(place))}
 README = TEXTS["README.md"]
 HOW_TO = "i2am_train/EXTENDING.md"
 """Is about files of the reader's; test_extending.py carries out its commands."""
@@ -62,9 +58,7 @@ def test_there_are_commands() -> None:
     assert counts["conf/README.md"] > 12
 
 
-def test_python_runs(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_python_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """The README's example runs as it stands, on a small pipeline of a known model, in few steps."""
     base, adapter = tiny_ip_adapter(tmp_path)
     source = Source(model="ip_adapter", checkpoint=str(base), adapter=adapter)
@@ -132,10 +126,7 @@ def test_length() -> None:
     assert quantiles(sentences(README), n=10)[-1] <= 25
 
 
-UPDATE, KEEP = (
-    runpy.run_path(str(ROOT / "scripts" / f"{name}.py"))
-    for name in ("update_readme", "keep_checkpoints")
-)
+UPDATE, KEEP = (runpy.run_path(str(ROOT / "scripts" / f"{name}.py")) for name in ("update_readme", "keep_checkpoints"))
 RESULTS = ROOT / "data" / "results"
 
 
@@ -164,11 +155,7 @@ def leaves(tree: Any, path: str = "") -> dict[str, Any]:
     if not isinstance(tree, dict | list):
         return {path: tree}
     items = tree.items() if isinstance(tree, dict) else enumerate(tree)
-    return {
-        key: value
-        for name, branch in items
-        for key, value in leaves(branch, f"{path}/{name}").items()
-    }
+    return {key: value for name, branch in items for key, value in leaves(branch, f"{path}/{name}").items()}
 
 
 def test_kept_checkpoints_have_the_ends_of_the_committed_study() -> None:
@@ -197,9 +184,7 @@ def short(value: float, digits: int) -> str:
         ("trajectory", "fd_efficientnet_lite0", 1, "FD -4.2 "),
     ],
 )
-def test_sentences_have_the_numbers_of_the_results(
-    study: str, metric: str, digits: int, start: str
-) -> None:
+def test_sentences_have_the_numbers_of_the_results(study: str, metric: str, digits: int, start: str) -> None:
     """Difference and interval of the refined arm, as `results.json` has them."""
     results = json.loads((RESULTS / f"{study}.json").read_text())
     (found,) = (p for p in results["paired"] if (p["arm"], p["metric"]) == ("refined", metric))

@@ -53,9 +53,7 @@ def test_two_batches_of_two_are_one_of_four(training: list[str], tmp_path: Path)
         "optimization.condition_dropout=0.5", "optimization.learning_rate=1e-12", "seed=22",
     ]  # fmt: skip
     whole = gradients([*options, "data.batch_size=4"], tmp_path / "whole")
-    parts = gradients(
-        [*options, "data.batch_size=2", "optimization.accumulate=2"], tmp_path / "parts"
-    )
+    parts = gradients([*options, "data.batch_size=2", "optimization.accumulate=2"], tmp_path / "parts")
     assert [sum(dropped) for dropped in parts.dropped] == [0, 1, 0, 1]
     assert len(whole.steps) == len(parts.steps) == 2
     for one, other in zip(whole.steps, parts.steps, strict=True):

@@ -59,12 +59,7 @@ CASES: list[tuple[str, str, list[str], str]] = [
     ("train", MODEL, ["seed", "=", "1"], "The option 'seed' cannot be read"),
     ("train", MODEL, ["seed:1"], "The option 'seed:1' cannot be read"),
     ("train", MODEL, ["experiment=Refined"], "no file conf/experiment/Refined.yaml"),
-    (
-        "train",
-        MODEL,
-        ["experiment={arms}/nothing.yaml"],
-        "nothing.yaml is missing). Experiments are",
-    ),
+    ("train", MODEL, ["experiment={arms}/nothing.yaml"], "nothing.yaml is missing). Experiments are"),
     ("train", MODEL, ["experiment={arms}/list.yaml"], "holds a list"),
     ("train", MODEL, ["experiment={arms}/my arm (2), new.yaml"], "no option 'objective.dcmll'"),
     ("train", MODEL, ["experiment={arms}/imports.yaml"], "I2AM_ALLOW_IMPORTS=json"),
@@ -85,12 +80,7 @@ CASES: list[tuple[str, str, list[str], str]] = [
     ("train", MODEL, ["objective.cwg=nan"], "expected a finite number"),
     ("train", MODEL, ["objective.variant=null"], "expected one of paper"),
     ("train", MODEL, ["objective.layer="], "one of the paper's layers"),
-    (
-        "train",
-        MODEL,
-        ["experiment=refined", "objective.layer=mid_block.attentions.7"],
-        "up_blocks.1.attentions.0 (1)",
-    ),
+    ("train", MODEL, ["experiment=refined", "objective.layer=mid_block.attentions.7"], "up_blocks.1.attentions.0 (1)"),
     ("train", MODEL, ["attribution.layer=mid_block.attentions.7"], "No attention layer"),
     ("train", MODEL, ["attribution.delta=1.0"], "a number in [0, 1)"),
     ("train", MODEL, ["attribution.penalties=[1,inf]"], "penalties[1]=inf"),
@@ -109,12 +99,7 @@ CASES: list[tuple[str, str, list[str], str]] = [
     ("train", MODEL, ["data.root={empty}"], "no pair list"),
     ("train", MODEL, ["data.root={text}"], "no pair list"),
     ("train", MODEL, ["data.root={images}"], "no pair list"),
-    (
-        "train",
-        MODEL,
-        ["data.root=grösse (1) #2, a=b & c"],
-        "grösse (1) #2, a=b & c has no pair list",
-    ),
+    ("train", MODEL, ["data.root=grösse (1) #2, a=b & c"], "grösse (1) #2, a=b & c has no pair list"),
     ("train", MODEL, ["data.root='a b"], "cannot be read"),
     ("train", MODEL, ["data.root=${nowhere}"], "Interpolation key 'nowhere' not found"),
     ("train", MODEL, ["data.layout=mine"], "expected one of auto, viton_hd, dresscode"),
@@ -164,30 +149,10 @@ CASES: list[tuple[str, str, list[str], str]] = [
     ("train", MODEL, ["callbacks=[json:loads]"], "cannot be called with ()"),
     ("train", MODEL, ["callbacks=[json:JSONDecoder]"], "does not derive from lightning.Callback"),
     ("train", MODEL, ["callbacks=[{fn: json:loads, s: '1'}]"], "returned a int"),
-    (
-        "train",
-        MODEL,
-        ["objective.terms.mine={fn: nowhere.at:all, weight: 1}"],
-        "No module named 'nowhere'",
-    ),
-    (
-        "train",
-        MODEL,
-        ["objective.terms.mine={fn: mine, weight: 1}"],
-        "expected package.module:name",
-    ),
-    (
-        "train",
-        MODEL,
-        ["objective.terms.mine={fn: tests.support.terms:mas, weight: 1}"],
-        "has no 'mas' (it has: mass",
-    ),
-    (
-        "train",
-        MODEL,
-        ["objective.terms.mine={fn: string:digits, weight: 1}"],
-        "cannot be called: it is of type str",
-    ),
+    ("train", MODEL, ["objective.terms.mine={fn: nowhere.at:all, weight: 1}"], "No module named 'nowhere'"),
+    ("train", MODEL, ["objective.terms.mine={fn: mine, weight: 1}"], "expected package.module:name"),
+    ("train", MODEL, ["objective.terms.mine={fn: tests.support.terms:mas, weight: 1}"], "has no 'mas' (it has: mass"),
+    ("train", MODEL, ["objective.terms.mine={fn: string:digits, weight: 1}"], "cannot be called: it is of type str"),
     (
         "train",
         MODEL,
@@ -236,12 +201,7 @@ CASES: list[tuple[str, str, list[str], str]] = [
         ["objective.terms.mine={fn: tests.support.terms:mass, weight: -1}"],
         "a finite number of at least 0",
     ),
-    (
-        "train",
-        MODEL,
-        ["objective.terms.mine={fn: tests.support.terms:mass}"],
-        "weight=null is not possible",
-    ),
+    ("train", MODEL, ["objective.terms.mine={fn: tests.support.terms:mass}"], "weight=null is not possible"),
     (
         "train",
         MODEL,
@@ -291,21 +251,11 @@ CASES: list[tuple[str, str, list[str], str]] = [
     ("ablate", MODEL, ["arms=[baseline,{arms}/empty.yaml]"], "holds nothing"),
     ("ablate", MODEL, ["arms=[baseline,{arms}/binary.yaml]"], "cannot be read as YAML"),
     ("ablate", MODEL, ["arms=[baseline,{arms}/my arm (2), new.yaml]"], "no arm"),
-    (
-        "ablate",
-        MODEL,
-        ["arms=[baseline,'{arms}/my arm (2), new.yaml']"],
-        "no option 'objective.dcmll'",
-    ),
+    ("ablate", MODEL, ["arms=[baseline,'{arms}/my arm (2), new.yaml']"], "no option 'objective.dcmll'"),
     ("ablate", MODEL, ["arms=[baseline,{images}/0.png]"], "no arm"),
     ("ablate", MODEL, ["arms=[baseline,{arms}/label.yaml]"], "one line of at most 100 letters"),
     ("ablate", MODEL, ["arms=[baseline,{arms}/copy.yaml,refined]"], "both called Refined"),
-    (
-        "ablate",
-        MODEL,
-        ["arms=[{arms}/list.yaml,{arms}/one/list.yaml]", "reference={arms}/list.yaml"],
-        "list.yaml",
-    ),
+    ("ablate", MODEL, ["arms=[{arms}/list.yaml,{arms}/one/list.yaml]", "reference={arms}/list.yaml"], "list.yaml"),
     ("ablate", MODEL, ["arms=[baseline,{arms}/imports.yaml]"], "I2AM_ALLOW_IMPORTS=json"),
     (
         "ablate",
@@ -367,12 +317,7 @@ CASES: list[tuple[str, str, list[str], str]] = [
     ("detect", DETECT, ["pipeline={text}"], "text.txt"),
     ("detect", DETECT, ["detectors=[torchvision:nope]"], "no detector 'nope'"),
     ("detect", DETECT, ["detectors=[nowhere:Mine]"], "No module named 'nowhere'"),
-    (
-        "detect",
-        DETECT,
-        ["detectors=[json:JSONDecoder]"],
-        "detect of a JSONDecoder cannot be called",
-    ),
+    ("detect", DETECT, ["detectors=[json:JSONDecoder]"], "detect of a JSONDecoder cannot be called"),
     ("detect", DETECT, ["detectors=[json:loads]"], "cannot be called with ()"),
     ("detect", DETECT, ["delta=40"], "a number in [0, 1)"),
     ("detect", DETECT, ["samples=0"], "expected at least 1"),
@@ -456,10 +401,7 @@ if not torch.cuda.is_available():
 
 @pytest.fixture(scope="module")
 def world(
-    small_dataset: Path,
-    small_checkpoint: Path,
-    paint_by_example: Path,
-    tmp_path_factory: pytest.TempPathFactory,
+    small_dataset: Path, small_checkpoint: Path, paint_by_example: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> dict[str, str]:
     """Good and bad things by the names that the table has for them."""
     root = tmp_path_factory.mktemp("world")
@@ -564,17 +506,10 @@ def test_there_are_a_hundred() -> None:
 @pytest.mark.filterwarnings("default")  # Lightning's and torch's own deprecations
 @pytest.mark.usefixtures("quick_process")
 @pytest.mark.parametrize(
-    ("command", "usual", "wrong", "message"),
-    CASES,
-    ids=[f"{c}-{' '.join(wrong)[:60]!a}" for c, _, wrong, _ in CASES],
+    ("command", "usual", "wrong", "message"), CASES, ids=[f"{c}-{' '.join(wrong)[:60]!a}" for c, _, wrong, _ in CASES]
 )
 def test_bad_input(
-    command: str,
-    usual: str,
-    wrong: list[str],
-    message: str,
-    world: dict[str, str],
-    capsys: pytest.CaptureFixture[str],
+    command: str, usual: str, wrong: list[str], message: str, world: dict[str, str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Status 2, one paragraph with the fragment, and every file is as it was."""
     before = _everything(world)

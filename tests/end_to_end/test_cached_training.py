@@ -28,11 +28,7 @@ def make(small_dataset: Path, small_checkpoint: Path, tmp_path: Path) -> Callabl
     def run(*more: str) -> str:
         output = tmp_path / f"cache{len(list(tmp_path.iterdir()))}"
         options = [f"root={small_dataset}", f"init={small_checkpoint}", f"output={output}"]
-        cache(
-            compose(
-                "data_cache", [*options, "workers=0", "batch_size=8", "progress_bar=false", *more]
-            )
-        )
+        cache(compose("data_cache", [*options, "workers=0", "batch_size=8", "progress_bar=false", *more]))
         return f"data.cache={output}"
 
     return run
@@ -43,9 +39,7 @@ def trained(options: Sequence[str], output: Path) -> dict[str, torch.Tensor]:
     return {
         f"{part}.{name}": value
         for part in ("unet", "projector")
-        for name, value in load_file(
-            folder / "model" / part / "diffusion_pytorch_model.safetensors"
-        ).items()
+        for name, value in load_file(folder / "model" / part / "diffusion_pytorch_model.safetensors").items()
     }
 
 
@@ -100,17 +94,14 @@ def test_adapters_from_the_cache_are_those_without(
     forbid_encoders(monkeypatch)
     trained([*options, used], tmp_path / "cached")
     uncached, cached = (
-        load_file(tmp_path / name / "lora/pytorch_lora_weights.safetensors")
-        for name in ("uncached", "cached")
+        load_file(tmp_path / name / "lora/pytorch_lora_weights.safetensors") for name in ("uncached", "cached")
     )
     assert largest_difference(uncached, cached) == 0
     moved = [name for name, value in cached.items() if ".lora_B." in name and value.any()]
     assert moved
 
 
-def test_half_precision_is_near(
-    training: list[str], make: Callable[..., str], tmp_path: Path
-) -> None:
+def test_half_precision_is_near(training: list[str], make: Callable[..., str], tmp_path: Path) -> None:
     """Adam's first steps move a weight by the learning rate whatever the gradient: some may move the other way."""
     options = [*training, *REFINED]
     one, other = (
@@ -136,9 +127,7 @@ def test_augmented_epochs_from_variants_are_those_without(
 
 
 @pytest.mark.long
-def test_validation_reads_pictures(
-    training: list[str], make: Callable[..., str], tmp_path: Path
-) -> None:
+def test_validation_reads_pictures(training: list[str], make: Callable[..., str], tmp_path: Path) -> None:
     """The scores are those of an uncached run, and so are the weights."""
     used = make()
     files = []

@@ -42,14 +42,10 @@ def run_training(options: Sequence[str], output: Path) -> Path:
 @pytest.fixture(scope="module")
 def refined(training: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run with the attention losses that was never stopped."""
-    return run_training(
-        [*training, "experiment=refined"], tmp_path_factory.mktemp("runs") / "refined"
-    )
+    return run_training([*training, "experiment=refined"], tmp_path_factory.mktemp("runs") / "refined")
 
 
-def test_training_leaves_what_a_run_needs(
-    training: list[str], refined: Path, tmp_path: Path
-) -> None:
+def test_training_leaves_what_a_run_needs(training: list[str], refined: Path, tmp_path: Path) -> None:
     """Model, curves of losses and scores, panels, manifest; the attention losses move the weights."""
     baseline = run_training([*training, "experiment=baseline"], tmp_path / "baseline")
     header = (refined / "metrics.csv").read_text().splitlines()[0].split(",")
@@ -66,9 +62,7 @@ def test_training_leaves_what_a_run_needs(
 
 
 @pytest.mark.long
-def test_observers_do_not_change_the_weights(
-    training: list[str], refined: Path, tmp_path: Path
-) -> None:
+def test_observers_do_not_change_the_weights(training: list[str], refined: Path, tmp_path: Path) -> None:
     """Bit-identical weights with and without validation, panels and logging."""
     silent = ["validation.every_epochs=100", "tracking.csv=false", "tracking.tensorboard=false"]
     without = run_training([*training, *silent, "experiment=refined"], tmp_path / "without")
@@ -94,12 +88,7 @@ def test_training_of_adapters(training: list[str], small_checkpoint: Path, tmp_p
 
 @pytest.mark.long
 @pytest.mark.parametrize(
-    "extra",
-    [
-        [],
-        pytest.param(LORA, marks=pytest.mark.slow),
-        [*LORA, "optimization.ema_decay=0.9"],
-    ],
+    "extra", [[], pytest.param(LORA, marks=pytest.mark.slow), [*LORA, "optimization.ema_decay=0.9"]]
 )
 def test_resumed_equals_uninterrupted(
     training: list[str], extra: list[str], refined: Path, tmp_path: Path,
@@ -116,9 +105,7 @@ def test_resumed_equals_uninterrupted(
     assert curves[0] == curves[1]
 
 
-def test_finished_run_is_left_alone(
-    training: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_finished_run_is_left_alone(training: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The same command again trains nothing; another configuration is refused and changes nothing."""
     options = [*training, "experiment=baseline"]
     folder = run_training(options, tmp_path / "run")
@@ -134,27 +121,15 @@ def test_evaluation(overrides: list[str], small_checkpoint: Path, tmp_path: Path
     """All scores with their files, the same whatever the batch, and not computed twice."""
     options = [*overrides, f"checkpoint={small_checkpoint}", "progress_bar=false", "device=cpu"]
     results = [
-        evaluate(
-            compose("evaluate", [*options, f"evaluation.batch_size={batch}"]), tmp_path / f"{batch}"
-        )
+        evaluate(compose("evaluate", [*options, f"evaluation.batch_size={batch}"]), tmp_path / f"{batch}")
         for batch in (4, 6)
     ]
     scores = results[0]["metrics"]
-    assert {
-        "imacs_g",
-        "imacs_r",
-        "imacs_g@d0.4_l1",
-        "correspondence_error",
-        "pck_1",
-        "ssim",
-        "stlpips",
-    } <= set(scores)
+    assert {"imacs_g", "imacs_r", "imacs_g@d0.4_l1", "correspondence_error", "pck_1", "ssim", "stlpips"} <= set(scores)
     assert {"fd_efficientnet_lite0", "kd_efficientnet_lite0", "spread_ratio"} <= set(scores)
     for name, value in results[1]["metrics"].items():
         assert value == pytest.approx(scores[name], abs=2e-3), name
-    rows = [
-        json.loads(line) for line in (tmp_path / "4" / "samples.jsonl").read_text().splitlines()
-    ]
+    rows = [json.loads(line) for line in (tmp_path / "4" / "samples.jsonl").read_text().splitlines()]
     assert [row["index"] for row in rows] == list(range(6))
     images = sorted(path.stem for path in (tmp_path / "4" / "images").iterdir())
     assert images == sorted(row["name"] for row in rows)
@@ -163,9 +138,7 @@ def test_evaluation(overrides: list[str], small_checkpoint: Path, tmp_path: Path
     assert (tmp_path / "4" / "results.json").stat().st_mtime_ns == written
 
 
-def test_unpaired_evaluation_has_no_paired_scores(
-    overrides: list[str], small_checkpoint: Path, tmp_path: Path
-) -> None:
+def test_unpaired_evaluation_has_no_paired_scores(overrides: list[str], small_checkpoint: Path, tmp_path: Path) -> None:
     """Without the truth there is no SSIM and no correspondence, but IMACS and the set distances are there."""
     options = [*overrides, f"checkpoint={small_checkpoint}", "progress_bar=false", "device=cpu"]
     config = compose("evaluate", [*options, "evaluation.pairing=unpaired"])
@@ -202,15 +175,8 @@ def test_ablation(training: list[str], tmp_path: Path) -> None:
 
 def test_explanation(overrides: list[str], small_checkpoint: Path, tmp_path: Path) -> None:
     """Every kind of map as a picture, an archive from which the maps come back, and all that was scored."""
-    options = [
-        *overrides,
-        f"checkpoint={small_checkpoint}",
-        "sample=3",
-        f"output={tmp_path / 'out'}",
-    ]
-    folder = explain(
-        compose("explain", [*options, "device=cpu", "generated_patches=[[1,2],[3,0]]"])
-    )
+    options = [*overrides, f"checkpoint={small_checkpoint}", "sample=3", f"output={tmp_path / 'out'}"]
+    folder = explain(compose("explain", [*options, "device=cpu", "generated_patches=[[1,2],[3,0]]"]))
     pictures = {path.stem for path in folder.glob("*.png")}
     assert pictures == {"centers"} | {
         name for name, figure in PAPER_FIGURES.items() if figure.single and name != "unpaired"
@@ -222,10 +188,7 @@ def test_explanation(overrides: list[str], small_checkpoint: Path, tmp_path: Pat
     assert sample.generated_patches == ((1, 2), (3, 0))
     assert all(sample.maps.scores(layer).shape[0] == 1 for layer in sample.maps.layers)
     # decoded in two batches, whose last bits may differ: one grey level at most
-    last, generated = (
-        np.asarray(picture, int)
-        for picture in (sample.clean[-1].picture, sample.images["generated"])
-    )
+    last, generated = (np.asarray(picture, int) for picture in (sample.clean[-1].picture, sample.images["generated"]))
     assert np.abs(last - generated).max() <= 1
     assert [image.step_index for image in sample.clean] == [0, 1]
     for side, direction, mask in zip("gr", Direction, ("inpaint", "garment"), strict=True):
@@ -253,9 +216,7 @@ def page_data(folder: Path) -> dict[str, Any]:
 
 
 @pytest.mark.long
-def test_explanations_side_by_side(
-    overrides: list[str], small_checkpoint: Path, tmp_path: Path
-) -> None:
+def test_explanations_side_by_side(overrides: list[str], small_checkpoint: Path, tmp_path: Path) -> None:
     """Two checkpoints on one page, each with files of its own; the same weights give the same page data.
 
     Their order is the one they were given in, on the page and for reports.
@@ -297,9 +258,7 @@ def test_report_of_explained_samples(
     assert made_by["data"]
     assert made_by["git"]
     with Image.open(tmp_path / "report" / "figures" / "guidance.png") as picture:
-        assert (
-            f"checkpoint {small_checkpoint}, data {made_by['data']}" in picture.text["Description"]
-        )
+        assert f"checkpoint {small_checkpoint}, data {made_by['data']}" in picture.text["Description"]
     assert index["left_out"] == {}
     with pytest.raises(ConfigError, match="unpaired needs a folder of 'i2am explain' with pairing"):
         report(compose("report", [inputs, "figures=[unpaired]", f"output={tmp_path / 'x'}"]))
@@ -308,9 +267,7 @@ def test_report_of_explained_samples(
     with pytest.raises(ConfigError, match="nothing to report"):
         report(compose("report", [f"output={tmp_path / 'x'}"]))
     with pytest.raises(RunFolderError, match="that 'i2am explain' wrote"):
-        report(
-            compose("report", [f"explained=[{tmp_path / 'report'}]", f"output={tmp_path / 'x'}"])
-        )
+        report(compose("report", [f"explained=[{tmp_path / 'report'}]", f"output={tmp_path / 'x'}"]))
     assert not (tmp_path / "x").exists()
     one = f"explained=[{tmp_path / 'guidance1'}]"
     with pytest.raises(RunFolderError, match="another configuration: explained"):

@@ -57,10 +57,7 @@ print(json.dumps([*graphs, compiled_graphs()]))
 
 def rows(folder: Path) -> list[dict[str, float]]:
     with (folder / "metrics.csv").open(newline="") as lines:
-        return [
-            {name: float(value) for name, value in row.items() if value}
-            for row in csv.DictReader(lines)
-        ]
+        return [{name: float(value) for name, value in row.items() if value} for row in csv.DictReader(lines)]
 
 
 def weights(folder: Path, name: str) -> dict[str, Any]:

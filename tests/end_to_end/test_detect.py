@@ -29,9 +29,7 @@ def coco(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def yolos(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_yolos(
-        tmp_path_factory.mktemp("detectors") / "yolos", box=(0.5, 0.5, 0.4, 0.5), score=0.8
-    )
+    return tiny_yolos(tmp_path_factory.mktemp("detectors") / "yolos", box=(0.5, 0.5, 0.4, 0.5), score=0.8)
 
 
 @pytest.fixture(scope="module")
@@ -71,9 +69,7 @@ def finished(
     return folder, detect(options, folder)
 
 
-def test_the_tables_are_made(
-    finished: tuple[Path, dict[str, Any]], yolos: Path, rt_detr: Path
-) -> None:
+def test_the_tables_are_made(finished: tuple[Path, dict[str, Any]], yolos: Path, rt_detr: Path) -> None:
     """Every method has its mean over all samples; results, tables, figure and page lie in the folder."""
     folder, results = finished
     generated = results["miou"]["generated"]
@@ -152,9 +148,7 @@ def test_stopped_and_continued_equals_uninterrupted(
     assert len(json.loads((folder / "manifest.json").read_text())["resumed"]) == 1
 
 
-def test_the_report_is_made_again_from_the_folder(
-    finished: tuple[Path, dict[str, Any]], tmp_path: Path
-) -> None:
+def test_the_report_is_made_again_from_the_folder(finished: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
     """Tables, figure and page come out bit for bit, wherever the folder lies."""
     made = ("report.html", "results.md", "results.tex", "figures/samples.png")
     folder = tmp_path / "copy"
@@ -237,11 +231,7 @@ def cut_off(folder: Path) -> None:
     ],
 )  # fmt: skip
 def test_the_report_refuses_other_folders(
-    finished: tuple[Path, dict[str, Any]],
-    damage: Callable[[Path], None],
-    option: str,
-    message: str,
-    tmp_path: Path,
+    finished: tuple[Path, dict[str, Any]], damage: Callable[[Path], None], option: str, message: str, tmp_path: Path
 ) -> None:
     """Each fault is said with what was expected, and no report is begun."""
     folder = tmp_path / "run"
@@ -284,11 +274,7 @@ def test_bad_input_leaves_nothing_behind(
 
 
 def test_the_command_prints_the_table(
-    options: list[str],
-    yolos: Path,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
+    options: list[str], yolos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What a user sees on the made set, without COCO: table, notes, place; cups are no category of its objects."""
     monkeypatch.setattr("i2am_train.config.locations._made_data", lambda name: tmp_path / name)
@@ -297,13 +283,7 @@ def test_the_command_prints_the_table(
     given = [*filter(words, options), "shapes=3", "samples=2", "guidance=1", f"output={folder}"]
     command.run(compose("detect", [*given, f"detectors=[{yolos}]", "match_category=true"]))
     printed = capsys.readouterr().out
-    for text in (
-        "Object detection",
-        "I²AM",
-        "made pictures",
-        "of the object's category",
-        str(folder),
-    ):
+    for text in ("Object detection", "I²AM", "made pictures", "of the object's category", str(folder)):
         assert text in " ".join(printed.split())
     assert json.loads((folder / "results.json").read_text())["miou"]["real"][str(yolos)]["n"] == 0
     assert (tmp_path / "shapes-coco-3" / "val2017").is_dir()

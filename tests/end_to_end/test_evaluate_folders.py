@@ -34,18 +34,11 @@ def scored(options: list[str], output: Path) -> dict[str, Any]:
     return evaluate(compose("evaluate", [*options, f"output={output}"]), output)
 
 
-def test_what_is_written(
-    options: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_what_is_written(options: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Scores with intervals, how images were compared, which images these were, and a row for each."""
     output = tmp_path / "out"
     results = scored(options, output)
-    assert set(results["metrics"]) == {
-        "ssim",
-        "stlpips",
-        "fd_efficientnet_lite0",
-        "kd_efficientnet_lite0",
-    }
+    assert set(results["metrics"]) == {"ssim", "stlpips", "fd_efficientnet_lite0", "kd_efficientnet_lite0"}
     assert set(results["intervals"]) == {"ssim", "stlpips"}
     assert results["samples"] == 5
     assert results["protocol"]["images"] == {"generated": 5, "real": 5}
@@ -83,11 +76,7 @@ def test_asked_again(options: list[str], tmp_path: Path) -> None:
 def test_sets_of_different_counts(options: list[str], tmp_path: Path) -> None:
     """Unpaired, only distances between sets: in subsets of a chosen size, each set whole in the other."""
     (tmp_path / "images" / "0.png").unlink()
-    chosen = [
-        "evaluation.pairing=unpaired",
-        "evaluation.kernel_subset_size=3",
-        "evaluation.kernel_subsets=7",
-    ]
+    chosen = ["evaluation.pairing=unpaired", "evaluation.kernel_subset_size=3", "evaluation.kernel_subsets=7"]
     results = scored([*options, *chosen], tmp_path / "out")
     assert set(results["metrics"]) == {"fd_efficientnet_lite0", "kd_efficientnet_lite0"}
     assert results["skipped"] == {"ssim": 4, "stlpips": 4}
@@ -113,9 +102,7 @@ def test_bad_input_leaves_nothing(options: list[str], tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
-def test_an_image_that_breaks_off_is_replaced_and_the_same_command_works(
-    options: list[str], tmp_path: Path
-) -> None:
+def test_an_image_that_breaks_off_is_replaced_and_the_same_command_works(options: list[str], tmp_path: Path) -> None:
     """Only reading the pixels shows it, after the output folder was opened: that folder is given up."""
     whole = (tmp_path / "images" / "3.png").read_bytes()
     (tmp_path / "images" / "3.png").write_bytes(whole[: len(whole) // 2])

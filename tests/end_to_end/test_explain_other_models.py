@@ -46,13 +46,7 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name, mode, size, back, shapes in (
         ("person", "RGB", (60, 80), "#c9d6df", [((18, 22, 44, 58), "#884444")]),
         ("mask", "L", (60, 80), 0, [((16, 20, 46, 60), 255)]),
-        (
-            "shirt",
-            "RGB",
-            (90, 70),
-            "white",
-            [((30, 10, 60, 60), "#2a7f62"), ((62, 10, 78, 28), "#1f5f4a")],
-        ),
+        ("shirt", "RGB", (90, 70), "white", [((30, 10, 60, 60), "#2a7f62"), ((62, 10, 78, 28), "#1f5f4a")]),
         ("shirt_mask", "L", (90, 70), 0, [((30, 10, 60, 60), 255)]),
         ("black", "L", (60, 80), 0, []),
     ):
@@ -93,15 +87,8 @@ def explain(pictures: Path, tmp_path: Path) -> Explain:
     """Runs the command on the pictures; returns its folder."""
 
     def call(*options: str, filling: bool = True) -> Path:
-        files = (
-            [f"image={pictures / 'person.png'}", f"mask={pictures / 'mask.png'}"] if filling else []
-        )
-        overrides = [
-            *files,
-            f"reference={pictures / 'shirt.png'}",
-            f"output={tmp_path / 'out'}",
-            *QUICK,
-        ]
+        files = [f"image={pictures / 'person.png'}", f"mask={pictures / 'mask.png'}"] if filling else []
+        overrides = [*files, f"reference={pictures / 'shirt.png'}", f"output={tmp_path / 'out'}", *QUICK]
         given = {option.partition("=")[0] for option in options}
         overrides = [option for option in overrides if option.partition("=")[0] not in given]
         run(compose("explain", [*overrides, *options]))
@@ -172,15 +159,11 @@ def test_full_face_has_maps_on_the_part_that_the_encoder_saw(
     page = page_data(folder)
     assert page["sizes"] == {"generated": [64, 48], "reference": [90, 90]}
     maps = load_maps(folder / "maps.safetensors").maps
-    on_photo = maps.unified(Direction.GENERATED_TO_REFERENCE).on_reference(
-        GridSize(70, 90), maps.store.canvas
-    )
+    on_photo = maps.unified(Direction.GENERATED_TO_REFERENCE).on_reference(GridSize(70, 90), maps.store.canvas)
     assert (on_photo.values[0, :, :10] == 0).all()  # the encoder's crop is the square in the middle
 
 
-def test_an_adapter_without_a_picture_to_fill(
-    full_face: tuple[Path, Path], explain: Explain
-) -> None:
+def test_an_adapter_without_a_picture_to_fill(full_face: tuple[Path, Path], explain: Explain) -> None:
     """Text to image: no mask, no score; without guidance all rows are conditional."""
     base, adapter = full_face
     folder = explain(
@@ -191,9 +174,7 @@ def test_an_adapter_without_a_picture_to_fill(
     assert not (folder / "masks").exists()
 
 
-def test_resampled_tokens_have_maps_on_the_generated_picture_alone(
-    plus: tuple[Path, Path], explain: Explain
-) -> None:
+def test_resampled_tokens_have_maps_on_the_generated_picture_alone(plus: tuple[Path, Path], explain: Explain) -> None:
     """16 tokens of a ``.bin`` file: functional, the score of the filled region, and nothing on the reference."""
     base, adapter = plus
     folder = explain("model=ip_adapter_plus", f"checkpoint={base}", f"adapter={adapter}")
@@ -240,9 +221,7 @@ def test_maps_of_the_command_are_those_of_the_adapter_in_diffusers(
         torch.testing.assert_close(found, torch.stack(steps), rtol=1e-4, atol=1e-7)
 
 
-def made_by_diffusers(
-    base: Path, adapter: Path, reference: Path
-) -> tuple[Image.Image, dict[str, list[torch.Tensor]]]:
+def made_by_diffusers(base: Path, adapter: Path, reference: Path) -> tuple[Image.Image, dict[str, list[torch.Tensor]]]:
     """The picture, and ``[head, generated]`` of each layer and step from what its attention is called with."""
     from diffusers import StableDiffusionPipeline
     from diffusers.models.attention_processor import Attention
@@ -272,9 +251,7 @@ def made_by_diffusers(
     return made.images[0], found
 
 
-def test_catvton_reports_the_share_of_attention(
-    catvton: tuple[Path, Path], explain: Explain
-) -> None:
+def test_catvton_reports_the_share_of_attention(catvton: tuple[Path, Path], explain: Explain) -> None:
     """Self-attention over both pictures: a mass map and its mean; the paper's layer 2 by its depth."""
     base, attention = catvton
     folder = explain("model=catvton", f"checkpoint={base}", f"adapter={attention}")
@@ -289,9 +266,7 @@ def test_catvton_reports_the_share_of_attention(
 
 
 @pytest.mark.parametrize("side_by_side", [False, True])
-def test_catvton_is_as_if_untraced_on_either_canvas(
-    catvton: tuple[Path, Path], side_by_side: bool
-) -> None:
+def test_catvton_is_as_if_untraced_on_either_canvas(catvton: tuple[Path, Path], side_by_side: bool) -> None:
     """Halves of the canvas have the person's grid, guidance acts, and looking changes no pixel."""
     base, attention = catvton
     options = {"side_by_side": side_by_side}
@@ -337,18 +312,12 @@ def test_a_factory_brings_a_model_of_its_own_repository(explain: Explain) -> Non
     scores = scores_of(folder)
     assert scores["recipe"] == "stableviton"
     assert scores["model"] == "StableVITON"
-    assert [layer["generated_grid"] for layer in scores["layers"]][::3] == [
-        [4, 3],
-        [8, 6],
-        [16, 12],
-    ]
+    assert [layer["generated_grid"] for layer in scores["layers"]][::3] == [[4, 3], [8, 6], [16, 12]]
     assert scores["layer"] == "warp_flow_blks.1"
     assert {"specific_reference", "reverse_specific"} < drawn(folder)
 
 
-def test_other_models_come_back_and_are_reported(
-    explain: Explain, pictures: Path, tmp_path: Path
-) -> None:
+def test_other_models_come_back_and_are_reported(explain: Explain, pictures: Path, tmp_path: Path) -> None:
     """Their folders are read as those of try-on models are; figures that need a dataset's sample are left out."""
     mask = f"reference_mask={pictures / 'shirt_mask.png'}"
     folder = explain("model=factory", f"{FACTORY}:build", mask)
@@ -398,9 +367,7 @@ def test_factory_modules_are_found_in_the_working_directory(
     )
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [*sys.path])
-    assert (
-        scores_of(explain("model=factory", "factory=my_own_model:build"))["recipe"] == "stableviton"
-    )
+    assert scores_of(explain("model=factory", "factory=my_own_model:build"))["recipe"] == "stableviton"
 
 
 @pytest.mark.parametrize(
@@ -450,37 +417,23 @@ def test_bad_input_is_named_and_nothing_is_written(
     assert not (tmp_path / "out").exists()
 
 
-def test_misfitting_sizes_and_adapters(
-    full_face: tuple[Path, Path], paint_by_example: Path, explain: Explain
-) -> None:
+def test_misfitting_sizes_and_adapters(full_face: tuple[Path, Path], paint_by_example: Path, explain: Explain) -> None:
     """A side that the networks cannot halve, an adapter of another kind, a file without adapter, another folder."""
     base, adapter = full_face
     with pytest.raises(ConfigError, match=r"size=60x48 .* multiples of 16"):
         explain("model=paint_by_example", f"checkpoint={paint_by_example}", "size=[60,48]")
-    with pytest.raises(
-        CheckpointError, match=r"is ip_adapter_full_face, and model=ip_adapter was asked for"
-    ):
+    with pytest.raises(CheckpointError, match=r"is ip_adapter_full_face, and model=ip_adapter was asked for"):
         explain("model=ip_adapter", f"checkpoint={base}", f"adapter={adapter}")
-    with pytest.raises(
-        CheckpointError, match=r"reads image features of 48 channels.*gives 32\. Put"
-    ):
-        explain(
-            "model=ip_adapter_full_face",
-            f"checkpoint={base}",
-            f"adapter={for_wider_encoder(adapter)}",
-        )
+    with pytest.raises(CheckpointError, match=r"reads image features of 48 channels.*gives 32\. Put"):
+        explain("model=ip_adapter_full_face", f"checkpoint={base}", f"adapter={for_wider_encoder(adapter)}")
     encoder = adapter.parent / "image_encoder" / "model.safetensors"
     with pytest.raises(CheckpointError, match=r"adapter=.* does not fit this model"):
         explain("model=ip_adapter", f"checkpoint={base}", f"adapter={encoder}")
     index = json.loads((base / "model_index.json").read_text())
     sdxl = base.parent / "sdxl"
     sdxl.mkdir(exist_ok=True)
-    (sdxl / "model_index.json").write_text(
-        json.dumps(index | {"_class_name": "StableDiffusionXLPipeline"})
-    )
-    with pytest.raises(
-        CheckpointError, match=r"is of a StableDiffusionXLPipeline; .* StableDiffusionPipeline or"
-    ):
+    (sdxl / "model_index.json").write_text(json.dumps(index | {"_class_name": "StableDiffusionXLPipeline"}))
+    with pytest.raises(CheckpointError, match=r"is of a StableDiffusionXLPipeline; .* StableDiffusionPipeline or"):
         explain("model=ip_adapter", f"checkpoint={sdxl}", f"adapter={adapter}")
 
 

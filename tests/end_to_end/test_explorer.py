@@ -45,10 +45,7 @@ REFERENCE = GridSize(8, 6)
 LEVELS = ((GridSize(4, 3), 4), (GridSize(8, 6), 2), (GridSize(16, 12), 2))
 """Grid and heads of layers 1-3, 4-6 and 7-9."""
 STEPS, GROUPS = 5, 3
-SIDES = {
-    "generated": Direction.REFERENCE_TO_GENERATED,
-    "reference": Direction.GENERATED_TO_REFERENCE,
-}
+SIDES = {"generated": Direction.REFERENCE_TO_GENERATED, "reference": Direction.GENERATED_TO_REFERENCE}
 PRECISION = 5e-5
 """Of a normalised map: two roundings to 16 bits per layer, and float32 in Python's maps."""
 SCORE_PRECISION = 2e-3
@@ -99,24 +96,18 @@ def random_maps(seed: int) -> AttributionMaps:
 def captures(tmp_path_factory: pytest.TempPathFactory) -> list[list[AttributionMaps]]:
     """Two models on two samples, as their archives hold them."""
     file = tmp_path_factory.mktemp("archive") / "maps.safetensors"
-    return [
-        [load_maps(save_maps(random_maps(2 * model + sample), file)).maps for sample in (0, 1)]
-        for model in (0, 1)
-    ]
+    return [[load_maps(save_maps(random_maps(2 * model + sample), file)).maps for sample in (0, 1)] for model in (0, 1)]
 
 
 @pytest.fixture(scope="module")
 def file(
-    samples: list[TryOnSample],
-    captures: list[list[AttributionMaps]],
-    tmp_path_factory: pytest.TempPathFactory,
+    samples: list[TryOnSample], captures: list[list[AttributionMaps]], tmp_path_factory: pytest.TempPathFactory
 ) -> Path:
     """The page."""
     pictures = np.random.default_rng(0).integers(0, 256, (2, *SIZE, 3), dtype=np.uint8)
     models = {
         name: [
-            explanation(sample, picture, maps)
-            for sample, picture, maps in zip(samples, pictures, made, strict=True)
+            explanation(sample, picture, maps) for sample, picture, maps in zip(samples, pictures, made, strict=True)
         ]
         for name, made in zip(("baseline", "refined"), captures, strict=True)
     }
@@ -126,9 +117,7 @@ def file(
     return path
 
 
-def explanation(
-    sample: TryOnSample, generated: NDArray[np.uint8], maps: AttributionMaps
-) -> Explanation:
+def explanation(sample: TryOnSample, generated: NDArray[np.uint8], maps: AttributionMaps) -> Explanation:
     """As `i2am explain` makes it, but of a capture that was drawn."""
     return Explanation(
         name=sample["name"],
@@ -232,9 +221,7 @@ def mask_of(sample: TryOnSample, side: str) -> torch.Tensor:
     return sample["inpaint_mask" if side == "generated" else "garment_mask"][None]
 
 
-def assert_shown(
-    browser: Any, expected: torch.Tensor, mask: torch.Tensor, case: tuple[int, int, str]
-) -> None:
+def assert_shown(browser: Any, expected: torch.Tensor, mask: torch.Tensor, case: tuple[int, int, str]) -> None:
     """The page's map and its IMACS are Python's."""
     sample, model, side = case
     shown = browser.execute_script("return i2am.numbers(...arguments)", sample, model, side)
@@ -281,10 +268,7 @@ def test_maps_are_the_archive_s(
     store = captures[1][0].select(LAYERS[layer]).store
     rollup = Rollup(SIDES[side], LayerWeighting(weighting))
     maps = rollup.combine(
-        store.layers,
-        rollup.common_grid(store),
-        groups=None if group is None else GROUPS,
-        heads=head is not None,
+        store.layers, rollup.common_grid(store), groups=None if group is None else GROUPS, heads=head is not None
     )
     expected = scored(HeatMap(maps[:, group or 0, head or 0], SIDES[side]))
     assert_shown(browser, expected, mask_of(samples[0], side), (0, 1, side))
@@ -313,12 +297,8 @@ def test_maps_of_patches_are_the_archive_s(
     grid = maps.store.layer(layer).grid(SIDES[side])
     y, x = ((at + 0.5) / length for at, length in zip(cell, grid, strict=True))
     patch = {"side": side, "y": y, "x": x}
-    browser.execute_script(
-        "i2am.set({layer: arguments[0], patch: arguments[1]})", str(layer), patch
-    )
-    of_patch = (
-        maps.specific_reference if side == "generated" else maps.reverse_specific_reference
-    )([cell], layer)
+    browser.execute_script("i2am.set({layer: arguments[0], patch: arguments[1]})", str(layer), patch)
+    of_patch = (maps.specific_reference if side == "generated" else maps.reverse_specific_reference)([cell], layer)
     expected = scored(HeatMap(of_patch.values[:, 0], of_patch.direction))
     other = "reference" if side == "generated" else "generated"
     assert_shown(browser, expected, mask_of(samples[1], other), (1, 0, other))
@@ -328,9 +308,7 @@ def test_maps_of_patches_are_the_archive_s(
     np.testing.assert_allclose(shown, scores, atol=1.01 * half_step, rtol=0)
 
 
-def test_centres_are_python_s(
-    browser: Any, captures: list[list[AttributionMaps]], samples: list[TryOnSample]
-) -> None:
+def test_centres_are_python_s(browser: Any, captures: list[list[AttributionMaps]], samples: list[TryOnSample]) -> None:
     """Attention centres, and their mean distance from the truth, for every sample, model and layer kind."""
     for layer in (2, 5, 8):
         browser.execute_script("i2am.set({layer: arguments[0]})", str(layer))
@@ -342,9 +320,7 @@ def test_centres_are_python_s(
                 known = (found["correspondence"][None], found["warped_garment_mask"][None])
                 error = correspondence_error(centers, target_on_grid(*known, grid, REFERENCE))
                 field = browser.execute_script("return i2am.field(...arguments)", sample, model)
-                np.testing.assert_allclose(
-                    field["centres"], centers[0].numpy(), atol=CENTRE_PRECISION, rtol=0
-                )
+                np.testing.assert_allclose(field["centres"], centers[0].numpy(), atol=CENTRE_PRECISION, rtol=0)
                 assert field["error"] == pytest.approx(float(error), abs=CENTRE_PRECISION)
 
 
@@ -353,9 +329,7 @@ def test_what_is_written_is_what_is_measured(browser: Any) -> None:
     for side in SIDES:
         numbers = browser.execute_script("return i2am.numbers(0, 0, arguments[0])", side)
         text = picture(browser, side).find_element("xpath", "..//*[@class='score']").text
-        expected = (
-            f"{numbers['score']:.3f} = {numbers['inside']:.3f} − 3 × {numbers['outside']:.3f}"
-        )
+        expected = f"{numbers['score']:.3f} = {numbers['inside']:.3f} − 3 × {numbers['outside']:.3f}"
         assert text == f"IMACS{side[0]} {expected}".replace("-", "−")
     error = browser.execute_script("return i2am.field(0, 0).error")
     text = browser.find_element("css selector", ".reference .detail").text
@@ -364,9 +338,7 @@ def test_what_is_written_is_what_is_measured(browser: Any) -> None:
 
 def test_the_page_asks_for_nothing(browser: Any) -> None:
     """From a file, with the data inside."""
-    names = browser.execute_script(
-        "return performance.getEntriesByType('resource').map((entry) => entry.name)"
-    )
+    names = browser.execute_script("return performance.getEntriesByType('resource').map((entry) => entry.name)")
     assert all(name.startswith("data:") for name in names)
     assert browser.current_url.startswith("file://")
 
@@ -431,8 +403,7 @@ def test_controls(browser: Any) -> None:
         before = [pixels(browser, canvas) for canvas in canvases]
         action()
         generated, reference = (
-            not same(old, pixels(browser, canvas))
-            for old, canvas in zip(before, canvases, strict=True)
+            not same(old, pixels(browser, canvas)) for old, canvas in zip(before, canvases, strict=True)
         )
         return generated, reference
 
@@ -538,9 +509,7 @@ def test_phone(browser: Any, file: Path) -> None:
     browser.execute_cdp_cmd("Emulation.setTouchEmulationEnabled", {"enabled": True})
     try:
         visit(browser, file)
-        width, content = browser.execute_script(
-            "return [innerWidth, document.documentElement.scrollWidth]"
-        )
+        width, content = browser.execute_script("return [innerWidth, document.documentElement.scrollWidth]")
         assert (width, content) == (390, 390)
         boxes = [picture(browser, side).rect for side in SIDES]
         assert boxes[0]["y"] == boxes[1]["y"]
@@ -551,9 +520,7 @@ def test_phone(browser: Any, file: Path) -> None:
         before = pixels(browser, picture(browser, "reference"))
         point = {"x": boxes[0]["x"] + 60, "y": boxes[0]["y"] + 90}
         for kind, points in (("touchStart", [point]), ("touchEnd", [])):
-            browser.execute_cdp_cmd(
-                "Input.dispatchTouchEvent", {"type": kind, "touchPoints": points}
-            )
+            browser.execute_cdp_cmd("Input.dispatchTouchEvent", {"type": kind, "touchPoints": points})
         eventually(browser, lambda: state(browser)["patch"])
         assert state(browser)["patch"]["side"] == "generated"
         assert not same(pixels(browser, picture(browser, "reference")), before)

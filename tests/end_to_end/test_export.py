@@ -139,9 +139,7 @@ def hub() -> Iterator[Hub]:
     server.server_close()
 
 
-def i2am(
-    words: Sequence[str], folder: Path, **environment: str
-) -> subprocess.CompletedProcess[str]:
+def i2am(words: Sequence[str], folder: Path, **environment: str) -> subprocess.CompletedProcess[str]:
     """A command with a hub's cache of its own."""
     clean = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
     clean |= {"HF_HOME": str(folder / "hf"), "HF_HUB_DISABLE_XET": "1", "no_proxy": "127.0.0.1"}
@@ -164,19 +162,12 @@ def same_weights(one: Path, other: Path) -> bool:
 @pytest.mark.slow
 def test_pushed_and_pulled(hub: Hub, small_checkpoint: Path, tmp_path: Path) -> None:
     """What comes back is what was sent, also without the hub once it is in the cache; revisions are told apart."""
-    export = [
-        "export",
-        f"checkpoint={small_checkpoint}",
-        f"output={tmp_path / 'out'}",
-        "push=me/model",
-    ]
+    export = ["export", f"checkpoint={small_checkpoint}", f"output={tmp_path / 'out'}", "push=me/model"]
     done = i2am(export, tmp_path, HF_ENDPOINT=hub.address, HF_TOKEN=TOKEN)
     assert done.returncode == 0, done.stderr
     assert f"{hub.address}/me/model/commit/" in done.stdout
     assert hub.private == {"me/model": True}
-    sent = {
-        str(p.relative_to(tmp_path / "out")) for p in (tmp_path / "out").rglob("*") if p.is_file()
-    }
+    sent = {str(p.relative_to(tmp_path / "out")) for p in (tmp_path / "out").rglob("*") if p.is_file()}
     assert set(hub.models["me/model"]) >= sent
     again = ["export", f"output={tmp_path / 'again'}"]
     commit = hub.commit_of("me/model")
@@ -188,11 +179,7 @@ def test_pushed_and_pulled(hub: Hub, small_checkpoint: Path, tmp_path: Path) -> 
         "hub:me/other": "could not be fetched (hub:me/other): there is no such model, or it is private",
         "hub:model": "names no model on the hub. Write hub:USER/NAME[@REVISION]",
     }.items():
-        failed = i2am(
-            ["export", f"output={tmp_path / 'no'}", f"checkpoint={name}"],
-            tmp_path,
-            HF_ENDPOINT=hub.address,
-        )
+        failed = i2am(["export", f"output={tmp_path / 'no'}", f"checkpoint={name}"], tmp_path, HF_ENDPOINT=hub.address)
         assert failed.returncode == 2, failed.stderr
         assert words in failed.stderr
         assert "Traceback" not in failed.stderr
@@ -210,12 +197,7 @@ def test_pushed_and_pulled(hub: Hub, small_checkpoint: Path, tmp_path: Path) -> 
 
 def test_nobody_is_logged_in(hub: Hub, small_checkpoint: Path, tmp_path: Path) -> None:
     """One paragraph that says what to do, and that the folder is there all the same."""
-    export = [
-        "export",
-        f"checkpoint={small_checkpoint}",
-        f"output={tmp_path / 'out'}",
-        "push=me/model",
-    ]
+    export = ["export", f"checkpoint={small_checkpoint}", f"output={tmp_path / 'out'}", "push=me/model"]
     done = i2am(export, tmp_path, HF_ENDPOINT=hub.address)
     assert done.returncode == 2
     assert f"could not be pushed to me/model (it lies in {tmp_path / 'out'})" in done.stderr
@@ -238,16 +220,8 @@ def test_the_card_of_a_run(training: list[str], overrides: list[str], tmp_path: 
     """Header and text hold what the run and its evaluation say: intervals, commit, fingerprint, settings."""
     options = [*training, "experiment=refined", f"output={tmp_path / 'run'}"]
     run = train(compose("train", options))
-    judged = [
-        *overrides,
-        f"checkpoint={run}",
-        "device=cpu",
-        "progress_bar=false",
-        "evaluation.metrics=[ssim]",
-    ]
-    results = evaluate(
-        compose("evaluate", [*judged, "tracking.wandb=disabled"]), run / "evaluation-paired"
-    )
+    judged = [*overrides, f"checkpoint={run}", "device=cpu", "progress_bar=false", "evaluation.metrics=[ssim]"]
+    results = evaluate(compose("evaluate", [*judged, "tracking.wandb=disabled"]), run / "evaluation-paired")
     words = [f"checkpoint={run}", f"output={tmp_path / 'out'}", "license=apache-2.0"]
     run_export(compose("export", [*words, "base_model=me/start", "dtype=bfloat16"]))
     card = ModelCard.load(tmp_path / "out" / "README.md")

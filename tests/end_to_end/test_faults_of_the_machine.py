@@ -50,19 +50,13 @@ def photographs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     root = tmp_path_factory.mktemp("photographs") / "set"
     make_dataset(root, 2, 2, GridSize(128, 96), 3, annotations=True, workers=1, progress=False)
-    for folder in [
-        *root.glob("*/agnostic*"),
-        *root.glob("*/gt_cloth*"),
-        *root.glob("*/cloth-mask"),
-    ]:
+    for folder in [*root.glob("*/agnostic*"), *root.glob("*/gt_cloth*"), *root.glob("*/cloth-mask")]:
         shutil.rmtree(folder)
     return root
 
 
 @pytest.fixture(scope="session")
-def explained(
-    overrides: list[str], small_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Path:
+def explained(overrides: list[str], small_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished folder of `i2am explain`."""
     output = tmp_path_factory.mktemp("explained") / "run"
     options = [*overrides, f"checkpoint={small_checkpoint}", "device=cpu", f"output={output}"]
@@ -81,9 +75,7 @@ def commands(
     def words(name: str, place: Path) -> tuple[str, list[str]]:
         output = f"output={place / 'out'}"
         if name == "data derive":
-            copy = shutil.copytree(
-                request.getfixturevalue("photographs"), place / "set", dirs_exist_ok=True
-            )
+            copy = shutil.copytree(request.getfixturevalue("photographs"), place / "set", dirs_exist_ok=True)
             return name, [f"root={copy}", "workers=1"]
         if name == "report":
             return name, [f"explained=[{request.getfixturevalue('explained')}]", output]
@@ -187,10 +179,7 @@ def test_a_full_disk(
 
 @pytest.mark.parametrize("command", COMMANDS[:-2])
 def test_a_folder_in_use(
-    command: str,
-    commands: Callable[..., Any],
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
+    command: str, commands: Callable[..., Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Two of the same command: the second is refused, and leaves the first's files alone."""
     if command == "detect":
@@ -207,9 +196,7 @@ def test_a_folder_in_use(
         assert sorted(place.rglob("*")) == before
 
 
-@pytest.mark.parametrize(
-    "command", ["train", "evaluate images", "export", "data make", "data check"]
-)
+@pytest.mark.parametrize("command", ["train", "evaluate images", "export", "data make", "data check"])
 @pytest.mark.parametrize(
     ("part", "message"),
     [
@@ -249,10 +236,7 @@ def files_of_at_most(size: int) -> Iterator[None]:
 
 @pytest.mark.parametrize("command", ["train", "export", "explain", "data cache"])
 def test_a_file_that_is_too_large(
-    command: str,
-    commands: Callable[..., Any],
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
+    command: str, commands: Callable[..., Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Weights, checkpoints, maps and shards are written by different libraries."""
     name, words = commands(command, tmp_path / "place")

@@ -110,9 +110,7 @@ def test_from_files_to_scores(
 ) -> None:
     """init, train and evaluate as a user types them, from one file of Stable Diffusion; the paper's row is shown."""
     weights = original_layout(make_parts("unet"), make_parts("vae"))
-    save_file(
-        {name: value.contiguous() for name, value in weights.items()}, tmp_path / "sd.safetensors"
-    )
+    save_file({name: value.contiguous() for name, value in weights.items()}, tmp_path / "sd.safetensors")
     make_parts("dinov2").save_pretrained(tmp_path / "dinov2")
     data = make_data(tmp_path / "data", (128, 64))
     words = ["unet=sd.safetensors", "encoder=dinov2", "output=model", "height=128", "width=64"]
@@ -123,12 +121,8 @@ def test_from_files_to_scores(
     assert "Training 0.2 M of 3.9 M weights: U-Net 0.1 M, projector 0.1 M" in said
     assert "Table 2, refined_custom: FID 11.542" in said
     assert_trained(tmp_path / "model", tmp_path / "run" / "model")
-    assert {"loss/denoising", "loss/dcml", "loss/tv", "loss/cwg"} <= losses(tmp_path / "run")[
-        0
-    ].keys()
-    said, _ = i2am(
-        ["evaluate", "checkpoint=run", "sampling.guidance=5", "device=cpu", *options], tmp_path
-    )
+    assert {"loss/denoising", "loss/dcml", "loss/tv", "loss/cwg"} <= losses(tmp_path / "run")[0].keys()
+    said, _ = i2am(["evaluate", "checkpoint=run", "sampling.guidance=5", "device=cpu", *options], tmp_path)
     assert "0.8644" in said
     assert "2,032 test pairs" in said
 
@@ -157,9 +151,7 @@ def test_names_on_the_hub_from_its_cache(
 
 
 @pytest.fixture(scope="module")
-def true_files(
-    original_layout: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory
-) -> Path:
+def true_files(original_layout: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """SD1.5, its VAE, and the authors' model in every format, all of the true shape with random weights in float16.
 
     CLIP-L is whole; ``dinov2`` has DINOv2-g's width, patches and feed-forward, and one of its forty
@@ -268,11 +260,7 @@ def weight_digests(model: Path) -> dict[str, str]:
 def test_true_size_from_stable_diffusion(true_files: Path) -> None:
     """SD1.5 from a folder and both kinds of files, its VAE from a file of its own, with DINOv2: the same model to the
     bit, so the training from one is the training from each; two steps and a sample of it."""
-    formats = {
-        "folder": ["unet=sd"],
-        "ckpt": ["unet=sd.ckpt"],
-        "safetensors": ["unet=sd.safetensors", "vae=vae.ckpt"],
-    }
+    formats = {"folder": ["unet=sd"], "ckpt": ["unet=sd.ckpt"], "safetensors": ["unet=sd.safetensors", "vae=vae.ckpt"]}
     digests = {}
     for name, words in formats.items():
         init_true_size(true_files, name, *words, "encoder=dinov2")

@@ -49,24 +49,19 @@ def test_photographs_train_a_refined_model(
     assert len(list((photographs / "previews").glob("*/*.jpg"))) == 20
     assert run("check", f"root={photographs}", "height=64", "width=48") == 0
     assert "0 errors, 0 warnings" in capsys.readouterr().out
-    options = [
-        option for option in training if not option.startswith(("data.root", "validation.samples"))
-    ]
+    options = [option for option in training if not option.startswith(("data.root", "validation.samples"))]
     config = compose("train", [
         "experiment=refined", *options, f"data.root={photographs}", "validation.samples=2", "data.augment=true",
         f"output={tmp_path / 'run'}",
     ])  # fmt: skip
     train.run(config)
     before, after = (
-        load_file(next(folder.glob("unet/*.safetensors")))
-        for folder in (small_checkpoint, tmp_path / "run" / "model")
+        load_file(next(folder.glob("unet/*.safetensors"))) for folder in (small_checkpoint, tmp_path / "run" / "model")
     )
     assert any(not before[name].equal(after[name]) for name in before)
 
 
-def test_a_refused_picture_is_reported_by_the_command(
-    photographs: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_refused_picture_is_reported_by_the_command(photographs: Path, capsys: pytest.CaptureFixture[str]) -> None:
     # Proves exit status 1, the paragraph and the report's place.
     (photographs / "train/openpose_json/00003_00_keypoints.json").unlink()
     assert run("derive", f"root={photographs}", f"json={photographs.parent / 'report.json'}") == 1
@@ -117,24 +112,9 @@ def test_the_lines_of_the_readme(
     train.run(compose("train", ["experiment=paper_custom", *own, "dry_run=true"]))
     assert "Nothing was written." in capsys.readouterr().out
     assert not Path("runs").exists()
-    train.run(
-        compose(
-            "train", ["experiment=paper_refined", *own, "optimization.steps=2", "tracking=files"]
-        )
-    )
-    judged = [
-        "checkpoint=runs/paper_refined-seed0",
-        "data=viton_hd",
-        "data.root=my_set",
-        "data.fit=pad",
-        *SMALL[:2],
-    ]
-    few = [
-        "sampling.steps=1",
-        "attribution.time_groups=1",
-        "evaluation.metrics=[ssim]",
-        "device=cpu",
-    ]
+    train.run(compose("train", ["experiment=paper_refined", *own, "optimization.steps=2", "tracking=files"]))
+    judged = ["checkpoint=runs/paper_refined-seed0", "data=viton_hd", "data.root=my_set", "data.fit=pad", *SMALL[:2]]
+    few = ["sampling.steps=1", "attribution.time_groups=1", "evaluation.metrics=[ssim]", "device=cpu"]
     evaluate.run(compose("evaluate", [*judged, *few, "data.workers=0", "tracking=files"]))
     assert Path("runs/paper_refined-seed0/evaluation-paired/results.json").is_file()
     export.run(compose("export", ["checkpoint=runs/paper_refined-seed0", "output=exported"]))

@@ -34,16 +34,12 @@ def run(*words: str, launcher: tuple[str, ...] = ()) -> str:
     """What a command prints; one thread per process, so that sums have one order."""
     command = [sys.executable, *launcher, "-m", "i2am_train", *words]
     environment = {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        command, capture_output=True, text=True, env=os.environ | environment, timeout=900
-    )
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | environment, timeout=900)
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
 
 
-def test_two_processes_equal_one(
-    training: list[str], small_checkpoint: Path, tmp_path: Path
-) -> None:
+def test_two_processes_equal_one(training: list[str], small_checkpoint: Path, tmp_path: Path) -> None:
     """The same global batch on one and on two processes: equal losses, weights and scores, each sample counted once.
 
     Half of the conditions are dropped, so that the processes have unequally many samples with attention losses.
@@ -87,26 +83,19 @@ def test_adapters_on_two_processes_equal_those_on_one(training: list[str], tmp_p
         "optimization.condition_dropout=0.5", "optimization.global_batch=4", "optimization.trainable=lora",
         "optimization.lora_rank=2",
     ]  # fmt: skip
-    variants = {
-        "one": ["data.batch_size=4"],
-        "two": ["data.batch_size=2", "trainer.devices=2", "trainer.strategy=ddp"],
-    }
+    variants = {"one": ["data.batch_size=4"], "two": ["data.batch_size=2", "trainer.devices=2", "trainer.strategy=ddp"]}
     for name, options in variants.items():
         run("train", *common, *options, f"output={tmp_path / name}")
     losses = {name: logged(tmp_path / name) for name in variants}
     assert losses["one"].keys() >= {"loss/total", "loss/dcml"}
     assert losses["two"] == pytest.approx(losses["one"], rel=2e-3, abs=2e-3)
-    one, two = (
-        load_file(tmp_path / name / "lora/pytorch_lora_weights.safetensors") for name in variants
-    )
+    one, two = (load_file(tmp_path / name / "lora/pytorch_lora_weights.safetensors") for name in variants)
     moved = max(float(value.abs().max()) for name, value in one.items() if ".lora_B." in name)
     apart = max(float((one[name] - two[name]).abs().max()) for name in one)
     assert apart < 0.02 * moved, (apart, moved)
 
 
-def test_two_processes_evaluate_as_one(
-    overrides: list[str], small_checkpoint: Path, tmp_path: Path
-) -> None:
+def test_two_processes_evaluate_as_one(overrides: list[str], small_checkpoint: Path, tmp_path: Path) -> None:
     """Bit for bit the same images, rows and scores from three batches on one and on two processes."""
     common = [
         *overrides, f"checkpoint={small_checkpoint}", "evaluation.batch_size=2", "evaluation.panel_samples=3",
@@ -116,21 +105,15 @@ def test_two_processes_evaluate_as_one(
     for name, options in {"one": [], "two": ["devices=2", "strategy=ddp"]}.items():
         printed = run("evaluate", *common, *options, f"output={tmp_path / name}")
         assert printed.count("6 samples") == 1, "one table, from one process"
-    one, two = (
-        json.loads((tmp_path / name / "results.json").read_text()) for name in ("one", "two")
-    )
+    one, two = (json.loads((tmp_path / name / "results.json").read_text()) for name in ("one", "two"))
     for part in ("metrics", "intervals", "protocol", "skipped", "samples"):
         assert two[part] == one[part], part
     files = sorted(path.relative_to(tmp_path / "one") for path in (tmp_path / "one").rglob("*.*"))
-    assert files == sorted(
-        path.relative_to(tmp_path / "two") for path in (tmp_path / "two").rglob("*.*")
-    )
+    assert files == sorted(path.relative_to(tmp_path / "two") for path in (tmp_path / "two").rglob("*.*"))
     same = [path for path in files if path.suffix in (".png", ".jsonl")]
     assert len(same) == 6 + 1
     for path in same:
-        assert (tmp_path / "one" / path).read_bytes() == (tmp_path / "two" / path).read_bytes(), (
-            path
-        )
+        assert (tmp_path / "one" / path).read_bytes() == (tmp_path / "two" / path).read_bytes(), path
     first, second = (read_panels(tmp_path / name) for name in ("one", "two"))
     assert first
     for one, two in zip(first, second, strict=True):

@@ -33,9 +33,7 @@ def spoilt(path: Path) -> bytes:
     return content
 
 
-def test_broken_pictures_are_named_before_a_folder_is_made(
-    data: Path, training: list[str], tmp_path: Path
-) -> None:
+def test_broken_pictures_are_named_before_a_folder_is_made(data: Path, training: list[str], tmp_path: Path) -> None:
     """All of them at once, those of validation, too; and each command that reads them says so."""
     for name in ("image/00001_00.jpg", "cloth/00018_00.jpg"):
         file = data / "train" / name
@@ -61,9 +59,7 @@ def test_a_run_goes_on_with_a_repaired_picture(
     other = data / "train/agnostic-mask/00004_00_mask.png"
     sound = other.read_bytes()
     other.write_bytes(sound + b"\0")
-    with pytest.raises(
-        RunFolderError, match=r"2 changed \(train/agnostic-mask/00003_00_mask\.png\)"
-    ):
+    with pytest.raises(RunFolderError, match=r"2 changed \(train/agnostic-mask/00003_00_mask\.png\)"):
         train(compose("train", options))
     other.write_bytes(sound)
     with pytest.warns(UserWarning, match="1 files that the run .* could not read were replaced"):
@@ -73,9 +69,7 @@ def test_a_run_goes_on_with_a_repaired_picture(
     assert manifest["finished"]
 
 
-def test_a_cache_goes_on_with_a_repaired_picture(
-    data: Path, make_small_model: Any, tmp_path: Path
-) -> None:
+def test_a_cache_goes_on_with_a_repaired_picture(data: Path, make_small_model: Any, tmp_path: Path) -> None:
     """What was encoded stays, and the cache then belongs to the repaired data."""
     mask = data / "train/gt_cloth_warped_mask/00013_00.jpg"
     content = mask.read_bytes()

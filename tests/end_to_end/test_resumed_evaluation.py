@@ -44,9 +44,7 @@ def killed_after_a_batch(options: list[str], output: Path) -> None:
 def contents(folder: Path) -> dict[str, Any]:
     """What the files of a result hold, by name; an archive's tensors (its header has no fixed order)."""
     kept = [path for path in folder.rglob("*") if path.suffix in (".png", ".jsonl")]
-    found: dict[str, Any] = {
-        path.relative_to(folder).as_posix(): path.read_bytes() for path in kept
-    }
+    found: dict[str, Any] = {path.relative_to(folder).as_posix(): path.read_bytes() for path in kept}
     with safe_open(folder / PANELS, framework="numpy") as file:
         found["names"] = file.metadata()["names"]
         return found | {name: file.get_tensor(name).tobytes() for name in file.keys()}  # noqa: SIM118

@@ -51,9 +51,7 @@ def model_files(folder: Path) -> dict[str, Any]:
 def distance(first: dict[str, Any], second: dict[str, Any]) -> float:
     """Euclidean, over all weights."""
     squares = [
-        float((value - second[name]).square().sum())
-        for name, value in first.items()
-        if isinstance(value, torch.Tensor)
+        float((value - second[name]).square().sum()) for name, value in first.items() if isinstance(value, torch.Tensor)
     ]
     return sum(squares) ** 0.5
 
@@ -138,9 +136,7 @@ def check_checkpoints(one: Path, two: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_stopped_sharded_run_goes_on_bit_by_bit(
-    common: list[str], two: Path, tmp_path: Path
-) -> None:
+def test_a_stopped_sharded_run_goes_on_bit_by_bit(common: list[str], two: Path, tmp_path: Path) -> None:
     """SIGTERM to one of the processes; the same command ends with the weights of the run that was not stopped."""
     stopped = start(common, tmp_path / "run")
     ends = time.monotonic() + 120

@@ -24,13 +24,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from i2am_train.callbacks.interruption import requeue
 from i2am_train.config.store import compose
-from i2am_train.errors import (
-    ConfigError,
-    DataError,
-    FolderInUseError,
-    RunFolderError,
-    TrainingError,
-)
+from i2am_train.errors import ConfigError, DataError, FolderInUseError, RunFolderError, TrainingError
 from i2am_train.evaluation.generation import GeneratedSamples
 from i2am_train.workflows import train as workflow
 from i2am_train.workflows.train import train
@@ -67,9 +61,7 @@ def drawn_steps(folder: Path) -> list[int]:
 class Run(Command):
     """One attempt at a training run, as a process of its own."""
 
-    def __init__(
-        self, options: Sequence[str], output: Path, environment: Mapping[str, str] | None = None
-    ) -> None:
+    def __init__(self, options: Sequence[str], output: Path, environment: Mapping[str, str] | None = None) -> None:
         words = ["train", *options, f"output={output}"]
         super().__init__(words, output.with_suffix(".log"), environment)
         self.output = output
@@ -103,9 +95,7 @@ def whole(options: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
     return train(compose("train", [*options, f"output={output}"]))
 
 
-def test_a_killed_run_ends_as_if_it_had_not_been(
-    options: list[str], whole: Path, tmp_path: Path
-) -> None:
+def test_a_killed_run_ends_as_if_it_had_not_been(options: list[str], whole: Path, tmp_path: Path) -> None:
     """SIGKILL at three random moments, most of them inside an epoch; weights and curves equal the whole run's."""
     moments = random.Random(0)
     for step in sorted(moments.sample(range(1, 11), 3)):
@@ -139,9 +129,7 @@ class Fault(L.Callback):
             self.happen()
 
 
-def stop_before_step(
-    step: int, monkeypatch: pytest.MonkeyPatch, happen: Callable[[], None] = crash
-) -> None:
+def stop_before_step(step: int, monkeypatch: pytest.MonkeyPatch, happen: Callable[[], None] = crash) -> None:
     """Trainers that are made from now on come to that step and no further."""
     make = workflow.make_trainer
 
@@ -259,8 +247,7 @@ def test_an_evaluation_that_is_told_to_stop_says_what_continues(
 
 
 @pytest.mark.parametrize(
-    ("number", "status"),
-    [(signal.SIGTERM, 143), pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow)],
+    ("number", "status"), [(signal.SIGTERM, 143), pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow)]
 )
 def test_told_to_stop_it_saves_and_goes_on(
     options: list[str], whole: Path, tmp_path: Path, number: int, status: int
@@ -290,9 +277,7 @@ def scontrol(folder: Path, status: int) -> str:
     return f"{program.parent}:{os.environ['PATH']}"
 
 
-def test_a_job_of_slurm_saves_and_asks_to_be_started_again(
-    training: list[str], tmp_path: Path
-) -> None:
+def test_a_job_of_slurm_saves_and_asks_to_be_started_again(training: list[str], tmp_path: Path) -> None:
     """Lightning in SLURM's environment; the array's task is named, and one checkpoint is all that is left."""
     options = [*training, *LONG, "trainer.checkpoint_every_n_steps=1000"]
     slurm = {
@@ -319,15 +304,8 @@ def test_slurm_may_refuse(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     assert (tmp_path / "said").read_text() == "requeue 70\n"
 
 
-def test_the_latest_checkpoints_and_the_best_model_are_kept(
-    training: list[str], tmp_path: Path
-) -> None:
-    options = [
-        *training,
-        "trainer.checkpoint_every_n_steps=1",
-        "trainer.keep_checkpoints=2",
-        "trainer.keep_best=ssim",
-    ]
+def test_the_latest_checkpoints_and_the_best_model_are_kept(training: list[str], tmp_path: Path) -> None:
+    options = [*training, "trainer.checkpoint_every_n_steps=1", "trainer.keep_checkpoints=2", "trainer.keep_best=ssim"]
     run = train(compose("train", [*options, f"output={tmp_path / 'run'}"]))
     names = sorted(path.name for path in (run / "checkpoints").iterdir())
     assert names == ["step-000003.ckpt", "step-000004.ckpt"]
@@ -376,9 +354,7 @@ def test_what_is_not_finite_stops_before_it_changes_a_weight(
     options = [*training, "validation.samples=0", "experiment=refined"]
     with monkeypatch.context() as patch:
         patch.setattr(workflow, "make_trainer", Poison(where)(workflow.make_trainer))
-        with pytest.raises(
-            TrainingError, match=rf"The {where} became .* in step 3, on samples \d{{5}}"
-        ):
+        with pytest.raises(TrainingError, match=rf"The {where} became .* in step 3, on samples \d{{5}}"):
             train(compose("train", [*options, f"output={tmp_path / 'run'}"]))
     diagnosis = json.loads((tmp_path / "run/rank0-diagnosis.json").read_text())
     assert diagnosis["step"] == 2
@@ -399,10 +375,7 @@ def test_too_little_memory_names_what_helps(
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 MiB")
 
     monkeypatch.setattr("i2am_train.training.step._denoising", exhausted)
-    with pytest.raises(
-        TrainingError,
-        match=r"step 1: CUDA out of memory.*global_batch.*gradient_checkpointing.*bf16",
-    ):
+    with pytest.raises(TrainingError, match=r"step 1: CUDA out of memory.*global_batch.*gradient_checkpointing.*bf16"):
         train(compose("train", [*training, f"output={tmp_path / 'run'}"]))
 
 
@@ -463,9 +436,7 @@ def test_a_training_that_ends_early_saves_no_model(
     assert not (tmp_path / "run/model").exists()
 
 
-def test_an_output_among_the_data_is_refused(
-    training: list[str], small_dataset: Path, tmp_path: Path
-) -> None:
+def test_an_output_among_the_data_is_refused(training: list[str], small_dataset: Path, tmp_path: Path) -> None:
     """It would change the dataset with every file, and could never go on; through links, too, and vice versa."""
     before = sorted(small_dataset.rglob("*"))
     (tmp_path / "link").symlink_to(small_dataset / "train")
@@ -473,10 +444,7 @@ def test_an_output_among_the_data_is_refused(
     for options, message in (
         ([f"output={small_dataset / 'test' / 'run'}"], "lies among the data"),
         ([f"output={tmp_path / 'link' / 'run'}"], "lies among the data"),
-        (
-            [elsewhere, f"tracking.folder={small_dataset}"],
-            f"The data in {small_dataset} lie inside",
-        ),
+        ([elsewhere, f"tracking.folder={small_dataset}"], f"The data in {small_dataset} lie inside"),
         ([elsewhere, f"data.cache_copies={small_dataset / 'train'}"], "lies among the data"),
         ([f"output={small_dataset.parent}"], f"The data in {small_dataset} lie inside"),
     ):
@@ -504,11 +472,7 @@ def test_a_dry_run_measures_and_writes_nothing(
 ) -> None:
     from i2am_train.workflows.train import run
 
-    more = [
-        "dry_run=true",
-        "optimization.global_batch=16",
-        "optimization.trainable=cross_attention",
-    ]
+    more = ["dry_run=true", "optimization.global_batch=16", "optimization.trainable=cross_attention"]
     run(compose("train", [*training, *more, f"output={tmp_path / 'run'}"]))
     printed = capsys.readouterr().out
     for part in (

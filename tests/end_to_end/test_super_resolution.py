@@ -32,9 +32,7 @@ def low_resolution(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module", params=["pasd", pytest.param("seesr", marks=pytest.mark.slow)])
 def explained(
-    request: pytest.FixtureRequest,
-    low_resolution: Path,
-    tmp_path_factory: pytest.TempPathFactory,
+    request: pytest.FixtureRequest, low_resolution: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[str, Path]:
     """The folder that ``i2am explain model=factory`` writes with the presets of the model."""
     name = request.param
@@ -53,11 +51,7 @@ def test_figures_and_table_are_written(explained: tuple[str, Path]) -> None:
     assert {"layers", "time_heads", "unified", "alignment", "alignment_layers"} <= figures
     about = json.loads((folder / "scores.json").read_text())
     _, groups, layers = MODELS[name]
-    assert (about["recipe"], about["time_groups"], len(about["alignment"])) == (
-        name,
-        groups,
-        layers,
-    )
+    assert (about["recipe"], about["time_groups"], len(about["alignment"])) == (name, groups, layers)
     for row in about["alignment"]:
         assert 0 < row["relative"] < 1
         assert 0 < row["even"] < 1

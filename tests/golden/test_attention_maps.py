@@ -158,9 +158,7 @@ class TestTimeGroups:
         wanted = self.golden["expected"][case]
         values = tensor(wanted["value_at_sampling_step_s"])
         runs = time_groups(len(values), groups)
-        group_of_step = [
-            group for group, run in enumerate(runs) for _ in range(run.start, run.stop)
-        ]
+        group_of_step = [group for group, run in enumerate(runs) for _ in range(run.start, run.stop)]
         assert group_of_step == wanted["group_of_step_s"]
         sums = [float(values[run].sum()) for run in runs]
         assert sums == wanted["authors_code_and_default_group_sums"]

@@ -36,9 +36,7 @@ def test_guidance_and_step(schedule: NoiseSchedule, golden: Callable[[str], Any]
     """Guided epsilon, predicted clean latent and the DDIM step agree with the golden numbers."""
     inputs, expected = golden("10")["inputs"], golden("10")["expected"]
     noisy = as_images(inputs["x"])
-    epsilon = guided(
-        as_images(inputs["eps_uncond"]), as_images(inputs["eps_cond"]), inputs["cfg_scale"]
-    )
+    epsilon = guided(as_images(inputs["eps_uncond"]), as_images(inputs["eps_cond"]), inputs["cfg_scale"])
     assert epsilon.flatten().tolist() == pytest.approx(expected["cfg_eps"], rel=1e-5)
     for name, (at, following), key in (
         ("step_999_to_980", (999, 980), "pred_x0"),

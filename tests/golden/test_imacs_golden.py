@@ -34,9 +34,7 @@ def expected_of(content: dict[str, Any], start: str) -> Tensor:
     return tensor([values[str(int(penalty))] for penalty in PENALTIES])
 
 
-@pytest.mark.parametrize(
-    ("which", "start"), [("g", "imacs_g (paper"), ("r", "imacs_r (paper, default)")]
-)
+@pytest.mark.parametrize(("which", "start"), [("g", "imacs_g (paper"), ("r", "imacs_r (paper, default)")])
 def test_imacs(golden: Golden, which: str, start: str) -> None:
     """Both directions, four penalties from one map."""
     content = golden("09")

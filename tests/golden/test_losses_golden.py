@@ -41,9 +41,7 @@ def everywhere(samples: int, tokens: int) -> Tensor:
     return torch.ones(samples, tokens, dtype=torch.bool)
 
 
-def attention(
-    scores: Tensor, mask: Tensor, generated: GridSize, reference: GridSize, variant: V
-) -> Attention:
+def attention(scores: Tensor, mask: Tensor, generated: GridSize, reference: GridSize, variant: V) -> Attention:
     return attention_on_grids(scores, mask, generated, reference, centers=VARIANTS[variant].centers)
 
 
@@ -284,9 +282,7 @@ def test_cwg_gradient(golden: Golden, detached: bool) -> None:
     logits = two_samples(tensor(content["inputs"]["logits"])).requires_grad_()
     scores = scores_of(logits, V.HINGE)
     mask = on_tokens(content["inputs"]["mask"]).bool()
-    cwg(attention(scores, mask, GENERATED, REFERENCE, V.HINGE), detach_centers=detached)[
-        1
-    ].backward()
+    cwg(attention(scores, mask, GENERATED, REFERENCE, V.HINGE), detach_centers=detached)[1].backward()
     key = "C_detached" if detached else "C_not_detached"
     (name,) = (name for name in content if key in name)
     assert logits.grad is not None

@@ -74,9 +74,7 @@ def slow_maps(module, hidden, context, special):
     to_generated, to_reference = [], []
     for head in range(module.heads):
         q, k = queries[:, head].tolist(), keys[:, head].tolist()
-        logits = [
-            [sum(a * b for a, b in zip(x, y, strict=True)) / math.sqrt(width) for y in k] for x in q
-        ]
+        logits = [[sum(a * b for a, b in zip(x, y, strict=True)) / math.sqrt(width) for y in k] for x in q]
         over_reference = [softmax(row) for row in logits]
         over_generated = [softmax(list(column)) for column in zip(*logits, strict=True)]
         to_reference.append([sum(c) / len(c) for c in zip(*over_reference, strict=True)])
@@ -109,9 +107,7 @@ def sample(unet, batch, guided, special, by_announcement):
 
 
 @pytest.mark.parametrize("by_announcement", [True, False])
-@pytest.mark.parametrize(
-    ("batch", "guided", "special"), [(2, True, 0), (3, False, 1), (3, True, 1)]
-)
+@pytest.mark.parametrize(("batch", "guided", "special"), [(2, True, 0), (3, False, 1), (3, True, 1)])
 def test_captured_maps_are_those_of_the_equations(unet, batch, guided, special, by_announcement):
     calls = Calls(unet)
     rows = "second_half" if guided else "all"
@@ -127,12 +123,8 @@ def test_captured_maps_are_those_of_the_equations(unet, batch, guided, special, 
             for row in range(batch):
                 at = row + batch if guided else row
                 generated, reference = slow_maps(module, hidden[at], context[at], special)
-                torch.testing.assert_close(
-                    record.to_generated[row, step], generated.float(), atol=1e-6, rtol=1e-5
-                )
-                torch.testing.assert_close(
-                    record.to_reference[row, step], reference.float(), atol=1e-6, rtol=1e-5
-                )
+                torch.testing.assert_close(record.to_generated[row, step], generated.float(), atol=1e-6, rtol=1e-5)
+                torch.testing.assert_close(record.to_reference[row, step], reference.float(), atol=1e-6, rtol=1e-5)
 
 
 def test_in_float64_they_agree_to_rounding(unet):
@@ -142,10 +134,7 @@ def test_in_float64_they_agree_to_rounding(unet):
     generator = torch.Generator().manual_seed(0)
     latents = torch.randn(2, 4, *LATENT, generator=generator, dtype=torch.float64)
     context = torch.randn(2, REFERENCE.tokens, CONTEXT, generator=generator, dtype=torch.float64)
-    with (
-        torch.no_grad(),
-        trace(precise, diffusers_decoder(REFERENCE, rows="all", root="")) as attention,
-    ):
+    with torch.no_grad(), trace(precise, diffusers_decoder(REFERENCE, rows="all", root="")) as attention:
         precise(latents, 500, context)
     for record in attention.maps().store.layers:
         ((module, hidden, context),) = calls.seen[record.layer]

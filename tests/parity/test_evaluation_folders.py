@@ -61,9 +61,7 @@ def options(folders: tuple[Path, Path], *more: str) -> list[str]:
 @pytest.fixture(scope="module")
 def pixels(folders: tuple[Path, Path]) -> tuple[list[Any], list[Any]]:
     """Both folders in order of the names, read without our code."""
-    generated, real = (
-        [np.asarray(Image.open(path)) for path in sorted(folder.iterdir())] for folder in folders
-    )
+    generated, real = ([np.asarray(Image.open(path)) for path in sorted(folder.iterdir())] for folder in folders)
     return generated, real
 
 
@@ -114,10 +112,7 @@ def test_set_distances_equal_clean_fid(folders: tuple[Path, Path], result: Any) 
 def test_set_distances_equal_torchmetrics(pixels: tuple[list[Any], list[Any]], result: Any) -> None:
     """torchmetrics' FID and KID with the same network on the same resized pixels."""
     resize = make_resizer("PIL", False, "bicubic", (224, 224))
-    stacks = [
-        torch.from_numpy(np.stack([resize(image) for image in images])).movedim(-1, 1)
-        for images in pixels
-    ]
+    stacks = [torch.from_numpy(np.stack([resize(image) for image in images])).movedim(-1, 1) for images in pixels]
     network = Network()
     frechet = FrechetInceptionDistance(network, input_img_size=(3, 224, 224))
     with warnings.catch_warnings():
@@ -149,9 +144,7 @@ def test_stlpips_equals_the_package(pixels: tuple[list[Any], list[Any]], result:
     """The package's own network on all pairs at once, not in our batches of three."""
     from stlpips_pytorch import stlpips
 
-    first, second = (
-        torch.from_numpy(np.stack(images)).movedim(-1, 1) / 127.5 - 1 for images in pixels
-    )
+    first, second = (torch.from_numpy(np.stack(images)).movedim(-1, 1) / 127.5 - 1 for images in pixels)
     with torch.random.fork_rng(), torch.no_grad():
         module = stlpips.LPIPS(net="alex", variant="shift_tolerant", verbose=False)
         expected = module(first, second).flatten()

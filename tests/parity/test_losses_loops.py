@@ -50,12 +50,8 @@ def loop_dcml(field: Field, cells: set[tuple[int, int]]) -> float:
     """Equations 16-18, x on component 1 and y on component 0."""
     total = 0.0
     for i, j in cells:
-        total += sum(
-            max(0.0, field[i, j][1] - field[r, c][1]) for r, c in cells if r == i and c > j
-        )
-        total += sum(
-            max(0.0, field[i, j][0] - field[r, c][0]) for r, c in cells if c == j and r > i
-        )
+        total += sum(max(0.0, field[i, j][1] - field[r, c][1]) for r, c in cells if r == i and c > j)
+        total += sum(max(0.0, field[i, j][0] - field[r, c][0]) for r, c in cells if c == j and r > i)
     return total
 
 
@@ -85,11 +81,7 @@ def test_the_papers_equations_as_loops() -> None:
     values = values_of(scores, mask, PAPER)
     for n in range(2):
         field, cells = loop_centers(scores[n]), inside(mask[n])
-        expected = (
-            loop_dcml(field, cells),
-            loop_tv(field, cells),
-            loop_cwg(field, cells, scores[n]),
-        )
+        expected = (loop_dcml(field, cells), loop_tv(field, cells), loop_cwg(field, cells, scores[n]))
         actual = torch.stack([value[n] for value in values])
         torch.testing.assert_close(actual, torch.tensor(expected, dtype=torch.float64))
 
@@ -108,9 +100,7 @@ def authors_batch(scores: Tensor, mask: Tensor, variant: LossVariant) -> tuple[f
             order += sum(max(0.0, field[r, c][0] - y) for r, c in cells if c == j and r > i)
             for axis, below in enumerate(((i + 1, j), (i, j + 1))):
                 if below in cells:
-                    change = sum(
-                        abs(a - b) ** power for a, b in zip(field[below], (y, x), strict=True)
-                    )
+                    change = sum(abs(a - b) ** power for a, b in zip(field[below], (y, x), strict=True))
                     down, right = (down + change, right) if axis == 0 else (down, right + change)
             for k, a in enumerate(scores[n, i * GENERATED.width + j].tolist()):
                 distance = math.dist((y, x), divmod(k, REFERENCE.width))

@@ -25,9 +25,7 @@ from i2am_train.metrics.image_quality import PerceptualDistance, ssim
 def photographs(height: int = 64, width: int = 48) -> Tensor:
     """Crops of two photographs that scikit-image carries, uint8 [2, 3, height, width]."""
     crops = [skimage.data.astronaut()[40:, 150:], skimage.data.coffee()[60:, 100:]]
-    return torch.stack(
-        [torch.from_numpy(crop[:height, :width].copy()).permute(2, 0, 1) for crop in crops]
-    )
+    return torch.stack([torch.from_numpy(crop[:height, :width].copy()).permute(2, 0, 1) for crop in crops])
 
 
 def noisy(images: Tensor) -> Tensor:
@@ -117,9 +115,7 @@ def feature_sets(samples: int, others: int, dimension: int) -> tuple[Tensor, Ten
     return torch.from_numpy(first.clip(0)), torch.from_numpy((second * 1.1 + 0.2).clip(0))
 
 
-@pytest.mark.parametrize(
-    ("samples", "others", "dimension"), [(90, 70, 32), (30, 40, 65), (20, 25, 160)]
-)
+@pytest.mark.parametrize(("samples", "others", "dimension"), [(90, 70, 32), (30, 40, 65), (20, 25, 160)])
 def test_frechet_distance_equals_clean_fid(samples: int, others: int, dimension: int) -> None:
     """clean-fid's number, with more samples than features and with fewer (joint span)."""
     generated, real = feature_sets(samples, others, dimension)

@@ -53,16 +53,11 @@ def test_splitting_the_batch_changes_nothing(attention):
 
 @few
 @given(attentions(), st.randoms(use_true_random=False))
-def test_permuting_reference_tokens_permutes_their_map_and_leaves_the_other_alone(
-    attention, random
-):
+def test_permuting_reference_tokens_permutes_their_map_and_leaves_the_other_alone(attention, random):
     generated, reference = attention
     order = list(range(reference.shape[2]))
     random.shuffle(order)
-    before, after = (
-        column_means(generated, reference),
-        column_means(generated, reference[:, :, order]),
-    )
+    before, after = (column_means(generated, reference), column_means(generated, reference[:, :, order]))
     assert_close(after.to_reference, before.to_reference[..., order], atol=2e-4, rtol=0)
     assert_close(after.to_generated, before.to_generated, atol=2e-4, rtol=0)
 
@@ -103,9 +98,7 @@ def test_means_over_heads_then_steps_are_those_over_all_at_once(steps, seed, dat
 @few
 @given(st.integers(0, 2**31), st.floats(0.01, 100), st.floats(-10, 10))
 def test_normalising_ignores_scale_and_offset_and_is_idempotent(seed, scale, offset):
-    values = torch.rand(
-        2, 3, 4, 5, generator=torch.Generator().manual_seed(seed), dtype=torch.float64
-    )
+    values = torch.rand(2, 3, 4, 5, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     once = normalise(values)
     assert once.amin() == 0
     assert once.amax() == 1

@@ -22,14 +22,8 @@ def test_stored_correspondence_comes_back(values: np.ndarray, known: np.ndarray)
     np.testing.assert_allclose(read[known], values[known], atol=1 / 131_000)
 
 
-@given(
-    arrays(np.float32, (2, 4, 2), elements=st.floats(0.375, 0.625, width=32)),
-    st.floats(0.8, 1.2),
-    st.floats(-4, 4),
-)
-def test_moving_coordinates_there_and_back_changes_nothing(
-    values: np.ndarray, scale: float, shift: float
-) -> None:
+@given(arrays(np.float32, (2, 4, 2), elements=st.floats(0.375, 0.625, width=32)), st.floats(0.8, 1.2), st.floats(-4, 4))
+def test_moving_coordinates_there_and_back_changes_nothing(values: np.ndarray, scale: float, shift: float) -> None:
     # Proves that coordinates follow an affine pixel matrix in the right order of axes.
     matrix = np.array([[scale, 0.0, shift], [0.0, scale, -shift / 2], [0.0, 0.0, 1.0]])
     there = move_coordinates(values, matrix, (60, 40))
@@ -38,9 +32,7 @@ def test_moving_coordinates_there_and_back_changes_nothing(
 
 
 @given(st.integers(1, 50), st.integers(1, 7))
-def test_evaluation_sees_each_sample_once_whatever_the_processes(
-    samples: int, processes: int
-) -> None:
+def test_evaluation_sees_each_sample_once_whatever_the_processes(samples: int, processes: int) -> None:
     # Proves that splitting neither repeats nor drops a sample, and is even to one sample.
     parts = [list(ExactSampler(range(samples), processes, rank)) for rank in range(processes)]  # type: ignore[arg-type]
     assert sorted(position for part in parts for position in part) == list(range(samples))

@@ -13,16 +13,12 @@ from i2am_train.types import GridSize, LossVariant
 
 FEW = settings(max_examples=12, deadline=None)
 variants = st.sampled_from(list(LossVariant))
-fair_variants = st.sampled_from(
-    [LossVariant.HINGE, LossVariant.REWARD, LossVariant.MARGIN, LossVariant.MIXED]
-)
+fair_variants = st.sampled_from([LossVariant.HINGE, LossVariant.REWARD, LossVariant.MARGIN, LossVariant.MIXED])
 seeds = st.integers(0, 2**16)
 grids = st.tuples(st.integers(1, 5), st.integers(1, 6)).map(lambda sizes: GridSize(*sizes))
 
 
-def draw(
-    seed: int, samples: int, generated: GridSize, reference: GridSize
-) -> tuple[Tensor, Tensor]:
+def draw(seed: int, samples: int, generated: GridSize, reference: GridSize) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(seed)
     shape = (samples, generated.tokens, reference.tokens)
     logits = torch.randn(shape, generator=generator, dtype=torch.float64) * 2
@@ -30,9 +26,7 @@ def draw(
     return logits.softmax(-1), mask
 
 
-def all_terms(
-    scores: Tensor, mask: Tensor, generated: GridSize, reference: GridSize, variant: LossVariant
-) -> Tensor:
+def all_terms(scores: Tensor, mask: Tensor, generated: GridSize, reference: GridSize, variant: LossVariant) -> Tensor:
     reading = VARIANTS[variant]
     attention = attention_on_grids(scores, mask, generated, reference, centers=reading.centers)
     return torch.stack([term(attention) for term in (reading.dcml, reading.tv, reading.cwg)])
@@ -52,9 +46,7 @@ def test_a_one_hot_score_gives_exactly_that_centre(reference: GridSize, seed: in
 
 @FEW
 @given(grids, grids, seeds, variants)
-def test_samples_are_independent(
-    generated: GridSize, reference: GridSize, seed: int, variant: LossVariant
-) -> None:
+def test_samples_are_independent(generated: GridSize, reference: GridSize, seed: int, variant: LossVariant) -> None:
     """Splitting a batch changes nothing, and permuting it permutes the values."""
     scores, mask = draw(seed, 3, generated, reference)
     whole = all_terms(scores, mask, generated, reference, variant)
@@ -62,10 +54,7 @@ def test_samples_are_independent(
     permuted = all_terms(scores[order], mask[order], generated, reference, variant)
     torch.testing.assert_close(permuted, whole[:, order])
     parts = torch.cat(
-        [
-            all_terms(scores[rows], mask[rows], generated, reference, variant)
-            for rows in (slice(0, 1), slice(1, 3))
-        ],
+        [all_terms(scores[rows], mask[rows], generated, reference, variant) for rows in (slice(0, 1), slice(1, 3))],
         dim=1,
     )
     own = slice(2) if variant is LossVariant.AUTHORS_V1 else slice(3)  # its CWG is of the batch
@@ -112,21 +101,15 @@ def test_swapping_the_axes_changes_nothing(
 ) -> None:
     """Both pictures transposed: rows and columns are treated alike."""
     scores, mask = draw(seed, 2, generated, reference)
-    turned = (
-        scores.reshape(2, *generated, *reference).permute(0, 2, 1, 4, 3).flatten(3).flatten(1, 2)
-    )
+    turned = scores.reshape(2, *generated, *reference).permute(0, 2, 1, 4, 3).flatten(3).flatten(1, 2)
     turned_mask = mask.reshape(2, *generated).mT.flatten(1)
-    value = all_terms(
-        turned, turned_mask, GridSize(*generated[::-1]), GridSize(*reference[::-1]), variant
-    )
+    value = all_terms(turned, turned_mask, GridSize(*generated[::-1]), GridSize(*reference[::-1]), variant)
     torch.testing.assert_close(value, all_terms(scores, mask, generated, reference, variant))
 
 
 @FEW
 @given(grids, grids, seeds)
-def test_bounds_of_the_normalised_terms(
-    generated: GridSize, reference: GridSize, seed: int
-) -> None:
+def test_bounds_of_the_normalised_terms(generated: GridSize, reference: GridSize, seed: int) -> None:
     """Hinge in [0, grid], reward in [-grid, 0], TV at least 0, CWG in [-1, 0]."""
     scores, mask = draw(seed, 2, generated, reference)
     size = max(reference)
@@ -140,9 +123,7 @@ def test_bounds_of_the_normalised_terms(
 
 @FEW
 @given(grids, grids, seeds)
-def test_supervision_ignores_patches_without_truth(
-    generated: GridSize, reference: GridSize, seed: int
-) -> None:
+def test_supervision_ignores_patches_without_truth(generated: GridSize, reference: GridSize, seed: int) -> None:
     """NaN targets are left out of value and gradient."""
     scores, mask = draw(seed, 2, generated, reference)
     scores.requires_grad_()

@@ -10,20 +10,10 @@ from diffusers.models.embeddings import ImageProjection, IPAdapterFullImageProje
 
 from i2am_train.attention import named_recipe
 from i2am_train.types import GridSize
-from tests.support.recipe_models import (
-    NormalisedGarmentBlock,
-    OwnBlock,
-    RawGarmentBlock,
-    with_blocks,
-    with_ip_adapter,
-)
+from tests.support.recipe_models import NormalisedGarmentBlock, OwnBlock, RawGarmentBlock, with_blocks, with_ip_adapter
 
 SD15 = {"cross_attention_dim": 768, "attention_head_dim": 8}
-SD2 = {
-    "cross_attention_dim": 1024,
-    "attention_head_dim": (5, 10, 20, 20),
-    "use_linear_projection": True,
-}
+SD2 = {"cross_attention_dim": 1024, "attention_head_dim": (5, 10, 20, 20), "use_linear_projection": True}
 SDXL = {
     "cross_attention_dim": 2048,
     "block_out_channels": (320, 640, 1280),
@@ -92,10 +82,7 @@ def evaluate(network, latent, tokens, image):
 
 
 def row(site, module, latent, generated, reference):
-    places = (
-        site.generated.places(generated[1], latent),
-        site.reference.places(reference[1], latent),
-    )
+    places = (site.generated.places(generated[1], latent), site.reference.places(reference[1], latent))
     width = generated[-1] // module.heads
     return str(places[0].grid), module.heads, width, places[1].count, str(places[1].grid)
 
@@ -119,29 +106,17 @@ TABLES = {
         (SQUARE, 1),
         decoder(SQUARE, (8, 8, 8), (160, 80, 40), 1, None),
     ),
-    "ladi_vton": (
-        lambda: unet(SD2, in_channels=31),
-        (VITON, 77),
-        decoder(VITON, (20, 10, 5), (64, 64, 64), 16, None),
-    ),
+    "ladi_vton": (lambda: unet(SD2, in_channels=31), (VITON, 77), decoder(VITON, (20, 10, 5), (64, 64, 64), 16, None)),
     "catvton": (
         lambda: unet(SD15, in_channels=9),
         (GridSize(128, 48), 1),
-        joint(
-            (5, "64x48", 8, 40, 3072),
-            (5, "32x24", 8, 80, 768),
-            (5, "16x12", 8, 160, 192),
-            (1, "8x6", 8, 160, 48),
-        ),
+        joint((5, "64x48", 8, 40, 3072), (5, "32x24", 8, 80, 768), (5, "16x12", 8, 160, 192), (1, "8x6", 8, 160, 48)),
     ),
     "ootdiffusion": (
         lambda: with_garment(unet(SD15, in_channels=8), RawGarmentBlock),
         (LARGE, 2),
         joint(
-            (5, "128x96", 8, 40, 12288),
-            (5, "64x48", 8, 80, 3072),
-            (5, "32x24", 8, 160, 768),
-            (1, "16x12", 8, 160, 192),
+            (5, "128x96", 8, 40, 12288), (5, "64x48", 8, 80, 3072), (5, "32x24", 8, 160, 768), (1, "16x12", 8, 160, 192)
         ),
     ),
     "idm_vton": (

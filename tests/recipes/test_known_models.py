@@ -29,15 +29,7 @@ from i2am_train.types import Canvas, GridSize
 from tests.support.ldm_cases import CASES as LDM_CASES
 from tests.support.ldm_cases import CONTEXT as LDM_CONTEXT
 from tests.support.ldm_cases import LATENT as LDM_LATENT
-from tests.support.recipe_contract import (
-    G2R,
-    R2G,
-    Case,
-    fresh,
-    recipe_of,
-    traced_run,
-    wrap_in_compile,
-)
+from tests.support.recipe_contract import G2R, R2G, Case, fresh, recipe_of, traced_run, wrap_in_compile
 from tests.support.recipe_models import CASES, CONTEXT, SDXL, TIMESTEPS, evaluate, make_unet, noise
 
 BY_NAME = {str(case): case for case in CASES}
@@ -131,9 +123,7 @@ class TestMeaning:
         with pytest.raises(CaptureError, match="attends to the reference alone"):
             maps_of("pasd").mass()
 
-    @pytest.mark.parametrize(
-        "name", ["ladi_vton", "paint_by_example", "ip_adapter", "ip_adapter_plus"]
-    )
+    @pytest.mark.parametrize("name", ["ladi_vton", "paint_by_example", "ip_adapter", "ip_adapter_plus"])
     def test_tokens_without_a_place_have_no_map_on_the_reference(self, name):
         maps = maps_of(name)
         assert maps.unified(R2G).values.shape == (2, 12, 8)
@@ -146,11 +136,7 @@ class TestMeaning:
         with pytest.raises(ConfigError, match=r"different numbers of heads \(5, 10, 20\)"):
             maps.head_level(R2G)
         groups = {count: part.head_level(R2G) for count, part in maps.by_head_count().items()}
-        assert {count: part.values.shape[1] for count, part in groups.items()} == {
-            5: 5,
-            10: 10,
-            20: 20,
-        }
+        assert {count: part.values.shape[1] for count, part in groups.items()} == {5: 5, 10: 10, 20: 20}
         assert groups[20].grid == GridSize(3, 2)
 
     def test_canvases(self):
@@ -186,9 +172,7 @@ class TestPaintByExamplePipeline:
 
         def draw():
             generator = torch.Generator().manual_seed(0)
-            return pipeline(
-                **pictures, num_inference_steps=4, generator=generator, output_type="np"
-            ).images
+            return pipeline(**pictures, num_inference_steps=4, generator=generator, output_type="np").images
 
         before = draw()
         with trace(pipeline) as attention:
@@ -308,11 +292,7 @@ class TestRefusals:
         case = BY_NAME["ladi_vton"]
         target = fresh(case)
         with pytest.raises(CaptureError, match=r"9 reference tokens are left of 20.*has 16"):
-            traced(
-                target,
-                recipe_of(case, target, False),
-                lambda: evaluate(target.unet, 2, 0, tokens=20),
-            )
+            traced(target, recipe_of(case, target, False), lambda: evaluate(target.unet, 2, 0, tokens=20))
 
     def test_numbers_mean_the_same_depth_of_an_adapter_s_decoder(self):
         case = BY_NAME["ip_adapter"]
@@ -399,12 +379,4 @@ class TestOptionsByConfiguration:
     )
     def test_numbers_that_no_sequence_has(self, option: str, value: object, least: int):
         with pytest.raises(ConfigError, match=rf"recipe_options.{option}.*at least {least}"):
-            compose(
-                "explain",
-                [
-                    "model=factory",
-                    "factory=a:b",
-                    "reference=a.png",
-                    f"recipe_options.{option}={value}",
-                ],
-            )
+            compose("explain", ["model=factory", "factory=a:b", "reference=a.png", f"recipe_options.{option}={value}"])

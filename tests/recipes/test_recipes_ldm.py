@@ -13,13 +13,7 @@ from i2am_train.attention.inputs import AttentionInputs
 from i2am_train.attention.recipe import paper_number
 from i2am_train.errors import CaptureError
 from i2am_train.types import Direction, GridSize
-from tests.support.ldm_cases import (
-    CASES,
-    CONTEXT,
-    LATENT,
-    TryOn,
-    noise,
-)
+from tests.support.ldm_cases import CASES, CONTEXT, LATENT, TryOn, noise
 from tests.support.ldm_models import AuthorsDiffusion, ControlLDM, LatentDiffusion, plms
 from tests.support.recipe_contract import (
     Case,
@@ -213,9 +207,7 @@ def test_true_table_of_stableviton() -> None:
         model = ControlLDM(TRUE_WIDTHS, TRUE_CONTEXT)
         inputs, token = torch.zeros(2, 13, *LATENT_512_384), torch.zeros(2, 1, TRUE_CONTEXT)
         garment, time = torch.zeros(2, 4, *LATENT_512_384), torch.zeros(2)
-    seen = true_sites(
-        model, "stableviton", lambda: model.predict(inputs, time, token, garment, False)
-    )
+    seen = true_sites(model, "stableviton", lambda: model.predict(inputs, time, token, garment, False))
     widths = (160, 160, 160, 160, 80, 80, 80, 40, 40)
     grids = [COARSE] * 3 + [MIDDLE] * 3 + [FINE] * 3
     assert [grid.tokens for grid in grids[::3]] == [192, 768, 3072]

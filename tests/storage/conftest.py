@@ -127,9 +127,7 @@ def _http(relay: Callable[..., Relay], tmp_path: Path) -> Iterator[Storage]:
     root = tmp_path / "served"
     root.mkdir()
     with _Running() as running:
-        server = running.start(
-            ThreadingHTTPServer(("127.0.0.1", 0), partial(_Quiet, directory=str(root)))
-        )
+        server = running.start(ThreadingHTTPServer(("127.0.0.1", 0), partial(_Quiet, directory=str(root))))
         line = relay(server.server_address)
         yield Storage(
             f"http://127.0.0.1:{line.server_address[1]}",
@@ -157,9 +155,7 @@ def _s3(relay: Callable[..., Relay], monkeypatch: pytest.MonkeyPatch) -> Iterato
     bucket = f"bucket{line.server_address[1]}"  # moto remembers those of other tests
     files.mkdir(bucket)
     yield Storage(
-        f"s3://{bucket}",
-        line,
-        lambda folder, name: files.put(f"{folder}/", f"{bucket}/{name}", recursive=True),
+        f"s3://{bucket}", line, lambda folder, name: files.put(f"{folder}/", f"{bucket}/{name}", recursive=True)
     )
     s3fs.S3FileSystem.clear_instance_cache()
     server.stop()

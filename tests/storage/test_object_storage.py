@@ -55,9 +55,7 @@ def test_a_missing_file_is_no_failure_of_the_line(url: str, tmp_path: Path) -> N
 
 def test_other_bytes_than_expected_are_refused(url: str, tmp_path: Path) -> None:
     """Nothing of them stays."""
-    with pytest.raises(
-        DataError, match=r"/place/file is damaged: 1048576 bytes came .* expected 00"
-    ):
+    with pytest.raises(DataError, match=r"/place/file is damaged: 1048576 bytes came .* expected 00"):
         fetch(url, tmp_path / "copies" / "file", "00" * 32)
     assert not list((tmp_path / "copies").iterdir())
 
@@ -68,9 +66,7 @@ def test_a_line_that_dies_in_the_middle(storage: Any, url: str, tmp_path: Path) 
     S3's client goes on where the line broke, a few times: it breaks too early for that.
     """
     storage.relay.limit = len(CONTENT) // 16
-    with pytest.raises(
-        DataError, match=r"/place/file cannot be read .*Check the address, the network"
-    ):
+    with pytest.raises(DataError, match=r"/place/file cannot be read .*Check the address, the network"):
         fetch(url, tmp_path / "copies" / "file", DIGEST)
     assert storage.relay.broken >= 3
     assert not list((tmp_path / "copies").iterdir())
@@ -97,9 +93,7 @@ def test_a_server_that_is_down(storage: Any, url: str, tmp_path: Path) -> None:
 def test_a_missing_client_is_named(protocol: str, package: str, tmp_path: Path) -> None:
     if importlib.util.find_spec(package) is not None:
         pytest.skip(f"{package} is installed")
-    with pytest.raises(
-        DataError, match=rf"{protocol}://b/file cannot be read: .*nstall {package} "
-    ):
+    with pytest.raises(DataError, match=rf"{protocol}://b/file cannot be read: .*nstall {package} "):
         fetch(f"{protocol}://b/file", tmp_path / "file", DIGEST)
     with pytest.raises(DataError, match="Protocol not known: s4"):
         read_bytes("s4://b/file")

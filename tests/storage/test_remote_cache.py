@@ -26,9 +26,7 @@ def made(
 ) -> Path:  # fmt: skip
     """A cache of three shards of the 20 training samples, for tests that do not write to it."""
     folder = tmp_path_factory.mktemp("caches") / "plain"
-    make_cache(
-        make_small_model(), small_dataset, folder, CacheLayout(shard_samples=8), batch_size=8
-    )
+    make_cache(make_small_model(), small_dataset, folder, CacheLayout(shard_samples=8), batch_size=8)
     return folder
 
 
@@ -43,11 +41,7 @@ def spoiled(cache: Path, output: Path) -> Path:
 
 def trained(cache: str, options: list[str], output: Path) -> dict[str, torch.Tensor]:
     """Weights after the epoch's two steps with two reading processes."""
-    words = [
-        f"data.cache={cache}",
-        f"data.cache_copies={output.parent / 'copies'}",
-        "data.workers=2",
-    ]
+    words = [f"data.cache={cache}", f"data.cache_copies={output.parent / 'copies'}", "data.workers=2"]
     folder = train(compose("train", [*options, *words, f"output={output}"]))
     return load_file(folder / "model" / "unet" / "diffusion_pytorch_model.safetensors")
 
@@ -72,9 +66,7 @@ def options(small_dataset: Path, small_checkpoint: Path) -> list[str]:
 
 
 @pytest.mark.filterwarnings("default")  # Lightning's and torch's own deprecations
-def test_training_is_that_from_a_folder(
-    storage: Any, made: Path, options: list[str], tmp_path: Path
-) -> None:
+def test_training_is_that_from_a_folder(storage: Any, made: Path, options: list[str], tmp_path: Path) -> None:
     """Bit by bit; while a line dies the run stops with the URL, and goes on when the line is sound."""
     url = storage.put(made, "cache")
     local = trained(str(made), options, tmp_path / "local")
@@ -92,15 +84,11 @@ def test_training_is_that_from_a_folder(
     assert len(list((tmp_path / "copies").rglob("train-*"))) == 3
 
 
-def test_a_flipped_bit_in_storage_is_refused(
-    storage: Any, made: Path, small_dataset: Path, tmp_path: Path
-) -> None:
+def test_a_flipped_bit_in_storage_is_refused(storage: Any, made: Path, small_dataset: Path, tmp_path: Path) -> None:
     """Nothing of the shard is kept; the others are read; when it is put right, so is it."""
     url = storage.put(spoiled(made, tmp_path / "spoiled"), "cache")
     data = CachedDataset(LatentCache(url, tmp_path / "copies"), small_dataset, Split.TRAIN)
-    with pytest.raises(
-        DataError, match=rf"{url}/{SHARD} is damaged: .* Copy the folder there again"
-    ):
+    with pytest.raises(DataError, match=rf"{url}/{SHARD} is damaged: .* Copy the folder there again"):
         data[8]
     assert not list((tmp_path / "copies").rglob("*.*"))
     local = CachedDataset(LatentCache(made), small_dataset, Split.TRAIN)
@@ -117,9 +105,7 @@ def test_a_damaged_copy_is_named(storage: Any, made: Path, tmp_path: Path) -> No
     content = copy.read_bytes()
     copy.write_bytes(content[:8] + bytes(byte ^ 1 for byte in content[8:]))
     again = LatentCache(cache.place, tmp_path / "copies")
-    with pytest.raises(
-        DataError, match=rf"{copy} is damaged.* Delete this copy of {cache.place}/{SHARD}"
-    ):
+    with pytest.raises(DataError, match=rf"{copy} is damaged.* Delete this copy of {cache.place}/{SHARD}"):
         again.row(Split.TRAIN, 8)
     copy.unlink()
     again.row(Split.TRAIN, 8)
@@ -131,9 +117,7 @@ def test_what_is_not_there_is_said(storage: Any, made: Path, tmp_path: Path) -> 
     part = shutil.copytree(made, tmp_path / "part")
     (part / SHARD).unlink()
     url = storage.put(part, "cache")
-    with pytest.raises(
-        DataError, match=rf"{url}/{SHARD} is missing, and the cache's index names it"
-    ):
+    with pytest.raises(DataError, match=rf"{url}/{SHARD} is missing, and the cache's index names it"):
         LatentCache(url, tmp_path / "copies").row(Split.TRAIN, 9)
     with pytest.raises(DataError, match=r"There is no cache in .*/nowhere: .* copy that folder to"):
         LatentCache(f"{storage.url}/nowhere", tmp_path / "copies")
@@ -155,18 +139,14 @@ def test_a_cache_made_anew_is_fetched_anew(
     assert len(list(copies.rglob("*.safetensors"))) == 2
 
 
-def test_copies_need_room(
-    made: Path, small_dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_copies_need_room(made: Path, small_dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Refused before training begins; shards that are there already do not count."""
     url, copies = f"file://{made}", tmp_path / "copies"
     cache = LatentCache(url, copies)
     sizes = [shard.bytes for shard in cache.index.shards["train"]]
     cache.row(Split.TRAIN, 0)
     monkeypatch.setattr(latent_cache, "free_space", lambda _: (tmp_path, sum(sizes[1:]) - 1))
-    with pytest.raises(
-        DataError, match=r"MiB free, and copies of the train shards .*data\.cache_copies"
-    ):
+    with pytest.raises(DataError, match=r"MiB free, and copies of the train shards .*data\.cache_copies"):
         CachedDataset(cache, small_dataset, Split.TRAIN)
     monkeypatch.setattr(latent_cache, "free_space", lambda _: (tmp_path, sum(sizes[1:])))
     CachedDataset(cache, small_dataset, Split.TRAIN)
@@ -175,7 +155,5 @@ def test_copies_need_room(
 def test_a_cache_is_not_made_at_an_address() -> None:
     """Refused by the option's check; pathlib would make a folder named s3: here."""
     words = ["root=data", "output=s3://bucket/cache"]
-    with pytest.raises(
-        ConfigError, match=r"output=s3:/bucket/cache is not possible: expected a folder"
-    ):
+    with pytest.raises(ConfigError, match=r"output=s3:/bucket/cache is not possible: expected a folder"):
         compose("data_cache", words)

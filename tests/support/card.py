@@ -38,12 +38,7 @@ CPU_INDICES_AND_VALUE = {
     aten._index_put_impl_.default,
     aten._unsafe_index_put.default,
 }
-CPU_NUMBERS = {
-    aten.fill.Tensor,
-    aten.fill_.Tensor,
-    aten.masked_fill.Tensor,
-    aten.masked_fill_.Tensor,
-}
+CPU_NUMBERS = {aten.fill.Tensor, aten.fill_.Tensor, aten.masked_fill.Tensor, aten.masked_fill_.Tensor}
 """Take a tensor of one number from the CPU, as pointwise operations and those of lists do."""
 
 
@@ -154,9 +149,7 @@ class _Devices(TorchFunctionMode):
         super().__init__()
         self.rules = rules
 
-    def __torch_function__(
-        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None) -> Any:
         kwargs = dict(kwargs or {})
         if func is Tensor.backward:
             # Python code that runs in there (checkpoints) asks for devices again.
@@ -200,9 +193,7 @@ class Rules(TorchDispatchMode):
         finally:
             self._where = before
 
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None) -> Any:
         kwargs = kwargs or {}
         with torch._C.DisableTorchFunction():
             if self._where is None:
@@ -228,9 +219,7 @@ def _refuse_mixed(func: Any, args: Any, given: list[Tensor], marked: list[bool])
     elif torch.Tag.pointwise in func.tags or func in CPU_NUMBERS or "_foreach_" in func.name():
         marked = [mark or not t.ndim for t, mark in zip(given, marked, strict=True)]
     if not all(marked):
-        places = ", ".join(
-            f"{tuple(tensor.shape)} on {CARD if _marked(tensor) else CPU}" for tensor in given
-        )
+        places = ", ".join(f"{tuple(tensor.shape)} on {CARD if _marked(tensor) else CPU}" for tensor in given)
         raise RuntimeError(
             f"Expected all tensors to be on the same device, but found at least two devices, {CARD} and {CPU}! "
             f"({func}: {places})"
@@ -242,11 +231,7 @@ def _nothing(*_: Any, **__: Any) -> None:
 
 
 PROPERTIES = SimpleNamespace(
-    name="A card that is not there",
-    major=9,
-    minor=0,
-    total_memory=80 * 2**30,
-    multi_processor_count=132,
+    name="A card that is not there", major=9, minor=0, total_memory=80 * 2**30, multi_processor_count=132
 )
 
 MACHINE: dict[str, Callable[..., Any]] = {
@@ -288,9 +273,7 @@ def card() -> Iterator[Rules]:
         stack.enter_context(patch.object(torch.accelerator, "current_stream", lambda *_: stream))
         for name, answer in MACHINE.items():
             stack.enter_context(patch.object(torch.cuda, name, answer))
-        stack.enter_context(
-            patch.object(torch.amp.autocast_mode.autocast, "__init__", autocast_there)
-        )
+        stack.enter_context(patch.object(torch.amp.autocast_mode.autocast, "__init__", autocast_there))
         stack.enter_context(rules)
         stack.enter_context(_Devices(rules))
         yield rules

@@ -48,9 +48,7 @@ class Command:
     It has as many threads as this process: sums in another order would change the last bits.
     """
 
-    def __init__(
-        self, words: Sequence[str], log: Path, environment: Mapping[str, str] | None = None
-    ) -> None:
+    def __init__(self, words: Sequence[str], log: Path, environment: Mapping[str, str] | None = None) -> None:
         self.log = log
         what = (list(words), log, dict(environment or {}), torch.get_num_threads())
         self._process = SERVER.Process(target=_run, args=what)

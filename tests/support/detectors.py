@@ -69,9 +69,7 @@ def tiny_maskformer(folder: Path) -> Path:
         )  # fmt: skip
         spread(model)
     model.save_pretrained(folder)
-    MaskFormerImageProcessor(
-        size={"shortest_edge": 64, "longest_edge": 96}, num_labels=2
-    ).save_pretrained(folder)
+    MaskFormerImageProcessor(size={"shortest_edge": 64, "longest_edge": 96}, num_labels=2).save_pretrained(folder)
     return folder
 
 
@@ -87,10 +85,7 @@ def tiny_rt_detr(folder: Path, version: int = 1) -> Path:
         RTDetrV2ForObjectDetection,
     )
 
-    kinds = {
-        1: (RTDetrConfig, RTDetrForObjectDetection),
-        2: (RTDetrV2Config, RTDetrV2ForObjectDetection),
-    }
+    kinds = {1: (RTDetrConfig, RTDetrForObjectDetection), 2: (RTDetrV2Config, RTDetrV2ForObjectDetection)}
     kind, network = kinds[version]
     backbone = RTDetrResNetConfig(
         embedding_size=8, hidden_sizes=[8, 8, 16, 16], depths=[1, 1, 1, 1], layer_type="basic", out_indices=[2, 3, 4]

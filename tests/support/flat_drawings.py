@@ -75,20 +75,15 @@ class Flat:
         inside = truth > 0
         back, cloth = (np.array(np.broadcast_to(c, 3), np.float32) for c in (self.back, self.cloth))
         ground = back - self.slope * ((x / width + y / height) / 2)[..., None]
-        ground = (
-            ground - self.vignette * ((x / width - 0.5) ** 2 + (y / height - 0.5) ** 2)[..., None]
-        )
+        ground = ground - self.vignette * ((x / width - 0.5) ** 2 + (y / height - 0.5) ** 2)[..., None]
         if self.frame:
             rows, columns = np.nonzero(inside)
             margin = round(0.02 * height)
-            ground[
-                rows.min() - margin : rows.max() + margin,
-                columns.min() - margin : columns.max() + margin,
-            ] -= self.frame
+            ground[rows.min() - margin : rows.max() + margin, columns.min() - margin : columns.max() + margin] -= (
+                self.frame
+            )
         ground = ground - self._shadow(truth, height)[..., None]
-        distance = cv2.distanceTransform(
-            cv2.copyMakeBorder(truth, 1, 1, 1, 1, cv2.BORDER_REPLICATE), cv2.DIST_L2, 5
-        )
+        distance = cv2.distanceTransform(cv2.copyMakeBorder(truth, 1, 1, 1, 1, cv2.BORDER_REPLICATE), cv2.DIST_L2, 5)
         depth = distance[1:-1, 1:-1] / (self.seam_width * height)
         seam = self.seam * np.clip(1 - depth, 0, 1)
         if self.gap:
@@ -105,9 +100,7 @@ class Flat:
         shown = inside.copy()
         if self.lace:
             period = self.lace * height
-            hole = ((x % period) - period / 2) ** 2 + ((y % period) - period / 2) ** 2 < (
-                0.3 * period
-            ) ** 2
+            hole = ((x % period) - period / 2) ** 2 + ((y % period) - period / 2) ** 2 < (0.3 * period) ** 2
             shown &= ~(hole & (cv2.erode(truth, np.ones((9, 9), np.uint8)) > 0))
         soft = cv2.GaussianBlur(shown.astype(np.float32), (0, 0), 0.6)[..., None]
         picture = soft * fabric + (1 - soft) * ground
@@ -117,9 +110,7 @@ class Flat:
         return cv2.imdecode(content, 1)[..., ::-1].copy(), inside
 
     def _shadow(self, truth: np.ndarray, height: int) -> np.ndarray:
-        moved = np.roll(
-            truth.astype(np.float32), (round(0.012 * height), round(0.008 * height)), (0, 1)
-        )
+        moved = np.roll(truth.astype(np.float32), (round(0.012 * height), round(0.008 * height)), (0, 1))
         return self.shadow * cv2.GaussianBlur(moved, (0, 0), 0.008 * height)
 
 
@@ -154,11 +145,7 @@ HARD = {
     **{f"white, gap {gap}": replace(WHITE, gap=gap) for gap in (0.005, 0.01, 0.02, 0.05, 0.1, 0.2)},
     **{
         f"white, gap 0.03 at the {place}": replace(WHITE, gap=0.03, gap_at=at)
-        for place, at in {
-            "hem": (0.5, 0.85),
-            "shoulder": (0.78, 0.24),
-            "armpit": (0.30, 0.36),
-        }.items()
+        for place, at in {"hem": (0.5, 0.85), "shoulder": (0.78, 0.24), "armpit": (0.30, 0.36)}.items()
     },
     "white, big gap at the hem": replace(WHITE, gap=0.15, gap_at=(0.5, 0.85)),
     "bright, whole outline": BRIGHT,

@@ -51,10 +51,7 @@ def make_converted() -> SimpleNamespace:
     """What ``i2am init dci_vton=`` makes, as far as the recipe sees it."""
     torch.manual_seed(0)
     unet = UNet2DConditionModel(
-        in_channels=9,
-        block_out_channels=WIDTHS,
-        attention_head_dim=8,
-        cross_attention_dim=CONTEXT,
+        in_channels=9, block_out_channels=WIDTHS, attention_head_dim=8, cross_attention_dim=CONTEXT
     )
     return SimpleNamespace(unet=sharpened(unet))
 
@@ -107,10 +104,7 @@ def given_in_ldm(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
 
 
 def nine_sites(
-    layers: Sequence[str],
-    inside: str,
-    reference: Sequence[int] | None,
-    grid: GridSize | None = None,
+    layers: Sequence[str], inside: str, reference: Sequence[int] | None, grid: GridSize | None = None
 ) -> tuple[ExpectedSite, ...]:
     """Three layers each at a quarter, half and the whole of the latent's size; ``inside`` leads to the attention.
 
@@ -138,12 +132,7 @@ CASES = (
         "custom",
         make_custom,
         run_custom,
-        nine_sites(
-            numbered("decoders.{}.1", 3),
-            ".attention_2",
-            range(1, 1 + REFERENCE.tokens),
-            REFERENCE,
-        ),
+        nine_sites(numbered("decoders.{}.1", 3), ".attention_2", range(1, 1 + REFERENCE.tokens), REFERENCE),
         root="diffusion.unet",
         rows=first_half,
         options=lambda guided: {"guided": guided, "reference_grid": REFERENCE},
@@ -166,12 +155,7 @@ CASES = (
         root="model.diffusion_model",
         given=given_in_ldm,
     ),
-    Case(
-        "dci_vton_diffusers",
-        make_converted,
-        run_converted,
-        nine_sites(PAPER_LAYERS, ATTN2, [0]),
-    ),
+    Case("dci_vton_diffusers", make_converted, run_converted, nine_sites(PAPER_LAYERS, ATTN2, [0])),
     Case(
         "stableviton",
         make_stableviton,

@@ -171,9 +171,7 @@ class AuthorsUNet(nn.Module):
 class AuthorsDiffusion(nn.Module):
     """Latent, agnostic and pose latents, context, and a time as cosines and sines."""
 
-    def __init__(
-        self, widths: tuple[int, ...], context: int, tokens: int, channels: int = 12
-    ) -> None:
+    def __init__(self, widths: tuple[int, ...], context: int, tokens: int, channels: int = 12) -> None:
         super().__init__()
         self.width = widths[0]
         self.time_embedding = nn.Module()
@@ -298,9 +296,7 @@ class Encoder(nn.Module):
     def __init__(self, widths: tuple[int, ...], context: int, channels: int) -> None:
         super().__init__()
         self.model_channels, time, last = widths[0], 4 * widths[0], widths[-1]
-        self.time_embed = nn.Sequential(
-            nn.Linear(widths[0], time), nn.SiLU(), nn.Linear(time, time)
-        )
+        self.time_embed = nn.Sequential(nn.Linear(widths[0], time), nn.SiLU(), nn.Linear(time, time))
         self.input_blocks = nn.ModuleList([first_convolution(channels, widths[0])])
         for level, before, after in encoder_plan(widths):
             halve = TimestepEmbedSequential(Downsample(before))
@@ -392,9 +388,7 @@ class WarpingUNet(UNetModel):
         self.warp_flow_blks = nn.ModuleList(SpatialTransformer(*pair) for pair in pairs)
         self.warp_zero_convs = nn.ModuleList(nn.Conv2d(width, width, 1) for width, _ in pairs)
 
-    def forward(
-        self, x: Tensor, timesteps: Tensor, context: Tensor, control: list[Tensor]
-    ) -> Tensor:
+    def forward(self, x: Tensor, timesteps: Tensor, context: Tensor, control: list[Tensor]) -> Tensor:
         with torch.no_grad():  # the trunk is frozen
             emb, h, skips = self.encode(x, timesteps, context)
         control = control[:9]  # the middle block's and those of the coarsest level are not used
@@ -444,9 +438,7 @@ class ControlLDM(nn.Module):
         return without + 5 * (given - without)
 
 
-def plms(
-    predict: Callable[[Tensor, Tensor], Tensor], latent: Tensor, timesteps: Sequence[int]
-) -> Tensor:
+def plms(predict: Callable[[Tensor, Tensor], Tensor], latent: Tensor, timesteps: Sequence[int]) -> Tensor:
     """The order of calls of the PLMS sampler: one more than steps, the second timestep twice.
 
     ``predict(latent, t)`` is one evaluation, of as many calls as the model makes. What is done

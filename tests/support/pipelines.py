@@ -46,12 +46,7 @@ def tiny_paint_by_example(folder: Path, **unet: Any) -> Path:
 def tiny_stable_diffusion(folder: Path, **unet: Any) -> Path:
     """Stable Diffusion 1.5's topology in small, with DDIM and a text encoder; keywords replace options of the U-Net."""
     import torch
-    from diffusers import (
-        AutoencoderKL,
-        DDIMScheduler,
-        StableDiffusionPipeline,
-        UNet2DConditionModel,
-    )
+    from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel
 
     width = 16
@@ -90,9 +85,7 @@ def _tokenizer() -> Any:
     letters = sorted(ByteLevel.alphabet())
     words = ["<pad>", "<|startoftext|>", "<|endoftext|>", *letters]
     words += [f"{letter}</w>" for letter in letters]
-    return CLIPTokenizer(
-        vocab={word: at for at, word in enumerate(words)}, merges=[], model_max_length=77
-    )
+    return CLIPTokenizer(vocab={word: at for at, word in enumerate(words)}, merges=[], model_max_length=77)
 
 
 ENCODER_WIDTH = 32

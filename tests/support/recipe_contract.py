@@ -198,10 +198,7 @@ def _slow_heads(site: ExpectedSite, queries: Tensor, keys: Tensor) -> list[tuple
     """Each head of one sample's ``[token, head * channel]``."""
     width = queries.shape[1] // site.heads
     heads = [slice(head * width, (head + 1) * width) for head in range(site.heads)]
-    return [
-        slow_attention(queries[site.generated, h], keys[site.reference, h], keys[:, h])
-        for h in heads
-    ]
+    return [slow_attention(queries[site.generated, h], keys[site.reference, h], keys[:, h]) for h in heads]
 
 
 def _stacked(steps: list[list[list[tuple[Tensor, ...]]]], part: int) -> Tensor:
@@ -235,10 +232,7 @@ def check(maps: AttributionMaps, slow: Sequence[SlowLayer], joint: bool) -> None
     assert set(maps.layers) == {layer.site.layer for layer in slow}
     for layer in slow:
         record = maps.store.layer(layer.site.layer)
-        assert (record.generated_grid, record.reference_grid) == (
-            layer.site.grid,
-            layer.site.reference_grid,
-        )
+        assert (record.generated_grid, record.reference_grid) == (layer.site.grid, layer.site.reference_grid)
         assert_equal(record.to_generated, layer.to_generated)
         assert_equal(record.to_reference, layer.to_reference)
         assert (record.mass is not None) == joint
@@ -251,13 +245,8 @@ def check(maps: AttributionMaps, slow: Sequence[SlowLayer], joint: bool) -> None
 
 def check_sites(table: SiteTable, case: Case) -> None:
     """What the trace says it captured."""
-    found = {
-        (site.path, site.layer, site.heads, site.generated_grid, site.reference_tokens)
-        for site in table
-    }
-    assert found == {
-        (site.path, site.layer, site.heads, site.grid, len(site.reference)) for site in case.sites
-    }
+    found = {(site.path, site.layer, site.heads, site.generated_grid, site.reference_tokens) for site in table}
+    assert found == {(site.path, site.layer, site.heads, site.grid, len(site.reference)) for site in case.sites}
 
 
 def in_backward() -> bool:

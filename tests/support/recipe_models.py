@@ -9,13 +9,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from diffusers import (
-    AutoencoderKL,
-    DDIMScheduler,
-    PaintByExamplePipeline,
-    PNDMScheduler,
-    UNet2DConditionModel,
-)
+from diffusers import AutoencoderKL, DDIMScheduler, PaintByExamplePipeline, PNDMScheduler, UNet2DConditionModel
 from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.attention_processor import Attention, IPAdapterAttnProcessor2_0
 from diffusers.models.embeddings import (
@@ -78,9 +72,7 @@ def noise(*shape: int, seed: int) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-def evaluate(
-    unet: nn.Module, rows: int, step: int, tokens: int = 7, latent: GridSize = LATENT, **more: Any
-) -> Tensor:
+def evaluate(unet: nn.Module, rows: int, step: int, tokens: int = 7, latent: GridSize = LATENT, **more: Any) -> Tensor:
     """One evaluation on inputs of the step."""
     sample = noise(rows, unet.config.in_channels, *latent, seed=step)
     context = noise(rows, tokens, CONTEXT, seed=7)
@@ -233,9 +225,7 @@ def make_paint_by_example() -> PaintByExamplePipeline:
         unet=make_unet(in_channels=9),
         scheduler=PNDMScheduler(skip_prk_steps=True),
         safety_checker=None,
-        feature_extractor=CLIPImageProcessor(
-            size={"shortest_edge": 8}, crop_size={"height": 8, "width": 8}
-        ),
+        feature_extractor=CLIPImageProcessor(size={"shortest_edge": 8}, crop_size={"height": 8, "width": 8}),
         requires_safety_checker=False,
     )
 
@@ -296,9 +286,7 @@ class AttendingUpBlock(nn.Module):
         return hidden_states
 
 
-def with_attending_blocks(
-    unet: Any, name: str, heads: tuple[int, ...], width: int | None = None
-) -> Any:
+def with_attending_blocks(unet: Any, name: str, heads: tuple[int, ...], width: int | None = None) -> Any:
     """The last blocks of the decoder as `AttendingUpBlock`; ``heads`` are given per block."""
     first = len(unet.up_blocks) - len(heads)
     for index, count in enumerate(heads, start=first):
@@ -447,17 +435,13 @@ def in_running_order(unet: nn.Module) -> list[OwnBlock]:
 def make_idm_vton() -> Any:
     """SDXL with the garment's network beside it."""
     return SimpleNamespace(
-        unet=with_blocks(make_unet(in_channels=13, **SDXL), NormalisedGarmentBlock),
-        unet_encoder=make_unet(**SDXL),
+        unet=with_blocks(make_unet(in_channels=13, **SDXL), NormalisedGarmentBlock), unet_encoder=make_unet(**SDXL)
     )
 
 
 def of_sdxl(rows: int) -> dict[str, Tensor]:
     """What SDXL is told of the picture's size, and the pooled words."""
-    return {
-        "text_embeds": noise(rows, CONTEXT, seed=8),
-        "time_ids": torch.ones(rows, 6, dtype=torch.float64),
-    }
+    return {"text_embeds": noise(rows, CONTEXT, seed=8), "time_ids": torch.ones(rows, 6, dtype=torch.float64)}
 
 
 def run_idm_vton(target: Any, batch: int, step: int, guided: bool) -> Tensor:
@@ -475,18 +459,13 @@ def run_idm_vton(target: Any, batch: int, step: int, guided: bool) -> Tensor:
 
 def make_ootdiffusion() -> Any:
     """SD1.5 with the garment's network beside it."""
-    return SimpleNamespace(
-        unet_vton=with_blocks(make_unet(in_channels=8), RawGarmentBlock),
-        unet_garm=make_unet(),
-    )
+    return SimpleNamespace(unet_vton=with_blocks(make_unet(in_channels=8), RawGarmentBlock), unet_garm=make_unet())
 
 
 def run_ootdiffusion(target: Any, batch: int, step: int, guided: bool) -> Tensor:
     """The garment's network runs at t = 0; its batch, too, has the conditional rows first."""
     rows = both_branches(batch, guided)
-    features = garment_features(
-        target.unet_garm, lambda: evaluate(target.unet_garm, rows, step=0), normalised=False
-    )
+    features = garment_features(target.unet_garm, lambda: evaluate(target.unet_garm, rows, step=0), normalised=False)
     for block, tokens in zip(in_running_order(target.unet_vton), features, strict=True):
         block.reference = tokens
     return evaluate(target.unet_vton, rows, step)
@@ -567,50 +546,21 @@ def resampler(width: int) -> IPAdapterPlusImageProjection:
 
 def ip_adapter_case(name: str, make: Callable[[], Any], run: Any, sites: Any, suffix: str) -> Case:
     """What all IP-Adapters have in common."""
-    return Case(
-        name,
-        make,
-        run,
-        sites,
-        given=given_to_ip_adapter,
-        keys="processor.to_k_ip.0",
-        name=name + suffix,
-    )
+    return Case(name, make, run, sites, given=given_to_ip_adapter, keys="processor.to_k_ip.0", name=name + suffix)
 
 
 CASES = (
-    Case(
-        "tryon",
-        make_tryon,
-        run_tryon,
-        decoder_sites(HEADS[2::-1], range(1, 21), REFERENCE),
-    ),
-    Case(
-        "paint_by_example",
-        make_paint_by_example,
-        run_unet(1),
-        decoder_sites(HEADS[2::-1], range(1)),
-    ),
+    Case("tryon", make_tryon, run_tryon, decoder_sites(HEADS[2::-1], range(1, 21), REFERENCE)),
+    Case("paint_by_example", make_paint_by_example, run_unet(1), decoder_sites(HEADS[2::-1], range(1))),
     Case("pasd", make_pasd, run_pasd, decoder_sites(HEADS[::-1], kind="pixel_attentions")),
-    Case(
-        "pasd_light",
-        make_pasd_light,
-        run_pasd_light,
-        decoder_sites(HEADS[2::-1], last="attn2_plus"),
-    ),
+    Case("pasd_light", make_pasd_light, run_pasd_light, decoder_sites(HEADS[2::-1], last="attn2_plus")),
     Case(
         "seesr",
         make_seesr,
         run_seesr,
         decoder_sites((20, 10, 5), range(1, 145), GridSize(12, 12), kind="image_attentions"),
     ),
-    Case(
-        "idm_vton",
-        make_idm_vton,
-        run_idm_vton,
-        everywhere(sdxl_attentions(), "attn1", doubled),
-        joint=True,
-    ),
+    Case("idm_vton", make_idm_vton, run_idm_vton, everywhere(sdxl_attentions(), "attn1", doubled), joint=True),
     Case(
         "ootdiffusion",
         make_ootdiffusion,

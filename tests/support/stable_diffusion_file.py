@@ -10,13 +10,7 @@ UNET_RESNET = {
     "conv2": "out_layers.3",
     "conv_shortcut": "skip_connection",
 }
-VAE_ATTENTION = {
-    "group_norm": "norm",
-    "to_q": "q",
-    "to_k": "k",
-    "to_v": "v",
-    "to_out.0": "proj_out",
-}
+VAE_ATTENTION = {"group_norm": "norm", "to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "proj_out"}
 
 
 def original_unet_name(name: str) -> str:
@@ -73,9 +67,7 @@ def original_vae_name(name: str, levels: int) -> str:
     return f"{start}.{kind.removesuffix('rs')}.{rest}"
 
 
-def in_original_layout(
-    unet: Any = None, vae: Any = None, *, vae_prefix: str = "first_stage_model."
-) -> dict[str, Any]:
+def in_original_layout(unet: Any = None, vae: Any = None, *, vae_prefix: str = "first_stage_model.") -> dict[str, Any]:
     """The weights of a U-Net and a VAE of diffusers as those of one file in Stable Diffusion's own layout."""
     weights = {}
     if unet is not None:

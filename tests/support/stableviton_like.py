@@ -49,9 +49,7 @@ class DiffusionModel(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.into, self.hint, self.out = (
-            nn.Conv2d(a, b, 1) for a, b in ((4, WIDTH), (4, WIDTH), (WIDTH, 4))
-        )
+        self.into, self.hint, self.out = (nn.Conv2d(a, b, 1) for a, b in ((4, WIDTH), (4, WIDTH), (WIDTH, 4)))
         self.warp_flow_blks = nn.ModuleList(Warping() for _ in DOWN)
 
     def forward(self, x: Tensor, timesteps: Tensor, cloth: Tensor) -> Tensor:
@@ -79,21 +77,10 @@ class StableVITON:
 
     @torch.no_grad()
     def __call__(
-        self,
-        *,
-        image: Any,
-        mask: Any,
-        reference: Any,
-        height: int,
-        width: int,
-        steps: int,
-        seed: int,
-        **others: Any,
+        self, *, image: Any, mask: Any, reference: Any, height: int, width: int, steps: int, seed: int, **others: Any
     ) -> PillowImage.Image:
         cloth = self.latent(reference, height, width)
-        latent = torch.randn(cloth.shape, generator=torch.Generator().manual_seed(seed)).to(
-            self.device
-        )
+        latent = torch.randn(cloth.shape, generator=torch.Generator().manual_seed(seed)).to(self.device)
         for timestep in torch.linspace(981, 1, steps):
             latent = latent - self.p_sample(latent, timestep[None], cloth) / steps
         bright = (latent[0, :3].permute(1, 2, 0).sigmoid() * 255).to(torch.uint8).cpu().numpy()

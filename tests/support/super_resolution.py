@@ -15,11 +15,7 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.nn.functional import adaptive_avg_pool2d, interpolate
 
-from i2am_train.models.super_resolution import (
-    PASD_RESIDUAL,
-    SEESR_RESIDUAL,
-    low_resolution_start,
-)
+from i2am_train.models.super_resolution import PASD_RESIDUAL, SEESR_RESIDUAL, low_resolution_start
 
 CONTEXT, SCALE, SWIN_WIDTH, SWIN_SIDE = 8, 4, 6, 12
 SCHEDULE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
@@ -58,9 +54,7 @@ class AttendingUpBlock(nn.Module):
         **_: Any,
     ) -> Tensor:
         skips = list(res_hidden_states_tuple)
-        for resnet, text, own in zip(
-            self.resnets, self.attentions, getattr(self, self.kind), strict=True
-        ):
+        for resnet, text, own in zip(self.resnets, self.attentions, getattr(self, self.kind), strict=True):
             hidden_states = resnet(torch.cat([hidden_states, skips.pop()], dim=1), temb)
             if text is not None:
                 hidden_states = text(hidden_states, encoder_hidden_states, return_dict=False)[0]
@@ -75,9 +69,7 @@ class TinySuperResolution:
 
     residual: float
 
-    def __init__(
-        self, kind: str, heads: tuple[int, ...], width: int | None, scheduler: Any
-    ) -> None:
+    def __init__(self, kind: str, heads: tuple[int, ...], width: int | None, scheduler: Any) -> None:
         widths = (20, 20, 40, 40)
         with torch.random.fork_rng():
             torch.manual_seed(5)

@@ -21,9 +21,7 @@ def weights(run: Path) -> dict[str, torch.Tensor]:
 def same_weights(one: Path, other: Path) -> bool:
     """Whether two runs ended at the same U-Net, bit by bit."""
     first, second = weights(one), weights(other)
-    return first.keys() == second.keys() and all(
-        torch.equal(value, second[name]) for name, value in first.items()
-    )
+    return first.keys() == second.keys() and all(torch.equal(value, second[name]) for name, value in first.items())
 
 
 class Stop(L.Callback):

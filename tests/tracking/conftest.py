@@ -90,10 +90,7 @@ def stored_run(folder: Path) -> StoredRun:
             kept.config[item.key or "/".join(item.nested_key)] = json.loads(item.value_json)
         if record.history.item:
             kept.history.append(
-                {
-                    item.key or "/".join(item.nested_key): json.loads(item.value_json)
-                    for item in record.history.item
-                }
+                {item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in record.history.item}
             )
         if record.WhichOneof("record_type") == "artifact":
             kept.artifacts.append(record.artifact)
@@ -107,11 +104,7 @@ def read_runs() -> Callable[[Path], list[StoredRun]]:
     """All runs below a folder, oldest first."""
 
     def read(folder: Path) -> list[StoredRun]:
-        found = {
-            file.parent.resolve()
-            for file in folder.rglob("*.wandb")
-            if "latest-run" not in file.parts
-        }
+        found = {file.parent.resolve() for file in folder.rglob("*.wandb") if "latest-run" not in file.parts}
         return [stored_run(run) for run in sorted(found, key=lambda path: path.name.split("-")[-2])]
 
     return read
@@ -193,11 +186,7 @@ class StandIn:
 
             def body(self) -> bytes:
                 data = self.rfile.read(int(self.headers.get("Content-Length") or 0))
-                return (
-                    gzip.decompress(data)
-                    if self.headers.get("Content-Encoding") == "gzip"
-                    else data
-                )
+                return gzip.decompress(data) if self.headers.get("Content-Encoding") == "gzip" else data
 
             def reply(self, value: Any) -> None:
                 data = json.dumps(value).encode()

@@ -48,9 +48,7 @@ def test_panels_show_what_is_documented(shown: Shown, panels: Panels) -> None:
     found = shown(dashboard.dashboard_json("p", None))
     scalars = {name for name in found if name.split("/")[-1] in METRICS}
     default = {name for name, info in METRICS.items() if not info.needs_download}
-    assert scalars == {names.VALIDATION + n for n in default} | {
-        names.EVALUATION + n for n in default
-    }
+    assert scalars == {names.VALIDATION + n for n in default} | {names.EVALUATION + n for n in default}
     others = {*names.LOSSES, names.LEARNING_RATE, names.STUDY_ARMS, names.STUDY_DIFFERENCES}
     others |= {names.VALIDATION + n for n in (names.ATTRIBUTION, names.ATTRIBUTION_GENERATED)}
     others |= {"val/attribution_reference", "val/table", "eval/table"}
@@ -60,9 +58,7 @@ def test_panels_show_what_is_documented(shown: Shown, panels: Panels) -> None:
     axes = {panel["config"]["xAxis"] for panel in panels(dashboard.dashboard_json("p", None))
             if panel["viewType"] == "Run History Line Plot"}  # fmt: skip
     assert axes == {names.STEP, names.DETECTION_DELTA}
-    patterns = [
-        panel["config"].get("metricRegex") for panel in panels(dashboard.dashboard_json("p", None))
-    ]
+    patterns = [panel["config"].get("metricRegex") for panel in panels(dashboard.dashboard_json("p", None))]
     assert {pattern for pattern in patterns if pattern} == {"^loss/"}  # terms of a user's own, too
 
 
@@ -70,9 +66,7 @@ def test_bars_are_grouped_by_arm(panels: Panels) -> None:
     """Mean and standard deviation over the runs of an arm."""
     bars = [p["config"] for p in panels(dashboard.dashboard_json("p", None)["workspace"])
             if p["viewType"] == "Bar Chart"]  # fmt: skip
-    assert {(bar["groupBy"], bar["groupAgg"], bar["groupArea"]) for bar in bars} == {
-        ("arm.value", "mean", "stddev")
-    }
+    assert {(bar["groupBy"], bar["groupAgg"], bar["groupArea"]) for bar in bars} == {("arm.value", "mean", "stddev")}
 
 
 def test_saving(wandb_server: Any, capsys: pytest.CaptureFixture[str], shown: Shown) -> None:
@@ -90,9 +84,7 @@ def test_saving(wandb_server: Any, capsys: pytest.CaptureFixture[str], shown: Sh
     assert f"Report:    {wandb_server.url}/tester/there/reports/" in printed
 
 
-def test_what_a_user_can_put_right(
-    wandb_server: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_what_a_user_can_put_right(wandb_server: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """No such project, no server, no login: each says what to do, and nothing is saved."""
     with pytest.raises(TrackingError, match=r"not found.*give project=NAME"):
         run(compose("dashboard", ["project=nowhere"]))

@@ -12,11 +12,7 @@ from PIL import Image
 
 from i2am_train.config.store import compose
 from i2am_train.experiments.detection.shapes import make_shapes
-from i2am_train.experiments.detection.tracking import (
-    METHOD_COLUMNS,
-    PICTURE_COLUMNS,
-    THRESHOLD_COLUMNS,
-)
+from i2am_train.experiments.detection.tracking import METHOD_COLUMNS, PICTURE_COLUMNS, THRESHOLD_COLUMNS
 from i2am_train.json_files import read_json
 from i2am_train.results.sample_scores import read_samples
 from i2am_train.tracking.dashboard import dashboard_json
@@ -35,9 +31,7 @@ def yolos(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def options(
-    paint_by_example: Path, yolos: Path, tmp_path_factory: pytest.TempPathFactory
-) -> list[str]:
+def options(paint_by_example: Path, yolos: Path, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     """Three objects, two of them drawn, two thresholds, one detector."""
     coco = make_shapes(tmp_path_factory.mktemp("coco") / "shapes", SAMPLES)
     return [
@@ -122,10 +116,7 @@ def test_pictures_with_boxes(stored: Any, folder: Path) -> None:
     table = stored.table("detect/table")
     assert tuple(table[0])[: len(PICTURE_COLUMNS)] == PICTURE_COLUMNS
     for shown, row in zip(table, rows, strict=True):
-        with (
-            Image.open(shown["painted"]) as logged,
-            Image.open(folder / "images" / f"{row['name']}.png") as kept,
-        ):
+        with Image.open(shown["painted"]) as logged, Image.open(folder / "images" / f"{row['name']}.png") as kept:
             assert np.array_equal(np.asarray(logged.convert("RGB")), np.asarray(kept))
         assert shown["i2am"] == row["iou"]["generated"]["i2am"]
     boxes = stored.history[-1]["detect/boxes/all_boxes"]

@@ -27,10 +27,7 @@ pytestmark = pytest.mark.filterwarnings("default")  # Lightning's, TensorBoard's
 
 @pytest.fixture(scope="session")
 def tracked() -> list[str]:
-    return [
-        f"tracking.{word}"
-        for word in ("wandb=offline", "project=unit", "group=together", "tags=[mine]")
-    ]
+    return [f"tracking.{word}" for word in ("wandb=offline", "project=unit", "group=together", "tags=[mine]")]
 
 
 @pytest.fixture(scope="session")
@@ -84,22 +81,10 @@ def test_three_stores_hold_the_same_scalars(run: Path, stored: Any) -> None:
     events = EventAccumulator(str(run / "tensorboard"))
     events.Reload()
     prefixes = (names.LOSS, names.VALIDATION)
-    expected = {name for name in from_csv if name.startswith(prefixes)} | {
-        "lr",
-        "grad_norm",
-        "epoch",
-    }
+    expected = {name for name in from_csv if name.startswith(prefixes)} | {"lr", "grad_norm", "epoch"}
     assert set(from_csv) == expected
-    assert {n for n in expected if n.startswith(names.LOSS)} == set(names.LOSSES) - {
-        "loss/supervised"
-    }
-    assert {
-        "val/imacs_g",
-        "val/imacs_r",
-        "val/pck_1",
-        "val/ssim",
-        "val/imacs_g@d0.4_l3",
-    } <= expected
+    assert {n for n in expected if n.startswith(names.LOSS)} == set(names.LOSSES) - {"loss/supervised"}
+    assert {"val/imacs_g", "val/imacs_r", "val/pck_1", "val/ssim", "val/imacs_g@d0.4_l3"} <= expected
     assert set(events.Tags()["scalars"]) - {"hp_metric"} == expected
     in_wandb = {
         name
@@ -152,12 +137,7 @@ def test_table_means_are_the_logged_scores(
     training: list[str], tmp_path: Path, read_runs: Callable[[Path], list[Any]]
 ) -> None:
     """With all validation samples in the table, the mean of each column is the scalar of that step."""
-    options = [
-        *training,
-        "optimization.steps=2",
-        "tracking.table_samples=9",
-        f"output={tmp_path / 'run'}",
-    ]
+    options = [*training, "optimization.steps=2", "tracking.table_samples=9", f"output={tmp_path / 'run'}"]
     run = train(compose("train", options))
     (stored,) = read_runs(run)
     rows = stored.table("val/table")
@@ -182,8 +162,7 @@ def test_masks_of_the_overlays(run: Path, stored: Any) -> None:
         for position, of_sample in enumerate(masks):
             assert set(of_sample) == {region, media.ATTRIBUTED}
             pixels = {
-                key: np.asarray(Image.open(stored.folder / "files" / value["path"]))
-                for key, value in of_sample.items()
+                key: np.asarray(Image.open(stored.folder / "files" / value["path"])) for key, value in of_sample.items()
             }
             assert np.array_equal(pixels[media.ATTRIBUTED] == 3, maps[position] >= 0.4)
             assert set(np.unique(pixels[region])) == {0, 1 if region == media.INPAINTED else 2}
@@ -224,9 +203,7 @@ def test_lineage(run: Path, stored: Any, judged: Any, small_dataset: Path) -> No
     metadata = json.loads(model.metadata)
     assert metadata["step"] == 4
     assert metadata["data"] == data_state(small_dataset).fingerprint
-    assert metadata["metrics"]["imacs_g"] == pytest.approx(
-        csv_scalars(run)["val/imacs_g"][3], rel=1e-6
-    )
+    assert metadata["metrics"]["imacs_g"] == pytest.approx(csv_scalars(run)["val/imacs_g"][3], rel=1e-6)
     inputs = {one.type: one for one in judged.artifacts if one.use_after_commit}
     assert inputs["dataset"].digest == data[0].digest
     assert inputs["model"].digest == model.digest
@@ -238,9 +215,7 @@ def test_lineage(run: Path, stored: Any, judged: Any, small_dataset: Path) -> No
     assert judged.config["inputs"] == {"dataset": data[0].name, "model": model.name}
 
 
-def test_the_dashboard_shows_what_is_logged(
-    stored: Any, judged: Any, shown: Callable[[Any], set[str]]
-) -> None:
+def test_the_dashboard_shows_what_is_logged(stored: Any, judged: Any, shown: Callable[[Any], set[str]]) -> None:
     """Everything but the terms and image metrics that these runs left out, an ablation's tables, and detection."""
     logged = {key for one in (stored, judged) for row in one.history for key in row}
     logged |= {key.rsplit("/", 1)[0] for key in logged}  # pictures and tables have several keys
@@ -253,12 +228,7 @@ def test_the_dashboard_shows_what_is_logged(
 
 def test_the_run_folder_is_enough(run: Path, stored: Any, judged: Any) -> None:
     """What `wandb sync` will read lies in the run folder, and nowhere in the user's home."""
-    entries = [
-        entry
-        for one in (stored, judged)
-        for artifact in one.artifacts
-        for entry in artifact.manifest.contents
-    ]
+    entries = [entry for one in (stored, judged) for artifact in one.artifacts for entry in artifact.manifest.contents]
     assert len(entries) > 30
     assert all(Path(entry.local_path).is_relative_to(run) for entry in entries)
     assert all(Path(entry.local_path).is_file() for entry in entries)
@@ -280,14 +250,10 @@ def test_evaluation_scores_and_tables(evaluation: Path, judged: Any) -> None:
     samples = {sample["name"]: sample for sample in read_samples(evaluation / "samples.jsonl")}
     table = judged.table("eval/samples")
     assert {entry["name"] for entry in table} == set(samples)
-    assert all(
-        entry["imacs_g"] == pytest.approx(samples[entry["name"]]["imacs_g"]) for entry in table
-    )
+    assert all(entry["imacs_g"] == pytest.approx(samples[entry["name"]]["imacs_g"]) for entry in table)
     pictures = judged.table("eval/table")
     assert len(pictures) == 2
-    assert all(
-        entry["ssim"] == pytest.approx(samples[entry["sample"]]["ssim"]) for entry in pictures
-    )
+    assert all(entry["ssim"] == pytest.approx(samples[entry["sample"]]["ssim"]) for entry in pictures)
     assert judged.run.job_type == "evaluation"
     assert judged.run.display_name == "refined-seed0-evaluation-paired"
 
@@ -304,7 +270,5 @@ def test_a_resumed_training_continues_its_run(
     first, second = read_runs(tmp_path / "run")
     assert first.run.run_id == second.run.run_id != stored.run.run_id
     for name in ("loss/total", "val/imacs_g", "lr"):
-        assert first.scalars(name) | second.scalars(name) == pytest.approx(stored.scalars(name)), (
-            name
-        )
+        assert first.scalars(name) | second.scalars(name) == pytest.approx(stored.scalars(name)), name
     assert [len(part.of_type("model")) for part in (first, second)] == [0, 1]

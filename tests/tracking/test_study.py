@@ -35,9 +35,7 @@ def results(config: AblateConfig) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def runs(
-    config: AblateConfig, results: dict[str, Any], read_runs: Callable[[Path], list[Any]]
-) -> dict[str, Any]:
+def runs(config: AblateConfig, results: dict[str, Any], read_runs: Callable[[Path], list[Any]]) -> dict[str, Any]:
     """By display name."""
     return {run.run.display_name: run for run in read_runs(config.folder)}
 
@@ -64,12 +62,8 @@ def test_one_command_sends_all_of_it(config: AblateConfig, runs: dict[str, Any])
     assert advice is not None
     assert advice.endswith(f"wandb sync {config.folder / 'wandb'}")
     entries = [e for run in runs.values() for one in run.artifacts for e in one.manifest.contents]
-    outside = {
-        Path(e.local_path) for e in entries if not Path(e.local_path).is_relative_to(config.folder)
-    }
-    assert {
-        path for path in outside if "checkpoint" not in str(path)
-    } == set()  # the start's own weights
+    outside = {Path(e.local_path) for e in entries if not Path(e.local_path).is_relative_to(config.folder)}
+    assert {path for path in outside if "checkpoint" not in str(path)} == set()  # the start's own weights
 
 
 def test_tables_of_the_study(runs: dict[str, Any], results: dict[str, Any]) -> None:
@@ -86,9 +80,7 @@ def test_tables_of_the_study(runs: dict[str, Any], results: dict[str, Any]) -> N
     for row, entry in zip(differences, results["paired"], strict=True):
         assert (row["arm"], row["metric"]) == (entry["arm"], entry["metric"])
         assert row["difference"] == pytest.approx(entry["difference"])
-    assert study.history[-1]["study/refined/imacs_g"] == pytest.approx(
-        results["summary"]["refined"]["imacs_g"]["mean"]
-    )
+    assert study.history[-1]["study/refined/imacs_g"] == pytest.approx(results["summary"]["refined"]["imacs_g"]["mean"])
 
 
 def test_lineage_of_the_study(runs: dict[str, Any]) -> None:
@@ -98,10 +90,7 @@ def test_lineage_of_the_study(runs: dict[str, Any]) -> None:
         (read,) = runs[f"{arm}-seed3-evaluation"].of_type("model")
         assert (made.name, made.digest) == (read.name, read.digest)
     made_by = {
-        one.name: one.digest
-        for run in runs.values()
-        for one in run.of_type("evaluation")
-        if not one.use_after_commit
+        one.name: one.digest for run in runs.values() for one in run.of_type("evaluation") if not one.use_after_commit
     }
     read_by = {one.name: one.digest for one in runs["three-arms"].of_type("evaluation")}
     assert read_by == made_by

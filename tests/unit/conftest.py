@@ -35,9 +35,7 @@ def explained_maps(seed: int = 0) -> AttributionMaps:
             (2 * torch.randn(1, STEPS, heads, tokens, generator=generator)).softmax(-1)
             for tokens in (grid.tokens, REFERENCE.tokens)
         ]
-        return LayerRecord(
-            name, grid, REFERENCE, *vectors, True, logits.softmax(-1), logits.softmax(-2)
-        )
+        return LayerRecord(name, grid, REFERENCE, *vectors, True, logits.softmax(-1), logits.softmax(-2))
 
     return AttributionMaps(AttributionStore(tuple(map(record, PAPER_LAYERS)), TIMESTEPS))
 
@@ -48,13 +46,7 @@ def make_explained() -> Callable[..., Explanation]:
 
     def make(seed: int = 0, **changes: Any) -> Explanation:
         rng = np.random.default_rng(seed)
-        origin = {
-            "checkpoint": "weights/tiny",
-            "data": "d0",
-            "guidance": 2.0,
-            "steps": 4,
-            "seed": 0,
-        }
+        origin = {"checkpoint": "weights/tiny", "data": "d0", "guidance": 2.0, "steps": 4, "seed": 0}
         origin |= {name: changes.pop(name) for name in list(changes) if name in origin}
         masks = {name: np.zeros(SIZE, bool) for name in MASKS}
         for mask in masks.values():
@@ -66,14 +58,11 @@ def make_explained() -> Callable[..., Explanation]:
             "inputs": {"person": "00001_00", "garment": "00001_00"},
             "paired": True,
             "layer": PAPER_LAYERS[1],
-            "images": {
-                n: rng.integers(0, 256, (*SIZE, 3), dtype=np.uint8) for n in (*IMAGES, "generated")
-            },
+            "images": {n: rng.integers(0, 256, (*SIZE, 3), dtype=np.uint8) for n in (*IMAGES, "generated")},
             "masks": masks,
             "correspondence": np.where(masks["warped_garment"][..., None], place, np.nan),
             "clean": tuple(
-                CleanImage(step, TIMESTEPS[step], np.full((*SIZE, 3), 60 * step, np.uint8))
-                for step in (1, 3)
+                CleanImage(step, TIMESTEPS[step], np.full((*SIZE, 3), 60 * step, np.uint8)) for step in (1, 3)
             ),
             "maps": explained_maps(seed),
             "scores": {"imacs_g": -0.25, "imacs_r": 0.5, "pck_1": None},

@@ -7,13 +7,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from i2am_train.attention import (
-    AttributionMaps,
-    AttributionStore,
-    LayerRecord,
-    load_maps,
-    save_maps,
-)
+from i2am_train.attention import AttributionMaps, AttributionStore, LayerRecord, load_maps, save_maps
 from i2am_train.errors import CaptureError, DataError
 from i2am_train.types import Direction, GridSize
 
@@ -44,9 +38,7 @@ def maps():
 
 
 def test_round_trip_is_exact(maps, tmp_path):
-    archive = load_maps(
-        save_maps(maps, tmp_path / "new" / "maps.safetensors", ["00017_00", "00020_00"])
-    )
+    archive = load_maps(save_maps(maps, tmp_path / "new" / "maps.safetensors", ["00017_00", "00020_00"]))
     assert archive.names == ("00017_00", "00020_00")
     before, after = maps.store, archive.maps.store
     assert (after.timesteps, after.names) == (before.timesteps, before.names)
@@ -107,11 +99,7 @@ def test_an_archive_of_another_version_is_called_that(maps, tmp_path):
 @pytest.mark.parametrize(
     ("field", "where", "message"),
     [
-        (
-            "to_generated",
-            (1, 2, 3, 5),
-            r"layer up_blocks.1.attentions.1 in step 3 of 3 \(timestep 1\)",
-        ),
+        ("to_generated", (1, 2, 3, 5), r"layer up_blocks.1.attentions.1 in step 3 of 3 \(timestep 1\)"),
         ("to_reference", (0, 1, 0, 2), r"layer up_blocks.1.attentions.1 in step 2 of 3\."),
         ("scores_over_generated", (1, 3, 2), r"the score matrix of layer up_blocks.1.attentions.0"),
     ],
@@ -137,9 +125,7 @@ def test_maps_that_are_no_numbers_are_neither_written_nor_read(
 
 def test_layer_numbers_are_those_of_the_whole_model(maps, tmp_path):
     # one layer of nine was captured; its number is not that of the only one
-    names = tuple(
-        f"up_blocks.{b}.attentions.{a}.transformer_blocks.0" for b in (1, 2, 3) for a in range(3)
-    )
+    names = tuple(f"up_blocks.{b}.attentions.{a}.transformer_blocks.0" for b in (1, 2, 3) for a in range(3))
     layer = replace(maps.store.layers[0], layer=names[4])
     store = AttributionStore((layer,), (999.0, None, 1.0), model=names)
     read = load_maps(save_maps(AttributionMaps(store), tmp_path / "maps.safetensors")).maps.store

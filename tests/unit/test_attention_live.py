@@ -52,8 +52,7 @@ def seen_by(unet, layer=LAYER):
     seen = []
     module = unet.get_submodule(f"{layer}.transformer_blocks.0.attn2")
     module.register_forward_pre_hook(
-        lambda _, args, kwargs: seen.append((args[0], kwargs["encoder_hidden_states"])),
-        with_kwargs=True,
+        lambda _, args, kwargs: seen.append((args[0], kwargs["encoder_hidden_states"])), with_kwargs=True
     )
     return module, seen
 
@@ -73,9 +72,7 @@ def test_scores_are_the_head_mean_of_the_layers_attention(unet):
         assert (tap.generated_grid(2), tap.reference_grid(2)) == (GridSize(6, 4), REFERENCE)
         assert tap.layers == (LAYER,)
     assert scores.shape == (BATCH, 24, 20)
-    torch.testing.assert_close(
-        scores.double(), expected_scores(module, *seen[0]), atol=1e-6, rtol=0
-    )
+    torch.testing.assert_close(scores.double(), expected_scores(module, *seen[0]), atol=1e-6, rtol=0)
 
 
 def test_the_class_token_is_left_out_before_the_softmax(unet):
@@ -114,9 +111,7 @@ def test_the_gradient_arrives_also_under_gradient_checkpointing(unet):
 
 def test_the_reentrant_kind_of_checkpointing_is_an_error(unet):
     unet.enable_gradient_checkpointing(
-        lambda module, *args: torch.utils.checkpoint.checkpoint(
-            module.__call__, *args, use_reentrant=True
-        )
+        lambda module, *args: torch.utils.checkpoint.checkpoint(module.__call__, *args, use_reentrant=True)
     )
     sample, timestep, context = inputs()
     with ScoreTap(unet, recipe(), layers=[2]) as tap:
@@ -189,8 +184,7 @@ def test_lora_added_after_the_tap_gets_its_gradient(unet):
         own = [
             weight
             for name, weight in unet.named_parameters()
-            if f"{LAYER}.transformer_blocks.0.attn2" in name
-            and (".down." in name or ".up." in name)
+            if f"{LAYER}.transformer_blocks.0.attn2" in name and (".down." in name or ".up." in name)
         ]
         reached = torch.autograd.grad(late.square().sum(), own, allow_unused=True)
     with ScoreTap(unet, recipe(), layers=[2]) as tap:

@@ -4,13 +4,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from i2am_train.attention import (
-    AttributionMaps,
-    AttributionStore,
-    HeatMap,
-    LayerRecord,
-    time_groups,
-)
+from i2am_train.attention import AttributionMaps, AttributionStore, HeatMap, LayerRecord, time_groups
 from i2am_train.attention.maps import normalise, threshold
 from i2am_train.errors import CaptureError, ConfigError
 from i2am_train.types import Direction, GridSize, LayerWeighting
@@ -53,9 +47,7 @@ def maps(store):
 
 
 def resized(values, grid, size):
-    return F.interpolate(values.reshape(-1, 1, *grid), tuple(size), mode="bilinear").reshape(
-        *values.shape[:-1], *size
-    )
+    return F.interpolate(values.reshape(-1, 1, *grid), tuple(size), mode="bilinear").reshape(*values.shape[:-1], *size)
 
 
 @pytest.mark.parametrize("weighting", list(LayerWeighting))
@@ -82,9 +74,7 @@ def test_paper_weighting_lets_the_coarse_layers_dominate(store):
             layers.append(LayerRecord(str(number), grid, None, value, torch.ones(1, 1, 1, 1)))
         made = AttributionMaps(AttributionStore(tuple(layers), (1.0,)))
         shares.append(float(made.unified(R2G).values.mean()))
-        assert float(made.unified(R2G, LayerWeighting.DENSITY).values.mean()) == pytest.approx(
-            1 / 3
-        )
+        assert float(made.unified(R2G, LayerWeighting.DENSITY).values.mean()) == pytest.approx(1 / 3)
     assert [round(100 * share / sum(shares)) for share in shares] == [76, 19, 5]
 
 
@@ -94,10 +84,7 @@ def test_averaging_first_and_resizing_last_equals_the_papers_order(maps, store, 
     size = GridSize(16, 12)
     grids = [layer.grid(direction) for layer in store.layers]
     common = max(grids, key=lambda grid: grid.tokens)
-    each = [
-        resized(layer.vectors(direction), grid, common)
-        for layer, grid in zip(store.layers, grids, strict=True)
-    ]
+    each = [resized(layer.vectors(direction), grid, common) for layer, grid in zip(store.layers, grids, strict=True)]
     paper = torch.stack([values.mean(dim=(1, 2)) for values in each]).mean(dim=0)
     torch.testing.assert_close(maps.unified(direction).values, paper)
     final = resized(paper.flatten(-2), common, size)
@@ -147,9 +134,7 @@ def test_two_axis_maps_split_rows_by_resolution(maps, rows, count, direction):
     assert found.values.shape == (BATCH, count, 2, *found.grid)
     assert (found.axes, found.labels[1]) == ((rows, "resolution"), ("4x3", "8x6"))
     one = maps.time_level(direction) if rows == "time" else maps.head_level(direction)
-    weighted = (
-        2 * found.values[:, :, 0] + found.values[:, :, 1]
-    ) / 3  # two coarse layers, one fine
+    weighted = (2 * found.values[:, :, 0] + found.values[:, :, 1]) / 3  # two coarse layers, one fine
     torch.testing.assert_close(weighted, one.values)
 
 
@@ -160,16 +145,9 @@ def test_layers_with_different_head_counts():
     everything = torch.cat([layer.to_reference for layer in records], dim=2).mean(dim=(1, 2))
     torch.testing.assert_close(made.unified(G2R).values.flatten(1), everything)
     for heads in (made.head_level, lambda direction: made.two_axis(direction, "head")):
-        with pytest.raises(
-            ConfigError, match=r"different numbers of heads \(2, 4\).*by_head_count"
-        ):
+        with pytest.raises(ConfigError, match=r"different numbers of heads \(2, 4\).*by_head_count"):
             heads(G2R)
-    assert {
-        n: part.head_level(G2R).values.shape[1] for n, part in made.by_head_count().items()
-    } == {
-        2: 2,
-        4: 4,
-    }
+    assert {n: part.head_level(G2R).values.shape[1] for n, part in made.by_head_count().items()} == {2: 2, 4: 4}
 
 
 def test_daams_direction_is_constant_whatever_the_attention(maps):
@@ -201,16 +179,12 @@ class TestPatches:
             maps.specific_reference([patch], 2)
 
     def test_a_layer_without_its_matrix_is_an_error(self, maps):
-        with pytest.raises(
-            CaptureError, match=r"not kept \(kept: up_blocks.1.attentions.1\).*matrix_layers"
-        ):
+        with pytest.raises(CaptureError, match=r"not kept \(kept: up_blocks.1.attentions.1\).*matrix_layers"):
             maps.specific_reference([0], 1)
 
 
 class TestHeatMap:
-    values = torch.tensor(
-        [[[[1.0, 3.0, 2.0]], [[5.0, 5.0, 5.0]]], [[[0.0, 1.0, 4.0]], [[2.0, 0.0, 1.0]]]]
-    )
+    values = torch.tensor([[[[1.0, 3.0, 2.0]], [[5.0, 5.0, 5.0]]], [[[0.0, 1.0, 4.0]], [[2.0, 0.0, 1.0]]]])
 
     def heat_map(self):
         return HeatMap(self.values, R2G, ("head",), (("0", "1"),))
@@ -223,10 +197,7 @@ class TestHeatMap:
 
     def test_joint_normalisation_keeps_maps_of_a_sample_comparable(self):
         found = self.heat_map().normalised(joint=True).values
-        assert found.tolist() == [
-            [[[0, 0.5, 0.25]], [[1, 1, 1]]],
-            [[[0, 0.25, 1]], [[0.5, 0, 0.25]]],
-        ]
+        assert found.tolist() == [[[[0, 0.5, 0.25]], [[1, 1, 1]]], [[[0, 0.25, 1]], [[0.5, 0, 0.25]]]]
 
     def test_threshold_normalises_first_and_is_strict(self):
         found = self.heat_map().thresholded(0.5).values

@@ -7,15 +7,7 @@ from i2am_train.attention.callers import Caller
 from i2am_train.attention.frames import Announcement, Frame, announce, announced_evaluation
 from i2am_train.attention.known import detect_recipe
 from i2am_train.attention.known_recipes import diffusers_decoder
-from i2am_train.attention.recipe import (
-    PAPER_LAYERS,
-    Recipe,
-    Site,
-    Tokens,
-    find_layer,
-    layer_name,
-    paper_number,
-)
+from i2am_train.attention.recipe import PAPER_LAYERS, Recipe, Site, Tokens, find_layer, layer_name, paper_number
 from i2am_train.errors import CaptureError
 from i2am_train.types import Branch, GridSize
 
@@ -40,9 +32,7 @@ def test_a_number_outside_the_papers_is_an_error(number):
 
 
 def test_a_layer_that_the_model_lacks_is_an_error_that_lists_those_it_has():
-    with pytest.raises(
-        CaptureError, match=r"'up_blocks.3.attentions.2'.*has: up_blocks.1.attentions.0 \(1\)"
-    ):
+    with pytest.raises(CaptureError, match=r"'up_blocks.3.attentions.2'.*has: up_blocks.1.attentions.0 \(1\)"):
         find_layer(9, PAPER_LAYERS[:3])
     assert find_layer("up_blocks.1.attentions.2", PAPER_LAYERS) == PAPER_LAYERS[2]
 
@@ -83,9 +73,7 @@ def test_crops_cut_a_concatenated_canvas():
 def test_unknown_words_in_a_recipe_are_errors():
     with pytest.raises(CaptureError, match="'square'; expected a GridSize, 'latent' or None"):
         Tokens("square")
-    with pytest.raises(
-        CaptureError, match="'second'; expected one of all, first_half, second_half"
-    ):
+    with pytest.raises(CaptureError, match="'second'; expected one of all, first_half, second_half"):
         Recipe("unet", (), rows="second")
 
 
@@ -139,8 +127,7 @@ def test_a_caller_that_says_nothing_is_asked_for_an_answer(rows):
 
 
 @pytest.mark.parametrize(
-    ("options", "said"),
-    [({"guided": True}, False), ({"guided": False}, True), ({"rows": "all"}, True)],
+    ("options", "said"), [({"guided": True}, False), ({"guided": False}, True), ({"rows": "all"}, True)]
 )
 def test_a_recipe_that_contradicts_the_pipeline_is_refused(options, said):
     with pytest.raises(CaptureError, match=r"recipe '' is with.*and the pipeline samples with"):
@@ -149,12 +136,7 @@ def test_a_recipe_that_contradicts_the_pipeline_is_refused(options, said):
 
 @pytest.mark.parametrize(
     ("guided", "samples", "rows"),
-    [
-        (True, 2, "second_half"),
-        (False, 4, "second_half"),
-        (True, 4, "first_call"),
-        (False, 4, "all"),
-    ],
+    [(True, 2, "second_half"), (False, 4, "second_half"), (True, 4, "first_call"), (False, 4, "all")],
 )
 def test_a_batch_that_guidance_does_not_explain_is_refused(guided, samples, rows):
     # perturbed attention guidance has a third part, pictures and words apart too

@@ -112,9 +112,7 @@ def test_nothing_is_left_behind(tmp_path: Path) -> None:
         (["-m", "seed=0,1", "trainer=ddp"], r"sweep \(-m\) .* trainer\.devices=auto"),
     ],
 )
-def test_bad_input_is_one_paragraph(
-    words: list[str], message: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_bad_input_is_one_paragraph(words: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     """Each mistake: status 2, one line on stderr that says what to do, no traceback, no run."""
     assert run_command("train", words, lambda config: pytest.fail("ran")) == 2
     printed = capsys.readouterr()
@@ -145,9 +143,7 @@ class CutOff(Dataset[None]):
         raise DataError("cloth/00001_00.jpg is cut off. Copy it again.")
 
 
-def test_an_error_in_a_reading_process_is_one_paragraph(
-    capsys: pytest.CaptureFixture[str],
-) -> None:
+def test_an_error_in_a_reading_process_is_one_paragraph(capsys: pytest.CaptureFixture[str]) -> None:
     """torch wraps a worker's error in its traceback; the user gets the sentence alone."""
 
     def read(config: TrainConfig) -> None:
@@ -185,9 +181,7 @@ def test_a_fault_of_the_program_keeps_its_traceback() -> None:
 
 @pytest.mark.usefixtures("own_sigterm")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_ends_a_command_with_a_sentence(
-    number: signal.Signals, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_signal_ends_a_command_with_a_sentence(number: signal.Signals, capsys: pytest.CaptureFixture[str]) -> None:
     """What was received, and what continues; nothing that handles errors on the way swallows it."""
 
     def wait(config: Any) -> None:
@@ -244,9 +238,7 @@ def test_a_library_may_have_taken_the_interrupt(capsys: pytest.CaptureFixture[st
     ],
     ids=str,
 )  # fmt: skip
-def test_faults_of_the_machine_are_said(
-    error: Exception, paragraph: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_faults_of_the_machine_are_said(error: Exception, paragraph: str, capsys: pytest.CaptureFixture[str]) -> None:
     """Whoever raises them: status 2 and one paragraph."""
 
     def fail(config: TrainConfig) -> None:
@@ -271,9 +263,7 @@ def test_faults_of_the_machine_are_said(
     ],
     ids=str,
 )
-def test_errors_of_the_system_that_may_be_the_programs_keep_their_traceback(
-    error: OSError,
-) -> None:
+def test_errors_of_the_system_that_may_be_the_programs_keep_their_traceback(error: OSError) -> None:
     """A file that is missing where we left it is our own fault."""
 
     def fail(config: TrainConfig) -> None:
@@ -311,10 +301,7 @@ def test_data_has_four_sub_commands(capsys: pytest.CaptureFixture[str]) -> None:
     """`i2am data` explains itself, and a sub-command that does not exist names the nearest one, or all four."""
     cli.main(["data"])
     assert "make|derive|check|cache" in capsys.readouterr().out
-    for word, hint in {
-        "chek": "Did you mean 'check'?",
-        "show": "There are make, derive, check, cache.",
-    }.items():
+    for word, hint in {"chek": "Did you mean 'check'?", "show": "There are make, derive, check, cache."}.items():
         with pytest.raises(SystemExit, match="2"):
             cli.main(["data", word])
         expected = f"i2am: There is no command 'i2am data {word}'. {hint}\n"
@@ -344,9 +331,7 @@ def test_help_and_composition_load_nothing_heavy(words: list[str]) -> None:
         "except SystemExit as stop: assert not stop.code, stop.code\n"
         f"print('LOADED', [name for name in {HEAVY} if name in sys.modules])"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, check=False, timeout=60
-    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False, timeout=60)
     assert done.stderr == ""
     assert done.stdout.splitlines()[-1] == "LOADED []"
     assert len(done.stdout.splitlines()) > 3

@@ -75,10 +75,7 @@ def test_impossible_lists_are_named(values: dict[str, object], message: str) -> 
 
 def test_zero_is_a_value() -> None:
     """Seed 0, weight 0.0 and null are kept apart: nothing is replaced because it is falsy."""
-    config = build(
-        TrainConfig,
-        {"seed": 0, "objective": {"cwg": 0.0}, "optimization": {"gradient_clip": None}},
-    )
+    config = build(TrainConfig, {"seed": 0, "objective": {"cwg": 0.0}, "optimization": {"gradient_clip": None}})
     assert config.seed == 0
     assert config.objective.cwg == 0.0
     assert config.optimization.gradient_clip is None
@@ -136,20 +133,11 @@ def test_a_required_option_is_asked_for() -> None:
         ({}, r"found neither\. Give checkpoint=FOLDER"),
         ({"images": "a"}, r"found images\. .* images=FOLDER and reference=FOLDER"),
         ({"checkpoint": "tiny", "images": "a", "reference": "b"}, r"checkpoint and images and ref"),
-        (
-            {"checkpoint": "tiny", "resize": [64, 48]},
-            r"resize=\[64, 48\] .* null with a checkpoint",
-        ),
-        (
-            {"images": "a", "reference": "b", "resize": [64, 0]},
-            r"resize\[1\]=0 .* between 1 and 16384",
-        ),
+        ({"checkpoint": "tiny", "resize": [64, 48]}, r"resize=\[64, 48\] .* null with a checkpoint"),
+        ({"images": "a", "reference": "b", "resize": [64, 0]}, r"resize\[1\]=0 .* between 1 and 16384"),
         ({"images": "a", "reference": "b", "devices": 2}, r"devices=2 .* 1 for finished images"),
         ({"checkpoint": "tiny", "devices": 0}, r"devices=0 .* at least 1"),
-        (
-            {"checkpoint": "tiny", "evaluation": {"kernel_subset_size": 1}},
-            r"kernel_subset_size=1 .* at least 2",
-        ),
+        ({"checkpoint": "tiny", "evaluation": {"kernel_subset_size": 1}}, r"kernel_subset_size=1 .* at least 2"),
     ],
 )
 def test_evaluate_judges_one_thing(values: dict[str, object], message: str) -> None:
@@ -167,9 +155,7 @@ def test_evaluate_judges_one_thing(values: dict[str, object], message: str) -> N
         ({"precision": "16-mixed"}, r"precision=16-mixed .* 32-true or bf16-mixed with"),
     ],
 )
-def test_what_does_not_go_together_with_sharding(
-    optimization: dict[str, object], message: str
-) -> None:
+def test_what_does_not_go_together_with_sharding(optimization: dict[str, object], message: str) -> None:
     """Refused as a configuration; without sharding the same is possible."""
     with pytest.raises(ConfigError, match=message):
         build(TrainConfig, {"optimization": optimization, "trainer": {"strategy": "fsdp"}})
@@ -210,11 +196,7 @@ def test_hints_find_the_group_of_a_word() -> None:
 
 
 @settings(max_examples=40, deadline=None)
-@given(
-    steps=st.integers(1, 1000),
-    guidance=st.floats(1.0, 20.0),
-    rate=st.floats(1e-8, 1.0, exclude_min=True),
-)
+@given(steps=st.integers(1, 1000), guidance=st.floats(1.0, 20.0), rate=st.floats(1e-8, 1.0, exclude_min=True))
 def test_legal_numbers_survive(steps: int, guidance: float, rate: float) -> None:
     """Any legal number goes through build and plain unchanged."""
     sampling = build(SamplingConfig, {"steps": steps, "guidance": guidance})

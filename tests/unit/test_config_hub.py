@@ -73,42 +73,30 @@ def test_a_path_without_a_file_is_no_name(
 
 
 @pytest.mark.parametrize("load", [load_encoder, HumanParser.from_pretrained])
-def test_without_network_the_answer_is_fast(
-    hub: Callable[[str], Path], load: Callable[[str], Any]
-) -> None:
+def test_without_network_the_answer_is_fast(hub: Callable[[str], Path], load: Callable[[str], Any]) -> None:
     """The libraries' own questions take 25 seconds; the message names the network and the way around it."""
     hub(NOBODY)
     started = time.monotonic()
-    with pytest.raises(
-        CheckpointError, match=r"fetched \(nobody/none; .*Check the network.*hf download"
-    ):
+    with pytest.raises(CheckpointError, match=r"fetched \(nobody/none; .*Check the network.*hf download"):
         load("nobody/none")
     assert time.monotonic() - started < 5
 
 
-def test_an_unknown_name_is_asked_for_once(
-    refusing: tuple[str, list[str]], hub: Callable[[str], Path]
-) -> None:
+def test_an_unknown_name_is_asked_for_once(refusing: tuple[str, list[str]], hub: Callable[[str], Path]) -> None:
     """One question for the model, none for its files."""
     address, asked = refusing
     hub(address)
-    with pytest.raises(
-        CheckpointError, match=r"fetched \(dino; .*there is no such model, or it is"
-    ):
+    with pytest.raises(CheckpointError, match=r"fetched \(dino; .*there is no such model, or it is"):
         load_encoder("dino")
     assert asked == ["/api/models/dino"]
 
 
-def test_what_is_in_the_cache_needs_no_network(
-    hub: Callable[[str], Path], make_parts: Callable[..., Any]
-) -> None:
+def test_what_is_in_the_cache_needs_no_network(hub: Callable[[str], Path], make_parts: Callable[..., Any]) -> None:
     """The hub is not asked for a model of which a part was fetched before."""
     cached, commit = hub(NOBODY) / "models--me--dino", "0123456789abcdef0123456789abcdef01234567"
     (cached / "refs").mkdir(parents=True)
     (cached / "refs/main").write_text(commit)
-    absent = (
-        cached / ".no_exist" / commit / "adapter_config.json"
-    )  # the library notes what is not there
+    absent = cached / ".no_exist" / commit / "adapter_config.json"  # the library notes what is not there
     absent.parent.mkdir(parents=True)
     absent.touch()
     encoder = make_parts("dinov2")
@@ -168,7 +156,6 @@ def test_nan_from_the_hub_is_found(fetched: Path, monkeypatch: pytest.MonkeyPatc
     ):
         save_file(weights | {"layernorm.bias": value}, file, {"format": "pt"})
         with pytest.raises(
-            CheckpointError,
-            match=rf"'someone/encoder' hold .*{message}.* .layernorm.bias|hold {message}",
+            CheckpointError, match=rf"'someone/encoder' hold .*{message}.* .layernorm.bias|hold {message}"
         ):
             load_encoder("someone/encoder")

@@ -12,14 +12,7 @@ from omegaconf import OmegaConf
 from i2am_train.config.build import build, option_names, plain
 from i2am_train.config.commands import COMMANDS
 from i2am_train.config.locations import conf_folder, experiment_names
-from i2am_train.config.store import (
-    SHARED_GROUPS,
-    arm_config,
-    arm_values,
-    compose,
-    from_yaml,
-    to_yaml,
-)
+from i2am_train.config.store import SHARED_GROUPS, arm_config, arm_values, compose, from_yaml, to_yaml
 from i2am_train.config.training import AblateConfig, TrainConfig
 from i2am_train.errors import ConfigError
 
@@ -35,9 +28,7 @@ REQUIRED = {
 ARMS = experiment_names(option_names(TrainConfig))
 STUDIES = sorted(set(experiment_names(option_names(AblateConfig))) - set(ARMS))
 FILES = sorted(
-    (path.parent.name, path.stem)
-    for path in conf_folder().glob("*/*.yaml")
-    if path.parent.name != "experiment"
+    (path.parent.name, path.stem) for path in conf_folder().glob("*/*.yaml") if path.parent.name != "experiment"
 )
 
 
@@ -69,9 +60,7 @@ def test_every_file_of_a_group_composes(group: str, name: str) -> None:
         assert arrived[option] == value
 
 
-@pytest.mark.parametrize(
-    ("command", "name"), [("train", a) for a in ARMS] + [("ablate", s) for s in STUDIES]
-)
+@pytest.mark.parametrize(("command", "name"), [("train", a) for a in ARMS] + [("ablate", s) for s in STUDIES])
 def test_every_leaf_of_every_experiment_survives(command: str, name: str) -> None:
     """Nothing that an experiment file sets is overridden by the defaults."""
     arrived = leaves(plain(compose(command, [f"experiment={name}"])))
@@ -109,9 +98,7 @@ def test_an_added_key_is_refused() -> None:
 
 def test_a_dangling_reference_is_one_line() -> None:
     """An interpolation that leads nowhere names the option that holds it."""
-    with pytest.raises(
-        ConfigError, match=r"^sampling\.steps: Interpolation key 'foo' not found\. "
-    ):
+    with pytest.raises(ConfigError, match=r"^sampling\.steps: Interpolation key 'foo' not found\. "):
         compose("train", ["sampling.steps=${foo}"])
 
 
@@ -188,24 +175,15 @@ def test_an_unknown_arm_lists_the_arms() -> None:
         (b"a: &a [*a]", r"cannot be read as YAML in UTF-8 .*recursion"),
         (b"name: !!python/object/apply:os.system [x]", r"cannot be read as YAML .*constructor"),
         (b"label: ${nowhere}", r"Interpolation key 'nowhere' not found"),
-        (
-            b"objective: {dcmll: 1}",
-            r"my arm\.yaml' is not possible: .*no option 'objective\.dcmll'",
-        ),
-        (
-            b"optimization: {steps: many}",
-            r"my arm\.yaml' is not possible: optimization\.steps=many",
-        ),
+        (b"objective: {dcmll: 1}", r"my arm\.yaml' is not possible: .*no option 'objective\.dcmll'"),
+        (b"optimization: {steps: many}", r"my arm\.yaml' is not possible: optimization\.steps=many"),
         (b"objective: null", r"is not possible: objective=null is not possible: .* a group"),
         (b"checkpoint: tiny", r"no option 'checkpoint'"),
         (b'label: "a\\nb"', r"label='a\\nb' is not possible: expected one line"),
         (b'label: "a\\0b"', r"without the character NUL"),
         (b"seed: 3", r"sets seed, which is the study's"),
         (b"defaults: 3", r"entry '3' under defaults"),
-        (
-            b"defaults: [{override /data: nofile}]",
-            r"no file conf/data/nofile\.yaml, which the defaults",
-        ),
+        (b"defaults: [{override /data: nofile}]", r"no file conf/data/nofile\.yaml, which the defaults"),
         (b"defaults: [SELF]", r"defaults in .*my arm\.yaml lead back to itself"),
         (b"defaults: [refind]", r"no arm 'refind'"),
     ],

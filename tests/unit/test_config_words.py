@@ -122,11 +122,7 @@ def test_what_nobody_can_read_stays_hydra_s(word: str) -> None:
 def test_hydra_s_own_words_stay() -> None:
     """Null, interpolations, quoted texts, lists of numbers, sweeps with -m, and words that are no options."""
     words = ["output=null", "label=${name}-2", "output='a'", "seed=1", "hydra.job.name=a b", "x"]
-    words += [
-        "attribution.layers=[1,up_blocks.1]",
-        "optimization.betas=[0.5,0.9]",
-        "objective.layer=2",
-    ]
+    words += ["attribution.layers=[1,up_blocks.1]", "optimization.betas=[0.5,0.9]", "objective.layer=2"]
     assert as_typed("train", words) == words
     sweep = ["data.root=a,b", "seed=0,1", "name=choice(a,b)", "data.root=a (1),b"]
     assert as_typed("train", sweep, sweep=True) == sweep

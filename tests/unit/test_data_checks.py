@@ -113,19 +113,11 @@ def test_lists_and_files_must_match(copy: Path) -> None:
     # Proves that a short list, names without files, overlap of the halves and non-unpaired tests are seen.
     lines = (copy / "train_pairs.txt").read_text().splitlines()
     test = (copy / "test_pairs.txt").read_text().splitlines()
-    (copy / "train_pairs.txt").write_text(
-        "\n".join([*lines[:-1], "99999_00.jpg 99999_00.jpg", lines[0]])
-    )
+    (copy / "train_pairs.txt").write_text("\n".join([*lines[:-1], "99999_00.jpg 99999_00.jpg", lines[0]]))
     own = test[0].split()[0]
     (copy / "test_pairs.txt").write_text("\n".join([*test[1:], f"{own} {own}", lines[0]]))
     codes = {finding.code for finding in check(copy).findings}
-    assert {
-        "unpaired_file",
-        "missing_file",
-        "repeated_name",
-        "split_overlap",
-        "not_unpaired",
-    } <= codes
+    assert {"unpaired_file", "missing_file", "repeated_name", "split_overlap", "not_unpaired"} <= codes
 
 
 def test_the_size_that_is_asked_for_is_demanded(small_dataset: Path) -> None:

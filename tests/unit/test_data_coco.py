@@ -144,24 +144,12 @@ def test_what_is_wrong_with_a_file_is_said(changed: Any, change: Any, message: s
 
 
 @pytest.mark.parametrize(
-    "name",
-    [
-        "/etc/passwd",
-        "../secret.jpg",
-        "a/../../secret.jpg",
-        "..",
-        "",
-        "..\\secret.jpg",
-        "a\\b.jpg",
-        "a\0.jpg",
-    ],
+    "name", ["/etc/passwd", "../secret.jpg", "a/../../secret.jpg", "..", "", "..\\secret.jpg", "a\\b.jpg", "a\0.jpg"]
 )
 def test_images_stay_below_their_folder(changed: Any, name: Any) -> None:
     """A downloaded file of annotations does not choose which files of the machine are read."""
     root = changed(lambda content: content["images"][0].update(file_name=name))
-    with pytest.raises(
-        DataError, match=r"1 images in .* leads out of the folder of images, or is none"
-    ):
+    with pytest.raises(DataError, match=r"1 images in .* leads out of the folder of images, or is none"):
         bench(root)
 
 
@@ -172,10 +160,7 @@ def test_images_may_lie_in_folders_and_behind_links(changed: Any, tmp_path: Path
     (tmp_path / "disk").mkdir()
     first.rename(tmp_path / "disk" / "one.jpg")
     (root / "val2017" / "part").symlink_to(tmp_path / "disk")
-    assert bench(root).samples[0].path.name in (
-        "one.jpg",
-        sorted((root / "val2017").iterdir())[0].name,
-    )
+    assert bench(root).samples[0].path.name in ("one.jpg", sorted((root / "val2017").iterdir())[0].name)
 
 
 def test_a_missing_or_broken_file_is_said(shapes: Path, tmp_path: Path) -> None:

@@ -72,10 +72,7 @@ def test_two_processes_share_an_epoch_as_one_would_see_it(small_dataset: Path) -
     # Proves that rank batches interleave to the batches of a single process twice as large.
     data = open_dataset(small_dataset, Split.TRAIN, Pairing.PAIRED, SIZE)
     one = [item.position for item in EpochSampler(data, seed=4, epoch=2)]
-    ranks = [
-        [item.position for item in EpochSampler(data, 4, 2, replicas=2, rank=rank)]
-        for rank in (0, 1)
-    ]
+    ranks = [[item.position for item in EpochSampler(data, 4, 2, replicas=2, rank=rank)] for rank in (0, 1)]
     assert [position for pair in zip(*ranks, strict=True) for position in pair] == one
 
 
@@ -105,9 +102,7 @@ class Recorder(L.LightningModule):
         self.seen: list[tuple[int, list[int], float]] = []
 
     def training_step(self, batch: dict[str, torch.Tensor], batch_index: int) -> torch.Tensor:
-        self.seen.append(
-            (self.current_epoch, batch["index"].tolist(), batch["person"].sum().item())
-        )
+        self.seen.append((self.current_epoch, batch["index"].tolist(), batch["person"].sum().item()))
         return self.weight * 0
 
     def validation_step(self, batch: dict[str, torch.Tensor], batch_index: int) -> None:
@@ -117,12 +112,8 @@ class Recorder(L.LightningModule):
         return torch.optim.SGD(self.parameters(), lr=0.1)
 
 
-@pytest.mark.filterwarnings(
-    "ignore"
-)  # Lightning's own, on tiny epochs and deprecated torch functions
-def test_a_resumed_run_sees_what_an_uninterrupted_one_sees(
-    small_dataset: Path, tmp_path: Path
-) -> None:
+@pytest.mark.filterwarnings("ignore")  # Lightning's own, on tiny epochs and deprecated torch functions
+def test_a_resumed_run_sees_what_an_uninterrupted_one_sees(small_dataset: Path, tmp_path: Path) -> None:
     # Proves that order and augmentation go on at the border of an epoch, although Lightning makes the first iterator of
     # a resumed run before it tells the sampler the epoch.
     def run(epochs: int, checkpoint: str | None = None) -> tuple[Recorder, L.Trainer]:
@@ -143,9 +134,7 @@ def test_a_resumed_run_sees_what_an_uninterrupted_one_sees(
     assert len(whole.seen) == 6
 
 
-def test_a_process_without_samples_is_refused(
-    small_dataset: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_process_without_samples_is_refused(small_dataset: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # Proves that two processes do not wait for ever for the scores of an empty one.
     data = module(small_dataset, validation_samples=1)
     monkeypatch.setattr(data, "_processes", lambda: 2)
@@ -153,9 +142,7 @@ def test_a_process_without_samples_is_refused(
         data.val_dataloader()
 
 
-def test_processes_take_whole_test_batches_in_turn(
-    small_dataset: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_processes_take_whole_test_batches_in_turn(small_dataset: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # Proves that a test batch holds the same samples on any number of processes, and that none has nothing to do.
     data = module(small_dataset)
     data.test_batches = [range(2), range(4, 6), range(2, 3)]

@@ -60,11 +60,7 @@ def derived(root: Path, **options: object) -> DeriveReport:
 def poses(index: int) -> dict[str, tuple[Pose, float]]:
     """Each source of a body, with the least mean overlap that its regions must reach."""
     _, joints = render_annotations(0, index, SIZE)
-    return {
-        "keypoints": (joints, 0.88),
-        "densepose": (drawn_parts(joints, SIZE), 0.86),
-        "none": (None, 0.80),
-    }
+    return {"keypoints": (joints, 0.88), "densepose": (drawn_parts(joints, SIZE), 0.86), "none": (None, 0.80)}
 
 
 @pytest.mark.parametrize("source", ["keypoints", "densepose", "none"])
@@ -103,9 +99,7 @@ def test_the_region_does_not_tell_the_sleeves() -> None:
         labels, joints = render_annotations(0, index, SIZE)
         bare = np.where(labels == VITON_HD.names.index("upper_clothes"), 0, labels).astype(np.uint8)
         bare[60:70, 40:56] = VITON_HD.names.index("upper_clothes")  # a patch of garment is left
-        whole, patch = (
-            person_masks(one, VITON_HD, "upper_body", joints).region for one in (labels, bare)
-        )
+        whole, patch = (person_masks(one, VITON_HD, "upper_body", joints).region for one in (labels, bare))
         differences.append(overlap(whole, patch))
     assert np.mean(differences) > 0.85
 
@@ -170,18 +164,14 @@ def test_densepose_is_used_where_there_are_no_keypoints(photographs: Path) -> No
     assert report.refused == []
     assert not (photographs / "train/pose-drawn").exists()
     shutil.rmtree(photographs / "test/image-densepose")
-    with pytest.raises(
-        DataError, match=r"where bodies are is not known\. Nothing was written.*pose=none"
-    ):
+    with pytest.raises(DataError, match=r"where bodies are is not known\. Nothing was written.*pose=none"):
         derived(photographs)
 
 
 def test_previews_show_every_step(photographs: Path) -> None:
     # Proves the contact sheets: one per person, eight pictures wide.
     derived(photographs, preview=True)
-    sheets = sorted(
-        path.relative_to(photographs).as_posix() for path in photographs.glob("previews/*/*")
-    )
+    sheets = sorted(path.relative_to(photographs).as_posix() for path in photographs.glob("previews/*/*"))
     assert len(sheets) == 6
     assert sheets[-1] == "previews/train/00003_00.jpg"
     sheet = cv2.imread(str(photographs / sheets[0]))
@@ -215,9 +205,7 @@ def no_map(root: Path) -> None:
 
 def blended_colours(root: Path) -> None:
     file = root / "train/image-parse-v3/00001_00.png"
-    Image.open(file).convert("RGB").resize(
-        (96, 128), Image.Resampling.BILINEAR, (1, 1, 95, 127)
-    ).save(file)
+    Image.open(file).convert("RGB").resize((96, 128), Image.Resampling.BILINEAR, (1, 1, 95, 127)).save(file)
 
 
 def no_keypoints(root: Path) -> None:
@@ -275,9 +263,7 @@ def test_bad_input_is_refused_by_name_and_stops_nothing(
 def test_missing_folders_are_said_before_anything_is_written(photographs: Path) -> None:
     # Proves the check at the start.
     shutil.rmtree(photographs / "test/image-parse-v3")
-    with pytest.raises(
-        DataError, match=r"no folder 'image-parse-v3'.*Nothing was written.*parser="
-    ):
+    with pytest.raises(DataError, match=r"no folder 'image-parse-v3'.*Nothing was written.*parser="):
         derived(photographs)
     assert not (photographs / "train/cloth-mask").exists()
 
@@ -332,9 +318,7 @@ def test_an_estimator_makes_missing_keypoints(photographs: Path) -> None:
     for file in files:
         again = read_keypoints(file, SIZE)
         assert again.keys() == joints[file.name].keys()
-        assert all(
-            np.allclose(again[name], place, atol=0.01) for name, place in joints[file.name].items()
-        )
+        assert all(np.allclose(again[name], place, atol=0.01) for name, place in joints[file.name].items())
     labels = read_labels(photographs / "train/image-parse-v3/00000_00.png", VITON_HD)
     rows, columns = np.nonzero(labels)
     assert boxes[0] == (
@@ -345,10 +329,7 @@ def test_an_estimator_makes_missing_keypoints(photographs: Path) -> None:
 def test_both_label_sets_agree(tmp_path: Path) -> None:
     # Proves the files of both sets, and that the same person gives the same worn garment in either.
     labels, joints = render_annotations(0, 4, SIZE)
-    table = [
-        DRESS_CODE.names.index(name if name in DRESS_CODE.names else "face")
-        for name in VITON_HD.names
-    ]
+    table = [DRESS_CODE.names.index(name if name in DRESS_CODE.names else "face") for name in VITON_HD.names]
     other = np.asarray(table, np.uint8)[labels]
     for values, names in ((labels, VITON_HD), (other, DRESS_CODE)):
         write_labels(tmp_path / "map.png", values, names)
@@ -356,8 +337,7 @@ def test_both_label_sets_agree(tmp_path: Path) -> None:
         Image.open(tmp_path / "map.png").convert("RGB").save(tmp_path / "colours.png")
         np.testing.assert_array_equal(read_labels(tmp_path / "colours.png", names), values)
     first, second = (
-        person_masks(values, names, "upper_body", joints)
-        for values, names in ((labels, VITON_HD), (other, DRESS_CODE))
+        person_masks(values, names, "upper_body", joints) for values, names in ((labels, VITON_HD), (other, DRESS_CODE))
     )
     np.testing.assert_array_equal(first.worn, second.worn)
     assert overlap(first.region, second.region) > 0.95
@@ -392,9 +372,7 @@ def test_lower_bodies_keep_shoes_arms_and_tops() -> None:
     assert region[arms][: arms.sum() // 2].all()
     assert not region[shoes].any()
     with pytest.raises(DataError, match="keypoints are missing: left_hip"):
-        person_masks(
-            labels, VITON_HD, "lower_body", {k: v for k, v in joints.items() if k != "left_hip"}
-        )
+        person_masks(labels, VITON_HD, "lower_body", {k: v for k, v in joints.items() if k != "left_hip"})
 
 
 def distributed(root: Path, level: int = 128) -> dict[Path, np.ndarray]:

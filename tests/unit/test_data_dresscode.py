@@ -23,18 +23,12 @@ from i2am_train.types import CATEGORIES, GridSize, Pairing, Split
 
 SIZE = GridSize(128, 96)
 GARMENT_LABEL = {"upper_body": "upper_clothes", "lower_body": "skirt", "dresses": "dress"}
-TABLE = np.array(
-    [DRESS_CODE.names.index(n if n in DRESS_CODE.names else "face") for n in VITON_HD.names],
-    np.uint8,
-)
+TABLE = np.array([DRESS_CODE.names.index(n if n in DRESS_CODE.names else "face") for n in VITON_HD.names], np.uint8)
 
 
 def write_person(folder: Path, number: int, garment_label: str) -> None:
     """One person and garment with the annotations that DressCode has."""
-    drawn, (labels, joints) = (
-        render_sample(0, number, SIZE),
-        render_annotations(0, number, SIZE),
-    )
+    drawn, (labels, joints) = (render_sample(0, number, SIZE), render_annotations(0, number, SIZE))
     name = f"{number:06d}"
     for suffix, picture in (("0", drawn.person), ("1", drawn.garment)):
         cv2.imwrite(str(folder / f"images/{name}_{suffix}.jpg"), picture[..., ::-1])
@@ -96,30 +90,16 @@ def test_stock_data_say_how_to_go_on(tmp_path: Path) -> None:
         DataError,
         match=r"upper_body has no folder 'agnostic-v3\.2' .*DressCode does not distribute it; 'i2am data derive",
     ):
-        open_dataset(
-            tmp_path / "set", Split.TRAIN, Pairing.PAIRED, SIZE, Reading(categories=("upper_body",))
-        )
+        open_dataset(tmp_path / "set", Split.TRAIN, Pairing.PAIRED, SIZE, Reading(categories=("upper_body",)))
     codes = {(f.code, f.folder) for f in check_dataset(tmp_path / "set", progress=False).findings}
     assert codes == {
-        ("missing_folder", name)
-        for name in ("agnostic-v3.2", "agnostic-mask", "cloth-mask", "gt_cloth_warped_mask")
+        ("missing_folder", name) for name in ("agnostic-v3.2", "agnostic-mask", "cloth-mask", "gt_cloth_warped_mask")
     }
 
 
 def test_derived_data_are_read(complete: Path) -> None:
     # Proves names, own masks, coloured part labels and the rule on small masks that does not apply here.
-    data = open_dataset(
-        complete,
-        Split.TRAIN,
-        Pairing.PAIRED,
-        SIZE,
-        Reading(
-            categories=(
-                "upper_body",
-                "dresses",
-            )
-        ),
-    )
+    data = open_dataset(complete, Split.TRAIN, Pairing.PAIRED, SIZE, Reading(categories=("upper_body", "dresses")))
     assert len(data) == 6
     assert [sample["name"] for sample in data] == [f"{n:06d}_0" for n in (0, 1, 2, 20, 21, 22)]
     sample = data[3]
@@ -138,8 +118,7 @@ def test_derived_data_are_read(complete: Path) -> None:
 def test_each_pairing_has_its_list(complete: Path) -> None:
     # Proves paired and unpaired tests: people follow column 1, garments the list of the pairing.
     paired, unpaired = (
-        open_dataset(complete, Split.TEST, pairing, SIZE, Reading(categories=("upper_body",)))
-        for pairing in Pairing
+        open_dataset(complete, Split.TEST, pairing, SIZE, Reading(categories=("upper_body",))) for pairing in Pairing
     )
     assert [s["garment_name"] for s in paired] == ["000003_1", "000004_1"]
     assert [s["garment_name"] for s in unpaired] == ["000004_1", "000003_1"]
@@ -157,27 +136,10 @@ def test_a_missing_file_is_said_when_the_dataset_is_opened(complete: Path, tmp_p
     (root / "dresses/agnostic-mask/000024_0_mask.png").unlink()
     (root / "dresses/skeletons").rmdir()
     assert (
-        len(
-            open_dataset(
-                root,
-                Split.TRAIN,
-                Pairing.PAIRED,
-                SIZE,
-                Reading(
-                    categories=(
-                        "upper_body",
-                        "dresses",
-                    )
-                ),
-            )
-        )
-        == 6
+        len(open_dataset(root, Split.TRAIN, Pairing.PAIRED, SIZE, Reading(categories=("upper_body", "dresses")))) == 6
     )
     for category, match in (
-        (
-            "upper_body",
-            r"test_pairs_unpaired\.txt asks for: 1 of 2 in images \(000004_1\.jpg\)\. Copy",
-        ),
+        ("upper_body", r"test_pairs_unpaired\.txt asks for: 1 of 2 in images \(000004_1\.jpg\)\. Copy"),
         ("dresses", r"1 of 2 in agnostic-mask \(000024_0_mask\.png\)\..*'i2am data derive root="),
     ):
         with pytest.raises(DataError, match=rf"set/{category} lacks files .*{match}"):
@@ -193,9 +155,7 @@ def test_categories_are_chosen_and_found(complete: Path) -> None:
     ]
     some = TryOnDataModule(complete, SIZE, batch_size=2, reading=Reading(categories=("dresses",)))
     assert {name[:5] for name in next(iter(some.test_dataloader()))["name"]} == {"00002"}
-    with pytest.raises(
-        DataError, match=r"no folder lower_body .*data\.categories=\[upper_body,dresses\]"
-    ):
+    with pytest.raises(DataError, match=r"no folder lower_body .*data\.categories=\[upper_body,dresses\]"):
         open_dataset(complete, Split.TRAIN, Pairing.PAIRED, SIZE, Reading(categories=CATEGORIES))
     with pytest.raises(DataError, match=r"one category of DressCode.*data\.categories=\[dresses\]"):
         detect_layout(complete / "dresses")
@@ -204,9 +164,7 @@ def test_categories_are_chosen_and_found(complete: Path) -> None:
 def test_categories_need_dresscode(small_dataset: Path) -> None:
     # Proves that a filter is never ignored.
     with pytest.raises(DataError, match=r"categories=\['dresses'\] belongs to DressCode"):
-        open_dataset(
-            small_dataset, Split.TRAIN, Pairing.PAIRED, SIZE, Reading(categories=("dresses",))
-        )
+        open_dataset(small_dataset, Split.TRAIN, Pairing.PAIRED, SIZE, Reading(categories=("dresses",)))
 
 
 def test_the_check_knows_the_layout(complete: Path) -> None:
@@ -218,9 +176,7 @@ def test_the_check_knows_the_layout(complete: Path) -> None:
     }  # fmt: skip
     one = check_dataset(complete, reading=Reading(categories=("dresses",)), progress=False)
     assert list(one.samples) == ["dresses train", "dresses test"]
-    assert not check_dataset(
-        complete, reading=Reading(categories=("lower_body",)), progress=False
-    ).ok
+    assert not check_dataset(complete, reading=Reading(categories=("lower_body",)), progress=False).ok
 
 
 def test_foreign_lists_are_refused(stock: Path, tmp_path: Path) -> None:
@@ -228,12 +184,8 @@ def test_foreign_lists_are_refused(stock: Path, tmp_path: Path) -> None:
     folder = tmp_path / "set" / "dresses"
     folder.mkdir(parents=True)
     (folder / "train_pairs.txt").write_text("00017_00.jpg 00017_00.jpg\n")
-    with pytest.raises(
-        DataError, match=r"train_pairs\.txt names '00017_00'.*expected a person NNNNNN_0\.jpg"
-    ):
-        open_dataset(
-            tmp_path / "set", Split.TRAIN, Pairing.PAIRED, SIZE, Reading(categories=("dresses",))
-        )
+    with pytest.raises(DataError, match=r"train_pairs\.txt names '00017_00'.*expected a person NNNNNN_0\.jpg"):
+        open_dataset(tmp_path / "set", Split.TRAIN, Pairing.PAIRED, SIZE, Reading(categories=("dresses",)))
 
 
 def test_labels_of_another_set_are_said(complete: Path) -> None:
@@ -241,9 +193,7 @@ def test_labels_of_another_set_are_said(complete: Path) -> None:
     file = complete / "dresses/label_maps/000021_4.png"
     before = file.read_bytes()
     Image.fromarray(np.full(SIZE, 19, np.uint8)).save(file)
-    report = derive_dataset(
-        complete, Reading(categories=("dresses",)), DeriveOptions(overwrite=True, progress=False)
-    )
+    report = derive_dataset(complete, Reading(categories=("dresses",)), DeriveOptions(overwrite=True, progress=False))
     file.write_bytes(before)
     assert [one.name for one in report.refused] == ["000021_0"]
     assert "unknown labels 19; expected 0...17" in report.refused[0].reason

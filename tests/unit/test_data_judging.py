@@ -122,9 +122,7 @@ def parts_of_keypoints(folder: Path) -> np.ndarray:
 
 
 MAP = f"image-parse-v3/{NAME}.png"
-AS_DRESS_CODE = np.array(
-    [DRESS_CODE.names.index(n) if n in DRESS_CODE.names else 11 for n in VITON_HD.names], np.uint8
-)
+AS_DRESS_CODE = np.array([DRESS_CODE.names.index(n) if n in DRESS_CODE.names else 11 for n in VITON_HD.names], np.uint8)
 
 
 def other_labels_in_grey(folder: Path) -> None:
@@ -245,9 +243,7 @@ def test_masks_after_jpeg_have_two_values(quality: int) -> None:
         drawn = render_sample(0, index, GridSize(128, 96))
         masks = (drawn.inpaint_mask, drawn.garment_mask, drawn.warped_garment_mask)
         for mask in (*masks, np.ones((128, 96), bool), np.zeros((128, 96), bool)):
-            content = cv2.imencode(
-                ".jpg", mask.astype(np.uint8) * 255, [cv2.IMWRITE_JPEG_QUALITY, quality]
-            )[1]
+            content = cv2.imencode(".jpg", mask.astype(np.uint8) * 255, [cv2.IMWRITE_JPEG_QUALITY, quality])[1]
             assert share_of_other_values(cv2.imdecode(content, 0)) < 0.02
 
 
@@ -270,9 +266,7 @@ def test_half_a_dataset_is_checked_and_derived(copy: Path, half: str, other: str
 
 def test_derive_takes_bodies_from_the_embedded_pose_pictures(tmp_path: Path) -> None:
     # Proves pose=densepose on the embedded data (bodies in colours of their own), and data/README's figures at 128x96.
-    root = make_dataset(
-        tmp_path / "set", 24, 2, GridSize(128, 96), 0, annotations=True, workers=1, progress=False
-    )
+    root = make_dataset(tmp_path / "set", 24, 2, GridSize(128, 96), 0, annotations=True, workers=1, progress=False)
     true = {file: read_mask(file) for file in root.glob("*/agnostic-mask/*")}
     for source, mean in (("keypoints", 0.93), ("densepose", 0.90), ("none", 0.85)):
         for folder in ("agnostic-mask", "agnostic-v3.2"):

@@ -11,14 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from i2am_train.data.cache import (
-    ENCODED,
-    TOKENS,
-    CachedDataset,
-    CacheKey,
-    CacheLayout,
-    LatentCache,
-)
+from i2am_train.data.cache import ENCODED, TOKENS, CachedDataset, CacheKey, CacheLayout, LatentCache
 from i2am_train.data.opening import open_dataset
 from i2am_train.data.reading import EpochPosition, TryOnDataset
 from i2am_train.errors import DataError, RunFolderError
@@ -64,25 +57,16 @@ def assert_encoded(model: Any, stored: dict[str, Any], sample: Any, **close: flo
         tokens = model.encode_garment(sample["garment"][None])[0]
     torch.testing.assert_close(stored[TOKENS], tokens, **close)
     assert torch.equal(stored["warped_garment_mask"], sample["warped_garment_mask"])
-    torch.testing.assert_close(
-        stored["correspondence"], sample["correspondence"], rtol=0, atol=0, equal_nan=True
-    )
+    torch.testing.assert_close(stored["correspondence"], sample["correspondence"], rtol=0, atol=0, equal_nan=True)
 
 
 @pytest.mark.parametrize("split", Split)
-def test_every_sample_is_found_by_its_index(
-    made: Path, small_dataset: Path, model: Any, split: Split
-) -> None:
-    data, plain = (
-        CachedDataset(LatentCache(made), small_dataset, split),
-        pictures(small_dataset, split),
-    )
+def test_every_sample_is_found_by_its_index(made: Path, small_dataset: Path, model: Any, split: Split) -> None:
+    data, plain = (CachedDataset(LatentCache(made), small_dataset, split), pictures(small_dataset, split))
     assert len(data) == len(plain)
     for position in reversed(range(len(plain))):
         stored, sample = data[position], plain[position]
-        assert all(
-            stored[name] == sample[name] for name in ("name", "garment_name", "index", "paired")
-        )
+        assert all(stored[name] == sample[name] for name in ("name", "garment_name", "index", "paired"))
         assert_encoded(model, stored, sample, rtol=1e-5, atol=1e-5)
     with pytest.raises(IndexError, match="out of range"):
         data[len(plain)]
@@ -99,9 +83,7 @@ def test_half_precision_rounds_numbers_and_nothing_else(
     assert half.stat().st_size < whole.stat().st_size
 
 
-def test_variants_are_the_augmentations_of_an_uncached_run(
-    small_dataset: Path, model: Any, tmp_path: Path
-) -> None:
+def test_variants_are_the_augmentations_of_an_uncached_run(small_dataset: Path, model: Any, tmp_path: Path) -> None:
     """Epoch by epoch with the cache's seed; other seeds begin elsewhere; all variants differ."""
     layout = replace(LAYOUT, variants=2, seed=5)
     make_cache(model, small_dataset, tmp_path / "cache", layout, batch_size=5)
@@ -120,9 +102,7 @@ def test_variants_are_the_augmentations_of_an_uncached_run(
 
 
 @pytest.mark.parametrize("place", [0.0, 0.5, 0.999])
-def test_a_flipped_bit_is_found_and_named_when_it_is_read(
-    cache: Path, small_dataset: Path, place: float
-) -> None:
+def test_a_flipped_bit_is_found_and_named_when_it_is_read(cache: Path, small_dataset: Path, place: float) -> None:
     """In the header, in the middle, near the end; the other shards stay readable."""
     shard = cache / "train-000008.safetensors"
     spoil(shard, place)
@@ -196,11 +176,7 @@ def test_stopped_making_goes_on(
 
 
 def test_what_a_cache_is_keyed_by(
-    made: Path,
-    small_dataset: Path,
-    model: Any,
-    make_small_model: Callable[..., Any],
-    tmp_path: Path,
+    made: Path, small_dataset: Path, model: Any, make_small_model: Callable[..., Any], tmp_path: Path
 ) -> None:
     """Encoders, sizes, normalisation and data count; the denoiser and the VAE's decoder do not."""
     cache, key = LatentCache(made), cache_key(model, data_state(small_dataset))
@@ -275,11 +251,7 @@ def test_a_cache_that_was_stopped_before_its_first_shard_is_gone_on_with(
         def killed(*_: Any) -> None:
             raise KeyboardInterrupt("before the index")
 
-        patch.setattr(
-            encode_dataset.CacheIndex,
-            "write",
-            _second_time(encode_dataset.CacheIndex.write, killed),
-        )
+        patch.setattr(encode_dataset.CacheIndex, "write", _second_time(encode_dataset.CacheIndex.write, killed))
         with pytest.raises(KeyboardInterrupt, match="before the index"):
             make_cache(model, small_dataset, tmp_path / "cache", LAYOUT, batch_size=8)
     names = sorted(path.name for path in (tmp_path / "cache").iterdir())
@@ -298,9 +270,7 @@ def _second_time(first: Callable[..., None], then: Callable[..., None]) -> Calla
     return call
 
 
-def test_a_remote_cache_is_copied_shard_by_shard(
-    cache: Path, made: Path, small_dataset: Path, tmp_path: Path
-) -> None:
+def test_a_remote_cache_is_copied_shard_by_shard(cache: Path, made: Path, small_dataset: Path, tmp_path: Path) -> None:
     """Only what is read; checked like a local one; from the copy when it is there."""
     url, copies = f"file://{cache}", tmp_path / "copies"
     data = CachedDataset(LatentCache(url, copies), small_dataset, Split.TRAIN)
@@ -328,13 +298,9 @@ def test_it_travels_to_reading_processes(made: Path, small_dataset: Path) -> Non
 
 
 def test_keys_say_what_differs() -> None:
-    one = CacheKey(
-        vae="a", reference_encoder="b", garment_input="c", image_size="64x48", data="d", reading="e"
-    )
+    one = CacheKey(vae="a", reference_encoder="b", garment_input="c", image_size="64x48", data="d", reading="e")
     assert one.differences(one) == []
-    assert one.differences(replace(one, image_size="128x96")) == [
-        "image size 64x48 instead of 128x96"
-    ]
+    assert one.differences(replace(one, image_size="128x96")) == ["image size 64x48 instead of 128x96"]
 
 
 def altered(**changes: Any) -> Callable[[dict[str, Any]], object]:
@@ -393,12 +359,8 @@ def test_an_index_of_nonsense_is_one_sentence(
         LatentCache(tmp_path)
 
 
-@pytest.mark.parametrize(
-    "content", [b"", b"[1, 2]", b"1", b"null", b"{", b"[" * 99999, b"\xff\xfe\x00"]
-)
-def test_another_file_is_no_index(
-    content: bytes, tmp_path: Path, small_dataset: Path, model: Any
-) -> None:
+@pytest.mark.parametrize("content", [b"", b"[1, 2]", b"1", b"null", b"{", b"[" * 99999, b"\xff\xfe\x00"])
+def test_another_file_is_no_index(content: bytes, tmp_path: Path, small_dataset: Path, model: Any) -> None:
     """Neither for training nor for making a cache, which leaves it as it is."""
     (tmp_path / "index.json").write_bytes(content)
     with pytest.raises(DataError, match="is not the index of a cache"):

@@ -54,9 +54,7 @@ def test_each_file_of_the_embedded_dataset(embedded: Path, file: str, advice: st
     # Proves that one missing file of any kind is named before a sample is read, with what makes it again.
     (embedded / "train" / file).unlink()
     folder, name = file.split("/")
-    with pytest.raises(
-        DataError, match=rf"train_pairs\.txt asks for: 1 of 20 in {folder} \({name}\)\."
-    ):
+    with pytest.raises(DataError, match=rf"train_pairs\.txt asks for: 1 of 20 in {folder} \({name}\)\."):
         open_dataset(embedded, Split.TRAIN, Pairing.PAIRED, SIZE)
     with pytest.raises(DataError, match=r"data check root=.*") as caught:
         open_dataset(embedded, Split.TRAIN, Pairing.PAIRED, SIZE)
@@ -82,9 +80,7 @@ def test_all_folders_of_viton_hd_are_summed_up(viton_hd: Path) -> None:
 def test_only_what_is_read_is_asked_for(viton_hd: Path) -> None:
     # Proves that unpaired tests need the listed garment and not the person's own, and that subsets need no more.
     for role in ("cloth", "cloth-mask"):
-        (
-            viton_hd / f"test/{role}/50000_00.jpg"
-        ).unlink()  # of the last pair; person 50000 tries on 50001
+        (viton_hd / f"test/{role}/50000_00.jpg").unlink()  # of the last pair; person 50000 tries on 50001
 
     def opened(pairing: Pairing, indices: list[int]) -> TryOnDataset:
         return open_dataset(viton_hd, Split.TEST, pairing, SIZE, AS_IT_LIES, indices=indices)
@@ -92,9 +88,7 @@ def test_only_what_is_read_is_asked_for(viton_hd: Path) -> None:
     assert len([*opened(Pairing.UNPAIRED, [0, 1, 2, 3, 4])]) == 5
     assert len([*opened(Pairing.PAIRED, [1, 2, 3, 4, 5])]) == 5
     for pairing, index in ((Pairing.UNPAIRED, 5), (Pairing.PAIRED, 0)):
-        with pytest.raises(
-            DataError, match=r"1 of 1 in cloth \(50000_00\.jpg\); 1 of 1 in cloth-mask"
-        ):
+        with pytest.raises(DataError, match=r"1 of 1 in cloth \(50000_00\.jpg\); 1 of 1 in cloth-mask"):
             opened(pairing, [index])
 
 
@@ -182,9 +176,7 @@ def test_column_two_of_other_names_is_explained(viton_hd: Path) -> None:
         open_dataset(viton_hd, Split.TRAIN, Pairing.PAIRED, SIZE)
     findings = [f for f in check_dataset(viton_hd, progress=False).findings if f.level == "error"]
     assert {f.code for f in findings} == {"missing_file"}
-    assert any(
-        "own name; column 2 of train_pairs.txt names 'g_00003_00'" in f.message for f in findings
-    )
+    assert any("own name; column 2 of train_pairs.txt names 'g_00003_00'" in f.message for f in findings)
 
 
 def test_a_folder_is_listed_once_whatever_the_number_of_samples(

@@ -42,9 +42,7 @@ PIXELS = np.random.default_rng(0).integers(0, 256, (*SIZE, 3), dtype=np.uint8)
 
 def encoded(picture: Any, kind: str, **options: Any) -> bytes:
     buffer = io.BytesIO()
-    (picture if isinstance(picture, Image.Image) else Image.fromarray(picture)).save(
-        buffer, kind, **options
-    )
+    (picture if isinstance(picture, Image.Image) else Image.fromarray(picture)).save(buffer, kind, **options)
     return buffer.getvalue()
 
 
@@ -90,13 +88,10 @@ def test_the_embedded_dataset_reads_as_plain_opencv_reads_it(small_dataset: Path
 
 @pytest.mark.parametrize("subsampling", [0, 1, 2])
 @pytest.mark.parametrize("progressive", [False, True])
-def test_jpeg_of_any_kind_reads_as_opencv_reads_it(
-    tmp_path: Path, subsampling: int, progressive: bool
-) -> None:
+def test_jpeg_of_any_kind_reads_as_opencv_reads_it(tmp_path: Path, subsampling: int, progressive: bool) -> None:
     smooth = cv2.resize(PIXELS, (301, 405), interpolation=cv2.INTER_CUBIC)
     path = put(
-        tmp_path / "x.jpg",
-        encoded(smooth, "JPEG", quality=90, subsampling=subsampling, progressive=progressive),
+        tmp_path / "x.jpg", encoded(smooth, "JPEG", quality=90, subsampling=subsampling, progressive=progressive)
     )
     assert np.array_equal(read_rgb(path), cv2.imread(str(path))[..., ::-1])
     assert np.array_equal(read_grey(path), cv2.imread(str(path), cv2.IMREAD_GRAYSCALE))
@@ -185,9 +180,7 @@ def test_bytes_behind_the_end_do_not_matter(tmp_path: Path) -> None:
     for kind in ("JPEG", "PNG", "WEBP"):
         content = encoded(PIXELS, kind)
         plain = read_rgb(put(tmp_path / "plain", content))
-        assert np.array_equal(
-            read_rgb(put(tmp_path / "film", content + os.urandom(200_000))), plain
-        )
+        assert np.array_equal(read_rgb(put(tmp_path / "film", content + os.urandom(200_000))), plain)
     exif = Image.Exif()
     exif[0x927C] = encoded(PIXELS, "JPEG")  # a picture within the header
     content = encoded(PIXELS, "JPEG", exif=exif)
@@ -265,12 +258,8 @@ def test_what_is_no_file_is_refused_before_it_is_opened(
         read_size(path)
 
 
-@pytest.mark.parametrize(
-    "read", [read_coco, lambda path: read_keypoints(path, SIZE)], ids=["coco", "keypoints"]
-)
-def test_other_files_of_a_dataset_do_not_hang_either(
-    tmp_path: Path, read: Callable[[Path], Any]
-) -> None:
+@pytest.mark.parametrize("read", [read_coco, lambda path: read_keypoints(path, SIZE)], ids=["coco", "keypoints"])
+def test_other_files_of_a_dataset_do_not_hang_either(tmp_path: Path, read: Callable[[Path], Any]) -> None:
     os.mkfifo(tmp_path / "x.json")
     with pytest.raises(DataError, match=r"x\.json is a FIFO and no file"):
         read(tmp_path / "x.json")
@@ -282,9 +271,7 @@ def test_a_name_that_is_too_long_is_one_paragraph(tmp_path: Path) -> None:
 
 
 def bench_sample(path: Path) -> BenchSample:
-    return BenchSample(
-        index=0, image_id=1, path=path, size=SIZE, box=Box(0, 0, 5, 5), category="cat", crowd=False
-    )
+    return BenchSample(index=0, image_id=1, path=path, size=SIZE, box=Box(0, 0, 5, 5), category="cat", crowd=False)
 
 
 READERS: dict[str, Callable[[Path], Any]] = {
@@ -312,9 +299,7 @@ READERS: dict[str, Callable[[Path], Any]] = {
         (encoded(PIXELS, "JPEG")[:-30], "is cut off after"),
     ],
 )
-def test_every_reader_says_the_same(
-    tmp_path: Path, reader: str, content: bytes, message: str
-) -> None:
+def test_every_reader_says_the_same(tmp_path: Path, reader: str, content: bytes, message: str) -> None:
     """One limit and one message, before anything is decoded, and no warning of a library."""
     (tmp_path / "root/train/image").mkdir(parents=True)
     path = put(tmp_path / "root/train/image/x.png", content)

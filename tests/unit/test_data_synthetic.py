@@ -42,9 +42,7 @@ def test_the_correspondence_reproduces_the_garments_colours(index: int) -> None:
     read = cv2.remap(sample.garment, x, y, cv2.INTER_LINEAR)
     difference = np.abs(read.astype(int) - sample.person.astype(int)).max(axis=-1)[inside]
     assert np.median(difference) <= 2
-    assert (
-        np.quantile(difference, 0.75) <= 25
-    )  # the rest lies at edges of the pattern, where both are blurred
+    assert np.quantile(difference, 0.75) <= 25  # the rest lies at edges of the pattern, where both are blurred
 
 
 @pytest.mark.parametrize("index", range(8))
@@ -60,14 +58,9 @@ def test_masks_and_correspondence_agree(index: int) -> None:
     covered = sample.inpaint_mask[sample.warped_garment_mask]
     assert covered.mean() > 0.995
     assert (sample.agnostic[sample.inpaint_mask] == 128).all()
-    np.testing.assert_array_equal(
-        sample.agnostic[~sample.inpaint_mask], sample.person[~sample.inpaint_mask]
-    )
+    np.testing.assert_array_equal(sample.agnostic[~sample.inpaint_mask], sample.person[~sample.inpaint_mask])
     assert (
-        sample.garment[
-            ~cv2.dilate(sample.garment_mask.astype(np.uint8), np.ones((5, 5))).astype(bool)
-        ]
-        == 255
+        sample.garment[~cv2.dilate(sample.garment_mask.astype(np.uint8), np.ones((5, 5))).astype(bool)] == 255
     ).all()
 
 
@@ -85,21 +78,14 @@ def test_what_the_model_is_told_does_not_show_the_garment() -> None:
     for person in range(5):
         own, other = (render_pair(0, person, garment, SIZE) for garment in (person, person + 20))
         np.testing.assert_array_equal(own.densepose, other.densepose)
-        assert (
-            own.inpaint_mask == other.inpaint_mask
-        ).mean() > 0.985  # a wide cuff may cover part of a hand
+        assert (own.inpaint_mask == other.inpaint_mask).mean() > 0.985  # a wide cuff may cover part of a hand
         assert not np.array_equal(own.garment, other.garment)
 
 
 def test_sizes_show_the_same_scene() -> None:
     # Proves that geometry is relative: the small picture is the large one reduced.
     small, large = render_sample(0, 4, SIZE), render_sample(0, 4, GridSize(256, 192))
-    reduced = (
-        cv2.resize(
-            large.warped_garment_mask.astype(np.float32), (48, 64), interpolation=cv2.INTER_AREA
-        )
-        >= 0.5
-    )
+    reduced = cv2.resize(large.warped_garment_mask.astype(np.float32), (48, 64), interpolation=cv2.INTER_AREA) >= 0.5
     assert (reduced == small.warped_garment_mask).mean() > 0.97
 
 
@@ -155,12 +141,9 @@ def test_a_partial_folder_of_somebody_else_stays(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("train", "test", "size"),
-    [(0, 4, SIZE), (4, 1, SIZE), (4, 4, GridSize(8, 6)), (60_000, 2, SIZE)],
+    ("train", "test", "size"), [(0, 4, SIZE), (4, 1, SIZE), (4, 4, GridSize(8, 6)), (60_000, 2, SIZE)]
 )
-def test_impossible_requests_are_refused(
-    tmp_path: Path, train: int, test: int, size: GridSize
-) -> None:
+def test_impossible_requests_are_refused(tmp_path: Path, train: int, test: int, size: GridSize) -> None:
     # Proves that counts and sizes are checked before anything is written.
     with pytest.raises(DataError, match=r"Change data\."):
         make_dataset(tmp_path / "set", train, test, size, 0, workers=1, progress=False)
@@ -171,12 +154,7 @@ def test_impossible_requests_are_refused(
 def test_processes_write_the_same_files(tmp_path: Path) -> None:
     # Proves that the number of drawing processes does not matter.
     for workers in (1, 2):
-        make_dataset(
-            tmp_path / str(workers), 70, 2, GridSize(32, 24), 5, workers=workers, progress=False
-        )
+        make_dataset(tmp_path / str(workers), 70, 2, GridSize(32, 24), 5, workers=workers, progress=False)
     for file in sorted((tmp_path / "1").rglob("*.*")):
         if file.is_file():
-            assert (
-                file.read_bytes()
-                == (tmp_path / "2" / file.relative_to(tmp_path / "1")).read_bytes()
-            )
+            assert file.read_bytes() == (tmp_path / "2" / file.relative_to(tmp_path / "1")).read_bytes()

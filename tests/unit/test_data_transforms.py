@@ -18,9 +18,7 @@ def arrays(index: int) -> SampleArrays:
 
 def garment_read_at_correspondence(sample: SampleArrays) -> np.ndarray:
     where = sample.correspondence * np.float32(SIZE) - np.float32(0.5)
-    return cv2.remap(
-        sample.garment, np.nan_to_num(where[..., 1]), np.nan_to_num(where[..., 0]), cv2.INTER_LINEAR
-    )
+    return cv2.remap(sample.garment, np.nan_to_num(where[..., 1]), np.nan_to_num(where[..., 0]), cv2.INTER_LINEAR)
 
 
 @pytest.mark.parametrize("seed", range(12))
@@ -42,12 +40,8 @@ def test_every_step_happens_for_about_half_of_the_samples() -> None:
     for number in range(60):
         flipped = augment._flipped(plain, number)
         flips += not np.array_equal(flipped.person, plain.person)
-        moved_garments += not np.array_equal(
-            augment._garment_moved(plain, number).garment_mask, plain.garment_mask
-        )
-        moved_people += not np.array_equal(
-            augment._person_moved(plain, number).inpaint_mask, plain.inpaint_mask
-        )
+        moved_garments += not np.array_equal(augment._garment_moved(plain, number).garment_mask, plain.garment_mask)
+        moved_people += not np.array_equal(augment._person_moved(plain, number).inpaint_mask, plain.inpaint_mask)
     assert all(15 <= count <= 45 for count in (flips, moved_garments, moved_people))
 
 
@@ -58,9 +52,7 @@ def test_a_flip_mirrors_pictures_and_coordinates_together() -> None:
                    not np.array_equal(f.person, plain.person))  # fmt: skip
     np.testing.assert_array_equal(flipped.person, plain.person[:, ::-1])
     np.testing.assert_array_equal(flipped.garment, plain.garment[:, ::-1])
-    np.testing.assert_allclose(
-        flipped.correspondence[..., 1], 1 - plain.correspondence[:, ::-1, 1], atol=1e-6
-    )
+    np.testing.assert_allclose(flipped.correspondence[..., 1], 1 - plain.correspondence[:, ::-1, 1], atol=1e-6)
     np.testing.assert_array_equal(flipped.correspondence[..., 0], plain.correspondence[:, ::-1, 0])
 
 

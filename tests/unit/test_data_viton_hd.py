@@ -31,35 +31,22 @@ def test_files_come_back_as_they_were_drawn(small_dataset: Path) -> None:
     # Proves the round trip: masks and correspondence exact, pictures within JPEG's error, range [-1, 1].
     drawn = render_sample(0, 5, SIZE)
     read = open_dataset(small_dataset, Split.TRAIN, Pairing.PAIRED, SIZE)[5]
-    assert (read["name"], read["garment_name"], read["index"], read["paired"]) == (
-        "00005_00",
-        "00005_00",
-        5,
-        True,
-    )
+    assert (read["name"], read["garment_name"], read["index"], read["paired"]) == ("00005_00", "00005_00", 5, True)
     for name in ("garment_mask", "inpaint_mask", "warped_garment_mask"):
         np.testing.assert_array_equal(read[name].numpy(), getattr(drawn, name))
-    np.testing.assert_allclose(
-        read["correspondence"].numpy(), drawn.correspondence, atol=1 / 131_000
-    )
+    np.testing.assert_allclose(read["correspondence"].numpy(), drawn.correspondence, atol=1 / 131_000)
     for name in ("person", "garment", "agnostic", "densepose"):
         expected = getattr(drawn, name).transpose(2, 0, 1) / 127.5 - 1
         assert read[name].shape == (3, *SIZE)
         assert read[name].dtype == torch.float32
         assert np.abs(read[name].numpy() - expected).mean() < 0.03
-    assert read["agnostic"][:, read["inpaint_mask"]].mean().item() == pytest.approx(
-        128 / 127.5 - 1, abs=0.01
-    )
+    assert read["agnostic"][:, read["inpaint_mask"]].mean().item() == pytest.approx(128 / 127.5 - 1, abs=0.01)
 
 
 def test_unpaired_takes_the_lists_garment_and_knows_no_truth(small_dataset: Path) -> None:
     # Proves what the lists mean: person-side files follow column 1, the garment column 2.
-    paired, unpaired = (
-        open_dataset(small_dataset, Split.TEST, pairing, SIZE)[1] for pairing in Pairing
-    )
-    assert (
-        paired["garment_name"] == paired["name"] == unpaired["name"] == f"{FIRST_TEST_INDEX + 1}_00"
-    )
+    paired, unpaired = (open_dataset(small_dataset, Split.TEST, pairing, SIZE)[1] for pairing in Pairing)
+    assert paired["garment_name"] == paired["name"] == unpaired["name"] == f"{FIRST_TEST_INDEX + 1}_00"
     assert unpaired["garment_name"] == f"{FIRST_TEST_INDEX + 2}_00"
     assert not unpaired["paired"]
     assert torch.equal(paired["person"], unpaired["person"])
@@ -124,9 +111,7 @@ def test_small_inpainting_masks_become_everything_in_training_only(copy: Path) -
         mask[20:30, 20:30] = 255
         cv2.imwrite(str(copy / split / f"agnostic-mask/{name}_mask.png"), mask)
     assert open_dataset(copy, Split.TRAIN, Pairing.PAIRED, SIZE)[3]["inpaint_mask"].all()
-    kept = open_dataset(copy, Split.TRAIN, Pairing.PAIRED, SIZE, small_mask_rule=False)[3][
-        "inpaint_mask"
-    ]
+    kept = open_dataset(copy, Split.TRAIN, Pairing.PAIRED, SIZE, small_mask_rule=False)[3]["inpaint_mask"]
     assert kept.sum() == 100
     assert open_dataset(copy, Split.TEST, Pairing.PAIRED, SIZE)[0]["inpaint_mask"].sum() == 100
 
@@ -135,8 +120,7 @@ def test_missing_folders_are_named_with_what_was_found(copy: Path) -> None:
     # Proves the message of design rule 10.
     shutil.rmtree(copy / "train/cloth-mask")
     with pytest.raises(
-        DataError,
-        match=r"no folder 'cloth-mask' \(or cloth_mask\) \(found: .*i2am data derive.*i2am data check",
+        DataError, match=r"no folder 'cloth-mask' \(or cloth_mask\) \(found: .*i2am data derive.*i2am data check"
     ):
         open_dataset(copy, Split.TRAIN, Pairing.PAIRED, SIZE)
     with pytest.raises(DataError, match=r"no pair list train_pairs\.txt .*i2am data make"):
@@ -161,9 +145,7 @@ def test_broken_pair_lists_are_refused(copy: Path, text: bytes, match: str) -> N
     with pytest.raises(DataError, match=match):
         open_dataset(copy, Split.TEST, Pairing.PAIRED, SIZE)
     findings = check_dataset(copy, progress=False).findings
-    assert [(f.code, f.file) for f in findings if f.level == "error"] == [
-        ("pair_list", "test_pairs.txt")
-    ]
+    assert [(f.code, f.file) for f in findings if f.level == "error"] == [("pair_list", "test_pairs.txt")]
 
 
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
@@ -228,21 +210,15 @@ def test_broken_pictures_are_named(copy: Path, file: str, keep: float | None, ma
 def test_augmentation_depends_on_seed_epoch_and_index(small_dataset: Path) -> None:
     # Proves that neither order nor process state enters, and that epochs differ.
     def make(seed: int) -> TryOnDataset:
-        return open_dataset(
-            small_dataset, Split.TRAIN, Pairing.PAIRED, SIZE, augment=True, seed=seed
-        )
+        return open_dataset(small_dataset, Split.TRAIN, Pairing.PAIRED, SIZE, augment=True, seed=seed)
 
     first, second = make(0), make(0)
     second[7]
     a, b = first[EpochPosition(3, 5)], second[EpochPosition(3, 5)]
     assert torch.equal(a["person"], b["person"])
     assert torch.equal(a["garment"], b["garment"])
-    assert any(
-        not torch.equal(first[EpochPosition(e, 5)]["person"], a["person"]) for e in (4, 5, 6)
-    )
-    assert any(
-        not torch.equal(make(s)[EpochPosition(3, 5)]["person"], a["person"]) for s in (1, 2, 3)
-    )
+    assert any(not torch.equal(first[EpochPosition(e, 5)]["person"], a["person"]) for e in (4, 5, 6))
+    assert any(not torch.equal(make(s)[EpochPosition(3, 5)]["person"], a["person"]) for s in (1, 2, 3))
 
 
 def test_truth_is_required_where_it_is_taught(copy: Path) -> None:
@@ -271,9 +247,7 @@ def test_other_spellings_of_folders_and_names_are_read(small_dataset: Path, copy
         for cloth in [*(copy / split / "cloth").iterdir()]:
             cv2.imwrite(str(cloth.with_suffix(".png")), cv2.imread(str(cloth)))
             cloth.unlink()
-    usual, other = (
-        open_dataset(root, Split.TRAIN, Pairing.PAIRED, SIZE)[3] for root in (small_dataset, copy)
-    )
+    usual, other = (open_dataset(root, Split.TRAIN, Pairing.PAIRED, SIZE)[3] for root in (small_dataset, copy))
     for name, value in usual.items():
         if isinstance(value, torch.Tensor):
             assert torch.equal(value.nan_to_num(), other[name].nan_to_num()), name  # type: ignore[literal-required]
@@ -282,16 +256,11 @@ def test_other_spellings_of_folders_and_names_are_read(small_dataset: Path, copy
 def test_what_is_missing_says_where_it_comes_from(copy: Path) -> None:
     # Proves the advice for masks, for pose pictures and for photographs.
     shutil.rmtree(copy / "train/gt_cloth_warped_mask")
-    with pytest.raises(
-        DataError,
-        match=rf"no folder 'gt_cloth_warped_mask'.*'i2am data derive root={copy}' makes it",
-    ):
+    with pytest.raises(DataError, match=rf"no folder 'gt_cloth_warped_mask'.*'i2am data derive root={copy}' makes it"):
         open_dataset(copy, Split.TRAIN, Pairing.PAIRED, SIZE)
     assert len(open_dataset(copy, Split.TEST, Pairing.PAIRED, SIZE)) == 6
     shutil.rmtree(copy / "test/image-densepose")
-    with pytest.raises(
-        DataError, match=r"no folder 'image-densepose' .*DensePose pictures come with VITON-HD's"
-    ):
+    with pytest.raises(DataError, match=r"no folder 'image-densepose' .*DensePose pictures come with VITON-HD's"):
         open_dataset(copy, Split.TEST, Pairing.PAIRED, SIZE)
 
 

@@ -30,9 +30,7 @@ def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """A package in the working directory that nobody has allowed."""
     folder = tmp_path / "of_a_stranger"
     folder.mkdir()
-    (folder / "__init__.py").write_text(
-        "(__import__('pathlib').Path(__file__).parent / 'run').touch()\n"
-    )
+    (folder / "__init__.py").write_text("(__import__('pathlib').Path(__file__).parent / 'run').touch()\n")
     (folder / "parts.py").write_text(MODULE)
     (folder / "broken.py").write_text("1 / 0\n")
     (folder / "lacking.py").write_text("import never_installed\n")
@@ -47,18 +45,14 @@ def test_a_file_causes_no_import(package: str) -> None:
     """Neither the module nor its package runs; the words say how to allow it."""
     for allowed in ("of_a", "of_a_stranger.other", "of_a_stranger.part"):
         allow(allowed)
-    with pytest.raises(
-        ConfigError, match=rf"callbacks\[0\]=.*read from a file.*{VARIABLE}=of_a_stranger\.parts"
-    ):
+    with pytest.raises(ConfigError, match=rf"callbacks\[0\]=.*read from a file.*{VARIABLE}=of_a_stranger\.parts"):
         resolve(f"{package}.parts:score", "callbacks[0]", "a function")
     assert not (Path(package) / "run").exists()
     assert package not in sys.modules
 
 
 @pytest.mark.parametrize("how", ["variable", "word", "compose"])
-def test_what_the_user_named_is_imported(
-    package: str, how: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_the_user_named_is_imported(package: str, how: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """By the variable a whole package, by a word its module; a word anywhere in a list or a mapping counts."""
     if how == "variable":
         monkeypatch.setenv(VARIABLE, f"other, {package}")
@@ -66,9 +60,7 @@ def test_what_the_user_named_is_imported(
         allow_named(["seed=1", f"x=[ssim,{{fn: {package}.parts:score, scale: 2}}]"])
     else:
         compose("explain", ["model=factory", "reference=x", f"factory={package}.parts:number"])
-    assert (
-        resolve(f"{package}.parts:score", "x", "a function", calls("a", "b", scale=2))(1, 2) == 1.0
-    )
+    assert resolve(f"{package}.parts:score", "x", "a function", calls("a", "b", scale=2))(1, 2) == 1.0
     assert resolve(f"{package}.parts:Whole.read", "x", "a method", calls("self"))
     assert (Path(package) / "run").is_file()
 
@@ -76,28 +68,13 @@ def test_what_the_user_named_is_imported(
 @pytest.mark.parametrize(
     ("path", "message"),
     [
-        (
-            "parts.score",
-            "x=parts.score is not possible: expected package.module:name, the import path of a thing.",
-        ),
-        (
-            "of_a_stranger.nothing:a",
-            "ModuleNotFoundError: No module named 'of_a_stranger.nothing'. Run from the",
-        ),
+        ("parts.score", "x=parts.score is not possible: expected package.module:name, the import path of a thing."),
+        ("of_a_stranger.nothing:a", "ModuleNotFoundError: No module named 'of_a_stranger.nothing'. Run from the"),
         ("of_a_stranger.broken:a", "cannot be imported: ZeroDivisionError: division by zero."),
-        (
-            "of_a_stranger.lacking:a",
-            "cannot be imported: ModuleNotFoundError: No module named 'never_installed'",
-        ),
-        (
-            "of_a_stranger.parts:scor",
-            "of_a_stranger.parts has no 'scor' (it has: score). Expected a thing.",
-        ),
+        ("of_a_stranger.lacking:a", "cannot be imported: ModuleNotFoundError: No module named 'never_installed'"),
+        ("of_a_stranger.parts:scor", "of_a_stranger.parts has no 'scor' (it has: score). Expected a thing."),
         ("of_a_stranger.parts:number", "cannot be called: it is of type int. Expected a thing."),
-        (
-            "of_a_stranger.parts:Base.read",
-            "cannot be called with (generated, real): too many positional arguments",
-        ),
+        ("of_a_stranger.parts:Base.read", "cannot be called with (generated, real): too many positional arguments"),
     ],
 )
 def test_what_cannot_be_taken_is_named(package: str, path: str, message: str) -> None:
@@ -120,9 +97,7 @@ def test_classes_are_whole(package: str) -> None:
     assert resolve("collections:OrderedDict", "x", "a class", derives(dict)) is OrderedDict
 
 
-@pytest.mark.parametrize(
-    "text", ["s3://a/b", "a:b:c", "runs/a:b", "a.b", "1:2", "C:\\x", "a:b/c", ":b", "a:"]
-)
+@pytest.mark.parametrize("text", ["s3://a/b", "a:b:c", "runs/a:b", "a.b", "1:2", "C:\\x", "a:b/c", ":b", "a:"])
 def test_other_texts_are_no_import_paths(text: str) -> None:
     """Addresses, paths and times stay what they are."""
     assert not is_import_path(text)

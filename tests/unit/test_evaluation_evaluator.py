@@ -16,12 +16,7 @@ from i2am_train.config.attention import AttributionConfig
 from i2am_train.config.models import SamplingConfig
 from i2am_train.data.opening import open_dataset
 from i2am_train.errors import CaptureError, ConfigError
-from i2am_train.evaluation.evaluator import (
-    EvaluationResult,
-    EvaluationSettings,
-    Evaluator,
-    check_settings,
-)
+from i2am_train.evaluation.evaluator import EvaluationResult, EvaluationSettings, Evaluator, check_settings
 from i2am_train.evaluation.explaining import attention_scores, explain_batch
 from i2am_train.metrics.correspondence import target_on_grid
 from i2am_train.metrics.imacs import imacs
@@ -35,9 +30,7 @@ SAMPLES = [0, 2, 3, 5]
 
 
 def settings(*metrics: str, **attribution: Any) -> EvaluationSettings:
-    return EvaluationSettings(
-        sampling=SAMPLING, attribution=AttributionConfig(**attribution), metrics=metrics
-    )
+    return EvaluationSettings(sampling=SAMPLING, attribution=AttributionConfig(**attribution), metrics=metrics)
 
 
 @pytest.fixture(scope="module")
@@ -89,14 +82,9 @@ def sampled(model: Any, batch: Any, indices: list[int]) -> torch.Tensor:
 
 @pytest.mark.parametrize(
     ("side", "direction", "mask"),
-    [
-        ("g", Direction.REFERENCE_TO_GENERATED, "inpaint_mask"),
-        ("r", Direction.GENERATED_TO_REFERENCE, "garment_mask"),
-    ],
+    [("g", Direction.REFERENCE_TO_GENERATED, "inpaint_mask"), ("r", Direction.GENERATED_TO_REFERENCE, "garment_mask")],
 )
-def test_imacs_by_hand(
-    captured: Any, result: EvaluationResult, side: str, direction: Direction, mask: str
-) -> None:
+def test_imacs_by_hand(captured: Any, result: EvaluationResult, side: str, direction: Direction, mask: str) -> None:
     """Mean of the thresholded unified map inside the mask minus lambda times that outside, for every lambda."""
     batch, maps, _ = captured
     unified = maps.unified(direction).normalised().resized(SIZE).normalised().values
@@ -133,9 +121,7 @@ def test_correspondence_by_hand(captured: Any, result: EvaluationResult) -> None
     batch, maps, _ = captured
     scores, reference = maps.scores(2).double(), GridSize(8, 6)
     generated = maps.store.layer(2).generated_grid
-    target = target_on_grid(
-        batch["correspondence"], batch["warped_garment_mask"], generated, reference
-    )
+    target = target_on_grid(batch["correspondence"], batch["warped_garment_mask"], generated, reference)
     for row, weights, truth in zip(result.rows, scores, target, strict=True):
         distances = []
         for patch in range(generated.tokens):
@@ -154,8 +140,7 @@ def test_image_score_by_hand(captured: Any, result: EvaluationResult) -> None:
     """SSIM of the very images that the attention was captured from, against scikit-image."""
     batch, _, images = captured
     bytes_of = [
-        ((part + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
-        for part in (images, batch["person"])
+        ((part + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).numpy() for part in (images, batch["person"])
     ]
     for row, generated, real in zip(result.rows, *bytes_of, strict=True):
         expected = structural_similarity(
@@ -175,9 +160,7 @@ def test_means_and_names(result: EvaluationResult) -> None:
     assert result.skipped == {}
 
 
-def test_batches_do_not_matter(
-    model: Any, read_batch: Callable[..., Any], result: EvaluationResult
-) -> None:
+def test_batches_do_not_matter(model: Any, read_batch: Callable[..., Any], result: EvaluationResult) -> None:
     """The same rows from other batches in another order."""
     other = evaluated(model, read_batch([5]), read_batch([2, 0, 3]))
     for row, expected in zip(other.rows, result.rows, strict=True):

@@ -9,12 +9,7 @@ from PIL import Image
 from safetensors.numpy import save_file
 
 from i2am_train.errors import DataError, RunFolderError
-from i2am_train.evaluation.explanation import (
-    SCHEMA,
-    explanation_folders,
-    read_explanation,
-    write_explanation,
-)
+from i2am_train.evaluation.explanation import SCHEMA, explanation_folders, read_explanation, write_explanation
 from i2am_train.types import Direction, GridSize
 
 
@@ -64,9 +59,7 @@ def test_the_unified_map_is_the_one_that_is_scored(make_explained):
     np.testing.assert_array_equal(above, np.where(whole > 0.4, whole, 0.0))
 
 
-def test_a_run_of_several_samples_has_a_folder_for_each(
-    make_explained, write_explained_run, tmp_path
-):
+def test_a_run_of_several_samples_has_a_folder_for_each(make_explained, write_explained_run, tmp_path):
     run = write_explained_run(make_explained(), tmp_path / "run")
     one = [run]
     assert explanation_folders(run) == one
@@ -98,9 +91,7 @@ DAMAGE = {
     "grey": picture("L", 36),
     "other size": picture("RGB", 35),
     "other sample": lambda folder: changed(folder / "scores.json", name="00002_00"),
-    "other truth": lambda folder: save_file(
-        {"x": np.zeros(2)}, folder / "correspondence.safetensors"
-    ),
+    "other truth": lambda folder: save_file({"x": np.zeros(2)}, folder / "correspondence.safetensors"),
     "no maps": lambda folder: (folder / "maps.safetensors").unlink(),
 }
 

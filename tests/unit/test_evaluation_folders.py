@@ -155,9 +155,7 @@ def test_lossless_kinds_become_rgb(tmp_path: Path, real: Path, content: bytes) -
     ("orientation", "turn"),
     [(3, Image.Transpose.ROTATE_180), (6, Image.Transpose.ROTATE_90), (8, Image.Transpose.ROTATE_270)],
 )  # fmt: skip
-def test_photographs_are_scored_upright(
-    tmp_path: Path, orientation: int, turn: Image.Transpose
-) -> None:
+def test_photographs_are_scored_upright(tmp_path: Path, orientation: int, turn: Image.Transpose) -> None:
     """EXIF's orientation counts in the size that is compared and in the pixels."""
     images = fill(tmp_path / "images", "a.png")
     exif = Image.Exif()
@@ -215,9 +213,7 @@ def test_features_are_computed_once_for_each_network(monkeypatch: pytest.MonkeyP
 
     monkeypatch.setattr(scoring, "image_features", counted)
     names = ("fd_efficientnet_lite0", "kd_efficientnet_lite0")
-    scores = score_images(
-        image_set(5), image_set(4, 1), options(*names, batch_size=3), paired=False
-    )
+    scores = score_images(image_set(5), image_set(4, 1), options(*names, batch_size=3), paired=False)
     assert seen == [3, 2, 3, 1]
     assert set(scores.sets) == set(names)
 
@@ -251,6 +247,4 @@ def test_what_cannot_be_scored_is_refused(
     """Too few images for the subsets, too few for any distance, and names that are no image metric."""
     given = {"metrics": ("kd_efficientnet_lite0",), "device": torch.device("cpu"), **chosen}
     with pytest.raises(error, match=message):
-        score_images(
-            image_set(sets[0]), image_set(sets[1], 1), ScoringOptions(**given), paired=False
-        )
+        score_images(image_set(sets[0]), image_set(sets[1], 1), ScoringOptions(**given), paired=False)

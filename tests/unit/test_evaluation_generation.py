@@ -9,12 +9,7 @@ import torch
 
 from i2am_train.data.opening import open_dataset
 from i2am_train.errors import DataError
-from i2am_train.evaluation.generation import (
-    GeneratedSamples,
-    joined_result,
-    person_names,
-    real_images,
-)
+from i2am_train.evaluation.generation import GeneratedSamples, joined_result, person_names, real_images
 from i2am_train.evaluation.scoring import ImageScores
 from i2am_train.files import UNFINISHED
 from i2am_train.ops.images import to_uint8
@@ -102,17 +97,13 @@ def test_a_finished_evaluation_keeps_its_images_only(samples: GeneratedSamples) 
     (samples.folder / "images" / f".c.77{UNFINISHED}").write_bytes(b"half")
     samples.clear()
     assert [path.name for path in samples.folder.iterdir()] == ["images"]
-    assert sorted(path.name for path in (samples.folder / "images").iterdir()) == [
-        f"{name}.png" for name in NAMES
-    ]
+    assert sorted(path.name for path in (samples.folder / "images").iterdir()) == [f"{name}.png" for name in NAMES]
 
 
 def test_rows_and_image_scores_join_by_position() -> None:
     """Means over both, a missing value counted, set scores beside them."""
     rows = [row(index) | {"attention_entropy": 1.0} for index in (0, 3)]
-    scores = ImageScores(
-        pairs={"ssim": [None, 0.5]}, sets={"fid": 9.0}, protocol={"image_size": "2x1"}
-    )
+    scores = ImageScores(pairs={"ssim": [None, 0.5]}, sets={"fid": 9.0}, protocol={"image_size": "2x1"})
     result = joined_result(rows, scores)
     assert result.rows[1] == row(3) | {"attention_entropy": 1.0, "ssim": 0.5}
     assert result.metrics == {"imacs_g": 0.5, "attention_entropy": 1.0, "ssim": 0.5, "fid": 9.0}
@@ -135,7 +126,5 @@ def test_a_person_that_comes_twice_is_refused(small_dataset: Path) -> None:
     """Images are named after persons: the second would overwrite the first."""
     dataset = open_dataset(small_dataset, Split.TEST, Pairing.PAIRED, SIZE)
     dataset.pairs[3] = dataset.pairs[1]
-    with pytest.raises(
-        DataError, match=r"1 persons come more than once in the test list .*50001_00"
-    ):
+    with pytest.raises(DataError, match=r"1 persons come more than once in the test list .*50001_00"):
         person_names(dataset)

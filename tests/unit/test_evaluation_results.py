@@ -9,11 +9,7 @@ import pytest
 
 from i2am_train.evaluation import results as results_module
 from i2am_train.evaluation.evaluator import EvaluationResult
-from i2am_train.evaluation.results import (
-    read_results,
-    sample_intervals,
-    write_evaluation,
-)
+from i2am_train.evaluation.results import read_results, sample_intervals, write_evaluation
 from i2am_train.results import panels as panels_module
 from i2am_train.results.panels import SamplePanels, read_panels, write_panels
 from i2am_train.results.sample_scores import read_samples

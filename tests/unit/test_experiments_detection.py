@@ -8,14 +8,7 @@ import torch
 
 from i2am_train.config.detection import DetectConfig
 from i2am_train.experiments.detection.coco import Bench, BenchSample
-from i2am_train.experiments.detection.experiment import (
-    KeptPaintings,
-    boxes_of,
-    iou_of,
-    mean_iou,
-    sample_row,
-    summarise,
-)
+from i2am_train.experiments.detection.experiment import KeptPaintings, boxes_of, iou_of, mean_iou, sample_row, summarise
 from i2am_train.metrics.boxes import Box
 from i2am_train.types import GridSize
 
@@ -92,11 +85,7 @@ def test_a_row_is_in_the_frame_of_the_generated_image() -> None:
 
 def test_means_say_how_many_samples_count(tmp_path: Path) -> None:
     """Images without a detection are left out of a detector's mean; each mean has its interval."""
-    detections = [
-        seen([3.2, 8, 16, 24], None),
-        seen(None, None),
-        seen([3.2, 8, 9.6, 24], [0, 0, 1, 1]),
-    ]
+    detections = [seen([3.2, 8, 16, 24], None), seen(None, None), seen([3.2, 8, 9.6, 24], [0, 0, 1, 1])]
     rows = [row({"yolo": one}, number) for number, one in enumerate(detections, 1)]
     real, generated = (mean_iou(rows, kind, "yolo") for kind in ("real", "generated"))
     assert (real["mean"], real["n"], real["left_out"]) == (pytest.approx(0.75), 2, 1)

@@ -10,14 +10,7 @@ import pytest
 
 from i2am_train.config.store import compose
 from i2am_train.evaluation.explanation import Explanation
-from i2am_train.experiments.detection.report import (
-    KIND,
-    SCHEMA,
-    Example,
-    read_detected,
-    sample_sheet,
-    write_examples,
-)
+from i2am_train.experiments.detection.report import KIND, SCHEMA, Example, read_detected, sample_sheet, write_examples
 from i2am_train.experiments.detection.tables import main_table, published_iou, threshold_table
 from i2am_train.files import write_text
 from i2am_train.json_files import write_json
@@ -30,9 +23,7 @@ YOLO, MASKFORMER = "hustvl/yolos-tiny", "facebook/maskformer-swin-tiny-coco"
 
 
 def score(mean: float | None, n: int = 40) -> dict[str, Any]:
-    ends = (
-        {"low": None, "high": None} if mean is None else {"low": mean - 0.01, "high": mean + 0.01}
-    )
+    ends = {"low": None, "high": None} if mean is None else {"low": mean - 0.01, "high": mean + 0.01}
     return {"mean": mean, **ends, "confidence": 0.95, "n": n, "left_out": 40 - n}
 
 
@@ -41,11 +32,7 @@ def results() -> dict[str, Any]:
     ours = {"i2am": 0.25, "i2am_inverted": 0.22, "i2am_authors": 0.9}
     simple = {"daam": 0.18, "overall": 0.18, "random": 0.2, "random_authors": 0.8}
     generated = {name: score(mean) for name, mean in (simple | ours).items()}
-    sweep = {
-        f"{name}@d{delta:g}": score(mean - delta / 10)
-        for name, mean in ours.items()
-        for delta in (0.2, 0.4)
-    }
+    sweep = {f"{name}@d{delta:g}": score(mean - delta / 10) for name, mean in ours.items() for delta in (0.2, 0.4)}
     return {
         "bench": {"images": 60, "samples": 40, "crowds": 2, "mean_share": 0.18},
         "functional": False,
@@ -82,13 +69,9 @@ def test_rows_are_the_paper_s_with_its_values_beside(results: dict[str, Any]) ->
     assert len(cells(results, YOLO)) == 4  # made pictures are not compared with COCO
 
 
-def test_the_best_is_that_of_its_group_without_those_that_leave_out(
-    results: dict[str, Any],
-) -> None:
+def test_the_best_is_that_of_its_group_without_those_that_leave_out(results: dict[str, Any]) -> None:
     """The authors' rules drop failures, so that their high means are no best."""
-    ranks = {
-        row.label: [cell and cell.rank for cell in row.cells] for row in main_table(results).rows
-    }
+    ranks = {row.label: [cell and cell.rank for cell in row.cells] for row in main_table(results).rows}
     assert ranks[MASKFORMER][0] == 1
     assert ranks[YOLO][0] == 2
     assert ranks["I²AM"][2] == 1
@@ -127,9 +110,7 @@ def test_the_sweep_is_table_3(results: dict[str, Any]) -> None:
     assert [c and c.text for c in table.rows[-1].cells] == ["0.2413", "0.2416"]
     for made in (main_table(results), table):
         assert "I²AM, inverted map" in formats.html(made)
-        assert "| I²AM, inverted map |" in formats.markdown(made).replace(
-            "Unsupervised, unseen dataset: ", ""
-        )
+        assert "| I²AM, inverted map |" in formats.markdown(made).replace("Unsupervised, unseen dataset: ", "")
         assert r"I$^2$AM, inverted map &" in formats.latex(made)
 
 
@@ -144,12 +125,7 @@ def test_published_values_belong_to_their_detectors() -> None:
 def example() -> Example:
     """A cup in a picture of 20x40, found in part."""
     picture = np.arange(20 * 40 * 3, dtype=np.uint8).reshape(20, 40, 3)
-    found = {
-        "yolo": {
-            "real": None,
-            "generated": {"box": [0, 0, 20, 10], "score": 0.9, "category": "cup"},
-        }
-    }
+    found = {"yolo": {"real": None, "generated": {"box": [0, 0, 20, 10], "score": 0.9, "category": "cup"}}}
     row = {
         "name": "7", "category": "cup", "target": [10, 5, 30, 15], "detections": found,
         "boxes": {"i2am": [0, 0, 40, 20], "i2am_inverted": None},
@@ -211,9 +187,7 @@ def test_one_report_holds_both_kinds_of_figures(
     index = json.loads((folder / "index.json").read_text())
     assert [entry["figure"] for entry in index["figures"]] == ["daam", "detection"]
     assert len(index["tables"]) == 2
-    assert all(
-        (folder / f).is_file() for e in index["figures"] + index["tables"] for f in e["files"]
-    )
+    assert all((folder / f).is_file() for e in index["figures"] + index["tables"] for f in e["files"])
     page = (folder / "report.html").read_text()
     assert page.count("data:image/png") == 2
     for name in ("explained", "experiment"):

@@ -41,9 +41,7 @@ def test_rt_detr_finds_what_its_outputs_say(version: int, tmp_path: Path) -> Non
     x, y, width, height = (outputs.pred_boxes[0] * torch.tensor([90, 60, 90, 60])).unbind(-1)
     boxes = torch.stack([x - width / 2, y - height / 2, x + width / 2, y + height / 2], -1)
     best = scores.flatten().argsort(descending=True, stable=True)[: len(scores)].tolist()
-    expected = [
-        (scores.flatten()[one].item(), ("cup", "dog")[one % 2], boxes[one // 2]) for one in best
-    ]
+    expected = [(scores.flatten()[one].item(), ("cup", "dog")[one % 2], boxes[one // 2]) for one in best]
     assert {category for _, category, _ in expected} == {"cup", "dog"}
     middle = (expected[0][0] + expected[-1][0]) / 2
     for threshold in (0.5, middle):
@@ -119,17 +117,12 @@ def test_a_detector_of_torchvision_from_a_file(tmp_path: Path) -> None:
     ("name", "message"),
     [
         ("torchvision:yolo", r"no detector 'yolo'; it has fasterrcnn_.*maskrcnn_resnet50_fpn"),
-        (
-            "torchvision:ssdlite320_mobilenet_v3_large@away.pth",
-            r"away\.pth gives no weights .*leave out @FILE",
-        ),
+        ("torchvision:ssdlite320_mobilenet_v3_large@away.pth", r"away\.pth gives no weights .*leave out @FILE"),
         ("torchvision:ssdlite320_mobilenet_v3_large", r"could not be had .*@FILE\]"),
         ("nobody/nothing", r"There is no detector 'nobody/nothing' .*hustvl/yolos-tiny"),
     ],
 )
-def test_what_is_no_detector_is_said(
-    name: str, message: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_what_is_no_detector_is_said(name: str, message: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Misspelled names, missing files, and weights that nobody can fetch here."""
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))

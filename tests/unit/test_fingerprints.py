@@ -36,9 +36,7 @@ def test_links_to_folders_count_and_circles_end(root: Path, tmp_path: Path) -> N
     assert data_state(root) != before
 
 
-@pytest.mark.parametrize(
-    "name", ["runs/a/metrics.csv", "report.json", "previews/a.jpg", "notes.txt"]
-)
+@pytest.mark.parametrize("name", ["runs/a/metrics.csv", "report.json", "previews/a.jpg", "notes.txt"])
 def test_what_lies_beside_the_data_does_not_count(root: Path, name: str) -> None:
     """Outputs may lie in a dataset's folder; of a folder of pictures everything counts."""
     before, whole = data_state(root), folder_state(root)
@@ -100,9 +98,7 @@ def listed_otherwise(root: Path) -> None:
 
 
 @pytest.mark.parametrize("change", [replaced, saved_as_png])
-def test_a_replaced_broken_file_lets_a_run_go_on(
-    root: Path, tmp_path: Path, change: Callable[[Path], None]
-) -> None:
+def test_a_replaced_broken_file_lets_a_run_go_on(root: Path, tmp_path: Path, change: Callable[[Path], None]) -> None:
     """Only where the run said that it could not read the file; the manifest tells of it."""
     run = RunFolder.open(tmp_path / "study/run", {"seed": 0})
     run.start(data=data_state(root))

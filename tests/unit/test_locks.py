@@ -72,20 +72,14 @@ def test_a_killed_process_is_followed_at_once(tmp_path: Path) -> None:
     with pytest.raises(FolderInUseError, match=rf"process {process.pid}, "), locked(tmp_path):
         pass
     process.kill()
-    os.waitid(
-        os.P_PID, process.pid, os.WEXITED | os.WNOWAIT
-    )  # dead, and still in the table of processes
+    os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)  # dead, and still in the table of processes
     in_use = holder(tmp_path / "evaluation")
     unfinished = [tmp_path / f"{place}.9.7{UNFINISHED}" for place in ("", "model/", "evaluation/")]
     (tmp_path / "model").mkdir()
     for path in (*unfinished, tmp_path / "step"):
         path.touch()
     with locked(tmp_path):
-        assert [path.exists() for path in unfinished] == [
-            False,
-            False,
-            True,
-        ]  # the last is another's
+        assert [path.exists() for path in unfinished] == [False, False, True]  # the last is another's
         assert json.loads((tmp_path / LOCK).read_text())["pid"] == os.getpid()
     in_use.kill()
     for ended in (process, in_use):
@@ -108,11 +102,7 @@ def test_a_killed_process_is_followed_at_once(tmp_path: Path) -> None:
     ],
 )  # fmt: skip
 def test_only_what_is_certainly_dead_is_followed(
-    silent: float,
-    changes: dict[str, object],
-    taken: bool,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    silent: float, changes: dict[str, object], taken: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The message of another machine's lock names the machine, its last sign of life, and what to delete."""
     monkeypatch.setenv("SLURM_JOB_ID", "7")
@@ -137,9 +127,7 @@ def test_a_lock_without_words_is_judged_by_its_age(tmp_path: Path) -> None:
     lock = tmp_path / LOCK
     lock.touch()
     with (
-        pytest.raises(
-            FolderInUseError, match=rf"{LOCK} is there, and cannot be read.*delete that file"
-        ),
+        pytest.raises(FolderInUseError, match=rf"{LOCK} is there, and cannot be read.*delete that file"),
         locked(tmp_path),
     ):
         pass  # fmt: skip
@@ -197,9 +185,7 @@ def test_copies_of_the_process_do_not_unlock(tmp_path: Path) -> None:
         assert (tmp_path / LOCK).is_file()
 
 
-def test_the_other_processes_of_a_run_do_not_collide(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_other_processes_of_a_run_do_not_collide(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Neither those that Lightning starts nor those of torchrun or SLURM."""
     process = holder(tmp_path)
     for name in ("LOCAL_RANK", "RANK", "SLURM_PROCID", "NODE_RANK"):
@@ -217,10 +203,7 @@ def test_what_is_no_folder_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     (tmp_path / "link").symlink_to("nowhere")
     for name in ("file", "link"):
-        with (
-            pytest.raises(RunFolderError, match=f"{name} is a file, or a link to nothing"),
-            locked(tmp_path / name),
-        ):
+        with pytest.raises(RunFolderError, match=f"{name} is a file, or a link to nothing"), locked(tmp_path / name):
             pass  # fmt: skip
     with pytest.raises(OSError, match="File name too long"), locked(tmp_path / "new" / ("a" * 300)):
         pass
@@ -264,9 +247,7 @@ def test_somebody_elses_partial_folder_stays(tmp_path: Path) -> None:
     theirs = tmp_path / "data.partial" / "thesis.tex"
     theirs.parent.mkdir()
     theirs.write_text("years of work")
-    with pytest.raises(
-        RunFolderError, match=r"data\.partial .* holds something that no command of ours left"
-    ):
+    with pytest.raises(RunFolderError, match=r"data\.partial .* holds something that no command of ours left"):
         fill(tmp_path / "data", "")  # fmt: skip
     assert theirs.read_text() == "years of work"
     assert not (tmp_path / "data").exists()

@@ -83,9 +83,7 @@ def test_nothing_switched_on_is_zero(logits: Tensor, mask: Tensor) -> None:
 
 
 @pytest.mark.parametrize("variant", LossVariant)
-def test_dropped_conditions_take_no_part(
-    logits: Tensor, mask: Tensor, target: Tensor, variant: LossVariant
-) -> None:
+def test_dropped_conditions_take_no_part(logits: Tensor, mask: Tensor, target: Tensor, variant: LossVariant) -> None:
     """Dropping a sample equals leaving it out of the batch, and its logits get no gradient."""
     objective = weighted(**WEIGHTS, variant=variant)
     kept = torch.tensor([True, False, True])
@@ -100,9 +98,7 @@ def test_dropped_conditions_take_no_part(
 
 
 @pytest.mark.parametrize("variant", [LossVariant.REWARD, LossVariant.AUTHORS_V1])
-def test_several_batches_weigh_by_their_samples(
-    logits: Tensor, mask: Tensor, variant: LossVariant
-) -> None:
+def test_several_batches_weigh_by_their_samples(logits: Tensor, mask: Tensor, variant: LossVariant) -> None:
     """Two processes, or two accumulated batches, of 2 and 1: the mean of their losses is that over all three.
 
     For the authors' first CWG that is the mean of the batches' quotients, each as often as it has samples.
@@ -155,9 +151,7 @@ def test_supervision_stays_inside_the_mask(logits: Tensor, mask: Tensor, target:
     objective = weighted(supervised=1.0)
     moved = target.clone()
     moved[1, :5] = 0.0
-    plain, other = (
-        objective(on_grids(logits.softmax(-1), mask, target=given))[0] for given in (target, moved)
-    )
+    plain, other = (objective(on_grids(logits.softmax(-1), mask, target=given))[0] for given in (target, moved))
     torch.testing.assert_close(other, plain)
 
 
@@ -211,9 +205,7 @@ def test_own_terms_are_held_to_the_rules(logits: Tensor, mask: Tensor) -> None:
 
 
 @pytest.mark.usefixtures("own_terms")
-def test_only_terms_that_ask_for_the_truth_get_it(
-    logits: Tensor, mask: Tensor, target: Tensor
-) -> None:
+def test_only_terms_that_ask_for_the_truth_get_it(logits: Tensor, mask: Tensor, target: Tensor) -> None:
     """Arms that use it are marked, so that no term may use it quietly."""
     entry = {"fn": "tests.support.terms:offset", "weight": 1.0}
     with pytest.raises(ConfigError, match="None without truth: true"):
@@ -229,9 +221,7 @@ def test_only_terms_that_ask_for_the_truth_get_it(
 
 def test_a_file_has_no_term_imported() -> None:
     """Whoever runs an experiment of somebody else allows the module first."""
-    with pytest.raises(
-        ConfigError, match=r"mine\.fn=tests\.support\.terms:mass was read from a file"
-    ):
+    with pytest.raises(ConfigError, match=r"mine\.fn=tests\.support\.terms:mass was read from a file"):
         weighted(terms={"mine": MINE})
 
 
@@ -241,9 +231,7 @@ def test_every_variant_has_its_preset() -> None:
 
 
 @pytest.mark.parametrize("variant", LossVariant)
-def test_a_variant_trains_with_its_own_sigma(
-    logits: Tensor, mask: Tensor, variant: LossVariant
-) -> None:
+def test_a_variant_trains_with_its_own_sigma(logits: Tensor, mask: Tensor, variant: LossVariant) -> None:
     """Unless a number is given; the settings of a training show the number that is used."""
     attention = on_grids(logits.detach().softmax(-1), mask)
     own = VARIANTS[variant].cwg
@@ -256,9 +244,7 @@ def test_a_variant_trains_with_its_own_sigma(
 
 
 @pytest.mark.parametrize(("sigma", "exponent"), [(None, 1.0), (1.0, 0.25)])
-def test_cwg_of_the_first_version_as_training_computes_it(
-    sigma: float | None, exponent: float
-) -> None:
+def test_cwg_of_the_first_version_as_training_computes_it(sigma: float | None, exponent: float) -> None:
     """By hand: half the mass on each of two neighbours lies 1/2 from the centre; exp(-(1/2) / (2 sigma^2))."""
     scores = torch.tensor([[[0.0, 0.5, 0.5], [0.5, 0.5, 0.0]]])
     objective = weighted(variant=LossVariant.AUTHORS_V1, sigma=sigma, cwg=1.0)

@@ -61,9 +61,7 @@ def test_margin_is_in_reference_patches_per_step() -> None:
 def test_mixed_is_reward_plus_hinge() -> None:
     """On any field, and therefore minus the mean gap."""
     centers = torch.randn(2, GENERATED.tokens, 2, generator=torch.Generator().manual_seed(0))
-    reward, hinge, mixed = (
-        VARIANTS[v].dcml(of_centers(centers)) for v in (V.REWARD, V.HINGE, V.MIXED)
-    )
+    reward, hinge, mixed = (VARIANTS[v].dcml(of_centers(centers)) for v in (V.REWARD, V.HINGE, V.MIXED))
     torch.testing.assert_close(mixed, reward + hinge)
 
 

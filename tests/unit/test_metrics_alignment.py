@@ -46,9 +46,7 @@ def test_grids_of_different_fineness() -> None:
     """The same misplacement by an eighth of the picture is the same relative number on both grids."""
     fine, coarse = GridSize(8, 6), GridSize(4, 3)
     rows = torch.arange(fine.tokens).view(fine)
-    own = torch.stack(
-        [rows[2 * y, 2 * x] for y in range(4) for x in range(3)]
-    )  # a corner of each 2x2
+    own = torch.stack([rows[2 * y, 2 * x] for y in range(4) for x in range(3)])  # a corner of each 2x2
     on_fine = torch.eye(fine.tokens)[own].expand(BATCH, -1, -1)
     result = alignment(on_fine, coarse, fine)
     assert result.distance.tolist() == pytest.approx([math.sqrt(0.5)] * BATCH)

@@ -7,15 +7,7 @@ import pytest
 import torch
 
 from i2am_train.errors import ConfigError
-from i2am_train.metrics.boxes import (
-    Box,
-    authors_box,
-    box_iou,
-    component_box,
-    random_box,
-    saved_picture,
-    whole_box,
-)
+from i2am_train.metrics.boxes import Box, authors_box, box_iou, component_box, random_box, saved_picture, whole_box
 from i2am_train.types import GridSize
 
 FRAME = GridSize(40, 60)
@@ -85,9 +77,7 @@ def test_random_boxes_are_what_the_paper_says() -> None:
     """Inside the picture, a tenth to three tenths of it, half to twice as wide as high, from the seed alone."""
     boxes = [random_box(FRAME, np.random.default_rng(seed)) for seed in range(300)]
     shares = np.array([box.area / FRAME.tokens for box in boxes])
-    aspects = np.array(
-        [(b.right - b.left) / FRAME.width / ((b.bottom - b.top) / FRAME.height) for b in boxes]
-    )
+    aspects = np.array([(b.right - b.left) / FRAME.width / ((b.bottom - b.top) / FRAME.height) for b in boxes])
     assert all(b.left >= 0 and b.top >= 0 for b in boxes)
     assert all(b.right <= FRAME.width and b.bottom <= FRAME.height for b in boxes)
     assert 0.1 <= shares.min() < 0.11
@@ -130,9 +120,7 @@ def test_the_saved_picture_is_matplotlib_s(tmp_path: Path) -> None:
     _, decoded = KDTree(colours).query(saved)
     assert saved.shape[:2] == (369, 369)
     difference = np.abs(decoded - saved_picture(values).astype(int))
-    assert (
-        difference <= 1
-    ).mean() > 0.9  # the picture's edges are no whole pixels: cells are shifted by less than one
+    assert (difference <= 1).mean() > 0.9  # the picture's edges are no whole pixels: cells are shifted by less than one
 
 
 def test_the_authors_box_hardly_depends_on_delta() -> None:

@@ -136,9 +136,7 @@ def test_collapse_is_named(ratio: float | None, entropy: float, words: str) -> N
     assert words in warning
 
 
-@pytest.mark.parametrize(
-    ("ratio", "entropy"), [(1.03, 0.3), (0.55, 0.6), (None, 0.05), (float("nan"), 0.05)]
-)
+@pytest.mark.parametrize(("ratio", "entropy"), [(1.03, 0.3), (0.55, 0.6), (None, 0.05), (float("nan"), 0.05)])
 def test_healthy_attention_gives_no_warning(ratio: float | None, entropy: float) -> None:
     """The healthy arms of trial trainings; sharp attention of unknown spread is no collapse."""
     assert collapse_warning(ratio, entropy) is None

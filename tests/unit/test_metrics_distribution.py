@@ -30,9 +30,7 @@ from tests.support.published_files import publish
 def random_images(batch: int, seed: int) -> Tensor:
     """Smooth random images of 64x48 pixels."""
     coarse = torch.rand(batch, 3, 8, 6, generator=torch.Generator().manual_seed(seed))
-    return (torch.nn.functional.interpolate(coarse, (64, 48), mode="bilinear") * 255).to(
-        torch.uint8
-    )
+    return (torch.nn.functional.interpolate(coarse, (64, 48), mode="bilinear") * 255).to(torch.uint8)
 
 
 def random_features(samples: int, dimension: int, seed: int, shift: float = 0.0) -> Tensor:

@@ -62,9 +62,7 @@ def test_scores_worsen_with_noise() -> None:
     """More noise gives a lower SSIM and a larger perceptual distance, sample by sample."""
     images = random_images(2, seed=0)
     noise = torch.randn(images.shape, generator=torch.Generator().manual_seed(1))
-    slight, strong = (
-        (images + deviation * noise).clamp(0, 255).to(torch.uint8) for deviation in (5.0, 40.0)
-    )
+    slight, strong = ((images + deviation * noise).clamp(0, 255).to(torch.uint8) for deviation in (5.0, 40.0))
     stlpips = PerceptualDistance("stlpips")
     assert (ssim(slight, images) > ssim(strong, images)).all()
     assert (stlpips(slight, images) < stlpips(strong, images)).all()
@@ -201,11 +199,7 @@ def test_metrics_can_be_pickled() -> None:
 
 @pytest.mark.parametrize(
     ("name", "file"),
-    [
-        ("lpips", "alexnet-owt-7be5be79.pth"),
-        ("fid", "inception-2015-12-05.pt"),
-        ("kid", "inception-2015-12-05.pt"),
-    ],
+    [("lpips", "alexnet-owt-7be5be79.pth"), ("fid", "inception-2015-12-05.pt"), ("kid", "inception-2015-12-05.pt")],
 )
 def test_missing_weights_name_the_file_and_its_place(empty_hub: Path, name: str, file: str) -> None:
     """Without network, asking for the metric fails at once, and says what to put where."""
@@ -223,17 +217,14 @@ def test_damaged_weights_are_named(empty_hub: Path) -> None:
         PerceptualDistance("lpips")(images, images)
 
 
-def test_lpips_reads_the_file_that_the_error_names(
-    empty_hub: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_lpips_reads_the_file_that_the_error_names(empty_hub: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With an AlexNet file at the named place lpips works offline, and equal images are at 0."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
         state = alexnet().state_dict()
     # The unused classifier is stored as one repeated number: 1 MB of file, not 244.
     state = {
-        key: value if key.startswith("features") else torch.zeros(1).expand(value.shape)
-        for key, value in state.items()
+        key: value if key.startswith("features") else torch.zeros(1).expand(value.shape) for key, value in state.items()
     }
     file = empty_hub / "alexnet-owt-7be5be79.pth"
     torch.save(state, file)

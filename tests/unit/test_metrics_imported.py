@@ -80,14 +80,7 @@ def test_a_function_with_attributes() -> None:
 
 def test_a_mapping_describes_and_gives_arguments() -> None:
     """What describes a metric is not handed to it; everything else is."""
-    entry = {
-        "fn": named("error"),
-        "power": 2,
-        "name": "square",
-        "label": "E²",
-        "digits": 1,
-        "unit": "x",
-    }
+    entry = {"fn": named("error"), "power": 2, "name": "square", "label": "E²", "digits": 1, "unit": "x"}
     assert metric_names([entry, named("error")]) == ("square", "error")
     info = metric_info("square")
     assert (info.label, info.digits, info.unit, info.higher_is_better) == ("E²", 1, "x", False)
@@ -120,20 +113,11 @@ def test_finished_results_describe_their_metrics() -> None:
     ("entries", "message"),
     [
         ([named("ssim")], "is called 'ssim', and so is another metric. Give it a name of its own"),
-        (
-            [named("error"), {"fn": named("lower"), "name": "error"}],
-            "is called 'error', and so is another",
-        ),
+        ([named("error"), {"fn": named("lower"), "name": "error"}], "is called 'error', and so is another"),
         ([named("_name")], "has the label 'two\\nlines'. Expected one line"),
-        (
-            [{"fn": named("error"), "name": "a b"}],
-            "is called 'a b', which cannot be the name of a column",
-        ),
+        ([{"fn": named("error"), "name": "a b"}], "is called 'a b', which cannot be the name of a column"),
         ([{"fn": named("error"), "digits": 40}], "digits=40. Expected true, false or null"),
-        (
-            [{"fn": named("error"), "force": 2}],
-            "(generated, real, force=): got an unexpected keyword",
-        ),
+        ([{"fn": named("error"), "force": 2}], "(generated, real, force=): got an unexpected keyword"),
         ([{"fn": named("Largest"), "scales": 2}], "cannot be called with (scales=)"),
         ([named("Deaf")], "cannot be called with (self, generated, real): too many"),
         ([named("torch.nn.Linear")], "does not derive from torchmetrics.Metric"),
@@ -147,10 +131,7 @@ def test_what_is_refused(entries: list[object], message: str) -> None:
 
 @pytest.mark.parametrize(
     ("name", "message"),
-    [
-        ("of_the_batch", "gave values of shape [] for 2 samples"),
-        ("failing", "RuntimeError: no such network"),
-    ],
+    [("of_the_batch", "gave values of shape [] for 2 samples"), ("failing", "RuntimeError: no such network")],
 )
 def test_two_random_pictures_come_first(name: str, message: str) -> None:
     """What would fail after hours of sampling fails before."""

@@ -160,14 +160,10 @@ def theirs() -> TheirModel:
 
 
 @pytest.fixture(scope="module")
-def folder(
-    theirs: TheirModel, make_parts: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory
-) -> Path:
+def folder(theirs: TheirModel, make_parts: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Their checkpoint as Lightning writes it, and an encoder."""
     root = tmp_path_factory.mktemp("authors")
-    torch.save(
-        {"epoch": 82, "state_dict": theirs.state_dict(), "lr_schedulers": []}, root / "a.ckpt"
-    )
+    torch.save({"epoch": 82, "state_dict": theirs.state_dict(), "lr_schedulers": []}, root / "a.ckpt")
     make_parts("dinov2").save_pretrained(root / "dinov2")
     return root
 
@@ -253,11 +249,7 @@ def test_every_block_computes_the_same(theirs: TheirModel, ours: TryOnModel) -> 
     for name, mine in pairs.items():
         assert wanted[f"unet.{name}"].std() > 0.1
         torch.testing.assert_close(
-            found[mine],
-            wanted[f"unet.{name}"],
-            atol=2e-4,
-            rtol=1e-3,
-            msg=lambda m, n=mine: f"{n}: {m}",
+            found[mine], wanted[f"unet.{name}"], atol=2e-4, rtol=1e-3, msg=lambda m, n=mine: f"{n}: {m}"
         )
 
 
@@ -300,9 +292,7 @@ def test_every_key_is_in_the_report(folder: Path, theirs: TheirModel, tmp_path: 
     assert report.mapped[key] == [f"{start}.to_{letter}.weight" for letter in "qkv"]
 
 
-def test_another_vae_replaces_theirs(
-    folder: Path, make_parts: Callable[..., Any], tmp_path: Path
-) -> None:
+def test_another_vae_replaces_theirs(folder: Path, make_parts: Callable[..., Any], tmp_path: Path) -> None:
     """vae= is taken where given."""
     make_parts("vae").save_pretrained(tmp_path / "vae")
     model, (report,) = assemble(options(folder, tmp_path / "m", vae=str(tmp_path / "vae")))
@@ -324,16 +314,11 @@ def test_what_does_not_fit_is_listed(folder: Path, theirs: TheirModel, tmp_path:
     (report,) = json.loads((tmp_path / "model.keys.json").read_text())
     assert report["missing"] == ["projector.blocks.1.norm3.bias"]
     assert list(report["wrong_shape"]) == ["diffusion.unet.bottleneck.1.attention_1.in_proj.weight"]
-    assert report["unexpected"] == [
-        "diffusion.control.weight",
-        "diffusion.unet.encoders.4.1.attention_3.q_proj.weight",
-    ]
+    assert report["unexpected"] == ["diffusion.control.weight", "diffusion.unet.encoders.4.1.attention_3.q_proj.weight"]
     assert not (tmp_path / "model").exists()
 
 
-def test_models_that_are_not_theirs(
-    folder: Path, make_parts: Callable[..., Any], tmp_path: Path
-) -> None:
+def test_models_that_are_not_theirs(folder: Path, make_parts: Callable[..., Any], tmp_path: Path) -> None:
     """The later 17-channel model, Stable Diffusion itself, another encoder, another reference size."""
     later = TheirModel(channels=17).state_dict()
     torch.save({"state_dict": later}, tmp_path / "later.ckpt")
@@ -356,9 +341,7 @@ def test_models_that_are_not_theirs(
 def test_true_shapes() -> None:
     """At the authors' widths every key finds its place in the networks of the true configuration."""
     with torch.device("meta"):
-        weights = TheirModel(
-            (320, 640, 1280, 1280), 768, 1536, 1037, (128, 256, 512, 512)
-        ).state_dict()
+        weights = TheirModel((320, 640, 1280, 1280), 768, 1536, 1037, (128, 256, 512, 512)).state_dict()
         sd15 = UNet2DConditionModel(in_channels=12, cross_attention_dim=768)
         projector = ReferenceProjector(1536, 768, 1037)
         vae = AutoencoderKL(
@@ -369,12 +352,7 @@ def test_true_shapes() -> None:
             latent_channels=4,
         )
     unet, their_vae = unet_weights(weights), vae_weights(weights)
-    assert dict(empty_unet(unet.tensors, "x").config)["block_out_channels"] == [
-        320,
-        640,
-        1280,
-        1280,
-    ]
+    assert dict(empty_unet(unet.tensors, "x").config)["block_out_channels"] == [320, 640, 1280, 1280]
     assert empty_vae(their_vae.tensors, "x").state_dict().keys() == vae.state_dict().keys()
     report = key_report(
         "x",

@@ -217,9 +217,7 @@ def test_a_checkpoint_that_is_a_file(tmp_path: Path) -> None:
     """What is a file is not called missing."""
     file = tmp_path / "model.safetensors"
     file.write_bytes(b"x")
-    with pytest.raises(
-        CheckpointError, match=r"model.safetensors is a file, and a checkpoint is a folder"
-    ):
+    with pytest.raises(CheckpointError, match=r"model.safetensors is a file, and a checkpoint is a folder"):
         checkpoint_folder(str(file))
 
 
@@ -236,9 +234,7 @@ PREFIX = "model.diffusion_model."
         ("first_stage_model.decoder.conv_in.weight", torch.ones(2)),
     ],
 )
-def test_a_single_file_of_other_shapes(
-    make_parts: Any, original_layout: Any, key: str, value: Tensor
-) -> None:
+def test_a_single_file_of_other_shapes(make_parts: Any, original_layout: Any, key: str, value: Tensor) -> None:
     """Tensors that lack dimensions, too."""
     network = "unet" if key.startswith(PREFIX) else "vae"
     tensors = original_layout(**{network: make_parts(network)})

@@ -26,9 +26,7 @@ def test_maps_are_the_models_own_in_our_labels(tmp_path: Path) -> None:
     inputs = parser.processor(images=photographs(), return_tensors="pt")
     with torch.no_grad():
         outputs = parser.model(**inputs)
-    expected = parser.processor.post_process_semantic_segmentation(
-        outputs, target_sizes=[(96, 72), (50, 64)]
-    )
+    expected = parser.processor.post_process_semantic_segmentation(outputs, target_sizes=[(96, 72), (50, 64)])
     for ours, theirs in zip(maps, expected, strict=True):
         assert len(np.unique(ours)) > 1
         np.testing.assert_array_equal(ours, theirs.numpy())  # ATR's order is DressCode's
@@ -46,13 +44,9 @@ def test_maps_are_the_models_own_in_our_labels(tmp_path: Path) -> None:
         (LIP, "UpperClothes", {VITON_HD: "upper_clothes", DRESS_CODE: "upper_clothes"}),
     ],
 )
-def test_labels_are_mapped_by_name(
-    tmp_path: Path, labels: list[str], label: str, wanted: dict[Any, str]
-) -> None:
+def test_labels_are_mapped_by_name(tmp_path: Path, labels: list[str], label: str, wanted: dict[Any, str]) -> None:
     # Proves the table, label sets of both kinds into both of ours.
-    parser = HumanParser.from_pretrained(
-        str(tiny_parser(tmp_path / "model", labels, labels.index(label)))
-    )
+    parser = HumanParser.from_pretrained(str(tiny_parser(tmp_path / "model", labels, labels.index(label))))
     for names, ours in wanted.items():
         for values in parser(photographs(), names):
             assert names.found(values) == ours
@@ -61,11 +55,7 @@ def test_labels_are_mapped_by_name(
 def test_models_of_other_things_are_refused(tmp_path: Path) -> None:
     # Proves that a model of streets or rooms is not taken for a human parser, and the message on a missing one.
     folder = tiny_parser(tmp_path / "streets", ["road", "car", "Hat"])
-    with pytest.raises(
-        CheckpointError, match=r"labels that are not known: road, car; expected .*upper_clothes"
-    ):
+    with pytest.raises(CheckpointError, match=r"labels that are not known: road, car; expected .*upper_clothes"):
         HumanParser.from_pretrained(str(folder))
-    with pytest.raises(
-        CheckpointError, match=r"could be loaded from parser=.*nowhere.*preprocessor_config\.json"
-    ):
+    with pytest.raises(CheckpointError, match=r"could be loaded from parser=.*nowhere.*preprocessor_config\.json"):
         HumanParser.from_pretrained(str(tmp_path / "nowhere"))

@@ -43,8 +43,7 @@ def adapted(make_small_model: Callable[..., Any]) -> Any:
 def inputs(size: GridSize, count: int = 2) -> dict[str, Any]:
     generator = torch.Generator().manual_seed(0)
     return {
-        name: torch.rand(count, 3, *size, generator=generator) * 2 - 1
-        for name in ("garment", "agnostic", "densepose")
+        name: torch.rand(count, 3, *size, generator=generator) * 2 - 1 for name in ("garment", "agnostic", "densepose")
     }
 
 
@@ -96,9 +95,7 @@ def test_merging_leaves_the_model_alone(adapted: TryOnModel) -> None:
     assert merged(plain) is plain
 
 
-def test_attention_losses_reach_the_adapters(
-    make_small_model: Callable[..., Any], small_dataset: Path
-) -> None:
+def test_attention_losses_reach_the_adapters(make_small_model: Callable[..., Any], small_dataset: Path) -> None:
     """Their gradient arrives at the adapters of the layer's projections, and at nothing but adapters."""
     objective = make_objective(ObjectiveConfig(dcml=1.0, tv=1.0, cwg=1.0))
     module = TryOnModule(make_small_model(), objective, LORA)
@@ -115,9 +112,7 @@ def test_attention_losses_reach_the_adapters(
         losses = step_losses(model, batch, draws, objective, tap)
         (losses["total"] - losses["denoising"]).backward(retain_graph=True)
         attention = {
-            name: weight.grad.abs().sum()
-            for name, weight in model.named_parameters()
-            if weight.grad is not None
+            name: weight.grad.abs().sum() for name, weight in model.named_parameters() if weight.grad is not None
         }
     layer = "unet.up_blocks.1.attentions.1.transformer_blocks.0.attn2"
     for projection in ("to_q", "to_k"):
@@ -126,9 +121,7 @@ def test_attention_losses_reach_the_adapters(
     assert attention.keys() <= trained
 
 
-def test_adapters_alone(
-    adapted: TryOnModel, make_small_model: Callable[..., Any], tmp_path: Path
-) -> None:
+def test_adapters_alone(adapted: TryOnModel, make_small_model: Callable[..., Any], tmp_path: Path) -> None:
     """The file holds adapters under diffusers' names; put on the model before, they give the images of this one."""
     save_adapters(adapted.unet, tmp_path / "lora")
     (file,) = (tmp_path / "lora").iterdir()
@@ -138,9 +131,7 @@ def test_adapters_alone(
     assert {w.shape[0] for n, w in weights.items() if ".lora_A." in n} == {3}
     model = make_small_model()
     model.unet.load_lora_adapter(tmp_path / "lora", weight_name=file.name, prefix="unet")
-    images = [
-        sample(one, **inputs(one.image_size), seeds=[0, 1], steps=2) for one in (adapted, model)
-    ]
+    images = [sample(one, **inputs(one.image_size), seeds=[0, 1], steps=2) for one in (adapted, model)]
     assert torch.allclose(*images, atol=1e-5)
 
 

@@ -51,9 +51,7 @@ def test_noise_belongs_to_a_picture(model: PaintByExample) -> None:
         two = model.paint([painting(0), painting(1)], SIZE, steps=2, guidance=guidance)
         one = model.paint([painting(1)], SIZE, steps=2, guidance=guidance)
         assert np.abs(two.images[1].astype(int) - one.images[0]).max() <= 1
-        torch.testing.assert_close(
-            two.maps.store.layers[0].to_generated[1], one.maps.store.layers[0].to_generated[0]
-        )
+        torch.testing.assert_close(two.maps.store.layers[0].to_generated[1], one.maps.store.layers[0].to_generated[0])
 
 
 def test_the_layers_and_sizes_that_fit(model: PaintByExample) -> None:
@@ -64,9 +62,7 @@ def test_the_layers_and_sizes_that_fit(model: PaintByExample) -> None:
         model.check_size(GridSize(40, 48))
 
 
-def test_another_pipeline_is_refused(
-    paint_by_example: Path, small_checkpoint: Path, tmp_path: Path
-) -> None:
+def test_another_pipeline_is_refused(paint_by_example: Path, small_checkpoint: Path, tmp_path: Path) -> None:
     """A try-on model, a folder of nothing, and a name that is neither."""
     with pytest.raises(CheckpointError, match=r"takes 12 channels; Paint-by-Example's takes 9"):
         PaintByExample.from_pretrained(str(small_checkpoint))
@@ -91,24 +87,19 @@ def test_half_precision_paints_or_says_that_it_cannot(paint_by_example: Path) ->
     assert painted.maps.store.layers[0].to_generated.dtype == torch.float32
     torch.nn.init.constant_(half.pipeline.unet.conv_out.bias, torch.inf)
     with pytest.raises(
-        NotFiniteError,
-        match=r"Step 1 of 1 of sampling .timestep \d+.: the latents became .* in bfloat16",
+        NotFiniteError, match=r"Step 1 of 1 of sampling .timestep \d+.: the latents became .* in bfloat16"
     ):
         half.paint([painting(0)], SIZE, steps=1, guidance=2.0)
 
 
-def test_the_hub_s_old_files_are_read(
-    model: PaintByExample, paint_by_example: Path, tmp_path: Path
-) -> None:
+def test_the_hub_s_old_files_are_read(model: PaintByExample, paint_by_example: Path, tmp_path: Path) -> None:
     """Its repository holds pickled tensors, the encoder's under names of older versions of transformers."""
     folder = tmp_path / "hub"
     shutil.copytree(paint_by_example, folder)
     for file in folder.rglob("*.safetensors"):
         weights = load_file(file)
         if file.parent.name == "image_encoder":
-            weights = {
-                name.replace("model.", "model.vision_model.", 1): w for name, w in weights.items()
-            }
+            weights = {name.replace("model.", "model.vision_model.", 1): w for name, w in weights.items()}
             assert "model.vision_model.post_layernorm.weight" in weights
             name = "pytorch_model.bin"
         else:

@@ -77,9 +77,7 @@ class ImageEmbedder(nn.Module):
         self.transformer = nn.Module()
         self.transformer.vision_model = CLIPVisionModel(config)
         self.mapper = nn.Module()
-        self.mapper.resblocks = nn.ModuleList(
-            MapperBlock(config.hidden_size) for _ in range(blocks)
-        )
+        self.mapper.resblocks = nn.ModuleList(MapperBlock(config.hidden_size) for _ in range(blocks))
         self.final_ln = nn.LayerNorm(config.hidden_size)
 
     def forward(self, pixels: Tensor) -> Tensor:
@@ -92,9 +90,7 @@ class ImageEmbedder(nn.Module):
 class TheirModel(LatentDiffusion):
     """All networks but the VAE, which comes from diffusers."""
 
-    def __init__(
-        self, widths: tuple[int, ...], context: int, clip: CLIPVisionConfig, blocks: int
-    ) -> None:
+    def __init__(self, widths: tuple[int, ...], context: int, clip: CLIPVisionConfig, blocks: int) -> None:
         super().__init__(widths, context)
         self.cond_stage_model = ImageEmbedder(clip, blocks)
         self.proj_out = nn.Linear(clip.hidden_size, context)
@@ -106,12 +102,7 @@ class TheirModel(LatentDiffusion):
 def small_clip() -> CLIPVisionConfig:
     """Nine layers, so that the mapper has two (diffusers: a fifth of one more)."""
     return CLIPVisionConfig(
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=9,
-        num_attention_heads=1,
-        image_size=56,
-        patch_size=14,
+        hidden_size=64, intermediate_size=96, num_hidden_layers=9, num_attention_heads=1, image_size=56, patch_size=14
     )
 
 
@@ -128,16 +119,10 @@ def theirs() -> TheirModel:
 
 @pytest.fixture(scope="module")
 def weights(
-    theirs: TheirModel,
-    make_parts: Callable[..., Any],
-    original_layout: Callable[..., dict[str, Tensor]],
+    theirs: TheirModel, make_parts: Callable[..., Any], original_layout: Callable[..., dict[str, Tensor]]
 ) -> dict[str, Tensor]:
     """Their checkpoint's state dict, with the buffers and averages that such files have beside the weights."""
-    others = {
-        "betas": torch.ones(5),
-        "model_ema.decay": torch.ones(()),
-        POSITIONS: torch.arange(17),
-    }
+    others = {"betas": torch.ones(5), "model_ema.decay": torch.ones(()), POSITIONS: torch.arange(17)}
     return dict(theirs.state_dict()) | original_layout(vae=make_parts("vae")) | others
 
 
@@ -161,9 +146,7 @@ def test_the_unet_computes_the_same(theirs: TheirModel, pipeline: PaintByExample
 
 
 @torch.no_grad()
-def test_the_encoder_computes_the_same(
-    theirs: TheirModel, pipeline: PaintByExamplePipeline
-) -> None:
+def test_the_encoder_computes_the_same(theirs: TheirModel, pipeline: PaintByExamplePipeline) -> None:
     """CLIP, mapper, norm and projection to one token, and the vector for no reference."""
     pixels = seeded(3, 3, 56, 56)
     found, nothing = pipeline.image_encoder(pixels, return_uncond_vector=True)
@@ -172,9 +155,7 @@ def test_the_encoder_computes_the_same(
     assert torch.equal(nothing, theirs.learnable_vector)
 
 
-def test_the_vae_is_taken_over(
-    pipeline: PaintByExamplePipeline, make_parts: Callable[..., Any]
-) -> None:
+def test_the_vae_is_taken_over(pipeline: PaintByExamplePipeline, make_parts: Callable[..., Any]) -> None:
     """Weight by weight, with Stable Diffusion's scaling factor."""
     expected = make_parts("vae").state_dict()
     assert all(torch.equal(v, expected[n]) for n, v in pipeline.vae.state_dict().items())
@@ -194,10 +175,7 @@ def test_every_key_is_in_the_report(weights: dict[str, Tensor]) -> None:
 
 @pytest.mark.parametrize("option", ["paint_by_example", "dci_vton"])
 def test_on_the_command_line(
-    option: str,
-    weights: dict[str, Tensor],
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
+    option: str, weights: dict[str, Tensor], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """A Lightning checkpoint becomes a folder that diffusers opens, samples with and that can be traced."""
     torch.save({"state_dict": weights, "global_step": 3}, tmp_path / "a.ckpt")
@@ -230,9 +208,7 @@ def reopened(folder: Path) -> PaintByExamplePipeline:
     config = CLIPVisionConfig.from_pretrained(encoder)
     pipeline = PaintByExamplePipeline(
         vae=AutoencoderKL.from_pretrained(folder / "vae", torch_dtype=torch.float32),
-        image_encoder=PaintByExampleImageEncoder.from_pretrained(
-            encoder, config=config, dtype=torch.float32
-        ),
+        image_encoder=PaintByExampleImageEncoder.from_pretrained(encoder, config=config, dtype=torch.float32),
         unet=UNet2DConditionModel.from_pretrained(folder / "unet", torch_dtype=torch.float32),
         scheduler=PNDMScheduler.from_pretrained(folder / "scheduler"),
         safety_checker=None,
@@ -268,10 +244,7 @@ def test_what_does_not_fit_is_listed(weights: dict[str, Tensor], tmp_path: Path)
     (report,) = json.loads((tmp_path / "out.keys.json").read_text())
     assert report["missing"] == ["image_encoder.proj_out.bias"]
     assert list(report["wrong_shape"]) == ["model.diffusion_model.out.2.weight"]
-    assert report["unexpected"] == [
-        "cond_stage_model.mapper.resblocks.0.attn.extra.weight",
-        POSITIONS,
-    ]
+    assert report["unexpected"] == ["cond_stage_model.mapper.resblocks.0.attn.extra.weight", POSITIONS]
     assert not (tmp_path / "out").exists()
 
 
@@ -294,9 +267,7 @@ def test_a_pickle_with_objects_is_refused(weights: dict[str, Tensor], tmp_path: 
     """A training run's remains in model.ckpt: not opened, and the conversion is spelled out."""
     remains = {"state_dict": weights, "callbacks": {"best": argparse.Namespace(path="x")}}
     torch.save(remains, tmp_path / "model.ckpt")
-    with pytest.raises(
-        CheckpointError, match=r"argparse.Namespace.*docker run --rm --network none"
-    ):
+    with pytest.raises(CheckpointError, match=r"argparse.Namespace.*docker run --rm --network none"):
         run(InitConfig(output=tmp_path / "out", paint_by_example=tmp_path / "model.ckpt"))
     assert [path.name for path in tmp_path.iterdir()] == ["model.ckpt"]
 

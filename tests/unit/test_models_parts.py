@@ -40,9 +40,7 @@ def pipeline(make_parts: Callable[..., Any], tmp_path_factory: pytest.TempPathFa
 
 
 @pytest.fixture(scope="session")
-def sd_file(
-    pipeline: Path, original_layout: Layout, make_parts: Callable[..., Any]
-) -> dict[str, torch.Tensor]:
+def sd_file(pipeline: Path, original_layout: Layout, make_parts: Callable[..., Any]) -> dict[str, torch.Tensor]:
     """The same pipeline as the tensors of one file: trained and averaged U-Net, VAE, and what nobody here needs."""
     unet = UNet2DConditionModel.from_pretrained(pipeline / "sd" / "unet")
     weights = original_layout(unet, AutoencoderKL.from_pretrained(pipeline / "sd" / "vae"))
@@ -81,10 +79,7 @@ def assert_starts_as_stable_diffusion(model: TryOnModel, unet: torch.nn.Module) 
 
 
 def test_from_a_pipeline_folder(
-    pipeline: Path,
-    make_parts: Callable[..., Any],
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
+    pipeline: Path, make_parts: Callable[..., Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The written folder is the parts' weights, and its geometry and normalisation are stored in it."""
     run(options(pipeline, tmp_path / "model"))
@@ -122,11 +117,7 @@ def test_the_paper_s_reference_size() -> None:
 
 @pytest.mark.parametrize("ending", ["safetensors", "ckpt", "half"])
 def test_from_a_single_file(
-    pipeline: Path,
-    sd_file: dict[str, torch.Tensor],
-    make_parts: Callable[..., Any],
-    tmp_path: Path,
-    ending: str,
+    pipeline: Path, sd_file: dict[str, torch.Tensor], make_parts: Callable[..., Any], tmp_path: Path, ending: str
 ) -> None:
     """The trained weights and the VAE of one file, by default; the report has every key exactly once."""
     file = tmp_path / f"v1-5-pruned.{'ckpt' if ending == 'half' else ending}"
@@ -158,9 +149,7 @@ def test_the_single_file_reads_as_diffusers_reads_it(
     theirs = UNet2DConditionModel.from_single_file(
         str(tmp_path / "sd.safetensors"), config=str(pipeline / "sd"), subfolder="unet"
     )
-    model, _ = assemble(
-        options(pipeline, tmp_path / "model", unet=str(tmp_path / "sd.safetensors"))
-    )
+    model, _ = assemble(options(pipeline, tmp_path / "model", unet=str(tmp_path / "sd.safetensors")))
     assert_starts_as_stable_diffusion(model, theirs)
 
 
@@ -183,11 +172,7 @@ def test_averaged_weights_on_request(
 
 @pytest.mark.parametrize("prefix", ["", "first_stage_model."])
 def test_a_fine_tuned_vae(
-    pipeline: Path,
-    original_layout: Layout,
-    make_parts: Callable[..., Any],
-    tmp_path: Path,
-    prefix: str,
+    pipeline: Path, original_layout: Layout, make_parts: Callable[..., Any], tmp_path: Path, prefix: str
 ) -> None:
     """A Lightning checkpoint of a VAE alone, with its discriminator: StableVITON's form."""
     vae = make_parts("vae")
@@ -205,17 +190,10 @@ def test_a_fine_tuned_vae(
 @pytest.mark.parametrize(("kind", "normalisation"), [("dinov2", "imagenet"), ("clip", "clip")])
 @pytest.mark.parametrize("class_token", [False, True])
 def test_encoders(
-    pipeline: Path,
-    make_parts: Callable[..., Any],
-    tmp_path: Path,
-    kind: str,
-    normalisation: Any,
-    class_token: bool,
+    pipeline: Path, make_parts: Callable[..., Any], tmp_path: Path, kind: str, normalisation: Any, class_token: bool
 ) -> None:
     """DINOv2, and the vision half of a CLIP folder, at another size than theirs, saved and loaded again."""
-    config = options(
-        pipeline, tmp_path / "m", encoder=str(pipeline / kind), class_token=class_token
-    )
+    config = options(pipeline, tmp_path / "m", encoder=str(pipeline / kind), class_token=class_token)
     model, _ = assemble(config)
     mean, std = NORMALISATIONS[normalisation]
     assert (model.config.reference_mean, model.config.reference_std) == (mean, std)
@@ -223,9 +201,7 @@ def test_encoders(
     garment = torch.rand(2, 3, 140, 70) * 2 - 1
     model.projector.blocks, model.projector.norm = torch.nn.ModuleList(), torch.nn.Identity()
     model.projector.output = torch.nn.Identity()
-    pixels = (garment / 2 + 0.5 - torch.tensor(mean)[:, None, None]) / torch.tensor(std)[
-        :, None, None
-    ]
+    pixels = (garment / 2 + 0.5 - torch.tensor(mean)[:, None, None]) / torch.tensor(std)[:, None, None]
     whole = make_parts(kind)
     with torch.no_grad():
         given = model.encode_reference(garment)
@@ -281,11 +257,7 @@ def test_a_pickle_with_objects_is_refused(pipeline: Path, tmp_path: Path) -> Non
     torch.save({"state_dict": {"a": torch.ones(2)}, "x": Harmful()}, harmful)
     old = tmp_path / "old.bin"
     torch.save({"a": torch.ones(2), "x": namespace}, old, _use_new_zipfile_serialization=False)
-    for file, name in (
-        (harmless, "argparse.Namespace"),
-        (harmful, "builtins.getattr"),
-        (old, "Namespace"),
-    ):
+    for file, name in ((harmless, "argparse.Namespace"), (harmful, "builtins.getattr"), (old, "Namespace")):
         with pytest.raises(CheckpointError, match=name) as error:
             assemble(options(pipeline, tmp_path / "m", unet=str(file)))
         assert "weights_only=False" in str(error.value)
@@ -297,10 +269,7 @@ def test_a_pickle_with_objects_is_refused(pipeline: Path, tmp_path: Path) -> Non
 def test_the_advised_conversion_works(tmp_path: Path) -> None:
     """The Python in that error, run as it stands, makes a file that is read."""
     shared = torch.ones(2, 3)
-    torch.save(
-        {"state_dict": {"a": shared, "b": shared.T}, "x": argparse.Namespace()},
-        tmp_path / "old.ckpt",
-    )
+    torch.save({"state_dict": {"a": shared, "b": shared.T}, "x": argparse.Namespace()}, tmp_path / "old.ckpt")
     with pytest.raises(CheckpointError, match="python -c") as error:
         read_weights(tmp_path / "old.ckpt")
     code = str(error.value).split('python -c "')[1].split('"')[0]
@@ -383,14 +352,10 @@ def test_pickles_in_folders(pipeline: Path, make_parts: Callable[..., Any], tmp_
         network = make_parts(kind)
         network.config.save_pretrained(folder) if part == "encoder" else network.save_config(folder)
         torch.save(network.state_dict(), folder / file)
-        model, _ = assemble(
-            options(pipeline, tmp_path / "m", **{part: str(folder)}, **own_vae(pipeline))
-        )
+        model, _ = assemble(options(pipeline, tmp_path / "m", **{part: str(folder)}, **own_vae(pipeline)))
         assert_same(model.unet if part == "unet" else model.reference_encoder, network)
         torch.save(network.state_dict() | {"x": Harmful()}, folder / file)
-        with pytest.raises(
-            CheckpointError, match=r"a pickle with more than tensors in it .builtins"
-        ):
+        with pytest.raises(CheckpointError, match=r"a pickle with more than tensors in it .builtins"):
             assemble(options(pipeline, tmp_path / "m", **{part: str(folder)}, **own_vae(pipeline)))
     assert not marker.exists()
 
@@ -422,12 +387,7 @@ def own_vae(pipeline: Path) -> dict[str, str]:
     ],
 )
 def test_parts_that_do_not_fit(
-    pipeline: Path,
-    make_parts: Callable[..., Any],
-    tmp_path: Path,
-    part: str,
-    changes: dict[str, Any],
-    message: str,
+    pipeline: Path, make_parts: Callable[..., Any], tmp_path: Path, part: str, changes: dict[str, Any], message: str
 ) -> None:
     """Refused from the configuration, before weights are read: here there are none."""
     make_parts(part, **changes).save_config(tmp_path / part)
@@ -453,9 +413,7 @@ def test_sizes_that_do_not_fit(pipeline: Path, tmp_path: Path) -> None:
             InitConfig(output=tmp_path / "m", **changes)
 
 
-def test_a_single_file_of_another_topology(
-    pipeline: Path, sd_file: dict[str, torch.Tensor], tmp_path: Path
-) -> None:
+def test_a_single_file_of_another_topology(pipeline: Path, sd_file: dict[str, torch.Tensor], tmp_path: Path) -> None:
     """Missing, misshapen and unknown weights are named, all of them in a file beside the model that was not made."""
     first = "model.diffusion_model."
     file = tmp_path / "other.safetensors"
@@ -473,9 +431,7 @@ def test_a_single_file_of_another_topology(
     assert not (tmp_path / "model").exists()
     for start in ("input_blocks.10", "input_blocks.0.0.weight"):
         save_file({k: v for k, v in sd_file.items() if start not in k}, file)
-        with pytest.raises(
-            CheckpointError, match=r"not of Stable Diffusion 1\.5's topology.*input_bl"
-        ):
+        with pytest.raises(CheckpointError, match=r"not of Stable Diffusion 1\.5's topology.*input_bl"):
             assemble(options(pipeline, tmp_path / "m", unet=str(file)))
     save_file({"unet.x": torch.ones(1)}, file)
     with pytest.raises(CheckpointError, match=r"no U-Net in Stable .* \(there: unet\.x\)"):
@@ -493,8 +449,6 @@ def test_nothing_is_overwritten_and_space_is_checked_first(
         run(options(pipeline, tmp_path / "model"))
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1000))
-    with pytest.raises(
-        CheckpointError, match=r"needs 0\.0 GiB .* 0\.0 GiB are free .* Nothing was"
-    ):
+    with pytest.raises(CheckpointError, match=r"needs 0\.0 GiB .* 0\.0 GiB are free .* Nothing was"):
         run(options(pipeline, tmp_path / "other"))
     assert [path.name for path in tmp_path.iterdir()] == ["model"]

@@ -10,12 +10,7 @@ from typing import Any
 import diffusers
 import pytest
 import torch
-from diffusers import (
-    DDIMScheduler,
-    DiffusionPipeline,
-    DPMSolverMultistepScheduler,
-    EulerDiscreteScheduler,
-)
+from diffusers import DDIMScheduler, DiffusionPipeline, DPMSolverMultistepScheduler, EulerDiscreteScheduler
 from safetensors.torch import load_file
 
 from i2am_train.attention.trace import trace
@@ -45,9 +40,7 @@ def exported(model: TryOnModel, tmp_path_factory: pytest.TempPathFactory) -> Pat
 
 
 def read(folder: Path) -> Any:
-    pipeline = DiffusionPipeline.from_pretrained(
-        str(folder), custom_pipeline=str(folder), trust_remote_code=True
-    )
+    pipeline = DiffusionPipeline.from_pretrained(str(folder), custom_pipeline=str(folder), trust_remote_code=True)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
@@ -61,19 +54,14 @@ def pipeline(exported: Path) -> Any:
 def inputs() -> dict[str, Any]:
     generator = torch.Generator().manual_seed(0)
     return {
-        name: torch.rand(2, 3, 64, 48, generator=generator) * 2 - 1
-        for name in ("garment", "agnostic", "densepose")
+        name: torch.rand(2, 3, 64, 48, generator=generator) * 2 - 1 for name in ("garment", "agnostic", "densepose")
     }
 
 
 def made(pipeline: Any, inputs: dict[str, Any], guidance: float = 2.0, steps: int = 3) -> Any:
     generators = [torch.Generator().manual_seed(seed) for seed in SEEDS]
     return pipeline(
-        **inputs,
-        num_inference_steps=steps,
-        guidance_scale=guidance,
-        generator=generators,
-        output_type="pt",
+        **inputs, num_inference_steps=steps, guidance_scale=guidance, generator=generators, output_type="pt"
     ).images
 
 
@@ -87,9 +75,7 @@ def test_images_are_those_of_the_model(
     assert not ours[0].equal(ours[1])
 
 
-def test_epsilon_and_class_token(
-    make_small_model: Callable[..., Any], inputs: dict[str, Any], tmp_path: Path
-) -> None:
+def test_epsilon_and_class_token(make_small_model: Callable[..., Any], inputs: dict[str, Any], tmp_path: Path) -> None:
     """The other parametrisation, and a class token in front of the patches."""
     model = make_small_model(class_token=True, prediction_type="epsilon")
     export_pipeline(model, tmp_path / "model", dtype=torch.float32, card="")
@@ -100,9 +86,7 @@ def test_epsilon_and_class_token(
 def test_another_scheduler(model: TryOnModel, exported: Path, inputs: dict[str, Any]) -> None:
     """One that is put in place of the model's own steps on its own grid, as the sampler of that name does."""
     pipeline = read(exported)
-    pipeline.scheduler = DPMSolverMultistepScheduler.from_config(
-        pipeline.scheduler.config, timestep_spacing="trailing"
-    )
+    pipeline.scheduler = DPMSolverMultistepScheduler.from_config(pipeline.scheduler.config, timestep_spacing="trailing")
     ours = sample(model, **inputs, seeds=SEEDS, steps=3, guidance=2.0, sampler="dpmpp")
     assert made(pipeline, inputs).equal(ours)
 
@@ -118,9 +102,7 @@ SAMPLE_EPSILON = SAMPLE_IT | {
     "KDPM2AncestralDiscreteScheduler", "KDPM2DiscreteScheduler", "LMSDiscreteScheduler", "PNDMScheduler",
     "SASolverScheduler",
 }  # fmt: skip
-ALL_SCHEDULERS = sorted(
-    name for name in dir(diffusers.schedulers) if name.endswith("Scheduler") and "Flax" not in name
-)
+ALL_SCHEDULERS = sorted(name for name in dir(diffusers.schedulers) if name.endswith("Scheduler") and "Flax" not in name)
 NEEDS_MORE = {"DPMSolverSDEScheduler": "torchsde", "CosineDPMSolverMultistepScheduler": "torchsde"}
 
 
@@ -138,9 +120,7 @@ def by_hand(pipeline: Any, scheduler: Any, inputs: dict[str, Any], steps: int) -
         options["generator"] = generators
     for timestep in scheduler.timesteps:
         scaled = torch.cat([scheduler.scale_model_input(latents, timestep), *beside], dim=1)
-        without, within = (
-            pipeline.unet(scaled, timestep, context).sample for context in (nothing, tokens)
-        )
+        without, within = (pipeline.unet(scaled, timestep, context).sample for context in (nothing, tokens))
         prediction = without + 2 * (within - without)
         latents = scheduler.step(prediction, timestep, latents, **options)[0]
     return pipeline.vae.decode(latents / pipeline.vae.config.scaling_factor).sample.clamp(-1, 1)
@@ -183,9 +163,7 @@ def pipelines(
 ) -> dict[str, Any]:
     """A model of v, and one of epsilon, as exported pipelines."""
     folder = tmp_path_factory.mktemp("epsilon") / "model"
-    export_pipeline(
-        make_small_model(prediction_type="epsilon"), folder, dtype=torch.float32, card=""
-    )
+    export_pipeline(make_small_model(prediction_type="epsilon"), folder, dtype=torch.float32, card="")
     return {"v_prediction": pipeline, "epsilon": read(folder)}
 
 
@@ -209,9 +187,7 @@ def test_a_scheduler_of_another_model_is_refused(
 
 
 @pytest.mark.parametrize("options", [{"use_karras_sigmas": True}, {"timestep_spacing": "trailing"}])
-def test_options_of_a_scheduler_are_obeyed(
-    exported: Path, inputs: dict[str, Any], options: dict[str, Any]
-) -> None:
+def test_options_of_a_scheduler_are_obeyed(exported: Path, inputs: dict[str, Any], options: dict[str, Any]) -> None:
     """Fractional timesteps of Euler's, and DDIM on diffusers' own grid."""
     pipeline = read(exported)
     kind = EulerDiscreteScheduler if "use_karras_sigmas" in options else DDIMScheduler
@@ -223,9 +199,7 @@ def test_options_of_a_scheduler_are_obeyed(
 
 
 @pytest.mark.parametrize("guidance", [1.0, 2.5])
-def test_maps_are_those_of_the_model(
-    model: TryOnModel, pipeline: Any, inputs: dict[str, Any], guidance: float
-) -> None:
+def test_maps_are_those_of_the_model(model: TryOnModel, pipeline: Any, inputs: dict[str, Any], guidance: float) -> None:
     """``trace(pipeline)`` needs no recipe, changes no image and sees the conditional rows."""
     with trace(model) as ours:
         sample(model, **inputs, seeds=SEEDS, steps=3, guidance=guidance)
@@ -233,15 +207,11 @@ def test_maps_are_those_of_the_model(
         images = made(pipeline, inputs, guidance)
     assert images.equal(made(pipeline, inputs, guidance))
     for direction in Direction:
-        maps = [
-            one.maps().unified(direction, size=GridSize(64, 48)).values for one in (ours, theirs)
-        ]
+        maps = [one.maps().unified(direction, size=GridSize(64, 48)).values for one in (ours, theirs)]
         assert maps[0].equal(maps[1])
 
 
-def test_the_package_s_classes_read_the_folder(
-    model: TryOnModel, exported: Path, inputs: dict[str, Any]
-) -> None:
+def test_the_package_s_classes_read_the_folder(model: TryOnModel, exported: Path, inputs: dict[str, Any]) -> None:
     """The model's class and the pipeline's give the same images."""
     ours = sample(model, **inputs, seeds=SEEDS, steps=2, guidance=2.0)
     again = TryOnModel.from_pretrained(exported)
@@ -264,9 +234,7 @@ grey = Image.new("RGB", (60, 90), (90, 120, 150))
 images = pipeline(grey, [grey], grey, num_inference_steps=2).images
 print(len(images), images[0].size)
 """
-    done = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, check=False
-    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
     assert done.stdout.strip() == "1 (48, 64)", done.stderr
 
 

@@ -56,9 +56,5 @@ def test_peaks_of_heat_maps_are_places_in_the_photograph(tmp_path: Path) -> None
     assert set(joints) == {*peaks, "neck"}
     per_cell = 1.25 * 256 / 64
     np.testing.assert_allclose(joints["nose"], [96, 128], atol=per_cell)
-    np.testing.assert_allclose(
-        joints["left_shoulder"] - joints["nose"], [10 * per_cell, 8 * per_cell], atol=1.5
-    )
-    np.testing.assert_allclose(
-        joints["neck"], (joints["left_shoulder"] + joints["right_shoulder"]) / 2
-    )
+    np.testing.assert_allclose(joints["left_shoulder"] - joints["nose"], [10 * per_cell, 8 * per_cell], atol=1.5)
+    np.testing.assert_allclose(joints["neck"], (joints["left_shoulder"] + joints["right_shoulder"]) / 2)

@@ -43,8 +43,7 @@ def solved(name: SamplerName, of: NoiseSchedule, steps: int, noise: Tensor) -> T
 
 
 @pytest.mark.parametrize(
-    ("prediction_type", "zero_terminal_snr"),
-    [("v_prediction", True), ("v_prediction", False), ("epsilon", False)],
+    ("prediction_type", "zero_terminal_snr"), [("v_prediction", True), ("v_prediction", False), ("epsilon", False)]
 )
 def test_samplers_solve_the_equation(prediction_type: str, zero_terminal_snr: bool) -> None:
     """Noise ends where the exact flow of a Gaussian takes it; the fast ones come as near in half as many steps."""
@@ -68,16 +67,11 @@ def test_samplers_solve_the_equation(prediction_type: str, zero_terminal_snr: bo
 
 
 @pytest.mark.parametrize("name", SAMPLERS)
-def test_one_evaluation_per_step_is_announced(
-    name: SamplerName, make_small_model: Callable[..., Any]
-) -> None:
+def test_one_evaluation_per_step_is_announced(name: SamplerName, make_small_model: Callable[..., Any]) -> None:
     """Capture sees every step once, from the noisiest; the image is the same without it, alone and in a batch."""
     model = make_small_model()
     draw = torch.Generator().manual_seed(0)
-    given = {
-        image: torch.rand(3, 3, 64, 48, generator=draw) * 2 - 1
-        for image in ("garment", "agnostic", "densepose")
-    }
+    given = {image: torch.rand(3, 3, 64, 48, generator=draw) * 2 - 1 for image in ("garment", "agnostic", "densepose")}
     options: dict[str, Any] = {"steps": 3, "guidance": 2.0, "sampler": name}
     seen: list[SamplingStep] = []
     with trace(model) as attention:

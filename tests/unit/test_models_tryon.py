@@ -28,10 +28,7 @@ from i2am_train.types import GridSize
 def inputs(batch: int = 3) -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(1)
     shape = (batch, 3, 64, 48)
-    return {
-        name: torch.rand(shape, generator=generator) * 2 - 1
-        for name in ("garment", "agnostic", "densepose")
-    }
+    return {name: torch.rand(shape, generator=generator) * 2 - 1 for name in ("garment", "agnostic", "densepose")}
 
 
 def test_topology(make_small_model: Callable[..., Any]) -> None:
@@ -59,9 +56,7 @@ def test_reference_tokens(make_small_model: Callable[..., Any], class_token: boo
 def siglip() -> PreTrainedModel:
     """No special tokens. Its positions are those of a square picture."""
     sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1}
-    return SiglipVisionModel(
-        SiglipVisionConfig(**sizes, num_attention_heads=2, image_size=48, patch_size=8)
-    ).eval()
+    return SiglipVisionModel(SiglipVisionConfig(**sizes, num_attention_heads=2, image_size=48, patch_size=8)).eval()
 
 
 def dinov2_with_registers() -> PreTrainedModel:
@@ -84,10 +79,7 @@ class Unprojected(torch.nn.Module):
     [(siglip, False, 0), (dinov2_with_registers, False, 4), (dinov2_with_registers, True, 4)],
 )
 def test_other_encoders(
-    make_small_model: Callable[..., Any],
-    make: Callable[[], PreTrainedModel],
-    class_token: bool,
-    special: int,
+    make_small_model: Callable[..., Any], make: Callable[[], PreTrainedModel], class_token: bool, special: int
 ) -> None:
     """Whatever an encoder puts in front, the patches stay whole and in order, and registers are dropped."""
     model = make_small_model(class_token=class_token)
@@ -139,12 +131,8 @@ def test_round_trip(make_small_model: Callable[..., Any], tmp_path: Path) -> Non
     latents, given = torch.randn(2, 4, 16, 12), inputs(2)
     conditions = Conditions(latents, latents, model.encode_reference(given["garment"]))
     at = torch.tensor([5, 900])
-    assert torch.equal(
-        again.denoise(latents, at, conditions), model.denoise(latents, at, conditions)
-    )
-    assert torch.equal(
-        again.encode_reference(given["garment"]), model.encode_reference(given["garment"])
-    )
+    assert torch.equal(again.denoise(latents, at, conditions), model.denoise(latents, at, conditions))
+    assert torch.equal(again.encode_reference(given["garment"]), model.encode_reference(given["garment"]))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model"]
 
 
@@ -171,9 +159,7 @@ def test_half_precision_files(make_small_model: Callable[..., Any], tmp_path: Pa
     assert {parameter.dtype for parameter in again.parameters()} == {torch.float32}
 
 
-def test_saving_over_another_folder_is_refused(
-    make_small_model: Callable[..., Any], tmp_path: Path
-) -> None:
+def test_saving_over_another_folder_is_refused(make_small_model: Callable[..., Any], tmp_path: Path) -> None:
     """Files that are not a model's are never replaced."""
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(CheckpointError, match="not a try-on model"):
@@ -181,9 +167,7 @@ def test_saving_over_another_folder_is_refused(
     assert (tmp_path / "notes.txt").read_text() == "mine"
 
 
-def test_missing_and_incomplete_folders(
-    make_small_model: Callable[..., Any], tmp_path: Path
-) -> None:
+def test_missing_and_incomplete_folders(make_small_model: Callable[..., Any], tmp_path: Path) -> None:
     """The error names the folder, what is missing and what to do."""
     with pytest.raises(CheckpointError, match="no such folder"):
         TryOnModel.from_pretrained(tmp_path / "nowhere")
@@ -219,9 +203,7 @@ def test_networks_of_different_models_are_refused(
     model.save_pretrained(tmp_path / "model")
     other = UNet2DConditionModel.from_config(dict(model.unet.config) | changes)
     other.save_pretrained(tmp_path / "model" / "unet")
-    with pytest.raises(
-        CheckpointError, match=rf"do not fit each other: {message}\. .* 'i2am init'"
-    ):
+    with pytest.raises(CheckpointError, match=rf"do not fit each other: {message}\. .* 'i2am init'"):
         TryOnModel.from_pretrained(tmp_path / "model")
 
 
@@ -229,13 +211,7 @@ def test_a_sample_does_not_depend_on_its_batch(make_small_model: Callable[..., A
     """Sample 1 is the same alone and in a batch of three."""
     model, given = make_small_model(), inputs()
     together = sample(model, **given, seeds=[4, 5, 6], steps=2, guidance=2.0)
-    alone = sample(
-        model,
-        **{name: images[1:2] for name, images in given.items()},
-        seeds=[5],
-        steps=2,
-        guidance=2.0,
-    )
+    alone = sample(model, **{name: images[1:2] for name, images in given.items()}, seeds=[5], steps=2, guidance=2.0)
     torch.testing.assert_close(alone[0], together[1], atol=1e-5, rtol=0)
 
 

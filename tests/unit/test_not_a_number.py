@@ -20,10 +20,7 @@ from i2am_train.config.training import TrainConfig
 from i2am_train.data.cache import CacheLayout
 from i2am_train.data.opening import AS_IT_LIES, open_dataset
 from i2am_train.errors import CheckpointError, I2AMError, NotFiniteError
-from i2am_train.evaluation.evaluator import (
-    EvaluationSettings,
-    Evaluator,
-)
+from i2am_train.evaluation.evaluator import EvaluationSettings, Evaluator
 from i2am_train.evaluation.explaining import explain_batch, value_or_none
 from i2am_train.evaluation.folders import ImageSet
 from i2am_train.evaluation.scoring import ScoringOptions, score_images
@@ -37,9 +34,7 @@ from i2am_train.types import GridSize, Pairing, Split
 from tests.conftest import SMALL
 
 ONE_STEP = SamplingConfig(steps=2, guidance=1.0)
-SMALL_SETS = EvaluationSettings(
-    sampling=ONE_STEP, attribution=AttributionConfig(), metrics=("ssim", "stlpips")
-)
+SMALL_SETS = EvaluationSettings(sampling=ONE_STEP, attribution=AttributionConfig(), metrics=("ssim", "stlpips"))
 
 
 @pytest.fixture(scope="session")
@@ -100,10 +95,7 @@ def test_half_precision_gets_its_advice(make_small_model: Any, batch: Any) -> No
     model = make_small_model()
     with torch.no_grad():
         model.unet.conv_in.weight.mul_(1e6)
-    with (
-        torch.autocast("cpu", torch.float16),
-        pytest.raises(NotFiniteError, match=r"65,504.*precision=32-true"),
-    ):
+    with torch.autocast("cpu", torch.float16), pytest.raises(NotFiniteError, match=r"65,504.*precision=32-true"):
         sampled(model, batch)
 
 
@@ -154,9 +146,7 @@ class _Broken(torch.nn.Module):
 
 
 @pytest.mark.parametrize("metric", ["stlpips", "fd_efficientnet_lite0", "kd_efficientnet_lite0"])
-def test_folders_are_not_scored_by_a_broken_network(
-    metric: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_folders_are_not_scored_by_a_broken_network(metric: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A distance that is no number was left out of the results without a word."""
     table = features.PERCEPTUAL_NETWORKS if metric == "stlpips" else features.FEATURE_NETWORKS
     name = metric.removeprefix("fd_").removeprefix("kd_")
@@ -179,8 +169,7 @@ def test_folders_are_not_scored_by_a_broken_network(
     options = ScoringOptions(metrics=(metric,), device=torch.device("cpu"))
     try:
         with pytest.raises(
-            NotFiniteError,
-            match=r"The stlpips of a is nan|efficientnet_lite0 gives features that are NaN",
+            NotFiniteError, match=r"The stlpips of a is nan|efficientnet_lite0 gives features that are NaN"
         ):
             score_images(images, images, options, paired=True)
     finally:
@@ -191,9 +180,7 @@ def test_a_cache_holds_numbers(make_small_model: Any, small_dataset: Path, tmp_p
     """NaN is refused, and so is what half precision does not hold; nothing is written."""
     model = make_small_model()
     overflowing(model.vae.quant_conv, call=0, row=2)
-    with pytest.raises(
-        NotFiniteError, match=r"person_mean of .* the encoders give NaN or infinity"
-    ):
+    with pytest.raises(NotFiniteError, match=r"person_mean of .* the encoders give NaN or infinity"):
         make_cache(model, small_dataset, tmp_path / "a", batch_size=4)
     model = make_small_model()
     overflowing(model.reference_encoder.layernorm, call=0, row=1, value=1e5)
@@ -205,11 +192,7 @@ def test_a_cache_holds_numbers(make_small_model: Any, small_dataset: Path, tmp_p
 
 def test_a_detector_s_answers_are_numbers() -> None:
     """A score of NaN exceeds no threshold: nothing was seen, it would seem."""
-    found = {
-        "boxes": torch.zeros(1, 4),
-        "scores": torch.tensor([torch.nan]),
-        "labels": torch.tensor([0]),
-    }
+    found = {"boxes": torch.zeros(1, 4), "scores": torch.tensor([torch.nan]), "labels": torch.tensor([0])}
     with pytest.raises(NotFiniteError, match="gives scores that are NaN"):
         _detections(found, 0.5, str)
 
@@ -228,9 +211,7 @@ def test_nothing_that_was_watched() -> None:
 def _evaluate(checkpoint: Path, data: Path, output: Path) -> None:
     from i2am_train.workflows.evaluate import run
 
-    config = EvaluateConfig(
-        checkpoint=str(checkpoint), output=output, device="cpu", progress_bar=False
-    )
+    config = EvaluateConfig(checkpoint=str(checkpoint), output=output, device="cpu", progress_bar=False)
     config.data.root, config.data.height, config.data.width = data, *SMALL
     run(config)
 
@@ -243,10 +224,7 @@ def _train(checkpoint: Path, data: Path, output: Path) -> None:
     run(config)
 
 
-COMMANDS: dict[str, Callable[[Path, Path, Path], None]] = {
-    "evaluate": _evaluate,
-    "train": _train,
-}
+COMMANDS: dict[str, Callable[[Path, Path, Path], None]] = {"evaluate": _evaluate, "train": _train}
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -266,9 +244,7 @@ def test_one_tensor_of_nan_in_a_checkpoint(
     assert not (tmp_path / "output").exists()
 
 
-def test_conversions_do_not_overflow(
-    make_small_model: Any, small_checkpoint: Path, tmp_path: Path
-) -> None:
+def test_conversions_do_not_overflow(make_small_model: Any, small_checkpoint: Path, tmp_path: Path) -> None:
     """What float16 cannot hold is refused when it is written, with nothing left behind."""
     from i2am_train.models.convert.exported import export_pipeline
 
@@ -294,9 +270,7 @@ def test_single_files_are_numbers(make_parts: Any, original_layout: Any, tmp_pat
         (torch.full((4,), torch.inf), rf"not finite numbers .{key}."),
         (torch.ones(4, dtype=torch.int64), rf"hold whole numbers .*{key}"),
     ):
-        save_file(
-            {**weights, key: value, "model_ema.decay": value.clone()}, tmp_path / "a.safetensors"
-        )
+        save_file({**weights, key: value, "model_ema.decay": value.clone()}, tmp_path / "a.safetensors")
         config = InitConfig(
             unet=str(tmp_path / "a.safetensors"), encoder=str(tmp_path / "encoder"),
             output=tmp_path / "m", height=128, width=64,

@@ -5,12 +5,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from i2am_train.ops.attention import (
-    attention_logits,
-    column_means,
-    head_mean_matrices,
-    head_mean_scores,
-)
+from i2am_train.ops.attention import attention_logits, column_means, head_mean_matrices, head_mean_scores
 
 BATCH, HEADS, GENERATED, REFERENCE, CHANNELS = 2, 3, 35, 22, 8
 
@@ -60,9 +55,7 @@ def test_only_the_head_with_extreme_logits_is_computed_again():
     beside = column_means(extreme, reference, byte_budget=35 * 22 * 4)
     assert torch.equal(alone.to_generated[0], beside.to_generated[0])
     assert torch.equal(alone.to_reference[1, :2], beside.to_reference[1, :2])
-    torch.testing.assert_close(
-        beside.to_generated.double(), plain(extreme, reference)[0], atol=1e-4, rtol=0
-    )
+    torch.testing.assert_close(beside.to_generated.double(), plain(extreme, reference)[0], atol=1e-4, rtol=0)
 
 
 def test_a_row_with_constant_offset_far_from_the_others_is_exact():
@@ -79,9 +72,7 @@ def test_a_row_with_constant_offset_far_from_the_others_is_exact():
 def test_float64_tokens_keep_their_precision():
     generated, reference = random_tokens(dtype=torch.float64)
     means = column_means(generated, reference)
-    torch.testing.assert_close(
-        means.to_generated, plain(generated, reference)[0], rtol=1e-13, atol=0
-    )
+    torch.testing.assert_close(means.to_generated, plain(generated, reference)[0], rtol=1e-13, atol=0)
     assert means.to_reference.dtype == torch.float64
 
 
@@ -119,9 +110,7 @@ def test_weights_follow_their_sample_into_groups_of_heads(heads_at_a_time):
     # 2 x 3 flattened heads in groups that do and do not end with a sample; weights differ by sample
     generated, reference = torch.randn(2, 3, 7, 4), torch.randn(2, 3, 5, 4)
     weights = torch.rand(2, 7)
-    means = column_means(
-        generated, reference, generated_weights=weights, byte_budget=heads_at_a_time * 7 * 5 * 4
-    )
+    means = column_means(generated, reference, generated_weights=weights, byte_budget=heads_at_a_time * 7 * 5 * 4)
     shares = weights / weights.sum(1, keepdim=True)
     scores = attention_logits(generated, reference).softmax(-1)
     expected = torch.einsum("bn,bhnm->bhm", shares, scores)

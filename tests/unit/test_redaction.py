@@ -76,9 +76,7 @@ def test_run_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for file in (tmp_path / "run").iterdir():
         assert SECRET not in file.read_text()
     assert RunFolder.open(tmp_path / "run", settings("another")).resumed
-    with pytest.raises(
-        RunFolderError, match=r"s3://\*\*\*@host/other .there: s3://\*\*\*@host/cache"
-    ) as error:
+    with pytest.raises(RunFolderError, match=r"s3://\*\*\*@host/other .there: s3://\*\*\*@host/cache") as error:
         RunFolder.open(tmp_path / "run", settings(SECRET, "other"))
     assert SECRET not in str(error.value)
 

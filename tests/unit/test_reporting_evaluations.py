@@ -34,9 +34,7 @@ SCRIPT_NAMES = ("keep_checkpoints.py", "update_readme.py")
 Make = Callable[..., Path]
 
 
-def rows(
-    ssim: float, inside: float, outside: float, points: Sequence[tuple[float, float]]
-) -> list[dict[str, Any]]:
+def rows(ssim: float, inside: float, outside: float, points: Sequence[tuple[float, float]]) -> list[dict[str, Any]]:
     """Scores of single samples; IMACS at each (delta, lambda) from what lies inside and outside."""
     spread = np.linspace(-0.02, 0.02, SAMPLES)
     return [
@@ -75,9 +73,7 @@ def make_evaluation() -> Make:
         settings = plain(config)
         opened = RunFolder.open(folder, settings)
         opened.start(data=data)
-        result = EvaluationResult.from_rows(
-            rows(ssim, inside, outside, points), {"fd_efficientnet_lite0": distance}
-        )
+        result = EvaluationResult.from_rows(rows(ssim, inside, outside, points), {"fd_efficientnet_lite0": distance})
         if finish:
             write_evaluation(folder, result, settings)
             opened.finish()
@@ -147,9 +143,7 @@ def test_a_single_evaluation_and_a_run_are_found_too(study: Path) -> None:
 def test_names_replace_labels_of_folders_with_one_model(study: Path) -> None:
     cells = [study / "cells/refined-seed0", study / "cells/baseline-seed0"]
     assert {e.label for e in read_evaluations(cells, ["ours", "theirs"])} == {"ours", "theirs"}
-    with pytest.raises(
-        ConfigError, match=r"study holds several models \(tiny, Baseline, Refined\)"
-    ):
+    with pytest.raises(ConfigError, match=r"study holds several models \(tiny, Baseline, Refined\)"):
         read_evaluations([study], ["ours"])
     with pytest.raises(ConfigError, match="names has 1 entries for 2 folders"):
         read_evaluations(cells, ["ours"])
@@ -202,9 +196,7 @@ def test_paired_and_unpaired_do_not_have_to_agree(tmp_path: Path, make_evaluatio
     (table, *_), _ = score_tables(read_evaluations([paired, unpaired]))
     assert [title for title, _ in table.groups] == ["Paired", "Unpaired"]
     (row,) = table.rows
-    values = {
-        (h.group, h.label): c.text for h, c in zip(table.headings, row.cells, strict=True) if c
-    }
+    values = {(h.group, h.label): c.text for h, c in zip(table.headings, row.cells, strict=True) if c}
     assert values["Paired", "FD (EfficientNet-Lite0)"] == "70.00"
     assert values["Unpaired", "FD (EfficientNet-Lite0)"] == "90.00"
 
@@ -213,9 +205,7 @@ def test_folders_without_an_evaluation_are_refused(tmp_path: Path, make_evaluati
     with pytest.raises(RunFolderError, match="There is no folder"):
         read_evaluations([tmp_path / "nothing"])
     unfinished = make_evaluation(tmp_path / "unfinished", "/models/a", finish=False)
-    with pytest.raises(
-        RunFolderError, match=r"holds no finished evaluation.*i2am evaluate checkpoint="
-    ):
+    with pytest.raises(RunFolderError, match=r"holds no finished evaluation.*i2am evaluate checkpoint="):
         read_evaluations([unfinished])
     other = make_evaluation(tmp_path / "other", "/models/a")
     manifest = json.loads((other / "manifest.json").read_text())
@@ -303,10 +293,7 @@ def test_kept_checkpoints_give_the_same_correlation(study: Path) -> None:
 
 
 def test_too_few_checkpoints_have_no_correlation(tmp_path: Path, make_evaluation: Make) -> None:
-    folders = [
-        make_evaluation(tmp_path / name, f"/models/{name}", ssim=0.6 + i / 10)
-        for i, name in enumerate("abc")
-    ]
+    folders = [make_evaluation(tmp_path / name, f"/models/{name}", ssim=0.6 + i / 10) for i, name in enumerate("abc")]
     planned = plan_tables(folders, (), mixed=False)
     assert planned.left_out["correlation"] == "paired evaluations of 4 checkpoints or more"
     assert correlation_figure(planned.evaluations) is None
@@ -318,14 +305,8 @@ def test_the_figure_has_a_point_for_each_checkpoint(study: Path) -> None:
     axes = correlation_figure(evaluations).axes
     assert len(axes) == 4  # IMACS_g and IMACS_r against FD and SSIM
     ssim = next(a for a in axes if a.get_ylabel() == "SSIM ↑")
-    drawn = {
-        tuple(point)
-        for collection in ssim.collections
-        for point in np.asarray(collection.get_offsets()).round(9)
-    }
-    assert drawn == {
-        (round(e.metrics["imacs_g"], 9), round(e.metrics["ssim"], 9)) for e in evaluations
-    }
+    drawn = {tuple(point) for collection in ssim.collections for point in np.asarray(collection.get_offsets()).round(9)}
+    assert drawn == {(round(e.metrics["imacs_g"], 9), round(e.metrics["ssim"], 9)) for e in evaluations}
 
 
 def test_every_format_says_the_same(study: Path) -> None:
@@ -385,11 +366,7 @@ def test_files_say_what_made_them(study: Path, tmp_path: Path) -> None:
         ("results.json", {"intervals": 5}, "has not the entries"),
         ("results.json", {"intervals": {"ssim": 5}}, "has not the entries"),
         ("results.json", {"settings": 5}, "has not the entries"),
-        (
-            "results.json",
-            {"settings": {"evaluation": {"pairing": "both"}}},
-            "'both' is not a valid",
-        ),
+        ("results.json", {"settings": {"evaluation": {"pairing": "both"}}}, "'both' is not a valid"),
         ("results.json", {"protocol": 5}, "has not the entries"),
         ("results.json", {"samples": None}, "has not the entries"),
         ("results.json", [1], r"results\.json holds a value of type list where an object"),

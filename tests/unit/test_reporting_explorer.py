@@ -27,9 +27,7 @@ HEADS = (2, 2, 3)
 OPTIONS = AttributionConfig(layer=2, time_groups=2)
 
 
-def make_explanation(
-    steps: int = STEPS, matrices: bool = True, name: str = "50003_00"
-) -> Explanation:
+def make_explanation(steps: int = STEPS, matrices: bool = True, name: str = "50003_00") -> Explanation:
     """Of a sample with known correspondence."""
     torch.manual_seed(0)
     records = []
@@ -56,10 +54,7 @@ def make_explanation(
         inputs={"person": name, "garment": name},
         index=3,
         paired=True,
-        images={
-            key: draw.integers(0, 256, (*SIZE, 3), dtype=np.uint8)
-            for key in ("generated", "garment")
-        },
+        images={key: draw.integers(0, 256, (*SIZE, 3), dtype=np.uint8) for key in ("generated", "garment")},
         masks={"inpaint": mask, "garment": mask[:, ::-1], "warped_garment": mask},
         correspondence=draw.random((*SIZE, 2), dtype=np.float32),
         maps=AttributionMaps(AttributionStore(tuple(records), timesteps)),
@@ -88,10 +83,7 @@ def test_maps_are_exact_to_half_a_step_of_16_bits() -> None:
     explanation = make_explanation()
     layer = explorer_data({"tiny": [explanation]}, OPTIONS)["captures"][0][0]
     maps = explanation.maps
-    for name, expected in (
-        ("looks", maps.scores(2)[0]),
-        ("feeds", maps.scores(2, over="generated")[0].T),
-    ):
+    for name, expected in (("looks", maps.scores(2)[0]), ("feeds", maps.scores(2, over="generated")[0].T)):
         read = unpacked(layer["layers"][1][name], expected.shape[1])
         allowed = np.ptp(expected.numpy(), axis=1, keepdims=True) / (2 * 65535)
         assert (np.abs(read - expected.double().numpy()) <= allowed + 1e-8).all()
@@ -134,9 +126,7 @@ def test_matrices_fill_what_the_limit_leaves(monkeypatch: pytest.MonkeyPatch) ->
 def test_the_estimate_of_a_matrix_is_its_size() -> None:
     """What a layer is said to cost is what it costs, but for the padding of base64."""
     data = data_of()
-    for record, layer in zip(
-        make_explanation().maps.store.layers, data["captures"][0][0]["layers"], strict=True
-    ):
+    for record, layer in zip(make_explanation().maps.store.layers, data["captures"][0][0]["layers"], strict=True):
         length = explorer._length(layer["looks"]) + explorer._length(layer["feeds"])
         assert 0 <= length - explorer._packed_size(record) <= 6 * 3
 

@@ -46,9 +46,7 @@ def panels():
             target_centers=truth,
             mask=np.ones(6, bool),
         )
-        for name, shown, heat, truth in zip(
-            "ab", (picture(100), picture(150)), maps, target, strict=True
-        )
+        for name, shown, heat, truth in zip("ab", (picture(100), picture(150)), maps, target, strict=True)
     ]
 
 
@@ -91,9 +89,7 @@ def test_sample_figure_has_all_columns_in_order(panels):
 
 def test_center_field_draws_truth_errors_and_centres_in_patch_units(panels):
     figure = sample_figure({"refined": panels}, [ColumnGroup.CENTERS])
-    truth, errors, centers = (
-        c for c in figure.axes[0].collections if isinstance(c, LineCollection)
-    )
+    truth, errors, centers = (c for c in figure.axes[0].collections if isinstance(c, LineCollection))
     first_error = errors.get_segments()[0]
     np.testing.assert_allclose(first_error, [[0.25, 0.25], [0.0, 0.0]])  # centre, then truth
     assert len(errors.get_segments()) == 5  # the patch without truth is left out

@@ -11,12 +11,7 @@ import torch
 
 from i2am_train.attention.recipe import PAPER_LAYERS
 from i2am_train.errors import CaptureError
-from i2am_train.reporting.figures.by_layer import (
-    layer_maps,
-    overview,
-    time_and_head_maps,
-    two_axis_maps,
-)
+from i2am_train.reporting.figures.by_layer import layer_maps, overview, time_and_head_maps, two_axis_maps
 from i2am_train.reporting.figures.comparisons import (
     daam_direction,
     daam_map,
@@ -56,8 +51,7 @@ def titles(row):
 def with_layer(sample, layer, **changes):
     """The sample with other attention in one layer."""
     layers = tuple(
-        replace(record, **changes) if record.layer == layer else record
-        for record in sample.maps.store.layers
+        replace(record, **changes) if record.layer == layer else record for record in sample.maps.store.layers
     )
     store = replace(sample.maps.store, layers=layers)
     return replace(sample, maps=replace(sample.maps, store=store))
@@ -93,9 +87,7 @@ def test_layer_maps_are_means_over_steps_and_heads_in_the_model_s_order(sample):
 def test_layers_that_were_not_captured_are_left_out_or_an_error(sample):
     some = sample.maps.select([2, 5])
     assert layers_of(some, [8, 5]) == [PAPER_LAYERS[4]]
-    with pytest.raises(
-        CaptureError, match=r"None of the layers 8 was captured.*attentions\.1 \(2\)"
-    ):
+    with pytest.raises(CaptureError, match=r"None of the layers 8 was captured.*attentions\.1 \(2\)"):
         layers_of(some, [8])
 
 
@@ -140,9 +132,7 @@ def test_two_axes_are_resolution_by_time_and_by_head(sample):
     np.testing.assert_allclose(finest[3].heat, scaled(by_head[1]).reshape(16, 12), atol=1e-5)
     records = [sample.maps.store.layer(layer) for layer in (1, 2, 3)]
     by_head = np.mean([r.to_reference[0].numpy().mean(0) for r in records], axis=0)
-    np.testing.assert_allclose(
-        reference.rows[0][2].heat, scaled(by_head[0]).reshape(6, 5), atol=1e-5
-    )
+    np.testing.assert_allclose(reference.rows[0][2].heat, scaled(by_head[0]).reshape(6, 5), atol=1e-5)
 
 
 def test_the_overview_shows_every_kind_of_map(sample):
@@ -162,9 +152,7 @@ def test_the_overview_shows_every_kind_of_map(sample):
 def looking(sample, layer, places):
     """Each generated patch of a layer looks at one reference patch."""
     scores = one_hot(1, sample.maps.store.layer(layer).generated_grid.tokens, 30, places)
-    return with_layer(
-        sample, PAPER_LAYERS[layer - 1], scores_over_reference=scores, scores_over_generated=scores
-    )
+    return with_layer(sample, PAPER_LAYERS[layer - 1], scores_over_reference=scores, scores_over_generated=scores)
 
 
 def test_a_patch_shows_where_it_looks_and_where_it_should(sample):
@@ -249,10 +237,7 @@ def test_scores_stand_under_the_maps_that_they_are_computed_from(sample, make_ex
 def test_rows_say_model_and_guidance_where_they_differ(sample):
     other = replace(sample, model="refined", origin={**sample.origin, "guidance": 1.0})
     (section,) = scores_under_maps([sample, other]).sections
-    assert section.row_titles == (
-        "00001_00\ntiny, guidance 2",
-        "00001_00\nrefined, no guidance",
-    )
+    assert section.row_titles == ("00001_00\ntiny, guidance 2", "00001_00\nrefined, no guidance")
 
 
 def test_refinement_shows_the_same_patches_by_each_model(sample, make_explained):
@@ -338,9 +323,7 @@ def test_no_word_is_cut_off_or_covers_another(name, make_explained):
     figure = draw_sheet(planned[0].sheet(samples))
     renderer = figure.canvas.get_renderer()
     width, height = figure.bbox.width, figure.bbox.height
-    words = [
-        text for axes in figure.axes for text in (axes.title, axes.xaxis.label, axes.yaxis.label)
-    ]
+    words = [text for axes in figure.axes for text in (axes.title, axes.xaxis.label, axes.yaxis.label)]
     words += [label for axes in figure.axes for label in axes.get_xticklabels()]
     words += [*figure.texts, *(text for legend in figure.legends for text in legend.get_texts())]
     figure.draw_without_rendering()
@@ -355,9 +338,7 @@ def test_no_word_is_cut_off_or_covers_another(name, make_explained):
     assert figure.get_figheight() <= 9.0
 
 
-def test_files_of_folders_with_the_same_name_stay_apart(
-    make_explained, write_explained_run, tmp_path
-):
+def test_files_of_folders_with_the_same_name_stay_apart(make_explained, write_explained_run, tmp_path):
     folders = [
         write_explained_run(make_explained(), tmp_path / "baseline" / "sample"),
         write_explained_run(make_explained(checkpoint="runs/refined/model"), tmp_path / "sample"),

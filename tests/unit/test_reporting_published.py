@@ -41,10 +41,7 @@ def test_the_run_says_which_row(tmp_path: Path) -> None:
     assert expected_values(EvaluateConfig(checkpoint=run))["ssim"] == 0.8644
     assert expected_values(EvaluateConfig(checkpoint=run, expected="custom"))["ssim"] == 0.8396
     unpaired = EvaluationConfig(pairing=Pairing.UNPAIRED)
-    assert expected_values(EvaluateConfig(checkpoint=run, evaluation=unpaired)) == {
-        "fid": 11.5420,
-        "kid": 0.0022,
-    }
+    assert expected_values(EvaluateConfig(checkpoint=run, evaluation=unpaired)) == {"fid": 11.5420, "kid": 0.0022}
     for other in (run_folder(tmp_path / "other", None), "tiny"):
         assert expected_values(EvaluateConfig(checkpoint=other)) == {}
 
@@ -54,12 +51,7 @@ def test_the_row_is_printed_beside_the_scores(
 ) -> None:
     """A column of its own, with a caution; none without a row."""
     monkeypatch.setenv("COLUMNS", "160")
-    results: dict[str, Any] = {
-        "samples": 8,
-        "metrics": {"ssim": 0.8, "imacs_g": 0.1},
-        "intervals": {},
-        "warnings": [],
-    }
+    results: dict[str, Any] = {"samples": 8, "metrics": {"ssim": 0.8, "imacs_g": 0.1}, "intervals": {}, "warnings": []}
     print_scores(results, published_values("custom", paired=True))
     with_row = capsys.readouterr().out
     line = next(line for line in with_row.splitlines() if "SSIM" in line)
@@ -85,11 +77,7 @@ def test_experiments_say_the_paper_s_hyperparameters(name: str) -> None:
     assert (optimization.betas, optimization.weight_decay) == ((0.9, 0.999), 0.01)
     assert optimization.gradient_clip is optimization.ema_decay is optimization.snr_gamma is None
     assert (optimization.trainable, optimization.condition_dropout) == ("v1", 0.2)
-    assert (config.sampling.sampler, config.sampling.steps, config.sampling.guidance) == (
-        "ddim",
-        50,
-        5,
-    )
+    assert (config.sampling.sampler, config.sampling.steps, config.sampling.guidance) == ("ddim", 50, 5)
     assert (config.attribution.delta, config.attribution.penalty) == (0.4, 3)
     assert set(config.evaluation.metrics) == {"fid", "kid", "lpips", "ssim"}
     if name == "paper_custom":

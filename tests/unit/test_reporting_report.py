@@ -48,10 +48,7 @@ def draw_garment(size, color):
     draw = ImageDraw.Draw(image)
     draw.polygon(
         [(width * x, height * y) for x, y in ((0.3, 0.2), (0.7, 0.2), (0.95, 0.5), (0.8, 0.55))]
-        + [
-            (width * x, height * y)
-            for x, y in ((0.72, 0.85), (0.28, 0.85), (0.2, 0.55), (0.05, 0.5))
-        ],
+        + [(width * x, height * y) for x, y in ((0.72, 0.85), (0.28, 0.85), (0.2, 0.55), (0.05, 0.5))],
         fill=color,
     )
     draw.rectangle((width * 0.5, height * 0.4, width * 0.65, height * 0.5), fill="white")
@@ -65,9 +62,7 @@ def draw_person(size, color, agnostic=False):
     draw.ellipse((width * 0.4, 0, width * 0.6, height * 0.22), fill=(170, 120, 90))
     draw.rectangle((width * 0.3, height * 0.8, width * 0.7, height), fill=(60, 60, 80))
     color = (128, 128, 128) if agnostic else color
-    draw.rounded_rectangle(
-        (width * 0.22, height * 0.22, width * 0.78, height * 0.82), 8, fill=color
-    )
+    draw.rounded_rectangle((width * 0.22, height * 0.22, width * 0.78, height * 0.82), 8, fill=color)
     return np.asarray(image)
 
 
@@ -160,14 +155,7 @@ def write_cell(run, arm, seed, size, samples, pictures):
             Image.fromarray(picture).save(evaluation / "images" / f"{index:05d}_00.png")
     if seed is not None:
         write_history(folder / "metrics.csv", arm, seed)
-    return {
-        "arm": arm,
-        "seed": seed,
-        "folder": f"cells/{name}",
-        "metrics": metrics,
-        "minutes": 3.5,
-        "warnings": [],
-    }
+    return {"arm": arm, "seed": seed, "folder": f"cells/{name}", "metrics": metrics, "minutes": 3.5, "warnings": []}
 
 
 def write_run(run, seeds=(0, 1, 2), size=(64, 48), samples=8, pictures=False):
@@ -266,14 +254,9 @@ def test_page_is_one_file_with_every_picture_described(finished):
 def test_page_says_what_the_numbers_say(finished):
     # The verdict is made from the intervals: far apart is "better", equal means are not.
     _, _, page = finished
-    assert (
-        "Refined against baseline over 3 seeds (95 % intervals, Student's t): better on IMACSg (+0.1"
-        in page.text
-    )
+    assert "Refined against baseline over 3 seeds (95 % intervals, Student's t): better on IMACSg (+0.1" in page.text
     verdict = re.search(r"Refined against baseline over 3 seeds(.*)", page.text)
-    assert re.search(
-        r"Centre spread \(\S+ \[\S+ \S+\]\) higher", verdict.group(1)
-    )  # no end is good
+    assert re.search(r"Centre spread \(\S+ \[\S+ \S+\]\) higher", verdict.group(1))  # no end is good
     assert "which the others do not have: not ranked" in page.text
     assert "Supervised against" not in page.text
 
@@ -338,9 +321,7 @@ def test_single_seed_gets_intervals_over_samples_and_says_so(tmp_path):
     results = write_run(tmp_path, seeds=(0,))
     assert all(entry["low"] is None for entry in results["paired"])
     page = Page(build_report(tmp_path))
-    sentence = (
-        "over 8 samples of one training seed (95 % intervals, bootstrap, BCa): better on IMACSg"
-    )
+    sentence = "over 8 samples of one training seed (95 % intervals, bootstrap, BCa): better on IMACSg"
     assert sentence in page.text
     assert "With few samples they are too narrow" in page.text
     assert "they do not cover what another training seed would change" in page.text
@@ -371,9 +352,7 @@ def test_single_evaluation_without_any_comparison_is_reported(tmp_path):
     # One arm, no reference: a table without differences, no claim.
     results = write_run(tmp_path, seeds=(0,))
     for key in ("arms", "cells"):
-        results[key] = [
-            entry for entry in results[key] if entry.get("name", entry.get("arm")) == "base"
-        ]
+        results[key] = [entry for entry in results[key] if entry.get("name", entry.get("arm")) == "base"]
     results.update(summary={}, paired=[])
     save_results(tmp_path, results)
     page = Page(build_report(tmp_path))

@@ -5,15 +5,7 @@ import pytest
 from matplotlib.contour import QuadContourSet
 from matplotlib.patches import ConnectionPatch, Rectangle
 
-from i2am_train.reporting.figures.sheet import (
-    Box,
-    Mark,
-    MarkKind,
-    Panel,
-    Section,
-    Sheet,
-    draw_sheet,
-)
+from i2am_train.reporting.figures.sheet import Box, Mark, MarkKind, Panel, Section, Sheet, draw_sheet
 
 PICTURE = np.full((8, 6, 3), 120, np.uint8)
 
@@ -42,9 +34,7 @@ def test_a_map_lies_over_its_picture_with_its_values():
 def test_rows_columns_and_words_are_in_order():
     first = tuple(Panel(picture=PICTURE, title=text) for text in "abc")
     second = (Panel(picture=PICTURE, title="d"),)  # a row may be shorter
-    figure = drawn(
-        first, second, row_titles=("p", "q"), groups=(1, 2), group_titles=("one", "two"), title="T"
-    )
+    figure = drawn(first, second, row_titles=("p", "q"), groups=(1, 2), group_titles=("one", "two"), title="T")
     axes = panels(figure)
     assert [one.get_title() for one in axes] == list("abcd")
     assert [axes[0].get_ylabel(), axes[3].get_ylabel()] == ["p", "q"]

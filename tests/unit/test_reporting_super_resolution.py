@@ -19,9 +19,7 @@ def record(name: str, rows_down: int) -> LayerRecord:
     even = torch.full((1, 3, 2, GRID.tokens), 1 / GRID.tokens)
     cells = torch.arange(GRID.tokens).view(GRID).roll(-rows_down, dims=0).flatten()
     scores = torch.eye(GRID.tokens)[cells][None]
-    return LayerRecord(
-        name, GRID, GRID, even, even, scores_over_reference=scores, scores_over_generated=scores
-    )
+    return LayerRecord(name, GRID, GRID, even, even, scores_over_reference=scores, scores_over_generated=scores)
 
 
 def explained(recipe: str = "pasd", partial: str | None = None) -> Explanation:
@@ -67,10 +65,7 @@ def test_every_figure_says_what_its_maps_lack() -> None:
     for figure in drawn.values():
         assert f"partial: {ways}" in [text.get_text().replace("\n", " ") for text in figure.texts]
     unmarked = alignment_plot(explained().maps)
-    sizes = [
-        axes.get_window_extent().height
-        for axes in (drawn["alignment_layers"].axes[0], unmarked.axes[0])
-    ]
+    sizes = [axes.get_window_extent().height for axes in (drawn["alignment_layers"].axes[0], unmarked.axes[0])]
     assert sizes[0] == pytest.approx(sizes[1])
     assert not unmarked.texts
 

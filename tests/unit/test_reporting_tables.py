@@ -71,8 +71,7 @@ def results():
             "fid": metric("FID", False, 2, "image"),
         },
         "arms": [
-            {"name": name, "label": name, "losses": {"supervised": float(name == "supervised")}}
-            for name in values
+            {"name": name, "label": name, "losses": {"supervised": float(name == "supervised")}} for name in values
         ],
         "seeds": [0, 1, 2],
         "cells": [
@@ -85,9 +84,7 @@ def results():
             )
         ],
         "summary": {
-            arm: {
-                n: entry(v, None if arm == "base" else 0.01) for n, v in zip(names, of, strict=True)
-            }
+            arm: {n: entry(v, None if arm == "base" else 0.01) for n, v in zip(names, of, strict=True)}
             for arm, of in values.items()
         },
         "paired": [
@@ -101,12 +98,7 @@ def results():
 
 
 def test_columns_stand_in_groups_and_unmeasured_metrics_are_left_out(results):
-    assert list(measured_metrics(results)) == [
-        "imacs_g",
-        "correspondence_error",
-        "center_spread",
-        "ssim",
-    ]
+    assert list(measured_metrics(results)) == ["imacs_g", "correspondence_error", "center_spread", "ssim"]
     assert arm_table(results).groups == [("Attention", 3), ("Image", 1)]
 
 
@@ -148,11 +140,7 @@ def test_verdict_follows_direction_and_interval_only(better, low, high, expected
 
 def test_differences_carry_one_more_digit_and_counts_in_favour(results):
     refined, supervised = difference_tables(results).values()
-    assert [heading.label for heading in refined.headings[:3]] == [
-        "Difference",
-        "95 % interval",
-        "In favour",
-    ]
+    assert [heading.label for heading in refined.headings[:3]] == ["Difference", "95 % interval", "In favour"]
     found = {row.label: [cell and cell.text for cell in row.cells] for row in refined.rows}
     assert found["IMACS_g ↑"] == ["+0.200", "[0.100, 0.300]", "3/3", "3", "better"]
     assert found["Error & <co> ↓"][2] == "3/3"  # lower is better: none positive
@@ -281,9 +269,7 @@ def test_labels_mean_themselves_in_every_format(results, label):
     assert label in console.file.getvalue()
     assert f'<th scope="row" class="arm">{escape(label)}' in html(arm_table(results))
     assert f"| {markdown_text(label)}" in as_markdown(results)
-    assert (
-        re.sub(r"\\([!-/:-@[-`{-~])", r"\1", markdown_text(label)) == label
-    )  # CommonMark's escapes
+    assert re.sub(r"\\([!-/:-@[-`{-~])", r"\1", markdown_text(label)) == label  # CommonMark's escapes
     rows = [line for line in as_latex(results).splitlines() if latex_text(label) in line]
     assert len(re.findall(r"(?<!\\)&", rows[0])) == 4
     assert not rows[0].startswith(("[", "*"))  # they would belong to the row before

@@ -8,14 +8,7 @@ import numpy as np
 import pytest
 from scipy.stats import binom, ttest_rel
 
-from i2am_train.results.statistics import (
-    Over,
-    PairedDifference,
-    correlation,
-    mean_interval,
-    paired_difference,
-    verdict,
-)
+from i2am_train.results.statistics import Over, PairedDifference, correlation, mean_interval, paired_difference, verdict
 from i2am_train.results.study import compare, paired_over_samples, paired_over_seeds, summarise
 
 
@@ -50,9 +43,7 @@ def claims(values, over, **options):
 
 @pytest.mark.parametrize("seeds", [2, 3, 5])
 @pytest.mark.parametrize(("distribution", "exact"), [("normal", True), ("lognormal", False)])
-def test_differences_that_do_not_exist_are_claimed_in_a_twentieth_of_studies(
-    distribution, exact, seeds
-):
+def test_differences_that_do_not_exist_are_claimed_in_a_twentieth_of_studies(distribution, exact, seeds):
     # No study of these has a true difference. Skewed values make t careful, never bold.
     studies = 2000
     claimed = claims(draws(distribution, studies, seeds), Over.SEEDS)
@@ -73,9 +64,7 @@ def test_a_bootstrap_over_seeds_would_claim_many(seeds):
 def test_interval_over_seeds_is_scipys_paired_t(confidence):
     first, second = draws("normal", 1, 4)[0]
     found = paired_difference(first, second, Over.SEEDS, confidence)
-    assert (found.low, found.high) == pytest.approx(
-        ttest_rel(first, second).confidence_interval(confidence)
-    )
+    assert (found.low, found.high) == pytest.approx(ttest_rel(first, second).confidence_interval(confidence))
 
 
 def test_two_seeds_leave_a_wide_interval():
@@ -142,11 +131,7 @@ def test_pairs_that_are_not_finite_are_left_out():
 
 @pytest.mark.parametrize(
     ("a", "b", "match"),
-    [
-        ([1.0, 2.0], [1.0], "equal length"),
-        ([], [], "None of the 0 pairs"),
-        ([math.nan], [1.0], "None of the 1 pairs"),
-    ],
+    [([1.0, 2.0], [1.0], "equal length"), ([], [], "None of the 0 pairs"), ([math.nan], [1.0], "None of the 1 pairs")],
 )
 def test_what_cannot_be_paired_is_refused(a, b, match):
     with pytest.raises(ValueError, match=match):
@@ -178,9 +163,7 @@ def test_samples_are_matched_by_name():
 
 def test_results_entries_are_plain_json_and_follow_the_schema():
     cells = [cell("base", None, ssim=0.5)]
-    cells += [
-        cell(arm, s, ssim=s + k) for k, arm in enumerate(("baseline", "refined")) for s in (0, 1)
-    ]
+    cells += [cell(arm, s, ssim=s + k) for k, arm in enumerate(("baseline", "refined")) for s in (0, 1)]
     found = compare(cells, ["ssim"], ["base", "baseline", "refined"], "baseline")
     assert json.loads(json.dumps(found)) == found
     assert found["summary"]["base"]["ssim"] == {"mean": 0.5, "std": None, "n": 1}
@@ -205,9 +188,7 @@ def test_a_single_seed_falls_back_to_samples_only_if_they_are_given():
     cells = [cell("baseline", 3, ssim=0.1, fid=5.0), cell("refined", 3, ssim=0.3, fid=4.0)]
     samples = {
         "cells/baseline-3": [{"name": n, "ssim": 0.1} for n in "abc"],
-        "cells/refined-3": [
-            {"name": n, "ssim": v} for n, v in zip("abc", (0.2, 0.3, 0.4), strict=True)
-        ],
+        "cells/refined-3": [{"name": n, "ssim": v} for n, v in zip("abc", (0.2, 0.3, 0.4), strict=True)],
     }
     arguments = (cells, ["ssim", "fid"], ["baseline", "refined"], "baseline")
     without = compare(*arguments)["paired"]
@@ -236,8 +217,7 @@ def runs_of_checkpoints(studies, steps, shared, relation=0.0, runs=6):
     random = np.random.default_rng(steps)
     mix = np.array([[1.0, 0.0], [relation, math.sqrt(1 - relation**2)]])
     of_run, of_checkpoint = (
-        np.einsum("ab,nbrs->nars", mix, random.normal(size=(studies, 2, runs, count)))
-        for count in (1, steps)
+        np.einsum("ab,nbrs->nars", mix, random.normal(size=(studies, 2, runs, count))) for count in (1, steps)
     )
     return math.sqrt(shared) * of_run + math.sqrt(1 - shared) * of_checkpoint
 

@@ -21,11 +21,7 @@ SETTINGS = {"seed": 0, "data": {"root": Path("/data"), "workers": 2}, "betas": (
 
 def contents(folder: Path) -> dict[str, bytes]:
     """Every file below a folder and what it holds."""
-    return {
-        str(path.relative_to(folder)): path.read_bytes()
-        for path in folder.rglob("*")
-        if path.is_file()
-    }
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def test_same_settings_continue(tmp_path: Path) -> None:
@@ -108,9 +104,7 @@ def test_other_data_than_at_the_start_are_refused(tmp_path: Path) -> None:
     assert (tmp_path / "manifest.json").read_text() == before
 
 
-def test_a_failed_write_leaves_the_old_file(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Stopped in the middle of writing, a file keeps its old content and no temporary one stays."""
     file = tmp_path / "results.json"
     write_json(file, {"a": 1})

@@ -51,9 +51,7 @@ def test_rows_of_steps_that_are_taken_again_are_dropped(tmp_path: Path) -> None:
     ]  # fmt: skip
 
 
-def test_another_process_leaves_the_rows_alone(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_another_process_leaves_the_rows_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The first process may be writing at this very moment."""
     log(tmp_path / "run", 0, loss=0.5)
     monkeypatch.setenv("LOCAL_RANK", "1")
@@ -69,9 +67,7 @@ def test_rows_set_aside_by_a_killed_process_come_back(tmp_path: Path) -> None:
     assert [row["step"] for row in rows(tmp_path / "run")] == ["1", "2"]
 
 
-def test_a_failed_save_leaves_the_last_checkpoint(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_failed_save_leaves_the_last_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """If the disk fills up half-way, the old file is still whole and in its place."""
     path, writer = tmp_path / "last.ckpt", AtomicCheckpointIO()
     writer.save_checkpoint({"weights": torch.arange(6.0).reshape(2, 3)}, path)
@@ -101,7 +97,5 @@ def test_a_save_replaces_the_last_checkpoint(tmp_path: Path) -> None:
 def test_another_file_of_torch_is_no_checkpoint(tmp_path: Path) -> None:
     """Somebody's weights under a checkpoint's name are not taken for one."""
     torch.save({"weights": torch.zeros(2, 3)}, tmp_path / "step-000007.ckpt")
-    with pytest.raises(
-        CheckpointError, match="is no checkpoint of a training: expected global_step"
-    ):
+    with pytest.raises(CheckpointError, match="is no checkpoint of a training: expected global_step"):
         AtomicCheckpointIO().load_checkpoint(tmp_path / "step-000007.ckpt")

@@ -29,9 +29,7 @@ def test_checkpoints_leave_frozen_networks_out(make_small_model: Callable[..., A
     """They hold every trained weight and no frozen one, and load strictly all the same."""
     module = refined(make_small_model())
     checkpoint = saved(module)
-    assert {name for name, p in module.named_parameters() if p.requires_grad} == set(
-        checkpoint["state_dict"]
-    )
+    assert {name for name, p in module.named_parameters() if p.requires_grad} == set(checkpoint["state_dict"])
     module.on_load_checkpoint(checkpoint)
     module.load_state_dict(checkpoint["state_dict"], strict=True)
 

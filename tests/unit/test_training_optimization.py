@@ -112,9 +112,7 @@ def test_v1_leaves_the_bottleneck(true_size: TryOnModel) -> None:
 
 def test_schedule() -> None:
     """Linear warm-up to the peak, half a cosine to the last step's fraction, constant beyond."""
-    options = OptimizationConfig(
-        steps=20, warmup_steps=4, learning_rate=2e-3, final_lr_fraction=0.1, weight_decay=0.0
-    )
+    options = OptimizationConfig(steps=20, warmup_steps=4, learning_rate=2e-3, final_lr_fraction=0.1, weight_decay=0.0)
     optimizer = make_optimizer([nn.Parameter(torch.ones(2, 3))], options)
     schedule = make_schedule(optimizer, options)
     rates = []
@@ -145,21 +143,12 @@ def test_eight_bits_without_bitsandbytes(monkeypatch: pytest.MonkeyPatch) -> Non
 
 @pytest.mark.parametrize(
     ("precision", "clip", "fused"),
-    [
-        ("32-true", 1.0, True),
-        ("bf16-mixed", None, True),
-        ("bf16-mixed", 1.0, False),
-        ("16-mixed", 1.0, False),
-    ],
+    [("32-true", 1.0, True), ("bf16-mixed", None, True), ("bf16-mixed", 1.0, False), ("16-mixed", 1.0, False)],
 )
 def test_options_reach_the_optimizer(precision: Any, clip: float | None, fused: bool) -> None:
     """Rate, betas and decay arrive; fused only where Lightning does not refuse to clip gradients then."""
     options = OptimizationConfig(
-        precision=precision,
-        gradient_clip=clip,
-        learning_rate=0.5,
-        betas=(0.8, 0.7),
-        weight_decay=0.25,
+        precision=precision, gradient_clip=clip, learning_rate=0.5, betas=(0.8, 0.7), weight_decay=0.25
     )
     (group,) = make_optimizer([nn.Parameter(torch.ones(2, 3))], options).param_groups
     assert (group["lr"], group["betas"], group["weight_decay"]) == (0.5, (0.8, 0.7), 0.25)

@@ -103,12 +103,7 @@ def test_where_the_gradient_of_the_attention_terms_goes(model: Any, batch: Any) 
     assert {f"{LAYER}.to_q.weight", f"{LAYER}.to_k.weight", "projector.output.weight"} <= moved
     assert "unet.conv_in.weight" in moved
     assert f"{LAYER}.to_v.weight" not in moved
-    later = (
-        "unet.up_blocks.1.attentions.2",
-        "unet.up_blocks.2",
-        "unet.up_blocks.3",
-        "unet.conv_out",
-    )
+    later = ("unet.up_blocks.1.attentions.2", "unet.up_blocks.2", "unet.up_blocks.3", "unet.conv_out")
     assert not [name for name in moved if name.startswith(later)]
     assert plain.keys() == steered.keys()
     assert not [name for name in steered if name.startswith(("vae.", "reference_encoder."))]
@@ -149,17 +144,13 @@ def test_attention_terms_are_means_over_the_conditioned_samples(
         torch.testing.assert_close(together[name], alone[name], atol=1e-5, rtol=1e-4)
 
 
-def test_signal_to_noise_weighting(
-    model: Any, batch: Any, read_batch: Callable[[list[int]], Any]
-) -> None:
+def test_signal_to_noise_weighting(model: Any, batch: Any, read_batch: Callable[[list[int]], Any]) -> None:
     """The weighted loss is the mean of the samples' own errors times the weights of their timesteps."""
     plain, gamma = Objective(), 5.0
     with torch.no_grad():
         errors = torch.stack(
             [
-                step_losses(model, read_batch([index]), draws([index], [False]), plain, None)[
-                    "total"
-                ]
+                step_losses(model, read_batch([index]), draws([index], [False]), plain, None)["total"]
                 for index in SAMPLES
             ]
         )
@@ -167,9 +158,7 @@ def test_signal_to_noise_weighting(
         weighted = step_losses(model, batch, drawn, plain, None, snr_gamma=gamma)["total"]
         unweighted = step_losses(model, batch, drawn, plain, None)["total"]
     schedule = model.schedule
-    weights = snr_weights(
-        schedule.signal.square(), drawn.timesteps, schedule.prediction_type, gamma
-    )
+    weights = snr_weights(schedule.signal.square(), drawn.timesteps, schedule.prediction_type, gamma)
     assert len(weights.unique()) == 3
     torch.testing.assert_close(unweighted, errors.mean())
     torch.testing.assert_close(weighted, (weights * errors).mean())

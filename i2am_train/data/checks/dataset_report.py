@@ -20,14 +20,7 @@ from tqdm import tqdm
 
 from i2am_train.data.checks.plausibility import Judgement, Level, Seen, judge_garment, judge_person
 from i2am_train.data.derive.parsing import usual_labels
-from i2am_train.data.layouts.layout import (
-    GARMENT_ROLES,
-    MASK_ROLES,
-    OPTIONAL_ROLES,
-    PERSON_ROLES,
-    Layout,
-    Pair,
-)
+from i2am_train.data.layouts.layout import GARMENT_ROLES, MASK_ROLES, OPTIONAL_ROLES, PERSON_ROLES, Layout, Pair
 from i2am_train.data.opening import AS_IT_LIES, Reading, absent_halves, split_layouts
 from i2am_train.data.picture_files import (
     UnreadablePictureError,
@@ -207,10 +200,7 @@ class _Part:
         people, garments = sorted(self.stems(Role.PERSON)), sorted(self.stems(Role.GARMENT))
         return [
             *(_Job(self.layout, person_roles, stem, judge_person) for stem in people),
-            *(
-                _Job(self.layout, garment_roles, stem, judge_garment, instead.get(stem))
-                for stem in garments
-            ),
+            *(_Job(self.layout, garment_roles, stem, judge_garment, instead.get(stem)) for stem in garments),
         ]
 
     def _named_instead(self) -> dict[str, str]:
@@ -218,17 +208,13 @@ class _Part:
         listed = self.layout.listed(Pairing.PAIRED) if self.paired else []
         named = {pair.garment for pair in [*listed, *self.unpaired]}
         return {
-            own.garment: pair.garment
-            for own, pair in zip(self.paired, listed, strict=True)
-            if own.garment not in named
+            own.garment: pair.garment for own, pair in zip(self.paired, listed, strict=True) if own.garment not in named
         }
 
 
 def _absent_half(layout: Layout) -> Finding:
     file = layout.list_file(Pairing.PAIRED).name
-    can, cannot = (
-        ("evaluation", "training") if layout.split is Split.TRAIN else ("training", "tests")
-    )
+    can, cannot = ("evaluation", "training") if layout.split is Split.TRAIN else ("training", "tests")
     text = f"is not there, and nothing else of this half: the dataset is for {can} alone, {cannot} would fail."
     return Finding("warning", "missing_half", layout.label, "", file, text)
 
@@ -242,9 +228,7 @@ def _check_lists(layout: Layout, findings: list[Finding]) -> tuple[list[Pair], l
     except DataError as error:
         findings.append(Finding("error", "pair_list", layout.label, "", file, str(error)))
         return [], []
-    repeated = [
-        name for name, count in Counter(pair.person for pair in paired).items() if count > 1
-    ]
+    repeated = [name for name, count in Counter(pair.person for pair in paired).items() if count > 1]
     if repeated:
         text = f"lists {len(repeated)} people more than once, for example {repeated[0]}; remove the extra lines."
         findings.append(Finding("warning", "repeated_name", layout.label, "", file, text))
@@ -259,10 +243,7 @@ def _check_overlap(parts: list[_Part]) -> list[Finding]:
     """People who are in a training and in a test list of the same folder or category."""
     people = {
         split: {
-            (part.layout.category, pair.person)
-            for part in parts
-            if part.layout.split is split
-            for pair in part.paired
+            (part.layout.category, pair.person) for part in parts if part.layout.split is split for pair in part.paired
         }
         for split in Split
     }
@@ -293,11 +274,7 @@ def _check_unlisted(parts: list[_Part]) -> list[Finding]:
     found = []
     for folder, names in expected.items():
         # DensePose's UV maps lie beside DressCode's labels
-        extra = sorted(
-            entry.name
-            for entry in folder.iterdir()
-            if entry.name not in names and entry.suffix != ".npz"
-        )
+        extra = sorted(entry.name for entry in folder.iterdir() if entry.name not in names and entry.suffix != ".npz")
         if extra:
             label = ", ".join(dict.fromkeys(labels[folder]))
             text = f"{len(extra)} files belong to no pair of the lists: a list is too short, or they are left over."
@@ -340,9 +317,7 @@ class _Job:
         checked = _Checked()
         for role in self.roles:
             if len(files := self.layout.spellings(role, self.stem)) > 1:
-                text = (
-                    f"is one of {', '.join(files)}: which of them is meant is not said; keep one."
-                )
+                text = f"is one of {', '.join(files)}: which of them is meant is not said; keep one."
                 checked.findings.append(self._finding(role, "ambiguous_name", text))
         for level, code, role, text in self.judge(self._seen(checked)):
             checked.findings.append(self._finding(role, code, text, level))
@@ -397,9 +372,7 @@ def _reduced(path: Path, role: Role) -> NDArray[Any]:
     return read_rgb(path, about=CHECK_SIZE)
 
 
-def _run(
-    jobs: Sequence[Callable[[], _Checked]], threads: int | None, progress: bool
-) -> list[_Checked]:
+def _run(jobs: Sequence[Callable[[], _Checked]], threads: int | None, progress: bool) -> list[_Checked]:
     """Run all jobs on threads (reading and decoding leave Python's lock)."""
     count = threads or 2 * (os.cpu_count() or 1)
     with ThreadPoolExecutor(count) as pool:
@@ -408,9 +381,7 @@ def _run(
         return list(tqdm(results, total=len(jobs), **bar))
 
 
-def _check_sizes(
-    checked: list[_Checked], wanted: GridSize | None
-) -> tuple[GridSize | None, list[Finding]]:
+def _check_sizes(checked: list[_Checked], wanted: GridSize | None) -> tuple[GridSize | None, list[Finding]]:
     """Pictures that differ from the wanted size, or from the others of their person or garment.
 
     People may differ from each other, as own photographs do: then there is no common size, and a warning.

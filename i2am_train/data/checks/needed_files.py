@@ -15,14 +15,7 @@ from typing import NamedTuple, Protocol
 
 from tqdm import tqdm
 
-from i2am_train.data.layouts.layout import (
-    DERIVED_ROLES,
-    GARMENT_ROLES,
-    OPTIONAL_ROLES,
-    PERSON_ROLES,
-    Layout,
-    Pair,
-)
+from i2am_train.data.layouts.layout import DERIVED_ROLES, GARMENT_ROLES, OPTIONAL_ROLES, PERSON_ROLES, Layout, Pair
 from i2am_train.data.picture_files import UnreadablePictureError, read_size
 from i2am_train.errors import DataError
 from i2am_train.fingerprints import DESCRIPTION_FILE, note_unreadable

@@ -180,9 +180,7 @@ def _judge_region(region: Mask, seen: Seen) -> Iterator[Judgement]:
         yield from _judge_fit(region, agnostic, grey, seen.pictures.get(Role.PERSON))
 
 
-def _judge_fit(
-    region: Mask, agnostic: Image, grey: Mask, photograph: Image | None
-) -> Iterator[Judgement]:
+def _judge_fit(region: Mask, agnostic: Image, grey: Mask, photograph: Image | None) -> Iterator[Judgement]:
     """Whether mask and grey are of one rule, but for the outermost pixels."""
     if photograph is None or photograph.shape != agnostic.shape:
         return
@@ -238,9 +236,7 @@ def _judge_pose(picture: Image) -> Iterator[Judgement]:
     """Whether a pose picture shows a body, as it is coloured for models."""
     fault = densepose.what_is_strange(picture)
     if fault is not None:
-        text = (
-            f"{fault}; expected detectron2's dp_segm on black (OpenCV's PARULA), or labels 0...24."
-        )
+        text = f"{fault}; expected detectron2's dp_segm on black (OpenCV's PARULA), or labels 0...24."
         yield Judgement("warning", "not_densepose", Role.POSE_PICTURE, text)
 
 

@@ -58,17 +58,7 @@ from i2am_train.data.derive.keypoints import (
     shoulders_middle,
     torso_corners,
 )
-from i2am_train.data.derive.parsing import (
-    ARMS,
-    HEAD,
-    HELD,
-    LEGS,
-    LOWER_CLOTHES,
-    SHOES,
-    WORN,
-    LabelMap,
-    LabelSet,
-)
+from i2am_train.data.derive.parsing import ARMS, HEAD, HELD, LEGS, LOWER_CLOTHES, SHOES, WORN, LabelMap, LabelSet
 from i2am_train.errors import DataError
 from i2am_train.types import Category
 
@@ -138,9 +128,7 @@ def _unit(joints: Joints, category: Category) -> float:
     return body_unit(joints)
 
 
-def _drawn_body(
-    joints: Joints, shape: tuple[int, ...], chin: int, upper: bool, lower: bool
-) -> Mask:
+def _drawn_body(joints: Joints, shape: tuple[int, ...], chin: int, upper: bool, lower: bool) -> Mask:
     """Torso, neck below the chin and arms, and hips and legs, drawn from keypoints."""
     canvas = np.zeros(shape, np.uint8)
     if upper:
@@ -278,8 +266,7 @@ def grey_region(agnostic: Image, photograph: Image, path: Path) -> Mask:
     doubtful = alike & _touching(alike, region)
     if doubtful.sum() > LARGEST_DOUBT * region.sum():
         raise _unreadable(
-            path,
-            f"beside its region the photograph is as grey as it ({doubtful.mean():.0%} of the picture)",
+            path, f"beside its region the photograph is as grey as it ({doubtful.mean():.0%} of the picture)"
         )
     if not SMALLEST <= region.mean() <= LARGEST:
         raise _unreadable(path, f"its grey covers {region.mean():.0%} of the picture")

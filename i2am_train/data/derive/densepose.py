@@ -148,9 +148,7 @@ def _explained(picture: Image, body: Mask) -> tuple[NDArray[np.uint8], float]:
 def _nearest(palette: int) -> tuple[NDArray[np.uint8], NDArray[np.float32]]:
     """The nearest label and its distance for every cell of a coarse grid of colours: much faster than every pixel."""
     levels = np.arange(1 << GRID_BITS, dtype=np.float32) * (1 << CELL_BITS) + (1 << CELL_BITS) / 2
-    colours = np.stack(np.meshgrid(levels, levels, levels, indexing="ij"), axis=-1).reshape(
-        -1, 1, 3
-    )
+    colours = np.stack(np.meshgrid(levels, levels, levels, indexing="ij"), axis=-1).reshape(-1, 1, 3)
     distances = np.linalg.norm(colours - PALETTES[palette].astype(np.float32), axis=-1)
     return distances.argmin(axis=1).astype(np.uint8), distances.min(axis=1)
 

@@ -29,31 +29,12 @@ from i2am_train.data.checks.needed_files import refuse_doubles
 from i2am_train.data.derive import densepose
 from i2am_train.data.derive.agnostic import PersonMasks, Pose, grey_region, person_masks
 from i2am_train.data.derive.flat_garments import garment_mask
-from i2am_train.data.derive.keypoints import (
-    Joints,
-    drawn_parts,
-    openpose_json,
-    read_keypoints,
-    require_on_body,
-)
-from i2am_train.data.derive.parsing import (
-    HEAD,
-    LabelMap,
-    LabelSet,
-    read_labels,
-    usual_labels,
-    write_labels,
-)
+from i2am_train.data.derive.keypoints import Joints, drawn_parts, openpose_json, read_keypoints, require_on_body
+from i2am_train.data.derive.parsing import HEAD, LabelMap, LabelSet, read_labels, usual_labels, write_labels
 from i2am_train.data.derive.previews import write_sheet
 from i2am_train.data.layouts.layout import Layout, Pair, entries
 from i2am_train.data.opening import Reading, absent_halves, split_layouts
-from i2am_train.data.picture_files import (
-    is_there,
-    read_colour,
-    read_native_mask,
-    write_bytes,
-    write_picture,
-)
+from i2am_train.data.picture_files import is_there, read_colour, read_native_mask, write_bytes, write_picture
 from i2am_train.errors import DataError
 from i2am_train.types import Category, GridSize, Pairing, PoseSource, Role, Split
 
@@ -123,14 +104,10 @@ class DeriveReport:
             f"{folder}: {self.made[folder]} made, {self.kept[folder]} kept"
             for folder in sorted({*self.made, *self.kept})
         ]
-        lines = [
-            f"{self.root}: {'; '.join(counts) or 'nothing to make'}; {len(self.refused)} refused."
-        ]
+        lines = [f"{self.root}: {'; '.join(counts) or 'nothing to make'}; {len(self.refused)} refused."]
         lines += [f"  {one.part} {one.name}: {one.reason}" for one in self.refused[:10]]
         if len(self.refused) > 10:
-            lines.append(
-                f"  and {len(self.refused) - 10} more (all of them are in the JSON report)"
-            )
+            lines.append(f"  and {len(self.refused) - 10} more (all of them are in the JSON report)")
         return "\n".join(lines)
 
 
@@ -145,8 +122,7 @@ def split_lists(root: Path, reading: Reading) -> list[Layout]:
     return [
         layout
         for layout in layouts
-        if layout not in absent
-        and (layout.split is Split.TRAIN or layout.list_file(Pairing.PAIRED).is_file())
+        if layout not in absent and (layout.split is Split.TRAIN or layout.list_file(Pairing.PAIRED).is_file())
     ]
 
 
@@ -168,9 +144,7 @@ def derive_dataset(
     """
     parts = [_Part(layout, options, parser, estimator) for layout in split_lists(root, reading)]
     for part in parts:
-        people = dict.fromkeys(
-            (Role.PERSON, Role.PARSING, Role.KEYPOINTS, Role.POSE_PICTURE), part.people
-        )
+        people = dict.fromkeys((Role.PERSON, Role.PARSING, Role.KEYPOINTS, Role.POSE_PICTURE), part.people)
         refuse_doubles(part.layout, people | {Role.GARMENT: part.garments})
     report = DeriveReport(root, {part.layout.label: part.pose_source for part in parts})
     for part in parts:
@@ -185,11 +159,7 @@ class _Part:
     """A split (of a category): what is there, checked before anything is written."""
 
     def __init__(
-        self,
-        layout: Layout,
-        options: DeriveOptions,
-        parser: Parser | None,
-        estimator: PoseEstimator | None,
+        self, layout: Layout, options: DeriveOptions, parser: Parser | None, estimator: PoseEstimator | None
     ) -> None:
         self.layout, self.options = layout, options
         pairs = layout.pairs(Pairing.PAIRED)
@@ -206,10 +176,7 @@ class _Part:
             self.models[Role.KEYPOINTS] = self.estimate
         self._check_inputs()
         self.pose_source = self._pose_source()
-        has_densepose = (
-            layout.has(Role.POSE_PICTURE)
-            and layout.place(Role.POSE_PICTURE).folder != Role.DRAWN_POSE
-        )
+        has_densepose = layout.has(Role.POSE_PICTURE) and layout.place(Role.POSE_PICTURE).folder != Role.DRAWN_POSE
         self.draws_pose = self.pose_source == "keypoints" and not has_densepose
 
     def _check_inputs(self) -> None:
@@ -217,11 +184,7 @@ class _Part:
         missing = [role for role in needed if not self.layout.has(role)]
         if missing:
             folders = ", ".join(self.layout.folder_names(role) for role in missing)
-            advice = (
-                "Give parser=FOLDER_OR_NAME to make parsing maps."
-                if Role.PARSING in missing
-                else ""
-            )
+            advice = "Give parser=FOLDER_OR_NAME to make parsing maps." if Role.PARSING in missing else ""
             raise DataError(
                 f"{self.layout.folder} has no folder {folders} (found: {entries(self.layout.folder)}). "
                 f"Nothing was written. {advice}".strip()
@@ -285,9 +248,7 @@ class _Part:
         """The mask of a flat garment."""
         files = _Files(self.layout, stem, [Role.GARMENT_MASK], self.options.overwrite)
         if files.wanted:
-            files.write(
-                Role.GARMENT_MASK, garment_mask(read_colour(self.layout.path(Role.GARMENT, stem)))
-            )
+            files.write(Role.GARMENT_MASK, garment_mask(read_colour(self.layout.path(Role.GARMENT, stem))))
         return files
 
     def derive_person(self, stem: str) -> _Files:
@@ -369,19 +330,11 @@ def _same_size(path: Path, shape: tuple[int, ...], size: GridSize) -> None:
         )
 
 
-def _run(
-    part: _Part,
-    stems: list[str],
-    work: Callable[[str], _Files],
-    what: str,
-    report: DeriveReport,
-) -> None:
+def _run(part: _Part, stems: list[str], work: Callable[[str], _Files], what: str, report: DeriveReport) -> None:
     """Do the work of many on threads (OpenCV leaves Python's lock)."""
     with ThreadPoolExecutor(part.options.workers or os.cpu_count() or 1) as pool:
         results = pool.map(partial(_attempt, work), stems)
-        for stem, outcome in zip(
-            stems, _bar(results, len(stems), part, f"{part.layout.label} {what}"), strict=True
-        ):
+        for stem, outcome in zip(stems, _bar(results, len(stems), part, f"{part.layout.label} {what}"), strict=True):
             if isinstance(outcome, _Files):
                 report.made.update(outcome.made)
                 report.kept.update(outcome.kept)
@@ -397,9 +350,7 @@ def _attempt(work: Callable[[str], _Files], stem: str) -> _Files | str:
         return str(error)
 
 
-def _run_model(
-    part: _Part, role: Role, make: Callable[[list[str]], set[str]], report: DeriveReport
-) -> None:
+def _run_model(part: _Part, role: Role, make: Callable[[list[str]], set[str]], report: DeriveReport) -> None:
     """Make the files of a role that are missing, in batches."""
     there = {stem for stem in part.people if is_there(part.layout.path(role, stem))}
     kept = set() if part.options.overwrite else there

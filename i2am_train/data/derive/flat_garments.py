@@ -260,9 +260,7 @@ class _Floods:
             return f"{undecided:.0%} of the mask has the background's colour and an opening to it"
         rooms = float((self.rooms & ~mask).sum()) / area
         if rooms > LARGEST_ROOMS:
-            return (
-                f"places between its parts, {rooms:.0%} of its size, have the background's colour"
-            )
+            return f"places between its parts, {rooms:.0%} of its size, have the background's colour"
         remnants = self._remnants(mask) / area
         if remnants > LARGEST_REMNANTS:
             return f"something pale, {remnants:.0%} of the mask's size, lies beside the mask"

@@ -62,9 +62,7 @@ def read_keypoints(path: Path, size: GridSize) -> Joints:
     table = _table(content, path, size)
     _refuse_other_scale(table, path, size)
     names = BODY_25 if len(table) == 25 else COCO_18
-    joints = {
-        name: row for name, row in zip(names, table, strict=False) if row[0] > 1 and row[1] > 1
-    }
+    joints = {name: row for name, row in zip(names, table, strict=False) if row[0] > 1 and row[1] > 1}
     if not joints:
         raise DataError(f"{path} shows nobody: no joint was seen. Make it again, or use pose=none.")
     return joints
@@ -99,9 +97,7 @@ def _is_on(joint: Point, mask: Mask) -> bool:
     """Whether a mask is near a joint."""
     reach = max(1, round(REACH * mask.shape[0]))
     column, row = np.rint(joint).astype(int)
-    rows, columns = (
-        slice(max(0, place - reach), max(0, place + reach + 1)) for place in (row, column)
-    )
+    rows, columns = (slice(max(0, place - reach), max(0, place + reach + 1)) for place in (row, column))
     return bool(mask[rows, columns].any())
 
 
@@ -141,14 +137,8 @@ def _table(content: Any, path: Path, size: GridSize) -> NDArray[np.float64]:
     try:
         if "keypoints" in content:
             table = np.asarray([row[:2] for row in content["keypoints"]], np.float64).reshape(18, 2)
-            return table * [
-                size.width / DRESS_CODE_SIZE.width,
-                size.height / DRESS_CODE_SIZE.height,
-            ]
-        people = [
-            np.asarray(person["pose_keypoints_2d"], np.float64).reshape(-1, 3)
-            for person in content["people"]
-        ]
+            return table * [size.width / DRESS_CODE_SIZE.width, size.height / DRESS_CODE_SIZE.height]
+        people = [np.asarray(person["pose_keypoints_2d"], np.float64).reshape(-1, 3) for person in content["people"]]
         if any(len(person) not in (18, 25) for person in people):
             raise ValueError("neither 18 nor 25 joints")
     except (KeyError, TypeError, ValueError):
@@ -238,17 +228,10 @@ def torso_corners(joints: Joints, wider: float, longer: float) -> list[Point]:
     hips = [joints[f"{side}_hip"] for side in SIDES if f"{side}_hip" in joints]
     low = np.mean(hips, axis=0) if len(hips) == 2 else middle + [0.0, 1.5 * unit]
     down = (low - middle) / max(1.0, float(np.linalg.norm(low - middle)))
-    across = np.array(
-        [-down[1], down[0]]
-    )  # to the picture's left, where a person facing us has the right side
+    across = np.array([-down[1], down[0]])  # to the picture's left, where a person facing us has the right side
     half = unit * (0.5 + wider)
     top, bottom = middle - 0.1 * unit * down, low + longer * unit * down
-    return [
-        top + half * across,
-        bottom + half * across,
-        bottom - half * across,
-        top - half * across,
-    ]
+    return [top + half * across, bottom + half * across, bottom - half * across, top - half * across]
 
 
 def hands_of(joints: Joints, arms: dict[str, Mask]) -> Mask:
@@ -291,9 +274,7 @@ def drawn_parts(joints: Joints, size: GridSize) -> Canvas:
         _draw_two(canvas, points, 0.24 * unit, upper, lower)
         if len(points) == 3:
             _, elbow, wrist = points
-            draw_limb(
-                canvas, [wrist + 0.3 * (wrist - elbow)], 0.22 * unit, 3 if side == "right" else 4
-            )
+            draw_limb(canvas, [wrist + 0.3 * (wrist - elbow)], 0.22 * unit, 3 if side == "right" else 4)
     if "nose" in joints:
         radii = (round(0.22 * unit), round(0.32 * unit))
         draw_limb(canvas, [joints["nose"], shoulders_middle(joints)], 0.25 * unit, 23)

@@ -131,13 +131,9 @@ def _read(path: Path) -> tuple[NDArray[Any], NDArray[np.uint8] | None]:
     return values, None if entries is None else np.asarray(entries, np.uint8).reshape(-1, 3)
 
 
-def _refuse_other_palette(
-    used: NDArray[np.uint8], palette: NDArray[np.uint8], path: Path, labels: LabelSet
-) -> None:
+def _refuse_other_palette(used: NDArray[np.uint8], palette: NDArray[np.uint8], path: Path, labels: LabelSet) -> None:
     """Refuse palettes that name other labels by a set's own colours; others (Pascal's, grey) name nothing."""
-    shown = {
-        int(value): tuple(palette[value].tolist()) for value in used[used < len(palette)] if value
-    }
+    shown = {int(value): tuple(palette[value].tolist()) for value in used[used < len(palette)] if value}
     for one in LABEL_SETS.values():
         if len(shown) < 2 or not set(shown.values()) <= set(one.colours):
             continue

@@ -32,11 +32,7 @@ DERIVED_ROLES = (Role.AGNOSTIC, Role.INPAINT_MASK, Role.GARMENT_MASK, Role.WARPE
 
 ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 """Of pictures, in capitals or not."""
-BYTE_ORDER_MARKS = (
-    (codecs.BOM_UTF8, "utf-8-sig"),
-    (codecs.BOM_UTF16_LE, "utf-16"),
-    (codecs.BOM_UTF16_BE, "utf-16"),
-)
+BYTE_ORDER_MARKS = ((codecs.BOM_UTF8, "utf-8-sig"), (codecs.BOM_UTF16_LE, "utf-16"), (codecs.BOM_UTF16_BE, "utf-16"))
 """How editors and PowerShell mark the encoding of a text."""
 
 
@@ -118,9 +114,7 @@ class Layout(ABC):
 
     def _is_there(self, pair: Pair) -> bool:
         """Whether a person and a garment of these names have files."""
-        return bool(
-            self.spellings(Role.PERSON, pair.person) and self.spellings(Role.GARMENT, pair.garment)
-        )
+        return bool(self.spellings(Role.PERSON, pair.person) and self.spellings(Role.GARMENT, pair.garment))
 
     def key(self, stem: str) -> str:
         """What takes the place of ``{}`` in patterns."""
@@ -211,11 +205,7 @@ class Layout(ABC):
     @property
     def needed(self) -> list[Role]:
         """Roles that every sample of this split needs."""
-        return [
-            *PERSON_ROLES,
-            *GARMENT_ROLES,
-            *([Role.WARPED_MASK] if self.split is Split.TRAIN else []),
-        ]
+        return [*PERSON_ROLES, *GARMENT_ROLES, *([Role.WARPED_MASK] if self.split is Split.TRAIN else [])]
 
     @property
     def missing(self) -> list[Role]:
@@ -257,16 +247,12 @@ def read_list(file: Path, root: Path, is_there: Callable[[Pair], bool]) -> list[
         )
     lines = [line.strip() for line in re.split(r"\r\n|\n|\r", _text(file)) if line.strip()]
     if not lines:
-        raise DataError(
-            f"{file} is empty; expected lines {PAIR_LINE}. Restore the list of the dataset."
-        )
+        raise DataError(f"{file} is empty; expected lines {PAIR_LINE}. Restore the list of the dataset.")
     pairs = []
     for number, line in enumerate(lines, start=1):
         ways = _ways_to_read(line)
         if len(ways) > 1:
-            ways = [way for way in ways if is_there(_pair(way))] or [
-                way for way in ways if way[0] == way[1]
-            ]
+            ways = [way for way in ways if is_there(_pair(way))] or [way for way in ways if way[0] == way[1]]
         if len(ways) != 1:
             raise DataError(
                 f"{file} has {len(line.split())} names in entry {number} ('{line}'); expected lines {PAIR_LINE}. "

@@ -38,19 +38,11 @@ class VitonHDLayout(Layout):
         Role.PERSON: _spelled(["image"], ["{}.jpg", "{}.png", "{}.jpeg"]),
         Role.GARMENT: _spelled(["cloth"], ["{}.jpg", "{}.png", "{}.jpeg"]),
         Role.GARMENT_MASK: _spelled(["cloth-mask", "cloth_mask"], ["{}.jpg", "{}.png"]),
-        Role.AGNOSTIC: _spelled(
-            ["agnostic-v3.2", "agnostic-v3.3", "agnostic"], ["{}.jpg", "{}.png"]
-        ),
-        Role.INPAINT_MASK: _spelled(
-            ["agnostic-mask", "agnostic_mask"], ["{}_mask.png", "{}.png", "{}.jpg"]
-        ),
-        Role.POSE_PICTURE: _spelled(
-            ["image-densepose", "image_densepose", Role.DRAWN_POSE], ["{}.jpg", "{}.png"]
-        ),
+        Role.AGNOSTIC: _spelled(["agnostic-v3.2", "agnostic-v3.3", "agnostic"], ["{}.jpg", "{}.png"]),
+        Role.INPAINT_MASK: _spelled(["agnostic-mask", "agnostic_mask"], ["{}_mask.png", "{}.png", "{}.jpg"]),
+        Role.POSE_PICTURE: _spelled(["image-densepose", "image_densepose", Role.DRAWN_POSE], ["{}.jpg", "{}.png"]),
         Role.DRAWN_POSE: _spelled([Role.DRAWN_POSE], ["{}.jpg"]),
-        Role.WARPED_MASK: _spelled(
-            ["gt_cloth_warped_mask", "gt-cloth-warped-mask"], ["{}.jpg", "{}.png"]
-        ),
+        Role.WARPED_MASK: _spelled(["gt_cloth_warped_mask", "gt-cloth-warped-mask"], ["{}.jpg", "{}.png"]),
         Role.CORRESPONDENCE: _spelled(["correspondence"], ["{}.png"]),
         Role.PARSING: _spelled(["image-parse-v3", "image-parse"], ["{}.png"]),
         Role.KEYPOINTS: _spelled(["openpose_json", "openpose-json"], ["{}_keypoints.json"]),
@@ -91,6 +83,4 @@ class VitonHDLayout(Layout):
                 "DensePose pictures come with VITON-HD's zalando-hd-resized, or from detectron2; 'i2am data derive' "
                 "draws a stand-in from keypoints."
             )
-        return (
-            "It comes with VITON-HD (zalando-hd-resized); for own photographs see data/README.md."
-        )
+        return "It comes with VITON-HD (zalando-hd-resized); for own photographs see data/README.md."

@@ -20,12 +20,7 @@ from i2am_train.data.derive.keypoints import openpose_json
 from i2am_train.data.derive.parsing import VITON_HD, write_labels
 from i2am_train.data.layouts.layout import GARMENT_ROLES, OPTIONAL_ROLES, PERSON_ROLES
 from i2am_train.data.picture_files import WRITING, encode_correspondence
-from i2am_train.data.synthetic.rendering import (
-    SyntheticSample,
-    render_annotations,
-    render_sample,
-    sample_name,
-)
+from i2am_train.data.synthetic.rendering import SyntheticSample, render_annotations, render_sample, sample_name
 from i2am_train.errors import DataError
 from i2am_train.files import named_errors, write_text
 from i2am_train.fingerprints import DESCRIPTION_FILE
@@ -47,9 +42,7 @@ FOLDERS = (*PERSON_ROLES, *GARMENT_ROLES, *OPTIONAL_ROLES)
 PNG = [cv2.IMWRITE_PNG_COMPRESSION, 1]
 
 
-def describe_dataset(
-    train: int, test: int, size: GridSize, seed: int, annotations: bool = False
-) -> dict[str, Any]:
+def describe_dataset(train: int, test: int, size: GridSize, seed: int, annotations: bool = False) -> dict[str, Any]:
     """The contents of ``dataset.json``: all that decides the files."""
     extra = {"annotations": True} if annotations else {}
     return {
@@ -106,9 +99,7 @@ def _check_request(train: int, test: int, size: GridSize) -> None:
             f"{MAX_SAMPLES} (an unpaired test needs two garments). Change data.train and data.test."
         )
     if min(size) < 16:
-        raise DataError(
-            f"Size {size} is too small to draw; height and width must be at least 16. Change data.size."
-        )
+        raise DataError(f"Size {size} is too small to draw; height and width must be at least 16. Change data.size.")
 
 
 def _check_same(root: Path, description: dict[str, Any]) -> None:
@@ -119,11 +110,7 @@ def _check_same(root: Path, description: dict[str, Any]) -> None:
     except (OSError, ValueError):
         found = None
     if found != description:
-        what = (
-            "no readable dataset.json"
-            if found is None
-            else f"another dataset ({json.dumps(found)})"
-        )
+        what = "no readable dataset.json" if found is None else f"another dataset ({json.dumps(found)})"
         raise DataError(
             f"{root} exists and holds {what}; expected {json.dumps(description)}. Nothing was changed. "
             "Choose another root, or delete that folder."
@@ -131,16 +118,11 @@ def _check_same(root: Path, description: dict[str, Any]) -> None:
 
 
 def _write_samples(
-    write: Callable[[tuple[Split, int]], None],
-    jobs: list[tuple[Split, int]],
-    workers: int | None,
-    progress: bool,
+    write: Callable[[tuple[Split, int]], None], jobs: list[tuple[Split, int]], workers: int | None, progress: bool
 ) -> None:
     """Render and write, in processes where there is enough to do."""
     count = max(1, (os.cpu_count() or 1) if workers is None else workers)
-    bar = partial(
-        tqdm, total=len(jobs), desc="drawing samples", unit="sample", disable=not progress
-    )
+    bar = partial(tqdm, total=len(jobs), desc="drawing samples", unit="sample", disable=not progress)
     if count == 1 or len(jobs) < 64:
         for _ in bar(map(write, jobs)):
             pass
@@ -152,9 +134,7 @@ def _write_samples(
             pass
 
 
-def _render_and_write(
-    root: Path, size: GridSize, seed: int, annotations: bool, job: tuple[Split, int]
-) -> None:
+def _render_and_write(root: Path, size: GridSize, seed: int, annotations: bool, job: tuple[Split, int]) -> None:
     """One sample of a process pool."""
     split, index = job
     write_sample(root / split, render_sample(seed, index, size))
@@ -179,10 +159,7 @@ def write_sample(folder: Path, sample: SyntheticSample) -> None:
         _write(folder / file, cv2.cvtColor(picture, cv2.COLOR_RGB2BGR))
     for file, mask in masks.items():
         _write(folder / file, mask.astype(np.uint8) * np.uint8(255))
-    _write(
-        folder / f"correspondence/{name}.png",
-        encode_correspondence(sample.correspondence)[..., ::-1],
-    )
+    _write(folder / f"correspondence/{name}.png", encode_correspondence(sample.correspondence)[..., ::-1])
 
 
 def _write(path: Path, picture: NDArray[np.generic]) -> None:
@@ -200,6 +177,4 @@ def _write_pairs(root: Path, train: int, test: int) -> None:
     (root / "train_pairs.txt").write_text("".join(f"{name} {name}\n" for name in names))
     names = [f"{sample_name(FIRST_TEST_INDEX + index)}.jpg" for index in range(test)]
     others = names[1:] + names[:1]
-    (root / "test_pairs.txt").write_text(
-        "".join(f"{a} {b}\n" for a, b in zip(names, others, strict=True))
-    )
+    (root / "test_pairs.txt").write_text("".join(f"{a} {b}\n" for a, b in zip(names, others, strict=True)))

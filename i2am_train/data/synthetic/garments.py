@@ -72,14 +72,8 @@ class Cut:
         """Half-width at depth ``y``: armhole, then smoothly chest, waist, hem."""
         waist_y = self.armpit + 0.45 * (self.length - self.armpit)
         armhole = np.interp(y, [SHOULDER_DROP, self.armpit], [self.shoulder, self.chest])
-        dent = (
-            0.06
-            * self.shoulder
-            * np.sin(np.pi * clamped((y - SHOULDER_DROP) / (self.armpit - SHOULDER_DROP)))
-        )
-        upper = self.chest + (self.waist - self.chest) * smoothstep(
-            (y - self.armpit) / (waist_y - self.armpit)
-        )
+        dent = 0.06 * self.shoulder * np.sin(np.pi * clamped((y - SHOULDER_DROP) / (self.armpit - SHOULDER_DROP)))
+        upper = self.chest + (self.waist - self.chest) * smoothstep((y - self.armpit) / (waist_y - self.armpit))
         lower = (self.hem - self.waist) * smoothstep((y - waist_y) / (self.length - waist_y))
         return np.where(y < self.armpit, armhole - dent, upper + lower)
 
@@ -137,9 +131,7 @@ def draw_garment(rng: np.random.Generator) -> Garment:
     sleeve_colour = second if cut.sleeves != "none" and rng.random() < 0.18 else None
     trim = second if rng.random() < 0.45 else 0.72 * main
     period = float(rng.uniform(0.085, 0.17))
-    return Garment(
-        cut, pattern, (main, second), period, float(rng.random()), sleeve_colour, trim, logos
-    )
+    return Garment(cut, pattern, (main, second), period, float(rng.random()), sleeve_colour, trim, logos)
 
 
 def _draw_cut(rng: np.random.Generator) -> Cut:
@@ -152,18 +144,9 @@ def _draw_cut(rng: np.random.Generator) -> Cut:
         hem = min(hem, 1.02)  # a wider hem would run into the flat sleeves
     shoulder = SHOULDER * float(rng.uniform(0.96, 1.04)) * (1.05 if fit == "boxy" else 1.0)
     chest = shoulder * float(rng.uniform(0.90, 0.97))
-    wide = {"round": (0.40, 0.50), "v": (0.38, 0.50), "square": (0.42, 0.54), "boat": (0.58, 0.70)}[
-        neckline
-    ]
-    deep = {
-        "round": (0.045, 0.075),
-        "v": (0.09, 0.15),
-        "square": (0.055, 0.095),
-        "boat": (0.022, 0.036),
-    }[neckline]
-    share = {"none": 0.0, "short": rng.uniform(0.32, 0.46), "long": rng.uniform(0.86, 0.97)}[
-        sleeves
-    ]
+    wide = {"round": (0.40, 0.50), "v": (0.38, 0.50), "square": (0.42, 0.54), "boat": (0.58, 0.70)}[neckline]
+    deep = {"round": (0.045, 0.075), "v": (0.09, 0.15), "square": (0.055, 0.095), "boat": (0.022, 0.036)}[neckline]
+    share = {"none": 0.0, "short": rng.uniform(0.32, 0.46), "long": rng.uniform(0.86, 0.97)}[sleeves]
     angles = (21, 27) if sleeves == "long" else (28, 48)
     cuffs = (0.036, 0.048) if sleeves == "long" else (0.052, 0.066)
     return Cut(  # the order of the draws below is part of the dataset
@@ -187,9 +170,7 @@ def hsv(hue: float, saturation: float, value: float) -> Colour:
 def _draw_colour(rng: np.random.Generator) -> Colour:
     """A fabric colour that stands out from white; one in six is neutral."""
     if rng.random() < 1 / 6:
-        return hsv(
-            rng.uniform(0.05, 0.65), rng.uniform(0.02, 0.18), rng.choice([0.16, 0.3, 0.5, 0.78])
-        )
+        return hsv(rng.uniform(0.05, 0.65), rng.uniform(0.02, 0.18), rng.choice([0.16, 0.3, 0.5, 0.78]))
     return hsv(rng.random(), rng.uniform(0.5, 0.92), rng.uniform(0.42, 0.94))
 
 
@@ -260,23 +241,17 @@ def place_cut(cut: Cut, aspect: float) -> Placement:
     return Placement(float(scale), np.array([aspect / 2.0, 0.5 - scale * low / 2.0]))
 
 
-def texture(
-    garment: Garment, place: Placement, sleeves: list[Points], size: tuple[int, int]
-) -> Image:
+def texture(garment: Garment, place: Placement, sleeves: list[Points], size: tuple[int, int]) -> Image:
     """Full-bleed fabric ``[height, width, 3]``: pattern, sleeve colour, trims and logos."""
     height = size[0]
     share = _pattern(garment, place, size)
     first, second = (colour.tolist() for colour in garment.colours)
-    channels = [
-        cv2.convertScaleAbs(share, None, b - a, a) for a, b in zip(first, second, strict=True)
-    ]
+    channels = [cv2.convertScaleAbs(share, None, b - a, a) for a, b in zip(first, second, strict=True)]
     canvas = cast(Image, cv2.merge(channels))
     for outline in sleeves:
         if garment.sleeve_colour is not None:
             fixed = fixed_point(outline, Camera(height))
-            cv2.fillPoly(
-                canvas, [fixed], _scalar(garment.sleeve_colour), cv2.LINE_AA, SUBPIXEL_BITS
-            )
+            cv2.fillPoly(canvas, [fixed], _scalar(garment.sleeve_colour), cv2.LINE_AA, SUBPIXEL_BITS)
             bleed = outline[SLEEVE_COLUMNS - 1 :]  # everywhere but over the armhole
             trim(canvas, bleed, garment.sleeve_colour, 0.03)
     for logo in garment.logos:
@@ -349,9 +324,7 @@ def _draw_logo_on(canvas: Image, logo: Logo, cut: Cut, place: Placement) -> None
     fixed = fixed_point(center + radius * _logo_shape(logo.kind), Camera(height))
     if logo.kind == "ring":
         thick = max(1, round(0.35 * radius * height))
-        cv2.polylines(
-            canvas, [fixed], True, _scalar(logo.colour), thick, cv2.LINE_AA, SUBPIXEL_BITS
-        )
+        cv2.polylines(canvas, [fixed], True, _scalar(logo.colour), thick, cv2.LINE_AA, SUBPIXEL_BITS)
     else:
         cv2.fillPoly(canvas, [fixed], _scalar(logo.colour), cv2.LINE_AA, SUBPIXEL_BITS)
 
@@ -365,9 +338,7 @@ def _logo_shape(kind: str) -> Points:
         return np.stack([radius * np.sin(turn), -radius * np.cos(turn)], axis=-1)
     if kind == "heart":
         x = 16 * np.sin(angle) ** 3
-        y = -(
-            13 * np.cos(angle) - 5 * np.cos(2 * angle) - 2 * np.cos(3 * angle) - np.cos(4 * angle)
-        )
+        y = -(13 * np.cos(angle) - 5 * np.cos(2 * angle) - 2 * np.cos(3 * angle) - np.cos(4 * angle))
         return np.stack([x, y], axis=-1) / 16.0
     corners = {
         "triangle": [(0.0, -1.0), (1.0, 0.8), (-1.0, 0.8)],
@@ -384,23 +355,9 @@ def _draw_letter(canvas: Image, logo: Logo, center: Points) -> None:
     pixels = 1.25 * logo.size * height
     scale = pixels / 21.0  # Hershey capitals are 21 units high
     thick = max(1, round(0.17 * pixels))
-    (text_width, text_height), _ = cv2.getTextSize(
-        logo.kind, cv2.FONT_HERSHEY_SIMPLEX, scale, thick
-    )
-    corner = (
-        round(center[0] * height - text_width / 2),
-        round(center[1] * height + text_height / 2),
-    )
-    cv2.putText(
-        canvas,
-        logo.kind,
-        corner,
-        cv2.FONT_HERSHEY_SIMPLEX,
-        scale,
-        _scalar(logo.colour),
-        thick,
-        cv2.LINE_AA,
-    )
+    (text_width, text_height), _ = cv2.getTextSize(logo.kind, cv2.FONT_HERSHEY_SIMPLEX, scale, thick)
+    corner = (round(center[0] * height - text_width / 2), round(center[1] * height + text_height / 2))
+    cv2.putText(canvas, logo.kind, corner, cv2.FONT_HERSHEY_SIMPLEX, scale, _scalar(logo.colour), thick, cv2.LINE_AA)
 
 
 def silhouette(parts: list[Points], size: tuple[int, int]) -> Image:

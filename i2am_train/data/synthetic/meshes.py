@@ -190,9 +190,7 @@ class Tube:
     side: int
 
     @classmethod
-    def bent(
-        cls, root: Points, joint: Points, end: Points, side: int, roundness: float = 0.35
-    ) -> Tube:
+    def bent(cls, root: Points, joint: Points, end: Points, side: int, roundness: float = 0.35) -> Tube:
         """A limb from root to end with a rounded bend at the joint."""
         before, after = joint + roundness * (root - joint), joint + roundness * (end - joint)
         t = np.linspace(0.0, 1.0, 9)[:, None]
@@ -238,9 +236,7 @@ def _taper(start: float, stop: float, widths: tuple[float, float]) -> tuple[Poin
 
 def spread(center: Points, inward: Points, across: Points, half_width: Points) -> Points:
     """Points ``[centers, across, 2]`` beside each centre, at ``across`` half-widths from it."""
-    return np.asarray(
-        center[:, None] + inward[:, None] * (across[None, :, None] * half_width[:, None, None])
-    )
+    return np.asarray(center[:, None] + inward[:, None] * (across[None, :, None] * half_width[:, None, None]))
 
 
 def clamped(value: Points) -> Points:

@@ -21,37 +21,14 @@ from i2am_train.data.synthetic.garments import (
     flat_sleeve,
     hsv,
 )
-from i2am_train.data.synthetic.meshes import (
-    PartMesh,
-    Points,
-    Tube,
-    ellipse,
-    joined,
-    smoothstep,
-    spread,
-)
+from i2am_train.data.synthetic.meshes import PartMesh, Points, Tube, ellipse, joined, smoothstep, spread
 
 HAIR_STYLES = ("short", "bob", "long", "bun", "afro", "bald")
 SIDES = (-1, 1)
 UPPER_ARM_SHARE = 0.52
 """Length of the upper arm in arm lengths."""
-SKINS = (
-    (246, 211, 187),
-    (232, 188, 156),
-    (208, 158, 122),
-    (174, 122, 86),
-    (130, 86, 60),
-    (92, 60, 44),
-)
-HAIRS = (
-    (28, 24, 26),
-    (58, 38, 28),
-    (96, 62, 38),
-    (150, 100, 56),
-    (206, 166, 100),
-    (122, 50, 30),
-    (150, 150, 152),
-)
+SKINS = ((246, 211, 187), (232, 188, 156), (208, 158, 122), (174, 122, 86), (130, 86, 60), (92, 60, 44))
+HAIRS = ((28, 24, 26), (58, 38, 28), (96, 62, 38), (150, 100, 56), (206, 166, 100), (122, 50, 30), (150, 150, 152))
 
 
 @dataclass(frozen=True)
@@ -178,11 +155,7 @@ class Body:
 
     def shoulder_joint(self, side: int) -> Points:
         """Pivot of an arm."""
-        return self.carry(
-            np.array(
-                [side * 0.86 * self.person.shoulder, (SHOULDER_DROP + 0.035) * self.person.torso]
-            )
-        )
+        return self.carry(np.array([side * 0.86 * self.person.shoulder, (SHOULDER_DROP + 0.035) * self.person.torso]))
 
     def arm(self, side: int, root: Points | None = None) -> Tube:
         """An arm from the shoulder joint (or another root) over the elbow to the wrist."""
@@ -212,10 +185,7 @@ class Body:
     def _leg(self, side: int) -> Points:
         width = self.person.shoulder
         inner = np.array([[0.0, 0.29], [0.0, 0.47], [0.10, 0.90]]) * [width, self.person.torso]
-        outer = np.array([[0.80, 0.90], [0.93, 0.50], [0.92, 0.42], [0.80, 0.29]]) * [
-            width,
-            self.person.torso,
-        ]
+        outer = np.array([[0.80, 0.90], [0.93, 0.50], [0.92, 0.42], [0.80, 0.29]]) * [width, self.person.torso]
         return self.carry(np.concatenate([inner, outer]) * [side, 1])
 
     @cached_property
@@ -227,11 +197,7 @@ class Body:
     def neck(self) -> Points:
         """The neck down to the collar bones."""
         top = self.head + np.array([0.0, 0.03])
-        low = self.carry(
-            np.array(
-                [[0.036, -0.012], [0.080, 0.032], [0.0, 0.20], [-0.080, 0.032], [-0.036, -0.012]]
-            )
-        )
+        low = self.carry(np.array([[0.036, -0.012], [0.080, 0.032], [0.0, 0.20], [-0.080, 0.032], [-0.036, -0.012]]))
         return np.concatenate([top + [[-0.032, 0.0], [0.032, 0.0]], low])
 
 
@@ -243,13 +209,8 @@ def _downwards(side: int, angle: float, lean: float) -> Points:
 def torso_mesh(cut: Cut, place: Placement, body: Body) -> PartMesh:
     """The front panel: columns across (neckline corners included), rows down."""
     corner = cut.neck / cut.shoulder
-    inner = [
-        -0.98 * corner,
-        0.98 * corner,
-    ]  # beside the corners, for the steps of a square neckline
-    across = np.unique(
-        np.concatenate([np.linspace(-1, 1, 15), np.linspace(-corner, corner, 9), inner])
-    )
+    inner = [-0.98 * corner, 0.98 * corner]  # beside the corners, for the steps of a square neckline
+    across = np.unique(np.concatenate([np.linspace(-1, 1, 15), np.linspace(-corner, corner, 9), inner]))
     down = np.linspace(0.0, 1.0, 13)[:, None]
     y = cut.top(across) + (cut.bottom(across) - cut.top(across)) * down
     wide = np.broadcast_to(across, y.shape)
@@ -267,17 +228,11 @@ def sleeve_mesh(cut: Cut, place: Placement, body: Body, side: int) -> PartMesh:
     tip, pit = armhole(cut, side, 2)
     root = 0.5 * float(np.linalg.norm(pit - tip))
     half_width = root + (cut.cuff - root) * along**0.8
-    flat = _sleeve_grid(
-        flat_sleeve(cut, side), armhole(cut, side, SLEEVE_COLUMNS), along, along, across, half_width
-    )
+    flat = _sleeve_grid(flat_sleeve(cut, side), armhole(cut, side, SLEEVE_COLUMNS), along, along, across, half_width)
     worn_width = half_width * np.sqrt(body.scale.prod())
-    worn = _sleeve_grid(
-        body.arm(side, seam.mean(axis=0)), seam, along, along * cut.sleeve_share, across, worn_width
-    )
+    worn = _sleeve_grid(body.arm(side, seam.mean(axis=0)), seam, along, along * cut.sleeve_share, across, worn_width)
     shape = (len(along), SLEEVE_COLUMNS)
-    parameters = np.stack(
-        [np.broadcast_to(along[:, None], shape), np.broadcast_to(across, shape)], axis=-1
-    )
+    parameters = np.stack([np.broadcast_to(along[:, None], shape), np.broadcast_to(across, shape)], axis=-1)
     return PartMesh(place(flat), worn, parameters)
 
 

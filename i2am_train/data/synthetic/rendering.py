@@ -22,14 +22,7 @@ from i2am_train.data.derive.keypoints import Joints
 from i2am_train.data.derive.parsing import VITON_HD, LabelMap
 from i2am_train.data.synthetic import garments, people
 from i2am_train.data.synthetic.garments import Garment
-from i2am_train.data.synthetic.meshes import (
-    FIRST_TRIANGLE_LABEL,
-    Camera,
-    Labels,
-    MeshPainter,
-    ellipse,
-    fill,
-)
+from i2am_train.data.synthetic.meshes import FIRST_TRIANGLE_LABEL, Camera, Labels, MeshPainter, ellipse, fill
 from i2am_train.data.synthetic.people import SIDES, Body, Person
 from i2am_train.types import GridSize
 
@@ -113,9 +106,7 @@ def render_pair(
     """
     person = people.draw_person(np.random.default_rng([seed, person_index, 0]))
     garment = garments.draw_garment(np.random.default_rng([seed, garment_index, 1]))
-    return _Rendering(person, garment, size, shading).sample(
-        sample_name(person_index), sample_name(garment_index)
-    )
+    return _Rendering(person, garment, size, shading).sample(sample_name(person_index), sample_name(garment_index))
 
 
 def render_annotations(seed: int, index: int, size: GridSize) -> tuple[LabelMap, Joints]:
@@ -144,8 +135,7 @@ class _Rendering:
         self.place = garments.place_cut(garment.cut, self.aspect)
         self.torso = people.torso_mesh(garment.cut, self.place, self.body)
         self.sleeves = {
-            side: people.sleeve_mesh(garment.cut, self.place, self.body, side)
-            for side in self._sleeve_sides()
+            side: people.sleeve_mesh(garment.cut, self.place, self.body, side) for side in self._sleeve_sides()
         }
 
     def _sleeve_sides(self) -> tuple[int, ...]:
@@ -183,10 +173,7 @@ class _Rendering:
         fabric = garments.texture(self.garment, self.place, outlines, self.fine)
         colour = self.garment.trim_colour
         source = self.torso.source
-        neck = (
-            np.abs(self.torso.parameters[0, :, 1])
-            <= self.garment.cut.neck / self.garment.cut.shoulder + 1e-6
-        )
+        neck = np.abs(self.torso.parameters[0, :, 1]) <= self.garment.cut.neck / self.garment.cut.shoulder + 1e-6
         garments.trim(fabric, source[0, neck], colour, 0.032)
         garments.trim(fabric, source[-1], 0.82 * self.garment.colours[0], 0.014)
         for mesh in self.sleeves.values():
@@ -202,10 +189,7 @@ class _Rendering:
 
     def _reduced(self, picture: NDArray[np.uint8]) -> Image:
         """Area average of a fine picture."""
-        return cast(
-            Image,
-            cv2.resize(picture, (self.size.width, self.size.height), interpolation=cv2.INTER_AREA),
-        )
+        return cast(Image, cv2.resize(picture, (self.size.width, self.size.height), interpolation=cv2.INTER_AREA))
 
     # The person
 
@@ -264,9 +248,7 @@ class _Rendering:
         if self.person.hair != "bald":
             cap = ellipse(head - [0, 0.010], 0.054, 0.064)
             crown = cap[cap[:, 1] < head[1] - 0.022]
-            fringe = head + np.array(
-                [[0.046, -0.020], [0.015, -0.040], [-0.030, -0.032], [-0.048, -0.012]]
-            )
+            fringe = head + np.array([[0.046, -0.020], [0.015, -0.040], [-0.030, -0.032], [-0.048, -0.012]])
             order = np.argsort(np.arctan2(crown[:, 1] - head[1], crown[:, 0] - head[0]))
             fill(labels, np.concatenate([crown[order], fringe]), HAIR, camera)
         gaze = head + np.array([0.35 * 0.02 * self.person.turn, 0.0])
@@ -323,9 +305,7 @@ class _Rendering:
         channels = [(column[:, None] * sideways).astype(np.uint8) for column in middle.T]
         return cast(Image, cv2.merge(channels))
 
-    def _shade(
-        self, fine: Image, kinds: Image, pixels: NDArray[np.intp], folds: NDArray[np.float32]
-    ) -> None:
+    def _shade(self, fine: Image, kinds: Image, pixels: NDArray[np.intp], folds: NDArray[np.float32]) -> None:
         """Multiply light, folds and soft shadows of the arms onto the picture, in place."""
         shade = np.ones(self.fine, np.float32)
         shade.reshape(-1)[pixels] = folds
@@ -342,15 +322,11 @@ class _Rendering:
         colours *= cv2.merge([shade] * 3)
         fine[part] = cv2.copyTo(_uint8(colours), solid, fine[part].copy())
 
-    def _folds(
-        self, along: NDArray[np.float32], across: NDArray[np.float32]
-    ) -> NDArray[np.float32]:
+    def _folds(self, along: NDArray[np.float32], across: NDArray[np.float32]) -> NDArray[np.float32]:
         """Brightness of fabric from its place along and across a part: round form, side light, folds."""
         a, b, c = self.person.fold_phase
         turn = np.float32(2 * np.pi)
-        folds = np.sin(turn * (1.1 * across + 1.3 * along + a)) + np.sin(
-            turn * (0.9 * along - 1.7 * across + b)
-        )
+        folds = np.sin(turn * (1.1 * across + 1.3 * along + a)) + np.sin(turn * (0.9 * along - 1.7 * across + b))
         drape = np.sin(turn * (1.5 * across + 0.3 * along + c)) * along
         round_form = 1.05 - 0.17 * across * across + 0.07 * self.person.light * across
         return np.asarray(round_form + 0.5 * self.person.fold_depth * (folds + drape), np.float32)
@@ -406,10 +382,7 @@ class _Rendering:
         part("torso", body.torso_outline)
         part("head", body.neck[:3])
         part("head", ellipse(body.head, 0.049, 0.066))
-        part(
-            "head",
-            body.head + np.array([[-0.026, 0.03], [0.026, 0.03], [0.026, 0.105], [-0.026, 0.105]]),
-        )
+        part("head", body.head + np.array([[-0.026, 0.03], [0.026, 0.03], [0.026, 0.105], [-0.026, 0.105]]))
         for side in (-self.person.front_arm, self.person.front_arm):
             word = "left" if side < 0 else "right"
             part(f"upper_arm_{word}", body.arms[side].outline(0.0, 0.54, (0.040, 0.024)))
@@ -432,9 +405,7 @@ class _Rendering:
     def _skin_parts(self) -> Image:
         """Whose skin a fine pixel would show: of the neck where nothing else is."""
         canvas = np.full(self.fine, VITON_HD.names.index("neck"), np.uint8)
-        fill(
-            canvas, ellipse(self.body.head, 0.055, 0.070), VITON_HD.names.index("face"), self.camera
-        )
+        fill(canvas, ellipse(self.body.head, 0.055, 0.070), VITON_HD.names.index("face"), self.camera)
         for side in (-self.person.front_arm, self.person.front_arm):
             arm = VITON_HD.names.index("right_arm" if side < 0 else "left_arm")
             fill(canvas, self.body.arms[side].outline(0.0, 1.0, (0.046, 0.030)), arm, self.camera)
@@ -471,10 +442,7 @@ def _looked_up(table: Image, labels: Image) -> Image:
 def _bounds(picture: Image, margin: int) -> Region:
     """Rows and columns of the smallest rectangle around all non-zero pixels, with a margin."""
     x, y, width, height = cv2.boundingRect(picture)
-    return (
-        slice(max(0, y - margin), y + height + margin),
-        slice(max(0, x - margin), x + width + margin),
-    )
+    return (slice(max(0, y - margin), y + height + margin), slice(max(0, x - margin), x + width + margin))
 
 
 def _uint8(values: Any) -> Image:
@@ -489,10 +457,6 @@ def _sample_texture(fabric: Image, points: NDArray[np.float32], pixels: int) -> 
     where = np.zeros((rows * row_length, 2), np.float32)
     where[: len(points)] = points * pixels - 0.5
     sampled = cv2.remap(
-        fabric,
-        where.reshape(rows, row_length, 2),
-        None,
-        cv2.INTER_LINEAR,
-        borderMode=cv2.BORDER_REPLICATE,
+        fabric, where.reshape(rows, row_length, 2), None, cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE
     )  # type: ignore[call-overload]
     return cast(Image, sampled.reshape(-1, 3)[: len(points)])

@@ -22,13 +22,7 @@ import numpy as np
 from pycocotools.coco import COCO
 
 from i2am_train.data.arrays import Image, Mask
-from i2am_train.data.picture_files import (
-    UnreadablePictureError,
-    is_there,
-    read_rgb,
-    read_size,
-    refuse_what_is_no_file,
-)
+from i2am_train.data.picture_files import UnreadablePictureError, is_there, read_rgb, read_size, refuse_what_is_no_file
 from i2am_train.errors import DataError
 from i2am_train.metrics.boxes import Box
 from i2am_train.types import GridSize
@@ -117,9 +111,7 @@ class Bench:
         return hashlib.sha256(json.dumps(chosen).encode()).hexdigest()[:16]
 
 
-def read_bench(
-    annotations: Path, folder: Path, *, crowds: bool = True, limit: int | None = None
-) -> Bench:
+def read_bench(annotations: Path, folder: Path, *, crowds: bool = True, limit: int | None = None) -> Bench:
     """The bench of a COCO file, whose images were all found.
 
     Args:
@@ -169,11 +161,7 @@ def first_of_size(
 
 
 def _sample(
-    index: int,
-    image: Mapping[str, Any],
-    annotation: Mapping[str, Any],
-    category: str,
-    folder: Path,
+    index: int, image: Mapping[str, Any], annotation: Mapping[str, Any], category: str, folder: Path
 ) -> BenchSample:
     left, top, width, height = (int(value) for value in annotation["bbox"])
     return BenchSample(
@@ -181,12 +169,7 @@ def _sample(
         image_id=int(image["id"]),
         path=folder / image["file_name"],
         size=GridSize(image["height"], image["width"]),
-        box=Box(
-            max(0, left),
-            max(0, top),
-            min(image["width"], left + width),
-            min(image["height"], top + height),
-        ),
+        box=Box(max(0, left), max(0, top), min(image["width"], left + width), min(image["height"], top + height)),
         category=category,
         crowd=bool(annotation.get("iscrowd")),
     )
@@ -238,9 +221,7 @@ def _check_entries(content: Mapping[str, Any], file: Path) -> None:
     for kind, keys in _KEYS.items():
         if not isinstance(content[kind], list):
             found = type(content[kind]).__name__
-            raise DataError(
-                f"{kind} in {file} is no list but of type {found}. Give an instances_*.json."
-            )
+            raise DataError(f"{kind} in {file} is no list but of type {found}. Give an instances_*.json.")
         for position, entry in enumerate(content[kind]):
             there = entry if isinstance(entry, dict) else {}
             _check_types(there, f"Entry {position} of {kind} in {file}")
@@ -259,9 +240,7 @@ def _check_types(entry: Mapping[str, Any], where: str) -> None:
         value = entry.get(key, 0)
         if key in entry and (not isinstance(value, types) or isinstance(value, bool)):
             expected = " or ".join(kind.__name__ for kind in types)
-            raise DataError(
-                f"{where} has {key}={value!r}, expected a value of type {expected}. Correct it."
-            )
+            raise DataError(f"{where} has {key}={value!r}, expected a value of type {expected}. Correct it.")
 
 
 def _check_content(content: Mapping[str, Any], file: Path) -> None:
@@ -345,9 +324,7 @@ def _fault(sample: BenchSample) -> str | None:
     return None
 
 
-def _refuse(
-    wrong: Sequence[object], fault: str, advice: str, kind: str = "", ends: str = "."
-) -> None:
+def _refuse(wrong: Sequence[object], fault: str, advice: str, kind: str = "", ends: str = ".") -> None:
     """Fails if anything is wrong, with the number of what is and the first of them."""
     if wrong:
         more = ", ..." if len(wrong) > _SHOWN else ""

@@ -58,9 +58,7 @@ class Detector(Protocol):
         """The same detector elsewhere."""
 
 
-def best_detection(
-    detections: Iterable[Detection], category: str | None = None
-) -> Detection | None:
+def best_detection(detections: Iterable[Detection], category: str | None = None) -> Detection | None:
     """The detection of the highest score, of one category only if it is named; None if there is none.
 
     >>> cup = Detection(box=Box(0, 0, 2, 2), score=0.6, category="cup")
@@ -68,9 +66,7 @@ def best_detection(
     >>> best_detection([cup, dog]).category, best_detection([cup, dog], "Cup").category
     ('dog', 'cup')
     """
-    candidates = [
-        one for one in detections if category is None or one.category.lower() == category.lower()
-    ]
+    candidates = [one for one in detections if category is None or one.category.lower() == category.lower()]
     return max(candidates, key=lambda one: one.score, default=None)
 
 
@@ -111,9 +107,7 @@ class ImportedDetector:
         made = make(found, f"detectors={path}")
         wrong = calls("image", "threshold")(getattr(made, "detect", None))
         if wrong:
-            raise ConfigError(
-                f"detectors={path}: detect of a {type(made).__name__} {wrong}. Expected {cls.EXPECTED}."
-            )
+            raise ConfigError(f"detectors={path}: detect of a {type(made).__name__} {wrong}. Expected {cls.EXPECTED}.")
         return cls(path, made)
 
     def to(self, device: torch.device) -> ImportedDetector:
@@ -125,13 +119,9 @@ class ImportedDetector:
         """Objects whose score exceeds the threshold."""
         found = self.detector.detect(image, threshold)
         if not isinstance(found, list) or not all(isinstance(one, Detection) for one in found):
-            raise ConfigError(
-                f"detectors={self.path}: detect returned {found!r:.200}. Expected {self.EXPECTED}."
-            )
+            raise ConfigError(f"detectors={self.path}: detect returned {found!r:.200}. Expected {self.EXPECTED}.")
         if not all(math.isfinite(value) for one in found for value in (*one.box, one.score)):
-            raise NotFiniteError(
-                f"detectors={self.path} gives boxes or scores that are NaN or infinite."
-            )
+            raise NotFiniteError(f"detectors={self.path} gives boxes or scores that are NaN or infinite.")
         return [one for one in found if one.score > threshold]
 
 
@@ -261,9 +251,7 @@ class TransformersDetector:
         outputs = self.model(**inputs)
         options = {"threshold": threshold, "target_sizes": [image.shape[:2]]}
         if self.segments:
-            (found,) = self.processor.post_process_instance_segmentation(
-                outputs, return_binary_maps=True, **options
-            )
+            (found,) = self.processor.post_process_instance_segmentation(outputs, return_binary_maps=True, **options)
             found = boxes_of_segments(found)
         else:
             (found,) = self.processor.post_process_object_detection(outputs, **options)
@@ -284,9 +272,7 @@ def boxes_of_segments(found: dict[str, Any]) -> dict[str, Tensor]:
     }
 
 
-def _detections(
-    found: dict[str, Tensor], threshold: float, category: Callable[[int], str]
-) -> list[Detection]:
+def _detections(found: dict[str, Tensor], threshold: float, category: Callable[[int], str]) -> list[Detection]:
     for name in ("boxes", "scores"):
         if not bool(found[name].isfinite().all()):
             raise NotFiniteError(

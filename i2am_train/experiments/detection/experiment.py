@@ -36,28 +36,13 @@ from i2am_train.evaluation.generation import IMAGES, batches
 from i2am_train.evaluation.results import CONFIDENCE
 from i2am_train.experiments.detection.coco import Bench, BenchSample, read_bench
 from i2am_train.experiments.detection.detectors import Detector, best_detection, load_detector
-from i2am_train.experiments.detection.report import (
-    KIND,
-    SCHEMA,
-    Example,
-    read_detected,
-    write_examples,
-    write_report,
-)
+from i2am_train.experiments.detection.report import KIND, SCHEMA, Example, read_detected, write_examples, write_report
 from i2am_train.experiments.detection.shapes import SPLIT, make_shapes
 from i2am_train.experiments.detection.tables import swept_name
 from i2am_train.experiments.detection.tracking import track_detection
 from i2am_train.files import write_text, written
 from i2am_train.json_files import read_json, write_json
-from i2am_train.metrics.boxes import (
-    METHODS_OF_MAPS,
-    Box,
-    authors_box,
-    box_iou,
-    component_box,
-    random_box,
-    whole_box,
-)
+from i2am_train.metrics.boxes import METHODS_OF_MAPS, Box, authors_box, box_iou, component_box, random_box, whole_box
 from i2am_train.models.others.paint_by_example import PaintByExample, Painted, Painting, resized
 from i2am_train.results.sample_scores import RESULTS, SAMPLES
 from i2am_train.results.statistics import Over, mean_interval, paired_difference
@@ -118,9 +103,7 @@ def run_experiment(config: DetectConfig, folder: Path, device: torch.device) -> 
     write_report(read_detected(folder))
     if scores_of(results) != before:
         use_inputs = partial(_use_inputs, config, bench, images)
-        track_detection(
-            config.tracking, folder, arm=Path(config.pipeline).name, use_inputs=use_inputs
-        )
+        track_detection(config.tracking, folder, arm=Path(config.pipeline).name, use_inputs=use_inputs)
     opened.finish(detectors=revisions(*config.detectors).get("revisions", {}))
     return results
 
@@ -230,9 +213,7 @@ def _painting(sample: BenchSample, seed: int) -> Painting:
     return Painting(image=image, mask=sample.mask(), reference=sample.reference(image), seed=seed)
 
 
-def detect_objects(
-    kept: KeptPaintings, name: str, detector: Detector, config: DetectConfig
-) -> list[dict[str, Any]]:
+def detect_objects(kept: KeptPaintings, name: str, detector: Detector, config: DetectConfig) -> list[dict[str, Any]]:
     """What a detector finds in each sample: ``box``, ``score`` and ``category`` by kind of image, or None.
 
     It looks at the batches that it has not seen yet.
@@ -245,23 +226,14 @@ def detect_objects(
     return [row for batch in kept.batches() for row in read_json(kept.file(batch, place, "json"))]
 
 
-def _best_detections(
-    kept: KeptPaintings, position: int, detector: Detector, config: DetectConfig
-) -> dict[str, Any]:
+def _best_detections(kept: KeptPaintings, position: int, detector: Detector, config: DetectConfig) -> dict[str, Any]:
     sample = kept.samples[position]
     # Both at one size: what differs between the columns is the content, not the aspect.
-    images = {
-        REAL: np.array(resized(sample.image(), config.size)),
-        GENERATED: kept.image(position),
-    }
+    images = {REAL: np.array(resized(sample.image(), config.size)), GENERATED: kept.image(position)}
     category = sample.category if config.match_category else None
-    found = {
-        kind: best_detection(detector.detect(image, config.score), category)
-        for kind, image in images.items()
-    }
+    found = {kind: best_detection(detector.detect(image, config.score), category) for kind, image in images.items()}
     return {
-        kind: best and {"box": best.box, "score": best.score, "category": best.category}
-        for kind, best in found.items()
+        kind: best and {"box": best.box, "score": best.score, "category": best.category} for kind, best in found.items()
     }
 
 
@@ -274,9 +246,7 @@ def on_picture(values: Tensor, size: GridSize) -> Tensor:
     return heat.on_picture(size).values[0]
 
 
-def boxes_of(
-    maps: Mapping[str, Tensor], sample: BenchSample, config: DetectConfig
-) -> dict[str, Box | None]:
+def boxes_of(maps: Mapping[str, Tensor], sample: BenchSample, config: DetectConfig) -> dict[str, Box | None]:
     """The box of each method without a detector, in the frame of the generated image.
 
     Args:
@@ -317,9 +287,7 @@ def iou_of(method: str, box: Box | None, target: Box) -> float | None:
     return None if box is None and method in LEAVING_OUT else value
 
 
-def score_bench(
-    kept: KeptPaintings, detections: Mapping[str, Rows], config: DetectConfig
-) -> list[dict[str, Any]]:
+def score_bench(kept: KeptPaintings, detections: Mapping[str, Rows], config: DetectConfig) -> list[dict[str, Any]]:
     """One row per sample: what it is, the boxes of all methods, and their IoU with the object's.
 
     Args:
@@ -338,10 +306,7 @@ def score_bench(
 
 
 def sample_row(
-    sample: BenchSample,
-    maps: Mapping[str, Tensor],
-    detections: Mapping[str, Mapping[str, Any]],
-    config: DetectConfig,
+    sample: BenchSample, maps: Mapping[str, Tensor], detections: Mapping[str, Mapping[str, Any]], config: DetectConfig
 ) -> dict[str, Any]:
     """The row of one sample; every box lies in the frame of the generated image."""
     target = sample.box.scaled(sample.size, config.size)
@@ -407,12 +372,9 @@ def summarise(rows: Rows, kept: KeptPaintings, bench: Bench) -> dict[str, Any]:
         },
         FUNCTIONAL: kept.functional,
         "miou": {
-            kind: {name: mean_iou(rows, kind, name) for name in methods}
-            for kind, methods in rows[0]["iou"].items()
+            kind: {name: mean_iou(rows, kind, name) for name in methods} for kind, methods in rows[0]["iou"].items()
         },
-        "missed": {
-            name: sum(row["boxes"][name] is None for row in rows) for name in METHODS_OF_MAPS
-        },
+        "missed": {name: sum(row["boxes"][name] is None for row in rows) for name in METHODS_OF_MAPS},
         "differences": [
             difference(rows, method, against)
             for method in ("i2am", "i2am_inverted")

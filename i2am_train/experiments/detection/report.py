@@ -216,12 +216,7 @@ def _sheet_row(example: Example) -> tuple[sheet.Panel, ...]:
         sheet.Panel(picture=example.reference, title="reference"),
         sheet.Panel(picture=example.generated, boxes=seen, title="painted"),
         sheet.Panel(picture=example.generated, heat=example.heat, title="map"),
-        sheet.Panel(
-            picture=example.generated,
-            boxes=(target, *found),
-            title="boxes",
-            note=f"IoU {' / '.join(scores)}",
-        ),
+        sheet.Panel(picture=example.generated, boxes=(target, *found), title="boxes", note=f"IoU {' / '.join(scores)}"),
     )
 
 
@@ -246,9 +241,7 @@ class DetectionSet:
     origins: Mapping[str, Mapping[str, Any]]
     """What made each."""
 
-    def write(
-        self, folder: Path, formats: Sequence[str], dpi: int
-    ) -> tuple[dict[str, Any], list[pages.Section]]:
+    def write(self, folder: Path, formats: Sequence[str], dpi: int) -> tuple[dict[str, Any], list[pages.Section]]:
         """Write ``tables/*`` and ``figures/*`` of each; the index of them, and the page's sections."""
         index: dict[str, Any] = {"tables": [], "figures": [], "left_out": {}}
         shown: list[pages.Section] = []
@@ -268,9 +261,7 @@ class DetectionSet:
                 about = {"figure": KIND, "paper": "section 5.1", "caption": FIGURE_CAPTION}
                 index["figures"].append({**about, "files": files, "inputs": [label]})
             shown += sections(detected, drawing, label)
-        return index | {
-            "detections": {n: dict(origin) for n, origin in self.origins.items()}
-        }, shown
+        return index | {"detections": {n: dict(origin) for n, origin in self.origins.items()}}, shown
 
     def _made_by(self, label: str) -> str:
         origin = self.origins[label]

@@ -94,9 +94,7 @@ def _ground(size: GridSize, generator: np.random.Generator) -> Image:
     return np.repeat(rows.round().astype(np.uint8), size.width, axis=1)
 
 
-def _place(
-    size: GridSize, shares: tuple[float, float], generator: np.random.Generator
-) -> NDArray[np.int64]:
+def _place(size: GridSize, shares: tuple[float, float], generator: np.random.Generator) -> NDArray[np.int64]:
     """Left, top, width and height of a box of such a share, inside the picture."""
     share, aspect = generator.uniform(*shares), generator.uniform(0.7, 1.4)
     sides = np.sqrt(share * np.array([aspect, 1 / aspect])) * np.array([size.width, size.height])

@@ -59,9 +59,7 @@ def main_table(results: Results) -> Table:
     """
     paper = _is_coco(results)
     headings = [
-        heading
-        for title in KINDS.values()
-        for heading in (Heading("mIoU", "↑", title), Heading("images", group=title))
+        heading for title in KINDS.values() for heading in (Heading("mIoU", "↑", title), Heading("images", group=title))
     ]
     if paper:
         headings += [Heading(title.split()[0].lower(), group="Paper") for title in KINDS.values()]
@@ -72,9 +70,7 @@ def main_table(results: Results) -> Table:
         source="paper Table 1",
         corner="Method",
         headings=tuple(headings),
-        rows=tuple(
-            row for title, names in groups.items() for row in _rows(results, title, names, paper)
-        ),
+        rows=tuple(row for title, names in groups.items() for row in _rows(results, title, names, paper)),
         notes=notes(results),
     )
 
@@ -110,9 +106,7 @@ def threshold_table(results: Results) -> Table:
     """Table 3: mean IoU by threshold, of the same maps."""
     deltas, swept = results["thresholds"], results["miou"]["sweep"]
     rows = {
-        label(name): with_best(
-            [score_cell(swept[swept_name(name, delta)]) for delta in deltas], True
-        )
+        label(name): with_best([score_cell(swept[swept_name(name, delta)]) for delta in deltas], True)
         for name in METHODS_OF_MAPS
     }
     if _is_coco(results):
@@ -122,9 +116,7 @@ def threshold_table(results: Results) -> Table:
         title="Threshold of the map",
         source="paper Table 3",
         corner="Method",
-        headings=tuple(
-            Heading(f"δ = {delta:g}", group="mIoU, generated images") for delta in deltas
-        ),
+        headings=tuple(Heading(f"δ = {delta:g}", group="mIoU, generated images") for delta in deltas),
         rows=tuple(Row(name, tuple(cells)) for name, cells in rows.items()),
         notes=(
             "Every threshold is of the same maps and images. Bold: best of a row.",
@@ -193,9 +185,7 @@ def notes(results: Results) -> tuple[str, ...]:
         "Brackets: 95 % bootstrap (BCa) over samples of one seed. Bold and underlined: best and second of its group."
         f"{_few_samples(results)}",
         _difference_note(results),
-        "Paper: Table 1, of COCO val2017 with the authors' code; it does not say how many images."
-        if coco
-        else "",
+        "Paper: Table 1, of COCO val2017 with the authors' code; it does not say how many images." if coco else "",
     )
     return tuple(filter(None, found))
 

@@ -45,9 +45,7 @@ OBJECT, ATTENTION, SUPERVISED = "object", "attention", "detectors"
 Rows = Sequence[Mapping[str, Any]]
 
 
-def track_detection(
-    tracking: TrackingConfig, folder: Path, *, arm: str, use_inputs: Callable[[Any], None]
-) -> None:
+def track_detection(tracking: TrackingConfig, folder: Path, *, arm: str, use_inputs: Callable[[Any], None]) -> None:
     """Log the experiment in a folder as a run of its own; nothing where W&B is disabled.
 
     Args:
@@ -144,10 +142,7 @@ def sample_table(rows: Rows, names: Mapping[str, str]) -> Any:
     return _table(
         columns,
         [
-            [
-                *(row[name] for name in SAMPLE_COLUMNS),
-                *(row["iou"][kind][method] for kind, method in keys),
-            ]
+            [*(row[name] for name in SAMPLE_COLUMNS), *(row["iou"][kind][method] for kind, method in keys)]
             for row in rows
         ],
     )
@@ -178,8 +173,7 @@ def picture_with_boxes(example: Example, names: Mapping[str, str]) -> Any:
         OBJECT: {OBJECT: row["target"]},
         ATTENTION: {label(name): row["boxes"][name] for name in METHODS_OF_MAPS},
         SUPERVISED: {
-            names[name]: found["generated"] and found["generated"]["box"]
-            for name, found in detectors.items()
+            names[name]: found["generated"] and found["generated"]["box"] for name, found in detectors.items()
         },
     }
     return wandb.Image(

@@ -20,11 +20,7 @@ VAE_PARTS = ("encoder.", "decoder.")
 REFERENCE_ENCODER = "dinov2."
 FUSED = re.compile(r"(.*)\battention(_1)?\.in_proj\.(weight|bias)")
 
-BLOCKS = {
-    "encoders.": "input_blocks.",
-    "bottleneck.": "middle_block.",
-    "decoders.": "output_blocks.",
-}
+BLOCKS = {"encoders.": "input_blocks.", "bottleneck.": "middle_block.", "decoders.": "output_blocks."}
 OUTSIDE = {
     "diffusion.time_embedding.linear_1.": "time_embed.0.",
     "diffusion.time_embedding.linear_2.": "time_embed.2.",
@@ -131,9 +127,7 @@ def _unet_name(key: str) -> str | None:
     for theirs, ours in OUTSIDE.items():
         if key.startswith(theirs):
             return ours + key[len(theirs) :]
-    match = re.fullmatch(
-        r"diffusion\.unet\.(encoders\.\d+\.|bottleneck\.|decoders\.\d+\.)(\d+)\.(.*)", key
-    )
+    match = re.fullmatch(r"diffusion\.unet\.(encoders\.\d+\.|bottleneck\.|decoders\.\d+\.)(\d+)\.(.*)", key)
     if match is None:
         return None
     word, rest = match[1].split(".", 1)

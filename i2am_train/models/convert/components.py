@@ -16,13 +16,7 @@ from i2am_train.config.models import InitConfig
 from i2am_train.errors import CheckpointError, ConfigError
 from i2am_train.models.architecture import make_scheduler
 from i2am_train.models.convert import authors_layout
-from i2am_train.models.convert.key_report import (
-    KeyReport,
-    Renamed,
-    key_report,
-    lacking,
-    load_renamed,
-)
+from i2am_train.models.convert.key_report import KeyReport, Renamed, key_report, lacking, load_renamed
 from i2am_train.models.convert.single_file import (
     empty_unet,
     empty_vae,
@@ -33,14 +27,7 @@ from i2am_train.models.convert.single_file import (
 )
 from i2am_train.models.pretrained import as_file, load_encoder, load_network
 from i2am_train.models.projector import ReferenceProjector
-from i2am_train.models.tryon import (
-    IMAGENET_MEAN,
-    IMAGENET_STD,
-    INPUT_CHANNELS,
-    TryOnConfig,
-    TryOnModel,
-    widen_input,
-)
+from i2am_train.models.tryon import IMAGENET_MEAN, IMAGENET_STD, INPUT_CHANNELS, TryOnConfig, TryOnModel, widen_input
 from i2am_train.types import GridSize, Normalisation
 from i2am_train.weight_files import read_weights
 
@@ -229,9 +216,7 @@ def check_vae(vae: AutoencoderKL, source: str) -> None:
         "latent channels": (vae.config["latent_channels"], LATENT_CHANNELS),
         "downsampling": (_downsampling(vae), DOWNSAMPLING),
     }
-    wrong = [
-        f"{name} {is_} (expected {ought})" for name, (is_, ought) in found.items() if is_ != ought
-    ]
+    wrong = [f"{name} {is_} (expected {ought})" for name, (is_, ought) in found.items() if is_ != ought]
     if wrong:
         raise CheckpointError(
             f"The VAE of '{source}' has {', '.join(wrong)}, so its latents are not those that the U-Net was trained "
@@ -246,9 +231,7 @@ def _check_own_vae(vae: AutoencoderKL, source: str) -> None:
         raise CheckpointError(
             f"The VAE of '{source}' has {vae.config['latent_channels']} latent channels. Expected {LATENT_CHANNELS}."
         )
-    moved = [
-        n for n in ("shift_factor", "latents_mean", "latents_std") if vae.config.get(n) is not None
-    ]
+    moved = [n for n in ("shift_factor", "latents_mean", "latents_std") if vae.config.get(n) is not None]
     if moved:
         raise CheckpointError(
             f"The VAE of '{source}' shifts its latents ({', '.join(moved)}); Stable Diffusion 1.5's does not. Give "
@@ -302,13 +285,7 @@ def _usual_normalisation(options: InitConfig, encoder: PreTrainedModel) -> Norma
     if options.custom:
         return "authors"
     kind = encoder.config.model_type
-    return (
-        "clip"
-        if kind.startswith("clip")
-        else "authors"
-        if kind.startswith("siglip")
-        else "imagenet"
-    )
+    return "clip" if kind.startswith("clip") else "authors" if kind.startswith("siglip") else "imagenet"
 
 
 def _new_projector(
@@ -350,10 +327,7 @@ def _empty_projector(renamed: Renamed, file: str, heads: int) -> ReferenceProjec
 
 
 def _check_projector(
-    projector: ReferenceProjector,
-    encoder: PreTrainedModel,
-    unet: UNet2DConditionModel,
-    options: InitConfig,
+    projector: ReferenceProjector, encoder: PreTrainedModel, unet: UNet2DConditionModel, options: InitConfig
 ) -> None:
     width, context = projector.config["encoder_width"], projector.config["context_width"]
     if width != encoder.config.hidden_size:

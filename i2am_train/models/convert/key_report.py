@@ -104,11 +104,7 @@ class KeyReport:
 
 
 def key_report(
-    file: str,
-    keys: Iterable[str],
-    parts: Mapping[str, tuple[nn.Module, Renamed]],
-    *,
-    ours: tuple[str, ...],
+    file: str, keys: Iterable[str], parts: Mapping[str, tuple[nn.Module, Renamed]], *, ours: tuple[str, ...]
 ) -> KeyReport:
     """Compares what a file offers with what the networks in ``parts`` need.
 
@@ -130,9 +126,7 @@ def key_report(
             if name not in wanted:
                 unexpected.append(source)
             elif tensor.shape != wanted[name].shape:
-                wrong_shape[source] = (
-                    f"{_shape(tensor)} where {part}.{name} is {_shape(wanted[name])}"
-                )
+                wrong_shape[source] = f"{_shape(tensor)} where {part}.{name} is {_shape(wanted[name])}"
             else:
                 mapped.setdefault(source, []).append(f"{part}.{name}")
     rest = [key for key in keys if key not in mapped.keys() | wrong_shape.keys()]
@@ -160,10 +154,7 @@ def load_renamed(network: nn.Module, renamed: Renamed, file: str) -> None:
     """
     used = {renamed.sources[name]: renamed.tensors[name] for name in network.state_dict()}
     check_used(used, file)
-    weights = {
-        name: renamed.tensors[name].to(torch.float32, copy=True).contiguous()
-        for name in network.state_dict()
-    }
+    weights = {name: renamed.tensors[name].to(torch.float32, copy=True).contiguous() for name in network.state_dict()}
     network.load_state_dict(weights, assign=True)
 
 

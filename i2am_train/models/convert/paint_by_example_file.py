@@ -22,14 +22,7 @@ from transformers import CLIPImageProcessor, CLIPVisionConfig
 from i2am_train.errors import CheckpointError
 from i2am_train.locks import staged
 from i2am_train.models.architecture import BETA_END, BETA_START
-from i2am_train.models.convert.key_report import (
-    KeyReport,
-    Renamed,
-    key_report,
-    lacking,
-    load_renamed,
-    renamed,
-)
+from i2am_train.models.convert.key_report import KeyReport, Renamed, key_report, lacking, load_renamed, renamed
 from i2am_train.models.convert.single_file import UNET_PREFIX, empty_unet_part, empty_vae_part
 from i2am_train.models.others.paint_by_example import CHANNELS
 from i2am_train.models.pretrained import INDEX_FILE
@@ -75,9 +68,7 @@ def read_pipeline(file: Path) -> tuple[PaintByExamplePipeline, KeyReport]:
     return pipeline_from_weights(read_weights(file), file.name)
 
 
-def pipeline_from_weights(
-    weights: Mapping[str, Tensor], file: str
-) -> tuple[PaintByExamplePipeline, KeyReport]:
+def pipeline_from_weights(weights: Mapping[str, Tensor], file: str) -> tuple[PaintByExamplePipeline, KeyReport]:
     """As `read_pipeline`, from tensors by name; ``file`` is for messages."""
     _check_parts(weights, file)
     unet, unet_weights = empty_unet_part(weights, file)
@@ -85,11 +76,7 @@ def pipeline_from_weights(
     vae, vae_weights, vae_starts = empty_vae_part(weights, file)
     encoder_weights = renamed_encoder(weights)
     encoder = empty_encoder(encoder_weights.tensors, file)
-    parts = {
-        "unet": (unet, unet_weights),
-        "vae": (vae, vae_weights),
-        "image_encoder": (encoder, encoder_weights),
-    }
+    parts = {"unet": (unet, unet_weights), "vae": (vae, vae_weights), "image_encoder": (encoder, encoder_weights)}
     report = key_report(file, weights, parts, ours=(UNET_PREFIX, *vae_starts, *ENCODER_PARTS))
     report.check()
     for network, tensors in parts.values():
@@ -208,16 +195,10 @@ def _number_positions(encoder: Any) -> None:
 def _scheduler() -> PNDMScheduler:
     """Stable Diffusion's schedule with its PLMS sampler."""
     return PNDMScheduler(
-        beta_start=BETA_START,
-        beta_end=BETA_END,
-        beta_schedule="scaled_linear",
-        skip_prk_steps=True,
-        steps_offset=1,
+        beta_start=BETA_START, beta_end=BETA_END, beta_schedule="scaled_linear", skip_prk_steps=True, steps_offset=1
     )
 
 
 def _image_processor(size: int) -> CLIPImageProcessor:
     """CLIP's own scale and deviation, as the authors feed the reference."""
-    return CLIPImageProcessor(
-        size={"shortest_edge": size}, crop_size={"height": size, "width": size}
-    )
+    return CLIPImageProcessor(size={"shortest_edge": size}, crop_size={"height": size, "width": size})

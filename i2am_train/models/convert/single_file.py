@@ -10,20 +10,11 @@ from dataclasses import dataclass
 
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
-from diffusers.loaders.single_file_utils import (
-    convert_ldm_unet_checkpoint,
-    convert_ldm_vae_checkpoint,
-)
+from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint, convert_ldm_vae_checkpoint
 from torch import Tensor, nn
 
 from i2am_train.errors import CheckpointError
-from i2am_train.models.convert.key_report import (
-    KeyReport,
-    Renamed,
-    key_report,
-    lacking,
-    load_renamed,
-)
+from i2am_train.models.convert.key_report import KeyReport, Renamed, key_report, lacking, load_renamed
 
 UNET_PREFIX = "model.diffusion_model."
 EMA_PREFIX = "model_ema."
@@ -50,9 +41,7 @@ def unet_from_weights(
         CheckpointError: there is no U-Net of Stable Diffusion 1.5's topology, or no average.
     """
     unet, renamed = empty_unet_part(weights, file, ema=ema)
-    report = key_report(
-        file, weights, {"unet": (unet, renamed)}, ours=(EMA_PREFIX if ema else UNET_PREFIX,)
-    )
+    report = key_report(file, weights, {"unet": (unet, renamed)}, ours=(EMA_PREFIX if ema else UNET_PREFIX,))
     report.check()
     load_renamed(unet, renamed, file)
     return unet.eval(), report
@@ -100,17 +89,13 @@ def empty_unet_part(
     return unet, renamed_unet(ldm, sources, unet)
 
 
-def empty_vae_part(
-    weights: Mapping[str, Tensor], file: str
-) -> tuple[AutoencoderKL, Renamed, tuple[str, ...]]:
+def empty_vae_part(weights: Mapping[str, Tensor], file: str) -> tuple[AutoencoderKL, Renamed, tuple[str, ...]]:
     """The VAE of a file on the meta device, the tensors for it, and how its keys start.
 
     Raises:
         CheckpointError: there is no VAE of Stable Diffusion's topology.
     """
-    prefix = next(
-        (p for p in VAE_PREFIXES if f"{p}decoder.conv_in.weight" in weights), VAE_PREFIXES[0]
-    )
+    prefix = next((p for p in VAE_PREFIXES if f"{p}decoder.conv_in.weight" in weights), VAE_PREFIXES[0])
     starts = tuple(f"{prefix}{part}" for part in VAE_PARTS)
     sources = {key[len(prefix) :]: key for key in weights if key.startswith(starts)}
     if not sources:
@@ -126,9 +111,7 @@ def empty_vae_part(
 def empty_unet(ldm: Mapping[str, Tensor], file: str) -> UNet2DConditionModel:
     """A U-Net of Stable Diffusion 1.5's topology on the meta device, with the widths of these tensors."""
     try:
-        widths = [
-            ldm[f"input_blocks.{3 * n + 1}.0.out_layers.3.weight"].shape[0] for n in range(LEVELS)
-        ]
+        widths = [ldm[f"input_blocks.{3 * n + 1}.0.out_layers.3.weight"].shape[0] for n in range(LEVELS)]
         context = ldm["input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight"].shape[1]
         channels = ldm["input_blocks.0.0.weight"].shape[1], ldm["out.2.weight"].shape[0]
     except (KeyError, IndexError) as error:
@@ -187,9 +170,7 @@ def renamed_vae(ldm: Mapping[str, Tensor], sources: Mapping[str, str], vae: nn.M
     return renamed
 
 
-def _gathered(
-    ldm: Mapping[str, Tensor], sources: Mapping[str, str], converted: Mapping[str, _Name]
-) -> Renamed:
+def _gathered(ldm: Mapping[str, Tensor], sources: Mapping[str, str], converted: Mapping[str, _Name]) -> Renamed:
     return Renamed(
         {name: ldm[value.key] for name, value in converted.items()},
         {name: sources[value.key] for name, value in converted.items()},

@@ -23,13 +23,7 @@ from i2am_train.data.arrays import Image
 from i2am_train.data.pictures import fit_mask, fit_picture
 from i2am_train.errors import CheckpointError
 from i2am_train.models.diffusion import guided
-from i2am_train.models.others.other_model import (
-    NO_GUIDANCE,
-    OtherModel,
-    Request,
-    Source,
-    latent_multiple,
-)
+from i2am_train.models.others.other_model import NO_GUIDANCE, OtherModel, Request, Source, latent_multiple
 from i2am_train.models.pretrained import fitting, load_network, load_part
 from i2am_train.models.watch import Watch
 from i2am_train.ops.images import to_uint8
@@ -96,13 +90,9 @@ class CatVTON:
 
     def _canvas(self, mask: Tensor, empty: Tensor, masked: Tensor, reference: Tensor) -> Tensor:
         """Mask and pictures of the whole canvas, ``[1, 5, height, width]``."""
-        return torch.cat(
-            [torch.cat([mask, empty], self.axis), torch.cat([masked, reference], self.axis)], dim=1
-        )
+        return torch.cat([torch.cat([mask, empty], self.axis), torch.cat([masked, reference], self.axis)], dim=1)
 
-    def _sampled(
-        self, conditions: Float[Tensor, "2 5 h w"], request: Request, watch: Watch
-    ) -> Tensor:
+    def _sampled(self, conditions: Float[Tensor, "2 5 h w"], request: Request, watch: Watch) -> Tensor:
         """Latents of the canvas, after all steps, which are watched."""
         is_guided = request.guidance > NO_GUIDANCE
         rows = conditions if is_guided else conditions[1:]
@@ -112,19 +102,13 @@ class CatVTON:
         self.scheduler.set_timesteps(request.steps)
         latents = latents * self.scheduler.init_noise_sigma
         for step, timestep in enumerate(self.scheduler.timesteps):
-            scaled = self.scheduler.scale_model_input(latents, timestep).expand(
-                len(rows), -1, -1, -1
-            )
+            scaled = self.scheduler.scale_model_input(latents, timestep).expand(len(rows), -1, -1, -1)
             with announce(step_index=step, conditional_rows=slice(len(rows) - 1, len(rows))):
-                predicted = self.unet(
-                    torch.cat([scaled, rows], dim=1), timestep, encoder_hidden_states=None
-                ).sample
+                predicted = self.unet(torch.cat([scaled, rows], dim=1), timestep, encoder_hidden_states=None).sample
             without, within = predicted[:1], predicted[-1:]
             direction = guided(without, within, request.guidance) if is_guided else within
             fresh = torch.randn(shape, generator=noise).to(latents)
-            latents = self.scheduler.step(
-                direction, timestep, latents, eta=ETA, variance_noise=fresh
-            ).prev_sample
+            latents = self.scheduler.step(direction, timestep, latents, eta=ETA, variance_noise=fresh).prev_sample
             watch.see_step(request.steps, step, timestep, latents)
         return latents
 
@@ -157,11 +141,7 @@ def load_catvton(source: Source) -> OtherModel:
     )
     pixels = 2 ** (len(model.vae.config.block_out_channels) - 1)
     return OtherModel(
-        target=model,
-        recipe=source.recipe_of(model),
-        make=model,
-        fit="crop",
-        multiple=latent_multiple(unet, pixels),
+        target=model, recipe=source.recipe_of(model), make=model, fit="crop", multiple=latent_multiple(unet, pixels)
     )
 
 
@@ -186,11 +166,7 @@ def load_attention(unet: nn.Module, weights: dict[str, Tensor]) -> None:
         )
     for number, layer in zip(numbers, layers, strict=True):
         prefix = f"{number}."
-        own = {
-            name.removeprefix(prefix): tensor
-            for name, tensor in weights.items()
-            if name.startswith(prefix)
-        }
+        own = {name.removeprefix(prefix): tensor for name, tensor in weights.items() if name.startswith(prefix)}
         layer.load_state_dict(own, strict=True)
 
 

@@ -118,15 +118,11 @@ def _check(pipeline: Any, recipe: Any, name: str) -> None:
     if not (recipe is None or isinstance(recipe, (Recipe, str))):
         wrong = f"comes with a recipe of type {type(recipe).__name__}"
     if wrong:
-        raise ConfigError(
-            f"factory={name} returned a {type(pipeline).__name__}, which {wrong}. Expected {HOW}."
-        )
+        raise ConfigError(f"factory={name} returned a {type(pipeline).__name__}, which {wrong}. Expected {HOW}.")
 
 
 def _checked_picture(picture: Any, request: Request, name: str) -> Image:
-    array = np.asarray(
-        picture.convert("RGB") if isinstance(picture, PillowImage.Image) else picture
-    )
+    array = np.asarray(picture.convert("RGB") if isinstance(picture, PillowImage.Image) else picture)
     if array.ndim != 3 or array.shape[-1] != 3 or array.dtype != np.uint8:
         raise ConfigError(
             f"The pipeline of factory={name} returned a {type(picture).__name__} of shape "

@@ -7,12 +7,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from diffusers import (
-    AutoencoderKL,
-    StableDiffusionInpaintPipeline,
-    StableDiffusionPipeline,
-    UNet2DConditionModel,
-)
+from diffusers import AutoencoderKL, StableDiffusionInpaintPipeline, StableDiffusionPipeline, UNet2DConditionModel
 from diffusers.models.embeddings import ImageProjection
 from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPVisionModelWithProjection
@@ -21,20 +16,8 @@ from i2am_train.attention.known import detect_recipe
 from i2am_train.data.arrays import Image
 from i2am_train.data.pictures import fit_mask, fit_picture
 from i2am_train.errors import CaptureError, CheckpointError
-from i2am_train.models.others.other_model import (
-    OtherModel,
-    Request,
-    Source,
-    latent_multiple,
-    pillow,
-)
-from i2am_train.models.pretrained import (
-    check_pipeline,
-    fitting,
-    load_network,
-    load_part,
-    load_pipeline,
-)
+from i2am_train.models.others.other_model import OtherModel, Request, Source, latent_multiple, pillow
+from i2am_train.models.pretrained import check_pipeline, fitting, load_network, load_part, load_pipeline
 from i2am_train.models.watch import Watch
 from i2am_train.weight_files import read_adapter
 
@@ -101,9 +84,7 @@ def _make(pipeline: Any, request: Request) -> Image:
         "callback_on_step_end": see,
     }
     if request.image is not None and request.mask is not None:
-        pipeline = StableDiffusionInpaintPipeline(
-            **pipeline.components, requires_safety_checker=False
-        )
+        pipeline = StableDiffusionInpaintPipeline(**pipeline.components, requires_safety_checker=False)
         pipeline.set_progress_bar_config(disable=True)
         arguments |= {
             "image": pillow(fit_picture(request.image, request.size, "stretch", 0)),

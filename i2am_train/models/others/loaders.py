@@ -20,10 +20,7 @@ TRYON_SIZE = GridSize(512, 384)
 FILLING = ("checkpoint", "image", "mask", "reference")
 
 _IP_ADAPTER = Loader(
-    load=load_ip_adapter,
-    needs=("checkpoint", "adapter", "reference"),
-    takes=("image", "mask", "prompt"),
-    size=SQUARE,
+    load=load_ip_adapter, needs=("checkpoint", "adapter", "reference"), takes=("image", "mask", "prompt"), size=SQUARE
 )
 
 LOADERS: Mapping[str, Loader] = {

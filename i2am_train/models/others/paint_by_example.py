@@ -25,13 +25,7 @@ from i2am_train.attention.known_recipes import paint_by_example
 from i2am_train.data.arrays import Image, Mask
 from i2am_train.data.pictures import fit_mask, fit_picture
 from i2am_train.errors import CheckpointError, ConfigError
-from i2am_train.models.others.other_model import (
-    OtherModel,
-    Request,
-    Source,
-    latent_multiple,
-    pillow,
-)
+from i2am_train.models.others.other_model import OtherModel, Request, Source, latent_multiple, pillow
 from i2am_train.models.pretrained import check_pipeline, load_network, load_part
 from i2am_train.models.watch import Watch
 from i2am_train.types import GridSize, WeightType
@@ -106,9 +100,7 @@ class PaintByExample:
         config = load_part(CLIPVisionConfig, source, "image_encoder")
         pipeline = PaintByExamplePipeline(
             vae=vae,
-            image_encoder=load_part(
-                PaintByExampleImageEncoder, source, "image_encoder", config=config
-            ),
+            image_encoder=load_part(PaintByExampleImageEncoder, source, "image_encoder", config=config),
             unet=unet,
             scheduler=load_part(DDIMScheduler, source, "scheduler", **AUTHORS_STEPS),
             safety_checker=None,
@@ -133,9 +125,7 @@ class PaintByExample:
                 f"{self.size_step}. Set height and width to such numbers; the paper's are 512."
             )
 
-    def paint(
-        self, paintings: Sequence[Painting], size: GridSize, *, steps: int, guidance: float
-    ) -> Painted:
+    def paint(self, paintings: Sequence[Painting], size: GridSize, *, steps: int, guidance: float) -> Painted:
         """Paint a batch; pictures are resized to ``size``, references to the encoder's square, aspects aside.
 
         Args:
@@ -205,10 +195,7 @@ def load_paint_by_example(source: Source) -> OtherModel:
         return cast(Image, made[0])
 
     return OtherModel(
-        target=model.pipeline,
-        recipe=source.recipe_of(model.pipeline),
-        make=make,
-        multiple=model.size_step,
+        target=model.pipeline, recipe=source.recipe_of(model.pipeline), make=make, multiple=model.size_step
     )
 
 

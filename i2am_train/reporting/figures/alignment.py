@@ -26,13 +26,7 @@ from i2am_train.reporting.figures.elements import (
     specific_panels,
 )
 from i2am_train.reporting.figures.patches import across_layers
-from i2am_train.reporting.figures.sheet import (
-    LINE,
-    Panel,
-    Sheet,
-    warning_lines,
-    write_warnings,
-)
+from i2am_train.reporting.figures.sheet import LINE, Panel, Sheet, warning_lines, write_warnings
 
 PATCHES_SHOWN = 4
 """Rows of the sheet, as in the paper's Fig. 9."""
@@ -94,9 +88,7 @@ def alignment_plot(maps: AttributionMaps, width: float = 5.5) -> Figure:
     axes = figure.add_axes((0.11, 0.24 * scale, 0.87, 0.68 * scale))
     _line(axes, [100 * row["relative"] for row in rows], OKABE_ITO[0], "o", "this model")
     _line(axes, [100 * row["even"] for row in rows], GREY, "_", "attention spread evenly")
-    axes.set_xticks(
-        range(len(rows)), [layer_title(maps, row["layer"]) for row in rows], fontsize=6.5
-    )
+    axes.set_xticks(range(len(rows)), [layer_title(maps, row["layer"]) for row in rows], fontsize=6.5)
     axes.set_ylabel("distance from the own place\n(% of the diagonal)", fontsize=7)
     axes.set_ylim(0, 1.1 * 100 * max(max(row["relative"], row["even"]) for row in rows))
     axes.tick_params(axis="y", labelsize=7)

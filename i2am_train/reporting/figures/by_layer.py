@@ -41,9 +41,7 @@ def layer_maps(sample: Explanation, layers: Sequence[LayerId] | None = None) -> 
     None) in the order of the model.
     """
     chosen = layers_of(sample.maps, layers)
-    parts = [
-        chosen[start : start + LAYERS_PER_ROW] for start in range(0, len(chosen), LAYERS_PER_ROW)
-    ]
+    parts = [chosen[start : start + LAYERS_PER_ROW] for start in range(0, len(chosen), LAYERS_PER_ROW)]
     return Sheet(
         sections=tuple(_layer_section(sample, part) for part in parts),
         caption=f"Layer-level attribution maps of {sample.name} ({sample.model}), coarse to fine: "
@@ -62,9 +60,7 @@ def _layer_section(sample: Explanation, layers: Sequence[str]) -> Section:
         for direction in sample.directions
     ]
     return Section(
-        rows=titled_once(rows),
-        row_titles=("$M_g^{(l)}$", "$M_r^{(l)}$")[: len(rows)],
-        groups=(1, len(titles)),
+        rows=titled_once(rows), row_titles=("$M_g^{(l)}$", "$M_r^{(l)}$")[: len(rows)], groups=(1, len(titles))
     )
 
 
@@ -103,10 +99,7 @@ def two_axis_maps(sample: Explanation) -> Sheet:
                 groups=groups,
                 group_titles=("(a) by timestep", "(b) by head"),
             )
-            for direction, title in (
-                (TO_GENERATED, "On the generated image"),
-                (TO_REFERENCE, "On the garment"),
-            )
+            for direction, title in ((TO_GENERATED, "On the generated image"), (TO_REFERENCE, "On the garment"))
         ),
         caption=f"Attribution maps of {sample.name} ({sample.model}) by the layers' resolution "
         "(rows) and time or head (columns).",
@@ -128,20 +121,14 @@ def overview(sample: Explanation) -> Sheet:
     heads = sample.maps.store.layer(sample.layer).heads
     alike = sample.maps.by_head_count()[heads]
     patches = sample.generated_patches[: len(inputs) - 1]
-    looks = (
-        patch_panel(sample, TO_GENERATED, patches, title="patches"),
-        *specific_panels(sample, patches),
-    )
+    looks = (patch_panel(sample, TO_GENERATED, patches, title="patches"), *specific_panels(sample, patches))
     sections = (
         Section(rows=(inputs,), title="Unified maps", groups=(3, 2)),
         Section(
             rows=(_head_panels(sample, alike, TO_GENERATED),),
             title=f"Head-level maps $M_{{g,n}}$, {_head_title(alike, heads)}",
         ),
-        Section(
-            rows=(_time_panels(sample, TO_GENERATED),),
-            title="Time-level maps $M_{g,\\tau}$ by timestep",
-        ),
+        Section(rows=(_time_panels(sample, TO_GENERATED),), title="Time-level maps $M_{g,\\tau}$ by timestep"),
         Section(
             rows=(looks,),
             title=f"Specific-reference maps $M_{{sr,i}}$, {layer_label(sample.layer)}",
@@ -156,14 +143,9 @@ def overview(sample: Explanation) -> Sheet:
 
 
 def _panels(
-    sample: Explanation,
-    direction: Direction,
-    maps: NDArray[np.floating],
-    titles: Sequence[str],
+    sample: Explanation, direction: Direction, maps: NDArray[np.floating], titles: Sequence[str]
 ) -> tuple[Panel, ...]:
-    return tuple(
-        map_panel(sample, direction, heat, title) for heat, title in zip(maps, titles, strict=True)
-    )
+    return tuple(map_panel(sample, direction, heat, title) for heat, title in zip(maps, titles, strict=True))
 
 
 def _time_panels(sample: Explanation, direction: Direction) -> tuple[Panel, ...]:
@@ -171,17 +153,13 @@ def _time_panels(sample: Explanation, direction: Direction) -> tuple[Panel, ...]
     return _panels(sample, direction, array(maps.normalised()), time_titles(sample))
 
 
-def _head_panels(
-    sample: Explanation, maps: AttributionMaps, direction: Direction
-) -> tuple[Panel, ...]:
+def _head_panels(sample: Explanation, maps: AttributionMaps, direction: Direction) -> tuple[Panel, ...]:
     values = array(maps.head_level(direction, sample.weighting).normalised())[:HEADS_SHOWN]
     titles = [f"head {head + 1}" for head in range(len(values))]
     return _panels(sample, direction, values, titles)
 
 
-def _block(
-    sample: Explanation, title: str, panels: Callable[[Direction], tuple[Panel, ...]]
-) -> Section:
+def _block(sample: Explanation, title: str, panels: Callable[[Direction], tuple[Panel, ...]]) -> Section:
     """The picture and its maps, one row per direction."""
     rows = [(plain_panel(sample, direction), *panels(direction)) for direction in sample.directions]
     return Section(
@@ -219,9 +197,7 @@ def _head_title(maps: AttributionMaps, heads: int) -> str:
     return f"{which}, {shown}"
 
 
-def _two_axis_rows(
-    sample: Explanation, direction: Direction, titles: Sequence[str]
-) -> tuple[tuple[Panel, ...], ...]:
+def _two_axis_rows(sample: Explanation, direction: Direction, titles: Sequence[str]) -> tuple[tuple[Panel, ...], ...]:
     by_time = array(
         sample.maps.two_axis(
             direction, "time", "resolution", groups=sample.time_groups, weighting=sample.weighting

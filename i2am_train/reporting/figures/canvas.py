@@ -178,9 +178,7 @@ class ImageGrid:
             y = left.y1 + 0.27 / self.height
             self.figure.add_artist(Line2D([left.x0, right.x1], [y, y], color=GREY, linewidth=0.6))
             center = (left.x0 + right.x1) / 2
-            self.figure.text(
-                center, y + 0.05 / self.height, title, ha="center", fontsize=9.5, weight="bold"
-            )
+            self.figure.text(center, y + 0.05 / self.height, title, ha="center", fontsize=9.5, weight="bold")
 
     def color_bar(self, mappable: ScalarMappable, label: str, width: float = 1.8) -> Axes:
         """A horizontal colour bar below the pictures, at the right; needs a bottom margin."""
@@ -188,12 +186,7 @@ class ImageGrid:
 
 
 def add_color_bar(
-    figure: Figure,
-    mappable: ScalarMappable,
-    label: str,
-    width: float,
-    right: float = 0.04,
-    size: float = 6.5,
+    figure: Figure, mappable: ScalarMappable, label: str, width: float, right: float = 0.04, size: float = 6.5
 ) -> Axes:
     """A horizontal colour bar in the lowest 0.4 inches of a figure, at the right.
 
@@ -217,11 +210,7 @@ def add_color_bar(
 
 
 def image_grid(
-    rows: int,
-    group_sizes: Sequence[int],
-    aspect: float,
-    width: float,
-    margins: Margins | None = None,
+    rows: int, group_sizes: Sequence[int], aspect: float, width: float, margins: Margins | None = None
 ) -> ImageGrid:
     """Lay out ``rows`` x ``sum(group_sizes)`` panels of height ``aspect`` times their width.
 
@@ -243,8 +232,7 @@ def image_grid(
     bottoms = [height - m.top - (r + 1) * panel_height - r * m.gap for r in range(rows)]
     size = (panel_width / width, panel_height / height)
     axes = tuple(
-        tuple(add_bare_axes(figure, (left / width, bottom / height, *size)) for left in lefts)
-        for bottom in bottoms
+        tuple(add_bare_axes(figure, (left / width, bottom / height, *size)) for left in lefts) for bottom in bottoms
     )
     return ImageGrid(figure, axes, _ranges(group_sizes), m)
 
@@ -280,10 +268,7 @@ def show_picture(axes: Axes, picture: Picture, interpolation: str = "lanczos") -
 
 
 def show_heat(
-    axes: Axes,
-    heat_map: ArrayLike,
-    underlay: Picture | None,
-    limits: tuple[float, float] = (0.0, 1.0),
+    axes: Axes, heat_map: ArrayLike, underlay: Picture | None, limits: tuple[float, float] = (0.0, 1.0)
 ) -> None:
     """Draw a heat map, over a pale grey copy of ``underlay`` if one is given.
 
@@ -297,14 +282,7 @@ def show_heat(
     height, width = underlay.shape[:2]
     extent = (-0.5, width - 0.5, height - 0.5, -0.5)
     axes.imshow(faded(underlay, gray=True), interpolation="lanczos", aspect="auto", extent=extent)
-    axes.imshow(
-        values,
-        cmap=heat_colormap(),
-        norm=norm,
-        interpolation="bilinear",
-        aspect="auto",
-        extent=extent,
-    )
+    axes.imshow(values, cmap=heat_colormap(), norm=norm, interpolation="bilinear", aspect="auto", extent=extent)
 
 
 def draw_outline(axes: Axes, mask: NDArray[np.bool_]) -> None:
@@ -321,9 +299,7 @@ def draw_outline(axes: Axes, mask: NDArray[np.bool_]) -> None:
         axes.contour(x, y, padded, [0.5], colors=[color], linewidths=width, linestyles=[style])
 
 
-def heat_scale(
-    limits: tuple[float, float] = (0.0, 1.0), over_picture: bool = True
-) -> ScalarMappable:
+def heat_scale(limits: tuple[float, float] = (0.0, 1.0), over_picture: bool = True) -> ScalarMappable:
     """What a colour bar of ``show_heat`` shows."""
     colors = heat_colormap() if over_picture else colormaps[HEAT]
     return ScalarMappable(Normalize(*limits), colors)

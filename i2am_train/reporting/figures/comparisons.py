@@ -51,8 +51,7 @@ def scores_under_maps(samples: Sequence[Explanation]) -> Sheet:
     section = Section(rows=titled_once(rows), row_titles=tuple(_row_names(samples)), groups=(2, 2))
     return Sheet(
         sections=(section,),
-        caption="Unified attribution maps above the threshold, the masks that they should fill "
-        "(dashed), and IMACS.",
+        caption="Unified attribution maps above the threshold, the masks that they should fill (dashed), and IMACS.",
     )
 
 
@@ -88,9 +87,7 @@ def refinement(samples: Sequence[Explanation]) -> Sheet:
     )
 
 
-def guidance_effect(
-    samples: Sequence[Explanation], layers: Sequence[LayerId] | None = None
-) -> Sheet:
+def guidance_effect(samples: Sequence[Explanation], layers: Sequence[LayerId] | None = None) -> Sheet:
     """The same sample with several guidance scales, the smallest first (Fig. 11).
 
     Generated image, layer-level maps and the unified map on it with its score. Guidance 1 is none.
@@ -103,8 +100,7 @@ def guidance_effect(
         maps = sample.maps.select(chosen).layer_level(TO_GENERATED).normalised()
         titles = [layer_title(sample.maps, name) for name in chosen]
         by_layer = (
-            map_panel(sample, TO_GENERATED, heat, title)
-            for heat, title in zip(array(maps), titles, strict=True)
+            map_panel(sample, TO_GENERATED, heat, title) for heat, title in zip(array(maps), titles, strict=True)
         )
         note = _score_note(sample, TO_GENERATED).replace(" ", "\n")  # panels may be narrow
         row = (

@@ -13,13 +13,7 @@ from i2am_train.metrics.registry import METRICS
 from i2am_train.reporting.figures.canvas import GREY, OKABE_ITO, STYLE, new_figure, plain_text
 from i2am_train.reporting.figures.training import with_index
 from i2am_train.reporting.formatting import minus, number
-from i2am_train.reporting.tables.correlation import (
-    Selection,
-    correlate,
-    measured_by_all,
-    selections,
-    step_of,
-)
+from i2am_train.reporting.tables.correlation import Selection, correlate, measured_by_all, selections, step_of
 from i2am_train.reporting.tables.scores import ATTENTION_METRICS
 from i2am_train.results.evaluations import Evaluation
 

@@ -11,13 +11,7 @@ from numpy.typing import NDArray
 from i2am_train.attention.maps import AttributionMaps, HeatMap, time_groups
 from i2am_train.attention.recipe import LayerId, describe_layers, paper_number, similar_layer
 from i2am_train.errors import CaptureError
-from i2am_train.evaluation.explanation import (
-    TO_GENERATED,
-    TO_REFERENCE,
-    Explanation,
-    PatchIndex,
-    array,
-)
+from i2am_train.evaluation.explanation import TO_GENERATED, TO_REFERENCE, Explanation, PatchIndex, array
 from i2am_train.reporting.figures.canvas import OKABE_ITO
 from i2am_train.reporting.figures.placement import drawn_mask, drawn_picture, placement
 from i2am_train.reporting.figures.sheet import Box, Mark, MarkKind, Panel
@@ -103,11 +97,7 @@ def plain_panel(sample: Explanation, direction: Direction, title: str = "") -> P
 
 
 def map_panel(
-    sample: Explanation,
-    direction: Direction,
-    heat: NDArray[np.floating],
-    title: str = "",
-    note: str = "",
+    sample: Explanation, direction: Direction, heat: NDArray[np.floating], title: str = "", note: str = ""
 ) -> Panel:
     """A map over the picture that it lies on, with the mask that it should fill."""
     place = placement(sample, direction)
@@ -129,9 +119,7 @@ def titled_once(rows: Sequence[Sequence[Panel]]) -> tuple[tuple[Panel, ...], ...
 # ---- patches -------------------------------------------------------------------------------------
 
 
-def patch_panel(
-    sample: Explanation, direction: Direction, patches: Sequence[PatchIndex], title: str = ""
-) -> Panel:
+def patch_panel(sample: Explanation, direction: Direction, patches: Sequence[PatchIndex], title: str = "") -> Panel:
     """The picture with a box around each patch: generated ones, or those of the garment."""
     boxes = tuple(
         placed_box(sample, direction, patch, sample.grid(direction), color)
@@ -140,17 +128,13 @@ def patch_panel(
     return replace(plain_panel(sample, direction, title), boxes=boxes)
 
 
-def boxed_panels(
-    sample: Explanation, direction: Direction, patches: Sequence[PatchIndex]
-) -> list[Panel]:
+def boxed_panels(sample: Explanation, direction: Direction, patches: Sequence[PatchIndex]) -> list[Panel]:
     """The picture for each patch, with a box around it in the patch's own colour."""
     picture = plain_panel(sample, direction)
     return [replace(picture, boxes=(box,)) for box in patch_panel(sample, direction, patches).boxes]
 
 
-def placed_box(
-    sample: Explanation, direction: Direction, patch: PatchIndex, grid: GridSize, color: str
-) -> Box:
+def placed_box(sample: Explanation, direction: Direction, patch: PatchIndex, grid: GridSize, color: str) -> Box:
     """Where a patch of a grid lies on the drawn picture."""
     box, place = patch_box(patch, grid, color), placement(sample, direction)
     return box if place is None else place.box(box, grid)
@@ -183,10 +167,7 @@ def same_patch(patch: PatchIndex, grid: GridSize, other: GridSize) -> PatchIndex
 
 
 def specific_panels(
-    sample: Explanation,
-    patches: Sequence[PatchIndex],
-    layer: str | None = None,
-    titles: Sequence[str] = (),
+    sample: Explanation, patches: Sequence[PatchIndex], layer: str | None = None, titles: Sequence[str] = ()
 ) -> list[Panel]:
     """Where generated patches look on the garment (eq. 14), with the strongest and the true place.
 
@@ -204,9 +185,7 @@ def specific_panels(
     return _patch_maps(sample, TO_REFERENCE, maps, truth, titles or [""] * len(patches))
 
 
-def reverse_panels(
-    sample: Explanation, patches: Sequence[PatchIndex], layer: str | None = None
-) -> list[Panel]:
+def reverse_panels(sample: Explanation, patches: Sequence[PatchIndex], layer: str | None = None) -> list[Panel]:
     """What garment patches feed on the generated image, with the strongest place.
 
     The arguments are those of ``specific_panels``, with patches of the reference grid.
@@ -230,17 +209,12 @@ def _patch_maps(
             marks=_marks(sample, direction, values, true_place),
             frame=color,
         )
-        for values, true_place, title, color in zip(
-            array(maps.normalised()), truth, titles, colors, strict=True
-        )
+        for values, true_place, title, color in zip(array(maps.normalised()), truth, titles, colors, strict=True)
     ]
 
 
 def _marks(
-    sample: Explanation,
-    direction: Direction,
-    values: NDArray[np.floating],
-    truth: NDArray[np.floating] | None,
+    sample: Explanation, direction: Direction, values: NDArray[np.floating], truth: NDArray[np.floating] | None
 ) -> tuple[Mark, ...]:
     """The strongest place of a map, and the true one (yx in patches) where it is known."""
     if place := placement(sample, direction):  # what was seen beside the picture is no place of it

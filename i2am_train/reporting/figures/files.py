@@ -9,12 +9,7 @@ from typing import Any
 
 from i2am_train.environment import command_line, git_state
 from i2am_train.errors import ConfigError
-from i2am_train.evaluation.explanation import (
-    Explanation,
-    explanation_folders,
-    manifest_of,
-    read_explanation,
-)
+from i2am_train.evaluation.explanation import Explanation, explanation_folders, manifest_of, read_explanation
 from i2am_train.files import numbered
 from i2am_train.reporting.figures.canvas import save_figure
 from i2am_train.reporting.figures.paper import PAPER_FIGURES, Layers, PlannedFigure, plan
@@ -45,9 +40,7 @@ class FigureSet:
     """What each kind of figure that is not drawn would need."""
     layers: Layers
 
-    def write(
-        self, folder: Path, formats: Sequence[str], dpi: int
-    ) -> tuple[dict[str, Any], list[Section]]:
+    def write(self, folder: Path, formats: Sequence[str], dpi: int) -> tuple[dict[str, Any], list[Section]]:
         """Write all figures into ``folder/figures``; the index of them, and the page's sections."""
         samples = [entry.sample for entry in self.inputs]
         stems = numbered([self._stem(figure) for figure in self.planned])
@@ -69,9 +62,7 @@ class FigureSet:
         index = {
             "figures": entries,
             "left_out": dict(self.left_out),
-            "inputs": {
-                entry.label: {**entry.sample.origin, **entry.origin} for entry in self.inputs
-            },
+            "inputs": {entry.label: {**entry.sample.origin, **entry.origin} for entry in self.inputs},
         }
         return index, sections
 
@@ -90,10 +81,7 @@ class FigureSet:
 
 
 def plan_figures(
-    runs: Sequence[Path],
-    names: Sequence[FigureName] = (),
-    models: Sequence[str] = (),
-    layers: Layers = None,
+    runs: Sequence[Path], names: Sequence[FigureName] = (), models: Sequence[str] = (), layers: Layers = None
 ) -> FigureSet:
     """Read the runs and decide what can be drawn of them.
 

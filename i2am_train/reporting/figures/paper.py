@@ -9,18 +9,8 @@ from typing import get_args
 
 from i2am_train.attention.recipe import LayerId
 from i2am_train.evaluation.explanation import TO_REFERENCE, Explanation
-from i2am_train.reporting.figures.by_layer import (
-    layer_maps,
-    overview,
-    time_and_head_maps,
-    two_axis_maps,
-)
-from i2am_train.reporting.figures.comparisons import (
-    daam_direction,
-    guidance_effect,
-    refinement,
-    scores_under_maps,
-)
+from i2am_train.reporting.figures.by_layer import layer_maps, overview, time_and_head_maps, two_axis_maps
+from i2am_train.reporting.figures.comparisons import daam_direction, guidance_effect, refinement, scores_under_maps
 from i2am_train.reporting.figures.patches import (
     generation_flow,
     reverse_across_layers,
@@ -67,9 +57,7 @@ def _has_patches(sample: Explanation) -> bool:
 
 def _has_matrices(sample: Explanation) -> bool:
     layers = sample.maps.store.layers
-    return _has_reference(sample) and all(
-        record.scores_over_reference is not None for record in layers
-    )
+    return _has_reference(sample) and all(record.scores_over_reference is not None for record in layers)
 
 
 def _together(samples: Sequence[Explanation]) -> list[Group]:

@@ -6,13 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from i2am_train.attention.recipe import LayerId
-from i2am_train.evaluation.explanation import (
-    TO_GENERATED,
-    TO_REFERENCE,
-    Explanation,
-    PatchIndex,
-    array,
-)
+from i2am_train.evaluation.explanation import TO_GENERATED, TO_REFERENCE, Explanation, PatchIndex, array
 from i2am_train.reporting.figures.elements import (
     boxed_panels,
     layer_label,
@@ -59,11 +53,7 @@ def generation_flow(sample: Explanation) -> Sheet:
         rows=titled_once(rows),
         row_titles=tuple(f"$t$ = {title}" for title in time_titles(sample)),
         groups=(1, 2, 2),
-        group_titles=(
-            "what is used",
-            "what is made",
-            f"patches, {layer_label(sample.layer)}, all steps",
-        ),
+        group_titles=("what is used", "what is made", f"patches, {layer_label(sample.layer)}, all steps"),
     )
     return Sheet(
         sections=(section,),
@@ -78,9 +68,7 @@ _PAIR_TITLES = ("patch $i$", "$M_{sr,i}$")
 
 def specific_reference(sample: Explanation) -> Sheet:
     """Each generated patch, and by an arrow where it looks on the garment (Fig. 12)."""
-    pairs = [
-        (replace(box, arrow=True), looks) for box, looks in _pairs(sample, sample.generated_patches)
-    ]
+    pairs = [(replace(box, arrow=True), looks) for box, looks in _pairs(sample, sample.generated_patches)]
     rows = _in_rows(pairs, PAIRS_PER_ROW)
     return Sheet(
         sections=(Section(rows=rows, groups=(2,) * (len(rows[0]) // 2)),),
@@ -132,9 +120,7 @@ def across_layers(
         for row in zip(boxed_panels(sample, direction, patches), *columns, strict=True)
     ]
     section = Section(
-        rows=titled_once(rows),
-        row_titles=tuple(f"patch {y}, {x}" for y, x in patches),
-        groups=(1, len(layers)),
+        rows=titled_once(rows), row_titles=tuple(f"patch {y}, {x}" for y, x in patches), groups=(1, len(layers))
     )
     return Sheet(sections=(section,), caption=caption)
 
@@ -147,7 +133,4 @@ def _pairs(sample: Explanation, patches: Sequence[PatchIndex]) -> list[tuple[Pan
 
 def _in_rows(pairs: Sequence[tuple[Panel, Panel]], per_row: int) -> tuple[tuple[Panel, ...], ...]:
     starts = range(0, len(pairs), per_row)
-    return tuple(
-        tuple(panel for pair in pairs[start : start + per_row] for panel in pair)
-        for start in starts
-    )
+    return tuple(tuple(panel for pair in pairs[start : start + per_row] for panel in pair) for start in starts)

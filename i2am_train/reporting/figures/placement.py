@@ -11,14 +11,7 @@ from numpy.typing import NDArray
 
 from i2am_train.data.arrays import Mask
 from i2am_train.data.pictures import window
-from i2am_train.evaluation.explanation import (
-    FITS,
-    SHOWN_AT_MOST,
-    TO_GENERATED,
-    TO_REFERENCE,
-    WHITE,
-    Explanation,
-)
+from i2am_train.evaluation.explanation import FITS, SHOWN_AT_MOST, TO_GENERATED, TO_REFERENCE, WHITE, Explanation
 from i2am_train.ops.images import on_picture
 from i2am_train.reporting.figures.canvas import Picture
 from i2am_train.reporting.figures.sheet import Box
@@ -42,16 +35,13 @@ class Placement:
 
     def heat(self, values: NDArray[np.floating]) -> NDArray[np.float32]:
         """A map on the canvas as one on the frame; zero beside the canvas and the picture."""
-        placed = on_picture(
-            torch.from_numpy(np.ascontiguousarray(values)), self.picture, self.canvas
-        )
+        placed = on_picture(torch.from_numpy(np.ascontiguousarray(values)), self.picture, self.canvas)
         return np.asarray(framed(placed.numpy(), self.frame, 0), np.float32)
 
     def box(self, box: Box, grid: GridSize) -> Box:
         """A rectangle in fractions of the canvas as one in fractions of the frame."""
         (top, left), (bottom, right) = (
-            self.spot(y, x, grid)
-            for y, x in ((box.top, box.left), (box.top + box.height, box.left + box.width))
+            self.spot(y, x, grid) for y, x in ((box.top, box.left), (box.top + box.height, box.left + box.width))
         )
         return replace(box, top=top, left=left, height=bottom - top, width=right - left)
 

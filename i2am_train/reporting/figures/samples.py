@@ -152,9 +152,7 @@ def _columns(
         yield _Column(titles[arm], panels, partial(_DRAWINGS[group], color=colors[arm]))
 
 
-def _draw_picture(
-    name: str, interpolation: str, axes: Axes, panels: SamplePanels, color: str = ""
-) -> None:
+def _draw_picture(name: str, interpolation: str, axes: Axes, panels: SamplePanels, color: str = "") -> None:
     show_picture(axes, getattr(panels, name), interpolation)
 
 
@@ -174,12 +172,7 @@ def draw_center_field(axes: Axes, panels: SamplePanels, color: str) -> None:
     to its truth. Patches without a known true position are left out.
     """
     grid = panels.reference_grid
-    extent = (
-        -0.5,
-        grid.width - 0.5,
-        grid.height - 0.5,
-        -0.5,
-    )  # patches; the first one's centre is 0
+    extent = (-0.5, grid.width - 0.5, grid.height - 0.5, -0.5)  # patches; the first one's centre is 0
     axes.imshow(faded(panels.garment, 0.55), extent=extent, aspect="auto")
     axes.set_autoscale_on(False)
     known, edges = mesh(panels)

@@ -158,9 +158,7 @@ def draw_sheet(sheet: Sheet, width: float = TEXT_WIDTH) -> Figure:
         ValueError: if there is no panel, or the pictures differ in their aspect ratio.
     """
     aspect = _aspect(sheet.panels)
-    panel_width = min(
-        MAX_PANEL_WIDTH, *(_width_of_panels(section, width) for section in sheet.sections)
-    )
+    panel_width = min(MAX_PANEL_WIDTH, *(_width_of_panels(section, width) for section in sheet.sections))
     rows = sum(len(section.rows) for section in sheet.sections)
     words = sum(_words_height(section) for section in sheet.sections)
     words += _SECTION_GAP * (len(sheet.sections) - 1) + _EDGE
@@ -250,9 +248,7 @@ def _foot(row: Sequence[Panel]) -> float:
 def _words_height(section: Section) -> float:
     """Height of a section less that of its pictures."""
     titles = sum(_head(row) + _foot(row) for row in section.rows)
-    titles += (_SECTION_TITLE if section.title else 0.0) + (
-        _GROUP_TITLE if section.group_titles else 0.0
-    )
+    titles += (_SECTION_TITLE if section.title else 0.0) + (_GROUP_TITLE if section.group_titles else 0.0)
     return titles + _GAP * (len(section.rows) - 1)
 
 
@@ -278,13 +274,9 @@ class _Pen:
             top += _GROUP_TITLE
         for index, row in enumerate(section.rows):
             top += _head(row)
-            axes = [
-                self._draw_panel(panel, left, top) for panel, left in zip(row, lefts, strict=False)
-            ]
+            axes = [self._draw_panel(panel, left, top) for panel, left in zip(row, lefts, strict=False)]
             if section.row_titles:
-                axes[0].set_ylabel(
-                    section.row_titles[index], fontsize=_SMALL_SIZE, color=INK, labelpad=2.5
-                )
+                axes[0].set_ylabel(section.row_titles[index], fontsize=_SMALL_SIZE, color=INK, labelpad=2.5)
             self._arrows(row, axes)
             top += self.panel_height + _foot(row) + _GAP
         return top - _GAP

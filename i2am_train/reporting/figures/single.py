@@ -41,9 +41,7 @@ def figures_of(explanation: Explanation) -> dict[str, Figure]:
         sheets["alignment"] = alignment_sheet(explanation, traced)
         drawn["alignment_layers"] = alignment_plot(explanation.maps)
     marks = explanation.maps.marks
-    return drawn | {
-        name: draw_sheet(replace(sheet, warnings=marks)) for name, sheet in sheets.items()
-    }
+    return drawn | {name: draw_sheet(replace(sheet, warnings=marks)) for name, sheet in sheets.items()}
 
 
 def _aligned_layers(explanation: Explanation) -> list[str]:
@@ -79,9 +77,7 @@ def mass_maps(explanation: Explanation) -> Sheet:
     store = explanation.maps.store
     grids = sorted({record.generated_grid for record in store.layers}, key=lambda grid: grid.tokens)
     by_title = {"all layers": explanation.maps} | {
-        str(grid): explanation.maps.select(
-            [record.layer for record in store.layers if record.generated_grid == grid]
-        )
+        str(grid): explanation.maps.select([record.layer for record in store.layers if record.generated_grid == grid])
         for grid in grids
     }
     panels = []

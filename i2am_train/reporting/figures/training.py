@@ -19,15 +19,7 @@ from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
 from i2am_train.metrics.registry import MetricInfo
-from i2am_train.reporting.figures.canvas import (
-    BETTER,
-    GREY,
-    STYLE,
-    WORSE,
-    arm_colors,
-    new_figure,
-    plain_text,
-)
+from i2am_train.reporting.figures.canvas import BETTER, GREY, STYLE, WORSE, arm_colors, new_figure, plain_text
 from i2am_train.reporting.tables.ablation import measured_metrics
 from i2am_train.results.history import Curve, History
 from i2am_train.results.statistics import Verdict, verdict
@@ -105,16 +97,12 @@ def _columns_of(plots: int) -> int:
     return 3 if plots <= 3 or plots in {5, 6, 9} else 4
 
 
-def _small_multiples(
-    count: int, width: float, panel_height: float, header: float = 0.0
-) -> tuple[Figure, list[Axes]]:
+def _small_multiples(count: int, width: float, panel_height: float, header: float = 0.0) -> tuple[Figure, list[Axes]]:
     columns = _columns_of(count)
     rows = -(-count // columns)
     height = rows * panel_height + header
     figure = new_figure(width, height)
-    figure.set_layout_engine(
-        "constrained", rect=(0, 0, 1, 1 - header / height), h_pad=0.07, w_pad=0.09
-    )
+    figure.set_layout_engine("constrained", rect=(0, 0, 1, 1 - header / height), h_pad=0.07, w_pad=0.09)
     return figure, [figure.add_subplot(rows, columns, index + 1) for index in range(count)]
 
 
@@ -144,9 +132,7 @@ def _entries(results: Results, metric: str) -> Iterator[Mapping[str, Any]]:
     return (entry for entry in results["paired"] if entry["metric"] == metric)
 
 
-def _draw_differences(
-    axes: Axes, results: Results, metric: str, info: MetricInfo, arms: Sequence[str]
-) -> None:
+def _draw_differences(axes: Axes, results: Results, metric: str, info: MetricInfo, arms: Sequence[str]) -> None:
     axes.axvline(0.0, color=GREY, linewidth=0.8, zorder=0)
     for entry in _entries(results, metric):
         height = arms.index(entry["arm"])

@@ -19,24 +19,13 @@ from i2am_train.metrics.registry import MetricInfo
 from i2am_train.reporting import table as write
 from i2am_train.reporting.formatting import interval_text, markdown_text, number, percent
 from i2am_train.reporting.provenance import describe_machine
-from i2am_train.reporting.table import (
-    LATEX_NEEDS,
-    Cell,
-    Heading,
-    Mark,
-    Row,
-    Table,
-    markdown_rows,
-    with_best,
-)
+from i2am_train.reporting.table import LATEX_NEEDS, Cell, Heading, Mark, Row, Table, markdown_rows, with_best
 from i2am_train.results.statistics import Over, Verdict, few_samples_note, verdict
 from i2am_train.results.study import START_ARM, Results, arm_labels, uses_truth
 
 GROUP_TITLES = {"attention": "Attention", "image": "Image"}
 TRUTH_MARK = "†"
-TRUTH_NOTE = (
-    f"{TRUTH_MARK} trained with the true correspondence, which the others do not have: not ranked."
-)
+TRUTH_NOTE = f"{TRUTH_MARK} trained with the true correspondence, which the others do not have: not ranked."
 
 Entry = Mapping[str, Any]
 """An entry of ``results["paired"]``: one metric of one arm against the reference arm."""
@@ -68,9 +57,7 @@ def arm_table(results: Results) -> Table:
     competing = [not uses_truth(arm) for arm in arms]
     columns = [
         with_best(
-            [_mean(summary[arm["name"]].get(name), info.digits) for arm in arms],
-            info.higher_is_better,
-            competing,
+            [_mean(summary[arm["name"]].get(name), info.digits) for arm in arms], info.higher_is_better, competing
         )
         for name, info in metrics.items()
     ]
@@ -102,8 +89,7 @@ def comparisons(results: Results) -> dict[str, list[Entry]]:
     """The differences of each arm that was compared with the reference arm, metrics in the order of the tables."""
     metrics = list(measured_metrics(results))
     found = {
-        arm: [e for e in results["paired"] if e["arm"] == arm and e["metric"] in metrics]
-        for arm in arm_labels(results)
+        arm: [e for e in results["paired"] if e["arm"] == arm and e["metric"] in metrics] for arm in arm_labels(results)
     }
     return {
         arm: sorted(entries, key=lambda entry: metrics.index(entry["metric"]))
@@ -258,9 +244,7 @@ def _interval_notes(results: Results) -> Iterator[str]:
     """One for each kind of interval that the tables have."""
     compared = list(comparisons(results).values())
     for over in Over:
-        counts = [
-            e["n"] for of in compared if _over(of) is over for e in of if e.get("low") is not None
-        ]
+        counts = [e["n"] for of in compared if _over(of) is over for e in of if e.get("low") is not None]
         if counts:
             level = percent(_confidence(compared[0]))
             kind = f"Intervals: {level} ({over.interval}) of paired differences over {over}"
@@ -286,10 +270,7 @@ _INTERVAL_NOTES = {Over.SEEDS: _seeds_note, Over.SAMPLES: _samples_note}
 
 def _provenance_note(results: Results) -> str:
     command, minutes, machine = (results.get(name) for name in ("command", "minutes", "machine"))
-    made = (
-        "" if minutes is None else f"{minutes:.0f} minutes",
-        f"on {describe_machine(machine)}" if machine else "",
-    )
+    made = ("" if minutes is None else f"{minutes:.0f} minutes", f"on {describe_machine(machine)}" if machine else "")
     parts = (f"Command: {command}" if command else "", " ".join(filter(None, made)))
     return "".join(f"{part}. " for part in parts if part).rstrip()
 
@@ -304,9 +285,7 @@ def collapse_warnings(results: Results) -> tuple[str, ...]:
         for warning in cell.get("warnings") or ():
             kind = (cell["arm"], re.sub(r"\d+(\.\d+)?", "#", warning))
             found.setdefault(kind, []).append((str(cell["seed"]), warning))
-    return tuple(
-        f"{labels.get(arm, arm)}{_of_seeds(of)}: {of[0][1]}" for (arm, _), of in found.items()
-    )
+    return tuple(f"{labels.get(arm, arm)}{_of_seeds(of)}: {of[0][1]}" for (arm, _), of in found.items())
 
 
 def _of_seeds(found: Sequence[tuple[str, str]]) -> str:

@@ -6,13 +6,7 @@ from i2am_train.metrics.registry import METRICS
 from i2am_train.types import PublishedModel
 
 TABLE_2: Mapping[PublishedModel, Mapping[str, float]] = {
-    "dci_vton": {
-        "fid": 13.0953,
-        "kid": 0.0334,
-        "lpips": 0.0824,
-        "ssim": 0.8612,
-        "imacs_g": 0.0785,
-    },
+    "dci_vton": {"fid": 13.0953, "kid": 0.0334, "lpips": 0.0824, "ssim": 0.8612, "imacs_g": 0.0785},
     "stableviton": {
         "fid": 10.6755,
         "kid": 0.0064,
@@ -21,14 +15,7 @@ TABLE_2: Mapping[PublishedModel, Mapping[str, float]] = {
         "imacs_g": 0.3083,
         "imacs_r": 0.3388,
     },
-    "custom": {
-        "fid": 11.6572,
-        "kid": 0.0042,
-        "lpips": 0.1020,
-        "ssim": 0.8396,
-        "imacs_g": 0.0833,
-        "imacs_r": 0.0403,
-    },
+    "custom": {"fid": 11.6572, "kid": 0.0042, "lpips": 0.1020, "ssim": 0.8396, "imacs_g": 0.0833, "imacs_r": 0.0403},
     "refined_custom": {
         "fid": 11.5420,
         "kid": 0.0022,

@@ -17,10 +17,7 @@ from i2am_train.results.evaluations import Evaluation
 from i2am_train.results.statistics import Over, few_samples_note, mean_interval
 from i2am_train.types import Pairing
 
-IMAGE_METRICS = (
-    *("fid", "fd_efficientnet_lite0", "kid", "kd_efficientnet_lite0"),
-    *("lpips", "stlpips", "ssim"),
-)
+IMAGE_METRICS = (*("fid", "fd_efficientnet_lite0", "kid", "kd_efficientnet_lite0"), *("lpips", "stlpips", "ssim"))
 """The paper's image metrics in its order, each beside the one with packaged weights."""
 ATTENTION_METRICS = ("imacs_g", "imacs_r")
 _SWEPT = re.compile(r"@d([\d.e+-]+)_l([\d.e+-]+)$")
@@ -62,13 +59,7 @@ def _models_table(evaluations: Sequence[Evaluation]) -> Table | None:
     measured = {(name, e.pairing) for e in evaluations for name in e.metrics}
     pairings = [one for one in Pairing if any(e.pairing is one for e in evaluations)]
     columns = [
-        _column(
-            name,
-            name,
-            METRICS[name].label,
-            pairing.capitalize() if len(pairings) > 1 else "",
-            pairing,
-        )
+        _column(name, name, METRICS[name].label, pairing.capitalize() if len(pairings) > 1 else "", pairing)
         for pairing in pairings
         for name in (*IMAGE_METRICS, *own_metrics(), *ATTENTION_METRICS)
         if (name, pairing) in measured
@@ -77,9 +68,7 @@ def _models_table(evaluations: Sequence[Evaluation]) -> Table | None:
     return _table(evaluations, columns, name="table2", title=title, source="Table 2")
 
 
-def _sweep_table(
-    evaluations: Sequence[Evaluation], vary: int, name: str, title: str, source: str
-) -> Table | None:
+def _sweep_table(evaluations: Sequence[Evaluation], vary: int, name: str, title: str, source: str) -> Table | None:
     """IMACS by threshold (``vary`` 0) or penalty (1), at the evaluations' own value of the other."""
     options = [e.settings["attribution"] for e in evaluations if e.settings.get("attribution")]
     if not options:
@@ -93,9 +82,7 @@ def _sweep_table(
     }
     points = sorted(point for point in swept if point[1 - vary] == fixed)
     columns = [
-        _column(
-            side, imacs_column(side, *point), f"{'δλ'[vary]} = {point[vary]:g}", METRICS[side].label
-        )
+        _column(side, imacs_column(side, *point), f"{'δλ'[vary]} = {point[vary]:g}", METRICS[side].label)
         for side in ATTENTION_METRICS
         for point in points
     ]
@@ -112,35 +99,25 @@ _SWEEP_NOTES = (
 )
 
 
-def _column(
-    metric: str, score: str, label: str, group: str, pairing: Pairing = Pairing.PAIRED
-) -> _Column:
+def _column(metric: str, score: str, label: str, group: str, pairing: Pairing = Pairing.PAIRED) -> _Column:
     info = METRICS[metric]
     heading = Heading(label, info.arrow, group, description=info.description)
     return _Column(heading, info, score, pairing)
 
 
 def _table(
-    evaluations: Sequence[Evaluation],
-    columns: Sequence[_Column],
-    notes: tuple[str, ...] = (),
-    **names: str,
+    evaluations: Sequence[Evaluation], columns: Sequence[_Column], notes: tuple[str, ...] = (), **names: str
 ) -> Table | None:
     models = models_of(evaluations)
     competing = [not of[0].truth for of in models.values()]
     cells = [
-        with_best(
-            [_mean(of, column) for of in models.values()], column.info.higher_is_better, competing
-        )
+        with_best([_mean(of, column) for of in models.values()], column.info.higher_is_better, competing)
         for column in columns
     ]
     if not any(any(column) for column in cells):
         return None
     rows = tuple(
-        Row(
-            of[0].label + (f" {TRUTH_MARK}" if of[0].truth else ""),
-            tuple(column[index] for column in cells),
-        )
+        Row(of[0].label + (f" {TRUTH_MARK}" if of[0].truth else ""), tuple(column[index] for column in cells))
         for index, of in enumerate(models.values())
     )
     return Table(
@@ -152,9 +129,7 @@ def _table(
     )
 
 
-def evaluation_scores(
-    results: Mapping[str, Any], expected: Mapping[str, float] | None = None
-) -> Table:
+def evaluation_scores(results: Mapping[str, Any], expected: Mapping[str, float] | None = None) -> Table:
     """The scores of one evaluation, with the paper's beside them if given.
 
     Args:
@@ -169,17 +144,11 @@ def evaluation_scores(
             interval = ends and (ends["low"], ends["high"])
             paper = Cell(str(expected[name])) if expected and name in expected else None
             cells = (Cell.of(value, info.digits, interval=interval), *([paper] if expected else []))
-            rows.append(
-                Row(info.label, (*cells, Cell(info.description + good[info.higher_is_better])))
-            )
+            rows.append(Row(info.label, (*cells, Cell(info.description + good[info.higher_is_better]))))
     return Table(
         title=f"{results['samples']} samples; intervals: 95 %, bootstrap over them",
         corner="Score",
-        headings=(
-            Heading("Value"),
-            *([Heading("Paper")] if expected else []),
-            Heading("Meaning", words=True),
-        ),
+        headings=(Heading("Value"), *([Heading("Paper")] if expected else []), Heading("Meaning", words=True)),
         rows=tuple(rows),
     )
 
