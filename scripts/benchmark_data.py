@@ -1,7 +1,7 @@
 """What the embedded data costs: making it, and reading it.
 
 - ``make``: `make_dataset` end to end, with worker processes, their start, and all files.
-- ``read``: `open_dataset`, augmented as in training, sample by sample in this process.
+- ``read``: `TryOnDataset`, augmented as in training, sample by sample in this process.
 - ``draw``: the named rival of ``make``: one process that draws and writes nothing. What ``make`` costs more
   in processor time are the files (``write``) and the start of its workers.
 
@@ -66,10 +66,10 @@ def measure_all(folder: Path, samples: int, size: GridSize, workers: int) -> dic
         )
     }
     # Imported here, as worker processes import this file: they would load torch before they draw.
-    from i2am_train.data.opening import open_dataset
+    from i2am_train.data.dataset import TryOnDataset
 
     few = min(samples, 128)
-    dataset = open_dataset(root, Split.TRAIN, Pairing.PAIRED, size, augment=True)
+    dataset = TryOnDataset(root, Split.TRAIN, Pairing.PAIRED, size, augment=True)
     results["read"] = measure(few, lambda: [dataset[index] for index in range(few)])
     drawn = [render_sample(0, index, size) for index in range(few)]  # also warms up
     results["draw"] = measure(few, lambda: [render_sample(0, index, size) for index in range(few)])

@@ -43,7 +43,7 @@ from torch.utils.data import DataLoader
 from i2am_train.attention import ScoreTap
 from i2am_train.config.losses import ObjectiveConfig
 from i2am_train.data.cache import ENCODED, TOKENS, CachedDataset, LatentCache
-from i2am_train.data.opening import open_dataset
+from i2am_train.data.dataset import TryOnDataset
 from i2am_train.data.synthetic.dataset import make_dataset
 from i2am_train.losses.attention import attention_on_grids
 from i2am_train.losses.objective import Objective, make_objective
@@ -363,8 +363,8 @@ def loader_rates(options: argparse.Namespace, model: TryOnModel) -> dict[str, fl
         make_dataset(root, count, 2, size, 0, workers=max(1, options.workers), progress=False)
         make_cache(model.eval(), root, Path(folder) / "cache", batch_size=options.batch)
         sets: dict[str, Any] = {
-            "pictures": open_dataset(root, Split.TRAIN, Pairing.PAIRED, size),
-            "augmented": open_dataset(root, Split.TRAIN, Pairing.PAIRED, size, augment=True),
+            "pictures": TryOnDataset(root, Split.TRAIN, Pairing.PAIRED, size),
+            "augmented": TryOnDataset(root, Split.TRAIN, Pairing.PAIRED, size, augment=True),
             "cache": CachedDataset(LatentCache(Path(folder) / "cache"), root, Split.TRAIN),
         }
         return {name: loader_rate(data, options) for name, data in sets.items()}

@@ -13,7 +13,7 @@ import lightning as L
 import numpy as np
 from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
 
-from i2am_train.data.sample import TryOnBatch
+from i2am_train.data.dataset import TryOnBatch
 from i2am_train.evaluation.evaluator import EvaluationResult, EvaluationSettings, Evaluator, from_all_processes
 from i2am_train.reporting.figures.canvas import save_figure
 from i2am_train.reporting.figures.samples import sample_figure

@@ -14,7 +14,7 @@ from i2am_train.callbacks.checkpoints import steps_done
 from i2am_train.callbacks.evaluation import EvaluationCallback
 from i2am_train.config.build import plain
 from i2am_train.config.training import TrainConfig
-from i2am_train.data.opening import prepare_data
+from i2am_train.data.dataset import prepare_data
 from i2am_train.runs import MODEL_FOLDER, RunFolder
 from i2am_train.tracking.artifacts import log_model, use_dataset
 from i2am_train.tracking.names import TRAIN_JOB

@@ -47,9 +47,8 @@ from torch.utils.data import Dataset
 
 from i2am_train.config.build import build, shortened
 from i2am_train.config.locations import expanded
+from i2am_train.data.dataset import AS_IT_LIES, EpochPosition, Reading, SampleIndexError, split_layouts
 from i2am_train.data.object_storage import fetch, read_bytes
-from i2am_train.data.opening import AS_IT_LIES, Reading, split_layouts
-from i2am_train.data.reading import EpochPosition, SampleIndexError
 from i2am_train.errors import ConfigError, DataError
 from i2am_train.files import free_space, written
 from i2am_train.fingerprints import file_fingerprint
@@ -71,7 +70,7 @@ REPAIR = "Run 'i2am data cache' again with its options: it checks every shard an
 
 
 class CachedBatch(TypedDict, total=False):
-    """What training needs of a :class:`~i2am_train.data.sample.TryOnBatch`, encoded; moments are unscaled."""
+    """What training needs of a :class:`~i2am_train.data.dataset.TryOnBatch`, encoded; moments are unscaled."""
 
     name: list[str]
     garment_name: list[str]

@@ -25,9 +25,15 @@ from torchdata.stateful_dataloader import StatefulDataLoader
 
 from i2am_train.config.data import DataConfig
 from i2am_train.data.cache import CachedDataset, LatentCache
-from i2am_train.data.opening import AS_IT_LIES, Reading, list_length, open_dataset, reading_of
-from i2am_train.data.reading import EpochPosition, TryOnDataset
-from i2am_train.data.sample import TryOnSample
+from i2am_train.data.dataset import (
+    AS_IT_LIES,
+    EpochPosition,
+    Reading,
+    TryOnDataset,
+    TryOnSample,
+    list_length,
+    reading_of,
+)
 from i2am_train.errors import DataError
 from i2am_train.processes import ignore_interrupts
 from i2am_train.types import GridSize, Pairing, Split
@@ -117,7 +123,7 @@ class TryOnDataModule(L.LightningDataModule):
             )
         if self.cache is not None:
             return CachedDataset(self.cache, self.root, Split.TRAIN, self.reading, indices, self.seed)
-        return open_dataset(
+        return TryOnDataset(
             self.root, Split.TRAIN, Pairing.PAIRED, self.size, self.reading, augment=self.augment, seed=self.seed,
             indices=indices,
         )  # fmt: skip
@@ -126,7 +132,7 @@ class TryOnDataModule(L.LightningDataModule):
         """The held-out end of the training list, never augmented and read like test samples."""
         total = self._train_total()
         indices = range(total - self.validation_samples, total)
-        return open_dataset(
+        return TryOnDataset(
             self.root, Split.TRAIN, Pairing.PAIRED, self.size, self.reading, indices=indices, small_mask_rule=False
         )  # fmt: skip
 
@@ -139,7 +145,7 @@ class TryOnDataModule(L.LightningDataModule):
                 f"Ask for {total} or fewer."
             )
         indices = range(total if self.test_samples is None else self.test_samples)
-        return open_dataset(self.root, Split.TEST, self.test_pairing, self.size, self.reading, indices=indices)
+        return TryOnDataset(self.root, Split.TEST, self.test_pairing, self.size, self.reading, indices=indices)
 
     def _train_total(self) -> int:
         total = list_length(self.root, Split.TRAIN, Pairing.PAIRED, self.reading)

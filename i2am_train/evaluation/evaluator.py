@@ -20,7 +20,7 @@ from i2am_train.config.attention import AttributionConfig
 from i2am_train.config.evaluation import EvaluateConfig
 from i2am_train.config.models import SamplingConfig
 from i2am_train.config.training import TrainConfig
-from i2am_train.data.sample import TryOnBatch
+from i2am_train.data.dataset import TryOnBatch
 from i2am_train.evaluation.explaining import explain_batch, value_or_none
 from i2am_train.evaluation.explanation import Explanation
 from i2am_train.evaluation.scoring import check_scores

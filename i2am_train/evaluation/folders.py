@@ -16,7 +16,7 @@ from jaxtyping import UInt8
 from PIL import Image
 from torch import Tensor
 
-from i2am_train.data.layouts.layout import stem_of
+from i2am_train.data.layouts import stem_of
 from i2am_train.data.picture_files import UnreadablePictureError, is_deep, open_picture, read_rgb, upright_size
 from i2am_train.errors import DataError
 from i2am_train.metrics.features import resized_image

@@ -33,10 +33,16 @@ from i2am_train.data.cache import (
     pack_row,
     write_shard,
 )
-from i2am_train.data.checks.needed_files import noted_in, refuse_broken_pictures
-from i2am_train.data.opening import AS_IT_LIES, Reading, list_length, open_dataset, reading_of
-from i2am_train.data.reading import EpochPosition
-from i2am_train.data.sample import TryOnBatch
+from i2am_train.data.dataset import (
+    AS_IT_LIES,
+    EpochPosition,
+    Reading,
+    TryOnBatch,
+    TryOnDataset,
+    list_length,
+    reading_of,
+)
+from i2am_train.data.needed_files import noted_in, refuse_broken_pictures
 from i2am_train.errors import DataError, NotFiniteError
 from i2am_train.files import free_space
 from i2am_train.fingerprints import RECORD_FILE, DataRecord, DataState, data_state, file_fingerprint
@@ -183,7 +189,7 @@ class _Source:
     def __init__(self, model: TryOnModel, root: Path, split: Split, layout: CacheLayout, reading: Reading) -> None:
         self.model, self.split, self.layout = model, split, layout
         augment = layout.variants > 0 and split is Split.TRAIN
-        self.dataset = open_dataset(
+        self.dataset = TryOnDataset(
             root, split, Pairing.PAIRED, model.image_size, reading, augment=augment, seed=layout.seed
         )
         self.keep = [WARPED_MASK]

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from i2am_train.attention.live import ScoreTap
 from i2am_train.config.training import OptimizationConfig
-from i2am_train.data.sample import TryOnBatch
+from i2am_train.data.dataset import TryOnBatch
 from i2am_train.losses.objective import Objective
 from i2am_train.models.lora import add_adapters
 from i2am_train.models.tryon import TryOnModel

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from i2am_train.attention.live import ScoreTap
 from i2am_train.data.cache import ENCODED, TOKENS, CachedBatch
-from i2am_train.data.sample import TryOnBatch
+from i2am_train.data.dataset import TryOnBatch
 from i2am_train.errors import CaptureError
 from i2am_train.losses.attention import Attention, attention_on_grids
 from i2am_train.losses.denoising import denoising_loss, snr_weights

@@ -16,8 +16,8 @@ from i2am_train.config.build import plain
 from i2am_train.config.evaluation import EvaluateConfig
 from i2am_train.config.store import BASE_ARM, arm_config, arm_name
 from i2am_train.config.training import AblateConfig
-from i2am_train.data.checks.needed_files import noted_in
-from i2am_train.data.opening import data_root, prepare_data
+from i2am_train.data.dataset import data_root, prepare_data
+from i2am_train.data.needed_files import noted_in
 from i2am_train.errors import ConfigError
 from i2am_train.fingerprints import data_state
 from i2am_train.json_files import read_json, write_json

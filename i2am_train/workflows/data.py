@@ -9,10 +9,10 @@ from i2am_train.config.data import DataCacheConfig, DataCheckConfig, DataDeriveC
 from i2am_train.config.hub import revisions
 from i2am_train.config.locations import dataset_folder
 from i2am_train.data.cache import CacheLayout
-from i2am_train.data.checks.dataset_report import check_dataset
+from i2am_train.data.dataset import Reading, list_length
+from i2am_train.data.dataset_report import check_dataset
 from i2am_train.data.derive.derivation import DeriveOptions, derive_dataset, split_lists
 from i2am_train.data.derive.parsing import LABEL_SETS
-from i2am_train.data.opening import Reading, list_length
 from i2am_train.data.synthetic.dataset import make_dataset
 from i2am_train.entry.command import FAILED_CHECK
 from i2am_train.errors import ConfigError

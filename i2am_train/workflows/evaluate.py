@@ -15,9 +15,9 @@ from i2am_train.callbacks.snapshots import snapshot_folders
 from i2am_train.config.build import plain
 from i2am_train.config.evaluation import EvaluateConfig
 from i2am_train.config.locations import checkpoint_folder
-from i2am_train.data.checks.needed_files import noted_in, refuse_broken_pictures
+from i2am_train.data.dataset import data_root, prepare_data
 from i2am_train.data.module import TryOnDataModule, make_datamodule
-from i2am_train.data.opening import data_root, prepare_data
+from i2am_train.data.needed_files import noted_in, refuse_broken_pictures
 from i2am_train.errors import CheckpointError, I2AMError
 from i2am_train.evaluation.evaluator import EvaluationResult, EvaluationSettings, check_settings
 from i2am_train.evaluation.folders import open_folders

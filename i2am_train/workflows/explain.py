@@ -16,9 +16,8 @@ from i2am_train.config.build import plain
 from i2am_train.config.explanation import FACTORY, OTHER_MODELS_OPTIONS, TRYON, ExplainConfig
 from i2am_train.config.hub import revisions
 from i2am_train.data.arrays import Mask
-from i2am_train.data.opening import list_length, open_dataset, prepare_data, reading_of
+from i2am_train.data.dataset import TryOnDataset, TryOnSample, batch_on, list_length, prepare_data, reading_of
 from i2am_train.data.picture_files import read_photograph, read_region
-from i2am_train.data.sample import TryOnSample, batch_on
 from i2am_train.errors import ConfigError, DataError
 from i2am_train.evaluation.explaining import explain_batch, explain_picture, to_pictures
 from i2am_train.evaluation.explanation import TO_GENERATED, TO_REFERENCE, CleanImage, Explanation, write_explanation
@@ -186,7 +185,7 @@ def _samples(config: ExplainConfig, root: Path) -> list[TryOnSample]:
                 f"sample={index} is out of range: the {config.split} split of {root} has "
                 f"{total} samples, numbered from 0 to {total - 1}."
             )
-    dataset = open_dataset(root, config.split, config.pairing, config.data.size, reading, indices=config.samples)
+    dataset = TryOnDataset(root, config.split, config.pairing, config.data.size, reading, indices=config.samples)
     return [dataset[position] for position in range(len(dataset))]
 
 

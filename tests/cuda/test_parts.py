@@ -16,8 +16,7 @@ from i2am_train.config.losses import ObjectiveConfig
 from i2am_train.config.store import compose, option_names
 from i2am_train.config.training import TrainConfig
 from i2am_train.data.cache import CachedDataset, LatentCache
-from i2am_train.data.opening import open_dataset
-from i2am_train.data.sample import batch_on
+from i2am_train.data.dataset import TryOnDataset, batch_on
 from i2am_train.losses.attention import attention_on_grids
 from i2am_train.losses.objective import Objective, make_objective
 from i2am_train.metrics import correspondence
@@ -58,7 +57,7 @@ def model_there(machine: Any, make_small_model: Callable[..., Any]) -> Any:
 
 @pytest.fixture(scope="module")
 def read(small_dataset: Path) -> Any:
-    dataset = open_dataset(small_dataset, Split.TRAIN, Pairing.PAIRED, SIZE)
+    dataset = TryOnDataset(small_dataset, Split.TRAIN, Pairing.PAIRED, SIZE)
     return default_collate([dataset[index] for index in SAMPLES])
 
 

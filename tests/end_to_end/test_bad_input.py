@@ -108,13 +108,13 @@ CASES: list[tuple[str, str, list[str], str]] = [
     (
         "train",
         MODEL,
-        ["data.layout=i2am_train.data.layouts.layout:Layout"],
+        ["data.layout=i2am_train.data.layouts:Layout"],
         "lacks advice, category, folder, label, list_file, own_garment",
     ),
     (
         "train",
         MODEL,
-        ["data.layout=i2am_train.data.layouts.dresscode:DressCodeLayout"],
+        ["data.layout=i2am_train.data.layouts:DressCodeLayout"],
         "missing a required argument: 'category'",
     ),
     ("train", MODEL, ["data.layout=dresscode"], "no folder upper_body"),

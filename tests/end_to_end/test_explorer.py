@@ -29,8 +29,7 @@ from i2am_train.attention.maps import AttributionMaps, HeatMap, Rollup
 from i2am_train.attention.recipe import PAPER_LAYERS
 from i2am_train.attention.store import AttributionStore, LayerRecord
 from i2am_train.config.attention import AttributionConfig
-from i2am_train.data.opening import open_dataset
-from i2am_train.data.sample import TryOnSample
+from i2am_train.data.dataset import TryOnDataset, TryOnSample
 from i2am_train.evaluation.explaining import MASKS, to_pictures
 from i2am_train.evaluation.explanation import Explanation
 from i2am_train.losses.attention import attention_centers
@@ -62,7 +61,7 @@ pytestmark = pytest.mark.skipif(
 @pytest.fixture(scope="module")
 def samples(small_dataset: Path) -> list[TryOnSample]:
     """Two samples with known correspondence."""
-    dataset = open_dataset(small_dataset, Split.TEST, Pairing.PAIRED, SIZE)
+    dataset = TryOnDataset(small_dataset, Split.TEST, Pairing.PAIRED, SIZE)
     return [dataset[3], dataset[1]]
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from i2am_train.data.opening import Reading, open_dataset
+from i2am_train.data.dataset import Reading, TryOnDataset
 from i2am_train.data.picture_files import read_native_mask, write_picture
 from i2am_train.data.pictures import fit_mask, fit_picture, window
 from i2am_train.data.synthetic.dataset import make_dataset
@@ -68,7 +68,7 @@ def test_places_outside_a_crop_are_unknown() -> None:
 def test_samples_of_another_aspect_keep_their_truth(tmp_path: Path, fit: Fit) -> None:
     # Proves reading as a whole: the garment read at the correspondence has the person's colours.
     make_dataset(tmp_path / "set", 2, 2, SQUARE, 5, workers=1, progress=False)
-    sample = open_dataset(tmp_path / "set", Split.TRAIN, Pairing.PAIRED, GridSize(128, 96), Reading(fit=fit))[1]
+    sample = TryOnDataset(tmp_path / "set", Split.TRAIN, Pairing.PAIRED, GridSize(128, 96), Reading(fit=fit))[1]
     known = ~sample["correspondence"][..., 0].isnan() & sample["warped_garment_mask"]
     assert known.sum() > 500
     grid = sample["correspondence"].nan_to_num().flip(-1)[None] * 2 - 1

@@ -14,7 +14,7 @@ from torch.utils.data import default_collate
 from i2am_train.attention.trace import trace
 from i2am_train.config.attention import AttributionConfig
 from i2am_train.config.models import SamplingConfig
-from i2am_train.data.opening import open_dataset
+from i2am_train.data.dataset import TryOnDataset
 from i2am_train.errors import CaptureError, ConfigError
 from i2am_train.evaluation.evaluator import EvaluationResult, EvaluationSettings, Evaluator, check_settings
 from i2am_train.evaluation.explaining import attention_scores, explain_batch
@@ -41,7 +41,7 @@ def model(make_small_model: Callable[..., Any]) -> Any:
 @pytest.fixture(scope="module")
 def read_batch(small_dataset: Path) -> Callable[..., Any]:
     def read(indices: list[int], pairing: Pairing = Pairing.PAIRED) -> Any:
-        dataset = open_dataset(small_dataset, Split.TEST, pairing, SIZE)
+        dataset = TryOnDataset(small_dataset, Split.TEST, pairing, SIZE)
         return default_collate([dataset[index] for index in indices])
 
     return read

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from i2am_train.data.opening import open_dataset
+from i2am_train.data.dataset import TryOnDataset
 from i2am_train.errors import DataError
 from i2am_train.evaluation.generation import GeneratedSamples, joined_result, person_names, real_images
 from i2am_train.evaluation.scoring import ImageScores
@@ -113,7 +113,7 @@ def test_rows_and_image_scores_join_by_position() -> None:
 
 def test_real_images_are_the_persons_of_the_samples(small_dataset: Path) -> None:
     """The very bytes that a sample's person has, under the person's name, whatever garment they get."""
-    dataset = open_dataset(small_dataset, Split.TEST, Pairing.UNPAIRED, SIZE, indices=[1, 4])
+    dataset = TryOnDataset(small_dataset, Split.TEST, Pairing.UNPAIRED, SIZE, indices=[1, 4])
     real = real_images(dataset)
     assert real.size == SIZE
     for position in (0, 1):
@@ -124,7 +124,7 @@ def test_real_images_are_the_persons_of_the_samples(small_dataset: Path) -> None
 
 def test_a_person_that_comes_twice_is_refused(small_dataset: Path) -> None:
     """Images are named after persons: the second would overwrite the first."""
-    dataset = open_dataset(small_dataset, Split.TEST, Pairing.PAIRED, SIZE)
+    dataset = TryOnDataset(small_dataset, Split.TEST, Pairing.PAIRED, SIZE)
     dataset.pairs[3] = dataset.pairs[1]
     with pytest.raises(DataError, match=r"1 persons come more than once in the test list .*50001_00"):
         person_names(dataset)

@@ -13,7 +13,7 @@ from i2am_train.attention.live import ScoreTap
 from i2am_train.attention.trace import trace
 from i2am_train.config.losses import ObjectiveConfig
 from i2am_train.config.training import OptimizationConfig
-from i2am_train.data.opening import open_dataset
+from i2am_train.data.dataset import TryOnDataset
 from i2am_train.errors import ConfigError
 from i2am_train.losses.objective import Objective, make_objective
 from i2am_train.models.lora import add_adapters, has_adapters, merged, save_adapters
@@ -105,7 +105,7 @@ def test_attention_losses_reach_the_adapters(make_small_model: Callable[..., Any
             torch.nn.init.normal_(weight, std=0.1)
     trained = {name for name, weight in model.named_parameters() if weight.requires_grad}
     assert trained == {n for n, _ in model.named_parameters() if ".lora_" in n}
-    dataset = open_dataset(small_dataset, Split.TRAIN, Pairing.PAIRED, GridSize(64, 48))
+    dataset = TryOnDataset(small_dataset, Split.TRAIN, Pairing.PAIRED, GridSize(64, 48))
     batch = default_collate([dataset[index] for index in (1, 4)])
     draws = draw(0, 0, [1, 4], latent=GridSize(16, 12), timesteps=1000, condition_dropout=0.0)
     with ScoreTap(model, layers=[2]) as tap:

@@ -18,7 +18,7 @@ from i2am_train.config.evaluation import EvaluateConfig
 from i2am_train.config.models import InitConfig, SamplingConfig
 from i2am_train.config.training import TrainConfig
 from i2am_train.data.cache import CacheLayout
-from i2am_train.data.opening import AS_IT_LIES, open_dataset
+from i2am_train.data.dataset import AS_IT_LIES, TryOnDataset
 from i2am_train.errors import CheckpointError, I2AMError, NotFiniteError
 from i2am_train.evaluation.evaluator import EvaluationSettings, Evaluator
 from i2am_train.evaluation.explaining import explain_batch, value_or_none
@@ -40,7 +40,7 @@ SMALL_SETS = EvaluationSettings(sampling=ONE_STEP, attribution=AttributionConfig
 @pytest.fixture(scope="session")
 def batch(small_dataset: Path) -> Any:
     """Two samples."""
-    dataset = open_dataset(small_dataset, Split.TEST, Pairing.PAIRED, GridSize(*SMALL), AS_IT_LIES)
+    dataset = TryOnDataset(small_dataset, Split.TEST, Pairing.PAIRED, GridSize(*SMALL), AS_IT_LIES)
     return default_collate([dataset[0], dataset[1]])
 
 

@@ -13,7 +13,7 @@ from torch.utils.data import default_collate
 from i2am_train.attention.live import ScoreTap
 from i2am_train.config.losses import ObjectiveConfig
 from i2am_train.config.training import OptimizationConfig
-from i2am_train.data.opening import open_dataset
+from i2am_train.data.dataset import TryOnDataset
 from i2am_train.errors import CaptureError
 from i2am_train.losses.denoising import snr_weights
 from i2am_train.losses.objective import Objective, make_objective
@@ -36,7 +36,7 @@ def model(make_small_model: Callable[..., Any]) -> Any:
 
 @pytest.fixture(scope="module")
 def read_batch(small_dataset: Path) -> Callable[[list[int]], Any]:
-    dataset = open_dataset(small_dataset, Split.TRAIN, Pairing.PAIRED, GridSize(64, 48))
+    dataset = TryOnDataset(small_dataset, Split.TRAIN, Pairing.PAIRED, GridSize(64, 48))
     return lambda indices: default_collate([dataset[index] for index in indices])
 
 

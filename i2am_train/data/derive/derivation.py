@@ -25,15 +25,15 @@ import numpy as np
 from tqdm import tqdm
 
 from i2am_train.data.arrays import Image, Mask
-from i2am_train.data.checks.needed_files import refuse_doubles
+from i2am_train.data.dataset import Reading, halves
 from i2am_train.data.derive import densepose
 from i2am_train.data.derive.agnostic import PersonMasks, Pose, grey_region, person_masks
 from i2am_train.data.derive.flat_garments import garment_mask
 from i2am_train.data.derive.keypoints import Joints, drawn_parts, openpose_json, read_keypoints, require_on_body
 from i2am_train.data.derive.parsing import HEAD, LabelMap, LabelSet, read_labels, usual_labels, write_labels
 from i2am_train.data.derive.previews import write_sheet
-from i2am_train.data.layouts.layout import Layout, Pair, entries
-from i2am_train.data.opening import Reading, absent_halves, split_layouts
+from i2am_train.data.layouts import Layout, Pair, entries
+from i2am_train.data.needed_files import refuse_doubles
 from i2am_train.data.picture_files import is_there, read_colour, read_native_mask, write_bytes, write_picture
 from i2am_train.errors import DataError
 from i2am_train.types import Category, GridSize, Pairing, PoseSource, Role, Split
@@ -117,13 +117,8 @@ def split_lists(root: Path, reading: Reading) -> list[Layout]:
     Raises:
         DataError: there is none, or no dataset.
     """
-    layouts = [layout for split in Split for layout in split_layouts(root, split, reading)]
-    absent = absent_halves(layouts)
-    return [
-        layout
-        for layout in layouts
-        if layout not in absent and (layout.split is Split.TRAIN or layout.list_file(Pairing.PAIRED).is_file())
-    ]
+    there, _ = halves(root, reading)
+    return [one for one in there if one.split is Split.TRAIN or one.list_file(Pairing.PAIRED).is_file()]
 
 
 def derive_dataset(

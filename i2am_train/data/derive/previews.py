@@ -11,7 +11,7 @@ from i2am_train.data.arrays import Image, Mask
 from i2am_train.data.derive.densepose import read_pose_picture
 from i2am_train.data.derive.keypoints import SIDES, chain, draw_limb, read_keypoints
 from i2am_train.data.derive.parsing import LabelSet, read_labels
-from i2am_train.data.layouts.layout import Layout, Pair
+from i2am_train.data.layouts import Layout, Pair
 from i2am_train.data.picture_files import is_there, read_colour, read_native_mask, write_picture
 from i2am_train.data.pictures import fit_picture, resize_mask
 from i2am_train.errors import DataError

@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from i2am_train.data.derive.keypoints import openpose_json
 from i2am_train.data.derive.parsing import VITON_HD, write_labels
-from i2am_train.data.layouts.layout import GARMENT_ROLES, OPTIONAL_ROLES, PERSON_ROLES
+from i2am_train.data.layouts import GARMENT_ROLES, OPTIONAL_ROLES, PERSON_ROLES
 from i2am_train.data.picture_files import WRITING, encode_correspondence
 from i2am_train.data.synthetic.rendering import SyntheticSample, render_annotations, render_sample, sample_name
 from i2am_train.errors import DataError

@@ -1,7 +1,7 @@
 """Everything that is wrong with a dataset folder, in VITON-HD or DressCode layout, found before training does.
 
 An *error* means that training or evaluation would fail or learn from wrong pictures; a *warning* is worth a look.
-What pictures show is judged in :mod:`i2am_train.data.checks.plausibility`.
+What pictures show is judged in :mod:`i2am_train.data.plausibility`.
 """
 
 from __future__ import annotations
@@ -18,10 +18,9 @@ from typing import Any, NamedTuple
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from i2am_train.data.checks.plausibility import Judgement, Level, Seen, judge_garment, judge_person
+from i2am_train.data.dataset import AS_IT_LIES, Reading, halves
 from i2am_train.data.derive.parsing import usual_labels
-from i2am_train.data.layouts.layout import GARMENT_ROLES, MASK_ROLES, OPTIONAL_ROLES, PERSON_ROLES, Layout, Pair
-from i2am_train.data.opening import AS_IT_LIES, Reading, absent_halves, split_layouts
+from i2am_train.data.layouts import GARMENT_ROLES, MASK_ROLES, OPTIONAL_ROLES, PERSON_ROLES, Layout, Pair
 from i2am_train.data.picture_files import (
     UnreadablePictureError,
     is_there,
@@ -30,6 +29,7 @@ from i2am_train.data.picture_files import (
     read_rgb,
     read_size,
 )
+from i2am_train.data.plausibility import Judgement, Level, Seen, judge_garment, judge_person
 from i2am_train.errors import DataError
 from i2am_train.types import GridSize, Pairing, Role, Split
 
@@ -139,12 +139,10 @@ def check_dataset(
     if not root.is_dir():
         return _refused(root, f"There is no folder {root}. Check root=.", size)
     try:
-        layouts = [layout for split in Split for layout in split_layouts(root, split, reading)]
+        there, absent = halves(root, reading)
     except DataError as error:
         return _refused(root, str(error), size)
-    absent = absent_halves(layouts)
     findings = [_absent_half(layout) for layout in absent]
-    there = [layout for layout in layouts if layout not in absent]
     parts = [_Part(layout, *_check_lists(layout, findings)) for layout in there]
     findings += _check_overlap(parts)
     findings += [finding for part in parts for finding in _check_folders(part.layout)]
@@ -267,7 +265,7 @@ def _check_unlisted(parts: list[_Part]) -> list[Finding]:
     labels: dict[Path, list[str]] = {}
     for part in parts:
         for role in part.roles:
-            folder = part.layout.folder / part.layout.place(role).folder
+            folder = part.layout.folder_of(role)
             names = {part.layout.path(role, stem).name for stem in part.stems(role)}
             expected.setdefault(folder, set()).update(names)
             labels.setdefault(folder, []).append(part.layout.label)

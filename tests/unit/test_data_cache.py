@@ -12,8 +12,7 @@ import pytest
 import torch
 
 from i2am_train.data.cache import ENCODED, TOKENS, CachedDataset, CacheKey, CacheLayout, LatentCache
-from i2am_train.data.opening import open_dataset
-from i2am_train.data.reading import EpochPosition, TryOnDataset
+from i2am_train.data.dataset import EpochPosition, TryOnDataset
 from i2am_train.errors import DataError, RunFolderError
 from i2am_train.fingerprints import data_state
 from i2am_train.training import encode_dataset
@@ -44,7 +43,7 @@ def cache(made: Path, tmp_path: Path) -> Path:
 
 
 def pictures(root: Path, split: Split, **options: Any) -> TryOnDataset:
-    return open_dataset(root, split, Pairing.PAIRED, SIZE, **options)
+    return TryOnDataset(root, split, Pairing.PAIRED, SIZE, **options)
 
 
 def assert_encoded(model: Any, stored: dict[str, Any], sample: Any, **close: float) -> None:

@@ -10,11 +10,10 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from i2am_train.data.checks.dataset_report import check_dataset
+from i2am_train.data.dataset import AS_IT_LIES, TryOnDataset
+from i2am_train.data.dataset_report import check_dataset
 from i2am_train.data.derive.derivation import DeriveOptions, derive_dataset
 from i2am_train.data.module import TryOnDataModule
-from i2am_train.data.opening import AS_IT_LIES, open_dataset
-from i2am_train.data.reading import TryOnDataset
 from i2am_train.errors import DataError
 from i2am_train.fingerprints import DESCRIPTION_FILE
 from i2am_train.types import GridSize, Pairing, Split
@@ -55,12 +54,12 @@ def test_each_file_of_the_embedded_dataset(embedded: Path, file: str, advice: st
     (embedded / "train" / file).unlink()
     folder, name = file.split("/")
     with pytest.raises(DataError, match=rf"train_pairs\.txt asks for: 1 of 20 in {folder} \({name}\)\."):
-        open_dataset(embedded, Split.TRAIN, Pairing.PAIRED, SIZE)
+        TryOnDataset(embedded, Split.TRAIN, Pairing.PAIRED, SIZE)
     with pytest.raises(DataError, match=r"data check root=.*") as caught:
-        open_dataset(embedded, Split.TRAIN, Pairing.PAIRED, SIZE)
+        TryOnDataset(embedded, Split.TRAIN, Pairing.PAIRED, SIZE)
     assert ("'i2am data derive root=" in str(caught.value)) == (advice == "derive")
     assert "'i2am data make' draws this dataset again" in str(caught.value)
-    assert len(open_dataset(embedded, Split.TEST, Pairing.PAIRED, SIZE)) == 6
+    assert len(TryOnDataset(embedded, Split.TEST, Pairing.PAIRED, SIZE)) == 6
 
 
 def test_all_folders_of_viton_hd_are_summed_up(viton_hd: Path) -> None:
@@ -73,7 +72,7 @@ def test_all_folders_of_viton_hd_are_summed_up(viton_hd: Path) -> None:
         match=r"train lacks files .*: 1 of 20 in agnostic-mask \(00019_00_mask\.png\); "
         r"5 of 20 in cloth \(00001_00\.jpg, 00002_00\.jpg, 00003_00\.jpg, \.\.\.\)\. Copy them there",
     ) as caught:
-        open_dataset(viton_hd, Split.TRAIN, Pairing.PAIRED, SIZE)
+        TryOnDataset(viton_hd, Split.TRAIN, Pairing.PAIRED, SIZE)
     assert "data make" not in str(caught.value)
 
 
@@ -83,7 +82,7 @@ def test_only_what_is_read_is_asked_for(viton_hd: Path) -> None:
         (viton_hd / f"test/{role}/50000_00.jpg").unlink()  # of the last pair; person 50000 tries on 50001
 
     def opened(pairing: Pairing, indices: list[int]) -> TryOnDataset:
-        return open_dataset(viton_hd, Split.TEST, pairing, SIZE, AS_IT_LIES, indices=indices)
+        return TryOnDataset(viton_hd, Split.TEST, pairing, SIZE, AS_IT_LIES, indices=indices)
 
     assert len([*opened(Pairing.UNPAIRED, [0, 1, 2, 3, 4])]) == 5
     assert len([*opened(Pairing.PAIRED, [1, 2, 3, 4, 5])]) == 5
@@ -105,7 +104,7 @@ def test_training_and_validation_each_need_their_own(embedded: Path) -> None:
 def test_files_may_end_otherwise_than_the_others(viton_hd: Path, name: str) -> None:
     # Proves that a photograph under another ending is read, and that a second file of its name is refused.
     photograph = viton_hd / "train/cloth/00007_00.jpg"
-    expected = open_dataset(viton_hd, Split.TRAIN, Pairing.PAIRED, SIZE)[7]["garment"]
+    expected = TryOnDataset(viton_hd, Split.TRAIN, Pairing.PAIRED, SIZE)[7]["garment"]
     kind = "PNG" if name.endswith("PNG") else "WEBP" if name.endswith("webp") else None
     if kind is None:
         photograph.rename(photograph.with_name(name))
@@ -114,11 +113,11 @@ def test_files_may_end_otherwise_than_the_others(viton_hd: Path, name: str) -> N
             opened.save(photograph.with_name(name), kind, lossless=True)
         both = " and ".join(sorted(["00007_00.jpg", name]))
         with pytest.raises(DataError, match=rf"holds {both}, and which of them is meant"):
-            open_dataset(viton_hd, Split.TRAIN, Pairing.PAIRED, SIZE)
+            TryOnDataset(viton_hd, Split.TRAIN, Pairing.PAIRED, SIZE)
         codes = {(f.code, f.file) for f in check_dataset(viton_hd, progress=False).findings}
         assert ("ambiguous_name", "00007_00.jpg") in codes
         photograph.unlink()
-    assert open_dataset(viton_hd, Split.TRAIN, Pairing.PAIRED, SIZE)[7]["garment"].equal(expected)
+    assert TryOnDataset(viton_hd, Split.TRAIN, Pairing.PAIRED, SIZE)[7]["garment"].equal(expected)
     assert not check_dataset(viton_hd, progress=False).findings
 
 
@@ -126,7 +125,7 @@ def test_whole_folders_may_end_in_capitals(viton_hd: Path) -> None:
     for folder in (viton_hd / "train").iterdir():
         for file in folder.iterdir():
             file.rename(file.with_suffix(file.suffix.upper()))
-    assert len([*open_dataset(viton_hd, Split.TRAIN, Pairing.PAIRED, SIZE)]) == 20
+    assert len([*TryOnDataset(viton_hd, Split.TRAIN, Pairing.PAIRED, SIZE)]) == 20
 
 
 def test_accents_may_be_stored_apart(viton_hd: Path) -> None:
@@ -136,7 +135,7 @@ def test_accents_may_be_stored_apart(viton_hd: Path) -> None:
             file.rename(file.with_name(file.name.replace("00007_00", "cafe\u0301")))
     list_file = viton_hd / "train_pairs.txt"
     list_file.write_text(list_file.read_text().replace("00007_00", "caf\u00e9"))
-    assert open_dataset(viton_hd, Split.TRAIN, Pairing.PAIRED, SIZE)[7]["name"] == "caf\u00e9"
+    assert TryOnDataset(viton_hd, Split.TRAIN, Pairing.PAIRED, SIZE)[7]["name"] == "caf\u00e9"
     assert not check_dataset(viton_hd, progress=False).findings
 
 
@@ -145,7 +144,7 @@ def test_names_that_are_too_long_are_missing_files(viton_hd: Path) -> None:
     name = "x" * 300
     (viton_hd / "test_pairs.txt").write_text(f"{name}.jpg {name}.jpg\n")
     with pytest.raises(DataError, match=r"1 of 1 in image \(x{300}\.jpg\)"):
-        open_dataset(viton_hd, Split.TEST, Pairing.PAIRED, SIZE)
+        TryOnDataset(viton_hd, Split.TEST, Pairing.PAIRED, SIZE)
     codes = {f.code for f in check_dataset(viton_hd, progress=False).findings if f.level == "error"}
     assert codes == {"missing_file"}
     options = DeriveOptions(progress=False, pose="none", workers=1)
@@ -173,7 +172,7 @@ def test_column_two_of_other_names_is_explained(viton_hd: Path) -> None:
     list_file.write_text("".join(f"{n:05}_00.jpg g_{n:05}_00.jpg\n" for n in range(20)))
     said = r"column 2 of train_pairs\.txt names others \(as 'g_00000_00' for '00000_00'\), which"
     with pytest.raises(DataError, match=said):
-        open_dataset(viton_hd, Split.TRAIN, Pairing.PAIRED, SIZE)
+        TryOnDataset(viton_hd, Split.TRAIN, Pairing.PAIRED, SIZE)
     findings = [f for f in check_dataset(viton_hd, progress=False).findings if f.level == "error"]
     assert {f.code for f in findings} == {"missing_file"}
     assert any("own name; column 2 of train_pairs.txt names 'g_00003_00'" in f.message for f in findings)
@@ -194,7 +193,7 @@ def test_a_folder_is_listed_once_whatever_the_number_of_samples(
 
     monkeypatch.setattr(os, "scandir", counted(os.scandir, scanned))
     monkeypatch.setattr(os, "stat", counted(os.stat, asked))
-    open_dataset(viton_hd, Split.TRAIN, Pairing.PAIRED, SIZE)
+    TryOnDataset(viton_hd, Split.TRAIN, Pairing.PAIRED, SIZE)
     assert len(scanned) == 7
     assert set(scanned.values()) == {1}
     assert not [name for name in asked if name.endswith((".jpg", ".png"))]

@@ -11,14 +11,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from i2am_train.data.checks.dataset_report import check_dataset
+from i2am_train.data.dataset import AS_IT_LIES, TryOnDataset
+from i2am_train.data.dataset_report import check_dataset
 from i2am_train.data.derive import densepose
 from i2am_train.data.derive.agnostic import Pose, person_masks
 from i2am_train.data.derive.derivation import DeriveOptions, DeriveReport, derive_dataset
 from i2am_train.data.derive.flat_garments import garment_mask
 from i2am_train.data.derive.keypoints import Joints, drawn_parts, openpose_json, read_keypoints
 from i2am_train.data.derive.parsing import DRESS_CODE, VITON_HD, read_labels, write_labels
-from i2am_train.data.opening import AS_IT_LIES, open_dataset
 from i2am_train.data.picture_files import read_native_mask
 from i2am_train.data.synthetic.dataset import make_dataset
 from i2am_train.data.synthetic.rendering import render_annotations, render_sample
@@ -123,8 +123,8 @@ def test_photographs_become_a_dataset(truth: Path, photographs: Path) -> None:
     assert report.made == dict.fromkeys((*DERIVED, "pose-drawn"), 6)
     checked = check_dataset(photographs, SIZE, progress=False)
     assert [f for f in checked.findings if f.level == "error"] == []
-    sample = open_dataset(photographs, Split.TRAIN, Pairing.PAIRED, SIZE)[1]
-    true = open_dataset(truth, Split.TRAIN, Pairing.PAIRED, SIZE)[1]
+    sample = TryOnDataset(photographs, Split.TRAIN, Pairing.PAIRED, SIZE)[1]
+    true = TryOnDataset(truth, Split.TRAIN, Pairing.PAIRED, SIZE)[1]
     assert sample["warped_garment_mask"].equal(true["warped_garment_mask"])
     assert overlap(sample["garment_mask"].numpy(), true["garment_mask"].numpy()) > 0.97
     grey = sample["agnostic"][:, sample["inpaint_mask"]]

@@ -10,13 +10,13 @@ import pytest
 import torch
 from PIL import Image
 
-from i2am_train.data.checks.dataset_report import check_dataset
+from i2am_train.data.dataset import AS_IT_LIES, Reading, TryOnDataset, detect_layout
+from i2am_train.data.dataset_report import check_dataset
 from i2am_train.data.derive import densepose
 from i2am_train.data.derive.derivation import DeriveOptions, derive_dataset
 from i2am_train.data.derive.keypoints import drawn_parts
 from i2am_train.data.derive.parsing import DRESS_CODE, VITON_HD
 from i2am_train.data.module import TryOnDataModule
-from i2am_train.data.opening import AS_IT_LIES, Reading, detect_layout, open_dataset
 from i2am_train.data.synthetic.rendering import render_annotations, render_sample
 from i2am_train.errors import DataError
 from i2am_train.types import CATEGORIES, GridSize, Pairing, Split
@@ -90,7 +90,7 @@ def test_stock_data_say_how_to_go_on(tmp_path: Path) -> None:
         DataError,
         match=r"upper_body has no folder 'agnostic-v3\.2' .*DressCode does not distribute it; 'i2am data derive",
     ):
-        open_dataset(tmp_path / "set", Split.TRAIN, Pairing.PAIRED, SIZE, Reading(categories=("upper_body",)))
+        TryOnDataset(tmp_path / "set", Split.TRAIN, Pairing.PAIRED, SIZE, Reading(categories=("upper_body",)))
     codes = {(f.code, f.folder) for f in check_dataset(tmp_path / "set", progress=False).findings}
     assert codes == {
         ("missing_folder", name) for name in ("agnostic-v3.2", "agnostic-mask", "cloth-mask", "gt_cloth_warped_mask")
@@ -99,7 +99,7 @@ def test_stock_data_say_how_to_go_on(tmp_path: Path) -> None:
 
 def test_derived_data_are_read(complete: Path) -> None:
     # Proves names, own masks, coloured part labels and the rule on small masks that does not apply here.
-    data = open_dataset(complete, Split.TRAIN, Pairing.PAIRED, SIZE, Reading(categories=("upper_body", "dresses")))
+    data = TryOnDataset(complete, Split.TRAIN, Pairing.PAIRED, SIZE, Reading(categories=("upper_body", "dresses")))
     assert len(data) == 6
     assert [sample["name"] for sample in data] == [f"{n:06d}_0" for n in (0, 1, 2, 20, 21, 22)]
     sample = data[3]
@@ -118,7 +118,7 @@ def test_derived_data_are_read(complete: Path) -> None:
 def test_each_pairing_has_its_list(complete: Path) -> None:
     # Proves paired and unpaired tests: people follow column 1, garments the list of the pairing.
     paired, unpaired = (
-        open_dataset(complete, Split.TEST, pairing, SIZE, Reading(categories=("upper_body",))) for pairing in Pairing
+        TryOnDataset(complete, Split.TEST, pairing, SIZE, Reading(categories=("upper_body",))) for pairing in Pairing
     )
     assert [s["garment_name"] for s in paired] == ["000003_1", "000004_1"]
     assert [s["garment_name"] for s in unpaired] == ["000004_1", "000003_1"]
@@ -136,14 +136,14 @@ def test_a_missing_file_is_said_when_the_dataset_is_opened(complete: Path, tmp_p
     (root / "dresses/agnostic-mask/000024_0_mask.png").unlink()
     (root / "dresses/skeletons").rmdir()
     assert (
-        len(open_dataset(root, Split.TRAIN, Pairing.PAIRED, SIZE, Reading(categories=("upper_body", "dresses")))) == 6
+        len(TryOnDataset(root, Split.TRAIN, Pairing.PAIRED, SIZE, Reading(categories=("upper_body", "dresses")))) == 6
     )
     for category, match in (
         ("upper_body", r"test_pairs_unpaired\.txt asks for: 1 of 2 in images \(000004_1\.jpg\)\. Copy"),
         ("dresses", r"1 of 2 in agnostic-mask \(000024_0_mask\.png\)\..*'i2am data derive root="),
     ):
         with pytest.raises(DataError, match=rf"set/{category} lacks files .*{match}"):
-            open_dataset(root, Split.TEST, Pairing.UNPAIRED, SIZE, Reading(categories=(category,)))
+            TryOnDataset(root, Split.TEST, Pairing.UNPAIRED, SIZE, Reading(categories=(category,)))
 
 
 def test_categories_are_chosen_and_found(complete: Path) -> None:
@@ -156,7 +156,7 @@ def test_categories_are_chosen_and_found(complete: Path) -> None:
     some = TryOnDataModule(complete, SIZE, batch_size=2, reading=Reading(categories=("dresses",)))
     assert {name[:5] for name in next(iter(some.test_dataloader()))["name"]} == {"00002"}
     with pytest.raises(DataError, match=r"no folder lower_body .*data\.categories=\[upper_body,dresses\]"):
-        open_dataset(complete, Split.TRAIN, Pairing.PAIRED, SIZE, Reading(categories=CATEGORIES))
+        TryOnDataset(complete, Split.TRAIN, Pairing.PAIRED, SIZE, Reading(categories=CATEGORIES))
     with pytest.raises(DataError, match=r"one category of DressCode.*data\.categories=\[dresses\]"):
         detect_layout(complete / "dresses")
 
@@ -164,7 +164,7 @@ def test_categories_are_chosen_and_found(complete: Path) -> None:
 def test_categories_need_dresscode(small_dataset: Path) -> None:
     # Proves that a filter is never ignored.
     with pytest.raises(DataError, match=r"categories=\['dresses'\] belongs to DressCode"):
-        open_dataset(small_dataset, Split.TRAIN, Pairing.PAIRED, SIZE, Reading(categories=("dresses",)))
+        TryOnDataset(small_dataset, Split.TRAIN, Pairing.PAIRED, SIZE, Reading(categories=("dresses",)))
 
 
 def test_the_check_knows_the_layout(complete: Path) -> None:
@@ -185,7 +185,7 @@ def test_foreign_lists_are_refused(stock: Path, tmp_path: Path) -> None:
     folder.mkdir(parents=True)
     (folder / "train_pairs.txt").write_text("00017_00.jpg 00017_00.jpg\n")
     with pytest.raises(DataError, match=r"train_pairs\.txt names '00017_00'.*expected a person NNNNNN_0\.jpg"):
-        open_dataset(tmp_path / "set", Split.TRAIN, Pairing.PAIRED, SIZE, Reading(categories=("dresses",)))
+        TryOnDataset(tmp_path / "set", Split.TRAIN, Pairing.PAIRED, SIZE, Reading(categories=("dresses",)))
 
 
 def test_labels_of_another_set_are_said(complete: Path) -> None:

@@ -11,13 +11,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from i2am_train.data.checks.dataset_report import DatasetReport, check_dataset
-from i2am_train.data.checks.plausibility import share_of_other_values
+from i2am_train.data.dataset import AS_IT_LIES
+from i2am_train.data.dataset_report import DatasetReport, check_dataset
 from i2am_train.data.derive import densepose
 from i2am_train.data.derive.derivation import DeriveOptions, derive_dataset
 from i2am_train.data.derive.keypoints import drawn_parts, openpose_json, read_keypoints
 from i2am_train.data.derive.parsing import DRESS_CODE, VITON_HD, read_labels, write_labels
-from i2am_train.data.opening import AS_IT_LIES
+from i2am_train.data.plausibility import share_of_other_values
 from i2am_train.data.synthetic.dataset import make_dataset
 from i2am_train.data.synthetic.rendering import render_sample
 from i2am_train.types import GridSize

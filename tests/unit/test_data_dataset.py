@@ -9,10 +9,9 @@ import pytest
 import torch
 from torch.utils.data import default_collate
 
-from i2am_train.data.checks.dataset_report import check_dataset
-from i2am_train.data.layouts.viton_hd import require_correspondence
-from i2am_train.data.opening import open_dataset
-from i2am_train.data.reading import EpochPosition, TryOnDataset
+from i2am_train.data.dataset import EpochPosition, TryOnDataset
+from i2am_train.data.dataset_report import check_dataset
+from i2am_train.data.layouts import require_correspondence
 from i2am_train.data.synthetic.dataset import FIRST_TEST_INDEX
 from i2am_train.data.synthetic.rendering import render_sample
 from i2am_train.errors import DataError
@@ -30,7 +29,7 @@ def copy(small_dataset: Path, tmp_path: Path) -> Path:
 def test_files_come_back_as_they_were_drawn(small_dataset: Path) -> None:
     # Proves the round trip: masks and correspondence exact, pictures within JPEG's error, range [-1, 1].
     drawn = render_sample(0, 5, SIZE)
-    read = open_dataset(small_dataset, Split.TRAIN, Pairing.PAIRED, SIZE)[5]
+    read = TryOnDataset(small_dataset, Split.TRAIN, Pairing.PAIRED, SIZE)[5]
     assert (read["name"], read["garment_name"], read["index"], read["paired"]) == ("00005_00", "00005_00", 5, True)
     for name in ("garment_mask", "inpaint_mask", "warped_garment_mask"):
         np.testing.assert_array_equal(read[name].numpy(), getattr(drawn, name))
@@ -45,7 +44,7 @@ def test_files_come_back_as_they_were_drawn(small_dataset: Path) -> None:
 
 def test_unpaired_takes_the_lists_garment_and_knows_no_truth(small_dataset: Path) -> None:
     # Proves what the lists mean: person-side files follow column 1, the garment column 2.
-    paired, unpaired = (open_dataset(small_dataset, Split.TEST, pairing, SIZE)[1] for pairing in Pairing)
+    paired, unpaired = (TryOnDataset(small_dataset, Split.TEST, pairing, SIZE)[1] for pairing in Pairing)
     assert paired["garment_name"] == paired["name"] == unpaired["name"] == f"{FIRST_TEST_INDEX + 1}_00"
     assert unpaired["garment_name"] == f"{FIRST_TEST_INDEX + 2}_00"
     assert not unpaired["paired"]
@@ -58,7 +57,7 @@ def test_unpaired_takes_the_lists_garment_and_knows_no_truth(small_dataset: Path
 
 def test_samples_collate_into_a_batch(small_dataset: Path) -> None:
     # Proves that the default collation gives the batch of the contract.
-    data = open_dataset(small_dataset, Split.TRAIN, Pairing.PAIRED, SIZE)
+    data = TryOnDataset(small_dataset, Split.TRAIN, Pairing.PAIRED, SIZE)
     batch = default_collate([data[index] for index in range(3)])
     assert batch["name"] == ["00000_00", "00001_00", "00002_00"]
     assert batch["correspondence"].shape == (3, 64, 48, 2)
@@ -68,8 +67,8 @@ def test_samples_collate_into_a_batch(small_dataset: Path) -> None:
 
 def test_another_size_is_resized(small_dataset: Path) -> None:
     # Proves that pictures, masks and correspondence follow the size that is asked for.
-    sample = open_dataset(small_dataset, Split.TRAIN, Pairing.PAIRED, GridSize(32, 24))[2]
-    full = open_dataset(small_dataset, Split.TRAIN, Pairing.PAIRED, SIZE)[2]
+    sample = TryOnDataset(small_dataset, Split.TRAIN, Pairing.PAIRED, GridSize(32, 24))[2]
+    full = TryOnDataset(small_dataset, Split.TRAIN, Pairing.PAIRED, SIZE)[2]
     assert sample["person"].shape == (3, 32, 24)
     assert sample["correspondence"].shape == (32, 24, 2)
     mean = torch.nn.functional.avg_pool2d(full["person"], 2)
@@ -82,14 +81,14 @@ def test_without_optional_folders_the_truth_is_unknown(copy: Path) -> None:
     # Proves that the real dataset's test half (no warped masks, no correspondence) can be read.
     shutil.rmtree(copy / "test/gt_cloth_warped_mask")
     shutil.rmtree(copy / "test/correspondence")
-    sample = open_dataset(copy, Split.TEST, Pairing.PAIRED, SIZE)[0]
+    sample = TryOnDataset(copy, Split.TEST, Pairing.PAIRED, SIZE)[0]
     assert not sample["warped_garment_mask"].any()
     assert sample["correspondence"].isnan().all()
 
 
 def test_a_subset_keeps_the_lists_numbers(small_dataset: Path) -> None:
     # Proves that a sample's index, which seeds its noise, does not depend on the subset that is read.
-    data = open_dataset(small_dataset, Split.TRAIN, Pairing.PAIRED, SIZE, indices=[11, 4])
+    data = TryOnDataset(small_dataset, Split.TRAIN, Pairing.PAIRED, SIZE, indices=[11, 4])
     assert len(data) == 2
     assert data.global_index(1) == 4
     assert (data[0]["index"], data[0]["name"]) == (11, "00011_00")
@@ -99,7 +98,7 @@ def test_a_subset_keeps_the_lists_numbers(small_dataset: Path) -> None:
 @pytest.mark.parametrize("position", [-1, 20])
 def test_a_sample_out_of_range_is_refused(small_dataset: Path, position: int) -> None:
     # Proves that the message names the range.
-    data = open_dataset(small_dataset, Split.TRAIN, Pairing.PAIRED, SIZE)
+    data = TryOnDataset(small_dataset, Split.TRAIN, Pairing.PAIRED, SIZE)
     with pytest.raises(DataError, match=rf"Sample {position} is out of range.*0 to 19"):
         data[position]
 
@@ -110,10 +109,10 @@ def test_small_inpainting_masks_become_everything_in_training_only(copy: Path) -
         mask = np.zeros(SIZE, np.uint8)
         mask[20:30, 20:30] = 255
         cv2.imwrite(str(copy / split / f"agnostic-mask/{name}_mask.png"), mask)
-    assert open_dataset(copy, Split.TRAIN, Pairing.PAIRED, SIZE)[3]["inpaint_mask"].all()
-    kept = open_dataset(copy, Split.TRAIN, Pairing.PAIRED, SIZE, small_mask_rule=False)[3]["inpaint_mask"]
+    assert TryOnDataset(copy, Split.TRAIN, Pairing.PAIRED, SIZE)[3]["inpaint_mask"].all()
+    kept = TryOnDataset(copy, Split.TRAIN, Pairing.PAIRED, SIZE, small_mask_rule=False)[3]["inpaint_mask"]
     assert kept.sum() == 100
-    assert open_dataset(copy, Split.TEST, Pairing.PAIRED, SIZE)[0]["inpaint_mask"].sum() == 100
+    assert TryOnDataset(copy, Split.TEST, Pairing.PAIRED, SIZE)[0]["inpaint_mask"].sum() == 100
 
 
 def test_missing_folders_are_named_with_what_was_found(copy: Path) -> None:
@@ -122,9 +121,9 @@ def test_missing_folders_are_named_with_what_was_found(copy: Path) -> None:
     with pytest.raises(
         DataError, match=r"no folder 'cloth-mask' \(or cloth_mask\) \(found: .*i2am data derive.*i2am data check"
     ):
-        open_dataset(copy, Split.TRAIN, Pairing.PAIRED, SIZE)
+        TryOnDataset(copy, Split.TRAIN, Pairing.PAIRED, SIZE)
     with pytest.raises(DataError, match=r"no pair list train_pairs\.txt .*i2am data make"):
-        open_dataset(copy / Split.TEST, Split.TRAIN, Pairing.PAIRED, SIZE)
+        TryOnDataset(copy / Split.TEST, Split.TRAIN, Pairing.PAIRED, SIZE)
 
 
 @pytest.mark.parametrize(
@@ -143,7 +142,7 @@ def test_broken_pair_lists_are_refused(copy: Path, text: bytes, match: str) -> N
     # Proves that a list is checked before any picture is read.
     (copy / "test_pairs.txt").write_bytes(text)
     with pytest.raises(DataError, match=match):
-        open_dataset(copy, Split.TEST, Pairing.PAIRED, SIZE)
+        TryOnDataset(copy, Split.TEST, Pairing.PAIRED, SIZE)
     findings = check_dataset(copy, progress=False).findings
     assert [(f.code, f.file) for f in findings if f.level == "error"] == [("pair_list", "test_pairs.txt")]
 
@@ -154,9 +153,9 @@ def test_lists_are_read_as_editors_write_them(copy: Path, encoding: str, end: st
     # Proves PowerShell's UTF-16, Notepad's mark, and every end of line.
     file = copy / "test_pairs.txt"
     lines = file.read_text().splitlines()
-    expected = open_dataset(copy, Split.TEST, Pairing.UNPAIRED, SIZE).pairs
+    expected = TryOnDataset(copy, Split.TEST, Pairing.UNPAIRED, SIZE).pairs
     file.write_bytes(end.join([*lines, ""]).encode(encoding))
-    assert open_dataset(copy, Split.TEST, Pairing.UNPAIRED, SIZE).pairs == expected
+    assert TryOnDataset(copy, Split.TEST, Pairing.UNPAIRED, SIZE).pairs == expected
 
 
 @pytest.mark.parametrize("stem", ["IMG 1", "sam1 (1)", "a [x]  y", "a.jpg (1)", "x.y z"])
@@ -167,7 +166,7 @@ def test_names_with_spaces_are_read(copy: Path, stem: str, form: str) -> None:
         file.rename(file.with_name(file.name.replace("50003_00", stem)))
     pairs = [("50000_00.jpg", "50001_00.jpg"), (f"{stem}.jpg", f"{stem}.jpg")]
     (copy / "test_pairs.txt").write_text("\n".join(form.format(*pair) for pair in pairs))
-    data = open_dataset(copy, Split.TEST, Pairing.UNPAIRED, SIZE)
+    data = TryOnDataset(copy, Split.TEST, Pairing.UNPAIRED, SIZE)
     assert data.pairs[1] == (stem, stem)
     assert data[1]["name"] == stem
 
@@ -179,7 +178,7 @@ def test_a_line_that_folders_read_in_two_ways_is_refused(copy: Path) -> None:
             shutil.copy(copy / "test" / role / "50003_00.jpg", copy / "test" / role / name)
     (copy / "test_pairs.txt").write_text("a.jpg b.jpg b.jpg\n")
     with pytest.raises(DataError, match=r"3 names in entry 1 \('a\.jpg b\.jpg b\.jpg'\)"):
-        open_dataset(copy, Split.TEST, Pairing.UNPAIRED, SIZE)
+        TryOnDataset(copy, Split.TEST, Pairing.UNPAIRED, SIZE)
 
 
 @pytest.mark.parametrize(
@@ -194,7 +193,7 @@ def test_a_line_that_folders_read_in_two_ways_is_refused(copy: Path) -> None:
 )
 def test_broken_pictures_are_named(copy: Path, file: str, keep: float | None, match: str) -> None:
     # Proves that a half-written picture is an error and never silently grey, also one that vanishes during training.
-    data = open_dataset(copy, Split.TRAIN, Pairing.PAIRED, SIZE)
+    data = TryOnDataset(copy, Split.TRAIN, Pairing.PAIRED, SIZE)
     path = copy / "train" / file
     content = path.read_bytes()
     if keep is None:
@@ -210,7 +209,7 @@ def test_broken_pictures_are_named(copy: Path, file: str, keep: float | None, ma
 def test_augmentation_depends_on_seed_epoch_and_index(small_dataset: Path) -> None:
     # Proves that neither order nor process state enters, and that epochs differ.
     def make(seed: int) -> TryOnDataset:
-        return open_dataset(small_dataset, Split.TRAIN, Pairing.PAIRED, SIZE, augment=True, seed=seed)
+        return TryOnDataset(small_dataset, Split.TRAIN, Pairing.PAIRED, SIZE, augment=True, seed=seed)
 
     first, second = make(0), make(0)
     second[7]
@@ -247,7 +246,7 @@ def test_other_spellings_of_folders_and_names_are_read(small_dataset: Path, copy
         for cloth in [*(copy / split / "cloth").iterdir()]:
             cv2.imwrite(str(cloth.with_suffix(".png")), cv2.imread(str(cloth)))
             cloth.unlink()
-    usual, other = (open_dataset(root, Split.TRAIN, Pairing.PAIRED, SIZE)[3] for root in (small_dataset, copy))
+    usual, other = (TryOnDataset(root, Split.TRAIN, Pairing.PAIRED, SIZE)[3] for root in (small_dataset, copy))
     for name, value in usual.items():
         if isinstance(value, torch.Tensor):
             assert torch.equal(value.nan_to_num(), other[name].nan_to_num()), name  # type: ignore[literal-required]
@@ -257,14 +256,14 @@ def test_what_is_missing_says_where_it_comes_from(copy: Path) -> None:
     # Proves the advice for masks, for pose pictures and for photographs.
     shutil.rmtree(copy / "train/gt_cloth_warped_mask")
     with pytest.raises(DataError, match=rf"no folder 'gt_cloth_warped_mask'.*'i2am data derive root={copy}' makes it"):
-        open_dataset(copy, Split.TRAIN, Pairing.PAIRED, SIZE)
-    assert len(open_dataset(copy, Split.TEST, Pairing.PAIRED, SIZE)) == 6
+        TryOnDataset(copy, Split.TRAIN, Pairing.PAIRED, SIZE)
+    assert len(TryOnDataset(copy, Split.TEST, Pairing.PAIRED, SIZE)) == 6
     shutil.rmtree(copy / "test/image-densepose")
     with pytest.raises(DataError, match=r"no folder 'image-densepose' .*DensePose pictures come with VITON-HD's"):
-        open_dataset(copy, Split.TEST, Pairing.PAIRED, SIZE)
+        TryOnDataset(copy, Split.TEST, Pairing.PAIRED, SIZE)
 
 
 def test_a_dataset_one_folder_deeper_is_pointed_at(copy: Path) -> None:
     # Proves the hint for an archive that was unpacked into a folder of its own.
     with pytest.raises(DataError, match=rf"no pair list train_pairs\.txt .*Did you mean {copy}\?"):
-        open_dataset(copy.parent, Split.TRAIN, Pairing.PAIRED, SIZE)
+        TryOnDataset(copy.parent, Split.TRAIN, Pairing.PAIRED, SIZE)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from i2am_train.data.checks.dataset_report import DatasetReport, check_dataset
+from i2am_train.data.dataset_report import DatasetReport, check_dataset
 from i2am_train.types import GridSize
 
 

@@ -15,7 +15,7 @@ from typing import NamedTuple, Protocol
 
 from tqdm import tqdm
 
-from i2am_train.data.layouts.layout import DERIVED_ROLES, GARMENT_ROLES, OPTIONAL_ROLES, PERSON_ROLES, Layout, Pair
+from i2am_train.data.layouts import DERIVED_ROLES, GARMENT_ROLES, OPTIONAL_ROLES, PERSON_ROLES, Layout, Pair
 from i2am_train.data.picture_files import UnreadablePictureError, read_size
 from i2am_train.errors import DataError
 from i2am_train.fingerprints import DESCRIPTION_FILE, note_unreadable
@@ -98,13 +98,13 @@ def refuse_doubles(layout: Layout, wanted: Mapping[Role, Collection[str]]) -> No
         for stem in sorted(stems) if layout.unusual(role) else ():
             if len(files := layout.spellings(role, stem)) > 1:
                 raise DataError(
-                    f"{layout.folder / layout.place(role).folder} holds {' and '.join(files)}, and which of them is "
+                    f"{layout.folder_of(role)} holds {' and '.join(files)}, and which of them is "
                     f"meant by '{stem}' is not said. Keep one of them there."
                 )
 
 
 def wanted_files(layout: Layout, pairs: Sequence[Pair]) -> dict[Role, set[str]]:
-    """Per role, whose files :class:`~i2am_train.data.reading.TryOnDataset` reads."""
+    """Per role, whose files :class:`~i2am_train.data.dataset.TryOnDataset` reads."""
     people = {pair.person for pair in pairs}
     garments = {pair.garment for pair in pairs}
     dressed = {pair.person for pair in pairs if layout.worn(pair)}

@@ -6,8 +6,8 @@ import lightning as L
 import pytest
 import torch
 
+from i2am_train.data.dataset import TryOnDataset
 from i2am_train.data.module import EpochSampler, ExactSampler, TryOnDataModule
-from i2am_train.data.opening import open_dataset
 from i2am_train.errors import DataError
 from i2am_train.types import GridSize, Pairing, Split
 
@@ -70,7 +70,7 @@ def test_worker_processes_change_nothing(small_dataset: Path) -> None:
 
 def test_two_processes_share_an_epoch_as_one_would_see_it(small_dataset: Path) -> None:
     # Proves that rank batches interleave to the batches of a single process twice as large.
-    data = open_dataset(small_dataset, Split.TRAIN, Pairing.PAIRED, SIZE)
+    data = TryOnDataset(small_dataset, Split.TRAIN, Pairing.PAIRED, SIZE)
     one = [item.position for item in EpochSampler(data, seed=4, epoch=2)]
     ranks = [[item.position for item in EpochSampler(data, 4, 2, replicas=2, rank=rank)] for rank in (0, 1)]
     assert [position for pair in zip(*ranks, strict=True) for position in pair] == one
@@ -89,7 +89,7 @@ def test_too_little_data_is_refused(small_dataset: Path) -> None:
 
 def test_exact_sampler_is_a_plain_order_for_one_process(small_dataset: Path) -> None:
     # Proves the single-process case.
-    data = open_dataset(small_dataset, Split.TEST, Pairing.PAIRED, SIZE)
+    data = TryOnDataset(small_dataset, Split.TEST, Pairing.PAIRED, SIZE)
     assert list(ExactSampler(data)) == list(range(6))
 
 

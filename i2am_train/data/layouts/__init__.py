@@ -1,1 +1,0 @@
-"""Folder layouts of datasets: VITON-HD, DressCode, and what they share."""
