@@ -19,8 +19,8 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from i2am_train.data.dataset import AS_IT_LIES, Reading, halves
-from i2am_train.data.derive.parsing import usual_labels
 from i2am_train.data.layouts import GARMENT_ROLES, MASK_ROLES, OPTIONAL_ROLES, PERSON_ROLES, Layout, Pair
+from i2am_train.data.parsing import usual_labels
 from i2am_train.data.picture_files import (
     UnreadablePictureError,
     is_there,

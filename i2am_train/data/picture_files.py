@@ -24,7 +24,7 @@ from PIL.JpegImagePlugin import JpegImageFile
 from PIL.PngImagePlugin import PngImageFile
 from PIL.WebPImagePlugin import WebPImageFile
 
-from i2am_train.data.arrays import Image, Mask
+from i2am_train.data.pictures import Image, Mask
 from i2am_train.errors import DataError
 from i2am_train.files import written
 from i2am_train.types import GridSize

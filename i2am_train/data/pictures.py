@@ -1,4 +1,6 @@
-"""Pictures and masks at another size (files: :mod:`~i2am_train.data.picture_files`).
+"""Pictures and masks as numpy arrays, and at another size (as files: :mod:`~i2am_train.data.picture_files`).
+
+Without torch: the processes that draw the synthetic dataset start faster.
 
 Pictures of another size than the one asked for are resized. Where the aspect differs, too, ``Fit`` says how:
 ``stretch`` changes the proportions (what the authors do, and harmless where the aspect is the same), ``pad`` keeps
@@ -14,8 +16,30 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from i2am_train.data.arrays import Image, Mask
 from i2am_train.types import Fit, GridSize
+
+Image = NDArray[np.uint8]
+Mask = NDArray[np.bool_]
+
+GREY = 128
+"""What the agnostic image shows where the clothes were."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampleArrays:
+    """Pictures of one sample: images RGB uint8 ``[H, W, 3]``, masks bool ``[H, W]`` (True = inside).
+
+    ``correspondence`` is float32 ``[H, W, 2]``: y and x on the flat garment in 0..1, NaN where there is no garment.
+    """
+
+    person: Image
+    garment: Image
+    agnostic: Image
+    densepose: Image
+    garment_mask: Mask
+    inpaint_mask: Mask
+    warped_garment_mask: Mask
+    correspondence: NDArray[np.float32]
 
 
 @dataclass(frozen=True)

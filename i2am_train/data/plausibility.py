@@ -23,10 +23,9 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from i2am_train.data.arrays import GREY, Image, Mask
-from i2am_train.data.derive import densepose
-from i2am_train.data.derive.keypoints import read_keypoints, require_on_body
-from i2am_train.data.derive.parsing import HEAD, LabelSet, read_labels
+from i2am_train.data.parsing import HEAD, LabelSet, read_labels
+from i2am_train.data.pictures import GREY, Image, Mask
+from i2am_train.data.poses import pose_picture_fault, read_keypoints, require_on_body
 from i2am_train.errors import DataError
 from i2am_train.types import GridSize, Role
 
@@ -234,7 +233,7 @@ def _center_share(mask: Mask) -> float:
 
 def _judge_pose(picture: Image) -> Iterator[Judgement]:
     """Whether a pose picture shows a body, as it is coloured for models."""
-    fault = densepose.what_is_strange(picture)
+    fault = pose_picture_fault(picture)
     if fault is not None:
         text = f"{fault}; expected detectron2's dp_segm on black (OpenCV's PARULA), or labels 0...24."
         yield Judgement("warning", "not_densepose", Role.POSE_PICTURE, text)

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # importing it would ask a server for the newest version
 import albumentations as A
 
-from i2am_train.data.arrays import GREY, Image, SampleArrays
+from i2am_train.data.pictures import GREY, Image, SampleArrays
 
 SHIFT, SCALE = 0.2, 0.2
 """Largest shift (share of the picture) and change of scale: the authors'."""

@@ -20,9 +20,8 @@ from i2am_train.attention.recipe import LayerId, similar_layer
 from i2am_train.attention.trace import trace
 from i2am_train.config.attention import AttributionConfig
 from i2am_train.config.models import SamplingConfig
-from i2am_train.data.arrays import Image, Mask
 from i2am_train.data.dataset import TryOnBatch, batch_on
-from i2am_train.data.pictures import fit_mask
+from i2am_train.data.pictures import Image, Mask, fit_mask
 from i2am_train.errors import DataError
 from i2am_train.evaluation.explanation import TO_GENERATED, TO_REFERENCE, Explanation
 from i2am_train.losses.attention import attention_centers

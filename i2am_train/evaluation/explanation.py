@@ -32,9 +32,8 @@ from i2am_train.attention.archive import load_maps, save_maps
 from i2am_train.attention.known import of_same_picture
 from i2am_train.attention.maps import AttributionMaps, HeatMap
 from i2am_train.attention.store import LayerRecord
-from i2am_train.data.arrays import Image, Mask
 from i2am_train.data.picture_files import write_png
-from i2am_train.data.pictures import fit_mask, fit_picture
+from i2am_train.data.pictures import Image, Mask, fit_mask, fit_picture
 from i2am_train.errors import RunFolderError
 from i2am_train.files import written
 from i2am_train.json_files import entries_of, read_object, write_json

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from i2am_train.data.arrays import Image
 from i2am_train.data.dataset import TryOnDataset
 from i2am_train.data.picture_files import write_png
+from i2am_train.data.pictures import Image
 from i2am_train.errors import DataError
 from i2am_train.evaluation.evaluator import EvaluationResult
 from i2am_train.evaluation.folders import ImageSet, read_image

@@ -15,8 +15,8 @@ import torch
 import torch.nn.functional as F
 from transformers import AutoImageProcessor, AutoModelForSemanticSegmentation
 
-from i2am_train.data.arrays import Image
-from i2am_train.data.derive.parsing import DRESS_CODE, VITON_HD, LabelMap, LabelSet
+from i2am_train.data.parsing import DRESS_CODE, VITON_HD, LabelMap, LabelSet
+from i2am_train.data.pictures import Image
 from i2am_train.errors import CheckpointError, NotFiniteError
 from i2am_train.models.pretrained import load_model, load_processor
 from i2am_train.models.watch import advice

@@ -9,9 +9,9 @@ import numpy as np
 import torch
 from transformers import VitPoseForPoseEstimation
 
-from i2am_train.data.arrays import Image
-from i2am_train.data.derive.derivation import Box
-from i2am_train.data.derive.keypoints import Joints
+from i2am_train.data.derivation import Box
+from i2am_train.data.pictures import Image
+from i2am_train.data.poses import Joints
 from i2am_train.errors import CheckpointError
 from i2am_train.models.human_parsers import load_with_processor
 

@@ -11,8 +11,7 @@ from i2am_train.config.locations import dataset_folder
 from i2am_train.data.cache import CacheLayout
 from i2am_train.data.dataset import Reading, list_length
 from i2am_train.data.dataset_report import check_dataset
-from i2am_train.data.derive.derivation import DeriveOptions, derive_dataset, split_lists
-from i2am_train.data.derive.parsing import LABEL_SETS
+from i2am_train.data.derivation import derive_dataset, split_lists
 from i2am_train.data.synthetic.dataset import make_dataset
 from i2am_train.entry.command import FAILED_CHECK
 from i2am_train.errors import ConfigError
@@ -69,16 +68,7 @@ def derive(config: DataDeriveConfig) -> int:
     file = config.json or config.root / DERIVED_REPORT
     require_apart(config.root, file, counts=is_of_dataset)  # its report lies beside the pictures
     require_own_json(file, ("root", "made", "refused"))
-    options = DeriveOptions(
-        category=config.category,
-        labels=LABEL_SETS.get(config.labels),
-        pose=config.pose,
-        overwrite=config.overwrite,
-        preview=config.preview,
-        workers=config.workers,
-    )
-    reading = Reading(config.layout, tuple(config.categories))
-    for layout in split_lists(config.root, reading):
+    for layout in split_lists(config):
         layout.pairs(Pairing.PAIRED)  # bad lists are refused before models are loaded
     parser = estimator = None
     if config.parser is not None:
@@ -86,7 +76,7 @@ def derive(config: DataDeriveConfig) -> int:
     if config.estimator is not None:
         estimator = ViTPoseEstimator.from_pretrained(config.estimator, config.device)
     with locked(config.root):
-        report = derive_dataset(config.root, reading, options, parser, estimator)
+        report = derive_dataset(config, parser, estimator)
         write_json(file, report.to_dict() | revisions(config.parser, config.estimator))
     print(f"{report.summary()}\nReport: {file}")
     return FAILED_CHECK if report.refused else 0

@@ -15,9 +15,9 @@ from i2am_train.attention.maps import time_groups
 from i2am_train.config.build import plain
 from i2am_train.config.explanation import FACTORY, OTHER_MODELS_OPTIONS, TRYON, ExplainConfig
 from i2am_train.config.hub import revisions
-from i2am_train.data.arrays import Mask
 from i2am_train.data.dataset import TryOnDataset, TryOnSample, batch_on, list_length, prepare_data, reading_of
 from i2am_train.data.picture_files import read_photograph, read_region
+from i2am_train.data.pictures import Mask
 from i2am_train.errors import ConfigError, DataError
 from i2am_train.evaluation.explaining import explain_batch, explain_picture, to_pictures
 from i2am_train.evaluation.explanation import TO_GENERATED, TO_REFERENCE, CleanImage, Explanation, write_explanation

@@ -11,7 +11,7 @@ from diffusers import DiffusionPipeline
 from PIL import Image, ImageDraw
 
 from i2am_train.config.store import compose
-from i2am_train.data.derive.parsing import DRESS_CODE
+from i2am_train.data.parsing import DRESS_CODE
 from i2am_train.experiments.detection.shapes import make_shapes
 from i2am_train.models.human_parsers import HumanParser
 from i2am_train.models.pose_estimators import ViTPoseEstimator

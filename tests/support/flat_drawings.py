@@ -1,6 +1,6 @@
 """Drawn shop photographs of flat garments that are hard to tell from their background, with their true masks.
 
-Holes inside a garment (a neckline, lace) belong to it, as :mod:`i2am_train.data.derive.flat_garments` has it.
+Holes inside a garment (a neckline, lace) belong to it, as :mod:`i2am_train.data.flat_garments` has it.
 """
 
 from dataclasses import dataclass, replace

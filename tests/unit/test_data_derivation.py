@@ -11,15 +11,15 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from i2am_train.data.dataset import AS_IT_LIES, TryOnDataset
+from i2am_train.config.data import DataDeriveConfig
+from i2am_train.data.agnostic import Pose, person_masks
+from i2am_train.data.dataset import TryOnDataset
 from i2am_train.data.dataset_report import check_dataset
-from i2am_train.data.derive import densepose
-from i2am_train.data.derive.agnostic import Pose, person_masks
-from i2am_train.data.derive.derivation import DeriveOptions, DeriveReport, derive_dataset
-from i2am_train.data.derive.flat_garments import garment_mask
-from i2am_train.data.derive.keypoints import Joints, drawn_parts, openpose_json, read_keypoints
-from i2am_train.data.derive.parsing import DRESS_CODE, VITON_HD, read_labels, write_labels
+from i2am_train.data.derivation import DeriveReport, derive_dataset
+from i2am_train.data.flat_garments import garment_mask
+from i2am_train.data.parsing import DRESS_CODE, VITON_HD, read_labels, write_labels
 from i2am_train.data.picture_files import read_native_mask
+from i2am_train.data.poses import Joints, densepose_picture, drawn_parts, openpose_json, read_keypoints
 from i2am_train.data.synthetic.dataset import make_dataset
 from i2am_train.data.synthetic.rendering import render_annotations, render_sample
 from i2am_train.errors import DataError
@@ -54,7 +54,7 @@ def photographs(truth: Path, tmp_path: Path) -> Path:
 
 
 def derived(root: Path, **options: object) -> DeriveReport:
-    return derive_dataset(root, AS_IT_LIES, DeriveOptions(progress=False, workers=1, **options))
+    return derive_dataset(DataDeriveConfig(root=root, workers=1, **options), progress=False)  # type: ignore[arg-type]
 
 
 def poses(index: int) -> dict[str, tuple[Pose, float]]:
@@ -156,7 +156,7 @@ def test_densepose_is_used_where_there_are_no_keypoints(photographs: Path) -> No
         for file in (photographs / split / "openpose_json").iterdir():
             parts = drawn_parts(read_keypoints(file, SIZE), SIZE)
             name = file.name.replace("_keypoints.json", ".jpg")
-            picture = densepose.coloured(parts)[..., ::-1]
+            picture = densepose_picture(parts)[..., ::-1]
             cv2.imwrite(str(folder / name), picture, [cv2.IMWRITE_JPEG_QUALITY, 97])
         shutil.rmtree(photographs / split / "openpose_json")
     report = derived(photographs)
@@ -287,8 +287,8 @@ def test_a_parser_makes_missing_maps(photographs: Path) -> None:
         assert labels is VITON_HD
         return [answers.pop(0) for _ in pictures]
 
-    options = DeriveOptions(progress=False, workers=1)
-    report = derive_dataset(photographs, AS_IT_LIES, options, parser)  # type: ignore[arg-type]
+    config = DataDeriveConfig(root=photographs, workers=1)
+    report = derive_dataset(config, parser, progress=False)  # type: ignore[arg-type]
     assert asked == [(128, 96, 3)] * 5
     assert report.made["image-parse-v3"] == 5
     assert report.kept["image-parse-v3"] == 1
@@ -311,8 +311,8 @@ def test_an_estimator_makes_missing_keypoints(photographs: Path) -> None:
         boxes.extend(around)
         return [joints[order.pop(0)] for _ in pictures]
 
-    options = DeriveOptions(progress=False, workers=1)
-    report = derive_dataset(photographs, AS_IT_LIES, options, None, estimator)  # type: ignore[arg-type]
+    config = DataDeriveConfig(root=photographs, workers=1)
+    report = derive_dataset(config, None, estimator, progress=False)  # type: ignore[arg-type]
     assert report.pose == {"train": "keypoints", "test": "keypoints"}
     assert (report.made["openpose_json"], report.refused) == (6, [])
     for file in files:

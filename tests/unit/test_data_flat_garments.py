@@ -4,7 +4,7 @@ import cv2
 import numpy as np
 import pytest
 
-from i2am_train.data.derive.flat_garments import garment_mask
+from i2am_train.data.flat_garments import garment_mask
 from i2am_train.data.synthetic.rendering import render_sample
 from i2am_train.errors import DataError
 from i2am_train.types import GridSize

@@ -10,13 +10,13 @@ import pytest
 import torch
 from PIL import Image
 
-from i2am_train.data.dataset import AS_IT_LIES, Reading, TryOnDataset, detect_layout
+from i2am_train.config.data import DataDeriveConfig
+from i2am_train.data.dataset import Reading, TryOnDataset, detect_layout
 from i2am_train.data.dataset_report import check_dataset
-from i2am_train.data.derive import densepose
-from i2am_train.data.derive.derivation import DeriveOptions, derive_dataset
-from i2am_train.data.derive.keypoints import drawn_parts
-from i2am_train.data.derive.parsing import DRESS_CODE, VITON_HD
+from i2am_train.data.derivation import derive_dataset
 from i2am_train.data.module import TryOnDataModule
+from i2am_train.data.parsing import DRESS_CODE, VITON_HD
+from i2am_train.data.poses import densepose_picture, drawn_parts
 from i2am_train.data.synthetic.rendering import render_annotations, render_sample
 from i2am_train.errors import DataError
 from i2am_train.types import CATEGORIES, GridSize, Pairing, Split
@@ -75,7 +75,7 @@ def stock(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def complete(stock: Path) -> Path:
     """The same with derived files (the tests of missing files run on copies of lists alone)."""
-    report = derive_dataset(stock, AS_IT_LIES, DeriveOptions(progress=False, workers=1))
+    report = derive_dataset(DataDeriveConfig(root=stock, workers=1), progress=False)
     assert report.refused == []
     assert report.pose == dict.fromkeys(
         ("upper_body train", "dresses train", "upper_body test", "dresses test"), "keypoints"
@@ -109,7 +109,7 @@ def test_derived_data_are_read(complete: Path) -> None:
     np.testing.assert_array_equal(sample["warped_garment_mask"], drawn.warped_garment_mask)
     _, joints = render_annotations(0, 20, SIZE)
     shown = ((sample["densepose"] + 1) * 127.5).round().byte().permute(1, 2, 0).numpy()
-    np.testing.assert_array_equal(shown, densepose.coloured(drawn_parts(joints, SIZE)))
+    np.testing.assert_array_equal(shown, densepose_picture(drawn_parts(joints, SIZE)))
     assert not sample["inpaint_mask"].all()
     assert not data.small_mask_rule
     assert sample["correspondence"].isnan().all()
@@ -193,7 +193,7 @@ def test_labels_of_another_set_are_said(complete: Path) -> None:
     file = complete / "dresses/label_maps/000021_4.png"
     before = file.read_bytes()
     Image.fromarray(np.full(SIZE, 19, np.uint8)).save(file)
-    report = derive_dataset(complete, Reading(categories=("dresses",)), DeriveOptions(overwrite=True, progress=False))
+    report = derive_dataset(DataDeriveConfig(root=complete, categories=["dresses"], overwrite=True), progress=False)
     file.write_bytes(before)
     assert [one.name for one in report.refused] == ["000021_0"]
     assert "unknown labels 19; expected 0...17" in report.refused[0].reason

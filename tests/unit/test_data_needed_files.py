@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 from PIL import Image
 
+from i2am_train.config.data import DataDeriveConfig
 from i2am_train.data.dataset import AS_IT_LIES, TryOnDataset
 from i2am_train.data.dataset_report import check_dataset
-from i2am_train.data.derive.derivation import DeriveOptions, derive_dataset
+from i2am_train.data.derivation import derive_dataset
 from i2am_train.data.module import TryOnDataModule
 from i2am_train.errors import DataError
 from i2am_train.fingerprints import DESCRIPTION_FILE
@@ -147,10 +148,10 @@ def test_names_that_are_too_long_are_missing_files(viton_hd: Path) -> None:
         TryOnDataset(viton_hd, Split.TEST, Pairing.PAIRED, SIZE)
     codes = {f.code for f in check_dataset(viton_hd, progress=False).findings if f.level == "error"}
     assert codes == {"missing_file"}
-    options = DeriveOptions(progress=False, pose="none", workers=1)
+    config = DataDeriveConfig(root=viton_hd, pose="none", workers=1)
     for split in ("train", "test"):
         (viton_hd / split / "image-parse-v3").mkdir()
-    refused = derive_dataset(viton_hd, AS_IT_LIES, options).refused
+    refused = derive_dataset(config, progress=False).refused
     assert any("File name too long" in one.reason for one in refused if one.name == name)
 
 
@@ -160,7 +161,7 @@ def test_two_photographs_of_a_name_are_refused_before_anything_is_derived(viton_
     photograph = viton_hd / "test/image/50001_00.jpg"
     shutil.copy(photograph, photograph.with_suffix(".JPG"))
     with pytest.raises(DataError, match=r"holds 50001_00\.JPG and 50001_00\.jpg, and which"):
-        derive_dataset(viton_hd, AS_IT_LIES, DeriveOptions(progress=False, pose="none"))
+        derive_dataset(DataDeriveConfig(root=viton_hd, pose="none"), progress=False)
 
 
 def test_column_two_of_other_names_is_explained(viton_hd: Path) -> None:

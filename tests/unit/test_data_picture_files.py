@@ -14,9 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
-from i2am_train.data.derive.densepose import read_parts, read_pose_picture
-from i2am_train.data.derive.keypoints import read_keypoints
-from i2am_train.data.derive.parsing import VITON_HD, read_labels
+from i2am_train.data.parsing import VITON_HD, read_labels
 from i2am_train.data.picture_files import (
     UnreadablePictureError,
     read_colour,
@@ -30,6 +28,7 @@ from i2am_train.data.picture_files import (
     read_values,
     write_png,
 )
+from i2am_train.data.poses import read_keypoints, read_parts, read_pose_picture
 from i2am_train.errors import DataError
 from i2am_train.evaluation.folders import check_images, read_image
 from i2am_train.experiments.detection.coco import BenchSample, read_coco

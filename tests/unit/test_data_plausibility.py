@@ -11,13 +11,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from i2am_train.data.dataset import AS_IT_LIES
+from i2am_train.config.data import DataDeriveConfig
 from i2am_train.data.dataset_report import DatasetReport, check_dataset
-from i2am_train.data.derive import densepose
-from i2am_train.data.derive.derivation import DeriveOptions, derive_dataset
-from i2am_train.data.derive.keypoints import drawn_parts, openpose_json, read_keypoints
-from i2am_train.data.derive.parsing import DRESS_CODE, VITON_HD, read_labels, write_labels
+from i2am_train.data.derivation import derive_dataset
+from i2am_train.data.parsing import DRESS_CODE, VITON_HD, read_labels, write_labels
 from i2am_train.data.plausibility import share_of_other_values
+from i2am_train.data.poses import densepose_picture, drawn_parts, openpose_json, pose_picture_fault, read_keypoints
 from i2am_train.data.synthetic.dataset import make_dataset
 from i2am_train.data.synthetic.rendering import render_sample
 from i2am_train.types import GridSize
@@ -205,11 +204,11 @@ def test_parts_in_densepose_colours_and_labels_are_fine(copy: Path) -> None:
     # Proves that real DensePose pictures, after JPEG and reduction, and label maps are not reported.
     parts = parts_of_keypoints(copy / "train")
     file = copy / f"train/image-densepose/{NAME}.jpg"
-    save(densepose.coloured(parts), file)
+    save(densepose_picture(parts), file)
     assert check(copy).findings == []
-    large = cv2.resize(densepose.coloured(parts), None, fx=4, fy=4, interpolation=cv2.INTER_NEAREST)
-    assert densepose.what_is_strange(large[::8, ::8]) is None
-    assert densepose.what_is_strange(np.repeat(parts[..., None], 3, axis=-1)) is None
+    large = cv2.resize(densepose_picture(parts), None, fx=4, fy=4, interpolation=cv2.INTER_NEAREST)
+    assert pose_picture_fault(large[::8, ::8]) is None
+    assert pose_picture_fault(np.repeat(parts[..., None], 3, axis=-1)) is None
 
 
 def test_palettes_that_name_nothing_are_read(copy: Path) -> None:
@@ -254,7 +253,7 @@ def test_half_a_dataset_is_checked_and_derived(copy: Path, half: str, other: str
     (copy / f"{half}_pairs.txt").unlink()
     shutil.rmtree(copy / other / "agnostic-mask")
     shutil.rmtree(copy / other / "agnostic-v3.2")
-    report = derive_dataset(copy, AS_IT_LIES, DeriveOptions(progress=False, workers=1))
+    report = derive_dataset(DataDeriveConfig(root=copy, workers=1), progress=False)
     assert report.refused == []
     assert report.made["agnostic-mask"] > 0
     checked = check(copy)
@@ -272,8 +271,8 @@ def test_derive_takes_bodies_from_the_embedded_pose_pictures(tmp_path: Path) -> 
         for folder in ("agnostic-mask", "agnostic-v3.2"):
             for split in ("train", "test"):
                 shutil.rmtree(root / split / folder, ignore_errors=True)
-        options = DeriveOptions(pose=source, progress=False, workers=1)
-        assert derive_dataset(root, AS_IT_LIES, options).refused == []
+        config = DataDeriveConfig(root=root, pose=source, workers=1)
+        assert derive_dataset(config, progress=False).refused == []
         found = [overlap(read_mask(file), mask) for file, mask in true.items()]
         print(f"{source}: mean IoU {np.mean(found):.3f}, worst {np.min(found):.3f}")
         assert np.mean(found) == pytest.approx(mean, abs=0.015)
@@ -293,7 +292,7 @@ def test_labels_of_the_other_set_are_not_read(copy: Path) -> None:
     other_labels_in_grey(copy / "train")
     for folder in ("agnostic-mask", "agnostic-v3.2"):
         shutil.rmtree(copy / "train" / folder)
-    report = derive_dataset(copy, AS_IT_LIES, DeriveOptions(progress=False, workers=1))
+    report = derive_dataset(DataDeriveConfig(root=copy, workers=1), progress=False)
     assert [one.name for one in report.refused] == [NAME]
     assert "labels=dresscode" in report.refused[0].reason
     assert read_labels(copy / "train" / MAP, DRESS_CODE).max() > 0

@@ -4,7 +4,7 @@ import cv2
 import numpy as np
 import pytest
 
-from i2am_train.data.arrays import SampleArrays
+from i2am_train.data.pictures import SampleArrays
 from i2am_train.data.synthetic.rendering import render_sample
 from i2am_train.data.transforms import Augmentation
 from i2am_train.types import GridSize

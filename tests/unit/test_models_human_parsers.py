@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from i2am_train.data.derive.parsing import DRESS_CODE, VITON_HD
+from i2am_train.data.parsing import DRESS_CODE, VITON_HD
 from i2am_train.errors import CheckpointError
 from i2am_train.models.human_parsers import HumanParser
 from tests.support.person_models import ATR, LIP, tiny_parser

@@ -16,10 +16,10 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from i2am_train.data.derive.keypoints import openpose_json
-from i2am_train.data.derive.parsing import VITON_HD, write_labels
 from i2am_train.data.layouts import GARMENT_ROLES, OPTIONAL_ROLES, PERSON_ROLES
+from i2am_train.data.parsing import VITON_HD, write_labels
 from i2am_train.data.picture_files import WRITING, encode_correspondence
+from i2am_train.data.poses import openpose_json
 from i2am_train.data.synthetic.rendering import SyntheticSample, render_annotations, render_sample, sample_name
 from i2am_train.errors import DataError
 from i2am_train.files import named_errors, write_text

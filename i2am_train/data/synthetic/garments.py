@@ -14,7 +14,7 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from i2am_train.data.arrays import Image
+from i2am_train.data.pictures import Image
 from i2am_train.data.synthetic.meshes import (
     SUBPIXEL_BITS,
     Camera,

@@ -16,10 +16,9 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from i2am_train.data.arrays import GREY, Image, Mask, SampleArrays
-from i2am_train.data.derive.densepose import EMBEDDED_COLOURS
-from i2am_train.data.derive.keypoints import Joints
-from i2am_train.data.derive.parsing import VITON_HD, LabelMap
+from i2am_train.data.parsing import VITON_HD, LabelMap
+from i2am_train.data.pictures import GREY, Image, Mask, SampleArrays
+from i2am_train.data.poses import EMBEDDED_COLOURS, Joints
 from i2am_train.data.synthetic import garments, people
 from i2am_train.data.synthetic.garments import Garment
 from i2am_train.data.synthetic.meshes import FIRST_TRIANGLE_LABEL, Camera, Labels, MeshPainter, ellipse, fill
@@ -112,7 +111,7 @@ def render_pair(
 def render_annotations(seed: int, index: int, size: GridSize) -> tuple[LabelMap, Joints]:
     """What a human parser and a pose estimator would say about person ``index``: exact, as the drawing knows it.
 
-    The parsing map has the labels of :data:`~i2am_train.data.derive.parsing.VITON_HD`; its upper_clothes are exactly
+    The parsing map has the labels of :data:`~i2am_train.data.parsing.VITON_HD`; its upper_clothes are exactly
     the sample's ``warped_garment_mask``.
     """
     person = people.draw_person(np.random.default_rng([seed, index, 0]))

@@ -21,8 +21,8 @@ from typing import Any
 import numpy as np
 from pycocotools.coco import COCO
 
-from i2am_train.data.arrays import Image, Mask
 from i2am_train.data.picture_files import UnreadablePictureError, is_there, read_rgb, read_size, refuse_what_is_no_file
+from i2am_train.data.pictures import Image, Mask
 from i2am_train.errors import DataError
 from i2am_train.metrics.boxes import Box
 from i2am_train.types import GridSize

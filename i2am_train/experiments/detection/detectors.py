@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForObjectDetection, AutoModelForUniversalSegmentation
 
 from i2am_train.config.locations import expanded
-from i2am_train.data.arrays import Image
+from i2am_train.data.pictures import Image
 from i2am_train.doors import calls, is_import_path, make, resolve
 from i2am_train.errors import CheckpointError, ConfigError, NotFiniteError, WeightsMissingError
 from i2am_train.metrics.boxes import Box

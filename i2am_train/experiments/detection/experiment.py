@@ -30,8 +30,8 @@ from i2am_train.config.build import plain
 from i2am_train.config.detection import DetectConfig
 from i2am_train.config.hub import revisions
 from i2am_train.config.locations import expanded, shapes_folder
-from i2am_train.data.arrays import Image
 from i2am_train.data.picture_files import write_png
+from i2am_train.data.pictures import Image
 from i2am_train.evaluation.generation import IMAGES, batches
 from i2am_train.evaluation.results import CONFIDENCE
 from i2am_train.experiments.detection.coco import Bench, BenchSample, read_bench

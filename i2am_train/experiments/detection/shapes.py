@@ -13,8 +13,8 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from i2am_train.data.arrays import Image, Mask
 from i2am_train.data.picture_files import write_picture
+from i2am_train.data.pictures import Image, Mask
 from i2am_train.json_files import write_json
 from i2am_train.locks import staged
 from i2am_train.types import GridSize

@@ -19,8 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from i2am_train.attention.frames import announce
-from i2am_train.data.arrays import Image
-from i2am_train.data.pictures import fit_mask, fit_picture
+from i2am_train.data.pictures import Image, fit_mask, fit_picture
 from i2am_train.errors import CheckpointError
 from i2am_train.models.diffusion import guided
 from i2am_train.models.others.other_model import NO_GUIDANCE, OtherModel, Request, Source, latent_multiple

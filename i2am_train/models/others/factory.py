@@ -10,8 +10,7 @@ from PIL import Image as PillowImage
 
 from i2am_train.attention.known import KnownModel, detect_recipe, named_recipe, register
 from i2am_train.attention.recipe import Recipe
-from i2am_train.data.arrays import Image
-from i2am_train.data.pictures import resize_picture
+from i2am_train.data.pictures import Image, resize_picture
 from i2am_train.doors import calls, is_import_path, make, resolve
 from i2am_train.errors import ConfigError
 from i2am_train.models.others.other_model import OtherModel, Request, Source, pillow

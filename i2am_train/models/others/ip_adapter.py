@@ -13,8 +13,7 @@ from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPVisionModelWithProjection
 
 from i2am_train.attention.known import detect_recipe
-from i2am_train.data.arrays import Image
-from i2am_train.data.pictures import fit_mask, fit_picture
+from i2am_train.data.pictures import Image, fit_mask, fit_picture
 from i2am_train.errors import CaptureError, CheckpointError
 from i2am_train.models.others.other_model import OtherModel, Request, Source, latent_multiple, pillow
 from i2am_train.models.pretrained import check_pipeline, fitting, load_network, load_part, load_pipeline

@@ -13,7 +13,7 @@ from PIL import Image as PillowImage
 
 from i2am_train.attention.known import named_recipe
 from i2am_train.attention.recipe import Recipe
-from i2am_train.data.arrays import Image, Mask
+from i2am_train.data.pictures import Image, Mask
 from i2am_train.errors import ConfigError
 from i2am_train.types import Fit, GridSize
 

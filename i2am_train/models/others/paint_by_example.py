@@ -22,8 +22,7 @@ from transformers import CLIPImageProcessor, CLIPVisionConfig
 
 from i2am_train.attention import AttributionMaps, Recipe, Site, Tokens, trace
 from i2am_train.attention.known_recipes import paint_by_example
-from i2am_train.data.arrays import Image, Mask
-from i2am_train.data.pictures import fit_mask, fit_picture
+from i2am_train.data.pictures import Image, Mask, fit_mask, fit_picture
 from i2am_train.errors import CheckpointError, ConfigError
 from i2am_train.models.others.other_model import OtherModel, Request, Source, latent_multiple, pillow
 from i2am_train.models.pretrained import check_pipeline, load_network, load_part

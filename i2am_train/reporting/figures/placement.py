@@ -9,8 +9,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from i2am_train.data.arrays import Mask
-from i2am_train.data.pictures import window
+from i2am_train.data.pictures import Mask, window
 from i2am_train.evaluation.explanation import FITS, SHOWN_AT_MOST, TO_GENERATED, TO_REFERENCE, WHITE, Explanation
 from i2am_train.ops.images import on_picture
 from i2am_train.reporting.figures.canvas import Picture

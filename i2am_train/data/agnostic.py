@@ -44,9 +44,13 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from i2am_train.data.arrays import GREY, Image, Mask
-from i2am_train.data.derive import densepose
-from i2am_train.data.derive.keypoints import (
+from i2am_train.data.parsing import ARMS, HEAD, HELD, LEGS, LOWER_CLOTHES, SHOES, WORN, LabelMap, LabelSet
+from i2am_train.data.pictures import GREY, Image, Mask
+from i2am_train.data.poses import (
+    DENSE_ARMS,
+    DENSE_HANDS,
+    DENSE_LEGS,
+    DENSE_TORSO,
     SIDES,
     Joints,
     body_unit,
@@ -58,7 +62,6 @@ from i2am_train.data.derive.keypoints import (
     shoulders_middle,
     torso_corners,
 )
-from i2am_train.data.derive.parsing import ARMS, HEAD, HELD, LEGS, LOWER_CLOTHES, SHOES, WORN, LabelMap, LabelSet
 from i2am_train.errors import DataError
 from i2am_train.types import Category
 
@@ -111,8 +114,8 @@ def _body(labels: LabelMap, names: LabelSet, category: Category, pose: Pose) -> 
         drawn = _drawn_body(pose, labels.shape, chin, upper, lower)
         return bare | drawn, _unit(pose, category)
     if pose is not None:
-        parts = (*densepose.TORSO, *densepose.ARMS) if upper else ()
-        parts = (*parts, *densepose.LEGS) if lower else parts
+        parts = (*DENSE_TORSO, *DENSE_ARMS) if upper else ()
+        parts = (*parts, *DENSE_LEGS) if lower else parts
         dense, unit = _dense_body(pose, parts, lower)
         return bare | dense, unit
     columns = np.flatnonzero(names.inside(labels, WORN[category]).any(axis=0))
@@ -155,13 +158,13 @@ def _drawn_body(joints: Joints, shape: tuple[int, ...], chin: int, upper: bool, 
 
 def _dense_body(pose: NDArray[np.uint8], parts: tuple[int, ...], lower: bool) -> tuple[Mask, float]:
     """Body parts, grown; legs with what is between them."""
-    torso = densepose.inside(pose, densepose.TORSO)
+    torso = np.isin(pose, DENSE_TORSO)
     if not torso.any():
         raise DataError("DensePose shows no torso. Leave the picture out, or use pose=keypoints.")
     unit = float(np.median(torso.sum(axis=1)[torso.any(axis=1)]))
-    body = densepose.inside(pose, parts)
+    body = np.isin(pose, parts)
     if lower:
-        body |= _hull(densepose.inside(pose, densepose.LEGS))
+        body |= _hull(np.isin(pose, DENSE_LEGS))
     return _grown(body, BODY_GROWTH * unit), unit
 
 
@@ -184,7 +187,7 @@ def _kept(labels: LabelMap, names: LabelSet, category: Category, pose: Pose) -> 
         sides = {side: names.inside(labels, {f"{side}_arm"}) for side in SIDES}
         return kept | hands_of(pose, sides)
     if pose is not None:
-        return kept | (names.inside(labels, ARMS) & densepose.inside(pose, densepose.HANDS))
+        return kept | (names.inside(labels, ARMS) & np.isin(pose, DENSE_HANDS))
     return kept
 
 

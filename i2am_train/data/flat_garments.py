@@ -25,8 +25,7 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from i2am_train.data.arrays import Image, Mask
-from i2am_train.data.pictures import resize_mask
+from i2am_train.data.pictures import Image, Mask, resize_mask
 from i2am_train.errors import DataError
 from i2am_train.types import GridSize
 

@@ -17,8 +17,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image as PILImage
 
-from i2am_train.data.arrays import Image, Mask
 from i2am_train.data.picture_files import is_there, open_picture, read_values, write_bytes
+from i2am_train.data.pictures import Image, Mask
 from i2am_train.errors import DataError
 from i2am_train.types import Category
 

@@ -4,9 +4,10 @@ Order of work: parsing maps and keypoints that are missing (through models, if t
 then the people. Files that exist are kept unless told otherwise, every file is written in one step, and what cannot be
 made is refused sample by sample with its reason, so a stopped run goes on where it was and one bad picture stops
 nothing.
-The rules are those of :mod:`~i2am_train.data.derive.agnostic` and :mod:`~i2am_train.data.derive.flat_garments`.
+The rules are those of :mod:`~i2am_train.data.agnostic` and :mod:`~i2am_train.data.flat_garments`.
 A mask beside an agnostic picture that is kept is read off its grey, and an agnostic picture beside a mask that is kept
 is made with it: regions of two rules are never mixed.
+A preview is a contact sheet: one row of pictures per person, to be looked at before training.
 """
 
 from __future__ import annotations
@@ -21,22 +22,35 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
+import cv2
 import numpy as np
 from tqdm import tqdm
 
-from i2am_train.data.arrays import Image, Mask
+from i2am_train.config.data import DataDeriveConfig
+from i2am_train.data.agnostic import PersonMasks, Pose, grey_region, person_masks
 from i2am_train.data.dataset import Reading, halves
-from i2am_train.data.derive import densepose
-from i2am_train.data.derive.agnostic import PersonMasks, Pose, grey_region, person_masks
-from i2am_train.data.derive.flat_garments import garment_mask
-from i2am_train.data.derive.keypoints import Joints, drawn_parts, openpose_json, read_keypoints, require_on_body
-from i2am_train.data.derive.parsing import HEAD, LabelMap, LabelSet, read_labels, usual_labels, write_labels
-from i2am_train.data.derive.previews import write_sheet
+from i2am_train.data.flat_garments import garment_mask
 from i2am_train.data.layouts import Layout, Pair, entries
 from i2am_train.data.needed_files import refuse_doubles
+from i2am_train.data.parsing import HEAD, LABEL_SETS, LabelMap, LabelSet, read_labels, usual_labels, write_labels
 from i2am_train.data.picture_files import is_there, read_colour, read_native_mask, write_bytes, write_picture
+from i2am_train.data.pictures import Image, Mask, fit_picture, resize_mask
+from i2am_train.data.poses import (
+    SIDES,
+    Joints,
+    chain,
+    densepose_picture,
+    draw_limb,
+    drawn_parts,
+    openpose_json,
+    read_keypoints,
+    read_parts,
+    read_pose_picture,
+    require_on_body,
+)
 from i2am_train.errors import DataError
-from i2am_train.types import Category, GridSize, Pairing, PoseSource, Role, Split
+from i2am_train.fingerprints import PREVIEWS
+from i2am_train.types import Category, GridSize, Pairing, Role, Split
 
 T = TypeVar("T")
 
@@ -48,26 +62,10 @@ Box = tuple[float, float, float, float]
 PoseEstimator = Callable[[Sequence[Image], Sequence[Box]], list[Joints]]
 """Keypoints of the people in photographs, each in a box."""
 
-PERSON_FILES = (Role.INPAINT_MASK, Role.AGNOSTIC, Role.WARPED_MASK)
-MODEL_BATCH = 4
+_MODEL_BATCH = 4
 """Photographs that a model sees at a time."""
-
-
-@dataclass(frozen=True)
-class DeriveOptions:
-    """What to make and from what."""
-
-    category: Category = "upper_body"
-    """Of all garments, where the layout does not say."""
-    labels: LabelSet | None = None
-    """Of the parsing maps; None: what is usual in the layout."""
-    pose: PoseSource = "auto"
-    """Where bodies come from; auto: keypoints where their folder exists, else DensePose."""
-    overwrite: bool = False
-    preview: bool = False
-    workers: int | None = None
-    """Threads; None: one per core."""
-    progress: bool = True
+_TILE, _TINT = GridSize(320, 240), (220, 30, 30)
+"""Size of a preview's pictures, and the colour of masks in them."""
 
 
 @dataclass(frozen=True)
@@ -111,42 +109,40 @@ class DeriveReport:
         return "\n".join(lines)
 
 
-def split_lists(root: Path, reading: Reading) -> list[Layout]:
+def split_lists(config: DataDeriveConfig) -> list[Layout]:
     """The splits (of each category) that have a pair list.
 
     Raises:
         DataError: there is none, or no dataset.
     """
-    there, _ = halves(root, reading)
+    there, _ = halves(config.root, Reading(config.layout, tuple(config.categories)))
     return [one for one in there if one.split is Split.TRAIN or one.list_file(Pairing.PAIRED).is_file()]
 
 
 def derive_dataset(
-    root: Path, reading: Reading, options: DeriveOptions, parser: Parser | None = None,
+    config: DataDeriveConfig,
+    parser: Parser | None = None,
     estimator: PoseEstimator | None = None,
-) -> DeriveReport:  # fmt: skip
+    progress: bool = True,
+) -> DeriveReport:
     """Make what a dataset lacks.
 
     Args:
-        root: dataset folder with pair lists, photographs of people and flat garments.
-        reading: layout and categories.
-        options: what to make and from what.
+        config: the dataset, and what to make from what; models and report are the caller's.
         parser: makes missing parsing maps.
         estimator: makes missing keypoints.
+        progress: show bars.
 
     Raises:
         DataError: before anything is written: there is no list, no photographs, and nothing to derive from.
     """
-    parts = [_Part(layout, options, parser, estimator) for layout in split_lists(root, reading)]
+    parts = [_Part(layout, config, parser, estimator, progress) for layout in split_lists(config)]
     for part in parts:
         people = dict.fromkeys((Role.PERSON, Role.PARSING, Role.KEYPOINTS, Role.POSE_PICTURE), part.people)
         refuse_doubles(part.layout, people | {Role.GARMENT: part.garments})
-    report = DeriveReport(root, {part.layout.label: part.pose_source for part in parts})
+    report = DeriveReport(config.root, {part.layout.label: part.pose_source for part in parts})
     for part in parts:
-        for role, make in part.models.items():
-            _run_model(part, role, make, report)
-        _run(part, part.garments, part.derive_garment, "garments", report)
-        _run(part, part.people, part.derive_person, "people", report)
+        part.run(report)
     return report
 
 
@@ -154,28 +150,28 @@ class _Part:
     """A split (of a category): what is there, checked before anything is written."""
 
     def __init__(
-        self, layout: Layout, options: DeriveOptions, parser: Parser | None, estimator: PoseEstimator | None
-    ) -> None:
-        self.layout, self.options = layout, options
+        self, layout: Layout, config: DataDeriveConfig, parser: Parser | None, estimator: PoseEstimator | None,
+        progress: bool,
+    ) -> None:  # fmt: skip
+        self.layout, self.config, self.progress = layout, config, progress
         pairs = layout.pairs(Pairing.PAIRED)
         unpaired = layout.listed(Pairing.UNPAIRED) if layout.split is Split.TEST else []
         self.people = sorted({pair.person for pair in pairs})
         self.garments = sorted({pair.garment for pair in [*pairs, *unpaired]})
-        self.labels = options.labels or usual_labels(layout.category)
-        self.category: Category = layout.category or options.category
-        self.parser, self.estimator = parser, estimator
-        self.models: dict[Role, Callable[[list[str]], set[str]]] = {}
+        self.labels = LABEL_SETS.get(config.labels) or usual_labels(layout.category)
+        self.category: Category = layout.category or config.category
+        self._models: dict[Role, Callable[[list[str]], set[str]]] = {}
         if parser is not None:
-            self.models[Role.PARSING] = self.parse
+            self._models[Role.PARSING] = partial(self._parse, parser)
         if estimator is not None:
-            self.models[Role.KEYPOINTS] = self.estimate
+            self._models[Role.KEYPOINTS] = partial(self._estimate, estimator)
         self._check_inputs()
         self.pose_source = self._pose_source()
         has_densepose = layout.has(Role.POSE_PICTURE) and layout.place(Role.POSE_PICTURE).folder != Role.DRAWN_POSE
         self.draws_pose = self.pose_source == "keypoints" and not has_densepose
 
     def _check_inputs(self) -> None:
-        needed = [Role.PERSON, Role.GARMENT] + ([] if self.parser is not None else [Role.PARSING])
+        needed = [Role.PERSON, Role.GARMENT, *({Role.PARSING} - self._models.keys())]
         missing = [role for role in needed if not self.layout.has(role)]
         if missing:
             folders = ", ".join(self.layout.folder_names(role) for role in missing)
@@ -188,10 +184,10 @@ class _Part:
     def _pose_source(self) -> str:
         """Keypoints, densepose or none."""
         roles = {"keypoints": Role.KEYPOINTS, "densepose": Role.POSE_PICTURE}
-        wanted = self.options.pose
+        wanted = self.config.pose
         if wanted == "none":
             return wanted
-        if self.estimator is not None and wanted != "densepose":
+        if Role.KEYPOINTS in self._models and wanted != "densepose":
             return "keypoints"
         names = [*roles] if wanted == "auto" else [wanted]
         there = [name for name in names if self.layout.has(roles[name])]
@@ -204,23 +200,54 @@ class _Part:
             )
         return there[0]
 
-    # -- models ----------------------------------------------------------------------------------------------------
+    def run(self, report: DeriveReport) -> None:
+        """Make everything."""
+        for role, make in self._models.items():
+            self._run_model(role, make, report)
+        self._run(self.garments, self._derive_garment, "garments", report)
+        self._run(self.people, self._derive_person, "people", report)
 
-    def parse(self, stems: list[str]) -> set[str]:
+    def _run(self, stems: list[str], work: Callable[[str], _Files], what: str, report: DeriveReport) -> None:
+        """Do the work of many on threads (OpenCV leaves Python's lock)."""
+        with ThreadPoolExecutor(self.config.workers or os.cpu_count() or 1) as pool:
+            results = pool.map(partial(_attempt, work), stems)
+            for stem, outcome in zip(stems, self._bar(results, len(stems), what), strict=True):
+                if isinstance(outcome, _Files):
+                    report.made.update(outcome.made)
+                    report.kept.update(outcome.kept)
+                else:
+                    report.refused.append(Refusal(self.layout.label, stem, outcome))
+
+    def _run_model(self, role: Role, make: Callable[[list[str]], set[str]], report: DeriveReport) -> None:
+        """Make the files of a role that are missing, in batches."""
+        there = {stem for stem in self.people if is_there(self.layout.path(role, stem))}
+        kept = set() if self.config.overwrite else there
+        report.kept[role] += len(kept)
+        todo = [stem for stem in self.people if stem not in kept]
+        batches = [todo[first : first + _MODEL_BATCH] for first in range(0, len(todo), _MODEL_BATCH)]
+        for batch in self._bar(batches, len(batches), role):
+            refused = make(batch)
+            report.made[role] += len(batch) - len(refused)
+
+    def _bar(self, items: Iterable[Any], total: int, what: str) -> tqdm[Any]:
+        description = f"{self.layout.label} {what}"
+        return tqdm(items, total=total, desc=description, unit="item", disable=not self.progress)
+
+    # -- models --------------------------------------------------------------------------------------------------------
+
+    def _parse(self, parser: Parser, stems: list[str]) -> set[str]:
         """Write parsing maps; returns the people that cannot be read (who are refused when they are derived)."""
-        assert self.parser is not None
         pictures, refused = _all(stems, self._photograph)
-        found = self.parser(list(pictures.values()), self.labels)
+        found = parser(list(pictures.values()), self.labels)
         for stem, labels in zip(pictures, found, strict=True):
             write_labels(self.layout.path(Role.PARSING, stem), labels, self.labels)
         return refused
 
-    def estimate(self, stems: list[str]) -> set[str]:
+    def _estimate(self, estimator: PoseEstimator, stems: list[str]) -> set[str]:
         """Write keypoints of the person in the parsing map's box; returns the people that cannot be read."""
-        assert self.estimator is not None
         boxes, refused = _all(stems, self._box)
         pictures, unreadable = _all(list(boxes), self._photograph)
-        found = self.estimator(list(pictures.values()), [boxes[stem] for stem in pictures])
+        found = estimator(list(pictures.values()), [boxes[stem] for stem in pictures])
         for stem, joints in zip(pictures, found, strict=True):
             content = openpose_json(joints).encode()
             write_bytes(self.layout.path(Role.KEYPOINTS, stem), content)
@@ -237,24 +264,26 @@ class _Part:
         left, top = float(columns.min()), float(rows.min())
         return left, top, float(columns.max()) - left + 1, float(rows.max()) - top + 1
 
-    # -- one garment, one person -----------------------------------------------------------------------------------
+    # -- one garment, one person ---------------------------------------------------------------------------------------
 
-    def derive_garment(self, stem: str) -> _Files:
+    def _derive_garment(self, stem: str) -> _Files:
         """The mask of a flat garment."""
-        files = _Files(self.layout, stem, [Role.GARMENT_MASK], self.options.overwrite)
+        files = _Files(self.layout, stem, [Role.GARMENT_MASK], self.config.overwrite)
         if files.wanted:
             files.write(Role.GARMENT_MASK, garment_mask(read_colour(self.layout.path(Role.GARMENT, stem))))
         return files
 
-    def derive_person(self, stem: str) -> _Files:
+    def _derive_person(self, stem: str) -> _Files:
         """Region to paint, agnostic picture and worn garment of a person, and a pose picture where there is none."""
         drawn = [Role.DRAWN_POSE] if self.draws_pose else []
-        files = _Files(self.layout, stem, [*PERSON_FILES, *drawn], self.options.overwrite)
+        files = _Files(
+            self.layout, stem, [Role.INPAINT_MASK, Role.AGNOSTIC, Role.WARPED_MASK, *drawn], self.config.overwrite
+        )
         if files.wanted:
             self._make(stem, files)
-        if self.options.preview:
+        if self.config.preview:
             garment = self.layout.own_garment(stem)
-            write_sheet(self.layout, Pair(stem, garment), self.labels)
+            _write_sheet(self.layout, Pair(stem, garment), self.labels)
         return files
 
     def _make(self, stem: str, files: _Files) -> None:
@@ -273,7 +302,7 @@ class _Part:
         files.write(Role.AGNOSTIC, masks.agnostic(photograph))
         files.write(Role.WARPED_MASK, masks.worn)
         if self.draws_pose and isinstance(pose, dict):
-            files.write(Role.DRAWN_POSE, densepose.coloured(drawn_parts(pose, size)))
+            files.write(Role.DRAWN_POSE, densepose_picture(drawn_parts(pose, size)))
 
     def _region(self, stem: str, files: _Files, photograph: Image, derived: Mask) -> Mask:
         """The region to paint: of a mask or an agnostic picture that is kept, else the derived one; never a mixture."""
@@ -292,7 +321,7 @@ class _Part:
             return read_keypoints(self.layout.path(Role.KEYPOINTS, stem), size)
         if self.pose_source == "densepose":
             path = self.layout.path(Role.POSE_PICTURE, stem)
-            parts = densepose.read_parts(path)
+            parts = read_parts(path)
             _same_size(path, parts.shape, size)
             return parts
         return None
@@ -325,36 +354,12 @@ def _same_size(path: Path, shape: tuple[int, ...], size: GridSize) -> None:
         )
 
 
-def _run(part: _Part, stems: list[str], work: Callable[[str], _Files], what: str, report: DeriveReport) -> None:
-    """Do the work of many on threads (OpenCV leaves Python's lock)."""
-    with ThreadPoolExecutor(part.options.workers or os.cpu_count() or 1) as pool:
-        results = pool.map(partial(_attempt, work), stems)
-        for stem, outcome in zip(stems, _bar(results, len(stems), part, f"{part.layout.label} {what}"), strict=True):
-            if isinstance(outcome, _Files):
-                report.made.update(outcome.made)
-                report.kept.update(outcome.kept)
-            else:
-                report.refused.append(Refusal(part.layout.label, stem, outcome))
-
-
 def _attempt(work: Callable[[str], _Files], stem: str) -> _Files | str:
     """The result, or the reason of a refusal."""
     try:
         return work(stem)
     except DataError as error:
         return str(error)
-
-
-def _run_model(part: _Part, role: Role, make: Callable[[list[str]], set[str]], report: DeriveReport) -> None:
-    """Make the files of a role that are missing, in batches."""
-    there = {stem for stem in part.people if is_there(part.layout.path(role, stem))}
-    kept = set() if part.options.overwrite else there
-    report.kept[role] += len(kept)
-    todo = [stem for stem in part.people if stem not in kept]
-    batches = [todo[first : first + MODEL_BATCH] for first in range(0, len(todo), MODEL_BATCH)]
-    for batch in _bar(batches, len(batches), part, f"{part.layout.label} {role}"):
-        refused = make(batch)
-        report.made[role] += len(batch) - len(refused)
 
 
 def _all(stems: list[str], read: Callable[[str], T]) -> tuple[dict[str, T], set[str]]:
@@ -366,5 +371,53 @@ def _all(stems: list[str], read: Callable[[str], T]) -> tuple[dict[str, T], set[
     return found, set(stems) - set(found)
 
 
-def _bar(items: Iterable[Any], total: int, part: _Part, what: str) -> tqdm[Any]:
-    return tqdm(items, total=total, desc=what, unit="item", disable=not part.options.progress)
+# -- previews ----------------------------------------------------------------------------------------------------------
+
+
+def _write_sheet(layout: Layout, pair: Pair, labels: LabelSet) -> None:
+    """Draw the files of a person and their garment, as they lie on disk, beside each other.
+
+    From left to right: photograph; parsing map; keypoints; pose picture; region to paint; agnostic picture; worn
+    garment; flat garment with its mask. What is not there is black.
+    """
+    person, garment = pair
+    photograph = read_colour(layout.path(Role.PERSON, person))
+
+    def shown(draw: Callable[..., Image], stem: str, *roles: Role) -> Image:
+        paths = [layout.path(role, stem) for role in roles]
+        return draw(*paths) if all(map(is_there, paths)) else np.zeros_like(photograph)
+
+    tiles = [
+        photograph,
+        shown(lambda path: labels.coloured(read_labels(path, labels)), person, Role.PARSING),
+        shown(partial(_skeleton, photograph), person, Role.KEYPOINTS),
+        shown(read_pose_picture, person, Role.POSE_PICTURE),
+        shown(partial(_tinted, photograph), person, Role.INPAINT_MASK),
+        shown(read_colour, person, Role.AGNOSTIC),
+        shown(partial(_tinted, photograph), person, Role.WARPED_MASK),
+        shown(lambda flat, mask: _tinted(read_colour(flat), mask), garment, Role.GARMENT, Role.GARMENT_MASK),
+    ]
+    path = layout.root / PREVIEWS / layout.label.replace(" ", "_") / f"{person}.jpg"
+    write_picture(path, np.hstack([fit_picture(tile, _TILE, "pad", 255) for tile in tiles]))
+
+
+def _tinted(picture: Image, path: Path) -> Image:
+    """A picture with a red veil over the mask of a file."""
+    inside = resize_mask(read_native_mask(path), GridSize(*picture.shape[:2]))
+    veil = cv2.addWeighted(picture, 0.45, np.full_like(picture, _TINT), 0.55, 0.0)
+    return np.where(inside[..., None], veil, picture)
+
+
+def _skeleton(photograph: Image, path: Path) -> Image:
+    """Limbs drawn over a pale photograph."""
+    try:
+        joints = read_keypoints(path, GridSize(*photograph.shape[:2]))
+    except DataError:
+        return np.zeros_like(photograph)
+    lines = np.zeros(photograph.shape[:2], np.uint8)
+    width = max(2.0, photograph.shape[0] / 100)
+    for side in SIDES:
+        for names in (("shoulder", "elbow", "wrist"), ("hip", "knee", "ankle")):
+            draw_limb(lines, chain(joints, side, names), width, 1)
+    pale = cv2.addWeighted(photograph, 0.5, np.full_like(photograph, 255), 0.5, 0.0)
+    return np.where(lines[..., None] > 0, np.array(_TINT, np.uint8), pale)
