@@ -45,7 +45,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from i2am_train.data.parsing import ARMS, HEAD, HELD, LEGS, LOWER_CLOTHES, SHOES, WORN, LabelMap, LabelSet
-from i2am_train.data.pictures import GREY, Image, Mask
+from i2am_train.data.pictures import GREY, Image, Mask, differs, local_range
 from i2am_train.data.poses import (
     DENSE_ARMS,
     DENSE_HANDS,
@@ -253,18 +253,18 @@ def grey_region(agnostic: Image, photograph: Image, path: Path) -> Mask:
     if agnostic.shape != photograph.shape:
         found, expected = ("x".join(map(str, one.shape[:2])) for one in (agnostic, photograph))
         raise _unreadable(path, f"it is {found} (height x width), and the photograph is {expected}")
-    changed = _differs(agnostic, photograph, CHANGED)
+    changed = differs(agnostic, photograph, CHANGED)
     share = float(changed.mean())
     if share < SMALLEST:
         raise _unreadable(path, f"it differs from the photograph in {share:.1%} of its pixels")
     grey = np.median(agnostic[changed], axis=0)
-    near = ~_differs(agnostic, grey, NEAR)
+    near = ~differs(agnostic, grey, NEAR)
     painted = float(near[_inner(changed)].mean()) if _inner(changed).any() else 0.0
     if np.ptp(grey) > NEUTRAL or painted < PAINTED_SHARE:
         colour = tuple(int(level) for level in grey)
         raise _unreadable(path, f"{painted:.0%} of what differs from the photograph is {colour}")
     painted_over = _is_flat(agnostic, grey) & ~_is_flat(photograph, grey)
-    region = _smooth(near & (_differs(agnostic, photograph, TOLD) | painted_over))
+    region = _smooth(near & (differs(agnostic, photograph, TOLD) | painted_over))
     alike = near & ~region
     doubtful = alike & _touching(alike, region)
     if doubtful.sum() > LARGEST_DOUBT * region.sum():
@@ -284,16 +284,9 @@ def _unreadable(path: Path, why: str) -> DataError:
     )
 
 
-def _differs(picture: Image, other: NDArray[Any], limit: int) -> Mask:
-    """Where any channel differs by more than a limit."""
-    return np.asarray((np.abs(picture.astype(np.int16) - other) > limit).any(axis=-1))
-
-
 def _is_flat(picture: Image, grey: NDArray[Any]) -> Mask:
     """Where a picture is evenly of a grey."""
-    square = np.ones((3, 3), np.uint8)
-    spread = cv2.dilate(picture, square).astype(np.int16) - cv2.erode(picture, square)
-    return np.asarray(~_differs(picture, grey, FLAT) & (spread.max(axis=-1) <= FLAT))
+    return np.asarray(~differs(picture, grey, FLAT) & (local_range(picture).max(axis=-1) <= FLAT))
 
 
 def _inner(mask: Mask) -> Mask:

@@ -9,9 +9,9 @@ from __future__ import annotations
 import json
 import os
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -41,8 +41,7 @@ ROWS_PER_CODE = 8
 """Findings of one kind that the table lists in full."""
 
 
-@dataclass(frozen=True)
-class Finding:
+class Finding(NamedTuple):
     """One thing that is wrong."""
 
     level: Level
@@ -69,31 +68,37 @@ class DatasetReport:
     @property
     def ok(self) -> bool:
         """Whether training can start: there is no error (there may be warnings)."""
-        return not any(finding.level == "error" for finding in self.findings)
+        return self.counts["error"] == 0
 
     @property
     def counts(self) -> dict[str, int]:
-        """Findings per level."""
+        """Findings per level.
+
+        >>> DatasetReport(Path("set"), [Finding("error", "missing_file", "", "", "", "")], {}, 0, None).counts
+        {'error': 1, 'warning': 0}
+        """
         levels = [finding.level for finding in self.findings]
         return {level: levels.count(level) for level in ("error", "warning")}
 
     def table(self) -> str:
-        """Plain text: a summary line, and one row per finding (long lists of one kind are cut)."""
-        head = ("level", "code", "split", "folder", "file", "message")
-        rows = [head, *self._rows()]
+        """Plain text: a summary line, and one row per finding (long lists of one kind are cut).
+
+        >>> DatasetReport(Path("set"), [], {"train": 2}, 8, GridSize(64, 48)).table()
+        'set can be used: 2 train pairs, 8 pictures read of 64x48, 0 errors, 0 warnings.'
+        """
+        rows = [Finding._fields, *self._rows()]
         widths = [max(len(row[column]) for row in rows) for column in range(5)]
         widths.append(0)
         lines = ["  ".join(map(str.ljust, row, widths)) for row in rows]
         return "\n".join([self._summary(), *(lines if self.findings else [])])
 
     def _rows(self) -> Iterable[tuple[str, ...]]:
-        ordered = sorted(self.findings, key=lambda f: (f.level, f.code, f.split, f.folder, f.file))
         seen: Counter[tuple[str, ...]] = Counter()
-        for finding in ordered:
-            kind: tuple[str, ...] = (finding.level, finding.code, finding.split, finding.folder)
+        for finding in sorted(self.findings, key=lambda finding: finding[:5]):
+            kind = finding[:4]
             seen[kind] += 1
             if seen[kind] <= ROWS_PER_CODE:
-                yield (*kind, finding.file, finding.message)
+                yield finding
         for kind, count in seen.items():
             if count > ROWS_PER_CODE:
                 more = f"and {count - ROWS_PER_CODE} more (all of them are in the JSON report)"
@@ -113,18 +118,13 @@ class DatasetReport:
         content = {
             "schema": 1, "root": str(self.root), "ok": self.ok, "counts": self.counts, "samples": self.samples,
             "files": self.files, "size": list(self.size) if self.size else None,
-            "findings": [asdict(finding) for finding in self.findings],
+            "findings": [finding._asdict() for finding in self.findings],
         }  # fmt: skip
         return json.dumps(content, indent=2) + "\n"
 
 
 def check_dataset(
-    root: Path | str,
-    size: GridSize | None = None,
-    *,
-    reading: Reading = AS_IT_LIES,
-    threads: int | None = None,
-    progress: bool = True,
+    root: Path, size: GridSize | None = None, *, reading: Reading = AS_IT_LIES, progress: bool = True
 ) -> DatasetReport:
     """Check a dataset folder: layout, pair lists, and every picture that they name.
 
@@ -132,10 +132,8 @@ def check_dataset(
         root: the dataset folder.
         size: size that every picture must have; None: the pictures of a person or garment must agree.
         reading: layout and categories.
-        threads: readers at a time; None: two per core.
         progress: show a bar with the time left.
     """
-    root = Path(root)
     if not root.is_dir():
         return _refused(root, f"There is no folder {root}. Check root=.", size)
     try:
@@ -145,22 +143,27 @@ def check_dataset(
     findings = [_absent_half(layout) for layout in absent]
     parts = [_Part(layout, *_check_lists(layout, findings)) for layout in there]
     findings += _check_overlap(parts)
-    findings += [finding for part in parts for finding in _check_folders(part.layout)]
+    findings += [
+        Finding("error", "missing_folder", one.label, one.place(role).folder, "", f"is missing. {one.advice(role)}")
+        for one in there
+        for role in one.missing
+    ]
     findings += _check_unlisted(parts)
     jobs = [job for part in parts for job in part.jobs()]
-    checked = _run(jobs, threads, progress)
-    sizes = [entry for result in checked for entry in result.sizes]
-    findings += [finding for result in checked for finding in result.findings]
-    expected, wrong = _check_sizes(checked, size)
-    counts = {part.layout.label: part.samples for part in parts if part.samples}
-    return DatasetReport(root, findings + wrong, counts, len(sizes), expected)
+    with ThreadPoolExecutor(2 * (os.cpu_count() or 1)) as pool:  # reading and decoding leave Python's lock
+        results = pool.map(_Job.read, jobs)
+        groups = list(tqdm(results, total=len(jobs), desc="checking pictures", unit="item", disable=not progress))
+    findings += [finding for job in jobs for finding in job.findings]
+    expected, wrong = _check_sizes([group for group in groups if group], size)
+    counts = {part.layout.label: len(part.paired) for part in parts if part.paired}
+    return DatasetReport(root, findings + wrong, counts, sum(map(len, groups)), expected)
 
 
 def _refused(root: Path, why: str, size: GridSize | None) -> DatasetReport:
     return DatasetReport(root, [Finding("error", "missing_folder", "", "", "", why)], {}, 0, size)
 
 
-# -- lists and folders ---------------------------------------------------------------------------------------------
+# -- lists and folders -------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -172,10 +175,6 @@ class _Part:
     """People with their own garments."""
     unpaired: list[Pair]
     """The test list of other garments; of training, empty."""
-
-    @property
-    def samples(self) -> int:
-        return len(self.paired)
 
     @property
     def roles(self) -> list[Role]:
@@ -252,13 +251,6 @@ def _check_overlap(parts: list[_Part]) -> list[Finding]:
     return [Finding("warning", "split_overlap", "", "", "", text)]
 
 
-def _check_folders(layout: Layout) -> Iterator[Finding]:
-    """Needed folders that do not exist."""
-    for role in layout.missing:
-        text = f"is missing. {layout.advice(role)}"
-        yield Finding("error", "missing_folder", layout.label, layout.place(role).folder, "", text)
-
-
 def _check_unlisted(parts: list[_Part]) -> list[Finding]:
     """Files that no pair uses: one finding per folder (DressCode's splits and roles share folders)."""
     expected: dict[Path, set[str]] = {}
@@ -280,7 +272,7 @@ def _check_unlisted(parts: list[_Part]) -> list[Finding]:
     return found
 
 
-# -- pictures ------------------------------------------------------------------------------------------------------
+# -- pictures ----------------------------------------------------------------------------------------------------------
 
 
 class _Sized(NamedTuple):
@@ -290,14 +282,6 @@ class _Sized(NamedTuple):
     folder: str
     file: str
     size: GridSize
-
-
-@dataclass
-class _Checked:
-    """What one job found."""
-
-    findings: list[Finding] = field(default_factory=list)
-    sizes: list[_Sized] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -310,32 +294,37 @@ class _Job:
     judge: Callable[[Seen], Iterable[Judgement]]
     listed: str | None = None
     """Of a garment that no list names and that is read as its person's own: what column 2 names instead."""
+    findings: list[Finding] = field(default_factory=list)
 
-    def __call__(self) -> _Checked:
-        checked = _Checked()
+    def read(self) -> list[_Sized]:
+        """The pictures that could be read; what is wrong with them goes to ``findings``."""
         for role in self.roles:
             if len(files := self.layout.spellings(role, self.stem)) > 1:
                 text = f"is one of {', '.join(files)}: which of them is meant is not said; keep one."
-                checked.findings.append(self._finding(role, "ambiguous_name", text))
-        for level, code, role, text in self.judge(self._seen(checked)):
-            checked.findings.append(self._finding(role, code, text, level))
-        return checked
-
-    def _seen(self, checked: _Checked) -> Seen:
-        """What there is to judge; what cannot be read is a finding."""
-        seen = Seen(labels=usual_labels(self.layout.category))
+                self._find(role, "ambiguous_name", text)
+        seen, sizes = Seen(labels=usual_labels(self.layout.category)), []
         for role in self.roles:
+            path = self.layout.path(role, self.stem)
             if role in ANNOTATION_ROLES:
-                path = self.layout.path(role, self.stem)
                 seen.files |= {role: path} if is_there(path) else {}
-            elif (picture := self._read(role, checked)) is not None:
-                seen.pictures[role] = picture
-                seen.size = checked.sizes[-1].size if role == Role.PERSON else seen.size
-        return seen
+                continue
+            try:
+                size, seen.pictures[role] = read_size(path), _reduced(path, role)
+            except UnreadablePictureError as error:
+                if is_there(path):
+                    self._find(role, "unreadable", f"{error.fault}. {error.advice}")
+                else:
+                    self._find(role, "missing_file", self._missing())
+                continue
+            sizes.append(_Sized(self.layout.label, path.parent.name, path.name, size))
+            seen.size = size if role == Role.PERSON else seen.size
+        for level, code, role, text in self.judge(seen):
+            self._find(role, code, text, level)
+        return sizes
 
-    def _finding(self, role: Role, code: str, text: str, level: Level = "error") -> Finding:
+    def _find(self, role: Role, code: str, text: str, level: Level = "error") -> None:
         path = self.layout.path(role, self.stem)
-        return Finding(level, code, self.layout.label, path.parent.name, path.name, text)
+        self.findings.append(Finding(level, code, self.layout.label, path.parent.name, path.name, text))
 
     def _missing(self) -> str:
         if self.listed is None:
@@ -345,20 +334,6 @@ class _Job:
             f"does not exist: paired samples read the garment of the person's own name; column 2 of {file} names "
             f"'{self.listed}', which only unpaired tests read. Give the garment its person's name."
         )
-
-    def _read(self, role: Role, checked: _Checked) -> NDArray[Any] | None:
-        """A picture, reduced where that saves time; its faults and its size go to ``checked``."""
-        path = self.layout.path(role, self.stem)
-        try:
-            size, picture = read_size(path), _reduced(path, role)
-        except UnreadablePictureError as error:
-            missing = not is_there(path)
-            text = self._missing() if missing else f"{error.fault}. {error.advice}"
-            code = "missing_file" if missing else "unreadable"
-            checked.findings.append(self._finding(role, code, text))
-            return None
-        checked.sizes.append(_Sized(self.layout.label, path.parent.name, path.name, size))
-        return picture
 
 
 def _reduced(path: Path, role: Role) -> NDArray[Any]:
@@ -370,21 +345,11 @@ def _reduced(path: Path, role: Role) -> NDArray[Any]:
     return read_rgb(path, about=CHECK_SIZE)
 
 
-def _run(jobs: Sequence[Callable[[], _Checked]], threads: int | None, progress: bool) -> list[_Checked]:
-    """Run all jobs on threads (reading and decoding leave Python's lock)."""
-    count = threads or 2 * (os.cpu_count() or 1)
-    with ThreadPoolExecutor(count) as pool:
-        results = pool.map(lambda job: job(), jobs)
-        bar = {"desc": "checking pictures", "unit": "item", "disable": not progress}
-        return list(tqdm(results, total=len(jobs), **bar))
-
-
-def _check_sizes(checked: list[_Checked], wanted: GridSize | None) -> tuple[GridSize | None, list[Finding]]:
+def _check_sizes(groups: list[list[_Sized]], wanted: GridSize | None) -> tuple[GridSize | None, list[Finding]]:
     """Pictures that differ from the wanted size, or from the others of their person or garment.
 
     People may differ from each other, as own photographs do: then there is no common size, and a warning.
     """
-    groups = [result.sizes for result in checked if result.sizes]
     if not groups:
         return wanted, []
     common = [Counter(entry.size for entry in group).most_common(1)[0][0] for group in groups]

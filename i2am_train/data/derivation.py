@@ -33,7 +33,7 @@ from i2am_train.data.flat_garments import garment_mask
 from i2am_train.data.layouts import Layout, Pair, entries
 from i2am_train.data.needed_files import refuse_doubles
 from i2am_train.data.parsing import HEAD, LABEL_SETS, LabelMap, LabelSet, read_labels, usual_labels, write_labels
-from i2am_train.data.picture_files import is_there, read_colour, read_native_mask, write_bytes, write_picture
+from i2am_train.data.picture_files import is_there, read_colour, read_native_mask, write_picture
 from i2am_train.data.pictures import Image, Mask, fit_picture, resize_mask
 from i2am_train.data.poses import (
     SIDES,
@@ -49,6 +49,7 @@ from i2am_train.data.poses import (
     require_on_body,
 )
 from i2am_train.errors import DataError
+from i2am_train.files import write_text
 from i2am_train.fingerprints import PREVIEWS
 from i2am_train.types import Category, GridSize, Pairing, Role, Split
 
@@ -249,8 +250,7 @@ class _Part:
         pictures, unreadable = _all(list(boxes), self._photograph)
         found = estimator(list(pictures.values()), [boxes[stem] for stem in pictures])
         for stem, joints in zip(pictures, found, strict=True):
-            content = openpose_json(joints).encode()
-            write_bytes(self.layout.path(Role.KEYPOINTS, stem), content)
+            write_text(self.layout.path(Role.KEYPOINTS, stem), openpose_json(joints))
         return refused | unreadable
 
     def _photograph(self, stem: str) -> Image:

@@ -11,7 +11,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 from tqdm import tqdm
 
@@ -42,16 +42,6 @@ class Opened(Protocol):
         """Each layout with the samples that are read of it."""
 
 
-class Gap(NamedTuple):
-    """What a role's folder lacks."""
-
-    role: Role
-    missing: list[str]
-    """File names, sorted; never empty."""
-    wanted: int
-    """Files that the samples are read from, missing ones included."""
-
-
 def check_files(layout: Layout, pairs: Sequence[Pair], pairing: Pairing) -> None:
     """Refuse samples that could not be read to the end.
 
@@ -63,25 +53,21 @@ def check_files(layout: Layout, pairs: Sequence[Pair], pairing: Pairing) -> None
     Raises:
         DataError: a file that one of the pairs is read from is missing, or there are two of its name.
     """
-    refuse_doubles(layout, wanted_files(layout, pairs))
-    gaps = find_gaps(layout, pairs)
+    wanted = _wanted_files(layout, pairs)
+    refuse_doubles(layout, wanted)
+    gaps: dict[Role, str] = {}
+    for role, stems in wanted.items():
+        files = {layout.file_name(role, stem) for stem in stems}
+        if missing := sorted(files - layout.names(role)):
+            named = ", ".join(missing[:FILES_NAMED]) + (", ..." if len(missing) > FILES_NAMED else "")
+            gaps[role] = f"{len(missing)} of {len(files)} in {layout.place(role).folder} ({named})"
     if gaps:
         raise DataError(
             f"{layout.folder} lacks files that {layout.list_file(pairing).name} asks for: "
-            f"{'; '.join(_described(layout, gap) for gap in gaps)}. Copy them there, or take the lines of their "
-            f"samples out of the list. {_own_garments(layout, gaps, pairing)}{_remedies(layout, gaps)}"
+            f"{'; '.join(gaps.values())}. Copy them there, or take the lines of their samples out of the list. "
+            f"{_own_garments(layout, gaps, pairing)}{_remedies(layout, gaps)}"
             f"Run 'i2am data check root={layout.root}' for everything that is wrong with the dataset."
         )
-
-
-def find_gaps(layout: Layout, pairs: Sequence[Pair]) -> list[Gap]:
-    """What the folders lack of the files that pairs are read from."""
-    gaps = []
-    for role, stems in wanted_files(layout, pairs).items():
-        files = {layout.file_name(role, stem) for stem in stems}
-        if missing := sorted(files - layout.names(role)):
-            gaps.append(Gap(role, missing, len(files)))
-    return gaps
 
 
 def refuse_doubles(layout: Layout, wanted: Mapping[Role, Collection[str]]) -> None:
@@ -103,7 +89,7 @@ def refuse_doubles(layout: Layout, wanted: Mapping[Role, Collection[str]]) -> No
                 )
 
 
-def wanted_files(layout: Layout, pairs: Sequence[Pair]) -> dict[Role, set[str]]:
+def _wanted_files(layout: Layout, pairs: Sequence[Pair]) -> dict[Role, set[str]]:
     """Per role, whose files :class:`~i2am_train.data.dataset.TryOnDataset` reads."""
     people = {pair.person for pair in pairs}
     garments = {pair.garment for pair in pairs}
@@ -115,17 +101,9 @@ def wanted_files(layout: Layout, pairs: Sequence[Pair]) -> dict[Role, set[str]]:
     }
 
 
-def _described(layout: Layout, gap: Gap) -> str:
-    """As ``2 of 20 in cloth (00002_00.jpg, 00007_00.jpg)``."""
-    place = layout.place(gap.role)
-    named = ", ".join(gap.missing[:FILES_NAMED])
-    more = ", ..." if len(gap.missing) > FILES_NAMED else ""
-    return f"{len(gap.missing)} of {gap.wanted} in {place.folder} ({named}{more})"
-
-
-def _own_garments(layout: Layout, gaps: Sequence[Gap], pairing: Pairing) -> str:
+def _own_garments(layout: Layout, gaps: Collection[Role], pairing: Pairing) -> str:
     """What column 2 means, where garments are missing that it does not name."""
-    if pairing is Pairing.UNPAIRED or not any(gap.role in GARMENT_ROLES for gap in gaps):
+    if pairing is Pairing.UNPAIRED or not any(role in GARMENT_ROLES for role in gaps):
         return ""
     others = [pair for pair in layout.listed(pairing) if not layout.worn(pair)]
     if not others:
@@ -137,10 +115,10 @@ def _own_garments(layout: Layout, gaps: Sequence[Gap], pairing: Pairing) -> str:
     )
 
 
-def _remedies(layout: Layout, gaps: Sequence[Gap]) -> str:
+def _remedies(layout: Layout, gaps: Collection[Role]) -> str:
     """What makes missing files again, as sentences with a space behind each."""
     text = ""
-    if any(gap.role in DERIVED_ROLES for gap in gaps):
+    if any(role in DERIVED_ROLES for role in gaps):
         text += f"'i2am data derive root={layout.root}' makes missing masks and agnostic pictures. "
     if (layout.root / DESCRIPTION_FILE).is_file():
         text += "'i2am data make' draws this dataset again once its folder is deleted. "
@@ -161,7 +139,7 @@ def refuse_broken_pictures(datasets: Sequence[Opened]) -> None:
             layout.path(role, stem)
             for dataset in datasets
             for layout, pairs in dataset.parts()
-            for role, stems in wanted_files(layout, pairs).items()
+            for role, stems in _wanted_files(layout, pairs).items()
             for stem in stems
         }
     )

@@ -7,7 +7,6 @@ segformer_b2_clothes predict it. Rules speak of labels by the names here, which 
 
 from __future__ import annotations
 
-import io
 from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,9 +16,10 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image as PILImage
 
-from i2am_train.data.picture_files import is_there, open_picture, read_values, write_bytes
+from i2am_train.data.picture_files import is_there, open_picture, read_values
 from i2am_train.data.pictures import Image, Mask
 from i2am_train.errors import DataError
+from i2am_train.files import written
 from i2am_train.types import Category
 
 LabelMap = NDArray[np.uint8]
@@ -162,9 +162,8 @@ def write_labels(path: Path, values: LabelMap, labels: LabelSet) -> None:
     """A parsing map as a PNG with the set's palette, in one step."""
     picture = PILImage.fromarray(values)
     picture.putpalette(np.asarray(labels.colours, np.uint8).tobytes())
-    buffer = io.BytesIO()
-    picture.save(buffer, format="PNG", optimize=True)
-    write_bytes(path, buffer.getvalue())
+    with written(path) as unfinished:
+        picture.save(unfinished, format="PNG", optimize=True)
 
 
 def _from_colours(picture: Image, path: Path, labels: LabelSet) -> LabelMap:

@@ -3,7 +3,8 @@
 Read are JPEG, PNG, WebP and BMP, told by their content and not by their names. A picture is turned upright by its
 EXIF orientation, in its size as in its pixels; what is transparent shows the background that the caller names; of 16
 bits a channel the upper eight count. A file of another kind, colour space or size is refused, and so is what is no
-file, before anything is decoded.
+file, before anything is decoded: with an :class:`UnreadablePictureError`, which all readers here raise for whatever
+cannot be read, unless they say otherwise.
 """
 
 from __future__ import annotations
@@ -102,11 +103,7 @@ class UnreadablePictureError(DataError):
 
 
 def read_size(path: Path) -> GridSize:
-    """Height and width of a picture once it is upright, from its header.
-
-    Raises:
-        UnreadablePictureError: it is not there, not whole, or not of a kind that is read.
-    """
+    """Height and width of a picture once it is upright, from its header."""
     with open_picture(path) as picture:
         return upright_size(picture)
 
@@ -118,20 +115,13 @@ def read_rgb(path: Path, ground: Ground = "white", about: int | None = None) -> 
         path: the file.
         ground: what shows through transparent pixels.
         about: a height; larger pictures are reduced by 2, 4 or 8 while they keep it, which is faster.
-
-    Raises:
-        UnreadablePictureError: it cannot be read.
     """
     with open_picture(path) as picture:
         return _decoded(picture, path, "RGB", ground, about)
 
 
 def read_grey(path: Path, about: int | None = None) -> Image:
-    """A picture, such as a mask, as grey values ``[H, W]``; what is transparent is black, and so outside of a mask.
-
-    Raises:
-        UnreadablePictureError: it cannot be read.
-    """
+    """A picture, such as a mask, as grey values ``[H, W]``; what is transparent is black, and so outside of a mask."""
     with open_picture(path) as picture:
         return _decoded(picture, path, "L", "black", about)
 
@@ -148,9 +138,6 @@ def read_values(path: Path, *, palette: bool) -> NDArray[Any]:
     Args:
         path: the file.
         palette: whether a palette's indices are the values; otherwise its colours are read.
-
-    Raises:
-        UnreadablePictureError: it cannot be read.
     """
     with open_picture(path) as picture:
         if not (picture.mode[:1] in ("L", "I") or (palette and picture.mode == "P")):
@@ -206,7 +193,11 @@ def is_there(path: Path) -> bool:
 
 
 def upright_size(picture: PillowImage.Image) -> GridSize:
-    """The size that an open picture has once it is turned."""
+    """The size that an open picture has once it is turned.
+
+    >>> upright_size(PillowImage.new("L", (4, 3)))
+    GridSize(height=3, width=4)
+    """
     lies_down = _orientation(picture) >= 5
     return GridSize(*(picture.size if lies_down else picture.size[::-1]))
 
@@ -215,29 +206,24 @@ def is_deep(picture: PillowImage.Image) -> bool:
     """Whether an open picture has more than 8 bits a channel.
 
     Pillow calls 16-bit RGB "RGB" and drops the lower bytes; only the decoder's argument tells.
+
+    >>> is_deep(PillowImage.new("I;16", (1, 1))), is_deep(PillowImage.new("L", (1, 1)))
+    (True, False)
     """
     return picture.mode.startswith("I") or any(";16" in str(tile[3]) for tile in getattr(picture, "tile", ()))
 
 
-# -- of a dataset --------------------------------------------------------------------------------------------------
+# -- of a dataset ------------------------------------------------------------------------------------------------------
 
 
 def read_colour(path: Path, ground: Ground = "white") -> Image:
-    """RGB ``[H, W, 3]`` of a dataset's picture, upright and at its own size; ``ground`` shows where it is transparent.
-
-    Raises:
-        DataError: the file is missing, cut off or no picture.
-    """
+    """RGB ``[H, W, 3]`` of a dataset's picture, upright, at its own size; ``ground`` shows where it is transparent."""
     with advice_on(path):
         return read_rgb(path, ground)
 
 
 def read_native_mask(path: Path) -> Mask:
-    """A mask of a dataset, upright and at its own size: grey value at least 128; what is transparent is outside.
-
-    Raises:
-        DataError: the file is missing, cut off or no picture.
-    """
+    """A mask of a dataset, upright and at its own size: grey value at least 128; what is transparent is outside."""
     with advice_on(path):
         return np.asarray(read_grey(path) >= INSIDE)
 
@@ -262,13 +248,8 @@ def write_picture(path: Path, picture: NDArray[Any]) -> None:
         picture = cv2.cvtColor(picture, cv2.COLOR_RGB2BGR)
     ending = path.suffix.lower().replace(".jpeg", ".jpg")
     _, content = cv2.imencode(ending, np.ascontiguousarray(picture), WRITING.get(ending, []))
-    write_bytes(path, content.tobytes())
-
-
-def write_bytes(path: Path, content: bytes) -> None:
-    """Write a file in one step."""
     with written(path) as unfinished:
-        unfinished.write_bytes(content)
+        unfinished.write_bytes(content.tobytes())
 
 
 def read_correspondence(path: Path) -> NDArray[np.float32]:
@@ -288,11 +269,7 @@ def read_correspondence(path: Path) -> NDArray[np.float32]:
 
 
 def read_encoded_correspondence(path: Path) -> NDArray[Any]:
-    """The correspondence as it is stored, channels valid, x, y (Pillow has no 16-bit RGB).
-
-    Raises:
-        UnreadablePictureError: the file is no whole picture.
-    """
+    """The correspondence as it is stored, channels valid, x, y (Pillow has no 16-bit RGB)."""
     read_size(path)
     encoded = cv2.imdecode(np.fromfile(path, np.uint8), cv2.IMREAD_UNCHANGED)
     if encoded is None:
@@ -312,7 +289,11 @@ def encode_correspondence(correspondence: NDArray[np.float32]) -> NDArray[np.uin
 
 
 def decode_correspondence(encoded: NDArray[np.uint16]) -> NDArray[np.float32]:
-    """Inverse of :func:`encode_correspondence`, exact to 1 / 131070."""
+    """Inverse of :func:`encode_correspondence`, exact to 1 / 131070.
+
+    >>> decode_correspondence(np.array([[[65535, 0, 65535], [0, 0, 0]]], np.uint16)).tolist()
+    [[[1.0, 0.0], [nan, nan]]]
+    """
     coordinates = encoded[..., :2].astype(np.float32) / np.float32(FULL_SCALE)
     return np.where(encoded[..., 2:] > FULL_SCALE // 2, coordinates, np.float32(np.nan))
 

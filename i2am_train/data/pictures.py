@@ -104,6 +104,25 @@ def fit_nearest(array: NDArray[np.float32], size: GridSize, fit: Fit, fill: floa
     return cast("NDArray[np.float32]", _padded(resize_nearest(part, inner), size, fill))
 
 
+def local_range(picture: Image) -> NDArray[np.int16]:
+    """Largest minus smallest value within 3x3 pixels, per channel: what is even, and what is an edge.
+
+    >>> local_range(np.array([[7, 7, 7, 9]], np.uint8)).tolist()
+    [[0, 0, 2, 2]]
+    """
+    square = np.ones((3, 3), np.uint8)
+    return np.asarray(cv2.dilate(picture, square).astype(np.int16) - cv2.erode(picture, square))
+
+
+def differs(picture: Image, other: NDArray[Any] | int, limit: int) -> Mask:
+    """Where any channel of a picture ``[H, W, 3]`` is further than a limit from another picture or a colour.
+
+    >>> differs(np.array([[[100, 100, 100], [100, 100, 105]]], np.uint8), 100, limit=4).tolist()
+    [[False, True]]
+    """
+    return np.asarray((np.abs(picture.astype(np.int16) - other) > limit).any(axis=-1))
+
+
 def _cut(native: GridSize, size: GridSize) -> tuple[int, int, int, int]:
     """Top, left, height and width of the largest centred part with the aspect of ``size``."""
     height = min(native.height, round(native.width * size.height / size.width))

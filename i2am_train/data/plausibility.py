@@ -24,7 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from i2am_train.data.parsing import HEAD, LabelSet, read_labels
-from i2am_train.data.pictures import GREY, Image, Mask
+from i2am_train.data.pictures import GREY, Image, Mask, differs, local_range
 from i2am_train.data.poses import pose_picture_fault, read_keypoints, require_on_body
 from i2am_train.errors import DataError
 from i2am_train.types import GridSize, Role
@@ -81,8 +81,7 @@ def judge_garment(seen: Seen) -> Iterator[Judgement]:
     if mask is None:
         return
     if not mask.any():
-        text = "has no white pixel: the garment would be ignored."
-        yield Judgement("error", "empty_mask", Role.GARMENT_MASK, text)
+        yield Judgement("error", "empty_mask", Role.GARMENT_MASK, "has no white pixel: the garment would be ignored.")
     elif _border_share(mask) > 0.5 and _center_share(mask) < 0.5:
         text = "is white around the garment; white must be the garment."
         yield Judgement("error", "inverted_mask", Role.GARMENT_MASK, text)
@@ -111,7 +110,7 @@ def judge_person(seen: Seen) -> Iterator[Judgement]:
     yield from _judge_annotations(seen)
 
 
-# -- masks ---------------------------------------------------------------------------------------------------------
+# -- masks -------------------------------------------------------------------------------------------------------------
 
 
 def _judge_values(seen: Seen, role: Role) -> Iterator[Judgement]:
@@ -135,9 +134,7 @@ def share_of_other_values(grey: Image) -> float:
     >>> share_of_other_values(np.repeat(np.uint8([[0, 0, 255, 255]]), 3, axis=0))
     0.0
     """
-    square = np.ones((3, 3), np.uint8)
-    even = cv2.dilate(grey, square).astype(np.int16) - cv2.erode(grey, square) <= EDGE
-    values = grey[even].astype(np.int16)
+    values = grey[local_range(grey) <= EDGE].astype(np.int16)
     if not len(values):
         return 1.0
     low, high = values[values < 128], values[values >= 128]
@@ -154,8 +151,7 @@ def _strange(values: NDArray[np.int16]) -> int:
 def _judge_region(region: Mask, seen: Seen) -> Iterator[Judgement]:
     """The region to paint: neither empty nor everything, and what the agnostic picture has in grey."""
     if not region.any():
-        text = "has no white pixel: nothing would be painted."
-        yield Judgement("error", "empty_mask", Role.INPAINT_MASK, text)
+        yield Judgement("error", "empty_mask", Role.INPAINT_MASK, "has no white pixel: nothing would be painted.")
         return
     if region.all():
         text = "is white everywhere: the whole picture would be painted."
@@ -164,7 +160,7 @@ def _judge_region(region: Mask, seen: Seen) -> Iterator[Judgement]:
     agnostic = seen.pictures.get(Role.AGNOSTIC)
     if agnostic is None or agnostic.shape[:2] != region.shape:
         return
-    grey = _near(agnostic, GREY, GREY_NOISE)
+    grey = ~differs(agnostic, GREY, GREY_NOISE)
     inside, outside = float(grey[region].mean()), float(grey[~region].mean())
     if outside > inside + 0.3:
         text = (
@@ -183,8 +179,7 @@ def _judge_fit(region: Mask, agnostic: Image, grey: Mask, photograph: Image | No
     """Whether mask and grey are of one rule, but for the outermost pixels."""
     if photograph is None or photograph.shape != agnostic.shape:
         return
-    difference = np.abs(agnostic.astype(np.int16) - photograph).max(axis=-1)
-    painted = grey & (difference > CHANGED)
+    painted = grey & differs(agnostic, photograph, CHANGED)
     square = np.ones((3, 3), np.uint8)
     core = cv2.erode(region.astype(np.uint8), square) > 0
     around = cv2.dilate(region.astype(np.uint8), square) > 0
@@ -198,10 +193,6 @@ def _judge_fit(region: Mask, agnostic: Image, grey: Mask, photograph: Image | No
             "the folders and have it made by 'i2am data derive'."
         )
         yield Judgement("warning", "mask_mismatch", Role.INPAINT_MASK, text)
-
-
-def _near(picture: Image, level: int, noise: int) -> Mask:
-    return np.asarray((np.abs(picture.astype(np.int16) - level) <= noise).all(axis=-1))
 
 
 def _judge_worn(worn: Mask, region: Mask | None) -> Iterator[Judgement]:
@@ -228,7 +219,7 @@ def _center_share(mask: Mask) -> float:
     return float(mask[3 * height // 8 : 5 * height // 8, 3 * width // 8 : 5 * width // 8].mean())
 
 
-# -- bodies --------------------------------------------------------------------------------------------------------
+# -- bodies ------------------------------------------------------------------------------------------------------------
 
 
 def _judge_pose(picture: Image) -> Iterator[Judgement]:

@@ -24,7 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from i2am_train.data.picture_files import advice_on, read_values, refuse_what_is_no_file
-from i2am_train.data.pictures import Image, Mask
+from i2am_train.data.pictures import Image, Mask, local_range
 from i2am_train.errors import DataError
 from i2am_train.types import GridSize
 
@@ -407,9 +407,7 @@ def pose_picture_fault(picture: Image) -> str | None:
 
 def _even(picture: Image) -> Mask:
     """Where there is no edge within 3x3 pixels: edges are blurred, by JPEG and where a picture was reduced."""
-    square = np.ones((3, 3), np.uint8)
-    range_ = cv2.dilate(picture, square).astype(np.int16) - cv2.erode(picture, square)
-    return np.asarray(range_.max(axis=-1) <= SURE)
+    return np.asarray(local_range(picture).max(axis=-1) <= SURE)
 
 
 def _explained(picture: Image, body: Mask) -> tuple[NDArray[np.uint8], float]:

@@ -21,7 +21,7 @@ def copy(small_dataset: Path, tmp_path: Path) -> Path:
 
 
 def check(root: Path, size: GridSize | None = None) -> DatasetReport:
-    return check_dataset(root, size, threads=2, progress=False)
+    return check_dataset(root, size, progress=False)
 
 
 def test_a_good_dataset_has_no_findings(small_dataset: Path) -> None:

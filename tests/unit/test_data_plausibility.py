@@ -39,7 +39,7 @@ def copy(good: Path, tmp_path: Path) -> Path:
 
 
 def check(root: Path) -> DatasetReport:
-    return check_dataset(root, threads=2, progress=False)
+    return check_dataset(root, progress=False)
 
 
 def test_good_annotations_and_pictures_have_no_findings(good: Path) -> None:
