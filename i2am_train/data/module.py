@@ -25,18 +25,10 @@ from torchdata.stateful_dataloader import StatefulDataLoader
 
 from i2am_train.config.data import DataConfig
 from i2am_train.data.cache import CachedDataset, LatentCache
-from i2am_train.data.dataset import (
-    AS_IT_LIES,
-    EpochPosition,
-    Reading,
-    TryOnDataset,
-    TryOnSample,
-    list_length,
-    reading_of,
-)
+from i2am_train.data.dataset import EpochPosition, TryOnDataset, TryOnSample, list_length, reading_of
 from i2am_train.errors import DataError
 from i2am_train.processes import ignore_interrupts
-from i2am_train.types import GridSize, Pairing, Split
+from i2am_train.types import Pairing, Split
 
 
 class EpochSampler(DistributedSampler[Any]):
@@ -79,17 +71,13 @@ class TryOnDataModule(L.LightningDataModule):
     """All loaders of a run.
 
     Args:
-        root: dataset folder.
-        size: picture size, height first.
-        batch_size: training samples per process and step.
-        eval_batch_size: samples per process and step elsewhere.
-        workers: reading processes per loader; 0 reads in the main process.
-        augment: augment training samples.
+        data: options: sizes, layout, augmentation, reading processes (per loader).
+        root: dataset folder, which is there.
         seed: of the shuffling and the augmentations.
+        eval_batch_size: samples per process and step elsewhere than in training.
         validation_samples: how many of the last training samples are held out for validation.
         test_samples: how many of the test samples to use; None for all.
         test_pairing: whether tests give people their own garment.
-        reading: layout, categories, and how other aspects are dealt with.
         cache: where training samples are read from instead, encoded; it was checked to fit.
 
     Attributes:
@@ -98,43 +86,36 @@ class TryOnDataModule(L.LightningDataModule):
     """
 
     def __init__(
-        self, root: Path | str, size: GridSize, *, batch_size: int = 16, eval_batch_size: int = 16, workers: int = 0,
-        augment: bool = True, seed: int = 0, validation_samples: int = 0, test_samples: int | None = None,
-        test_pairing: Pairing = Pairing.PAIRED, reading: Reading = AS_IT_LIES,
-        cache: LatentCache | None = None,
+        self, data: DataConfig, root: Path, *, seed: int = 0, eval_batch_size: int = 16, validation_samples: int = 0,
+        test_samples: int | None = None, test_pairing: Pairing = Pairing.PAIRED, cache: LatentCache | None = None,
     ) -> None:  # fmt: skip
         super().__init__()
-        self.root, self.size = Path(root), GridSize(*size)
-        self.batch_size, self.eval_batch_size, self.workers = batch_size, eval_batch_size, workers
-        self.augment, self.seed, self.reading, self.cache = augment, seed, reading, cache
-        self.validation_samples, self.test_samples, self.test_pairing = (validation_samples, test_samples, test_pairing)
+        self.data, self.root, self.reading = data, root, reading_of(data)
+        self.seed, self.eval_batch_size, self.cache = seed, eval_batch_size, cache
+        self.validation_samples, self.test_samples, self.test_pairing = validation_samples, test_samples, test_pairing
         self.test_batches: Sequence[Sequence[int]] | None = None
 
-    # -- datasets --------------------------------------------------------------------------------------------------
+    # -- datasets ------------------------------------------------------------------------------------------------------
 
     def train_dataset(self) -> TryOnDataset | CachedDataset:
         """The training list without the samples held out for validation, as pictures or from the cache."""
         indices = range(self._train_total() - self.validation_samples)
-        if len(indices) < self.batch_size * self._processes():
+        batch = self.data.batch_size * self._processes()
+        if len(indices) < batch:
             raise DataError(
                 f"{self.root} has {self._train_total()} training samples; with {self.validation_samples} held out for "
-                f"validation, {len(indices)} are left, fewer than one batch of {self.batch_size * self._processes()}. "
+                f"validation, {len(indices)} are left, fewer than one batch of {batch}. "
                 "Use more samples, or lower data.batch_size or validation.samples."
             )
         if self.cache is not None:
             return CachedDataset(self.cache, self.root, Split.TRAIN, self.reading, indices, self.seed)
-        return TryOnDataset(
-            self.root, Split.TRAIN, Pairing.PAIRED, self.size, self.reading, augment=self.augment, seed=self.seed,
-            indices=indices,
-        )  # fmt: skip
+        return self._dataset(Split.TRAIN, Pairing.PAIRED, indices, augment=self.data.augment, seed=self.seed)
 
     def validation_dataset(self) -> TryOnDataset:
         """The held-out end of the training list, never augmented and read like test samples."""
         total = self._train_total()
         indices = range(total - self.validation_samples, total)
-        return TryOnDataset(
-            self.root, Split.TRAIN, Pairing.PAIRED, self.size, self.reading, indices=indices, small_mask_rule=False
-        )  # fmt: skip
+        return self._dataset(Split.TRAIN, Pairing.PAIRED, indices, small_mask_rule=False)
 
     def test_dataset(self) -> TryOnDataset:
         """The test list, or its first ``test_samples``."""
@@ -145,7 +126,10 @@ class TryOnDataModule(L.LightningDataModule):
                 f"Ask for {total} or fewer."
             )
         indices = range(total if self.test_samples is None else self.test_samples)
-        return TryOnDataset(self.root, Split.TEST, self.test_pairing, self.size, self.reading, indices=indices)
+        return self._dataset(Split.TEST, self.test_pairing, indices)
+
+    def _dataset(self, split: Split, pairing: Pairing, indices: Sequence[int], **options: Any) -> TryOnDataset:
+        return TryOnDataset(self.root, split, pairing, self.data.size, self.reading, indices=indices, **options)
 
     def _train_total(self) -> int:
         total = list_length(self.root, Split.TRAIN, Pairing.PAIRED, self.reading)
@@ -156,13 +140,13 @@ class TryOnDataModule(L.LightningDataModule):
             )
         return total
 
-    # -- loaders ---------------------------------------------------------------------------------------------------
+    # -- loaders -------------------------------------------------------------------------------------------------------
 
     def train_dataloader(self) -> DataLoader[Any]:
         dataset = self.train_dataset()
         sampler = EpochSampler(dataset, self.seed, self._epoch(), self._processes(), self._rank())
         loader: DataLoader[Any] = StatefulDataLoader(
-            dataset, batch_size=self.batch_size, sampler=sampler, drop_last=True, **self._reading()
+            dataset, batch_size=self.data.batch_size, sampler=sampler, drop_last=True, **self._loading()
         )
         return loader
 
@@ -178,7 +162,7 @@ class TryOnDataModule(L.LightningDataModule):
         # A process without a batch repeats the first: Lightning's processes must all take part.
         mine = self.test_batches[self._rank() :: self._processes()] or self.test_batches[:1]
         return DataLoader(
-            dataset, batch_sampler=[list(batch) for batch in mine], num_workers=self.workers,
+            dataset, batch_sampler=[list(batch) for batch in mine], num_workers=self.data.workers,
             worker_init_fn=ignore_interrupts, pin_memory=torch.cuda.is_available(),
             generator=torch.Generator().manual_seed(self.seed),
         )  # fmt: skip
@@ -190,20 +174,20 @@ class TryOnDataModule(L.LightningDataModule):
                 f"or evaluation.samples to {self._processes()} or more."
             )
         sampler = ExactSampler(dataset, self._processes(), self._rank())
-        return DataLoader(dataset, batch_size=self.eval_batch_size, sampler=sampler, **self._reading())
+        return DataLoader(dataset, batch_size=self.eval_batch_size, sampler=sampler, **self._loading())
 
-    def _reading(self) -> dict[str, Any]:
+    def _loading(self) -> dict[str, Any]:
         """How loaders read, whatever they read."""
         return {
-            "num_workers": self.workers,
+            "num_workers": self.data.workers,
             "worker_init_fn": ignore_interrupts,
-            "persistent_workers": self.workers > 0,
+            "persistent_workers": self.data.workers > 0,
             "pin_memory": torch.cuda.is_available(),
             # They would otherwise draw a seed from the global stream, and so change what training draws next.
             "generator": torch.Generator().manual_seed(self.seed),
         }
 
-    # -- the trainer that this belongs to --------------------------------------------------------------------------
+    # -- the trainer that this belongs to ------------------------------------------------------------------------------
 
     def _processes(self) -> int:
         return 1 if self.trainer is None else self.trainer.world_size
@@ -220,31 +204,3 @@ class TryOnDataModule(L.LightningDataModule):
         if self.trainer is None:
             return 0
         return int(self.trainer.fit_loop.epoch_progress.current.processed)  # type: ignore[attr-defined]
-
-
-def make_datamodule(
-    data: DataConfig,
-    root: Path,
-    *,
-    seed: int,
-    eval_batch_size: int,
-    validation_samples: int = 0,
-    test_samples: int | None = None,
-    pairing: Pairing = Pairing.PAIRED,
-    cache: LatentCache | None = None,
-) -> TryOnDataModule:
-    """Loaders of training, validation and test samples."""
-    return TryOnDataModule(
-        root,
-        data.size,
-        batch_size=data.batch_size,
-        eval_batch_size=eval_batch_size,
-        workers=data.workers,
-        augment=data.augment,
-        seed=seed,
-        validation_samples=validation_samples,
-        test_samples=test_samples,
-        test_pairing=pairing,
-        reading=reading_of(data),
-        cache=cache,
-    )

@@ -16,7 +16,7 @@ from i2am_train.config.build import plain
 from i2am_train.config.evaluation import EvaluateConfig
 from i2am_train.config.locations import checkpoint_folder
 from i2am_train.data.dataset import data_root, prepare_data
-from i2am_train.data.module import TryOnDataModule, make_datamodule
+from i2am_train.data.module import TryOnDataModule
 from i2am_train.data.needed_files import noted_in, refuse_broken_pictures
 from i2am_train.errors import CheckpointError, I2AMError
 from i2am_train.evaluation.evaluator import EvaluationResult, EvaluationSettings, check_settings
@@ -294,13 +294,13 @@ def prepare(config: EvaluateConfig, checkpoint: str, folder: Path) -> tuple[TryO
     check_settings(model, EvaluationSettings.of(config))
     # May draw the embedded dataset, which takes a while.
     root = prepare_data(config.data, folder, config.tracking.folder)
-    datamodule = make_datamodule(
+    datamodule = TryOnDataModule(
         config.data,
         root,
         seed=config.sampling.seed,
         eval_batch_size=config.evaluation.batch_size,
         test_samples=config.evaluation.samples,
-        pairing=config.evaluation.pairing,
+        test_pairing=config.evaluation.pairing,
     )
     dataset = datamodule.test_dataset()
     if first_process():

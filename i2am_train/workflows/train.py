@@ -17,7 +17,7 @@ from i2am_train.config.store import to_yaml
 from i2am_train.config.training import WITHOUT_EFFECT_ON_WEIGHTS, TrainConfig
 from i2am_train.data.dataset import TryOnDataset, data_root, prepare_data
 from i2am_train.data.layouts import require_correspondence
-from i2am_train.data.module import TryOnDataModule, make_datamodule
+from i2am_train.data.module import TryOnDataModule
 from i2am_train.data.needed_files import noted_in, refuse_broken_pictures
 from i2am_train.evaluation.evaluator import EvaluationSettings, check_settings
 from i2am_train.fingerprints import data_state
@@ -158,7 +158,7 @@ def open_data(config: TrainConfig, model: TryOnModel, processes: int) -> TryOnDa
     root = prepare_data(config.data, config.folder, config.tracking.folder)
     if config.objective.truth:
         require_correspondence(root)
-    datamodule = make_datamodule(
+    datamodule = TryOnDataModule(
         config.data,
         root,
         seed=config.seed,

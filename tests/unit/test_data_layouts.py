@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import cv2
@@ -10,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from i2am_train.config.data import DataDeriveConfig
+from i2am_train.config.data import DataConfig, DataDeriveConfig
 from i2am_train.data.dataset import Reading, TryOnDataset, detect_layout
 from i2am_train.data.dataset_report import check_dataset
 from i2am_train.data.derivation import derive_dataset
@@ -149,11 +150,12 @@ def test_a_missing_file_is_said_when_the_dataset_is_opened(complete: Path, tmp_p
 def test_categories_are_chosen_and_found(complete: Path) -> None:
     # Proves the filter, auto's rule, and that both are said by name when they cannot be met.
     assert detect_layout(complete) == "dresscode"
-    module = TryOnDataModule(complete, SIZE, batch_size=2, augment=True)
+    data = DataConfig(height=SIZE.height, width=SIZE.width, batch_size=2, workers=0)
+    module = TryOnDataModule(data, complete)
     assert sorted(name for batch in module.train_dataloader() for name in batch["name"]) == [
         f"{n:06d}_0" for n in (0, 1, 2, 20, 21, 22)
     ]
-    some = TryOnDataModule(complete, SIZE, batch_size=2, reading=Reading(categories=("dresses",)))
+    some = TryOnDataModule(replace(data, categories=["dresses"]), complete)
     assert {name[:5] for name in next(iter(some.test_dataloader()))["name"]} == {"00002"}
     with pytest.raises(DataError, match=r"no folder lower_body .*data\.categories=\[upper_body,dresses\]"):
         TryOnDataset(complete, Split.TRAIN, Pairing.PAIRED, SIZE, Reading(categories=CATEGORIES))

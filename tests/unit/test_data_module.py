@@ -6,6 +6,7 @@ import lightning as L
 import pytest
 import torch
 
+from i2am_train.config.data import DataConfig
 from i2am_train.data.dataset import TryOnDataset
 from i2am_train.data.module import EpochSampler, ExactSampler, TryOnDataModule
 from i2am_train.errors import DataError
@@ -14,9 +15,11 @@ from i2am_train.types import GridSize, Pairing, Split
 SIZE = GridSize(64, 48)
 
 
-def module(root: Path, **changes: object) -> TryOnDataModule:
-    settings = {"batch_size": 3, "eval_batch_size": 4, "validation_samples": 5, **changes}
-    return TryOnDataModule(root, SIZE, **settings)  # type: ignore[arg-type]
+def module(
+    root: Path, batch_size: int = 3, workers: int = 0, augment: bool = True, **changes: object
+) -> TryOnDataModule:
+    data = DataConfig(height=64, width=48, batch_size=batch_size, workers=workers, augment=augment)
+    return TryOnDataModule(data, root, **{"eval_batch_size": 4, "validation_samples": 5, **changes})
 
 
 def test_validation_is_the_held_out_end_of_the_training_list(small_dataset: Path) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from i2am_train.config.data import DataDeriveConfig
+from i2am_train.config.data import DataConfig, DataDeriveConfig
 from i2am_train.data.dataset import AS_IT_LIES, TryOnDataset
 from i2am_train.data.dataset_report import check_dataset
 from i2am_train.data.derivation import derive_dataset
@@ -95,7 +95,7 @@ def test_only_what_is_read_is_asked_for(viton_hd: Path) -> None:
 def test_training_and_validation_each_need_their_own(embedded: Path) -> None:
     # Proves that the held-out end is checked on its own, as a run that trains from a cache needs.
     (embedded / "train/image/00018_00.jpg").unlink()
-    data = TryOnDataModule(embedded, SIZE, batch_size=3, validation_samples=5)
+    data = TryOnDataModule(DataConfig(batch_size=3), embedded, validation_samples=5)
     assert len(data.train_dataset()) == 15
     with pytest.raises(DataError, match=r"1 of 5 in image \(00018_00\.jpg\)"):
         data.validation_dataset()
