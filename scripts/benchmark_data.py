@@ -23,7 +23,7 @@ from typing import Any
 
 import cv2
 
-from i2am_train.data.synthetic.dataset import FOLDERS, make_dataset, write_sample
+from i2am_train.data.synthetic import FOLDERS, make_dataset, write_sample
 from i2am_train.data.synthetic.rendering import SyntheticSample, render_sample
 from i2am_train.reporting.table import markdown_lines
 from i2am_train.types import GridSize, Pairing, Split

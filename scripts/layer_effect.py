@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from i2am_train.attention.recipe import PAPER_LAYERS, LayerId, layer_name
 from i2am_train.config.locations import checkpoint_folder
-from i2am_train.data.synthetic.dataset import FIRST_TEST_INDEX
+from i2am_train.data.synthetic import FIRST_TEST_INDEX
 from i2am_train.data.synthetic.rendering import render_sample
 from i2am_train.environment import machine
 from i2am_train.models.sampling import sample

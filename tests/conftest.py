@@ -97,7 +97,7 @@ def fresh_process(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[N
 @pytest.fixture(scope="session")
 def small_dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A synthetic dataset of 64x48 images: 20 training and 6 test samples."""
-    from i2am_train.data.synthetic.dataset import make_dataset
+    from i2am_train.data.synthetic import make_dataset
     from i2am_train.types import GridSize
 
     root = tmp_path_factory.mktemp("data") / "small"

@@ -8,18 +8,12 @@ whichever layer they train, and at a bit a pixel they are nothing beside the tok
 
 Why not one of the usual libraries: order, noise and augmentation of a training run here are functions of
 (seed, epoch, index), and the cache must give any sample by its index, so that a run is the same with and without it,
-on any number of processes and after a restart.
-
-- webdataset reads tar files from front to back; access by index is not what it is for.
-- litdata (0.2.76, well kept, Lightning's own) calls access by index "more for debugging than anything else"
-  (its issue 388), owns order, splitting and resuming itself, and keeps no checksums of its chunks.
-- mosaicml-streaming (0.13) has access by index and checksums, but its requirements hold transformers below 5, and it
-  brings four clouds' clients with it.
-
-Plain safetensors give a row by its index from a memory map and are a dependency already; what is left to write is this
-module. What it lacks beside them: shards of a remote cache are copied whole at first use
-(:mod:`~i2am_train.data.object_storage`) and stay, so the disk must hold the cache; order is random over the whole
-set, so every process would touch every shard in its first minutes anyway.
+on any number of processes and after a restart. webdataset reads tar files from front to back; litdata (0.2.76) calls
+access by index "more for debugging than anything else" (its issue 388), owns order and resuming itself, and keeps no
+checksums; mosaicml-streaming (0.13) has both, but wants transformers below 5 and four clouds' clients. Safetensors give
+a row by its index from a memory map and are a dependency already. Shards of a remote cache are copied whole at first
+use (:mod:`~i2am_train.data.object_storage`) and stay: order is random over the whole set, so every process would touch
+every shard in its first minutes anyway.
 
 Every row has a CRC-32 in the index that is checked when it is read; whole shards have a SHA-256 that is checked when
 one is fetched and when making continues.
@@ -105,12 +99,18 @@ class CacheKey:
     """Categories, and how other aspects were dealt with."""
 
     def differences(self, other: CacheKey) -> list[str]:
-        """Each entry that is not the same: its name, here, there."""
-        mine, others = asdict(self), asdict(other)
+        """Each entry that is not the same: its name, here, there.
+
+        >>> from dataclasses import replace
+        >>> key = CacheKey(vae="a", reference_encoder="b", garment_input="c", image_size="64x48", data="d", reading="")
+        >>> key.differences(replace(key, image_size="128x96"))
+        ['image size 64x48 instead of 128x96']
+        """
+        others = asdict(other)
         return [
-            f"{name.replace('_', ' ')} {mine[name]} instead of {others[name]}"
-            for name in mine
-            if mine[name] != others[name]
+            f"{name.replace('_', ' ')} {value} instead of {others[name]}"
+            for name, value in asdict(self).items()
+            if value != others[name]
         ]
 
 
@@ -128,7 +128,11 @@ class CacheLayout:
     """Samples in a shard."""
 
     def rows_per_sample(self, split: Split) -> int:
-        """Rows that a sample takes: only training samples have variants."""
+        """Rows that a sample takes: only training samples have variants.
+
+        >>> CacheLayout(variants=3).rows_per_sample(Split.TRAIN), CacheLayout(variants=3).rows_per_sample(Split.TEST)
+        (3, 1)
+        """
         return max(1, self.variants) if split is Split.TRAIN else 1
 
 
@@ -214,6 +218,10 @@ def pack_row(values: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tens
     """The tensors of a sample as they are stored: numbers in ``dtype``, the mask in bits.
 
     The correspondence keeps its 32 bits: half precision would move it by more than a hundredth of a patch.
+
+    >>> row = pack_row({"person_mean": torch.ones(1), WARPED_MASK: torch.tensor([[True, False]])}, torch.float16)
+    >>> row["person_mean"].dtype, row[WARPED_MASK].tolist()
+    (torch.float16, [128])
     """
     packed = {
         name: value.to(dtype).contiguous().cpu()
@@ -227,7 +235,7 @@ def pack_row(values: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tens
     return packed
 
 
-def unpack_row(values: Mapping[str, Tensor], size: GridSize) -> dict[str, Tensor]:
+def _unpack_row(values: Mapping[str, Tensor], size: GridSize) -> dict[str, Tensor]:
     """Inverse of :func:`pack_row`; numbers become float32."""
     unpacked = {name: value.float() for name, value in values.items() if name != WARPED_MASK}
     bits = np.unpackbits(values[WARPED_MASK].numpy(), count=size.tokens)
@@ -235,7 +243,7 @@ def unpack_row(values: Mapping[str, Tensor], size: GridSize) -> dict[str, Tensor
     return unpacked
 
 
-def row_checksum(values: Mapping[str, Tensor]) -> int:
+def _row_checksum(values: Mapping[str, Tensor]) -> int:
     """CRC-32 of a stored row."""
     checksum = 0
     for name in sorted(values):
@@ -250,7 +258,7 @@ def write_shard(folder: Path, split: Split, first: int, samples: int, rows: Sequ
         save_file({name: torch.stack([row[name] for row in rows]) for name in rows[0]}, unfinished)
         return Shard(
             file=file, first=first, samples=samples, bytes=unfinished.stat().st_size,
-            sha256=file_fingerprint(unfinished), crc32=[row_checksum(row) for row in rows],
+            sha256=file_fingerprint(unfinished), crc32=[_row_checksum(row) for row in rows],
         )  # fmt: skip
 
 
@@ -380,7 +388,7 @@ class LatentCache:
         path, file = self._path(shard), self._file(shard)
         try:
             values = {name: file.get_slice(name)[row] for name in file.keys()}  # noqa: SIM118
-            sound = row_checksum(values) == shard.crc32[row]
+            sound = _row_checksum(values) == shard.crc32[row]
         except (SafetensorError, IndexError, OSError) as error:
             raise self._damaged(shard, error) from error
         if not sound:
@@ -388,7 +396,7 @@ class LatentCache:
                 f"{path} is damaged: {split} sample {index} has another checksum than when it was written. "
                 f"{self._advice(shard)}"
             )
-        return unpack_row(values, self.size)
+        return _unpack_row(values, self.size)
 
     def _file(self, shard: Shard) -> Any:
         if shard.file not in self._open:

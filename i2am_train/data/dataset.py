@@ -30,7 +30,7 @@ from i2am_train.data.needed_files import check_files
 from i2am_train.data.picture_files import read_colour, read_correspondence, read_native_mask
 from i2am_train.data.pictures import Image, Mask, SampleArrays, Window, fit_mask, fit_nearest, fit_picture, window
 from i2am_train.data.poses import read_pose_picture
-from i2am_train.data.synthetic.dataset import make_dataset
+from i2am_train.data.synthetic import make_dataset
 from i2am_train.data.transforms import Augmentation
 from i2am_train.doors import calls, derives, resolve
 from i2am_train.errors import DataError

@@ -12,7 +12,7 @@ from i2am_train.data.cache import CacheLayout
 from i2am_train.data.dataset import Reading, list_length
 from i2am_train.data.dataset_report import check_dataset
 from i2am_train.data.derivation import derive_dataset, split_lists
-from i2am_train.data.synthetic.dataset import make_dataset
+from i2am_train.data.synthetic import make_dataset
 from i2am_train.entry.command import FAILED_CHECK
 from i2am_train.errors import ConfigError
 from i2am_train.files import write_text

@@ -45,7 +45,7 @@ def mounted(folder: Path, options: str) -> Iterator[Path]:
 @pytest.fixture(scope="session")
 def photographs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A few photographs with parsing maps and keypoints, and none of what is derived."""
-    from i2am_train.data.synthetic.dataset import make_dataset
+    from i2am_train.data.synthetic import make_dataset
     from i2am_train.types import GridSize
 
     root = tmp_path_factory.mktemp("photographs") / "set"

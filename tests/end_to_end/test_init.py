@@ -79,7 +79,7 @@ TWO_STEPS = [
 
 
 def make_data(root: Path, size: tuple[int, int]) -> Path:
-    from i2am_train.data.synthetic.dataset import make_dataset
+    from i2am_train.data.synthetic import make_dataset
     from i2am_train.types import GridSize
 
     make_dataset(root, 2, 2, GridSize(*size), 0, workers=1, progress=False)

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from i2am_train.cli import main
 from i2am_train.config.store import compose
-from i2am_train.data.synthetic.dataset import make_dataset
+from i2am_train.data.synthetic import make_dataset
 from i2am_train.types import GridSize
 from i2am_train.workflows import data, evaluate, export, init, train
 

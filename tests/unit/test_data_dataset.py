@@ -12,7 +12,7 @@ from torch.utils.data import default_collate
 from i2am_train.data.dataset import EpochPosition, TryOnDataset
 from i2am_train.data.dataset_report import check_dataset
 from i2am_train.data.layouts import require_correspondence
-from i2am_train.data.synthetic.dataset import FIRST_TEST_INDEX
+from i2am_train.data.synthetic import FIRST_TEST_INDEX
 from i2am_train.data.synthetic.rendering import render_sample
 from i2am_train.errors import DataError
 from i2am_train.types import GridSize, Pairing, Split

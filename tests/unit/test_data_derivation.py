@@ -20,7 +20,7 @@ from i2am_train.data.flat_garments import garment_mask
 from i2am_train.data.parsing import DRESS_CODE, VITON_HD, read_labels, write_labels
 from i2am_train.data.picture_files import read_native_mask
 from i2am_train.data.poses import Joints, densepose_picture, drawn_parts, openpose_json, read_keypoints
-from i2am_train.data.synthetic.dataset import make_dataset
+from i2am_train.data.synthetic import make_dataset
 from i2am_train.data.synthetic.rendering import render_annotations, render_sample
 from i2am_train.errors import DataError
 from i2am_train.types import GridSize, Pairing, Split

@@ -11,7 +11,7 @@ from PIL import Image
 from i2am_train.data.dataset import Reading, TryOnDataset
 from i2am_train.data.picture_files import read_native_mask, write_picture
 from i2am_train.data.pictures import fit_mask, fit_picture, window
-from i2am_train.data.synthetic.dataset import make_dataset
+from i2am_train.data.synthetic import make_dataset
 from i2am_train.types import Fit, GridSize, Pairing, Split
 
 SQUARE = GridSize(96, 96)

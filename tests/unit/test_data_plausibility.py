@@ -17,7 +17,7 @@ from i2am_train.data.derivation import derive_dataset
 from i2am_train.data.parsing import DRESS_CODE, VITON_HD, read_labels, write_labels
 from i2am_train.data.plausibility import share_of_other_values
 from i2am_train.data.poses import densepose_picture, drawn_parts, openpose_json, pose_picture_fault, read_keypoints
-from i2am_train.data.synthetic.dataset import make_dataset
+from i2am_train.data.synthetic import make_dataset
 from i2am_train.data.synthetic.rendering import render_sample
 from i2am_train.types import GridSize
 

@@ -8,7 +8,7 @@ import cv2
 import numpy as np
 import pytest
 
-from i2am_train.data.synthetic.dataset import FIRST_TEST_INDEX, FOLDERS, make_dataset
+from i2am_train.data.synthetic import FIRST_TEST_INDEX, FOLDERS, make_dataset
 from i2am_train.data.synthetic.rendering import SyntheticSample, render_pair, render_sample
 from i2am_train.errors import DataError, RunFolderError
 from i2am_train.locks import LOCK, Owner
