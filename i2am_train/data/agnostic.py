@@ -82,7 +82,12 @@ class PersonMasks:
     region: Mask
 
     def agnostic(self, photograph: Image) -> Image:
-        """The photograph with the region to paint in grey."""
+        """The photograph with the region to paint in grey.
+
+        >>> masks = PersonMasks(worn=np.array([[False, True]]), region=np.array([[False, True]]))
+        >>> masks.agnostic(np.zeros((1, 2, 3), np.uint8))[0, :, 0].tolist()
+        [0, 128]
+        """
         return np.where(self.region[..., None], np.uint8(GREY), photograph)
 
 
@@ -91,6 +96,10 @@ def person_masks(labels: LabelMap, names: LabelSet, category: Category, pose: Po
 
     Raises:
         DataError: no pixel has a label of the category, or the pose lacks what the category needs.
+
+    >>> labels = np.array([[0, 0, 0, 0, 0, 5]] * 2, np.uint8)  # of VITON-HD, 5 is upper_clothes
+    >>> person_masks(labels, LABEL_SETS["viton_hd"], "upper_body", None).region[0].tolist()
+    [False, False, False, False, True, True]
     """
     worn = names.inside(labels, WORN[category])
     if not worn.any():

@@ -94,7 +94,11 @@ class TryOnBatch(TypedDict):
 
 
 def batch_on(batch: TryOnBatch, device: torch.device | str) -> TryOnBatch:
-    """The same batch with all its tensors on a device."""
+    """The same batch with all its tensors on a device.
+
+    >>> batch_on({"name": ["a"], "index": torch.tensor([3])}, "meta")["index"].device.type
+    'meta'
+    """
     moved = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in batch.items()}
     return cast(TryOnBatch, moved)
 
@@ -120,7 +124,11 @@ AS_IT_LIES = Reading()
 
 
 def reading_of(data: DataConfig) -> Reading:
-    """How the dataset folder is read."""
+    """How the dataset folder is read.
+
+    >>> reading_of(DataConfig(fit="crop"))
+    Reading(layout='auto', categories=(), fit='crop')
+    """
     return Reading(data.layout, tuple(data.categories), data.fit)
 
 
@@ -146,6 +154,10 @@ def split_layouts(root: Path, split: Split, reading: Reading) -> list[Layout]:
     Raises:
         DataError: categories were asked for that are not there.
         ConfigError: the layout cannot be imported, or is none.
+
+    >>> (layout,) = split_layouts(Path("set"), Split.TRAIN, Reading(layout="viton_hd"))
+    >>> layout.folder.as_posix()
+    'set/train'
     """
     name = detect_layout(root) if reading.layout == "auto" else reading.layout
     if name == "dresscode":

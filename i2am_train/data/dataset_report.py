@@ -67,7 +67,11 @@ class DatasetReport:
 
     @property
     def ok(self) -> bool:
-        """Whether training can start: there is no error (there may be warnings)."""
+        """Whether training can start: there is no error (there may be warnings).
+
+        >>> DatasetReport(Path("set"), [Finding("warning", "mixed_sizes", "", "", "", "")], {}, 0, None).ok
+        True
+        """
         return self.counts["error"] == 0
 
     @property

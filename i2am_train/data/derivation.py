@@ -98,7 +98,13 @@ class DeriveReport:
         }  # fmt: skip
 
     def summary(self) -> str:
-        """A paragraph: counts per folder, and the first refusals."""
+        """A paragraph: counts per folder, and the first refusals.
+
+        >>> refused = [Refusal("test", "00017_00", "no garment")]
+        >>> print(DeriveReport(Path("set"), made=Counter({"agnostic-mask": 2}), refused=refused).summary())
+        set: agnostic-mask: 2 made, 0 kept; 1 refused.
+          test 00017_00: no garment
+        """
         counts = [
             f"{folder}: {self.made[folder]} made, {self.kept[folder]} kept"
             for folder in sorted({*self.made, *self.kept})

@@ -56,7 +56,11 @@ class Place(NamedTuple):
 
     @property
     def ending(self) -> str:
-        """What file names end with."""
+        """What file names end with.
+
+        >>> Place("agnostic-mask", "{}_mask.png").ending
+        '_mask.png'
+        """
         return self.pattern.partition("{}")[2]
 
 
@@ -144,7 +148,11 @@ class Layout(ABC):
         return stem
 
     def place(self, role: Role) -> Place:
-        """Where the files of a role lie, or would lie."""
+        """Where the files of a role lie, or would lie.
+
+        >>> VitonHDLayout(Path("set"), Split.TEST).place(Role.INPAINT_MASK)
+        Place(folder='agnostic-mask', pattern='{}_mask.png')
+        """
         if role not in self._found:
             place = self._look(role)
             if place is None:
@@ -190,7 +198,11 @@ class Layout(ABC):
         return self._unusual[folder]
 
     def folder_of(self, role: Role) -> Path:
-        """The folder that the files of a role lie in, or would lie in."""
+        """The folder that the files of a role lie in, or would lie in.
+
+        >>> VitonHDLayout(Path("set"), Split.TEST).folder_of(Role.GARMENT).as_posix()
+        'set/test/cloth'
+        """
         return self.folder / self.place(role).folder
 
     def has(self, role: Role) -> bool:
@@ -214,7 +226,11 @@ class Layout(ABC):
         return sorted({*others, *([usual] if usual in self.names(role) else [])})
 
     def path(self, role: Role, stem: str) -> Path:
-        """The file of a person or garment in one of the roles."""
+        """The file of a person or garment in one of the roles.
+
+        >>> VitonHDLayout(Path("set"), Split.TEST).path(Role.INPAINT_MASK, "00017_00").as_posix()
+        'set/test/agnostic-mask/00017_00_mask.png'
+        """
         return self.folder_of(role) / self.file_name(role, stem)
 
     def pairs(self, pairing: Pairing) -> list[Pair]:
@@ -225,7 +241,12 @@ class Layout(ABC):
         return [Pair(person, self.own_garment(person)) for person, _ in listed]
 
     def worn(self, pair: Pair) -> bool:
-        """Whether the person of a pair wears its garment."""
+        """Whether the person of a pair wears its garment.
+
+        >>> layout = VitonHDLayout(Path("set"), Split.TEST)
+        >>> layout.worn(Pair("00017_00", "00017_00")), layout.worn(Pair("00017_00", "00018_00"))
+        (True, False)
+        """
         return pair.garment == self.own_garment(pair.person)
 
     @property
@@ -235,7 +256,11 @@ class Layout(ABC):
         return [role for role in needed if not self.has(role)]
 
     def folder_names(self, role: Role) -> str:
-        """The folder that a role was looked for in, with its other spellings."""
+        """The folder that a role was looked for in, with its other spellings.
+
+        >>> VitonHDLayout(Path("set"), Split.TEST).folder_names(Role.AGNOSTIC)
+        "'agnostic-v3.2' (or agnostic-v3.3, agnostic)"
+        """
         first, *others = dict.fromkeys(place.folder for place in self.places[role])
         return f"'{first}'" + (f" (or {', '.join(others)})" if others else "")
 
@@ -283,7 +308,11 @@ class VitonHDLayout(Layout):
 
     @property
     def folder(self) -> Path:
-        """The split's folder."""
+        """The split's folder.
+
+        >>> VitonHDLayout(Path("set"), Split.TEST).folder.as_posix()
+        'set/test'
+        """
         return self.root / self.split
 
     @property
@@ -297,7 +326,11 @@ class VitonHDLayout(Layout):
         return None
 
     def list_file(self, pairing: Pairing) -> Path:
-        """Both pairings share a list."""
+        """Both pairings share a list.
+
+        >>> VitonHDLayout(Path("set"), Split.TEST).list_file(Pairing.PAIRED).as_posix()
+        'set/test_pairs.txt'
+        """
         return self.root / f"{self.split}_pairs.txt"
 
     def own_garment(self, person: str) -> str:
@@ -359,12 +392,20 @@ class DressCodeLayout(Layout):
 
     @property
     def folder(self) -> Path:
-        """The category's folder."""
+        """The category's folder.
+
+        >>> DressCodeLayout(Path("set"), Split.TEST, "dresses").folder.as_posix()
+        'set/dresses'
+        """
         return self.root / self._category
 
     @property
     def label(self) -> str:
-        """Category and split."""
+        """Category and split.
+
+        >>> DressCodeLayout(Path("set"), Split.TEST, "dresses").label
+        'dresses test'
+        """
         return f"{self._category} {self.split}"
 
     @property
@@ -373,15 +414,27 @@ class DressCodeLayout(Layout):
         return self._category
 
     def key(self, stem: str) -> str:
-        """The number that all files of a person and their own garment share."""
+        """The number that all files of a person and their own garment share.
+
+        >>> DressCodeLayout(Path("set"), Split.TEST, "dresses").key("000000_0")
+        '000000'
+        """
         return stem.rpartition("_")[0]
 
     def own_garment(self, person: str) -> str:
-        """``000000_1`` for ``000000_0``."""
+        """``000000_1`` for ``000000_0``.
+
+        >>> DressCodeLayout(Path("set"), Split.TEST, "dresses").own_garment("000000_0")
+        '000000_1'
+        """
         return f"{self.key(person)}_1"
 
     def list_file(self, pairing: Pairing) -> Path:
-        """Training has one list, tests have one per pairing."""
+        """Training has one list, tests have one per pairing.
+
+        >>> DressCodeLayout(Path("set"), Split.TEST, "dresses").list_file(Pairing.UNPAIRED).as_posix()
+        'set/dresses/test_pairs_unpaired.txt'
+        """
         name = "train_pairs.txt" if self.split is Split.TRAIN else f"test_pairs_{pairing}.txt"
         return self.folder / name
 

@@ -33,7 +33,7 @@ NAMED = 10
 """Broken pictures that a message names."""
 
 
-class Opened(Protocol):
+class _Opened(Protocol):
     """A dataset that was opened, so that its files are there."""
 
     root: Path
@@ -125,7 +125,7 @@ def _remedies(layout: Layout, gaps: Collection[Role]) -> str:
     return text
 
 
-def refuse_broken_pictures(datasets: Sequence[Opened]) -> None:
+def refuse_broken_pictures(datasets: Sequence[_Opened]) -> None:
     """Refuse datasets that could not be read to the end; shows a bar where that takes long.
 
     Args:

@@ -52,7 +52,11 @@ class Window:
     width: float
 
     def carried(self, places: NDArray[np.float32]) -> NDArray[np.float32]:
-        """Places ``[..., 2]`` (yx, 0..1) of the picture as places of the result; NaN where they left it."""
+        """Places ``[..., 2]`` (yx, 0..1) of the picture as places of the result; NaN where they left it.
+
+        >>> Window(0.0, 0.25, 1.0, 0.5).carried(np.array([[0.5, 0.25], [0.5, 0.1]], np.float32)).tolist()
+        [[0.5, 0.0], [nan, nan]]
+        """
         if self == WHOLE:
             return places
         origin, extent = np.array([self.top, self.left]), np.array([self.height, self.width])
@@ -84,13 +88,21 @@ def window(native: GridSize, size: GridSize, fit: Fit) -> Window:
 
 
 def fit_picture(picture: Image, size: GridSize, fit: Fit, fill: int) -> Image:
-    """A picture ``[H, W, 3]`` of any size at another; ``fill`` is the grey value beside a padded one."""
+    """A picture ``[H, W, 3]`` of any size at another; ``fill`` is the grey value beside a padded one.
+
+    >>> fit_picture(np.zeros((2, 2, 3), np.uint8), GridSize(2, 4), "pad", 255)[0, :, 0].tolist()
+    [255, 0, 0, 255]
+    """
     part, inner = _part(picture, size, fit)
     return cast(Image, _padded(resize_picture(part, inner), size, fill))
 
 
 def fit_mask(mask: Mask, size: GridSize, fit: Fit) -> Mask:
-    """A mask of any size at another; False beside a padded one."""
+    """A mask of any size at another; False beside a padded one.
+
+    >>> fit_mask(np.ones((2, 2), np.bool_), GridSize(2, 4), "pad")[0].tolist()
+    [False, True, True, False]
+    """
     part, inner = _part(mask, size, fit)
     resized = resize_mask(part, inner)
     if resized.shape == tuple(size):
@@ -99,7 +111,11 @@ def fit_mask(mask: Mask, size: GridSize, fit: Fit) -> Mask:
 
 
 def fit_nearest(array: NDArray[np.float32], size: GridSize, fit: Fit, fill: float) -> NDArray[np.float32]:
-    """Values that must not be mixed, at another size."""
+    """Values that must not be mixed, at another size.
+
+    >>> fit_nearest(np.array([[1, 2, 3, 4]], np.float32), GridSize(1, 2), "crop", np.nan).tolist()
+    [[2.0, 3.0]]
+    """
     part, inner = _part(array, size, fit)
     return cast("NDArray[np.float32]", _padded(resize_nearest(part, inner), size, fill))
 
@@ -158,7 +174,11 @@ def _padded(array: NDArray[Any], size: GridSize, fill: float) -> NDArray[Any]:
 
 
 def resize_picture(picture: NDArray[Any], size: GridSize) -> Image:
-    """Bilinear as in the authors' code up to a factor of two (there equal to a box mean), area mean beyond it."""
+    """Bilinear as in the authors' code up to a factor of two (there equal to a box mean), area mean beyond it.
+
+    >>> resize_picture(np.array([[[0], [90]]], np.uint8).repeat(3, axis=2), GridSize(1, 1)).tolist()
+    [[[45, 45, 45]]]
+    """
     if picture.shape[:2] == tuple(size):
         return cast(Image, picture)
     beyond = max(picture.shape[0] / size.height, picture.shape[1] / size.width) > 2.0
@@ -167,7 +187,11 @@ def resize_picture(picture: NDArray[Any], size: GridSize) -> Image:
 
 
 def resize_mask(mask: Mask, size: GridSize) -> Mask:
-    """True where at least half of a pixel's area is inside."""
+    """True where at least half of a pixel's area is inside.
+
+    >>> resize_mask(np.array([[True, False, False, False]]), GridSize(1, 2)).tolist()
+    [[True, False]]
+    """
     if mask.shape == tuple(size):
         return mask
     area = cv2.resize(mask.astype(np.float32), (size.width, size.height), interpolation=cv2.INTER_AREA)

@@ -70,12 +70,21 @@ class Seen:
     """Usual in the layout."""
 
     def mask(self, role: Role) -> Mask | None:
-        """White is inside."""
+        """White is inside.
+
+        >>> Seen({Role.GARMENT_MASK: np.array([[0, 255]], np.uint8)}).mask(Role.GARMENT_MASK)
+        array([[False,  True]])
+        """
         return self.pictures[role] >= 128 if role in self.pictures else None
 
 
 def judge_garment(seen: Seen) -> Iterator[Judgement]:
-    """The flat garment's mask: a mask, neither empty nor inverted."""
+    """The flat garment's mask: a mask, neither empty nor inverted.
+
+    >>> [judgement] = judge_garment(Seen({Role.GARMENT_MASK: np.zeros((8, 6), np.uint8)}))
+    >>> judgement.level, judgement.code
+    ('error', 'empty_mask')
+    """
     yield from _judge_values(seen, Role.GARMENT_MASK)
     mask = seen.mask(Role.GARMENT_MASK)
     if mask is None:
@@ -88,7 +97,12 @@ def judge_garment(seen: Seen) -> Iterator[Judgement]:
 
 
 def judge_person(seen: Seen) -> Iterator[Judgement]:
-    """The person's pictures, against each other."""
+    """The person's pictures, against each other.
+
+    >>> [judgement] = judge_person(Seen({Role.INPAINT_MASK: np.full((8, 6), 255, np.uint8)}))
+    >>> judgement.level, judgement.code
+    ('warning', 'full_mask')
+    """
     for role in (Role.INPAINT_MASK, Role.WARPED_MASK):
         yield from _judge_values(seen, role)
     region = seen.mask(Role.INPAINT_MASK)

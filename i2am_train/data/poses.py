@@ -172,6 +172,10 @@ def require(joints: Joints, names: tuple[str, ...]) -> None:
 
     Raises:
         DataError: names the joints that were not seen.
+
+    >>> require({"nose": np.array([3.0, 4.0])}, ("nose", "neck"))
+    Traceback (most recent call last):
+    i2am_train.errors.DataError: keypoints are missing: neck (seen: nose). ...
     """
     missing = [name for name in names if name not in joints]
     if missing:
@@ -186,6 +190,10 @@ def body_unit(joints: Joints) -> float:
 
     Raises:
         DataError: a shoulder was not seen.
+
+    >>> joints = {"right_shoulder": np.array([10.0, 5.0]), "left_shoulder": np.array([14.0, 5.0])}
+    >>> body_unit(joints)
+    4.0
     """
     require(joints, ("right_shoulder", "left_shoulder"))
     wide = float(np.linalg.norm(joints["right_shoulder"] - joints["left_shoulder"]))
@@ -197,17 +205,33 @@ def body_unit(joints: Joints) -> float:
 
 
 def shoulders_middle(joints: Joints) -> Point:
-    """The point between the shoulders."""
+    """The point between the shoulders.
+
+    >>> joints = {"right_shoulder": np.array([10.0, 5.0]), "left_shoulder": np.array([14.0, 5.0])}
+    >>> shoulders_middle(joints).tolist()
+    [12.0, 5.0]
+    """
     return np.asarray((joints["right_shoulder"] + joints["left_shoulder"]) / 2)
 
 
 def chain(joints: Joints, side: str, names: tuple[str, ...]) -> list[Point]:
-    """The joints of a limb that were seen, from the trunk outwards."""
+    """The joints of a limb that were seen, from the trunk outwards.
+
+    >>> joints = {"left_hip": np.array([3.0, 5.0]), "left_ankle": np.array([3.0, 9.0])}
+    >>> [point.tolist() for point in chain(joints, "left", ("hip", "knee", "ankle"))]
+    [[3.0, 5.0], [3.0, 9.0]]
+    """
     return [joints[f"{side}_{name}"] for name in names if f"{side}_{name}" in joints]
 
 
 def draw_limb(canvas: Canvas, points: list[Point], width: float, value: int) -> None:
-    """A thick line with round ends through points, in place."""
+    """A thick line with round ends through points, in place.
+
+    >>> canvas = np.zeros((3, 6), np.uint8)
+    >>> draw_limb(canvas, [np.array([1.0, 1.0]), np.array([4.0, 1.0])], width=1.0, value=7)
+    >>> canvas[1].tolist()
+    [7, 7, 7, 7, 7, 7]
+    """
     for first, second in pairwise(points):
         cv2.line(canvas, _whole(first), _whole(second), value, max(1, round(width)))
     for point in points:
@@ -215,7 +239,13 @@ def draw_limb(canvas: Canvas, points: list[Point], width: float, value: int) -> 
 
 
 def draw_hull(canvas: Canvas, points: list[Point], value: int) -> None:
-    """The convex hull of points, filled, in place."""
+    """The convex hull of points, filled, in place.
+
+    >>> canvas = np.zeros((3, 3), np.uint8)
+    >>> draw_hull(canvas, [np.array(point, float) for point in ((0, 0), (2, 0), (0, 2))], value=1)
+    >>> canvas.tolist()
+    [[1, 1, 1], [1, 1, 0], [1, 0, 0]]
+    """
     hull = cv2.convexHull(np.rint(np.stack(points)).astype(np.int32))
     cv2.fillPoly(canvas, [hull], value)
 
@@ -227,6 +257,10 @@ def torso_corners(joints: Joints, wider: float, longer: float) -> list[Point]:
         joints: the body; both shoulders are needed. Hips that were not seen hang 1.5 units below the shoulders.
         wider: how far corners lie outside the joints, in units.
         longer: how far hips are moved down, in units.
+
+    >>> joints = {"right_shoulder": np.array([10.0, 5.0]), "left_shoulder": np.array([14.0, 5.0])}
+    >>> [corner.tolist() for corner in torso_corners(joints, wider=0.0, longer=0.0)]
+    [[10.0, 4.6], [10.0, 11.0], [14.0, 11.0], [14.0, 4.6]]
     """
     unit = body_unit(joints)
     middle = shoulders_middle(joints)
@@ -268,6 +302,10 @@ def drawn_parts(joints: Joints, size: GridSize) -> Canvas:
 
     Raises:
         DataError: a shoulder was not seen.
+
+    >>> joints = {"right_shoulder": np.array([10.0, 5.0]), "left_shoulder": np.array([14.0, 5.0])}
+    >>> drawn_parts(joints, GridSize(12, 20))[8, 12]  # the torso
+    2
     """
     unit = body_unit(joints)
     canvas = np.zeros(size, np.uint8)
@@ -346,7 +384,11 @@ PALETTES = (PALETTE, _embedded_palette())
 
 
 def densepose_picture(labels: NDArray[np.uint8]) -> Image:
-    """Labels ``[H, W]`` as RGB ``[H, W, 3]``."""
+    """Labels ``[H, W]`` as RGB ``[H, W, 3]``.
+
+    >>> densepose_picture(np.array([[0, 2, 24]], np.uint8)).shape
+    (1, 3, 3)
+    """
     return PALETTE[labels]
 
 
@@ -367,7 +409,7 @@ def read_parts(path: Path) -> NDArray[np.uint8]:
         DataError: the file is broken, or its colours are not DensePose's.
     """
     picture = _values(path)
-    return _checked(picture, path) if picture.ndim == 2 else parts_of(picture, path)
+    return _checked(picture, path) if picture.ndim == 2 else _parts_of(picture, path)
 
 
 def _values(path: Path) -> NDArray[Any]:
@@ -376,7 +418,7 @@ def _values(path: Path) -> NDArray[Any]:
         return read_values(path, palette=False)
 
 
-def parts_of(picture: Image, path: Path) -> NDArray[np.uint8]:
+def _parts_of(picture: Image, path: Path) -> NDArray[np.uint8]:
     """The nearest label for every colour.
 
     Raises:
@@ -393,7 +435,11 @@ def parts_of(picture: Image, path: Path) -> NDArray[np.uint8]:
 
 
 def pose_picture_fault(picture: Image) -> str | None:
-    """Why a pose picture ``[H, W, 3]``, maybe reduced, shows no body in DensePose's colours; None if it does."""
+    """Why a pose picture ``[H, W, 3]``, maybe reduced, shows no body in DensePose's colours; None if it does.
+
+    >>> pose_picture_fault(np.zeros((8, 6, 3), np.uint8))
+    'shows nobody: 100% of it is black'
+    """
     if not np.ptp(picture, axis=-1).any() and 0 < picture.max() <= _PARTS:
         return None  # labels
     foreground = picture.max(axis=-1) > SURE

@@ -40,10 +40,10 @@ class Augmentation:
     """Augments samples; the same seeds give the same sample, in any process and in any order."""
 
     def __init__(self) -> None:
-        self._flip = _pipeline([A.HorizontalFlip(p=0.5)], GARMENT_SIDE | PERSON_SIDE)
-        self._garment = _pipeline([_shift_scale()], GARMENT_SIDE)
-        self._person = _pipeline([_shift_scale()], PERSON_SIDE)
-        self._colour = _pipeline(
+        self._flip = _Step([A.HorizontalFlip(p=0.5)], GARMENT_SIDE | PERSON_SIDE)
+        self._garment = _Step([_shift_scale()], GARMENT_SIDE)
+        self._person = _Step([_shift_scale()], PERSON_SIDE)
+        self._colour = _Step(
             [
                 A.RandomBrightnessContrast(brightness_limit=(-0.1, 0.02), contrast_limit=(-0.3, 0.3), p=0.5),
                 A.HueSaturationValue(hue_shift_limit=5, sat_shift_limit=5, val_shift_limit=5, p=0.5),
@@ -54,42 +54,32 @@ class Augmentation:
     def __call__(self, sample: SampleArrays, seed: int) -> SampleArrays:
         """Augment one sample; the same seed gives the same result."""
         flip, garment, person, colour = np.random.SeedSequence(seed).generate_state(4).tolist()
-        sample = self._flipped(sample, flip)
-        sample = self._garment_moved(sample, garment)
-        sample = self._person_moved(sample, person)
-        sample, _ = _apply(self._colour, sample, COLOURED, colour)
+        sample, flipped = self._flip(sample, flip)
+        if flipped is not None:  # left stays left for both, so coordinates mirror as well
+            mirrored = sample.correspondence[:, ::-1].copy()
+            mirrored[..., 1] = 1.0 - mirrored[..., 1]
+            sample = replace(sample, correspondence=mirrored)
+        sample, moved = self._garment(sample, garment)
+        if moved is not None:  # the values of the correspondence move with the flat garment
+            carried = move_coordinates(sample.correspondence, moved["matrix"], sample.garment.shape[:2])
+            sample = replace(sample, correspondence=carried)
+        sample, moved = self._person(sample, person)
+        if moved is not None:  # the map of the correspondence moves with the person
+            sample = replace(sample, correspondence=move_map(sample.correspondence, moved["matrix"]))
+        sample, _ = self._colour(sample, colour)
         agnostic = np.where(sample.inpaint_mask[..., None], np.uint8(GREY), sample.agnostic)
         return replace(sample, agnostic=agnostic)
-
-    def _flipped(self, sample: SampleArrays, seed: int) -> SampleArrays:
-        """Mirror all pictures together: left stays left for both, so coordinates mirror as well."""
-        sample, applied = _apply(self._flip, sample, GARMENT_SIDE | PERSON_SIDE, seed)
-        if applied is None:
-            return sample
-        mirrored = sample.correspondence[:, ::-1].copy()
-        mirrored[..., 1] = 1.0 - mirrored[..., 1]
-        return replace(sample, correspondence=mirrored)
-
-    def _garment_moved(self, sample: SampleArrays, seed: int) -> SampleArrays:
-        """Move the flat garment: the values of the correspondence move with it."""
-        sample, applied = _apply(self._garment, sample, GARMENT_SIDE, seed)
-        if applied is None:
-            return sample
-        moved = move_coordinates(sample.correspondence, applied["matrix"], sample.garment.shape[:2])
-        return replace(sample, correspondence=moved)
-
-    def _person_moved(self, sample: SampleArrays, seed: int) -> SampleArrays:
-        """Move the person: the map of the correspondence moves with them."""
-        sample, applied = _apply(self._person, sample, PERSON_SIDE, seed)
-        if applied is None:
-            return sample
-        return replace(sample, correspondence=move_map(sample.correspondence, applied["matrix"]))
 
 
 def move_coordinates(
     correspondence: NDArray[np.float32], matrix: NDArray[np.float64], size: tuple[int, ...]
 ) -> NDArray[np.float32]:
-    """Coordinates (yx, 0..1) after the garment picture was warped by an affine pixel matrix; NaN outside."""
+    """Coordinates (yx, 0..1) after the garment picture was warped by an affine pixel matrix; NaN outside.
+
+    >>> shift = np.array([[1.0, 0.0, 2.0], [0.0, 1.0, 0.0]])  # two of four columns to the right
+    >>> move_coordinates(np.array([[[0.5, 0.25], [0.5, 0.75]]], np.float32), shift, (4, 4)).tolist()
+    [[[0.5, 0.75], [nan, nan]]]
+    """
     scale = np.array([size[1], size[0]], np.float64)
     pixels = correspondence[..., ::-1] * scale - 0.5
     moved = (pixels @ matrix[:2, :2].T + matrix[:2, 2] + 0.5) / scale
@@ -98,7 +88,12 @@ def move_coordinates(
 
 
 def move_map(correspondence: NDArray[np.float32], matrix: NDArray[np.float64]) -> NDArray[np.float32]:
-    """A correspondence map after the person's picture was warped by an affine pixel matrix (nearest neighbour)."""
+    """A correspondence map after the person's picture was warped by an affine pixel matrix (nearest neighbour).
+
+    >>> shift = np.array([[1.0, 0.0, 1.0], [0.0, 1.0, 0.0]])
+    >>> move_map(np.array([[[0.1, 0.2], [0.3, 0.4]]], np.float32), shift)[0].round(1).tolist()
+    [[nan, nan], [0.10..., 0.2...]]
+    """
     height, width = correspondence.shape[:2]
     nothing = (float("nan"),) * 4
     moved = cv2.warpAffine(
@@ -116,29 +111,26 @@ def _shift_scale() -> A.BasicTransform:
     )  # fmt: skip
 
 
-def _pipeline(steps: list[Any], targets: dict[str, str]) -> A.Compose:
-    """A pipeline whose targets have our names (the first image is albumentations' ``image``)."""
-    first = next(name for name, kind in targets.items() if kind == "image")
-    others = {name: kind for name, kind in targets.items() if name != first}
-    return A.Compose(steps, additional_targets=others, save_applied_params=True)
+class _Step:
+    """Transforms of some fields of a sample (the first image is what albumentations calls ``image``)."""
 
+    def __init__(self, transforms: list[Any], targets: dict[str, str]) -> None:
+        self._targets = targets
+        self._names = {name: name for name in targets}
+        self._names[next(name for name, kind in targets.items() if kind == "image")] = "image"
+        others = {name: kind for name, kind in targets.items() if self._names[name] == name}
+        self._pipeline = A.Compose(transforms, additional_targets=others, save_applied_params=True)
 
-def _apply(
-    pipeline: A.Compose, sample: SampleArrays, targets: dict[str, str], seed: int
-) -> tuple[SampleArrays, dict[str, Any] | None]:
-    """Run a pipeline on some fields; also returns the parameters of the last step that was applied, or None."""
-    pipeline.set_random_seed(seed)
-    first = next(name for name, kind in targets.items() if kind == "image")
-    given = {
-        "image" if name == first else name: _as_uint8(getattr(sample, name)) for name in targets
-    }  # fmt: skip
-    result = pipeline(**given)
-    changed = {
-        name: result["image" if name == first else name] if kind == "image" else result[name] >= 128
-        for name, kind in targets.items()
-    }
-    applied = result["applied_transforms"]
-    return replace(sample, **changed), applied[-1][1] if applied else None
+    def __call__(self, sample: SampleArrays, seed: int) -> tuple[SampleArrays, dict[str, Any] | None]:
+        """The changed sample, and the parameters of the last transform that was applied, or None."""
+        self._pipeline.set_random_seed(seed)
+        result = self._pipeline(**{theirs: _as_uint8(getattr(sample, ours)) for ours, theirs in self._names.items()})
+        changed = {
+            name: result[self._names[name]] if kind == "image" else result[name] >= 128
+            for name, kind in self._targets.items()
+        }
+        applied = result["applied_transforms"]
+        return replace(sample, **changed), applied[-1][1] if applied else None
 
 
 def _as_uint8(array: NDArray[Any]) -> Image:

@@ -68,10 +68,8 @@ def test_the_region_to_paint_is_grey_again_and_nothing_comes_from_global_randomn
 
 def test_scaling_keeps_proportions_and_limits() -> None:
     # Proves the authors' ranges: one scale in 0.8..1.2 for both axes, shifts of at most a fifth (plus centring).
-    from i2am_train.data.transforms import PERSON_SIDE, _apply
-
     augment, plain = Augmentation(), arrays(0)
-    found = [_apply(augment._person, plain, PERSON_SIDE, number)[1] for number in range(40)]
+    found = [augment._person(plain, number)[1] for number in range(40)]
     matrices = [applied["matrix"] for applied in found if applied is not None]
     for matrix in matrices:
         assert matrix[0, 0] == pytest.approx(matrix[1, 1])

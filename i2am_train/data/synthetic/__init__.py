@@ -43,7 +43,11 @@ PNG = [cv2.IMWRITE_PNG_COMPRESSION, 1]
 
 
 def describe_dataset(train: int, test: int, size: GridSize, seed: int, annotations: bool = False) -> dict[str, Any]:
-    """The contents of ``dataset.json``: all that decides the files."""
+    """The contents of ``dataset.json``: all that decides the files.
+
+    >>> describe_dataset(train=8, test=2, size=GridSize(64, 48), seed=3)["seed"]
+    3
+    """
     extra = {"annotations": True} if annotations else {}
     return {
         "generator": GENERATOR, "version": GENERATOR_VERSION, "seed": seed,

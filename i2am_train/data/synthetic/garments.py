@@ -69,7 +69,12 @@ class Cut:
     cuff: float
 
     def half_width(self, y: Points) -> Points:
-        """Half-width at depth ``y``: armhole, then smoothly chest, waist, hem."""
+        """Half-width at depth ``y``: armhole, then smoothly chest, waist, hem.
+
+        >>> cut = draw_garment(np.random.default_rng(7)).cut
+        >>> bool(np.isclose(cut.half_width(np.array([cut.length])), cut.hem)[0])
+        True
+        """
         waist_y = self.armpit + 0.45 * (self.length - self.armpit)
         armhole = np.interp(y, [SHOULDER_DROP, self.armpit], [self.shoulder, self.chest])
         dent = 0.06 * self.shoulder * np.sin(np.pi * clamped((y - SHOULDER_DROP) / (self.armpit - SHOULDER_DROP)))
@@ -91,7 +96,12 @@ class Cut:
         return np.where(x < self.neck, self.neck_drop * shape, shoulder_line)
 
     def bottom(self, across: Points) -> Points:
-        """Hem line, slightly rounded."""
+        """Hem line, slightly rounded.
+
+        >>> cut = draw_garment(np.random.default_rng(7)).cut
+        >>> cut.bottom(np.array([0.0]))[0] == cut.length
+        True
+        """
         return self.length - self.hem_curve * across**2
 
 
@@ -120,7 +130,12 @@ class Garment:
 
 
 def draw_garment(rng: np.random.Generator) -> Garment:
-    """Draw one garment at random."""
+    """Draw one garment at random.
+
+    >>> first, again = (draw_garment(np.random.default_rng(7)) for _ in range(2))
+    >>> first.cut == again.cut
+    True
+    """
     cut = _draw_cut(rng)
     main = _draw_colour(rng)
     second = _contrasting(rng, main)
@@ -161,7 +176,11 @@ def _draw_cut(rng: np.random.Generator) -> Cut:
 
 
 def hsv(hue: float, saturation: float, value: float) -> Colour:
-    """An RGB colour in 0..255 from hue, saturation and value in 0..1."""
+    """An RGB colour in 0..255 from hue, saturation and value in 0..1.
+
+    >>> hsv(0.0, 1.0, 1.0).tolist(), hsv(0.5, 0.0, 0.2).tolist()
+    ([255.0, 0.0, 0.0], [51.0, 51.0, 51.0])
+    """
     sector = np.array([5.0, 3.0, 1.0]) + hue * 6.0
     ramp = np.clip(np.minimum(sector % 6.0, 4.0 - sector % 6.0), 0.0, 1.0)
     return 255.0 * value * (1.0 - saturation * ramp)
@@ -223,13 +242,23 @@ def flat_sleeve(cut: Cut, side: int) -> Tube:
 
 @lru_cache(maxsize=16)  # six calls per garment draw two seams; shared, so not to be changed
 def armhole(cut: Cut, side: int, points: int = 9) -> Points:
-    """The seam that torso and sleeve share, from shoulder tip to armpit."""
+    """The seam that torso and sleeve share, from shoulder tip to armpit.
+
+    >>> cut = draw_garment(np.random.default_rng(7)).cut
+    >>> armhole(cut, side=-1, points=2)[1, 1] == cut.armpit
+    True
+    """
     y = np.linspace(SHOULDER_DROP, cut.armpit, points)
     return np.stack([side * cut.half_width(y), y], axis=-1)
 
 
 def place_cut(cut: Cut, aspect: float) -> Placement:
-    """Centre the garment and let it fill the picture as far as :data:`FILL` allows."""
+    """Centre the garment and let it fill the picture as far as :data:`FILL` allows.
+
+    >>> cut = draw_garment(np.random.default_rng(7)).cut
+    >>> place_cut(cut, aspect=0.75).origin[0]  # the middle of the picture, in its heights
+    0.375
+    """
     half = max(cut.shoulder, cut.hem, cut.chest)
     low = cut.length
     if cut.sleeves != "none":
@@ -361,7 +390,12 @@ def _draw_letter(canvas: Image, logo: Logo, center: Points) -> None:
 
 
 def silhouette(parts: list[Points], size: tuple[int, int]) -> Image:
-    """Mask 0 or 255 ``[height, width]`` of the union of polygons."""
+    """Mask 0 or 255 ``[height, width]`` of the union of polygons.
+
+    >>> square = np.array([[0.0, 0.0], [0.5, 0.0], [0.5, 1.0], [0.0, 1.0]])
+    >>> silhouette([square], (4, 4))[0].tolist()
+    [255, 255, 255, 0]
+    """
     mask = np.zeros(size, np.uint8)
     for outline in parts:
         fill(mask, outline, 255, Camera(size[0]))

@@ -47,11 +47,20 @@ class Camera:
         return np.array(self.origin)
 
     def project(self, points: Points) -> Points:
-        """Pixel coordinates of scene points; pixel (0, 0) covers 0..1."""
+        """Pixel coordinates of scene points; pixel (0, 0) covers 0..1.
+
+        >>> Camera(100, (0.5, 0.0)).project(np.array([0.75, 0.5])).tolist()
+        [25.0, 50.0]
+        """
         return np.asarray((points - self._origin) * self.pixels, np.float64)
 
     def scene(self, size: tuple[int, int]) -> tuple[Points, Points]:
-        """Scene x ``[width]`` and y ``[height]`` of the pixel centres of a picture (height, width)."""
+        """Scene x ``[width]`` and y ``[height]`` of the pixel centres of a picture (height, width).
+
+        >>> x, y = Camera(2).scene((2, 1))
+        >>> x.tolist(), y.tolist()
+        ([0.25], [0.25, 0.75])
+        """
         height, width = size
         x = (np.arange(width, dtype=np.float64) + 0.5) / self.pixels + self.origin[0]
         y = (np.arange(height, dtype=np.float64) + 0.5) / self.pixels + self.origin[1]
@@ -94,7 +103,12 @@ def joined(x: Points, y: Points) -> Points:
 
 
 def border(grid: Points) -> Points:
-    """Walk once around a ``[rows, columns, 2]`` grid of points."""
+    """Walk once around a ``[rows, columns, 2]`` grid of points.
+
+    >>> grid = np.arange(6.0).reshape(3, 2, 1)
+    >>> border(grid)[:, 0].tolist()
+    [0.0, 1.0, 3.0, 5.0, 4.0, 2.0]
+    """
     return np.concatenate([grid[0], grid[1:, -1], grid[-1, -2::-1], grid[-2:0:-1, 0]])
 
 
@@ -157,18 +171,32 @@ def _affine_inverses(target: Points, attributes: Points) -> NDArray[np.float64]:
 
 
 def fixed_point(points: Points, camera: Camera) -> NDArray[np.int32]:
-    """Scene points as OpenCV's fixed-point pixel coordinates (pixel centres are whole numbers)."""
+    """Scene points as OpenCV's fixed-point pixel coordinates (pixel centres are whole numbers).
+
+    >>> fixed_point(np.array([0.5, 0.25]), Camera(10)).tolist()  # 32nds of a pixel, from the centre of the first
+    [144, 64]
+    """
     scaled = (camera.project(points) - 0.5) * (1 << SUBPIXEL_BITS)
     return np.rint(np.minimum(np.maximum(scaled, -1e6), 1e6)).astype(np.int32)
 
 
 def fill(labels: NDArray[np.uint8] | Labels, polygon: Points, value: int, camera: Camera) -> None:
-    """Fill one polygon of any shape."""
+    """Fill one polygon of any shape.
+
+    >>> canvas = np.zeros((3, 3), np.uint8)
+    >>> fill(canvas, np.array([[0.0, 0.0], [1.0, 0.0], [1.0, 0.4], [0.0, 0.4]]), 9, Camera(3))
+    >>> canvas[:, 1].tolist()
+    [9, 9, 0]
+    """
     cv2.fillPoly(labels, [fixed_point(polygon, camera)], value, cv2.LINE_8, SUBPIXEL_BITS)
 
 
 def ellipse(center: Points, radius_x: float, radius_y: float, points: int = 40) -> Points:
-    """An ellipse as a polygon ``[points, 2]``."""
+    """An ellipse as a polygon ``[points, 2]``.
+
+    >>> ellipse(np.array([0.5, 0.5]), 0.2, 0.1, points=4).round(6).tolist()
+    [[0.7, 0.5], [0.5, 0.6], [0.3, 0.5], [0.5, 0.4]]
+    """
     return np.asarray(center + _circle(points) * (radius_x, radius_y))
 
 
@@ -191,7 +219,12 @@ class Tube:
 
     @classmethod
     def bent(cls, root: Points, joint: Points, end: Points, side: int, roundness: float = 0.35) -> Tube:
-        """A limb from root to end with a rounded bend at the joint."""
+        """A limb from root to end with a rounded bend at the joint.
+
+        >>> tube = Tube.bent(np.array([0.0, 0.0]), np.array([0.0, 0.5]), np.array([0.5, 0.5]), side=1)
+        >>> tube.line[[0, -1]].tolist()
+        [[0.0, 0.0], [0.5, 0.5]]
+        """
         before, after = joint + roundness * (root - joint), joint + roundness * (end - joint)
         t = np.linspace(0.0, 1.0, 9)[:, None]
         curve = (1 - t) ** 2 * before + 2 * t * (1 - t) * joint + t**2 * after
@@ -208,7 +241,13 @@ class Tube:
         return length, values, rates
 
     def at(self, fractions: Points) -> tuple[Points, Points]:
-        """Centre points and unit vectors towards the inner edge, at fractions of the length."""
+        """Centre points and unit vectors towards the inner edge, at fractions of the length.
+
+        >>> tube = Tube(np.array([[0.0, 0.0], [0.0, 1.0]]), side=1)
+        >>> center, inward = tube.at(np.array([0.5]))
+        >>> center.tolist(), (inward + 0.0).tolist()
+        ([[0.0, 0.5]], [[-1.0, 0.0]])
+        """
         length, values, rates = self._frame
         where = fractions * length[-1]
         piece = np.searchsorted(length, where, side="right") - 1
@@ -222,7 +261,11 @@ class Tube:
         return spread(*self.at(fractions), across, half_width)
 
     def outline(self, start: float, stop: float, widths: tuple[float, float]) -> Points:
-        """The tapered piece between two fractions as a polygon."""
+        """The tapered piece between two fractions as a polygon.
+
+        >>> Tube(np.array([[0.0, 0.0], [0.0, 1.0]]), side=1).outline(0.0, 1.0, (0.1, 0.2)).shape
+        (28, 2)
+        """
         fractions, half_width = _taper(start, stop, widths)
         return border(self.grid(fractions, EDGES, half_width))
 
@@ -235,12 +278,21 @@ def _taper(start: float, stop: float, widths: tuple[float, float]) -> tuple[Poin
 
 
 def spread(center: Points, inward: Points, across: Points, half_width: Points) -> Points:
-    """Points ``[centers, across, 2]`` beside each centre, at ``across`` half-widths from it."""
+    """Points ``[centers, across, 2]`` beside each centre, at ``across`` half-widths from it.
+
+    >>> center, inward, edges = np.zeros((1, 2)), np.array([[1.0, 0.0]]), np.array([-1.0, 1.0])
+    >>> spread(center, inward, edges, half_width=np.array([0.1])).tolist()
+    [[[-0.1, -0.0], [0.1, 0.0]]]
+    """
     return np.asarray(center[:, None] + inward[:, None] * (across[None, :, None] * half_width[:, None, None]))
 
 
 def clamped(value: Points) -> Points:
-    """Limited to 0..1; for small arrays much faster than :func:`numpy.clip`."""
+    """Limited to 0..1; for small arrays much faster than :func:`numpy.clip`.
+
+    >>> clamped(np.array([-1.0, 0.5, 2.0])).tolist()
+    [0.0, 0.5, 1.0]
+    """
     return np.minimum(np.maximum(value, 0.0), 1.0)
 
 

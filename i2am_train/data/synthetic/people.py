@@ -65,7 +65,12 @@ class Person:
 
 
 def draw_person(rng: np.random.Generator) -> Person:
-    """Draw one person at random."""
+    """Draw one person at random.
+
+    >>> first, again = (draw_person(np.random.default_rng(7)) for _ in range(2))
+    >>> (first.hair, first.arms) == (again.hair, again.arms)
+    True
+    """
     shoulder = float(rng.uniform(0.145, 0.175))
     skin = np.array(SKINS[rng.integers(len(SKINS))]) * rng.uniform(0.95, 1.03)
     ground = hsv(rng.random(), rng.uniform(0.02, 0.10), rng.uniform(0.80, 0.94))
@@ -122,7 +127,12 @@ class Body:
 
     @cached_property
     def base(self) -> Points:
-        """Base of the neck."""
+        """Base of the neck.
+
+        >>> person = draw_person(np.random.default_rng(7))
+        >>> Body(person, 0.75).base[1] == person.neck_y
+        True
+        """
         return np.array([self.aspect / 2 + self.person.center, self.person.neck_y])
 
     @cached_property
@@ -131,7 +141,12 @@ class Body:
         return np.array([self.person.shoulder / SHOULDER, self.person.torso])
 
     def carry(self, points: Points) -> Points:
-        """Torso coordinates (origin at the neck, upright) into the picture: tilted shoulders, leaning spine."""
+        """Torso coordinates (origin at the neck, upright) into the picture: tilted shoulders, leaning spine.
+
+        >>> body = Body(draw_person(np.random.default_rng(7)), 0.75)
+        >>> bool(body.carry(np.array([0.0, 0.3]))[1] > body.base[1])  # below the neck
+        True
+        """
         x, y = points[..., 0], points[..., 1]
         tilt = self._slopes[0] * (1.0 - smoothstep(y / 0.45))
         sway = self._slopes[1] * (0.42 - y) * smoothstep((0.55 - y) / 0.3 + 0.5)
@@ -143,7 +158,11 @@ class Body:
         return float(np.tan(self.person.tilt)), float(np.tan(self.person.lean))
 
     def turned(self, across: Points) -> Points:
-        """Where a point of a cylinder at -1..1 across appears when the torso turns; ends stay in place."""
+        """Where a point of a cylinder at -1..1 across appears when the torso turns; ends stay in place.
+
+        >>> Body(draw_person(np.random.default_rng(7)), 0.75).turned(np.array([-1.0, 1.0])).round(6).tolist()
+        [-1.0, 1.0]
+        """
         bend, turn = 0.95, self.person.turn
         low, high = np.sin(-bend + turn), np.sin(bend + turn)
         return np.asarray(2.0 * (np.sin(bend * across + turn) - low) / (high - low) - 1.0)
@@ -158,7 +177,12 @@ class Body:
         return self.carry(np.array([side * 0.86 * self.person.shoulder, (SHOULDER_DROP + 0.035) * self.person.torso]))
 
     def arm(self, side: int, root: Points | None = None) -> Tube:
-        """An arm from the shoulder joint (or another root) over the elbow to the wrist."""
+        """An arm from the shoulder joint (or another root) over the elbow to the wrist.
+
+        >>> body = Body(draw_person(np.random.default_rng(7)), 0.75)
+        >>> bool(np.allclose(body.arm(1).line[0], body.shoulder_joint(1)))
+        True
+        """
         pose = self.person.arms[SIDES.index(side)]
         lean = -self.person.lean * 0.5
         joint = self.shoulder_joint(side)

@@ -91,7 +91,12 @@ def sample_name(index: int) -> str:
 
 
 def render_sample(seed: int, index: int, size: GridSize, shading: bool = True) -> SyntheticSample:
-    """Person ``index`` in their own garment. ``shading=False`` leaves out light and folds."""
+    """Person ``index`` in their own garment. ``shading=False`` leaves out light and folds.
+
+    >>> sample = render_sample(seed=0, index=3, size=GridSize(64, 48))
+    >>> bool((np.isnan(sample.correspondence[..., 0]) == ~sample.warped_garment_mask).all())
+    True
+    """
     return render_pair(seed, index, index, size, shading)
 
 
@@ -113,6 +118,10 @@ def render_annotations(seed: int, index: int, size: GridSize) -> tuple[LabelMap,
 
     The parsing map has the labels of :data:`~i2am_train.data.parsing.VITON_HD`; its upper_clothes are exactly
     the sample's ``warped_garment_mask``.
+
+    >>> parsed, joints = render_annotations(seed=0, index=3, size=GridSize(64, 48))
+    >>> parsed.shape, joints["nose"].shape
+    ((64, 48), (2,))
     """
     person = people.draw_person(np.random.default_rng([seed, index, 0]))
     garment = garments.draw_garment(np.random.default_rng([seed, index, 1]))
