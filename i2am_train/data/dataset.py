@@ -265,6 +265,16 @@ def prepare_data(data: DataConfig, *outputs: Path | None) -> Path:
     return root
 
 
+def require_correspondence(root: Path) -> None:
+    """Raise DataError unless training samples have their true correspondence, which only synthetic data has."""
+    folder = root / Split.TRAIN / Role.CORRESPONDENCE
+    if not folder.is_dir():
+        raise DataError(
+            f"A term (objective.supervised, or one with truth: true) is given the true correspondence, and {root} has "
+            f"none (no folder {folder}). Use the embedded dataset, or set objective.supervised=0."
+        )
+
+
 # -- reading -----------------------------------------------------------------------------------------------------------
 
 
@@ -309,7 +319,6 @@ class TryOnDataset(Dataset[TryOnSample]):
         self.layouts = [layout for layout, pairs in zip(self._layouts, lists, strict=True) for _ in pairs]
         self.indices = list(range(len(self.pairs)) if indices is None else indices)
         for layout, pairs in self.parts():
-            layout.check_folders()
             check_files(layout, pairs, pairing)
         usual_rule = self._layouts[0].small_mask_rule and split is Split.TRAIN
         self.small_mask_rule = usual_rule if small_mask_rule is None else small_mask_rule

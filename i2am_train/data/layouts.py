@@ -45,11 +45,7 @@ class Pair(NamedTuple):
 
 
 class Place(NamedTuple):
-    """A folder, and the name in it of the file of ``{}``.
-
-    >>> Place("agnostic-mask", "{}_mask.png").ending
-    '_mask.png'
-    """
+    """A folder, and the name in it of the file of ``{}``."""
 
     folder: str
     pattern: str
@@ -65,12 +61,7 @@ class Place(NamedTuple):
 
 
 class Layout(ABC):
-    """Paths of the files of one split.
-
-    Args:
-        root: the dataset folder, as the user gives it.
-        split: which half.
-    """
+    """Paths of the files of one split of a dataset folder, as the user gives it."""
 
     places: ClassVar[Mapping[str, tuple[Place, ...]]]
     """Per role, where its files may lie; the first is where new ones are written."""
@@ -209,16 +200,6 @@ class Layout(ABC):
         """Whether the folder of a role exists."""
         return self.folder_of(role).is_dir()
 
-    def file_name(self, role: Role, stem: str) -> str:
-        """The name, in its folder, of the file of a person or garment in one of the roles.
-
-        Files that end otherwise than most (``.JPG``, ``.webp``), or whose accents are stored otherwise, are found.
-        """
-        usual = self.place(role).pattern.format(self.key(stem))
-        if usual in self.names(role):
-            return usual
-        return next(iter(self.spellings(role, stem)), usual)
-
     def spellings(self, role: Role, stem: str) -> list[str]:
         """All files that could be that of a person or garment: more than one is not to be decided."""
         usual = self.place(role).pattern.format(self.key(stem))
@@ -228,10 +209,15 @@ class Layout(ABC):
     def path(self, role: Role, stem: str) -> Path:
         """The file of a person or garment in one of the roles.
 
+        Files that end otherwise than most (``.JPG``, ``.webp``), or whose accents are stored otherwise, are found.
+
         >>> VitonHDLayout(Path("set"), Split.TEST).path(Role.INPAINT_MASK, "00017_00").as_posix()
         'set/test/agnostic-mask/00017_00_mask.png'
         """
-        return self.folder_of(role) / self.file_name(role, stem)
+        usual = self.place(role).pattern.format(self.key(stem))
+        if usual in self.names(role):
+            return self.folder_of(role) / usual
+        return self.folder_of(role) / next(iter(self.spellings(role, stem)), usual)
 
     def pairs(self, pairing: Pairing) -> list[Pair]:
         """Samples for a pairing: paired gives people their own garment, whatever the list says."""
@@ -264,17 +250,6 @@ class Layout(ABC):
         first, *others = dict.fromkeys(place.folder for place in self.places[role])
         return f"'{first}'" + (f" (or {', '.join(others)})" if others else "")
 
-    def check_folders(self) -> None:
-        """Raise DataError unless all folders that every sample needs exist."""
-        if not self.missing:
-            return
-        what = ", ".join(self.folder_names(role) for role in self.missing)
-        advice = " ".join(dict.fromkeys(self.advice(role) for role in self.missing))
-        raise DataError(
-            f"{self.folder} has no folder {what} (found: {entries(self.folder)}). {advice} "
-            f"Run 'i2am data check root={self.root}' for everything that is wrong with the dataset."
-        )
-
 
 def _places(folders: Sequence[str], patterns: Sequence[str]) -> tuple[Place, ...]:
     """All combinations, the usual folder and pattern first."""
@@ -286,12 +261,10 @@ class VitonHDLayout(Layout):
 
     Two distributions are about: ``zalando-hd-resized``, and the folders of HR-VITON and StableVITON. They differ in
     spelling (``cloth_mask`` for ``cloth-mask``) and in what they hold.
-
-    >>> VitonHDLayout(Path("viton"), Split.TRAIN).path(Role.PERSON, "00017_00").as_posix()
-    'viton/train/image/00017_00.jpg'
     """
 
     small_mask_rule = True
+    category = None  # upper garments in VITON-HD, others in own photographs
     places = {
         Role.PERSON: _places(["image"], ["{}.jpg", "{}.png", "{}.jpeg"]),
         Role.GARMENT: _places(["cloth"], ["{}.jpg", "{}.png", "{}.jpeg"]),
@@ -319,11 +292,6 @@ class VitonHDLayout(Layout):
     def label(self) -> str:
         """The split."""
         return str(self.split)
-
-    @property
-    def category(self) -> Category | None:
-        """VITON-HD has upper garments; own photographs may have others."""
-        return None
 
     def list_file(self, pairing: Pairing) -> Path:
         """Both pairings share a list.
@@ -366,9 +334,6 @@ class DressCodeLayout(Layout):
     Agnostic pictures and masks are not distributed; ``i2am data derive`` writes them beside the others, in folders
     with VITON-HD's names. The authors' rule on small inpainting masks is off: DressCode shows whole people, and many
     garments are smaller than that rule allows.
-
-    >>> DressCodeLayout(Path("dc"), Split.TEST, "dresses").own_garment("000000_0")
-    '000000_1'
     """
 
     small_mask_rule = False
@@ -439,11 +404,7 @@ class DressCodeLayout(Layout):
         return self.folder / name
 
     def listed(self, pairing: Pairing) -> list[Pair]:
-        """The pair list.
-
-        Raises:
-            DataError: the list is missing or broken, or names are not DressCode's.
-        """
+        """The pair list; names that are not DressCode's are refused."""
         pairs = super().listed(pairing)
         for pair in pairs:
             if not (pair.person.endswith("_0") and pair.garment.endswith("_1")):
@@ -467,11 +428,7 @@ class DressCodeLayout(Layout):
 
 
 def _text(file: Path) -> str:
-    """A list's text: UTF-8, or what its byte order mark says.
-
-    Raises:
-        DataError: it is no such text.
-    """
+    """A list's text: UTF-8, or what its byte order mark says; other texts are refused."""
     content = file.read_bytes()
     encoding = next((name for mark, name in _BYTE_ORDER_MARKS if content.startswith(mark)), "utf-8")
     try:

@@ -15,7 +15,7 @@ from typing import Protocol
 
 from tqdm import tqdm
 
-from i2am_train.data.layouts import DERIVED_ROLES, GARMENT_ROLES, OPTIONAL_ROLES, PERSON_ROLES, Layout, Pair
+from i2am_train.data.layouts import DERIVED_ROLES, GARMENT_ROLES, OPTIONAL_ROLES, PERSON_ROLES, Layout, Pair, entries
 from i2am_train.data.picture_files import UnreadablePictureError, read_size
 from i2am_train.errors import DataError
 from i2am_train.fingerprints import DESCRIPTION_FILE, note_unreadable
@@ -46,18 +46,25 @@ def check_files(layout: Layout, pairs: Sequence[Pair], pairing: Pairing) -> None
     """Refuse samples that could not be read to the end.
 
     Args:
-        layout: where the files lie; its folders exist.
+        layout: where the files lie.
         pairs: the samples that are read.
         pairing: how they were listed, for the message.
 
     Raises:
-        DataError: a file that one of the pairs is read from is missing, or there are two of its name.
+        DataError: a folder, or a file that one of the pairs is read from, is missing, or there are two of its name.
     """
+    if layout.missing:
+        what = ", ".join(layout.folder_names(role) for role in layout.missing)
+        advice = " ".join(dict.fromkeys(layout.advice(role) for role in layout.missing))
+        raise DataError(
+            f"{layout.folder} has no folder {what} (found: {entries(layout.folder)}). {advice} "
+            f"Run 'i2am data check root={layout.root}' for everything that is wrong with the dataset."
+        )
     wanted = _wanted_files(layout, pairs)
     refuse_doubles(layout, wanted)
     gaps: dict[Role, str] = {}
     for role, stems in wanted.items():
-        files = {layout.file_name(role, stem) for stem in stems}
+        files = {layout.path(role, stem).name for stem in stems}
         if missing := sorted(files - layout.names(role)):
             named = ", ".join(missing[:FILES_NAMED]) + (", ..." if len(missing) > FILES_NAMED else "")
             gaps[role] = f"{len(missing)} of {len(files)} in {layout.place(role).folder} ({named})"

@@ -15,8 +15,7 @@ from i2am_train.config.build import plain
 from i2am_train.config.hub import revisions
 from i2am_train.config.store import to_yaml
 from i2am_train.config.training import WITHOUT_EFFECT_ON_WEIGHTS, TrainConfig
-from i2am_train.data.dataset import TryOnDataset, data_root, prepare_data
-from i2am_train.data.layouts import require_correspondence
+from i2am_train.data.dataset import TryOnDataset, data_root, prepare_data, require_correspondence
 from i2am_train.data.module import TryOnDataModule
 from i2am_train.data.needed_files import noted_in, refuse_broken_pictures
 from i2am_train.evaluation.evaluator import EvaluationSettings, check_settings

@@ -9,9 +9,8 @@ import pytest
 import torch
 from torch.utils.data import default_collate
 
-from i2am_train.data.dataset import EpochPosition, TryOnDataset
+from i2am_train.data.dataset import EpochPosition, TryOnDataset, require_correspondence
 from i2am_train.data.dataset_report import check_dataset
-from i2am_train.data.layouts import require_correspondence
 from i2am_train.data.synthetic import FIRST_TEST_INDEX
 from i2am_train.data.synthetic.rendering import render_sample
 from i2am_train.errors import DataError
