@@ -335,11 +335,7 @@ class LatentCache:
         return REPAIR
 
     def require_space(self, split: Split) -> None:
-        """Refuse a disk that does not hold the copies that are still to be fetched.
-
-        Raises:
-            DataError: less is free than they take.
-        """
+        """Refuse a disk that does not hold the copies that are still to be fetched."""
         shards = self.index.shards[split] if self.remote else []
         needed = sum(shard.bytes for shard in shards if not self._path(shard).is_file())
         existing, free = free_space(self.folder)

@@ -184,11 +184,7 @@ def _dresscode_layouts(root: Path, split: Split, wanted: Sequence[Category]) -> 
 
 
 def _own_layout(path: str) -> Callable[[Path, Split], Layout]:
-    """The user's layout by its import path.
-
-    Raises:
-        ConfigError: it cannot be imported, or is no layout.
-    """
+    """The user's layout by its import path."""
 
     def lacking(found: Any) -> str | None:
         missing = [name for name in ("places", "small_mask_rule") if not hasattr(found, name)]
@@ -208,10 +204,8 @@ def _own_layout(path: str) -> Callable[[Path, Split], Layout]:
 def halves(root: Path, reading: Reading) -> tuple[list[Layout], list[Layout]]:
     """The layouts of both splits that a dataset has, and those that it has not.
 
-    A half is absent that has neither a pair list nor a folder of its own; never are all of them.
-
-    Raises:
-        DataError: as of :func:`split_layouts`.
+    A half is absent that has neither a pair list nor a folder of its own; never are all of them. Errors are those of
+    :func:`split_layouts`.
     """
     layouts = [layout for split in Split for layout in split_layouts(root, split, reading)]
     without = [one for one in layouts if not one.list_file(Pairing.PAIRED).is_file()]
@@ -250,11 +244,7 @@ def data_root(data: DataConfig, *outputs: Path | None) -> Path:
 
 
 def prepare_data(data: DataConfig, *outputs: Path | None) -> Path:
-    """The dataset's folder; the embedded dataset is made if it is not there yet.
-
-    Raises:
-        RunFolderError: as of :func:`data_root`.
-    """
+    """The folder of :func:`data_root`; the embedded dataset is made if it is not there yet."""
     synthetic, root = data.synthetic, data_root(data, *outputs)
     if data.root is not None:
         return root

@@ -117,11 +117,7 @@ class DeriveReport:
 
 
 def split_lists(config: DataDeriveConfig) -> list[Layout]:
-    """The splits (of each category) that have a pair list.
-
-    Raises:
-        DataError: there is none, or no dataset.
-    """
+    """The splits (of each category) that have a pair list."""
     there, _ = halves(config.root, Reading(config.layout, tuple(config.categories)))
     return [one for one in there if one.split is Split.TRAIN or one.list_file(Pairing.PAIRED).is_file()]
 

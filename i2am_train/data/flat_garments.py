@@ -121,11 +121,7 @@ class _Floods:
 
     @classmethod
     def of(cls, picture: Image) -> _Floods:
-        """Measure a picture.
-
-        Raises:
-            DataError: the background is not plain.
-        """
+        """Measure a picture; one whose background is not plain is refused."""
         shares = picture.astype(np.float32) / np.float32(255)
         lab = np.asarray(cv2.cvtColor(shares, cv2.COLOR_RGB2LAB), np.float32)
         border = _border(GridSize(*lab.shape[:2]))

@@ -78,15 +78,7 @@ def check_files(layout: Layout, pairs: Sequence[Pair], pairing: Pairing) -> None
 
 
 def refuse_doubles(layout: Layout, wanted: Mapping[Role, Collection[str]]) -> None:
-    """Refuse names that two files have, but for their endings: which is meant is not said.
-
-    Args:
-        layout: where the files lie.
-        wanted: people or garments by role.
-
-    Raises:
-        DataError: there are such files.
-    """
+    """Refuse people or garments, by role, whose name two files have, but for their endings: which is meant is not said."""
     for role, stems in wanted.items():
         for stem in sorted(stems) if layout.unusual(role) else ():
             if len(files := layout.spellings(role, stem)) > 1:

@@ -168,10 +168,7 @@ Canvas = NDArray[np.uint8]
 
 
 def require(joints: Joints, names: tuple[str, ...]) -> None:
-    """Refuse a body without some joints.
-
-    Raises:
-        DataError: names the joints that were not seen.
+    """Refuse a body of which some joints were not seen.
 
     >>> require({"nose": np.array([3.0, 4.0])}, ("nose", "neck"))
     Traceback (most recent call last):
@@ -186,10 +183,7 @@ def require(joints: Joints, names: tuple[str, ...]) -> None:
 
 
 def body_unit(joints: Joints) -> float:
-    """The body's size in pixels: the distance of the shoulders, seen from the front.
-
-    Raises:
-        DataError: a shoulder was not seen.
+    """The body's size in pixels: the distance of the shoulders, which must have been seen, from the front.
 
     >>> joints = {"right_shoulder": np.array([10.0, 5.0]), "left_shoulder": np.array([14.0, 5.0])}
     >>> body_unit(joints)
@@ -298,10 +292,8 @@ def hands_of(joints: Joints, arms: dict[str, Mask]) -> Mask:
 def drawn_parts(joints: Joints, size: GridSize) -> Canvas:
     """DensePose's part labels of a slim body drawn from keypoints: a stand-in where DensePose was not run.
 
-    It shows the pose and nothing of the clothes. Parts in front cover those behind in a fixed order.
-
-    Raises:
-        DataError: a shoulder was not seen.
+    It shows the pose and nothing of the clothes. Parts in front cover those behind in a fixed order. Both shoulders
+    are needed.
 
     >>> joints = {"right_shoulder": np.array([10.0, 5.0]), "left_shoulder": np.array([14.0, 5.0])}
     >>> drawn_parts(joints, GridSize(12, 20))[8, 12]  # the torso
@@ -419,11 +411,7 @@ def _values(path: Path) -> NDArray[Any]:
 
 
 def _parts_of(picture: Image, path: Path) -> NDArray[np.uint8]:
-    """The nearest label for every colour.
-
-    Raises:
-        DataError: many colours are far from all of DensePose's.
-    """
+    """The nearest label for every colour; a picture with many colours far from all of DensePose's is refused."""
     foreground = picture.max(axis=-1) > SURE
     labels, unsure = _explained(picture, foreground & _even(picture))
     if unsure > LARGEST_UNSURE_SHARE:

@@ -42,12 +42,8 @@ FOLDERS = (*PERSON_ROLES, *GARMENT_ROLES, *OPTIONAL_ROLES)
 PNG = [cv2.IMWRITE_PNG_COMPRESSION, 1]
 
 
-def describe_dataset(train: int, test: int, size: GridSize, seed: int, annotations: bool = False) -> dict[str, Any]:
-    """The contents of ``dataset.json``: all that decides the files.
-
-    >>> describe_dataset(train=8, test=2, size=GridSize(64, 48), seed=3)["seed"]
-    3
-    """
+def _description(train: int, test: int, size: GridSize, seed: int, annotations: bool = False) -> dict[str, Any]:
+    """The contents of ``dataset.json``: all that decides the files."""
     extra = {"annotations": True} if annotations else {}
     return {
         "generator": GENERATOR, "version": GENERATOR_VERSION, "seed": seed,
@@ -77,7 +73,7 @@ def make_dataset(
     """
     root = Path(root).absolute()
     size = GridSize(*size)
-    description = describe_dataset(train, test, size, seed, annotations)
+    description = _description(train, test, size, seed, annotations)
     _check_request(train, test, size)
     if root.exists():
         _check_same(root, description)
