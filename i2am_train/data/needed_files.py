@@ -78,7 +78,7 @@ def check_files(layout: Layout, pairs: Sequence[Pair], pairing: Pairing) -> None
 
 
 def refuse_doubles(layout: Layout, wanted: Mapping[Role, Collection[str]]) -> None:
-    """Refuse people or garments, by role, whose name two files have, but for their endings: which is meant is not said."""
+    """Refuse people or garments, by role, that have two files with different endings: which is meant is not said."""
     for role, stems in wanted.items():
         for stem in sorted(stems) if layout.unusual(role) else ():
             if len(files := layout.spellings(role, stem)) > 1:

@@ -52,16 +52,9 @@ def _description(train: int, test: int, size: GridSize, seed: int, annotations: 
 
 
 def make_dataset(
-    root: Path | str,
-    train: int,
-    test: int,
-    size: GridSize,
-    seed: int,
-    *,
-    annotations: bool = False,
-    workers: int | None = None,
-    progress: bool = True,
-) -> Path:
+    root: Path, train: int, test: int, size: GridSize, seed: int, *, annotations: bool = False,
+    workers: int | None = None, progress: bool = True,
+) -> Path:  # fmt: skip
     """Write a dataset in VITON-HD layout; a complete one of the same description is kept as it is.
 
     The files go to ``<root>.partial`` first, so that ``root`` exists only when it is complete. The unpaired
@@ -71,8 +64,7 @@ def make_dataset(
     Raises:
         DataError: ``root`` exists and is something else, or the counts are impossible.
     """
-    root = Path(root).absolute()
-    size = GridSize(*size)
+    root = root.absolute()
     description = _description(train, test, size, seed, annotations)
     _check_request(train, test, size)
     if root.exists():

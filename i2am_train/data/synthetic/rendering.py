@@ -19,10 +19,9 @@ from numpy.typing import NDArray
 from i2am_train.data.parsing import VITON_HD, LabelMap
 from i2am_train.data.pictures import GREY, Image, Mask, SampleArrays
 from i2am_train.data.poses import EMBEDDED_COLOURS, Joints
-from i2am_train.data.synthetic import garments, people
-from i2am_train.data.synthetic.garments import Garment
+from i2am_train.data.synthetic.garments import Garment, draw_garment, place_cut, silhouette, texture, trim
 from i2am_train.data.synthetic.meshes import FIRST_TRIANGLE_LABEL, Camera, Labels, MeshPainter, ellipse, fill
-from i2am_train.data.synthetic.people import SIDES, Body, Person
+from i2am_train.data.synthetic.people import SIDES, UPPER_ARM_SHARE, Body, Person, draw_person, sleeve_mesh, torso_mesh
 from i2am_train.types import GridSize
 
 ZOOM = 1.4
@@ -108,8 +107,8 @@ def render_pair(
     >>> render_pair(0, 3, 5, GridSize(64, 48)).correspondence.shape
     (64, 48, 2)
     """
-    person = people.draw_person(np.random.default_rng([seed, person_index, 0]))
-    garment = garments.draw_garment(np.random.default_rng([seed, garment_index, 1]))
+    person = draw_person(np.random.default_rng([seed, person_index, 0]))
+    garment = draw_garment(np.random.default_rng([seed, garment_index, 1]))
     return _Rendering(person, garment, size, shading).sample(sample_name(person_index), sample_name(garment_index))
 
 
@@ -123,8 +122,8 @@ def render_annotations(seed: int, index: int, size: GridSize) -> tuple[LabelMap,
     >>> parsed.shape, joints["nose"].shape
     ((64, 48), (2,))
     """
-    person = people.draw_person(np.random.default_rng([seed, index, 0]))
-    garment = garments.draw_garment(np.random.default_rng([seed, index, 1]))
+    person = draw_person(np.random.default_rng([seed, index, 0]))
+    garment = draw_garment(np.random.default_rng([seed, index, 1]))
     rendering = _Rendering(person, garment, size, shading=False)
     return rendering.parsing(), rendering.joints()
 
@@ -140,11 +139,9 @@ class _Rendering:
         self.camera = Camera(ZOOM * self.pixels, ((1 - 1 / ZOOM) * self.aspect / 2, SKY))
         self.person, self.garment = person, garment
         self.body = Body(person, self.aspect)
-        self.place = garments.place_cut(garment.cut, self.aspect)
-        self.torso = people.torso_mesh(garment.cut, self.place, self.body)
-        self.sleeves = {
-            side: people.sleeve_mesh(garment.cut, self.place, self.body, side) for side in self._sleeve_sides()
-        }
+        self.place = place_cut(garment.cut, self.aspect)
+        self.torso = torso_mesh(garment.cut, self.place, self.body)
+        self.sleeves = {side: sleeve_mesh(garment.cut, self.place, self.body, side) for side in self._sleeve_sides()}
 
     def _sleeve_sides(self) -> tuple[int, ...]:
         return () if self.garment.cut.sleeves == "none" else SIDES
@@ -156,42 +153,34 @@ class _Rendering:
         kinds = np.minimum(labels, FIRST_TRIANGLE_LABEL).astype(np.uint8)
         person = self._person_picture(kinds, painter, fabric)
         correspondence = self._correspondence(labels, painter)
-        warped = ~np.isnan(correspondence[..., 0])
         inpaint = self._inpaint_mask(kinds)
         agnostic = person.copy()
         agnostic[inpaint] = GREY
         return SyntheticSample(
-            name=name,
-            garment_name=garment_name,
-            person=person,
-            garment=flat,
-            agnostic=agnostic,
-            densepose=self._densepose(),
-            garment_mask=garment_mask,
-            inpaint_mask=inpaint,
-            warped_garment_mask=warped,
-            correspondence=correspondence,
-        )
+            name=name, garment_name=garment_name, person=person, garment=flat, agnostic=agnostic,
+            densepose=self._densepose(), garment_mask=garment_mask, inpaint_mask=inpaint,
+            warped_garment_mask=~np.isnan(correspondence[..., 0]), correspondence=correspondence,
+        )  # fmt: skip
 
     # The flat garment
 
     def _fabric(self) -> Image:
         """Full-bleed texture with collar, cuffs and hem."""
         outlines = [mesh.outline() for mesh in self.sleeves.values()]
-        fabric = garments.texture(self.garment, self.place, outlines, self.fine)
+        fabric = texture(self.garment, self.place, outlines, self.fine)
         colour = self.garment.trim_colour
         source = self.torso.source
         neck = np.abs(self.torso.parameters[0, :, 1]) <= self.garment.cut.neck / self.garment.cut.shoulder + 1e-6
-        garments.trim(fabric, source[0, neck], colour, 0.032)
-        garments.trim(fabric, source[-1], 0.82 * self.garment.colours[0], 0.014)
+        trim(fabric, source[0, neck], colour, 0.032)
+        trim(fabric, source[-1], 0.82 * self.garment.colours[0], 0.014)
         for mesh in self.sleeves.values():
-            garments.trim(fabric, mesh.source[-1], colour, 0.030)
+            trim(fabric, mesh.source[-1], colour, 0.030)
         return fabric
 
     def _flat_picture(self, fabric: Image) -> tuple[Image, Mask]:
         """The garment on white and its mask, at picture size."""
         parts = [self.torso.outline(), *(mesh.outline() for mesh in self.sleeves.values())]
-        inside = garments.silhouette(parts, self.fine)
+        inside = silhouette(parts, self.fine)
         picture = cv2.copyTo(fabric, inside, np.full_like(fabric, 255))
         return self._reduced(cast(Image, picture)), self._reduced(inside) >= GREY
 
@@ -428,7 +417,7 @@ class _Rendering:
         width, length = self.person.shoulder, self.person.torso
         points = {"nose": body.head + [0.0, 0.016], "neck": body.carry(np.array([0.0, 0.04]))}
         for side, word in zip(SIDES, ("right", "left"), strict=True):
-            centers, _ = body.arms[side].at(np.array([0.0, people.UPPER_ARM_SHARE, 1.0]))
+            centers, _ = body.arms[side].at(np.array([0.0, UPPER_ARM_SHARE, 1.0]))
             hip = body.carry(np.array([side * 0.55 * width, 0.42 * length]))
             names = (f"{word}_shoulder", f"{word}_elbow", f"{word}_wrist", f"{word}_hip")
             points |= dict(zip(names, (*centers, hip), strict=True))
