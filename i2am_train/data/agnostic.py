@@ -258,6 +258,11 @@ def grey_region(agnostic: Image, photograph: Image, path: Path) -> Mask:
 
     Raises:
         DataError: the two differ in more than one grey, or the grey cannot be told from the photograph.
+
+    >>> photograph, agnostic = np.zeros((64, 48, 3), np.uint8), np.zeros((64, 48, 3), np.uint8)
+    >>> agnostic[16:48, 12:36] = 128
+    >>> grey_region(agnostic, photograph, Path("agnostic.png"))[32, [0, 24]].tolist()
+    [False, True]
     """
     if agnostic.shape != photograph.shape:
         found, expected = ("x".join(map(str, one.shape[:2])) for one in (agnostic, photograph))

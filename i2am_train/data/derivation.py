@@ -91,7 +91,11 @@ class DeriveReport:
     refused: list[Refusal] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """For JSON.
+
+        >>> DeriveReport(Path("set"), kept=Counter({"cloth-mask": 3})).to_dict()["kept"]
+        {'cloth-mask': 3}
+        """
         return {
             "schema": 1, "root": str(self.root), "pose": self.pose, "made": dict(self.made), "kept": dict(self.kept),
             "refused": [asdict(refusal) for refusal in self.refused],

@@ -80,6 +80,11 @@ def garment_mask(picture: Image) -> Mask:
     Raises:
         DataError: the background is not plain, nothing (or nearly everything) is the garment, or the garment cannot be
             told from the background.
+
+    >>> shop = np.full((64, 48, 3), 255, np.uint8)
+    >>> shop[16:48, 12:36] = 40
+    >>> garment_mask(shop)[32, [0, 24]].tolist()
+    [False, True]
     """
     size = GridSize(*picture.shape[:2])
     floods = _Floods.of(_reduced(picture, size))

@@ -481,7 +481,11 @@ def stem_of(name: str) -> str:
 
 
 def entries(folder: Path) -> str:
-    """The names in a folder, for messages."""
+    """The names in a folder, for messages.
+
+    >>> entries(Path("nowhere"))
+    'no such folder'
+    """
     if not folder.is_dir():
         return "no such folder"
     names = (entry.name for entry in folder.iterdir() if entry.name != LOCK)

@@ -96,7 +96,11 @@ class UnreadablePictureError(DataError):
 
     @classmethod
     def of(cls, path: Path, fault: str, advice: str = COPY_AGAIN) -> UnreadablePictureError:
-        """The error of a file. (Processes that read samples make errors again from their text alone.)"""
+        """The error of a file. (Processes that read samples make errors again from their text alone.)
+
+        >>> UnreadablePictureError.of(Path("a.jpg"), "is empty").advice
+        'Copy it again from the source.'
+        """
         error = cls(f"{path} {fault}. {advice}")
         error.fault, error.advice = fault, advice
         return error
@@ -184,7 +188,11 @@ def refuse_what_is_no_file(path: Path) -> None:
 
 
 def is_there(path: Path) -> bool:
-    """Whether there is a file of a name, readable or not (Path's own methods fail on names that are too long)."""
+    """Whether there is a file of a name, readable or not (Path's own methods fail on names that are too long).
+
+    >>> is_there(Path("x" * 300))
+    False
+    """
     try:
         path.lstat()
     except OSError:

@@ -273,6 +273,11 @@ def hands_of(joints: Joints, arms: dict[str, Mask]) -> Mask:
     Args:
         joints: the body; both shoulders are needed.
         arms: bare arm by side.
+
+    >>> joints = {"right_shoulder": np.array([0.0, 0.0]), "left_shoulder": np.array([4.0, 0.0])}
+    >>> joints |= {"left_elbow": np.array([5.0, 0.0]), "left_wrist": np.array([7.0, 0.0])}
+    >>> hands_of(joints, {"right": np.zeros((1, 12), bool), "left": np.ones((1, 12), bool)})[0].nonzero()[0].tolist()
+    [8, 9]
     """
     hands = np.zeros_like(arms["left"])
     reach = HAND_REACH * body_unit(joints)

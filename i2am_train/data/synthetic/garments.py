@@ -83,7 +83,12 @@ class Cut:
         return np.where(y < self.armpit, armhole - dent, upper + lower)
 
     def top(self, across: Points) -> Points:
-        """Upper edge (neckline and shoulder line) over ``across`` in -1..1."""
+        """Upper edge (neckline and shoulder line) over ``across`` in -1..1.
+
+        >>> cut = draw_garment(np.random.default_rng(7)).cut
+        >>> bool(np.isclose(cut.top(np.array([1.0]))[0], SHOULDER_DROP))  # the tip of the shoulder
+        True
+        """
         x = np.abs(across) * self.shoulder
         shoulder_line = SHOULDER_DROP * clamped((x - self.neck) / (self.shoulder - self.neck))
         inside = clamped(x / self.neck)
@@ -232,7 +237,13 @@ class Placement:
 
 
 def flat_sleeve(cut: Cut, side: int) -> Tube:
-    """The centre line of a flat sleeve, hanging straight outwards."""
+    """The centre line of a flat sleeve, hanging straight outwards.
+
+    >>> cut = draw_garment(np.random.default_rng(7)).cut
+    >>> left, right = flat_sleeve(cut, -1), flat_sleeve(cut, 1)
+    >>> bool(np.allclose(left.line * [-1, 1], right.line))
+    True
+    """
     tip, pit = armhole(cut, side)[[0, -1]]
     root = 0.5 * (tip + pit)
     direction = np.array([side * np.sin(cut.sleeve_angle), np.cos(cut.sleeve_angle)])

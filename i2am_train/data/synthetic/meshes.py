@@ -257,7 +257,12 @@ class Tube:
         return center, -self.side * joined(slope_y / norm, -(slope_x / norm))
 
     def grid(self, fractions: Points, across: Points, half_width: Points) -> Points:
-        """Points ``[fractions, across, 2]`` of the tube."""
+        """Points ``[fractions, across, 2]`` of the tube.
+
+        >>> tube = Tube(np.array([[0.0, 0.0], [0.0, 1.0]]), side=1)
+        >>> tube.grid(np.array([0.0, 0.5, 1.0]), np.array([-1.0, 1.0]), half_width=np.full(3, 0.1)).shape
+        (3, 2, 2)
+        """
         return spread(*self.at(fractions), across, half_width)
 
     def outline(self, start: float, stop: float, widths: tuple[float, float]) -> Points:

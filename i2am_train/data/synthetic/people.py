@@ -137,7 +137,12 @@ class Body:
 
     @cached_property
     def scale(self) -> Points:
-        """Cut lengths to body lengths, per axis."""
+        """Cut lengths to body lengths, per axis.
+
+        >>> person = draw_person(np.random.default_rng(7))
+        >>> Body(person, 0.75).scale[1] == person.torso
+        True
+        """
         return np.array([self.person.shoulder / SHOULDER, self.person.torso])
 
     def carry(self, points: Points) -> Points:
@@ -231,7 +236,14 @@ def _downwards(side: int, angle: float, lean: float) -> Points:
 
 
 def torso_mesh(cut: Cut, place: Placement, body: Body) -> PartMesh:
-    """The front panel: columns across (neckline corners included), rows down."""
+    """The front panel: columns across (neckline corners included), rows down.
+
+    >>> from i2am_train.data.synthetic.garments import draw_garment, place_cut
+    >>> cut, person = draw_garment(np.random.default_rng(7)).cut, draw_person(np.random.default_rng(7))
+    >>> mesh = torso_mesh(cut, place_cut(cut, 0.75), Body(person, 0.75))
+    >>> mesh.source.shape == mesh.target.shape
+    True
+    """
     corner = cut.neck / cut.shoulder
     inner = [-0.98 * corner, 0.98 * corner]  # beside the corners, for the steps of a square neckline
     across = np.unique(np.concatenate([np.linspace(-1, 1, 15), np.linspace(-corner, corner, 9), inner]))
