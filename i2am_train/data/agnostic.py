@@ -97,8 +97,9 @@ def person_masks(labels: LabelMap, names: LabelSet, category: Category, pose: Po
     Raises:
         DataError: no pixel has a label of the category, or the pose lacks what the category needs.
 
-    >>> labels = np.array([[0, 0, 0, 0, 0, 5]] * 2, np.uint8)  # of VITON-HD, 5 is upper_clothes
-    >>> person_masks(labels, LABEL_SETS["viton_hd"], "upper_body", None).region[0].tolist()
+    >>> from i2am_train.data.parsing import VITON_HD
+    >>> labels = np.array([[0, 0, 0, 0, 0, 5]] * 2, np.uint8)  # 5 is upper_clothes
+    >>> person_masks(labels, VITON_HD, "upper_body", None).region[0].tolist()
     [False, False, False, False, True, True]
     """
     worn = names.inside(labels, WORN[category])

@@ -99,7 +99,7 @@ class DatasetReport:
     def _rows(self) -> Iterable[tuple[str, ...]]:
         seen: Counter[tuple[str, ...]] = Counter()
         for finding in sorted(self.findings, key=lambda finding: finding[:5]):
-            kind = finding[:4]
+            kind: tuple[str, ...] = finding[:4]
             seen[kind] += 1
             if seen[kind] <= ROWS_PER_CODE:
                 yield finding

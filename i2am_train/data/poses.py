@@ -301,7 +301,7 @@ def drawn_parts(joints: Joints, size: GridSize) -> Canvas:
     are needed.
 
     >>> joints = {"right_shoulder": np.array([10.0, 5.0]), "left_shoulder": np.array([14.0, 5.0])}
-    >>> drawn_parts(joints, GridSize(12, 20))[8, 12]  # the torso
+    >>> int(drawn_parts(joints, GridSize(12, 20))[8, 12])  # the torso
     2
     """
     unit = body_unit(joints)

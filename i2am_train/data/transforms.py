@@ -54,21 +54,34 @@ class Augmentation:
     def __call__(self, sample: SampleArrays, seed: int) -> SampleArrays:
         """Augment one sample; the same seed gives the same result."""
         flip, garment, person, colour = np.random.SeedSequence(seed).generate_state(4).tolist()
-        sample, flipped = self._flip(sample, flip)
-        if flipped is not None:  # left stays left for both, so coordinates mirror as well
-            mirrored = sample.correspondence[:, ::-1].copy()
-            mirrored[..., 1] = 1.0 - mirrored[..., 1]
-            sample = replace(sample, correspondence=mirrored)
-        sample, moved = self._garment(sample, garment)
-        if moved is not None:  # the values of the correspondence move with the flat garment
-            carried = move_coordinates(sample.correspondence, moved["matrix"], sample.garment.shape[:2])
-            sample = replace(sample, correspondence=carried)
-        sample, moved = self._person(sample, person)
-        if moved is not None:  # the map of the correspondence moves with the person
-            sample = replace(sample, correspondence=move_map(sample.correspondence, moved["matrix"]))
+        sample = self._person_moved(self._garment_moved(self._flipped(sample, flip), garment), person)
         sample, _ = self._colour(sample, colour)
         agnostic = np.where(sample.inpaint_mask[..., None], np.uint8(GREY), sample.agnostic)
         return replace(sample, agnostic=agnostic)
+
+    def _flipped(self, sample: SampleArrays, seed: int) -> SampleArrays:
+        """Mirror all pictures together: left stays left for both, so coordinates mirror as well."""
+        sample, applied = self._flip(sample, seed)
+        if applied is None:
+            return sample
+        mirrored = sample.correspondence[:, ::-1].copy()
+        mirrored[..., 1] = 1.0 - mirrored[..., 1]
+        return replace(sample, correspondence=mirrored)
+
+    def _garment_moved(self, sample: SampleArrays, seed: int) -> SampleArrays:
+        """Move the flat garment: the values of the correspondence move with it."""
+        sample, applied = self._garment(sample, seed)
+        if applied is None:
+            return sample
+        moved = move_coordinates(sample.correspondence, applied["matrix"], sample.garment.shape[:2])
+        return replace(sample, correspondence=moved)
+
+    def _person_moved(self, sample: SampleArrays, seed: int) -> SampleArrays:
+        """Move the person: the map of the correspondence moves with them."""
+        sample, applied = self._person(sample, seed)
+        if applied is None:
+            return sample
+        return replace(sample, correspondence=move_map(sample.correspondence, applied["matrix"]))
 
 
 def move_coordinates(

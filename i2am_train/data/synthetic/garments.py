@@ -104,7 +104,7 @@ class Cut:
         """Hem line, slightly rounded.
 
         >>> cut = draw_garment(np.random.default_rng(7)).cut
-        >>> cut.bottom(np.array([0.0]))[0] == cut.length
+        >>> bool(cut.bottom(np.array([0.0]))[0] == cut.length)
         True
         """
         return self.length - self.hem_curve * across**2
@@ -256,7 +256,7 @@ def armhole(cut: Cut, side: int, points: int = 9) -> Points:
     """The seam that torso and sleeve share, from shoulder tip to armpit.
 
     >>> cut = draw_garment(np.random.default_rng(7)).cut
-    >>> armhole(cut, side=-1, points=2)[1, 1] == cut.armpit
+    >>> bool(armhole(cut, side=-1, points=2)[1, 1] == cut.armpit)
     True
     """
     y = np.linspace(SHOULDER_DROP, cut.armpit, points)
@@ -267,7 +267,7 @@ def place_cut(cut: Cut, aspect: float) -> Placement:
     """Centre the garment and let it fill the picture as far as :data:`FILL` allows.
 
     >>> cut = draw_garment(np.random.default_rng(7)).cut
-    >>> place_cut(cut, aspect=0.75).origin[0]  # the middle of the picture, in its heights
+    >>> float(place_cut(cut, aspect=0.75).origin[0])  # the middle of the picture, in its heights
     0.375
     """
     half = max(cut.shoulder, cut.hem, cut.chest)

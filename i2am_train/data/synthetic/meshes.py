@@ -287,7 +287,7 @@ def spread(center: Points, inward: Points, across: Points, half_width: Points) -
 
     >>> center, inward, edges = np.zeros((1, 2)), np.array([[1.0, 0.0]]), np.array([-1.0, 1.0])
     >>> spread(center, inward, edges, half_width=np.array([0.1])).tolist()
-    [[[-0.1, -0.0], [0.1, 0.0]]]
+    [[[-0.1, 0.0], [0.1, 0.0]]]
     """
     return np.asarray(center[:, None] + inward[:, None] * (across[None, :, None] * half_width[:, None, None]))
 

@@ -130,7 +130,7 @@ class Body:
         """Base of the neck.
 
         >>> person = draw_person(np.random.default_rng(7))
-        >>> Body(person, 0.75).base[1] == person.neck_y
+        >>> bool(Body(person, 0.75).base[1] == person.neck_y)
         True
         """
         return np.array([self.aspect / 2 + self.person.center, self.person.neck_y])
@@ -140,7 +140,7 @@ class Body:
         """Cut lengths to body lengths, per axis.
 
         >>> person = draw_person(np.random.default_rng(7))
-        >>> Body(person, 0.75).scale[1] == person.torso
+        >>> bool(Body(person, 0.75).scale[1] == person.torso)
         True
         """
         return np.array([self.person.shoulder / SHOULDER, self.person.torso])
