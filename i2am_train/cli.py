@@ -107,7 +107,7 @@ def _answer(words: list[str]) -> None:
         import_module("i2am_train.workflows.recipes").print_recipes()
     else:
         name = f"data_{options.pop(0)}" if command == "data" else command
-        import_module("i2am_train.entry.command").execute(name, options)
+        import_module("i2am_train.entry").execute(name, options)
 
 
 def _discard_output() -> None:

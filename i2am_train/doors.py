@@ -39,7 +39,12 @@ def is_import_path(text: str) -> bool:
 
 
 def allow_named(words: Iterable[str]) -> None:
-    """Allow the modules of all import paths in words that the user typed, in this process and in those it starts."""
+    """Allow the modules of all import paths in words that the user typed, in this process and in those it starts.
+
+    >>> allow_named(["objective.terms.mine={fn: json.decoder:scanstring, weight: 1}"])
+    >>> resolve("json.decoder:scanstring", "fn", "a function").__name__
+    'scanstring'
+    """
     allow(*(found["module"] for word in words for found in _IMPORT_PATH.finditer(word)))
 
 

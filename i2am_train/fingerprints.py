@@ -52,7 +52,11 @@ def is_of_dataset(name: PurePath) -> bool:
 
 
 def part_of(root: Path) -> Callable[[PurePath], bool]:
-    """Which names below a root belong to the dataset: all of them where it has none of `DATASET_FOLDERS`."""
+    """Which names below a root belong to the dataset: all of them where it has none of `DATASET_FOLDERS`.
+
+    >>> part_of(Path("/nowhere"))(PurePath("runs/a"))
+    False
+    """
     usual = any((root / name).is_dir() for name in DATASET_FOLDERS) or not root.is_dir()
     return is_of_dataset if usual else lambda name: True
 
@@ -179,9 +183,3 @@ def note_unreadable(folder: Path, failure: str) -> None:
 
 def _without_ending(name: str) -> str:
     return str(PurePosixPath(name).with_suffix(""))
-
-
-def file_fingerprint(path: Path) -> str:
-    """SHA-256 of a file's content, 64 hexadecimal digits."""
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()

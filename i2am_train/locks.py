@@ -28,9 +28,9 @@ from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 
+from i2am_train.environment import first_process
 from i2am_train.errors import FolderInUseError, RunFolderError
 from i2am_train.files import UNFINISHED, flush, flush_tree, named_errors
-from i2am_train.processes import first_process
 
 LOCK = ".i2am.lock"
 """The lock's name, in the folder that it locks. A folder that holds one is ours."""

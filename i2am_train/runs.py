@@ -16,12 +16,11 @@ from dataclasses import dataclass
 from pathlib import Path, PurePath
 from typing import Any
 
-from i2am_train.environment import now, provenance
+from i2am_train.environment import now, provenance, shown
 from i2am_train.errors import RunFolderError
+from i2am_train.files import json_text, read_json, read_object, write_json
 from i2am_train.fingerprints import RECORD_FILE, DataRecord, DataState, part_of
-from i2am_train.json_files import read_json, read_object, without_nan, write_json
 from i2am_train.locks import LOCK
-from i2am_train.redaction import shown
 
 SETTINGS_FILE = "settings.json"
 MANIFEST_FILE = "manifest.json"
@@ -198,7 +197,11 @@ def model_suffix(checkpoint: Path) -> str:
 
 
 def best_step(run: Path) -> int | None:
-    """The step of a run's best model so far; None where it keeps none."""
+    """The step of a run's best model so far; None where it keeps none.
+
+    >>> best_step(Path("/nowhere")) is None
+    True
+    """
     file = run / BEST_RECORD
     return int(read_json(file)["step"]) if file.is_file() else None
 
@@ -215,6 +218,11 @@ def require_apart(data: Path, *outputs: Path | None, counts: Callable[[PurePath]
 
     Raises:
         RunFolderError: one of the folders lies inside the other, through links, too.
+
+    >>> require_apart(Path("/data/viton"), Path("/data/viton/train/run"), counts=lambda name: True)
+    Traceback (most recent call last):
+        ...
+    i2am_train.errors.RunFolderError: /data/viton/train/run lies among the data in /data/viton, which everything ...
     """
     root = Path(os.path.realpath(data))
     counts = counts or part_of(root)
@@ -289,4 +297,4 @@ def _as_json(settings: Mapping[str, Any]) -> dict[str, Any]:
 
     A run goes on with another password, or another token, in the address of the same cache.
     """
-    return dict(shown(json.loads(json.dumps(without_nan(settings), default=str))))
+    return dict(json.loads(json_text(settings)))

@@ -157,7 +157,7 @@ def tiny_case(batch: int = 4, steps: int = 4) -> Case:
 def train_case(batch: int = 8) -> Case:
     """Training steps of two copies of the tiny model."""
     from i2am_train.attention import ScoreTap
-    from i2am_train.config.losses import ObjectiveConfig
+    from i2am_train.config.training import ObjectiveConfig
     from i2am_train.losses.objective import Objective, make_objective
     from i2am_train.training.draws import draw
     from i2am_train.training.step import step_losses

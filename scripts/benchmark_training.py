@@ -41,7 +41,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
 from i2am_train.attention import ScoreTap
-from i2am_train.config.losses import ObjectiveConfig
+from i2am_train.config.training import ObjectiveConfig
 from i2am_train.data.cache import ENCODED, TOKENS, CachedDataset, LatentCache
 from i2am_train.data.dataset import TryOnDataset
 from i2am_train.data.synthetic import make_dataset

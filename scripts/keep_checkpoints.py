@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from i2am_train.json_files import read_json
+from i2am_train.files import read_json
 from i2am_train.reporting.tables.scores import ATTENTION_METRICS, IMAGE_METRICS
 from i2am_train.results.evaluations import read_evaluations
 from i2am_train.results.study import arm_labels, read_results

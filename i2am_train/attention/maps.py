@@ -339,7 +339,7 @@ class AttributionMaps:
         ``layer`` must have been traced with its matrices (``trace(..., matrix_layers=[layer])``).
         """
         record = self.store.layer(layer)
-        at = _patch_indices(patches, record.generated_grid)
+        at = patch_indices(patches, record.generated_grid)
         rows = self.scores(layer)[:, at]
         grid = record.grid(Direction.GENERATED_TO_REFERENCE)
         return _patch_maps(rows, grid, Direction.GENERATED_TO_REFERENCE, at, size)
@@ -353,7 +353,7 @@ class AttributionMaps:
         4).
         """
         record = self.store.layer(layer)
-        at = _patch_indices(patches, record.grid(Direction.GENERATED_TO_REFERENCE))
+        at = patch_indices(patches, record.grid(Direction.GENERATED_TO_REFERENCE))
         columns = self.scores(layer, over="generated")[:, :, at].transpose(1, 2)
         return _patch_maps(columns, record.generated_grid, Direction.REFERENCE_TO_GENERATED, at, size)
 
@@ -389,8 +389,12 @@ def _numbers(count: int) -> tuple[str, ...]:
     return tuple(str(number) for number in range(count))
 
 
-def _patch_indices(patches: Sequence[Patch], grid: GridSize) -> list[int]:
-    """Row-major indices; an error for a patch outside the grid."""
+def patch_indices(patches: Sequence[Patch], grid: GridSize) -> list[int]:
+    """Row-major indices; an error for a patch outside the grid.
+
+    >>> patch_indices([(1, 2), 3], GridSize(4, 3))
+    [5, 3]
+    """
     indices = []
     for patch in patches:
         y, x = divmod(patch, grid.width) if isinstance(patch, int) else patch

@@ -16,8 +16,8 @@ from typing import Any
 import lightning as L
 from lightning.pytorch.callbacks import Checkpoint
 
+from i2am_train.environment import first_process
 from i2am_train.errors import CheckpointError
-from i2am_train.processes import first_process
 
 FOLDER = "checkpoints"
 """Where a run keeps them, inside the run folder."""

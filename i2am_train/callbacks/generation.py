@@ -4,7 +4,7 @@ from typing import Any
 
 import lightning as L
 
-from i2am_train.config.attention import AttributionConfig
+from i2am_train.config.evaluation import AttributionConfig
 from i2am_train.config.models import SamplingConfig
 from i2am_train.evaluation.evaluator import score_row
 from i2am_train.evaluation.explaining import explain_batch

@@ -11,7 +11,7 @@ from torch.nn.utils import get_total_norm
 
 from i2am_train.callbacks.checkpoints import FOLDER as CHECKPOINTS
 from i2am_train.errors import TrainingError
-from i2am_train.json_files import write_json
+from i2am_train.files import write_json
 from i2am_train.tracking.names import GRADIENT_NORM, LOSS
 from i2am_train.training.sharding import whole
 

@@ -12,7 +12,7 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from i2am_train.callbacks.checkpoints import steps_done
 from i2am_train.callbacks.evaluation import EvaluationCallback
-from i2am_train.config.build import plain
+from i2am_train.config.options import plain
 from i2am_train.config.training import TrainConfig
 from i2am_train.data.dataset import prepare_data
 from i2am_train.runs import MODEL_FOLDER, RunFolder

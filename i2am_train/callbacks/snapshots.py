@@ -6,7 +6,7 @@ from typing import Any
 import lightning as L
 
 from i2am_train.callbacks.averaging import AveragedWeights
-from i2am_train.json_files import write_json
+from i2am_train.files import write_json
 from i2am_train.runs import BEST_RECORD, SNAPSHOTS_FOLDER
 from i2am_train.tracking.names import VALIDATION
 from i2am_train.training.module import TryOnModule

@@ -1,16 +1,25 @@
-"""The commands: what each is told, what it runs, and what its help begins with."""
+"""The commands: what each is told, what it runs, and its ``--help``."""
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+import ast
+import inspect
+import sys
+from collections.abc import Iterable, Mapping
+from dataclasses import fields
+from enum import Enum
+from functools import cache
+from itertools import pairwise
+from textwrap import dedent, fill, indent
+from typing import Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
 
 from i2am_train.config.data import DataCacheConfig, DataCheckConfig, DataDeriveConfig, DataMakeConfig
-from i2am_train.config.detection import DetectConfig
 from i2am_train.config.evaluation import EvaluateConfig
-from i2am_train.config.explanation import ExplainConfig
+from i2am_train.config.explanation import DetectConfig, ExplainConfig
+from i2am_train.config.locations import conf_folder, experiment_names
 from i2am_train.config.models import ExportConfig, InitConfig
-from i2am_train.config.reporting import ReportConfig
-from i2am_train.config.tracking import DashboardConfig
+from i2am_train.config.options import REQUIRED, group_of, plain
+from i2am_train.config.reporting import DashboardConfig, ReportConfig
 from i2am_train.config.training import AblateConfig, TrainConfig
 
 
@@ -18,7 +27,7 @@ class Command(NamedTuple):
     """A command of ``i2am``."""
 
     options: type[Any]
-    """Schema of ``conf/<command>.yaml``."""
+    """Their class, or schema."""
     workflow: str
     """Function of the options, ``module:function`` in ``i2am_train.workflows``; it may return an exit status."""
     examples: str
@@ -27,6 +36,21 @@ class Command(NamedTuple):
     goes_on: str = ""
     """How the same command continues after it was stopped; empty: it starts anew."""
 
+
+DEFAULT_FILES = {
+    "data": "synthetic",
+    "objective": "denoising",
+    "optimization": "finetune",
+    "sampling": "ddim10",
+    "attribution": "paper",
+    "evaluation": "offline",
+    "validation": "epoch",
+    "tracking": "local",
+    "trainer": "single",
+}
+"""The file of ``conf/<group>/`` that a command takes for each of its groups unless it is told another one."""
+WITH_EXPERIMENTS = ("train", "ablate")
+"""Commands that take ``experiment=``."""
 
 COMMANDS: dict[str, Command] = {
     "train": Command(
@@ -81,7 +105,7 @@ COMMANDS: dict[str, Command] = {
     ),
     "detect": Command(
         DetectConfig,
-        "detect:run",
+        "explain:detect",
         """
         i2am detect root=data/coco dtype=float16
         i2am detect root=data/coco detectors=[torchvision:maskrcnn_resnet50_fpn,PekingU/rtdetr_r50vd]
@@ -104,7 +128,7 @@ COMMANDS: dict[str, Command] = {
     ),
     "export": Command(
         ExportConfig,
-        "export:run",
+        "models:export",
         """
         i2am export checkpoint=runs/refined-seed0 output=exported/refined
         i2am export checkpoint=runs/refined-seed0 output=PATH dtype=float16 push=USER/NAME
@@ -112,7 +136,7 @@ COMMANDS: dict[str, Command] = {
     ),
     "init": Command(
         InitConfig,
-        "init:run",
+        "models:init",
         """
         i2am init unet=v1-5-pruned.safetensors encoder=facebook/dinov2-giant output=models/start
         i2am init unet=FOLDER vae=VITONHD_VAE_finetuning.ckpt encoder=FOLDER output=models/start
@@ -122,7 +146,7 @@ COMMANDS: dict[str, Command] = {
     ),
     "dashboard": Command(
         DashboardConfig,
-        "dashboard:run",
+        "report:dashboard",
         """
         i2am dashboard
         i2am dashboard entity=my-team project=i2am-train group=study
@@ -166,3 +190,116 @@ COMMANDS: dict[str, Command] = {
         goes_on="with the shards that are not there yet",
     ),
 }
+
+WIDTH, NAME_WIDTH = 100, 36
+"""Columns of the help, and of the names in it."""
+
+
+def command_help(command: str) -> str:
+    """The ``--help`` of a command: its options with defaults, those that people use first, then the others by group.
+
+    >>> print(command_help("data_check").splitlines()[0])
+    usage: i2am data check [name=value ...]
+    """
+    schema, first = COMMANDS[command].options, COMMANDS[command].first.split()
+    known = ", ".join(experiment_names([item.name for item in fields(schema)]))
+    experiment = f"Options that belong together, of a file in conf/experiment: {known}."
+    entries = {"experiment": _entry("experiment=null", experiment), **_entries(schema)}
+    parts = [
+        f"usage: i2am {command.replace('_', ' ')} [name=value ...]",
+        str(schema.__doc__),
+        f"examples:\n{indent(dedent(COMMANDS[command].examples).strip(), '  ')}",
+        _block("options that are used first (name=value, without dashes)", first, entries),
+        *_groups(schema, "", {n: text for n, text in entries.items() if n not in first}),
+        _files(schema),
+        "also: --cfg job shows the composed options, --info searchpath where they come from,\n"
+        "      --debug shows the traceback of an error, -m seed=0,1,2 runs a sweep (as SLURM jobs with\n"
+        "      hydra/launcher=submitit_slurm, after pip install hydra-submitit-launcher).",
+    ]
+    return "\n\n".join(part for part in parts if part)
+
+
+def field_docstrings(schema: type[Any]) -> dict[str, str]:
+    """The text under each field of a class of options.
+
+    >>> from i2am_train.config.data import SyntheticConfig
+    >>> field_docstrings(SyntheticConfig)["test"]
+    'Number of held-out samples.'
+    """
+    body = _class_bodies(schema.__module__)[schema.__name__]
+    found: dict[str, str] = {}
+    for field_node, text_node in pairwise(body):
+        match field_node, text_node:
+            case (ast.AnnAssign(target=ast.Name(id=name)), ast.Expr(value=ast.Constant(value=str(text)))):
+                found[name] = " ".join(text.split())
+    return found
+
+
+@cache
+def _class_bodies(module: str) -> dict[str, list[ast.stmt]]:
+    tree = ast.parse(inspect.getsource(sys.modules[module]))
+    return {node.name: node.body for node in tree.body if isinstance(node, ast.ClassDef)}
+
+
+def _entries(schema: type[Any], prefix: str = "") -> dict[str, str]:
+    """The entry of each option by its dotted name, options of groups included."""
+    texts, defaults, hints = field_docstrings(schema), plain(schema), get_type_hints(schema)
+    entries: dict[str, str] = {}
+    for item in fields(schema):
+        name = f"{prefix}{item.name}"
+        if group := group_of(item):
+            entries |= _entries(group, f"{name}.")
+        else:
+            text = texts[item.name] + _choices(hints[item.name])
+            entries[name] = _entry(f"{name}={_shown(defaults[item.name])}", text)
+    return entries
+
+
+def _block(title: str, names: Iterable[str], entries: Mapping[str, str]) -> str:
+    lines = [entries[name] for name in names if name in entries]
+    return "\n".join([f"{title}:", *lines]) if lines else ""
+
+
+def _choices(hint: Any) -> str:
+    """The legal values of an option that has only a few."""
+    values: tuple[Any, ...] = get_args(hint) if get_origin(hint) is Literal else ()
+    if isinstance(hint, type) and issubclass(hint, Enum):
+        values = tuple(member.value for member in hint)
+    return f" One of {', '.join(values)}." if values else ""
+
+
+def _groups(schema: type[Any], prefix: str, entries: Mapping[str, str]) -> list[str]:
+    """One block for the options of a schema, and one per group in it."""
+    title = f"{prefix[:-1]}: {schema.__doc__}".removesuffix(".") if prefix else "options"
+    blocks = [_block(title, [f"{prefix}{item.name}" for item in fields(schema)], entries)]
+    for item in fields(schema):
+        if group := group_of(item):
+            blocks += _groups(group, f"{prefix}{item.name}.", entries)
+    return blocks
+
+
+def _files(schema: type[Any]) -> str:
+    """The choices of files in conf/ for this command's groups."""
+    options = [item.name for item in fields(schema)]
+    choices = {group: sorted(path.stem for path in (conf_folder() / group).glob("*.yaml")) for group in options}
+    lines = [f"  {group}={'|'.join(names)}" for group, names in choices.items() if names]
+    return "\n".join(["files of options, each a file in conf/<group>/:", *lines]) if lines else ""
+
+
+def _shown(value: Any) -> str:
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, list):
+        return f"[{','.join(map(_shown, value))}]"
+    return "(required)" if value == REQUIRED else str(value)
+
+
+def _entry(name: str, text: str) -> str:
+    """An option and its meaning in two columns; a long option gets a line of its own."""
+    margin = " " * (NAME_WIDTH + 2)
+    wrapped = fill(text, WIDTH, initial_indent=margin, subsequent_indent=margin)
+    if len(name) + 3 > NAME_WIDTH:
+        return f"  {name}\n{wrapped}"
+    return f"  {name}".ljust(len(margin)) + wrapped.lstrip()

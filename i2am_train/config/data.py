@@ -7,26 +7,29 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
 
-from i2am_train.config.build import OptionError, Options
-from i2am_train.config.constraints import (
+from i2am_train.config.locations import absolute
+from i2am_train.config.options import (
+    DISTINCT,
     NOT_BLANK,
+    SOME_DISTINCT,
     Count,
     HubModel,
     ImageSide,
     Layout,
     ModelFolder,
     Natural,
+    OptionError,
+    Options,
     Pixels,
     Samples,
     Threads,
     Workers,
-    distinct,
-    distinct_some,
     within,
 )
-from i2am_train.config.locations import absolute
 from i2am_train.errors import ConfigError
 from i2am_train.types import Category, Device, Fit, GridSize, PoseSource, Split
+
+Categories = Annotated[list[Category], DISTINCT]
 
 
 @dataclass(kw_only=True, slots=True)
@@ -50,7 +53,7 @@ class DataConfig(Options):
     layout: Layout = "auto"
     """How the folder is laid out: viton_hd, dresscode, auto (dresscode where it has folders of
     categories), or your own by import path, my_package:MyLayout (i2am_train/EXTENDING.md)."""
-    categories: Annotated[list[Category], distinct] = field(default_factory=list)
+    categories: Categories = field(default_factory=list)
     """Categories of DressCode to read: upper_body, lower_body, dresses; empty: all that exist."""
     fit: Fit = "stretch"
     """Pictures of another aspect: stretch changes the proportions, pad adds margins (white, around
@@ -74,13 +77,21 @@ class DataConfig(Options):
     """The embedded dataset."""
 
     def check(self) -> None:
-        """A cache in a folder is meant from here, one at a URL is where it is."""
+        """A cache in a folder is meant from here, one at a URL is where it is.
+
+        >>> DataConfig(cache="a").cache == str(Path.cwd() / "a"), DataConfig(cache="s3://a").cache
+        (True, 's3://a')
+        """
         if self.cache is not None and "://" not in self.cache:
             self.cache = str(absolute(Path(self.cache)))
 
     @property
     def size(self) -> GridSize:
-        """Image size, height first."""
+        """Image size, height first.
+
+        >>> DataConfig(height=256, width=192).size
+        GridSize(height=256, width=192)
+        """
         return GridSize(self.height, self.width)
 
 
@@ -108,7 +119,11 @@ class DataMakeConfig(Options):
 
     @property
     def size(self) -> GridSize:
-        """Image size, height first."""
+        """Image size, height first.
+
+        >>> str(DataMakeConfig().size)
+        '128x96'
+        """
         return GridSize(self.height, self.width)
 
 
@@ -120,7 +135,7 @@ class DataDeriveConfig(Options):
     """Dataset folder in VITON-HD or DressCode layout: pair lists, people and flat garments."""
     layout: Layout = "auto"
     """How the folder is laid out, as in data.layout."""
-    categories: Annotated[list[Category], distinct] = field(default_factory=list)
+    categories: Categories = field(default_factory=list)
     """Categories of DressCode to work on; empty: all that exist."""
     category: Category = "upper_body"
     """What the garments cover, in VITON-HD layout (DressCode's folders say it)."""
@@ -161,7 +176,7 @@ class DataCheckConfig(Options):
     """Dataset folder in VITON-HD or DressCode layout."""
     layout: Layout = "auto"
     """How the folder is laid out, as in data.layout."""
-    categories: Annotated[list[Category], distinct] = field(default_factory=list)
+    categories: Categories = field(default_factory=list)
     """Categories of DressCode to check; empty: all that exist."""
     height: Pixels | None = None
     """Height that every image must have, in pixels; null: the pictures of a person must agree."""
@@ -171,13 +186,23 @@ class DataCheckConfig(Options):
     """File for the report as JSON; null: print the table only."""
 
     def check(self) -> None:
-        """A size has two lengths."""
+        """A size has two lengths.
+
+        >>> DataCheckConfig(root="a", height=512)
+        Traceback (most recent call last):
+            ...
+        i2am_train.errors.ConfigError: Only one of height=512 and width=None is set. Set both, or neither.
+        """
         if (self.height is None) != (self.width is None):
             raise ConfigError(f"Only one of height={self.height} and width={self.width} is set. Set both, or neither.")
 
     @property
     def size(self) -> GridSize | None:
-        """Image size to insist on, height first, or None."""
+        """Image size to insist on, height first, or None.
+
+        >>> DataCheckConfig(root="a").size is None
+        True
+        """
         if self.height is None or self.width is None:
             return None
         return GridSize(self.height, self.width)
@@ -191,7 +216,7 @@ class DataCacheConfig(Options):
     """Dataset folder in VITON-HD or DressCode layout."""
     layout: Layout = "auto"
     """How the folder is laid out, as in data.layout."""
-    categories: Annotated[list[Category], distinct] = field(default_factory=list)
+    categories: Categories = field(default_factory=list)
     """Categories of DressCode to encode; empty: all that exist."""
     fit: Fit = "stretch"
     """Pictures of another aspect, as in data.fit."""
@@ -200,7 +225,7 @@ class DataCacheConfig(Options):
     are read at its size."""
     output: Path
     """Folder of the cache. The same command again goes on, and makes damaged shards anew."""
-    splits: Annotated[list[Split], distinct_some] = field(default_factory=lambda: [Split.TRAIN])
+    splits: Annotated[list[Split], SOME_DISTINCT] = field(default_factory=lambda: [Split.TRAIN])
     """Halves of the dataset: train, test."""
     variants: Annotated[int, within(0, 10_000)] = 0
     """Augmented variants of each training sample, shown in turn from epoch to epoch; 0: the sample

@@ -1,4 +1,4 @@
-"""Options of judging a model."""
+"""Options of judging a model: attention maps and scores, image metrics, and ``i2am evaluate``."""
 
 from __future__ import annotations
 
@@ -6,14 +6,54 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
-from i2am_train.config.attention import AttributionConfig
-from i2am_train.config.build import OptionError, Options
-from i2am_train.config.constraints import Count, ModelFolder, Natural, Pixels, Rule, at_least, within
 from i2am_train.config.data import DataConfig
 from i2am_train.config.models import SamplingConfig
-from i2am_train.config.tracking import TrackingConfig
+from i2am_train.config.options import (
+    BelowOne,
+    Count,
+    Layer,
+    Layers,
+    ModelFolder,
+    Natural,
+    NotNegative,
+    OptionError,
+    Options,
+    Pixels,
+    Rule,
+    at_least,
+    within,
+)
+from i2am_train.config.reporting import TrackingConfig
 from i2am_train.errors import ConfigError
-from i2am_train.types import Device, Pairing, Precision, PublishedModel
+from i2am_train.types import Device, LayerWeighting, Pairing, Precision, PublishedModel
+
+
+@dataclass(kw_only=True, slots=True)
+class AttributionConfig(Options):
+    """How attention becomes maps and scores."""
+
+    delta: BelowOne = 0.4
+    """Threshold of the normalised maps, in [0, 1): smaller values become 0."""
+    penalty: NotNegative = 3.0
+    """IMACS penalty lambda on attention outside the mask."""
+    deltas: list[BelowOne] = field(default_factory=list)
+    """More thresholds that IMACS is reported at, from the same maps."""
+    penalties: list[NotNegative] = field(default_factory=lambda: [1.0, 3.0, 5.0])
+    """More penalties, likewise; the scores of every delta and lambda are called imacs_g@d0.4_l3."""
+    weighting: LayerWeighting = LayerWeighting.PAPER
+    """How layers of different grids are summed: paper (plain sum) or density (balanced)."""
+    layer: Layer = 2
+    """Layer of correspondence error, PCK, spread and entropy: a paper number 1...9 or a name."""
+    layers: Layers | None = None
+    """Layers that enter the unified maps; null: all nine."""
+    inpaint_queries: bool = True
+    """Reference-side maps average over generated positions inside the inpainting mask only, as the
+    authors' code does; false: over all, as the paper writes."""
+    time_groups: Count = 5
+    """Groups of sampling steps in time-level maps; group 0 is the noisiest."""
+    byte_budget: Annotated[int, at_least(2**16)] = 64 * 2**20
+    """Memory that capture may use for intermediate results, in bytes."""
+
 
 UNSHARDED = Rule(
     "auto or ddp: judging a model shards nothing", lambda strategy: not strategy.startswith(("fsdp", "deepspeed"))
@@ -84,7 +124,13 @@ class EvaluateConfig(Options):
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
 
     def check(self) -> None:
-        """One thing is judged, by options that belong to it."""
+        """One thing is judged, by options that belong to it.
+
+        >>> EvaluateConfig(images="a")
+        Traceback (most recent call last):
+            ...
+        i2am_train.errors.ConfigError: What to judge is not clear: found images. Give ...
+        """
         judged = ("checkpoint", "images", "reference")
         given = [name for name in judged if getattr(self, name) is not None]
         if given not in (["checkpoint"], ["images", "reference"]):
@@ -113,5 +159,9 @@ class EvaluateConfig(Options):
 
     @property
     def multi_process(self) -> bool:
-        """True if the evaluation may start more than one process."""
+        """True if the evaluation may start more than one process.
+
+        >>> [EvaluateConfig(checkpoint="tiny", devices=devices).multi_process for devices in (1, 2, "auto")]
+        [False, True, True]
+        """
         return self.devices not in (1, "1")

@@ -1,4 +1,4 @@
-"""Options of ``i2am explain``."""
+"""Options of the commands that show what attention tells: ``i2am explain`` and ``i2am detect``."""
 
 from __future__ import annotations
 
@@ -6,22 +6,31 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from i2am_train.config.attention import AttributionConfig
-from i2am_train.config.build import OptionError, Options
-from i2am_train.config.constraints import (
+from i2am_train.config.data import DataConfig
+from i2am_train.config.evaluation import AttributionConfig
+from i2am_train.config.models import SamplingConfig
+from i2am_train.config.options import (
+    DISTINCT,
     LARGEST_IMAGE,
+    SEVERAL,
+    BelowOne,
     Count,
+    Guidance,
+    HubModel,
+    ImageSide,
     Layer,
     ModelFolder,
     Natural,
+    OptionError,
+    Options,
     PatchPosition,
-    several,
+    Samples,
+    SamplingSteps,
     within,
 )
-from i2am_train.config.data import DataConfig
-from i2am_train.config.models import SamplingConfig
+from i2am_train.config.reporting import TrackingConfig
 from i2am_train.errors import ConfigError
-from i2am_train.types import Device, GridSize, Pairing, Split
+from i2am_train.types import Device, GridSize, LayerWeighting, Pairing, Split, WeightType
 
 TRYON, FACTORY = "tryon", "factory"
 """Values of ``ExplainConfig.model`` beside the names of other people's models."""
@@ -68,14 +77,22 @@ class RecipeConfig(Options):
     """tryon: which rows of the batch are conditional."""
 
     def check(self) -> None:
-        """Grids are what recipes take."""
+        """Grids are what recipes take.
+
+        >>> RecipeConfig(reference_grid=[16, 12]).reference_grid.tokens
+        192
+        """
         for name in ("reference_grid", "generated_grid"):
             if (grid := getattr(self, name)) is not None:
                 setattr(self, name, GridSize(*grid))
 
     @property
     def given(self) -> dict[str, Any]:
-        """The options that were set."""
+        """The options that were set.
+
+        >>> RecipeConfig(adapter=0, guided=None).given
+        {'adapter': 0}
+        """
         values = {item.name: getattr(self, item.name) for item in fields(self)}
         return {name: value for name, value in values.items() if value is not None}
 
@@ -84,14 +101,14 @@ class RecipeConfig(Options):
 class ExplainConfig(Options):
     """Draw every attribution map of a sample, and make a page to explore them."""
 
-    checkpoint: ModelFolder | Annotated[list[ModelFolder], several] | None = None
+    checkpoint: ModelFolder | Annotated[list[ModelFolder], SEVERAL] | None = None
     """Checkpoint folder, or run folder; tiny is the shipped one. Several stand side by side on the
     page: [tiny,runs/refined-seed0]. Other models: a folder of diffusers, or a name on the hub."""
     model: str = TRYON
     """tryon: ours, on a sample of a dataset. Others are asked by files (image, mask, reference):
     paint_by_example, ip_adapter, ip_adapter_plus, ip_adapter_full_face, catvton; factory: any
     pipeline that your own code makes. `i2am explain --recipes` lists what is known of each."""
-    sample: Natural | Annotated[list[Natural], several] = 0
+    sample: Natural | Annotated[list[Natural], SEVERAL] = 0
     """Index of the sample in the pair list, from 0; or several: [3,17]."""
     split: Split = Split.TEST
     """Half of the dataset that the index counts in."""
@@ -159,12 +176,146 @@ class ExplainConfig(Options):
 
     @property
     def checkpoints(self) -> list[str]:
-        """The checkpoints, one or several; none where a factory needs none."""
+        """The checkpoints, one or several; none where a factory needs none.
+
+        >>> ExplainConfig(checkpoint="tiny").checkpoints, ExplainConfig(model="factory", factory="a:b").checkpoints
+        (['tiny'], [])
+        """
         if self.checkpoint is None:
             return []
         return self.checkpoint if isinstance(self.checkpoint, list) else [self.checkpoint]
 
     @property
     def samples(self) -> list[int]:
-        """The samples' indices, one or several."""
+        """The samples' indices, one or several.
+
+        >>> ExplainConfig(checkpoint="tiny", sample=3).samples, ExplainConfig(checkpoint="tiny", sample=[3, 17]).samples
+        ([3], [3, 17])
+        """
         return self.sample if isinstance(self.sample, list) else [self.sample]
+
+    @property
+    def picture(self) -> str:
+        """What is explained of another model: the names of image and reference, without their endings.
+
+        >>> ExplainConfig(checkpoint="x", model="catvton", image="a/me.png", reference="shirt.jpg").picture
+        'me-shirt'
+        """
+        return "-".join(path.stem for path in (self.image, self.reference) if path is not None)
+
+    @property
+    def folder(self) -> Path:
+        """``output``, or a folder in ``runs/`` named after what is explained.
+
+        >>> ExplainConfig(checkpoint="tiny", sample=[3, 17]).folder.name
+        'explain-tiny-test3+17-paired'
+        """
+        if self.output is not None:
+            return self.output
+        if self.model == TRYON:
+            checkpoints = "+".join(Path(checkpoint).name for checkpoint in self.checkpoints)
+            samples = "+".join(map(str, self.samples))
+            name = f"{checkpoints}-{self.split}{samples}-{self.pairing}"
+        else:
+            model = self.model if self.model != FACTORY else str(self.factory).partition(":")[0]
+            name = f"{model}-{self.picture}"
+        return Path.cwd() / "runs" / f"explain-{name}"
+
+
+@dataclass(kw_only=True, slots=True)
+class DetectConfig(Options):
+    """Find the objects that Paint-by-Example paints from its attention alone, beside detectors."""
+
+    pipeline: HubModel = "Fantasy-Studio/Paint-by-Example"
+    """Paint-by-Example: a folder in diffusers' layout, or such a name on the hub."""
+    root: Path | None = None
+    """Folder in COCO's layout, annotations/instances_<split>.json and <split>/*.jpg; null: a small
+    set of coloured shapes, made when missing."""
+    split: str = "val2017"
+    """Folder of the images, and end of the annotations' name."""
+    annotations: Path | None = None
+    """COCO file of objects, where it is called otherwise; null: by root and split."""
+    shapes: Samples = 24
+    """Pictures of the made set, which takes the place of root=null."""
+    samples: Count | None = None
+    """Number of objects, in order of image ids; null: all (one of each image that has one which
+    covers 10 to 30 %)."""
+    crowds: bool = True
+    """Let annotations of crowds count, as the authors do."""
+    height: ImageSide = 512
+    """Height in pixels of generated images, and of real ones for detectors; aspects are ignored."""
+    width: ImageSide = 512
+    """Width likewise."""
+    steps: SamplingSteps = 50
+    """DDIM steps per image."""
+    guidance: Guidance = 5.0
+    """Scale of classifier-free guidance; 1 is none."""
+    seed: Natural = 321
+    """Seed of noise and random boxes; every image has its own stream, whatever the batch."""
+    batch_size: Count = 4
+    """Images that are made at once, and kept."""
+    dtype: WeightType = "float32"
+    """Numbers that the pipeline computes with: float32, float16 or bfloat16."""
+    weighting: LayerWeighting = LayerWeighting.PAPER
+    """How layers of different grids are summed: paper (plain sum) or density (balanced)."""
+    delta: BelowOne = 0.4
+    """Threshold of the normalised map; what exceeds it may be the object."""
+    deltas: list[BelowOne] = field(default_factory=lambda: [0.2, 0.3, 0.4, 0.5, 0.6])
+    """Thresholds of the sweep (paper Table 3), from the same maps."""
+    detectors: Annotated[list[HubModel], DISTINCT] = field(default_factory=list)
+    """Supervised detectors to compare with: torchvision:NAME, torchvision:NAME@FILE, or a folder or
+    hub name of transformers, of a model that finds boxes (PekingU/rtdetr_r50vd, hustvl/yolos-tiny)
+    or segments (facebook/maskformer-swin-tiny-coco); or your own by import path,
+    my_package:MyDetector (i2am_train/EXTENDING.md)."""
+    score: BelowOne = 0.5
+    """An image counts for a detector where its best detection's score exceeds this."""
+    match_category: bool = False
+    """Look at a detector's detections of the object's own category only; false: at all of them."""
+    pictures: Natural = 8
+    """Samples that are drawn."""
+    output: Path | None = None
+    """Folder for images, maps and results; null: runs/detect-<pipeline>-<data>."""
+    device: Device = "auto"
+    """Where to compute."""
+    progress_bar: bool = True
+    """Show progress with the time left."""
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+
+    def check(self) -> None:
+        """Annotations are of images.
+
+        >>> DetectConfig(annotations="a.json")
+        Traceback (most recent call last):
+            ...
+        i2am_train.config.options.OptionError: annotations=...a.json is not possible: expected null without root, ...
+        """
+        if self.annotations is not None and self.root is None:
+            raise OptionError("annotations", self.annotations, "null without root, the folder of the images")
+
+    @property
+    def size(self) -> GridSize:
+        """Image size, height first.
+
+        >>> DetectConfig(height=256).size
+        GridSize(height=256, width=512)
+        """
+        return GridSize(self.height, self.width)
+
+    @property
+    def folder(self) -> Path:
+        """``output``, or a folder in ``runs/`` named after pipeline and data.
+
+        >>> DetectConfig(root="data/coco").folder.name
+        'detect-Paint-by-Example-coco'
+        """
+        data = "shapes" if self.root is None else self.root.name
+        return self.output or Path.cwd() / "runs" / f"detect-{Path(self.pipeline).name}-{data}"
+
+    @property
+    def thresholds(self) -> list[float]:
+        """``delta`` and ``deltas``, each once, ascending.
+
+        >>> DetectConfig(delta=0.4, deltas=[0.6, 0.4]).thresholds
+        [0.4, 0.6]
+        """
+        return sorted({self.delta, *self.deltas})

@@ -6,8 +6,17 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated
 
-from i2am_train.config.build import OptionError, Options
-from i2am_train.config.constraints import Guidance, ImageSide, ModelFolder, Natural, Pixels, SamplingSteps, within
+from i2am_train.config.options import (
+    Guidance,
+    ImageSide,
+    ModelFolder,
+    Natural,
+    OptionError,
+    Options,
+    Pixels,
+    SamplingSteps,
+    within,
+)
 from i2am_train.errors import ConfigError
 from i2am_train.types import Normalisation, PredictionType, SamplerName, WeightType
 
@@ -79,7 +88,13 @@ class InitConfig(Options):
     """Seed of the new projector and null tokens."""
 
     def check(self) -> None:
-        """A model has one origin, and options that mean something for it."""
+        """A model has one origin, and options that mean something for it.
+
+        >>> InitConfig(output="b", dci_vton="a.ckpt", height=256)
+        Traceback (most recent call last):
+            ...
+        i2am_train.errors.ConfigError: height has no meaning with dci_vton: all of the pipeline comes from ...
+        """
         given = [name for name in SOURCES if getattr(self, name) is not None]
         if len(given) != 1:
             raise ConfigError(
@@ -94,7 +109,11 @@ class InitConfig(Options):
 
     @property
     def pipeline_file(self) -> Path | None:
-        """The checkpoint that becomes a pipeline of diffusers, if that is asked for."""
+        """The checkpoint that becomes a pipeline of diffusers, if that is asked for.
+
+        >>> InitConfig(output="b", unet="a").pipeline_file, InitConfig(output="b", dci_vton="a.ckpt").pipeline_file.name
+        (None, 'a.ckpt')
+        """
         return self.dci_vton if self.paint_by_example is None else self.paint_by_example
 
     def _check_nothing_else(self, source: str) -> None:

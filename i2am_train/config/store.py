@@ -1,32 +1,37 @@
-"""Hydra and OmegaConf: registering the schemas, composing a configuration, reading an arm.
+"""Hydra and OmegaConf: commands as Hydra knows them, words as it can read them, composed options, experiments and arms.
 
-The schemas reach Hydra as plain values, so that every option exists (and no other one can be set),
-choices are written as in ``paper`` or ``reward``, and checking happens once, in ``build``, with
-messages of our own.
+The options reach Hydra as plain values, so that every option exists (and no other one can be set), choices are written
+as in ``paper`` or ``reward``, and checking happens once, in ``build``, with messages of our own.
+
+Hydra's grammar knows few signs outside of quotation marks: ä, #, &, (, = and others end in an error, a comma makes a
+sweep, 1e5 a number. Where an option is a text, ``as_typed`` sets the marks. Lists, interpolations, sweeps (with -m) and
+what is quoted already stay Hydra's.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from copy import deepcopy
+from dataclasses import fields
 from hashlib import sha256
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, get_args, get_origin, get_type_hints
 
 from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override, Quote, QuotedString
+from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import InterpolationResolutionError, OmegaConfBaseException
 from yaml import YAMLError
 
-from i2am_train.config.build import build, option_names, plain, shortened
-from i2am_train.config.commands import COMMANDS
+from i2am_train.config.commands import COMMANDS, DEFAULT_FILES, WITH_EXPERIMENTS
 from i2am_train.config.locations import absolute, conf_folder, experiment_names
-from i2am_train.config.training import AblateConfig, TrainConfig
-from i2am_train.config.words import as_typed
+from i2am_train.config.options import build, group_of, option_names, plain, shortened
+from i2am_train.config.training import AblateConfig, TrainConfig, TrainingGroups
 from i2am_train.doors import allow_named
 from i2am_train.errors import ConfigError
 
@@ -35,45 +40,53 @@ BASE_ARM = "base"
 ARM_ENDINGS = (".yaml", ".yml")
 """By these a path is told from the name of a shipped experiment."""
 
-WITH_EXPERIMENTS = ("train", "ablate")
-"""Commands that take ``experiment=``."""
-
-SHARED_GROUPS = (
-    "data",
-    "objective",
-    "optimization",
-    "sampling",
-    "attribution",
-    "evaluation",
-    "validation",
-    "tracking",
-    "trainer",
-)
-"""Groups of an ablation that its arms inherit."""
+ELEMENT = re.compile(r"""\s*(?P<element>"(?:\\.|[^"\\])*"|'(?:\\.|[^'\\])*'|[^,]*?)\s*,""", re.DOTALL)
+"""One element of a typed list and the comma after it: quoted, or up to the next comma."""
+HALF_INTERPOLATION = re.compile(r"\$\{(?![^{}]+\})")
+"""A ``${`` that refers to nothing, since it is not closed."""
 
 
-def register_schemas() -> None:
-    """Give Hydra every command's options with their defaults, as ``<command>_schema``."""
+def register_commands() -> None:
+    """Give Hydra every command: its options with their defaults, and the files of ``conf/`` that they begin with.
+
+    A command runs in the folder where it was called, and Hydra leaves nothing there.
+    """
     store = ConfigStore.instance()
+    no_logs = [{"override hydra/job_logging": "none"}, {"override hydra/hydra_logging": "none"}]
     for name, command in COMMANDS.items():
         store.store(name=f"{name}_schema", node=plain(command.options))
+        groups = [item.name for item in fields(command.options)]
+        files = [{group: file} for group, file in DEFAULT_FILES.items() if group in groups]
+        # Last, so that an experiment has the last word before the command line.
+        experiment = [{"experiment": None}] if name in WITH_EXPERIMENTS else []
+        hydra = {
+            "job": {"name": name, "chdir": False},
+            "run": {"dir": "."},
+            "sweep": {"dir": "runs/sweeps", "subdir": "."},
+            "output_subdir": None,
+        }
+        defaults = [f"{name}_schema", *files, "_self_", *experiment, *no_logs]
+        store.store(name=name, node={"defaults": defaults, "hydra": hydra})
 
 
 def compose(command: str, overrides: Sequence[str] = ()) -> Any:
     """The configuration of a command, as the command line would compose it.
 
     Args:
-        command: train, evaluate, ablate, explain, report, dashboard, data_make, data_derive or data_check.
+        command: key of ``config.commands.COMMANDS``: train, evaluate, ..., data_make.
         overrides: as on the command line, for example ``["experiment=refined", "seed=1"]``.
 
     Returns:
-        An instance of ``COMMANDS[command]``.
+        An instance of the command's ``options``.
 
     Raises:
         ConfigError: an option is unknown, missing, of another type or out of range.
         hydra.errors.HydraException: an override cannot be read or names no option.
+
+    >>> compose("train", ["experiment=refined", "seed=1"]).objective.dcml
+    0.007
     """
-    register_schemas()
+    register_commands()
     GlobalHydra.instance().clear()
     allow_named(overrides)
     words = as_typed(command, with_own_experiment(command, overrides))
@@ -84,13 +97,11 @@ def compose(command: str, overrides: Sequence[str] = ()) -> Any:
 def with_own_experiment(command: str, words: Sequence[str], *, sweep: bool = False) -> list[str]:
     """The words of a command; in ``experiment=FILE``, a YAML file of the user's is given to Hydra under a name.
 
-    Args:
-        command: key of ``COMMANDS``.
-        words: as typed.
-        sweep: a comma separates values of a sweep (-m).
-
     Raises:
         ConfigError: there is no such file, or it sets nothing.
+
+    >>> with_own_experiment("train", ["experiment=refined", "seed=1"])
+    ['experiment=refined', 'seed=1']
     """
     named = []
     for word in words:
@@ -122,7 +133,11 @@ def _experiment_name(command: str, typed: str) -> str:
 
 
 def to_dataclass(command: str, config: DictConfig) -> Any:
-    """The typed and checked form of what Hydra composed; an instance of ``COMMANDS[command]``."""
+    """The typed and checked form of what Hydra composed; an instance of the command's ``options``.
+
+    >>> to_dataclass("data_make", OmegaConf.create({"root": "here", "width": 64})).size
+    GridSize(height=128, width=64)
+    """
     try:
         values = OmegaConf.to_container(config, resolve=True)
     except InterpolationResolutionError as error:
@@ -135,7 +150,15 @@ def to_dataclass(command: str, config: DictConfig) -> Any:
 
 
 def to_yaml(config: Any) -> str:
-    """A configuration as YAML; reading it back with ``from_yaml`` gives an equal one."""
+    """A configuration as YAML, from which ``to_dataclass`` makes an equal one.
+
+    >>> from i2am_train.config.reporting import DashboardConfig
+    >>> print(to_yaml(DashboardConfig(group="a${b")))
+    entity: null
+    project: i2am-train
+    group: a\\${b
+    output: null
+    """
     return OmegaConf.to_yaml(OmegaConf.create(_literal(plain(config))))
 
 
@@ -146,11 +169,6 @@ def _literal(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {name: _literal(item) for name, item in value.items()}
     return [_literal(item) for item in value] if isinstance(value, list) else value
-
-
-def from_yaml(command: str, text: str) -> Any:
-    """The configuration of a command from its YAML; an instance of ``COMMANDS[command]``."""
-    return to_dataclass(command, DictConfig(OmegaConf.create(text)))
 
 
 def arm_config(study: AblateConfig, arm: str, seed: int, output: Path) -> TrainConfig:
@@ -164,8 +182,11 @@ def arm_config(study: AblateConfig, arm: str, seed: int, output: Path) -> TrainC
 
     Raises:
         ConfigError: there is no such arm, or its file sets an option that does not exist.
+
+    >>> arm_config(AblateConfig(), "refined", seed=1, output=Path("cell")).objective.dcml
+    0.007
     """
-    shared = {group: plain(getattr(study, group)) for group in SHARED_GROUPS}
+    shared = {group.name: plain(getattr(study, group.name)) for group in fields(TrainingGroups)}
     names = {"name": arm_name(arm), "label": _stem(arm), "init": study.init}
     own = arm_values(arm)
     for option in ("seed", "output", "dry_run"):
@@ -200,6 +221,9 @@ def arm_values(arm: str, readers: Sequence[Path] = ()) -> dict[str, Any]:
 
     Raises:
         ConfigError: there is no such file, it sets nothing, or its ``defaults`` cannot be followed.
+
+    >>> arm_values("baseline")["label"]
+    'Baseline'
     """
     path = conf_folder() / "experiment" / f"{arm}.yaml"
     if arm.endswith(ARM_ENDINGS):
@@ -263,10 +287,137 @@ def _read_yaml(path: Path) -> dict[str, Any]:
 
 def _overlaid(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
     """Both merged at every depth; ``above`` wins."""
-    merged = deepcopy(dict(below))
+    merged = dict(below)
     for name, value in above.items():
-        if isinstance(value, Mapping) and isinstance(merged.get(name), Mapping):
-            merged[name] = _overlaid(merged[name], value)
-        else:
-            merged[name] = deepcopy(value)
+        lower = merged.get(name)
+        nested = isinstance(value, Mapping) and isinstance(lower, Mapping)
+        merged[name] = _overlaid(dict(lower or {}), value) if nested else value
     return merged
+
+
+class _Kind(NamedTuple):
+    """Which values an option takes, as far as reading its word depends on it."""
+
+    text: bool
+    """Texts and nothing else, lists of them apart."""
+    texts: bool
+    """Lists of texts."""
+    lists: bool
+    """Lists of anything."""
+    mapping: bool = False
+    """Names of the user's own."""
+
+
+_TEXT = _Kind(text=True, texts=False, lists=False)
+
+
+def as_typed(command: str, words: Sequence[str], *, sweep: bool = False) -> list[str]:
+    """The words ``name=value`` of a command, quoted where Hydra would not read a value as what was typed.
+
+    Args:
+        command: key of ``COMMANDS``; words that name no option of it are left alone.
+        sweep: a comma separates values of a sweep (-m), and is not part of a text.
+
+    Raises:
+        ConfigError: a group of options is given something that cannot be the name of a file.
+
+    >>> as_typed("train", ["output=runs/a (1)", "data.root=köln,1", "seed=1", "name=1e5"])
+    ["output='runs/a (1)'", "data.root='köln,1'", 'seed=1', "name='1e5'"]
+    >>> as_typed("train", ["objective.terms.mine.weight=0.1"])
+    ['++objective.terms.mine.weight=0.1']
+    """
+    kinds = {"experiment": _TEXT, **_kinds(COMMANDS[command].options)}
+    groups = {"experiment", *(item.name for item in fields(COMMANDS[command].options) if group_of(item))}
+    free = [name for name, kind in kinds.items() if kind.mapping]
+    typed = []
+    for word in words:
+        name, equals, value = word.partition("=")
+        if any(f"{name}.".startswith(f"{mapping}.") for mapping in free):
+            typed.append(f"++{word}")  # else Hydra wants it only for names that exist
+            continue
+        known = equals and name in kinds
+        typed.append(f"{name}={_readable(value, kinds[name], sweep)}" if known else word)
+        if known and name in groups:
+            _check_group(name, value)
+    return typed
+
+
+def _check_group(name: str, value: str) -> None:
+    """Hydra has no message for a group that is given anything but the name of a file."""
+    read = _read(value)
+    whole = (type(None), bool, int, float, list)
+    if read is not None and isinstance(read._value, whole):
+        raise ConfigError(
+            f"{name}={shortened(value)} is not possible: expected the name of a file of conf/{name}, or nothing for "
+            f"the default. --help lists the files and the single options."
+        )
+
+
+def _readable(value: str, kind: _Kind, sweep: bool) -> str:
+    if value.startswith(("'", '"')) and _read(value) is None:
+        return value  # a mark that was not closed: Hydra says so
+    if kind.lists and value.startswith("["):
+        return _readable_list(value) if kind.texts and value.endswith("]") else value
+    read = _read(value)
+    if read is None:
+        # Quoted also where no text is meant: the option then says what it expects.
+        hydra_s = (value.startswith(("[", "{")) and not kind.text) or (sweep and "," in value)
+        return value if hydra_s else _quoted(value)
+    if not kind.text or (read.is_sweep_override() and sweep):
+        return value
+    found = read._value
+    kept = found is None or isinstance(found, QuotedString)
+    # A backslash before a sign that Hydra would not read is its own way of quoting; at the end it
+    # would quote what follows in a list.
+    alike = isinstance(found, str) and (found == value or "\\" in value)
+    kept = kept or (alike and not value.endswith("\\"))
+    return value if kept else _quoted(value)
+
+
+def _readable_list(value: str) -> str:
+    read = _read(value)
+    if read is not None and _all_texts(read._value):
+        return value
+    elements = [match["element"] for match in ELEMENT.finditer(value[1:-1] + ",")]
+    if not all(elements):  # two commas in a row, or one at the end: Hydra says so
+        return value
+    return f"[{','.join(_readable(element, _TEXT, sweep=False) for element in elements)}]"
+
+
+def _all_texts(found: Any) -> bool:
+    return isinstance(found, list) and all(isinstance(item, (str, QuotedString)) for item in found)
+
+
+def _read(value: str) -> Override | None:
+    """What Hydra makes of a value; None where it cannot read it."""
+    try:
+        return OverridesParser.create().parse_override(f"name={value}")
+    except (HydraException, ValueError):  # Python's own refusal of numbers of 5000 digits
+        return None
+
+
+def _quoted(value: str) -> str:
+    text = HALF_INTERPOLATION.sub(r"\\${", value)
+    return QuotedString(text=text, quote=Quote.single).with_quotes()
+
+
+def _kinds(schema: type[Any], prefix: str = "") -> dict[str, _Kind]:
+    hints = get_type_hints(schema)
+    kinds: dict[str, _Kind] = {}
+    for item in fields(schema):
+        kinds[prefix + item.name] = _kind(hints[item.name])
+        if group := group_of(item):
+            kinds |= _kinds(group, f"{prefix}{item.name}.")
+    return kinds
+
+
+def _kind(hint: Any) -> _Kind:
+    members = [hint] if get_origin(hint) in (None, list, tuple) else list(get_args(hint))
+    lists = [get_args(member)[0] for member in members if get_origin(member) in (list, tuple)]
+    single = [m for m in members if get_origin(m) not in (list, tuple) and m is not type(None)]
+    return _Kind(
+        text=all(member in (str, Path) for member in single) and bool(single),
+        texts=all(element in (str, Path) for element in lists) and bool(lists),
+        lists=bool(lists),
+        mapping=get_origin(hint) is dict,
+    )

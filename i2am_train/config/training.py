@@ -1,34 +1,130 @@
-"""Options of training a model, and of studies that train many."""
+"""Options of training a model with attention losses, and of studies that train many."""
 
 from __future__ import annotations
 
+import math
+import re
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any
 
-from i2am_train.config.attention import AttributionConfig
-from i2am_train.config.build import OptionError, Options
-from i2am_train.config.constraints import (
+from i2am_train.config.data import DataConfig
+from i2am_train.config.evaluation import AttributionConfig, EvaluationConfig
+from i2am_train.config.models import SamplingConfig
+from i2am_train.config.options import (
     LABEL,
+    SOME_DISTINCT,
     BelowOne,
     Count,
+    Layer,
     ModelFolder,
     Name,
     Natural,
     NotNegative,
+    OptionError,
+    Options,
     Positive,
     Rule,
     Share,
-    distinct_some,
     within,
 )
-from i2am_train.config.data import DataConfig
-from i2am_train.config.evaluation import EvaluationConfig
-from i2am_train.config.losses import ObjectiveConfig
-from i2am_train.config.models import SamplingConfig
-from i2am_train.config.tracking import TrackingConfig
+from i2am_train.config.reporting import TrackingConfig
 from i2am_train.errors import ConfigError
-from i2am_train.types import Device, OptimizerName, Precision, PublishedModel, Trainable
+from i2am_train.types import TERMS, Device, LossVariant, OptimizerName, Precision, PublishedModel, TermName, Trainable
+
+
+@dataclass(kw_only=True, slots=True)
+class ObjectiveConfig(Options):
+    """Attention losses added to the denoising loss; a weight of 0 switches a term off."""
+
+    variant: LossVariant = LossVariant.REWARD
+    """Form of the attention losses; i2am_train/types.py says what each does."""
+    layer: Layer = 2
+    """Layer that is trained: a paper number 1...9 or a name like up_blocks.1.attentions.1."""
+    dcml: NotNegative = 0.0
+    """Weight of distance centering (order of the attention centres)."""
+    tv: NotNegative = 0.0
+    """Weight of total variation (smoothness of the field of centres)."""
+    cwg: NotNegative = 0.0
+    """Weight of center weighting (sharpness of the attention around its centre)."""
+    supervised: NotNegative = 0.0
+    """Weight of the cross-entropy to the true correspondence, which only some data have; arms that
+    use it are marked and not ranked."""
+    sigma: Positive | None = None
+    """Standard deviation of the Gaussians of cwg and supervised, in reference patches; null: the
+    variant's own (0.5 for authors_v1, 1.0 for all others)."""
+    margin: NotNegative = 1.0
+    """Gap that the margin variant asks for, in reference patches per generated patch."""
+    detach_centers: bool = False
+    """Stop the gradient of cwg at the centres."""
+    terms: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """Terms of your own by name: {mine: {fn: my_package.losses:mine, weight: 0.05}}; further keys are
+    keywords of the function (i2am_train/EXTENDING.md)."""
+
+    def check(self) -> None:
+        """Each term of one's own has a function, a weight and a name that is free.
+
+        >>> ObjectiveConfig(terms={"cwg": {"fn": "a:b", "weight": 1}})
+        Traceback (most recent call last):
+            ...
+        i2am_train.config.options.OptionError: terms.cwg=... is not possible: expected a name that is not taken, ...
+        """
+        for name, term in self.terms.items():
+            _check_term(f"terms.{name}", name, term)
+
+    @property
+    def width(self) -> float:
+        """The sigma that is used: the one given, or the variant's own.
+
+        >>> ObjectiveConfig(variant="authors_v1").width, ObjectiveConfig(sigma=2).width
+        (0.5, 2.0)
+        """
+        return self.variant.sigma if self.sigma is None else self.sigma
+
+    @property
+    def weights(self) -> dict[TermName, float]:
+        """Weight by term, the terms that are off included.
+
+        >>> ObjectiveConfig(dcml=0.1).weights
+        {'dcml': 0.1, 'tv': 0.0, 'cwg': 0.0, 'supervised': 0.0}
+        """
+        return {name: getattr(self, name) for name in TERMS}
+
+    @property
+    def active(self) -> bool:
+        """True if any attention loss is on, that is, if attention must be captured in training.
+
+        >>> ObjectiveConfig().active, ObjectiveConfig(terms={"mine": {"fn": "a:b", "weight": 1}}).active
+        (False, True)
+        """
+        return any(self.weights.values()) or any(term["weight"] for term in self.terms.values())
+
+    @property
+    def truth(self) -> bool:
+        """True if a term that is on is given the true correspondence.
+
+        >>> ObjectiveConfig(cwg=1).truth, ObjectiveConfig(supervised=1).truth
+        (False, True)
+        """
+        own = (term.get("truth") and term["weight"] for term in self.terms.values())
+        return bool(self.supervised) or any(own)
+
+
+def _check_term(option: str, name: str, term: dict[str, Any]) -> None:
+    """Refuses what is no term; whether its function can be imported is found out later."""
+    if not re.fullmatch(r"[^\W\d]\w*", name):
+        raise OptionError(option, term, "a name of letters, digits and underscores")
+    if name in (*TERMS, "total", "denoising"):
+        raise OptionError(option, term, f"a name that is not taken, as '{name}' is")
+    if not isinstance(term.get("fn"), str):
+        raise OptionError(option, term, "{fn: package.module:name, weight: 0.05}")
+    weight: Any = term.get("weight")
+    if type(weight) not in (int, float) or not 0 <= weight < math.inf:
+        raise OptionError(f"{option}.weight", weight, "a finite number of at least 0")
+    term["weight"] = float(weight)
+    if not isinstance(term.get("truth", False), bool):
+        raise OptionError(f"{option}.truth", term["truth"], "true or false")
+
 
 SHARDED = "fsdp"
 """The strategy that shards weights, ``training.sharding``."""
@@ -93,7 +189,13 @@ class OptimizationConfig(Options):
     """Share of training samples whose garment is replaced by the null tokens."""
 
     def check(self) -> None:
-        """Options that exclude each other."""
+        """Options that exclude each other.
+
+        >>> OptimizationConfig(trainable="lora", from_scratch=True)
+        Traceback (most recent call last):
+            ...
+        i2am_train.config.options.OptionError: from_scratch=True is not possible: expected false with trainable=lora.
+        """
         if self.global_batch is not None and self.accumulate != 1:
             raise OptionError("accumulate", self.accumulate, "1 beside global_batch")
         if self.trainable == "lora" and self.from_scratch:
@@ -101,7 +203,11 @@ class OptimizationConfig(Options):
 
     @property
     def adapter_alpha(self) -> int:
-        """``lora_alpha``, or the rank where it is null."""
+        """``lora_alpha``, or the rank where it is null.
+
+        >>> OptimizationConfig(lora_rank=8).adapter_alpha, OptimizationConfig(lora_alpha=4).adapter_alpha
+        (8, 4)
+        """
         return self.lora_rank if self.lora_alpha is None else self.lora_alpha
 
 
@@ -153,17 +259,40 @@ class TrainerConfig(Options):
 
     @property
     def sharded(self) -> bool:
-        """True if each process keeps only a part of the trained weights."""
+        """True if each process keeps only a part of the trained weights.
+
+        >>> TrainerConfig(strategy="fsdp").sharded, TrainerConfig(strategy="ddp").sharded
+        (True, False)
+        """
         return self.strategy == SHARDED
 
     @property
     def multi_process(self) -> bool:
-        """True if training may start more than one process."""
+        """True if training may start more than one process.
+
+        >>> [TrainerConfig(devices=devices).multi_process for devices in (1, 2, "auto")]
+        [False, True, True]
+        """
         return self.devices not in (1, "1") or self.num_nodes > 1
 
 
 @dataclass(kw_only=True, slots=True)
-class TrainConfig(Options):
+class TrainingGroups(Options):
+    """Groups of options of a training run, which a study hands to its arms."""
+
+    data: DataConfig = field(default_factory=DataConfig)
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    optimization: OptimizationConfig = field(default_factory=OptimizationConfig)
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    attribution: AttributionConfig = field(default_factory=AttributionConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    validation: ValidationConfig = field(default_factory=ValidationConfig)
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+    trainer: TrainerConfig = field(default_factory=TrainerConfig)
+
+
+@dataclass(kw_only=True, slots=True)
+class TrainConfig(TrainingGroups):
     """Train a model from a checkpoint."""
 
     name: Name = "train"
@@ -186,15 +315,6 @@ class TrainConfig(Options):
     callbacks: list[str | dict[str, Any]] = field(default_factory=list)
     """Callbacks of your own by import path: my_package:MyCallback, or
     {fn: my_package:MyCallback, every: 5} with arguments (i2am_train/EXTENDING.md)."""
-    data: DataConfig = field(default_factory=DataConfig)
-    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
-    optimization: OptimizationConfig = field(default_factory=OptimizationConfig)
-    sampling: SamplingConfig = field(default_factory=SamplingConfig)
-    attribution: AttributionConfig = field(default_factory=AttributionConfig)
-    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
-    validation: ValidationConfig = field(default_factory=ValidationConfig)
-    tracking: TrackingConfig = field(default_factory=TrackingConfig)
-    trainer: TrainerConfig = field(default_factory=TrainerConfig)
 
     def check(self) -> None:
         """A run has a label and enough samples; parts of weights do not go together with everything."""
@@ -227,12 +347,16 @@ class TrainConfig(Options):
 
     @property
     def folder(self) -> Path:
-        """The run folder, absolute."""
+        """The run folder, absolute.
+
+        >>> TrainConfig(name="refined", seed=3).folder == Path.cwd() / "runs" / "refined-seed3"
+        True
+        """
         return self.output or Path.cwd() / "runs" / f"{self.name}-seed{self.seed}"
 
 
 @dataclass(kw_only=True, slots=True)
-class AblateConfig(Options):
+class AblateConfig(TrainingGroups):
     """Train and judge arms x seeds from one checkpoint, and compare them."""
 
     name: Name = "ablation"
@@ -241,11 +365,11 @@ class AblateConfig(Options):
     """Checkpoint folder that every arm starts from; tiny is the shipped one."""
     output: Path | None = None
     """Folder of the study; null: runs/<name>. Finished cells in it are kept and skipped."""
-    arms: Annotated[list[str], distinct_some] = field(default_factory=lambda: ["base", "baseline", "refined"])
+    arms: Annotated[list[str], SOME_DISTINCT] = field(default_factory=lambda: ["base", "baseline", "refined"])
     """Names of files in conf/experiment, or paths of such files; base is the checkpoint itself."""
     reference: str = "baseline"
     """The arm that the others are compared with, seed by seed."""
-    seeds: Annotated[list[Natural], distinct_some] = field(default_factory=lambda: [0, 1, 2])
+    seeds: Annotated[list[Natural], SOME_DISTINCT] = field(default_factory=lambda: [0, 1, 2])
     """One training run per arm and seed."""
     confidence: BelowOne = 0.95
     """Confidence of the intervals: Student's t over seeds; with one seed a bootstrap over samples."""
@@ -253,18 +377,15 @@ class AblateConfig(Options):
     """Resamples per bootstrap interval."""
     device: Device = "auto"
     """Where to evaluate (training follows trainer.accelerator)."""
-    data: DataConfig = field(default_factory=DataConfig)
-    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
-    optimization: OptimizationConfig = field(default_factory=OptimizationConfig)
-    sampling: SamplingConfig = field(default_factory=SamplingConfig)
-    attribution: AttributionConfig = field(default_factory=AttributionConfig)
-    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
-    validation: ValidationConfig = field(default_factory=ValidationConfig)
-    tracking: TrackingConfig = field(default_factory=TrackingConfig)
-    trainer: TrainerConfig = field(default_factory=TrainerConfig)
 
     def check(self) -> None:
-        """The comparison has a partner, and the baseline no term of the user's."""
+        """The comparison has a partner, and the baseline no term of the user's.
+
+        >>> AblateConfig(arms=["base", "refined"])
+        Traceback (most recent call last):
+            ...
+        i2am_train.errors.ConfigError: reference=baseline is none of the arms ['base', 'refined']. ...
+        """
         if self.objective.terms:
             raise OptionError(
                 "objective.terms",
@@ -279,7 +400,11 @@ class AblateConfig(Options):
 
     @property
     def folder(self) -> Path:
-        """The folder of the study, absolute."""
+        """The folder of the study, absolute.
+
+        >>> AblateConfig(name="study").folder == Path.cwd() / "runs" / "study"
+        True
+        """
         return self.output or Path.cwd() / "runs" / self.name
 
 

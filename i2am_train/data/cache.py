@@ -39,15 +39,13 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from i2am_train.config.build import build, shortened
 from i2am_train.config.locations import expanded
+from i2am_train.config.options import build, shortened
 from i2am_train.data.dataset import AS_IT_LIES, EpochPosition, Reading, SampleIndexError, split_layouts
 from i2am_train.data.object_storage import fetch, read_bytes
+from i2am_train.environment import without_secrets
 from i2am_train.errors import ConfigError, DataError
-from i2am_train.files import free_space, written
-from i2am_train.fingerprints import file_fingerprint
-from i2am_train.json_files import write_json
-from i2am_train.redaction import without_secrets
+from i2am_train.files import file_fingerprint, free_space, write_json, written
 from i2am_train.types import GridSize, Pairing, Split
 
 _NONSENSE = (ValueError, TypeError, KeyError, AttributeError, RecursionError, ConfigError)

@@ -33,8 +33,8 @@ from i2am_train.data.poses import read_pose_picture
 from i2am_train.data.synthetic import make_dataset
 from i2am_train.data.transforms import Augmentation
 from i2am_train.doors import calls, derives, resolve
+from i2am_train.environment import first_process, wait_for
 from i2am_train.errors import DataError
-from i2am_train.processes import first_process, wait_for
 from i2am_train.runs import require_apart
 from i2am_train.seeds import seed_for
 from i2am_train.types import CATEGORIES, Category, Fit, GridSize, Pairing, Role, Split

@@ -11,10 +11,9 @@ from pathlib import Path
 
 import fsspec
 
+from i2am_train.environment import without_secrets
 from i2am_train.errors import DataError
-from i2am_train.files import DISK_FULL, UNFINISHED, written
-from i2am_train.fingerprints import file_fingerprint
-from i2am_train.redaction import without_secrets
+from i2am_train.files import DISK_FULL, UNFINISHED, file_fingerprint, written
 
 PAUSES = (1.0, 5.0)
 """Seconds before the second and the third attempt at a file; chosen by us. Clients may try by themselves, too."""

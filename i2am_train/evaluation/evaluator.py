@@ -16,8 +16,7 @@ import torch.distributed as dist
 from torchmetrics import MetricCollection
 
 from i2am_train.attention.trace import trace
-from i2am_train.config.attention import AttributionConfig
-from i2am_train.config.evaluation import EvaluateConfig
+from i2am_train.config.evaluation import AttributionConfig, EvaluateConfig
 from i2am_train.config.models import SamplingConfig
 from i2am_train.config.training import TrainConfig
 from i2am_train.data.dataset import TryOnBatch

@@ -18,7 +18,7 @@ from i2am_train.attention.hooks import resolve_root, resolve_sites
 from i2am_train.attention.maps import AttributionMaps, threshold, time_groups
 from i2am_train.attention.recipe import LayerId, similar_layer
 from i2am_train.attention.trace import trace
-from i2am_train.config.attention import AttributionConfig
+from i2am_train.config.evaluation import AttributionConfig
 from i2am_train.config.models import SamplingConfig
 from i2am_train.data.dataset import TryOnBatch, batch_on
 from i2am_train.data.pictures import Image, Mask, fit_mask

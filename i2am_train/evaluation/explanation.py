@@ -35,8 +35,7 @@ from i2am_train.attention.store import LayerRecord
 from i2am_train.data.picture_files import write_png
 from i2am_train.data.pictures import Image, Mask, fit_mask, fit_picture
 from i2am_train.errors import RunFolderError
-from i2am_train.files import written
-from i2am_train.json_files import entries_of, read_object, write_json
+from i2am_train.files import entries_of, read_object, write_json, written
 from i2am_train.losses.attention import attention_centers
 from i2am_train.metrics.alignment import alignment_table
 from i2am_train.metrics.correspondence import target_on_grid

@@ -19,8 +19,7 @@ from i2am_train.errors import DataError
 from i2am_train.evaluation.evaluator import EvaluationResult
 from i2am_train.evaluation.folders import ImageSet, read_image
 from i2am_train.evaluation.scoring import ImageScores, ScoringOptions, score_images
-from i2am_train.files import UNFINISHED
-from i2am_train.json_files import read_json, write_json
+from i2am_train.files import UNFINISHED, read_json, write_json
 from i2am_train.results.panels import SamplePanels, read_panels, write_panels
 
 IMAGES, PARTIAL, ROWS = "images", "partial", "rows.json"

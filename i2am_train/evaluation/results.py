@@ -6,8 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from i2am_train.evaluation.evaluator import EvaluationResult, score_columns
-from i2am_train.files import write_text
-from i2am_train.json_files import write_json
+from i2am_train.files import write_json, write_text
 from i2am_train.metrics.registry import describe, own_metrics
 from i2am_train.results.sample_scores import RESULTS, SAMPLES
 from i2am_train.results.statistics import Over, mean_interval

@@ -95,23 +95,33 @@ def check_scoring(generated: ImageSet, real: ImageSet, options: ScoringOptions) 
 
     Raises:
         ConfigError: there is no image metric of a name.
-        DataError: too few images for a distance between sets, or for the kernel distance's subsets; sizes differ.
+        DataError: as ``check_counts``; sizes differ.
         WeightsMissingError: a metric's network is not on this machine.
     """
-    metrics = [image_metric(name) for name in options.metrics]
+    check_counts(len(generated), len(real), options)
     own = {name: image_pair_score(name) for name in own_metrics(options.metrics)}
     if generated.size != real.size:
         raise DataError(
             f"The generated images are {generated.size} and the real ones {real.size}. Resize both to one size."
         )
     check_imported(own, generated.size)
-    if any(isinstance(metric, SetDistance) for metric in metrics) and min(len(generated), len(real)) < 2:
+
+
+def check_counts(generated: int, real: int, options: ScoringOptions) -> None:
+    """Fails where so many images cannot be scored; they need not be there yet.
+
+    Raises:
+        ConfigError: there is no image metric of a name.
+        DataError: too few images for a distance between sets, or for the kernel distance's subsets.
+    """
+    metrics = [image_metric(name) for name in options.metrics]
+    if any(isinstance(metric, SetDistance) for metric in metrics) and min(generated, real) < 2:
         raise DataError(
-            f"A distance between sets needs at least 2 images in each, found {len(generated)} generated and "
-            f"{len(real)} real. Evaluate more samples, or leave the distances out of evaluation.metrics."
+            f"A distance between sets needs at least 2 images in each, found {generated} generated and "
+            f"{real} real. Evaluate more samples, or leave the distances out of evaluation.metrics."
         )
     if any(isinstance(metric, KernelDistance) for metric in metrics):
-        kernel_subsets(len(generated), len(real), options.kernel_subset_size, options.kernel_subsets)
+        kernel_subsets(generated, real, options.kernel_subset_size, options.kernel_subsets)
 
 
 def _pair_scores(

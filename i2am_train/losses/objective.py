@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from i2am_train.config.losses import ObjectiveConfig
+from i2am_train.config.training import ObjectiveConfig
 from i2am_train.doors import calls, resolve
 from i2am_train.errors import ConfigError
 from i2am_train.losses.attention import Attention, attention_centers, attention_on_grids, supervised

@@ -15,8 +15,7 @@ from huggingface_hub import hf_hub_download, try_to_load_from_cache
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from transformers import AutoConfig, AutoModel, CLIPVisionModel, PreTrainedModel, SiglipVisionModel
 
-from i2am_train.config.hub import require_model
-from i2am_train.config.locations import expanded
+from i2am_train.config.locations import expanded, require_model
 from i2am_train.errors import CheckpointError, I2AMError
 from i2am_train.weight_files import (
     PICKLES,

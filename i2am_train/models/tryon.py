@@ -25,7 +25,7 @@ from transformers.utils import logging as transformers_logging
 
 from i2am_train.attention.known_recipes import diffusers_decoder
 from i2am_train.attention.recipe import Recipe
-from i2am_train.config.build import build
+from i2am_train.config.options import build
 from i2am_train.errors import CheckpointError, ConfigError
 from i2am_train.files import free_space
 from i2am_train.locks import staged

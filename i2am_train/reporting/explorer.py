@@ -19,7 +19,7 @@ from torch import Tensor
 from i2am_train.attention.maps import AttributionMaps, time_groups
 from i2am_train.attention.recipe import paper_number, similar_layer
 from i2am_train.attention.store import AttributionStore, LayerRecord
-from i2am_train.config.attention import AttributionConfig
+from i2am_train.config.evaluation import AttributionConfig
 from i2am_train.data.pictures import Image
 from i2am_train.errors import ConfigError
 from i2am_train.evaluation.explanation import TO_GENERATED, TO_REFERENCE, Explanation

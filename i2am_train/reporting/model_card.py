@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from i2am_train.json_files import read_object
+from i2am_train.files import read_object
 from i2am_train.metrics.registry import METRICS
 from i2am_train.reporting.formatting import interval_text, number
 from i2am_train.reporting.table import markdown_lines

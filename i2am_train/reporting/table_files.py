@@ -10,8 +10,7 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from i2am_train.environment import command_line, git_state
-from i2am_train.files import write_text
-from i2am_train.json_files import write_json
+from i2am_train.files import write_json, write_text
 from i2am_train.reporting.figures.canvas import save_figure
 from i2am_train.reporting.figures.correlation import CAPTION, correlation_figure
 from i2am_train.reporting.pages import Picture, Section, embedded_figure

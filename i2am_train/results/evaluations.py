@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from i2am_train.errors import ConfigError, RunFolderError
-from i2am_train.json_files import entries_of, read_object
+from i2am_train.files import entries_of, read_object
 from i2am_train.metrics.registry import describe
 from i2am_train.results.sample_scores import RESULTS, SAMPLES, read_samples
 from i2am_train.results.study import uses_truth

@@ -14,7 +14,7 @@ from typing import Any
 import wandb
 
 from i2am_train.data.dataset import AS_IT_LIES, list_lengths
-from i2am_train.json_files import read_json, write_json
+from i2am_train.files import read_json, write_json
 from i2am_train.runs import MODEL_FOLDER, SETTINGS_FILE, checkpoint_label
 from i2am_train.tracking.names import EVALUATION_JOB, STUDY_JOB
 from i2am_train.tracking.session import RUN_FILE, read_record

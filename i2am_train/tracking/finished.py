@@ -6,7 +6,7 @@ from typing import Any
 
 import wandb
 
-from i2am_train.config.tracking import TrackingConfig
+from i2am_train.config.reporting import TrackingConfig
 from i2am_train.evaluation.evaluator import EvaluationResult
 from i2am_train.results.panels import PANELS, SamplePanels
 from i2am_train.results.sample_scores import RESULTS

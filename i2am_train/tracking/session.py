@@ -20,10 +20,10 @@ from typing import Any
 import wandb
 from wandb.errors import CommError, UsageError
 
-from i2am_train.config.tracking import TrackingConfig
-from i2am_train.json_files import read_object, write_json
+from i2am_train.config.reporting import TrackingConfig
+from i2am_train.environment import shown, without_secrets
+from i2am_train.files import read_object, write_json
 from i2am_train.metrics.registry import METRICS
-from i2am_train.redaction import shown, without_secrets
 from i2am_train.tracking.names import ARM, STEP, TRAIN_JOB, VALIDATION, summary_of
 
 RUN_FILE = "wandb.json"

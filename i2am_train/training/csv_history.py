@@ -7,8 +7,8 @@ from pathlib import Path
 
 from lightning.pytorch.loggers import CSVLogger
 
+from i2am_train.environment import first_process
 from i2am_train.files import write_text
-from i2am_train.processes import first_process
 
 FILE = "metrics.csv"
 

@@ -43,13 +43,13 @@ from i2am_train.data.dataset import (
     reading_of,
 )
 from i2am_train.data.needed_files import noted_in, refuse_broken_pictures
+from i2am_train.environment import ignore_interrupts
 from i2am_train.errors import DataError, NotFiniteError
-from i2am_train.files import free_space
-from i2am_train.fingerprints import RECORD_FILE, DataRecord, DataState, data_state, file_fingerprint
+from i2am_train.files import file_fingerprint, free_space
+from i2am_train.fingerprints import RECORD_FILE, DataRecord, DataState, data_state
 from i2am_train.locks import LOCK
 from i2am_train.models.tryon import TryOnModel
 from i2am_train.ops.precision import rows_at_fault
-from i2am_train.processes import ignore_interrupts
 from i2am_train.runs import require_apart
 from i2am_train.types import Pairing, Role, Split
 

@@ -12,15 +12,15 @@ from typing import Any, NamedTuple
 from rich.console import Console
 
 from i2am_train.callbacks.snapshots import snapshot_folders
-from i2am_train.config.build import plain
 from i2am_train.config.evaluation import EvaluateConfig
+from i2am_train.config.options import plain
 from i2am_train.config.store import BASE_ARM, arm_config, arm_name
 from i2am_train.config.training import AblateConfig
 from i2am_train.data.dataset import data_root, prepare_data
 from i2am_train.data.needed_files import noted_in
 from i2am_train.errors import ConfigError
+from i2am_train.files import read_json, write_json
 from i2am_train.fingerprints import data_state
-from i2am_train.json_files import read_json, write_json
 from i2am_train.locks import locked
 from i2am_train.metrics.registry import METRICS
 from i2am_train.reporting.ablation_page import build_report
@@ -46,7 +46,11 @@ class Cell(NamedTuple):
 
     @property
     def folder(self) -> str:
-        """Where the cell lies inside the study's folder."""
+        """Where the cell lies inside the study's folder.
+
+        >>> Cell("refined", 0).folder, Cell("base", None).folder
+        ('cells/refined-seed0', 'cells/base')
+        """
         name = arm_name(self.arm)
         return f"cells/{name if self.seed is None else f'{name}-seed{self.seed}'}"
 

@@ -6,18 +6,16 @@
 from __future__ import annotations
 
 from i2am_train.config.data import DataCacheConfig, DataCheckConfig, DataDeriveConfig, DataMakeConfig
-from i2am_train.config.hub import revisions
-from i2am_train.config.locations import dataset_folder
+from i2am_train.config.locations import dataset_folder, revisions
 from i2am_train.data.cache import CacheLayout
 from i2am_train.data.dataset import Reading, list_length
 from i2am_train.data.dataset_report import check_dataset
 from i2am_train.data.derivation import derive_dataset, split_lists
 from i2am_train.data.synthetic import make_dataset
-from i2am_train.entry.command import FAILED_CHECK
+from i2am_train.entry import FAILED_CHECK
 from i2am_train.errors import ConfigError
-from i2am_train.files import write_text
+from i2am_train.files import require_own_json, write_json, write_text
 from i2am_train.fingerprints import DERIVED_REPORT, is_of_dataset
-from i2am_train.json_files import require_own_json, write_json
 from i2am_train.locks import locked
 from i2am_train.models.human_parsers import HumanParser
 from i2am_train.models.loading import model_folder

@@ -12,25 +12,25 @@ from rich.console import Console
 
 from i2am_train.callbacks.generation import GenerationCallback
 from i2am_train.callbacks.snapshots import snapshot_folders
-from i2am_train.config.build import plain
 from i2am_train.config.evaluation import EvaluateConfig
 from i2am_train.config.locations import checkpoint_folder
+from i2am_train.config.options import plain
 from i2am_train.data.dataset import data_root, prepare_data
 from i2am_train.data.module import TryOnDataModule
 from i2am_train.data.needed_files import noted_in, refuse_broken_pictures
+from i2am_train.environment import first_process, wait_for
 from i2am_train.errors import CheckpointError, I2AMError
 from i2am_train.evaluation.evaluator import EvaluationResult, EvaluationSettings, check_settings
 from i2am_train.evaluation.folders import open_folders
 from i2am_train.evaluation.generation import GeneratedSamples, person_names, real_images, score_generated
 from i2am_train.evaluation.results import read_results, write_evaluation
-from i2am_train.evaluation.scoring import check_scoring, make_scoring, score_images
+from i2am_train.evaluation.scoring import check_counts, check_scoring, make_scoring, score_images
+from i2am_train.files import read_object
 from i2am_train.fingerprints import data_state, folder_state
-from i2am_train.json_files import read_object
 from i2am_train.locks import locked
 from i2am_train.models.loading import load_model, model_folder
 from i2am_train.models.tryon import TryOnModel
 from i2am_train.ops.devices import check_device
-from i2am_train.processes import first_process, wait_for
 from i2am_train.reporting.table import terminal
 from i2am_train.reporting.tables.published import CAUTION, TABLE_2, published_values
 from i2am_train.reporting.tables.scores import evaluation_scores
@@ -57,7 +57,7 @@ WITHOUT_EFFECT_ON_SCORES = (
 
 def run(config: EvaluateConfig) -> None:
     """Evaluate, and print the scores and where everything lies."""
-    for one in with_snapshots(config):
+    for one in _with_snapshots(config):
         folder = default_output(one)
         results = evaluate(one, folder)
         if first_process():
@@ -67,7 +67,7 @@ def run(config: EvaluateConfig) -> None:
                 print(advice)
 
 
-def with_snapshots(config: EvaluateConfig) -> list[EvaluateConfig]:
+def _with_snapshots(config: EvaluateConfig) -> list[EvaluateConfig]:
     """The evaluation itself, after those of the run's snapshots if they were asked for.
 
     Raises:
@@ -88,7 +88,12 @@ def with_snapshots(config: EvaluateConfig) -> list[EvaluateConfig]:
 
 
 def of_snapshot(config: EvaluateConfig, snapshot: Path, output: Path) -> EvaluateConfig:
-    """The evaluation of a run's snapshot as that of the run, in a folder beside its ``output``."""
+    """The evaluation of a run's snapshot as that of the run, in a folder beside its ``output``.
+
+    >>> one = of_snapshot(EvaluateConfig(checkpoint="a"), Path("a/snapshots/step-000100"), Path("a/evaluation-paired"))
+    >>> one.output.name
+    'evaluation-paired-step-000100'
+    """
     folder = output.with_name(f"{output.name}-{snapshot.name}")
     return replace(config, checkpoint=str(snapshot), output=folder)
 
@@ -121,7 +126,11 @@ def print_scores(results: dict[str, Any], expected: dict[str, float] | None = No
 
 
 def default_output(config: EvaluateConfig) -> Path:
-    """``output``, or a folder in the run's, or one in ``runs/`` that is named after what is judged."""
+    """``output``, or a folder in the run's, or one in ``runs/`` that is named after what is judged.
+
+    >>> default_output(EvaluateConfig(checkpoint="tiny")) == Path.cwd() / "runs" / "tiny-evaluation-paired"
+    True
+    """
     if config.output is not None:
         return config.output
 
@@ -143,19 +152,14 @@ def evaluate(config: EvaluateConfig, folder: Path) -> dict[str, Any]:
     Raises:
         I2AMError: checkpoint, data, images or folder do not fit the configuration, or another process writes it.
     """
-    with locked(folder):
+    with locked(folder), noted_in(folder):
         if config.checkpoint is None:
-            return evaluate_folders(config, folder)
-        return evaluate_checkpoint(config, config.checkpoint, folder)
+            return _evaluate_folders(config, folder)
+        return _evaluate_checkpoint(config, config.checkpoint, folder)
 
 
-def evaluate_folders(config: EvaluateConfig, folder: Path) -> dict[str, Any]:
-    """Image metrics of the images in one folder against those in another.
-
-    Raises:
-        DataError: the folders or images do not fit each other or the metrics.
-        RunFolderError: the output folder holds another evaluation, or one of images that changed since.
-    """
+def _evaluate_folders(config: EvaluateConfig, folder: Path) -> dict[str, Any]:
+    """Image metrics of the images in one folder against those in another."""
     assert config.images is not None  # the schema's check
     assert config.reference is not None
     check_device(config.device)
@@ -171,7 +175,8 @@ def evaluate_folders(config: EvaluateConfig, folder: Path) -> dict[str, Any]:
     )
     options = make_scoring(config)
     check_scoring(images, reference, options)
-    settings = _folder_settings(config)
+    unused = ("checkpoint", "data", "sampling", "attribution", "precision")
+    settings = {name: value for name, value in plain(config).items() if name not in unused}
     settings["fingerprints"] = {
         "images": folder_state(config.images).fingerprint,
         "reference": folder_state(config.reference).fingerprint,
@@ -209,25 +214,11 @@ def _use_folders(config: EvaluateConfig, fingerprints: Mapping[str, str], run: A
         use_images(run, role, root, fingerprints[role])
 
 
-def _folder_settings(config: EvaluateConfig) -> dict[str, Any]:
-    """The options that mean something for finished images."""
-    unused = ("checkpoint", "data", "sampling", "attribution", "precision")
-    return {name: value for name, value in plain(config).items() if name not in unused}
-
-
-def evaluate_checkpoint(config: EvaluateConfig, checkpoint: str, folder: Path) -> dict[str, Any]:
+def _evaluate_checkpoint(config: EvaluateConfig, checkpoint: str, folder: Path) -> dict[str, Any]:
     """Attention scores and image metrics of a model on held-out samples.
 
     Images are generated on all devices and scored by the first process; the others return nothing.
-
-    Raises:
-        I2AMError: checkpoint, data or folder do not fit the configuration.
     """
-    with noted_in(folder):
-        return _evaluate_checkpoint(config, checkpoint, folder)
-
-
-def _evaluate_checkpoint(config: EvaluateConfig, checkpoint: str, folder: Path) -> dict[str, Any]:
     settings = plain(config) | {"checkpoint": str(model_folder(checkpoint))}
     data_root(config.data, folder, config.tracking.folder)
     RunFolder.check(folder, settings, may_differ=WITHOUT_EFFECT_ON_SCORES)
@@ -242,7 +233,7 @@ def _evaluate_checkpoint(config: EvaluateConfig, checkpoint: str, folder: Path) 
         opened.start(seed=config.sampling.seed, data=data_state(datamodule.root))
     dataset = datamodule.test_dataset()
     samples = GeneratedSamples(folder=folder, names=person_names(dataset), batch_size=config.evaluation.batch_size)
-    generate(config, model, datamodule, samples)
+    _generate(config, model, datamodule, samples)
     if not first_process():
         return {}
     result = score_generated(
@@ -270,7 +261,9 @@ def _use_data_and_model(config: EvaluateConfig, root: Path, data: str, run: Any)
     use_model(run, model_folder(config.checkpoint or ""), upload=config.tracking.upload_model)
 
 
-def generate(config: EvaluateConfig, model: TryOnModel, datamodule: TryOnDataModule, samples: GeneratedSamples) -> None:
+def _generate(
+    config: EvaluateConfig, model: TryOnModel, datamodule: TryOnDataModule, samples: GeneratedSamples
+) -> None:
     """Make the batches that are not there yet."""
     pending = samples.pending()
     if not pending:
@@ -292,6 +285,10 @@ def prepare(config: EvaluateConfig, checkpoint: str, folder: Path) -> tuple[TryO
     check_test_trainer(config)
     model = load_model(checkpoint, config.data)
     check_settings(model, EvaluationSettings.of(config))
+    scoring = make_scoring(config)
+    embedded = config.data.synthetic.test if config.data.root is None else None
+    if (samples := config.evaluation.samples or embedded) is not None:
+        check_counts(samples, samples, scoring)
     # May draw the embedded dataset, which takes a while.
     root = prepare_data(config.data, folder, config.tracking.folder)
     datamodule = TryOnDataModule(
@@ -306,5 +303,5 @@ def prepare(config: EvaluateConfig, checkpoint: str, folder: Path) -> tuple[TryO
     if first_process():
         refuse_broken_pictures([dataset])
     real = real_images(dataset)
-    check_scoring(real, real, make_scoring(config))
+    check_scoring(real, real, scoring)
     return model, datamodule

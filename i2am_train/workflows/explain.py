@@ -1,28 +1,36 @@
-"""``i2am explain``: all attribution maps of a sample: pictures, a folder of data, a page to explore."""
+"""``i2am explain``: all attribution maps of a sample: pictures, a folder of data, a page to explore.
+
+``i2am detect``: the object detection experiment on COCO, with Paint-by-Example and detectors (paper 5.1).
+"""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from rich.console import Console
 from torch.utils.data import default_collate
 
 from i2am_train.attention.known import known_models
-from i2am_train.attention.maps import time_groups
-from i2am_train.config.build import plain
-from i2am_train.config.explanation import FACTORY, OTHER_MODELS_OPTIONS, TRYON, ExplainConfig
-from i2am_train.config.hub import revisions
+from i2am_train.attention.maps import patch_indices, time_groups
+from i2am_train.attention.recipe import layer_name
+from i2am_train.config.explanation import OTHER_MODELS_OPTIONS, TRYON, DetectConfig, ExplainConfig
+from i2am_train.config.locations import revisions
+from i2am_train.config.options import plain
 from i2am_train.data.dataset import TryOnDataset, TryOnSample, batch_on, list_length, prepare_data, reading_of
 from i2am_train.data.picture_files import read_photograph, read_region
 from i2am_train.data.pictures import Mask
 from i2am_train.errors import ConfigError, DataError
 from i2am_train.evaluation.explaining import explain_batch, explain_picture, to_pictures
 from i2am_train.evaluation.explanation import TO_GENERATED, TO_REFERENCE, CleanImage, Explanation, write_explanation
-from i2am_train.files import write_text
-from i2am_train.fingerprints import data_state, file_fingerprint
+from i2am_train.experiments.detection.experiment import run_experiment
+from i2am_train.experiments.detection.tables import tables_of
+from i2am_train.files import file_fingerprint, write_text
+from i2am_train.fingerprints import data_state
 from i2am_train.locks import locked
 from i2am_train.models.loading import load_model, model_folder
 from i2am_train.models.others.loaders import loader_of
@@ -35,7 +43,9 @@ from i2am_train.reporting.explorer import PAGE, explorer_data, explorer_page
 from i2am_train.reporting.figures.canvas import save_figure
 from i2am_train.reporting.figures.single import figures_of
 from i2am_train.reporting.provenance import flat, provenance_rows
+from i2am_train.reporting.table import terminal
 from i2am_train.runs import RunFolder, checkpoint_label
+from i2am_train.tracking.session import sync_advice
 from i2am_train.types import GridSize
 
 KEPT = ("images", "masks")
@@ -63,7 +73,7 @@ class _Made:
 
 def run(config: ExplainConfig) -> None:
     """Explain the samples, or the picture of another model, and say where pictures and page lie."""
-    with locked(folder_of(config)):
+    with locked(config.folder):
         folder = explain(config)
     pictures = len([path for path in folder.rglob("*.png") if path.parent.name not in KEPT])
     size = (folder / PAGE).stat().st_size / 10**6
@@ -83,7 +93,7 @@ def explain(config: ExplainConfig) -> Path:
     }
     figures = {place: figures_of(one) for place, one in explanations.items()}
     page = explorer_data(made.models, config.attribution)
-    folder = RunFolder.open(folder_of(config), made.settings, may_differ=MAY_DIFFER)
+    folder = RunFolder.open(config.folder, made.settings, may_differ=MAY_DIFFER)
     folder.start(seed=config.sampling.seed, data=made.data)
     for place, one in explanations.items():
         write_explanation(folder / place, one)
@@ -101,20 +111,6 @@ def explain(config: ExplainConfig) -> Path:
     for mark in dict.fromkeys(mark for one in explanations.values() for mark in one.maps.marks):
         print(mark)
     return folder.path
-
-
-def folder_of(config: ExplainConfig) -> Path:
-    """``output``, or a folder in ``runs/`` named after what is explained."""
-    if config.output is not None:
-        return config.output
-    if config.model == TRYON:
-        checkpoints = "+".join(Path(checkpoint).name for checkpoint in config.checkpoints)
-        samples = "+".join(map(str, config.samples))
-        name = f"{checkpoints}-{config.split}{samples}-{config.pairing}"
-    else:
-        model = config.model if config.model != FACTORY else str(config.factory).partition(":")[0]
-        name = f"{model}-{_picture_name(config)}"
-    return Path.cwd() / "runs" / f"explain-{name}"
 
 
 def _subfolder(config: ExplainConfig, name: str, one: Explanation) -> str:
@@ -151,12 +147,14 @@ def _of_samples(config: ExplainConfig) -> _Made:
     device = chosen_device(config.device)
     names = _labels(config.checkpoints)
     models = {name: load_model(path, config.data) for name, path in names.items()}
-    root = prepare_data(config.data, folder_of(config))
+    for model in models.values():
+        _check_patches(config, model)
+    root = prepare_data(config.data, config.folder)
     data, samples = data_state(root).fingerprint, _samples(config, root)
     folders = {name: str(model_folder(path)) for name, path in names.items()}
     where = list(folders.values())
     settings = plain(config) | {"checkpoint": where if len(where) > 1 else where[0]}
-    RunFolder.check(folder_of(config), settings, may_differ=MAY_DIFFER)  # before images are made
+    RunFolder.check(config.folder, settings, may_differ=MAY_DIFFER)  # before images are made
     return _Made(
         settings=settings,
         data=data,
@@ -166,6 +164,20 @@ def _of_samples(config: ExplainConfig) -> _Made:
         },
         about={"Checkpoints": ", ".join(config.checkpoints)},
     )
+
+
+def _check_patches(config: ExplainConfig, model: TryOnModel) -> None:
+    """Refuses patches outside the grids of the layer, which are known before an image is made.
+
+    Raises:
+        ConfigError: one lies outside.
+    """
+    patch_indices(config.reference_patches, model.reference_grid)
+    if block := re.fullmatch(r"up_blocks\.(\d+)\..*", layer_name(config.attribution.layer)):
+        # Each block of the decoder has twice the grid of the one before it; the last one's is the latents'.
+        halvings = len(model.unet.up_blocks) - 1 - int(block[1])
+        height, width = (-(-side // 2**halvings) for side in model.latent_size)
+        patch_indices(config.generated_patches, GridSize(height, width))
 
 
 def _labels(checkpoints: list[str]) -> dict[str, str]:
@@ -245,7 +257,7 @@ class CleanImages:
 
 def _of_pictures(config: ExplainConfig) -> _Made:
     # Before it is made, when a model of the hub may not be there yet.
-    RunFolder.check(folder_of(config), plain(config), may_differ=(*MAY_DIFFER, "revisions"))
+    RunFolder.check(config.folder, plain(config), may_differ=(*MAY_DIFFER, "revisions"))
     loader = loader_of(config.model)
     _check_options(config, loader)
     request, reference_mask = _request(config, loader)
@@ -263,7 +275,7 @@ def _of_pictures(config: ExplainConfig) -> _Made:
         loader.load(source),
         request,
         config.attribution,
-        name=_picture_name(config),
+        name=config.picture,
         reference_mask=reference_mask,
         matrix_layers=config.matrix_layers,
     )
@@ -353,10 +365,25 @@ def _picture_origin(config: ExplainConfig) -> dict[str, Any]:
     }
 
 
-def _picture_name(config: ExplainConfig) -> str:
-    files = (config.image, config.reference)
-    return "-".join(path.stem for path in files if path is not None)
-
-
 def _files(config: ExplainConfig) -> dict[str, Path]:
     return {name: path for name in FILES if (path := getattr(config, name)) is not None}
+
+
+# ---- the detection experiment --------------------------------------------------------------------------------------
+
+
+def detect(config: DetectConfig) -> None:
+    """Run the experiment, print its tables and say where everything lies.
+
+    Raises:
+        I2AMError: data, pipeline, detectors, device or folder do not fit the configuration; nothing is written then.
+    """
+    folder = config.folder
+    with locked(folder):
+        results = run_experiment(config, folder, chosen_device(config.device))
+    console = Console(markup=False, emoji=False)
+    for table in tables_of(results):
+        console.print(terminal(table))
+    print(f"Everything of this experiment: {folder} (page: {folder / 'report.html'})")
+    if advice := sync_advice(config.tracking, folder):
+        print(advice)

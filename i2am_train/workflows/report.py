@@ -1,28 +1,38 @@
-"""``i2am report``: tables and figures for a paper from the folders of finished commands, without a model or a GPU."""
+"""``i2am report``: tables and figures for a paper from the folders of finished commands, without a model or a GPU.
+
+``i2am dashboard``: the project's workspace and report in Weights & Biases, or their definition.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
-from i2am_train.config.build import plain
-from i2am_train.config.reporting import ReportConfig
+from i2am_train.config.options import plain
+from i2am_train.config.reporting import DashboardConfig, ReportConfig
 from i2am_train.environment import now, provenance
 from i2am_train.errors import ConfigError
 from i2am_train.experiments.detection.report import plan_detections
-from i2am_train.files import write_text
-from i2am_train.json_files import read_json, write_json
+from i2am_train.files import read_json, require_own_json, write_json, write_text
 from i2am_train.locks import locked
 from i2am_train.reporting.figures.files import plan_figures
 from i2am_train.reporting.pages import Section, left_out, report_page
 from i2am_train.reporting.table_files import plan_tables
 from i2am_train.runs import RunFolder
+from i2am_train.tracking.dashboard import dashboard_json, save_dashboard
 
 INDEX, PAGE, SCHEMA = "index.json", "report.html", 1
 
-Write = Callable[[Path], "tuple[dict[str, Any], list[Section]]"]
-"""Writes one part of a report into its folder; returns what the index says of it, and what the page shows."""
+APPEARANCE = ("output", "figures", "formats", "layers", "models", "names", "dpi")
+"""Options that may change when a report of the same inputs is made again in its folder."""
+
+
+class _Plan(Protocol):
+    """A part of a report, whose inputs were read and checked."""
+
+    def write(self, folder: Path, formats: Sequence[str], dpi: int, /) -> tuple[dict[str, Any], list[Section]]:
+        """Writes it into the report's folder; what the index says of it, and what the page shows."""
 
 
 def run(config: ReportConfig) -> None:
@@ -48,8 +58,8 @@ def report(config: ReportConfig) -> Path:
     Raises:
         I2AMError: there is nothing to report, an input does not fit, or the folder is taken.
     """
-    parts = [part for prepare in PARTS if (part := prepare(config)) is not None]
-    if not parts:
+    plans = _plans(config)
+    if not plans:
         raise ConfigError(
             "There is nothing to report. Give runs=[FOLDER,...] with folders of evaluated models, "
             "explained=[FOLDER,...] with folders that 'i2am explain' wrote, or detected=[FOLDER,...] with folders "
@@ -60,9 +70,9 @@ def report(config: ReportConfig) -> Path:
     index: dict[str, Any] = {"schema": SCHEMA, **provenance(), "started": now()}
     index["settings"] = plain(config)
     sections: list[Section] = []
-    for write in parts:
-        entries, shown = write(folder.path)
-        index = joined(index, entries)
+    for plan in plans:
+        entries, shown = plan.write(folder.path, config.formats, config.dpi)
+        index = _joined(index, entries)
         sections += shown
     write_json(folder / INDEX, index)
     write_text(folder / PAGE, report_page(index, sections))
@@ -70,37 +80,22 @@ def report(config: ReportConfig) -> Path:
     return folder.path
 
 
-def tables(config: ReportConfig) -> Write | None:
-    """The tables over evaluated models; None without such folders."""
-    if not config.runs:
-        return None
-
-    planned = plan_tables(config.runs, config.names, mixed=config.mixed)
-    return lambda folder: planned.write(folder, config.formats, config.dpi)
-
-
-def figures(config: ReportConfig) -> Write | None:
-    """The figures of explained samples; None without such folders."""
-    if not config.explained:
-        return None
-
-    planned = plan_figures(config.explained, config.figures, config.models, config.layers)
-    return lambda folder: planned.write(folder, config.formats, config.dpi)
+def _plans(config: ReportConfig) -> list[_Plan]:
+    """The parts that there are folders for, in order."""
+    plans: list[_Plan] = []
+    if config.runs:
+        plans.append(plan_tables(config.runs, config.names, mixed=config.mixed))
+    if config.explained:
+        plans.append(plan_figures(config.explained, config.figures, config.models, config.layers))
+    if config.detected:
+        plans.append(plan_detections(config.detected))
+    return plans
 
 
-def detections(config: ReportConfig) -> Write | None:
-    """Tables and figures of detection experiments; None without such folders."""
-    if not config.detected:
-        return None
-
-    planned = plan_detections(config.detected)
-    return lambda folder: planned.write(folder, config.formats, config.dpi)
-
-
-def joined(index: dict[str, Any], entries: dict[str, Any]) -> dict[str, Any]:
+def _joined(index: dict[str, Any], entries: dict[str, Any]) -> dict[str, Any]:
     """An index with the entries of one more part: lists and mappings that both have are joined.
 
-    >>> joined({"schema": 1, "tables": ["a"]}, {"tables": ["b"], "left_out": {}})
+    >>> _joined({"schema": 1, "tables": ["a"]}, {"tables": ["b"], "left_out": {}})
     {'schema': 1, 'tables': ['a', 'b'], 'left_out': {}}
     """
     both = {}
@@ -110,8 +105,16 @@ def joined(index: dict[str, Any], entries: dict[str, Any]) -> dict[str, Any]:
     return {**index, **entries, **both}
 
 
-PARTS: tuple[Callable[[ReportConfig], Write | None], ...] = (tables, figures, detections)
-"""The parts of a report, in order; each checks its inputs and returns what writes it."""
+def dashboard(config: DashboardConfig) -> None:
+    """Save workspace and report and print their addresses; with ``output`` write a file instead, without network.
 
-APPEARANCE = ("output", "figures", "formats", "layers", "models", "names", "dpi")
-"""Options that may change when a report of the same inputs is made again in its folder."""
+    Raises:
+        TrackingError: not logged in, or the server cannot be reached.
+    """
+    if config.output is not None:
+        require_own_json(config.output, ("project", "workspace", "report"))
+        write_json(config.output, dashboard_json(config.project, config.group))
+        print(f"Definition of workspace and report: {config.output}")
+        return
+    workspace, saved = save_dashboard(config.entity, config.project, config.group)
+    print(f"Workspace: {workspace}\nReport:    {saved}")

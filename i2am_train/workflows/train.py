@@ -11,21 +11,20 @@ from rich.table import Table
 from i2am_train.callbacks.checkpoints import resume_point
 from i2am_train.callbacks.imported import check_callbacks, imported_callbacks
 from i2am_train.callbacks.loggers import finish_tracking, record_model
-from i2am_train.config.build import plain
-from i2am_train.config.hub import revisions
+from i2am_train.config.locations import revisions
+from i2am_train.config.options import plain
 from i2am_train.config.store import to_yaml
 from i2am_train.config.training import WITHOUT_EFFECT_ON_WEIGHTS, TrainConfig
 from i2am_train.data.dataset import TryOnDataset, data_root, prepare_data, require_correspondence
 from i2am_train.data.module import TryOnDataModule
 from i2am_train.data.needed_files import noted_in, refuse_broken_pictures
+from i2am_train.environment import first_process, wait_for, without_secrets
 from i2am_train.evaluation.evaluator import EvaluationSettings, check_settings
 from i2am_train.fingerprints import data_state
 from i2am_train.locks import locked
 from i2am_train.models.lora import FOLDER as ADAPTER_FOLDER
 from i2am_train.models.lora import has_adapters, save_adapters
 from i2am_train.models.tryon import TryOnModel
-from i2am_train.processes import first_process, wait_for
-from i2am_train.redaction import without_secrets
 from i2am_train.reporting.tables.published import published_row
 from i2am_train.runs import MANIFEST_FILE, MODEL_FOLDER, RunFolder
 from i2am_train.tracking.session import sync_advice

@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from i2am_train.callbacks.interruption import InterruptionCallback
-from i2am_train.entry.stopping import stopped_by_signals
+from i2am_train.entry import stopped_by_signals
 
 
 class Model(L.LightningModule):

@@ -68,7 +68,7 @@ def test_the_wheel_carries_everything(wheel: Path) -> None:
     weights = ROOT / "data" / "weights"
     expected |= {f"i2am_train/weights/{path.relative_to(weights)}" for path in weights.rglob("*") if path.is_file()}
     assert expected <= names
-    assert {"i2am_train/py.typed", "i2am_train/conf/train.yaml"} <= names
+    assert {"i2am_train/py.typed", "i2am_train/conf/experiment/refined.yaml"} <= names
     tops = {name.split("/")[0] for name in names}
     assert tops == {"i2am_train", f"i2am_train-{i2am_train.__version__}.dist-info"}
 

@@ -12,18 +12,18 @@ from PIL import Image, ImageDraw
 
 from i2am_train.config.store import compose
 from i2am_train.data.parsing import DRESS_CODE
+from i2am_train.experiments.detection.experiment import run_experiment
 from i2am_train.experiments.detection.shapes import make_shapes
 from i2am_train.models.human_parsers import HumanParser
 from i2am_train.models.pose_estimators import ViTPoseEstimator
 from i2am_train.models.tryon import TryOnModel
+from i2am_train.ops.devices import chosen_device
 from i2am_train.workflows.ablate import ablate
 from i2am_train.workflows.data import cache
-from i2am_train.workflows.detect import detect
 from i2am_train.workflows.evaluate import evaluate
 from i2am_train.workflows.explain import explain
 from i2am_train.workflows.explain import run as run_explain
-from i2am_train.workflows.export import run as run_export
-from i2am_train.workflows.init import run as run_init
+from i2am_train.workflows.models import export, init
 from i2am_train.workflows.train import rehearse, train
 from tests.support.card import card, on_card
 from tests.support.detectors import tiny_maskformer, tiny_rt_detr, tiny_yolos
@@ -196,7 +196,7 @@ def test_detection(machine: Any, paint_by_example: Path, tmp_path: Path) -> None
         f"detectors=[{','.join(map(str, detectors))}]",
     ]  # fmt: skip
     with machine() as seen:
-        results = detect(compose("detect", words), tmp_path / "run")
+        results = run_experiment(compose("detect", words), tmp_path / "run", chosen_device("cuda"))
     assert seen.operations > 100
     assert results["miou"]["generated"].keys() >= {*map(str, detectors), "i2am"}
 
@@ -221,7 +221,7 @@ def test_export_and_the_exported_pipeline(
     folder = tmp_path / "out"
     garment = Image.open(pictures[2].partition("=")[2])
     with machine() as seen:
-        run_export(compose("export", [f"checkpoint={small_checkpoint}", f"output={folder}"]))
+        export(compose("export", [f"checkpoint={small_checkpoint}", f"output={folder}"]))
         pipeline: Any = DiffusionPipeline.from_pretrained(
             str(folder), custom_pipeline=str(folder), trust_remote_code=True
         )
@@ -237,5 +237,5 @@ def test_assembling_a_model(machine: Any, make_parts: Callable[..., Any], tmp_pa
         make_parts(name).save_pretrained(tmp_path / "sd" / name)
     words = [f"unet={tmp_path / 'sd'}", f"encoder={tmp_path / 'sd' / 'dinov2'}", "height=128", "width=64"]
     with machine():
-        run_init(compose("init", [*words, f"output={tmp_path / 'model'}"]))
+        init(compose("init", [*words, f"output={tmp_path / 'model'}"]))
     assert TryOnModel.from_pretrained(tmp_path / "model").device.type == "cpu"

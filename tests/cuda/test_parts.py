@@ -12,9 +12,8 @@ from torch.utils.data import default_collate
 from i2am_train.attention.live import ScoreTap
 from i2am_train.attention.trace import trace
 from i2am_train.config.locations import experiment_names
-from i2am_train.config.losses import ObjectiveConfig
 from i2am_train.config.store import compose, option_names
-from i2am_train.config.training import TrainConfig
+from i2am_train.config.training import ObjectiveConfig, TrainConfig
 from i2am_train.data.cache import CachedDataset, LatentCache
 from i2am_train.data.dataset import TryOnDataset, batch_on
 from i2am_train.losses.attention import attention_on_grids

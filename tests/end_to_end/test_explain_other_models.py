@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 from PIL import Image, ImageDraw
 
 from i2am_train.attention import load_maps
-from i2am_train.config.attention import AttributionConfig
+from i2am_train.config.evaluation import AttributionConfig
 from i2am_train.config.store import compose
 from i2am_train.errors import CaptureError, CheckpointError, ConfigError, DataError, I2AMError
 from i2am_train.evaluation.explaining import explain_picture

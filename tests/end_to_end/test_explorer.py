@@ -28,7 +28,7 @@ from i2am_train.attention.archive import load_maps, save_maps
 from i2am_train.attention.maps import AttributionMaps, HeatMap, Rollup
 from i2am_train.attention.recipe import PAPER_LAYERS
 from i2am_train.attention.store import AttributionStore, LayerRecord
-from i2am_train.config.attention import AttributionConfig
+from i2am_train.config.evaluation import AttributionConfig
 from i2am_train.data.dataset import TryOnDataset, TryOnSample
 from i2am_train.evaluation.explaining import MASKS, to_pictures
 from i2am_train.evaluation.explanation import Explanation

@@ -20,7 +20,7 @@ from huggingface_hub import ModelCard
 from i2am_train.config.store import compose
 from i2am_train.models.tryon import TryOnModel
 from i2am_train.workflows.evaluate import evaluate
-from i2am_train.workflows.export import run as run_export
+from i2am_train.workflows.models import export as run_export
 from i2am_train.workflows.train import train
 
 pytestmark = [
@@ -100,6 +100,10 @@ class HubHandler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         parts = unquote(urlsplit(self.path).path).strip("/").split("/")
+        if parts == ["api", "whoami-v2"]:
+            known = self.headers.get("Authorization") == f"Bearer {TOKEN}"
+            self.answer(*((200, {"name": "me"}) if known else (401, {"error": "Invalid user token."})))
+            return
         name = "/".join(parts[2:4] if parts[0] == "api" else parts[:2])
         files = self.server.models.get(name)
         if files is None:
@@ -196,14 +200,15 @@ def test_pushed_and_pulled(hub: Hub, small_checkpoint: Path, tmp_path: Path) -> 
 
 
 def test_nobody_is_logged_in(hub: Hub, small_checkpoint: Path, tmp_path: Path) -> None:
-    """One paragraph that says what to do, and that the folder is there all the same."""
+    """One paragraph that says what to do, before the folder is made: with no token, and with an unknown one."""
     export = ["export", f"checkpoint={small_checkpoint}", f"output={tmp_path / 'out'}", "push=me/model"]
-    done = i2am(export, tmp_path, HF_ENDPOINT=hub.address)
-    assert done.returncode == 2
-    assert f"could not be pushed to me/model (it lies in {tmp_path / 'out'})" in done.stderr
-    assert "hf auth login" in done.stderr
-    assert "Traceback" not in done.stderr
-    assert (tmp_path / "out" / "model_index.json").is_file()
+    for token, reason in ({}, "nobody is logged in"), ({"HF_TOKEN": "hf_old"}, "the hub answered 401"):
+        done = i2am(export, tmp_path, HF_ENDPOINT=hub.address, **token)
+        assert done.returncode == 2
+        assert f"could not be pushed to me/model (nothing was written): {reason}" in done.stderr
+        assert "hf auth login" in done.stderr
+        assert "Traceback" not in done.stderr
+        assert not (tmp_path / "out").exists()
     assert hub.models == {}
 
 

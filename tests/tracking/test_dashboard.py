@@ -12,7 +12,7 @@ from i2am_train.config.store import compose
 from i2am_train.errors import TrackingError
 from i2am_train.metrics.registry import METRICS
 from i2am_train.tracking import dashboard, names
-from i2am_train.workflows.dashboard import run
+from i2am_train.workflows.report import dashboard as run
 
 pytestmark = pytest.mark.filterwarnings("default")  # wandb_workspaces' own deprecations
 

@@ -13,7 +13,7 @@ from PIL import Image
 from i2am_train.config.store import compose
 from i2am_train.experiments.detection.shapes import make_shapes
 from i2am_train.experiments.detection.tracking import METHOD_COLUMNS, PICTURE_COLUMNS, THRESHOLD_COLUMNS
-from i2am_train.json_files import read_json
+from i2am_train.files import read_json
 from i2am_train.results.sample_scores import read_samples
 from i2am_train.tracking.dashboard import dashboard_json
 from i2am_train.workflows import detect as command

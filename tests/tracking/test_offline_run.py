@@ -12,8 +12,8 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from i2am_train.config.store import compose
+from i2am_train.files import read_json
 from i2am_train.fingerprints import data_state
-from i2am_train.json_files import read_json
 from i2am_train.results.panels import read_panels
 from i2am_train.results.sample_scores import read_samples
 from i2am_train.tracking import media, names

@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader, Dataset
 from i2am_train import cli
 from i2am_train.config.commands import COMMANDS
 from i2am_train.config.training import TrainConfig
-from i2am_train.entry.command import execute
+from i2am_train.entry import execute
 from i2am_train.errors import DataError
 
 HEAVY = ("torch", "numpy", "lightning", "diffusers", "transformers", "cv2", "matplotlib")

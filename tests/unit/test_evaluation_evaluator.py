@@ -12,7 +12,7 @@ from skimage.metrics import structural_similarity
 from torch.utils.data import default_collate
 
 from i2am_train.attention.trace import trace
-from i2am_train.config.attention import AttributionConfig
+from i2am_train.config.evaluation import AttributionConfig
 from i2am_train.config.models import SamplingConfig
 from i2am_train.data.dataset import TryOnDataset
 from i2am_train.errors import CaptureError, ConfigError

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from i2am_train.config.detection import DetectConfig
+from i2am_train.config.explanation import DetectConfig
 from i2am_train.experiments.detection.coco import Bench, BenchSample
 from i2am_train.experiments.detection.experiment import KeptPaintings, boxes_of, iou_of, mean_iou, sample_row, summarise
 from i2am_train.metrics.boxes import Box

@@ -10,10 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from i2am_train.config.build import plain
-from i2am_train.config.losses import ObjectiveConfig
+from i2am_train.config.options import plain
 from i2am_train.config.store import arm_config, compose
-from i2am_train.config.training import TrainConfig
+from i2am_train.config.training import ObjectiveConfig, TrainConfig
 from i2am_train.doors import allow
 from i2am_train.errors import ConfigError
 from i2am_train.losses.attention import Attention, attention_on_grids

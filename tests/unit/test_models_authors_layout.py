@@ -20,7 +20,7 @@ from i2am_train.models.convert.key_report import KeyMismatchError, key_report
 from i2am_train.models.convert.single_file import empty_unet, empty_vae, renamed_unet, renamed_vae
 from i2am_train.models.projector import ReferenceProjector
 from i2am_train.models.tryon import Conditions, TryOnModel
-from i2am_train.workflows.init import run
+from i2am_train.workflows.models import init as run
 from tests.support.ldm_models import AuthorsDiffusion, AuthorsSelfAttention
 
 WIDTHS = (32, 32, 64, 64)

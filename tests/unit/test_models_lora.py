@@ -11,8 +11,7 @@ from torch.utils.data import default_collate
 
 from i2am_train.attention.live import ScoreTap
 from i2am_train.attention.trace import trace
-from i2am_train.config.losses import ObjectiveConfig
-from i2am_train.config.training import OptimizationConfig
+from i2am_train.config.training import ObjectiveConfig, OptimizationConfig
 from i2am_train.data.dataset import TryOnDataset
 from i2am_train.errors import ConfigError
 from i2am_train.losses.objective import Objective, make_objective

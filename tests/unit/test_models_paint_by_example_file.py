@@ -28,7 +28,7 @@ from i2am_train.models.convert.paint_by_example_file import (
     renamed_encoder,
 )
 from i2am_train.models.convert.single_file import empty_unet_part
-from i2am_train.workflows.init import run
+from i2am_train.workflows.models import init as run
 from tests.support.ldm_models import LatentDiffusion
 
 WIDTHS, CONTEXT = (32, 32, 64, 64), 24

@@ -22,7 +22,7 @@ from i2am_train.models.pretrained import load_encoder
 from i2am_train.models.tryon import TryOnModel
 from i2am_train.types import GridSize, PredictionType
 from i2am_train.weight_files import read_weights
-from i2am_train.workflows.init import run
+from i2am_train.workflows.models import init as run
 
 Layout = Callable[..., dict[str, torch.Tensor]]
 SIZE = {"height": 128, "width": 64}

@@ -13,8 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch.utils.data import default_collate
 
-from i2am_train.config.attention import AttributionConfig
-from i2am_train.config.evaluation import EvaluateConfig
+from i2am_train.config.evaluation import AttributionConfig, EvaluateConfig
 from i2am_train.config.models import InitConfig, SamplingConfig
 from i2am_train.config.training import TrainConfig
 from i2am_train.data.cache import CacheLayout

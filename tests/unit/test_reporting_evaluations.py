@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from scipy.stats import pearsonr, spearmanr
 
-from i2am_train.config.build import plain
 from i2am_train.config.evaluation import EvaluateConfig
+from i2am_train.config.options import plain
 from i2am_train.config.training import TrainConfig
 from i2am_train.environment import provenance
 from i2am_train.errors import ConfigError, RunFolderError

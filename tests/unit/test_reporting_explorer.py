@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 
 from i2am_train.attention import AttributionMaps, AttributionStore, LayerRecord
-from i2am_train.config.attention import AttributionConfig
+from i2am_train.config.evaluation import AttributionConfig
 from i2am_train.errors import CaptureError, ConfigError
 from i2am_train.evaluation.explanation import Explanation
 from i2am_train.reporting import explorer

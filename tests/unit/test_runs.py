@@ -11,9 +11,8 @@ import pytest
 from i2am_train import environment
 from i2am_train.environment import command_line
 from i2am_train.errors import RunFolderError
-from i2am_train.files import write_text
+from i2am_train.files import read_json, write_json, write_text
 from i2am_train.fingerprints import data_state
-from i2am_train.json_files import read_json, write_json
 from i2am_train.runs import RunFolder
 
 SETTINGS = {"seed": 0, "data": {"root": Path("/data"), "workers": 2}, "betas": (0.9, 0.999)}

@@ -5,8 +5,7 @@ from typing import Any
 
 import pytest
 
-from i2am_train.config.losses import ObjectiveConfig
-from i2am_train.config.training import OptimizationConfig
+from i2am_train.config.training import ObjectiveConfig, OptimizationConfig
 from i2am_train.errors import CaptureError
 from i2am_train.losses.objective import make_objective
 from i2am_train.training.module import TryOnModule

@@ -21,11 +21,11 @@ from i2am_train.data.parsing import VITON_HD, write_labels
 from i2am_train.data.picture_files import WRITING, encode_correspondence
 from i2am_train.data.poses import openpose_json
 from i2am_train.data.synthetic.rendering import SyntheticSample, render_annotations, render_sample, sample_name
+from i2am_train.environment import ignore_interrupts
 from i2am_train.errors import DataError
 from i2am_train.files import named_errors, write_text
 from i2am_train.fingerprints import DESCRIPTION_FILE
 from i2am_train.locks import staged
-from i2am_train.processes import ignore_interrupts
 from i2am_train.types import GridSize, Role, Split
 
 GENERATOR = "i2am_train.datasets.synthetic"

@@ -26,10 +26,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from i2am_train.attention import HeatMap, normalise
-from i2am_train.config.build import plain
-from i2am_train.config.detection import DetectConfig
-from i2am_train.config.hub import revisions
-from i2am_train.config.locations import expanded, shapes_folder
+from i2am_train.config.explanation import DetectConfig
+from i2am_train.config.locations import expanded, revisions, shapes_folder
+from i2am_train.config.options import plain
 from i2am_train.data.picture_files import write_png
 from i2am_train.data.pictures import Image
 from i2am_train.evaluation.generation import IMAGES, batches
@@ -40,8 +39,7 @@ from i2am_train.experiments.detection.report import KIND, SCHEMA, Example, read_
 from i2am_train.experiments.detection.shapes import SPLIT, make_shapes
 from i2am_train.experiments.detection.tables import swept_name
 from i2am_train.experiments.detection.tracking import track_detection
-from i2am_train.files import write_text, written
-from i2am_train.json_files import read_json, write_json
+from i2am_train.files import read_json, write_json, write_text, written
 from i2am_train.metrics.boxes import METHODS_OF_MAPS, Box, authors_box, box_iou, component_box, random_box, whole_box
 from i2am_train.models.others.paint_by_example import PaintByExample, Painted, Painting, resized
 from i2am_train.results.sample_scores import RESULTS, SAMPLES

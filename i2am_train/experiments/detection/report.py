@@ -24,8 +24,7 @@ from safetensors.numpy import save_file
 from i2am_train.environment import command_line
 from i2am_train.errors import RunFolderError
 from i2am_train.experiments.detection.tables import Results, tables_of
-from i2am_train.files import numbered, write_text, written
-from i2am_train.json_files import read_object
+from i2am_train.files import numbered, read_object, write_text, written
 from i2am_train.metrics import boxes
 from i2am_train.reporting import pages
 from i2am_train.reporting.figures import sheet

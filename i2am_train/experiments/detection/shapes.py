@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from i2am_train.data.picture_files import write_picture
 from i2am_train.data.pictures import Image, Mask
-from i2am_train.json_files import write_json
+from i2am_train.files import write_json
 from i2am_train.locks import staged
 from i2am_train.types import GridSize
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import wandb
 
-from i2am_train.config.tracking import TrackingConfig
+from i2am_train.config.reporting import TrackingConfig
 from i2am_train.experiments.detection.report import Detected, Example, read_detected
 from i2am_train.experiments.detection.tables import KINDS, Results, label, swept_name
 from i2am_train.files import numbered

@@ -6,10 +6,8 @@ from dataclasses import fields
 
 import pytest
 
-from i2am_train.config.build import group_of, option_names
-from i2am_train.config.commands import COMMANDS
-from i2am_train.config.documentation import WIDTH, field_docstrings
-from i2am_train.entry.command import command_help
+from i2am_train.config.commands import COMMANDS, WIDTH, command_help, field_docstrings
+from i2am_train.config.options import group_of, option_names
 
 
 @pytest.mark.parametrize("command", COMMANDS)

@@ -8,11 +8,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from i2am_train.config.build import build, option_names, plain, unknown_option
 from i2am_train.config.commands import COMMANDS
 from i2am_train.config.evaluation import EvaluateConfig
 from i2am_train.config.explanation import ExplainConfig
 from i2am_train.config.models import SamplingConfig
+from i2am_train.config.options import build, option_names, plain, unknown_option
 from i2am_train.config.training import AblateConfig, OptimizationConfig, TrainConfig
 from i2am_train.errors import ConfigError
 from i2am_train.types import LayerWeighting, Pairing

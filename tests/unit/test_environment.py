@@ -7,11 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from i2am_train.config.tracking import TrackingConfig
+from i2am_train.config.reporting import TrackingConfig
 from i2am_train.data.cache import INDEX_FILE, LatentCache
-from i2am_train.environment import command_line
+from i2am_train.environment import command_line, without_secrets
 from i2am_train.errors import DataError, RunFolderError
-from i2am_train.redaction import without_secrets
 from i2am_train.runs import RunFolder
 from i2am_train.tracking.session import open_run
 

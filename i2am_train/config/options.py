@@ -1,8 +1,10 @@
-"""Between typed dataclasses and the plain values of YAML: ``build`` one way, ``plain`` the other.
+"""What an option is: a field of a dataclass with a type and legal values, and a text for ``--help`` below it.
 
-``build`` is the border of the program: what it returns has the right types, legal values and no
-unknown keys; what it refuses, it names by its dotted path. Legal values are declared on the fields
-(``config.constraints``); rules between fields stand in ``Options.check``.
+    steps: Annotated[int, within(1, 1000)] = 10
+
+A rule stands in the annotation of a field, of a list's elements or of a member of a union; rules between fields stand
+in ``Options.check``. ``build`` is the border of the program: what it returns has the right types, legal values and no
+unknown keys, and what it refuses it names by its dotted path. ``plain`` is the way back to YAML's values.
 """
 
 from __future__ import annotations
@@ -16,30 +18,130 @@ from difflib import get_close_matches
 from enum import Enum
 from functools import cache, partial
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, NamedTuple, TypeVar, Union, get_args, get_origin, get_type_hints
 
-from i2am_train.config.constraints import Rule
 from i2am_train.config.locations import absolute
+from i2am_train.doors import is_import_path
 from i2am_train.errors import ConfigError
+from i2am_train.types import LayoutName
 
 T = TypeVar("T")
 
+REQUIRED = "???"
+"""Plain value of an option that has no default (the mark that Hydra uses)."""
 LARGEST = 2**63 - 1
 """Largest whole number of an option: what libraries can count with."""
 CONTROL = re.compile(r"[\x00-\x08\x0a-\x1f\x7f]")
 """Characters that no name holds on purpose; tabs may be there."""
-LONGEST_SHOWN = 80
-"""Characters of a value that messages repeat."""
-REQUIRED = "???"
-"""Plain value of an option that has no default (the mark that Hydra uses)."""
+LARGEST_IMAGE, MOST_SAMPLES, MOST_WORKERS = 16_384, 10_000_000, 512
+"""Pixels of a side, samples that a program draws, processes: above all uses, to keep a slip from taking all memory."""
+
+
+class Rule(NamedTuple):
+    """What a value must be.
+
+    >>> at_least(1).holds(0), at_least(1).expected
+    (False, 'at least 1')
+    """
+
+    expected: str
+    """How a message ends that begins with "expected"."""
+    holds: Callable[[Any], bool]
+
+
+def at_least(low: float) -> Rule:
+    """``low`` or more.
+
+    >>> at_least(1)[0]
+    'at least 1'
+    """
+    return Rule(f"at least {low}", lambda value: value >= low)
+
+
+def within(low: float, high: float) -> Rule:
+    """``low`` to ``high``, both included.
+
+    >>> [within(0, 2).holds(value) for value in (-1, 0, 2, 3)]
+    [False, True, True, False]
+    """
+    return Rule(f"a number between {low} and {high}", lambda value: low <= value <= high)
+
+
+def _matching(expected: str, pattern: str) -> Rule:
+    return Rule(expected, lambda text: re.fullmatch(pattern, text) is not None)
+
+
+Count = Annotated[int, at_least(1)]
+Natural = Annotated[int, at_least(0)]
+NotNegative = Annotated[float, at_least(0.0)]
+Positive = Annotated[float, Rule("more than 0.0", lambda value: value > 0.0)]
+Share = Annotated[float, within(0.0, 1.0)]
+BelowOne = Annotated[float, Rule("a number in [0, 1)", lambda value: 0.0 <= value < 1.0)]
+Guidance = Annotated[float, at_least(1.0)]
+"""Scale of classifier-free guidance; 1 is none."""
+SamplingSteps = Annotated[int, within(1, 1000)]
+Samples = Annotated[int, within(1, MOST_SAMPLES)]
+Workers = Annotated[int, within(0, MOST_WORKERS)]
+Threads = Annotated[int, within(1, MOST_WORKERS)]
+Pixels = Annotated[int, within(1, LARGEST_IMAGE)]
+ImageSide = Annotated[
+    int,
+    # Latents (a quarter or an eighth of it) and encoder patches (8 pixels) must be whole.
+    Rule(
+        f"a multiple of 16 between 16 and {LARGEST_IMAGE}",
+        lambda value: 16 <= value <= LARGEST_IMAGE and value % 16 == 0,
+    ),
+]
+Layer = Annotated[
+    int | str,
+    Rule(
+        "one of the paper's layers 1...9, or a name like up_blocks.1.attentions.1",
+        lambda layer: 1 <= layer <= 9 if isinstance(layer, int) else layer != "",
+    ),
+]
+Layers = Annotated[list[Layer], Rule("null for all, or a list that is not empty", bool)]
+"""Beside None."""
+PatchPosition = tuple[Natural, Natural]
+"""Row and column in a grid of patches, from 0."""
+
+Layout = Annotated[
+    str,
+    Rule(
+        f"one of {', '.join(get_args(LayoutName))}, or package.module:name",
+        lambda text: text in get_args(LayoutName) or is_import_path(text),
+    ),
+]
+NOT_BLANK = Rule("a folder or a URL, or null", lambda text: bool(text.strip()))
+ModelFolder = Annotated[str, NOT_BLANK._replace(expected="a folder, or tiny for the shipped weights")]
+HubModel = Annotated[str, NOT_BLANK._replace(expected="a folder or a name on the hub")]
+Name = Annotated[
+    str,
+    _matching(
+        "a word without spaces and slashes (it names a folder), of at most 60 signs, the first one no point",
+        r"(?!\.)[^\s/\\\x00-\x1f\x7f]{1,60}",
+    ),
+]
+LABEL = Rule(
+    "one line of at most 100 letters", lambda text: text.isprintable() and bool(text.strip()) and len(text) <= 100
+)
+"""What tables and figures can show; each of their formats escapes its own signs."""
+Label = Annotated[str, LABEL]
+Project = Annotated[str, _matching(r"1 to 128 signs without / \ # ? % :", r"[^/\\#?%:]{1,128}")]
+"""What Weights & Biases takes as one."""
+Tag = Annotated[str, Rule("1 to 64 signs in a tag", lambda text: 1 <= len(text) <= 64)]
+
+
+def _distinct(values: list[Any]) -> bool:
+    return len(set(values)) == len(values)
+
+
+DISTINCT = Rule("a list that names nothing twice", _distinct)
+SOME_DISTINCT = Rule("a list that is not empty and names nothing twice", lambda values: values and _distinct(values))
+SEVERAL = SOME_DISTINCT._replace(expected="one value, or a list of values that are all different")
 
 
 class OptionError(ConfigError):
-    """An option with a value that it cannot have.
-
-    >>> print(OptionError("steps", 0, "at least 1").below("sampling."))
-    sampling.steps=0 is not possible: expected at least 1.
-    """
+    """An option with a value that it cannot have."""
 
     def __init__(self, name: str, value: object, expected: str, hint: str = "") -> None:
         if isinstance(value, str) and not (value.strip() and value.isprintable()):
@@ -49,13 +151,24 @@ class OptionError(ConfigError):
         self.parts = (name, value, expected, hint)
 
     def below(self, path: str) -> OptionError:
-        """The same with the path of the group that the option stands in, ``sampling.``."""
+        """The same with the path of the group that the option stands in, ``sampling.``.
+
+        >>> print(OptionError("steps", 0, "at least 1").below("sampling."))
+        sampling.steps=0 is not possible: expected at least 1.
+        """
         name, value, expected, hint = self.parts
         return OptionError(f"{path}{name}", value, expected, hint)
 
 
 class Options:
-    """Base of all groups of options: values have the declared types and are legal, however an instance is made."""
+    """Base of all groups of options: values have the declared types and are legal, however an instance is made.
+
+    >>> from i2am_train.config.models import SamplingConfig
+    >>> SamplingConfig(steps=0)
+    Traceback (most recent call last):
+        ...
+    i2am_train.config.options.OptionError: steps=0 is not possible: expected a number between 1 and 1000.
+    """
 
     __slots__ = ()
 
@@ -95,7 +208,7 @@ def build(schema: type[T], values: Mapping[str, Any], path: str = "") -> T:
         if value != REQUIRED:
             arguments[name] = _convert(_hints(schema)[name], value, f"{path}{name}")
     for name, item in known.items():
-        if name not in arguments and _is_required(item):
+        if name not in arguments and _plain_default(item) == REQUIRED:
             raise ConfigError(f"{path}{name} is required and was not given. Add {path}{name}=VALUE.")
     try:
         return schema(**arguments)
@@ -115,8 +228,8 @@ def plain(value: Any) -> Any:
     """
     if is_dataclass(value):
         if isinstance(value, type):
-            return {item.name: _plain_default(item) for item in fields(value)}
-        return {item.name: plain(getattr(value, item.name)) for item in fields(value)}
+            return {item.name: _plain_default(item) for item in _ordered(value)}
+        return {item.name: plain(getattr(value, item.name)) for item in _ordered(value)}
     if isinstance(value, Enum):
         return value.value
     if isinstance(value, Path):
@@ -136,7 +249,7 @@ def option_names(schema: type[Any], prefix: str = "") -> list[str]:
     ['data.synthetic.train', 'data.synthetic.test', 'data.synthetic.seed']
     """
     names: list[str] = []
-    for item in fields(schema):
+    for item in _ordered(schema):
         names.append(prefix + item.name)
         if group := group_of(item):
             names += option_names(group, f"{prefix}{item.name}.")
@@ -144,7 +257,12 @@ def option_names(schema: type[Any], prefix: str = "") -> list[str]:
 
 
 def group_of(item: Field[Any]) -> type[Any] | None:
-    """The schema of a field that is a group of options, None for a single option."""
+    """The schema of a field that is a group of options, None for a single option.
+
+    >>> from i2am_train.config.data import DataConfig
+    >>> {item.name: group_of(item).__name__ for item in fields(DataConfig) if group_of(item)}
+    {'synthetic': 'SyntheticConfig'}
+    """
     factory: Any = item.default_factory
     return factory if isinstance(factory, type) and is_dataclass(factory) else None
 
@@ -167,8 +285,8 @@ def unknown_option(name: str, known: Sequence[str]) -> str:
     return f"There is no option '{name}'. {hint}"
 
 
-def shortened(value: object, most: int = LONGEST_SHOWN) -> str:
-    """A value as messages repeat it, in one line and not endless.
+def shortened(value: object, most: int = 80) -> str:
+    """A value as messages repeat it: in one line of at most so many characters.
 
     >>> shortened("a" * 200).count("a"), shortened([1, 2])
     (80, '[1, 2]')
@@ -180,8 +298,9 @@ def shortened(value: object, most: int = LONGEST_SHOWN) -> str:
     return text if len(text) <= most else f"{text[:most]}..."
 
 
-def _is_required(item: Field[Any]) -> bool:
-    return item.default is MISSING and item.default_factory is MISSING
+def _ordered(schema: Any) -> list[Field[Any]]:
+    """The fields as help and files list them: single options before groups, also where a base class has the groups."""
+    return sorted(fields(schema), key=lambda item: group_of(item) is not None)
 
 
 def _plain_default(item: Field[Any]) -> Any:
@@ -237,21 +356,24 @@ def _convert_union(hints: tuple[Any, ...], value: Any, path: str) -> Any:
 def _convert_list(hints: tuple[Any, ...], value: Any, path: str) -> list[Any]:
     if not isinstance(value, (list, tuple)):
         raise OptionError(path, value, f"a list, such as {path}=[...]")
-    return [_convert(hints[0], item, f"{path}[{index}]") for index, item in enumerate(value)]
+    return _convert_items(hints * len(value), value, path)
+
+
+def _convert_tuple(hints: tuple[Any, ...], value: Any, path: str) -> tuple[Any, ...]:
+    if not isinstance(value, (list, tuple)) or len(value) != len(hints):
+        raise OptionError(path, value, f"a list of {len(hints)} values")
+    return tuple(_convert_items(hints, value, path))
+
+
+def _convert_items(hints: Sequence[Any], values: Sequence[Any], path: str) -> list[Any]:
+    pairs = zip(hints, values, strict=True)
+    return [_convert(hint, item, f"{path}[{index}]") for index, (hint, item) in enumerate(pairs)]
 
 
 def _convert_dict(hints: tuple[Any, ...], value: Any, path: str) -> dict[str, Any]:
     if not isinstance(value, Mapping):
         raise OptionError(path, value, f"a mapping, such as {path}={{name: value}}")
     return {str(name): _convert(hints[1], item, f"{path}.{name}") for name, item in value.items()}
-
-
-def _convert_tuple(hints: tuple[Any, ...], value: Any, path: str) -> tuple[Any, ...]:
-    if not isinstance(value, (list, tuple)) or len(value) != len(hints):
-        raise OptionError(path, value, f"a list of {len(hints)} values")
-    return tuple(
-        _convert(hint, item, f"{path}[{index}]") for index, (hint, item) in enumerate(zip(hints, value, strict=True))
-    )
 
 
 def _convert_literal(hints: tuple[Any, ...], value: Any, path: str) -> Any:
@@ -316,14 +438,12 @@ def _path(value: str, path: str) -> Path:
 
 
 def _type_name(hint: Any) -> str:
-    names = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
-    names |= {Path: "a path", list: "a list", dict: "a mapping"}
     bare = _bare(hint)
     if get_origin(bare) in (Union, types.UnionType):
         return " or ".join(map(_type_name, get_args(bare)))
     if get_origin(bare) is Literal:
         return f"one of {', '.join(map(str, get_args(bare)))}"
-    return names[get_origin(bare) or bare]
+    return _TYPE_NAMES[get_origin(bare) or bare]
 
 
 def _bare(hint: Any) -> Any:
@@ -331,6 +451,15 @@ def _bare(hint: Any) -> Any:
     return get_args(hint)[0] if get_origin(hint) is Annotated else hint
 
 
+_TYPE_NAMES: dict[Any, str] = {
+    int: "a whole number",
+    float: "a number",
+    bool: "true or false",
+    str: "a text",
+    Path: "a path",
+    list: "a list",
+    dict: "a mapping",
+}
 _BY_ORIGIN: dict[Any, Callable[[tuple[Any, ...], Any, str], Any]] = {
     Annotated: _convert_ruled,
     Union: _convert_union,

@@ -1,1 +1,0 @@
-"""From a command line to a function: options, help, signals, and errors as one paragraph."""
