@@ -19,7 +19,6 @@ install_import_hook(
         "i2am_train.losses",
         "i2am_train.metrics",
         "i2am_train.attention",
-        "i2am_train.evaluation.folders",
         "i2am_train.evaluation.scoring",
         "i2am_train.models.diffusion",
         "i2am_train.training.draws",

@@ -6,9 +6,8 @@ import lightning as L
 
 from i2am_train.config.evaluation import AttributionConfig
 from i2am_train.config.models import SamplingConfig
-from i2am_train.evaluation.evaluator import score_row
+from i2am_train.evaluation.evaluator import GeneratedSamples, score_row
 from i2am_train.evaluation.explaining import explain_batch
-from i2am_train.evaluation.generation import GeneratedSamples
 from i2am_train.training.module import TryOnModule
 
 

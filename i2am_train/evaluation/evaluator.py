@@ -1,13 +1,21 @@
-"""The evaluator: samples images batch by batch, and scores attention and images from the same pass.
+"""Judging a model: the evaluator of a validation, and what ``i2am evaluate`` keeps of a checkpoint.
 
-It knows nothing of Lightning or files. The callbacks drive it in validation during training; ``i2am evaluate`` keeps
-what the same functions give batch by batch (``generation``) and scores the images from their files (``scoring``).
-Explanations lie on the CPU; only image metrics with a network go back to a device.
+Both sample images batch by batch and score attention and images from the same pass. In validation during training the
+callbacks drive an ``Evaluator``, which knows nothing of Lightning or files. ``i2am evaluate`` has two stages.
+
+The first makes images, attention scores and panels. A batch is the unit that is kept: its rows are written last and in
+one step, so that whatever stops the process leaves whole batches and at most one unfinished; the same command goes on
+with the others. A batch always holds the same samples, on any number of processes and after any restart, because the
+last bits of an image depend on its batch. The second stage (``scoring``) reads the finished images from their files.
 """
 
+import json
 import math
+import shutil
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Self, TypeVar
 
 import numpy as np
@@ -19,21 +27,43 @@ from i2am_train.attention.trace import trace
 from i2am_train.config.evaluation import AttributionConfig, EvaluateConfig
 from i2am_train.config.models import SamplingConfig
 from i2am_train.config.training import TrainConfig
-from i2am_train.data.dataset import TryOnBatch
+from i2am_train.data.dataset import TryOnBatch, TryOnDataset
+from i2am_train.data.picture_files import write_png
+from i2am_train.data.pictures import Image
+from i2am_train.errors import DataError
 from i2am_train.evaluation.explaining import explain_batch, value_or_none
 from i2am_train.evaluation.explanation import Explanation
-from i2am_train.evaluation.scoring import check_scores
+from i2am_train.evaluation.scoring import (
+    ImageScores,
+    ImageSet,
+    ScoringOptions,
+    batches,
+    check_scores,
+    read_image,
+    score_images,
+)
+from i2am_train.files import UNFINISHED, read_json, write_json, write_text
 from i2am_train.metrics.correspondence import collapse_warning
 from i2am_train.metrics.imported import check_imported, metric_names
-from i2am_train.metrics.registry import METRICS, image_metrics, image_pair_score, metric_info
+from i2am_train.metrics.registry import describe, image_metrics, image_pair_score, metric_info, own_metrics
 from i2am_train.models.tryon import TryOnModel
+from i2am_train.results.panels import SamplePanels, read_panels, write_panels
+from i2am_train.results.sample_scores import RESULTS, SAMPLES
+from i2am_train.results.statistics import Over, mean_interval
 
 T = TypeVar("T")
 
 SAMPLE_NAMES = ("index", "name", "garment_name")
 """Entries of a sample's row that are not scores."""
 
-ATTENTION_METRICS = tuple(name for name, info in METRICS.items() if info.group == "attention")
+CONFIDENCE = 0.95
+"""Of the intervals over samples."""
+
+IMAGES, PARTIAL, ROWS = "images", "partial", "rows.json"
+"""Of an evaluation's folder: finished images, batches that are kept until its end, and the rows of one."""
+
+
+# ---- settings and results ----------------------------------------------------------------------
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,9 +111,15 @@ class EvaluationResult:
     @classmethod
     def from_rows(
         cls, rows: list[dict[str, Any]], set_scores: Mapping[str, float], protocol: dict[str, Any] | None = None
-    ) -> "EvaluationResult":
-        """Means over at least one sample, joined with the scores that only a whole set has."""
-        columns = score_columns(rows)
+    ) -> Self:
+        """Means over at least one sample, joined with the scores that only a whole set has.
+
+        >>> rows = [{"index": 0, "name": "a", "ssim": 0.5}, {"index": 1, "name": "b", "ssim": None}]
+        >>> result = EvaluationResult.from_rows(rows, {"fid": 9.0})
+        >>> result.metrics, result.skipped
+        ({'ssim': 0.5, 'fid': 9.0}, {'ssim': 1})
+        """
+        columns = _score_columns(rows)
         means = {name: _mean(values) for name, values in columns.items()} | dict(set_scores)
         metrics = {name: value for name, value in means.items() if not math.isnan(value)}
         return cls(
@@ -94,11 +130,40 @@ class EvaluationResult:
             protocol=protocol or {},
         )
 
+    @classmethod
+    def of_images(cls, rows: Sequence[Mapping[str, Any]], scores: ImageScores) -> Self:
+        """Of samples whose image scores come in the order of their rows.
 
-def score_columns(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[float | None]]:
+        >>> scores = ImageScores(pairs={"ssim": [0.5, 0.75]}, sets={}, protocol={})
+        >>> EvaluationResult.of_images([{"index": 0, "name": "a"}, {"index": 1, "name": "b"}], scores).metrics
+        {'ssim': 0.625}
+        """
+        together = [
+            {**row, **{metric: values[position] for metric, values in scores.pairs.items()}}
+            for position, row in enumerate(rows)
+        ]
+        return cls.from_rows(together, scores.sets, scores.protocol)
+
+
+def _score_columns(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[float | None]]:
     """Scores of all samples by metric."""
     names = [name for name in rows[0] if name not in SAMPLE_NAMES]
     return {name: [row[name] for row in rows] for name in names}
+
+
+def _mean(values: list[float | None]) -> float:
+    known = [value for value in values if value is not None]
+    return math.fsum(known) / len(known) if known else math.nan
+
+
+def _warnings(metrics: Mapping[str, float]) -> list[str]:
+    if "attention_entropy" not in metrics:  # finished images without their model
+        return []
+    collapse = collapse_warning(metrics.get("spread_ratio"), metrics["attention_entropy"])
+    return [collapse] if collapse else []
+
+
+# ---- validation --------------------------------------------------------------------------------
 
 
 @dataclass
@@ -169,7 +234,11 @@ def score_row(explanation: Explanation) -> dict[str, Any]:
 
 
 def from_all_processes(own: Mapping[int, T]) -> dict[int, T]:
-    """What all processes have of their samples, by ascending index; collective under torch.distributed."""
+    """What all processes have of their samples, by ascending index; collective under torch.distributed.
+
+    >>> from_all_processes({4: "d", 1: "a"})
+    {1: 'a', 4: 'd'}
+    """
     parts = [own]
     if dist.is_available() and dist.is_initialized():
         parts = [{}] * dist.get_world_size()
@@ -178,13 +247,153 @@ def from_all_processes(own: Mapping[int, T]) -> dict[int, T]:
     return dict(sorted(together.items()))
 
 
-def _mean(values: list[float | None]) -> float:
-    known = [value for value in values if value is not None]
-    return math.fsum(known) / len(known) if known else math.nan
+# ---- the first stage of i2am evaluate ------------------------------------------------------------
 
 
-def _warnings(metrics: Mapping[str, float]) -> list[str]:
-    if "attention_entropy" not in metrics:  # finished images without their model
-        return []
-    collapse = collapse_warning(metrics.get("spread_ratio"), metrics["attention_entropy"])
-    return [collapse] if collapse else []
+@dataclass(frozen=True, kw_only=True)
+class GeneratedSamples:
+    """Generated images, their rows and panels, in the folder of an evaluation."""
+
+    folder: Path
+    names: tuple[str, ...]
+    """Names of all samples, by position; an image is called after its person."""
+    batch_size: int
+
+    def batches(self) -> list[range]:
+        """Positions of all samples, batch by batch.
+
+        >>> GeneratedSamples(folder=Path("evaluation"), names=("a", "b", "c"), batch_size=2).batches()
+        [range(0, 2), range(2, 3)]
+        """
+        return batches(len(self.names), self.batch_size)
+
+    def pending(self) -> list[range]:
+        """Batches that are still to be made: those without rows, or without an image.
+
+        >>> GeneratedSamples(folder=Path("nowhere"), names=("a", "b", "c"), batch_size=2).pending()
+        [range(0, 2), range(2, 3)]
+        """
+        return [batch for batch in self.batches() if not self._is_finished(batch)]
+
+    def write(
+        self, rows: Sequence[Mapping[str, Any]], images: Sequence[Image], panels: Sequence[SamplePanels] = ()
+    ) -> None:
+        """Keeps one batch, whose rows and images are in the order of their samples."""
+        for row, image in zip(rows, images, strict=True):
+            write_png(self.image_path(row["index"]), image)
+        folder = self._folder_of(rows[0]["index"])
+        if panels:
+            write_panels(folder, panels)
+        write_json(folder / ROWS, list(rows))
+
+    def rows(self) -> list[dict[str, Any]]:
+        """Rows of all samples, in order."""
+        return [row for batch in self.batches() for row in read_json(self._folder_of(batch[0]) / ROWS)]
+
+    def panels(self) -> list[SamplePanels]:
+        """The panels of all samples that have some, in order."""
+        return [panels for batch in self.batches() for panels in read_panels(self._folder_of(batch[0]))]
+
+    def clear(self) -> None:
+        """Removes what the finished evaluation holds elsewhere."""
+        shutil.rmtree(self.folder / PARTIAL, ignore_errors=True)
+        for half_written in (self.folder / IMAGES).glob(f".*{UNFINISHED}"):
+            half_written.unlink()
+
+    def image_path(self, position: int) -> Path:
+        """Where the image of a sample lies.
+
+        >>> str(GeneratedSamples(folder=Path("evaluation"), names=("a", "b"), batch_size=2).image_path(1))
+        'evaluation/images/b.png'
+        """
+        return self.folder / IMAGES / f"{self.names[position]}.png"
+
+    def _folder_of(self, first: int) -> Path:
+        return self.folder / PARTIAL / f"batch-{first // self.batch_size:05d}"
+
+    def _is_finished(self, batch: range) -> bool:
+        images = all(self.image_path(position).is_file() for position in batch)
+        return images and (self._folder_of(batch[0]) / ROWS).is_file()
+
+
+def person_names(dataset: TryOnDataset) -> tuple[str, ...]:
+    """Names of the persons of a dataset, by position.
+
+    Raises:
+        DataError: a person comes twice, so that one image would overwrite another.
+    """
+    names = [dataset.pairs[index].person for index in dataset.indices]
+    twice = sorted(name for name, count in Counter(names).items() if count > 1)
+    if twice:
+        raise DataError(
+            f"{len(twice)} persons come more than once in the {dataset.split} list of {dataset.root} "
+            f"({', '.join(twice[:10])}), and generated images are named after persons. Keep one line of each."
+        )
+    return tuple(names)
+
+
+def real_images(dataset: TryOnDataset) -> ImageSet:
+    """The photographs of a dataset's persons, at its size."""
+    return ImageSet(names=person_names(dataset), size=dataset.size, read=dataset.person_image)
+
+
+def score_generated(
+    samples: GeneratedSamples, real: ImageSet, options: ScoringOptions, *, paired: bool
+) -> EvaluationResult:
+    """Joins the rows of finished samples with the scores of their images."""
+    generated = ImageSet(
+        names=samples.names, size=real.size, read=lambda position: read_image(samples.image_path(position), real.size)
+    )
+    scores = score_images(generated, real, options, paired=paired)
+    return EvaluationResult.of_images(samples.rows(), scores)
+
+
+# ---- its files ---------------------------------------------------------------------------------
+
+
+def write_evaluation(folder: Path, result: EvaluationResult, settings: dict[str, Any]) -> None:
+    """Writes ``samples.jsonl`` first and ``results.json`` last, whose presence says that the evaluation is whole."""
+    folder.mkdir(parents=True, exist_ok=True)
+    lines = "".join(json.dumps(row) + "\n" for row in result.rows)
+    write_text(folder / SAMPLES, lines)
+    write_json(
+        folder / RESULTS,
+        {
+            "metrics": result.metrics,
+            "intervals": _sample_intervals(result.rows),
+            "samples": len(result.rows),
+            "skipped": result.skipped,
+            "warnings": result.warnings,
+            "protocol": result.protocol,
+            "settings": settings,
+            **({"own_metrics": own} if (own := own_metrics(result.metrics)) else {}),
+        },
+    )
+
+
+def _sample_intervals(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, float]]:
+    """Bootstrap interval of each mean: ``low``, ``high``, ``confidence`` and ``n``, the samples with a value.
+
+    Distances between sets have none: resampling images would change the number that they are biased by.
+    """
+    intervals = {}
+    for name, values in _score_columns(rows).items():
+        known = [value for value in values if value is not None]
+        low, high = mean_interval(known, Over.SAMPLES, CONFIDENCE)
+        if low is not None and high is not None:
+            intervals[name] = {"low": low, "high": high, "confidence": CONFIDENCE, "n": len(known)}
+    return intervals
+
+
+def read_results(folder: Path) -> dict[str, Any] | None:
+    """The finished evaluation in a folder, or None if there is none.
+
+    >>> read_results(Path("nowhere")) is None
+    True
+    """
+    path = folder / RESULTS
+    if not path.is_file():
+        return None
+    results: dict[str, Any] = json.loads(path.read_text())
+    describe(results.get("own_metrics", {}))
+    return results

@@ -123,7 +123,11 @@ def _of_samples(
 
 
 def to_pictures(images: Float[Tensor, "batch 3 height width"]) -> Image:
-    """Images in [-1, 1] as uint8 ``[batch, height, width, 3]``."""
+    """Images in [-1, 1] as uint8 ``[batch, height, width, 3]``.
+
+    >>> to_pictures(torch.tensor([-1.0, 0.0, 1.0]).reshape(1, 3, 1, 1)).tolist()
+    [[[[0, 128, 255]]]]
+    """
     return to_uint8(images).permute(0, 2, 3, 1).contiguous().cpu().numpy()
 
 
@@ -158,8 +162,8 @@ def attention_scores(
     target = target_on_grid(batch["correspondence"], warped, grid, reference_grid)
     patches = _garment_patches(batch, grid)
     return {
-        **imacs_table("imacs_g", on_generated, batch["inpaint_mask"], attribution),
-        **imacs_table("imacs_r", on_reference, batch["garment_mask"], attribution),
+        **_imacs_table("imacs_g", on_generated, batch["inpaint_mask"], attribution),
+        **_imacs_table("imacs_r", on_reference, batch["garment_mask"], attribution),
         "correspondence_error": correspondence_error(centers, target),
         "pck_1": pck(centers, target, 1.0),
         "pck_2": pck(centers, target, 2.0),
@@ -176,7 +180,7 @@ def _garment_patches(batch: TryOnBatch, grid: GridSize) -> Bool[Tensor, "batch g
     return mask_on_grid(torch.where(known, warped, batch["inpaint_mask"]), grid)
 
 
-def imacs_table(name: str, heat_map: Tensor, mask: Tensor, options: AttributionConfig) -> dict[str, Tensor]:
+def _imacs_table(name: str, heat_map: Tensor, mask: Tensor, options: AttributionConfig) -> dict[str, Tensor]:
     """IMACS at every threshold and penalty, from one map; first of all at the options' own ones."""
     penalties = list(dict.fromkeys([options.penalty, *options.penalties]))
     table = {
@@ -191,6 +195,9 @@ def value_or_none(score: float) -> float | None:
     """The score, or None in place of NaN: the sample has no value (empty mask, no truth, no partner).
 
     Faults do not come here: maps and images are checked to be numbers before they are scored.
+
+    >>> value_or_none(0.5), value_or_none(math.nan)
+    (0.5, None)
     """
     return None if math.isnan(score) else score
 
@@ -270,5 +277,5 @@ def _picture_scores(explanation: Explanation, attribution: AttributionConfig) ->
         if mask is not None:
             unified = explanation.maps.unified(direction, attribution.weighting)
             heat = unified.on_picture(GridSize(*mask.shape)).values
-            scores |= imacs_table(name, heat, torch.from_numpy(mask)[None], attribution)
+            scores |= _imacs_table(name, heat, torch.from_numpy(mask)[None], attribution)
     return {name: value_or_none(float(value[0])) for name, value in scores.items()}

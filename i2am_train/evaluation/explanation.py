@@ -225,51 +225,13 @@ class Explanation:
             garment_mask=self.masks["garment"],
         )
 
-    def description(self) -> dict[str, Any]:
-        """``scores.json``: what the maps are of, what they mean, and the scores."""
-        store, same = self.maps.store, of_same_picture(self.maps.store.recipe)
-        return {
-            "schema": SCHEMA,
-            "name": self.name,
-            "inputs": dict(self.inputs),
-            "index": self.index,
-            "paired": self.paired,
-            "model": self.model,
-            "recipe": store.recipe,
-            "marks": list(store.marks),
-            "functional": store.functional,
-            "partial": store.partial,
-            "directions": [str(direction) for direction in self.directions],
-            "layer": self.layer,
-            "layers": [
-                {
-                    "layer": record.layer,
-                    "heads": record.heads,
-                    "generated_grid": record.generated_grid,
-                    "reference_grid": record.reference_grid,
-                    "functional": record.functional,
-                    "mass": None if record.mass is None else float(record.mass.mean()),
-                }
-                for record in store.layers
-            ],
-            "scores": dict(self.scores),
-            "mass": float(self.maps.mass().values.mean()) if store.joint else None,
-            "alignment": (alignment_table(self.maps) or None) if same else None,
-            "generated_patches": self.generated_patches,
-            "reference_patches": self.reference_patches,
-            "images": list(self.images),
-            "masks": list(self.masks),
-            "clean_images": [[image.step_index, image.timestep] for image in self.clean],
-            "has_correspondence": self.correspondence is not None,
-            "origin": dict(self.origin),
-            "delta": self.delta,
-            "weighting": self.weighting,
-            "time_groups": self.time_groups,
-        }
-
 
 def array(heat_map: HeatMap) -> NDArray[np.float32]:
-    """Values of the one sample of a heat map: ``[*axes, height, width]``."""
+    """Values of the one sample of a heat map: ``[*axes, height, width]``.
+
+    >>> array(HeatMap(torch.zeros(1, 2, 3), TO_GENERATED)).shape
+    (2, 3)
+    """
     return np.asarray(heat_map.values[0].cpu().numpy())
 
 
@@ -290,7 +252,50 @@ def write_explanation(folder: Path, explanation: Explanation) -> None:
         with written(folder / CORRESPONDENCE) as unfinished:
             save_file(values, unfinished)
     save_maps(explanation.maps, folder / MAPS, [explanation.name])
-    write_json(folder / SCORES, explanation.description())
+    write_json(folder / SCORES, _description(explanation))
+
+
+def _description(explanation: Explanation) -> dict[str, Any]:
+    """``scores.json``: what the maps are of, what they mean, and the scores."""
+    store, same = explanation.maps.store, of_same_picture(explanation.maps.store.recipe)
+    return {
+        "schema": SCHEMA,
+        "name": explanation.name,
+        "inputs": dict(explanation.inputs),
+        "index": explanation.index,
+        "paired": explanation.paired,
+        "model": explanation.model,
+        "recipe": store.recipe,
+        "marks": list(store.marks),
+        "functional": store.functional,
+        "partial": store.partial,
+        "directions": [str(direction) for direction in explanation.directions],
+        "layer": explanation.layer,
+        "layers": [
+            {
+                "layer": record.layer,
+                "heads": record.heads,
+                "generated_grid": record.generated_grid,
+                "reference_grid": record.reference_grid,
+                "functional": record.functional,
+                "mass": None if record.mass is None else float(record.mass.mean()),
+            }
+            for record in store.layers
+        ],
+        "scores": dict(explanation.scores),
+        "mass": float(explanation.maps.mass().values.mean()) if store.joint else None,
+        "alignment": (alignment_table(explanation.maps) or None) if same else None,
+        "generated_patches": explanation.generated_patches,
+        "reference_patches": explanation.reference_patches,
+        "images": list(explanation.images),
+        "masks": list(explanation.masks),
+        "clean_images": [[image.step_index, image.timestep] for image in explanation.clean],
+        "has_correspondence": explanation.correspondence is not None,
+        "origin": dict(explanation.origin),
+        "delta": explanation.delta,
+        "weighting": explanation.weighting,
+        "time_groups": explanation.time_groups,
+    }
 
 
 def explanation_folders(run: Path) -> list[Path]:
@@ -300,6 +305,11 @@ def explanation_folders(run: Path) -> list[Path]:
 
     Raises:
         RunFolderError: there are none.
+
+    >>> explanation_folders(Path("runs/other"))
+    Traceback (most recent call last):
+        ...
+    i2am_train.errors.RunFolderError: runs/other is not the folder of explained samples (it has no scores.json). ...
     """
     if (run / SCORES).is_file():
         return [run]

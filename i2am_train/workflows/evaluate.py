@@ -20,11 +20,18 @@ from i2am_train.data.module import TryOnDataModule
 from i2am_train.data.needed_files import noted_in, refuse_broken_pictures
 from i2am_train.environment import first_process, wait_for
 from i2am_train.errors import CheckpointError, I2AMError
-from i2am_train.evaluation.evaluator import EvaluationResult, EvaluationSettings, check_settings
-from i2am_train.evaluation.folders import open_folders
-from i2am_train.evaluation.generation import GeneratedSamples, person_names, real_images, score_generated
-from i2am_train.evaluation.results import read_results, write_evaluation
-from i2am_train.evaluation.scoring import check_counts, check_scoring, make_scoring, score_images
+from i2am_train.evaluation.evaluator import (
+    EvaluationResult,
+    EvaluationSettings,
+    GeneratedSamples,
+    check_settings,
+    person_names,
+    read_results,
+    real_images,
+    score_generated,
+    write_evaluation,
+)
+from i2am_train.evaluation.scoring import ScoringOptions, check_counts, check_scoring, open_folders, score_images
 from i2am_train.files import read_object
 from i2am_train.fingerprints import data_state, folder_state
 from i2am_train.locks import locked
@@ -173,7 +180,7 @@ def _evaluate_folders(config: EvaluateConfig, folder: Path) -> dict[str, Any]:
         samples=config.evaluation.samples,
         resize=None if config.resize is None else GridSize(*config.resize),
     )
-    options = make_scoring(config)
+    options = ScoringOptions.of(config)
     check_scoring(images, reference, options)
     unused = ("checkpoint", "data", "sampling", "attribution", "precision")
     settings = {name: value for name, value in plain(config).items() if name not in unused}
@@ -190,11 +197,8 @@ def _evaluate_folders(config: EvaluateConfig, folder: Path) -> dict[str, Any]:
     except I2AMError:
         opened.discard()  # once the image at fault is replaced, the folders are others
         raise
-    rows = [
-        {"index": index, "name": name} | {metric: values[index] for metric, values in scores.pairs.items()}
-        for index, name in enumerate(images.names)
-    ]
-    result = EvaluationResult.from_rows(rows, scores.sets, scores.protocol)
+    rows = [{"index": index, "name": name} for index, name in enumerate(images.names)]
+    result = EvaluationResult.of_images(rows, scores)
     write_evaluation(folder, result, settings)
     track_evaluation(
         config.tracking,
@@ -237,7 +241,7 @@ def _evaluate_checkpoint(config: EvaluateConfig, checkpoint: str, folder: Path) 
     if not first_process():
         return {}
     result = score_generated(
-        samples, real_images(dataset), make_scoring(config), paired=config.evaluation.pairing is Pairing.PAIRED
+        samples, real_images(dataset), ScoringOptions.of(config), paired=config.evaluation.pairing is Pairing.PAIRED
     )
     panels = samples.panels()
     if panels:
@@ -285,7 +289,7 @@ def prepare(config: EvaluateConfig, checkpoint: str, folder: Path) -> tuple[TryO
     check_test_trainer(config)
     model = load_model(checkpoint, config.data)
     check_settings(model, EvaluationSettings.of(config))
-    scoring = make_scoring(config)
+    scoring = ScoringOptions.of(config)
     embedded = config.data.synthetic.test if config.data.root is None else None
     if (samples := config.evaluation.samples or embedded) is not None:
         check_counts(samples, samples, scoring)

@@ -24,11 +24,11 @@ from i2am_train.config.options import plain
 from i2am_train.data.dataset import TryOnDataset, TryOnSample, batch_on, list_length, prepare_data, reading_of
 from i2am_train.data.picture_files import read_photograph, read_region
 from i2am_train.data.pictures import Mask
+from i2am_train.detection.experiment import run_experiment
+from i2am_train.detection.report import tables_of
 from i2am_train.errors import ConfigError, DataError
 from i2am_train.evaluation.explaining import explain_batch, explain_picture, to_pictures
 from i2am_train.evaluation.explanation import TO_GENERATED, TO_REFERENCE, CleanImage, Explanation, write_explanation
-from i2am_train.experiments.detection.experiment import run_experiment
-from i2am_train.experiments.detection.tables import tables_of
 from i2am_train.files import file_fingerprint, write_text
 from i2am_train.fingerprints import data_state
 from i2am_train.locks import locked

@@ -11,9 +11,9 @@ from typing import Any, Protocol
 
 from i2am_train.config.options import plain
 from i2am_train.config.reporting import DashboardConfig, ReportConfig
+from i2am_train.detection.report import plan_detections
 from i2am_train.environment import now, provenance
 from i2am_train.errors import ConfigError
-from i2am_train.experiments.detection.report import plan_detections
 from i2am_train.files import read_json, require_own_json, write_json, write_text
 from i2am_train.locks import locked
 from i2am_train.reporting.figures.files import plan_figures

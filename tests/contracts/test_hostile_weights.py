@@ -16,9 +16,9 @@ import torch
 from torch import nn
 
 from i2am_train.config.models import InitConfig
+from i2am_train.detection import detectors
+from i2am_train.detection.detectors import load_detector
 from i2am_train.errors import CheckpointError, I2AMError, WeightsMissingError
-from i2am_train.experiments.detection import detectors
-from i2am_train.experiments.detection.detectors import load_detector
 from i2am_train.metrics import features
 from i2am_train.models.convert.components import assemble
 from i2am_train.models.convert.paint_by_example_file import read_pipeline

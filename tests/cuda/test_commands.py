@@ -12,8 +12,8 @@ from PIL import Image, ImageDraw
 
 from i2am_train.config.store import compose
 from i2am_train.data.parsing import DRESS_CODE
-from i2am_train.experiments.detection.experiment import run_experiment
-from i2am_train.experiments.detection.shapes import make_shapes
+from i2am_train.detection.bench import make_shapes
+from i2am_train.detection.experiment import run_experiment
 from i2am_train.models.human_parsers import HumanParser
 from i2am_train.models.pose_estimators import ViTPoseEstimator
 from i2am_train.models.tryon import TryOnModel

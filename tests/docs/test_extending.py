@@ -15,7 +15,7 @@ from PIL import Image
 
 import i2am_train
 from i2am_train.cli import main
-from i2am_train.experiments.detection.shapes import make_shapes
+from i2am_train.detection.bench import make_shapes
 from i2am_train.metrics import registry
 
 TEXT = (Path(i2am_train.__file__).parent / "EXTENDING.md").read_text()

@@ -25,7 +25,7 @@ from i2am_train.cli import main
 from i2am_train.config.commands import COMMANDS
 from i2am_train.config.locations import checkout, dataset_folder
 from i2am_train.config.store import compose
-from i2am_train.experiments.detection.shapes import make_shapes
+from i2am_train.detection.bench import make_shapes
 from i2am_train.types import GridSize
 from i2am_train.workflows import evaluate
 

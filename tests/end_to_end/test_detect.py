@@ -8,13 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from i2am_train.config.store import compose
+from i2am_train.detection import experiment
+from i2am_train.detection.bench import make_shapes
+from i2am_train.detection.experiment import run_experiment
+from i2am_train.detection.report import read_detected, write_report
 from i2am_train.errors import CheckpointError, ConfigError, DataError, I2AMError, RunFolderError
-from i2am_train.experiments.detection import experiment
-from i2am_train.experiments.detection.report import read_detected, write_report
-from i2am_train.experiments.detection.shapes import make_shapes
-from i2am_train.workflows import detect as command
+from i2am_train.workflows.explain import detect as run_detect
 from i2am_train.workflows.report import report
 from i2am_train.workflows.report import run as run_report
 from tests.support.detectors import tiny_rt_detr, tiny_yolos
@@ -47,7 +49,7 @@ def options(coco: Path, paint_by_example: Path) -> list[str]:
 
 
 def detect(options: list[str], folder: Path) -> dict[str, Any]:
-    return command.detect(compose("detect", options), folder)
+    return run_experiment(compose("detect", options), folder, torch.device("cpu"))
 
 
 def kept(folder: Path) -> dict[str, bytes]:
@@ -281,7 +283,7 @@ def test_the_command_prints_the_table(
     words: Callable[[str], bool] = lambda word: not word.startswith("root=")  # noqa: E731
     folder = tmp_path / "run"
     given = [*filter(words, options), "shapes=3", "samples=2", "guidance=1", f"output={folder}"]
-    command.run(compose("detect", [*given, f"detectors=[{yolos}]", "match_category=true"]))
+    run_detect(compose("detect", [*given, f"detectors=[{yolos}]", "match_category=true"]))
     printed = capsys.readouterr().out
     for text in ("Object detection", "I²AM", "made pictures", "of the object's category", str(folder)):
         assert text in " ".join(printed.split())

@@ -112,7 +112,7 @@ COMMANDS = (
 
 
 def make_coco(folder: Path) -> None:
-    from i2am_train.experiments.detection.shapes import make_shapes
+    from i2am_train.detection.bench import make_shapes
 
     make_shapes(folder, 2)
 

@@ -25,7 +25,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from i2am_train.callbacks.interruption import requeue
 from i2am_train.config.store import compose
 from i2am_train.errors import ConfigError, DataError, FolderInUseError, RunFolderError, TrainingError
-from i2am_train.evaluation.generation import GeneratedSamples
+from i2am_train.evaluation.evaluator import GeneratedSamples
 from i2am_train.workflows import train as workflow
 from i2am_train.workflows.train import train
 from tests.support.commands import Command, exit_status

@@ -8,15 +8,17 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from i2am_train.config.store import compose
-from i2am_train.experiments.detection.shapes import make_shapes
-from i2am_train.experiments.detection.tracking import METHOD_COLUMNS, PICTURE_COLUMNS, THRESHOLD_COLUMNS
+from i2am_train.detection.bench import make_shapes
+from i2am_train.detection.experiment import run_experiment
+from i2am_train.detection.tracking import METHOD_COLUMNS, PICTURE_COLUMNS, THRESHOLD_COLUMNS
 from i2am_train.files import read_json
 from i2am_train.results.sample_scores import read_samples
 from i2am_train.tracking.dashboard import dashboard_json
-from i2am_train.workflows import detect as command
+from i2am_train.workflows.explain import detect
 from tests.support.detectors import tiny_yolos
 
 pytestmark = pytest.mark.filterwarnings("default")  # W&B's own
@@ -44,7 +46,7 @@ def options(paint_by_example: Path, yolos: Path, tmp_path_factory: pytest.TempPa
 @pytest.fixture(scope="module")
 def folder(options: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("tracked") / "experiment"
-    command.detect(compose("detect", options), folder)
+    run_experiment(compose("detect", options), folder, torch.device("cpu"))
     return folder
 
 
@@ -159,9 +161,9 @@ def test_only_news_are_logged(
     """The same command adds nothing; another threshold goes on with the run; a line says how to send it."""
     copy = tmp_path / "experiment"
     shutil.copytree(folder, copy)
-    command.detect(compose("detect", options), copy)
+    run_experiment(compose("detect", options), copy, torch.device("cpu"))
     assert len(read_runs(copy)) == 1
-    command.run(compose("detect", [*options, "deltas=[0.3]", f"output={copy}"]))
+    detect(compose("detect", [*options, "deltas=[0.3]", f"output={copy}"]))
     assert f"wandb sync {copy / 'wandb'}" in "".join(capsys.readouterr().out.splitlines())
     first, second = read_runs(copy)
     assert first.run.run_id == second.run.run_id

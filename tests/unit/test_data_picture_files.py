@@ -29,9 +29,9 @@ from i2am_train.data.picture_files import (
     write_png,
 )
 from i2am_train.data.poses import read_keypoints, read_parts, read_pose_picture
+from i2am_train.detection.bench import BenchSample, read_bench
 from i2am_train.errors import DataError
-from i2am_train.evaluation.folders import check_images, read_image
-from i2am_train.experiments.detection.coco import BenchSample, read_coco
+from i2am_train.evaluation.scoring import open_folders, read_image
 from i2am_train.metrics.boxes import Box
 from i2am_train.types import GridSize
 
@@ -257,7 +257,11 @@ def test_what_is_no_file_is_refused_before_it_is_opened(
         read_size(path)
 
 
-@pytest.mark.parametrize("read", [read_coco, lambda path: read_keypoints(path, SIZE)], ids=["coco", "keypoints"])
+@pytest.mark.parametrize(
+    "read",
+    [lambda path: read_bench(path, path.parent), lambda path: read_keypoints(path, SIZE)],
+    ids=["coco", "keypoints"],
+)
 def test_other_files_of_a_dataset_do_not_hang_either(tmp_path: Path, read: Callable[[Path], Any]) -> None:
     os.mkfifo(tmp_path / "x.json")
     with pytest.raises(DataError, match=r"x\.json is a FIFO and no file"):
@@ -282,7 +286,7 @@ READERS: dict[str, Callable[[Path], Any]] = {
     "correspondence": read_correspondence,
     "explain image=": lambda path: read_photograph(path, "image"),
     "explain mask=": lambda path: read_region(path, "mask", PIXELS, "image"),
-    "evaluate, headers": lambda path: check_images({"x": path}),
+    "evaluate, headers": lambda path: open_folders(path.parent, path.parent, paired=True),
     "evaluate": lambda path: read_image(path, SIZE),
     "detect": lambda path: bench_sample(path).image(),
 }

@@ -1,7 +1,10 @@
-"""evaluation/evaluator.py: scores of a tiny run against a computation by hand, whatever the batch."""
+"""evaluation/evaluator.py: scores of a tiny run against a computation by hand, whatever the batch; what is kept of it,
+what a stopped evaluation has, and what is still to be made.
+"""
 
 import math
 from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +18,30 @@ from i2am_train.attention.trace import trace
 from i2am_train.config.evaluation import AttributionConfig
 from i2am_train.config.models import SamplingConfig
 from i2am_train.data.dataset import TryOnDataset
-from i2am_train.errors import CaptureError, ConfigError
-from i2am_train.evaluation.evaluator import EvaluationResult, EvaluationSettings, Evaluator, check_settings
+from i2am_train.errors import CaptureError, ConfigError, DataError
+from i2am_train.evaluation import evaluator as evaluator_module
+from i2am_train.evaluation.evaluator import (
+    EvaluationResult,
+    EvaluationSettings,
+    Evaluator,
+    GeneratedSamples,
+    check_settings,
+    person_names,
+    read_results,
+    real_images,
+    write_evaluation,
+)
 from i2am_train.evaluation.explaining import attention_scores, explain_batch
+from i2am_train.evaluation.scoring import ImageScores
+from i2am_train.files import UNFINISHED
 from i2am_train.metrics.correspondence import target_on_grid
 from i2am_train.metrics.imacs import imacs
 from i2am_train.models.sampling import sample
+from i2am_train.ops.images import to_uint8
+from i2am_train.results import panels as panels_module
+from i2am_train.results.panels import SamplePanels, read_panels, write_panels
+from i2am_train.results.sample_scores import read_samples
+from i2am_train.results.statistics import Over, mean_interval
 from i2am_train.seeds import seed_for
 from i2am_train.types import Direction, GridSize, Pairing, Split
 
@@ -255,3 +276,208 @@ def test_settings_are_checked_beforehand(
         check_settings(model, chosen)
     modules = list(model.modules())
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in modules)
+
+
+# ---- batches that are kept ---------------------------------------------------------------------
+
+NAMES = tuple("abcde")
+GENERATED, REFERENCE = GridSize(4, 3), GridSize(8, 6)
+PICTURES = ("garment", "agnostic", "densepose", "person", "generated")
+
+
+def panels_of(index: int) -> SamplePanels:
+    draw = np.random.default_rng(index)
+    return SamplePanels(
+        name=f"{index:05d}_00",
+        garment_name=f"{index + 1:05d}_00",
+        **{name: draw.integers(0, 256, (16, 12, 3), dtype=np.uint8) for name in PICTURES},
+        map_generated=draw.random((16, 12)),
+        map_reference=draw.random((16, 12)),
+        centers=draw.random((GENERATED.tokens, 2)),
+        target_centers=np.full((GENERATED.tokens, 2), np.nan),
+        mask=draw.random(GENERATED.tokens) > 0.5,
+        inpaint_mask=draw.random((16, 12)) > 0.5,
+        garment_mask=draw.random((16, 12)) > 0.5,
+        layer="up_blocks.1.attentions.1",
+        generated_grid=GENERATED,
+        reference_grid=REFERENCE,
+    )
+
+
+def row(index: int) -> dict[str, Any]:
+    return {"index": index, "name": NAMES[index], "imacs_g": index / 3}
+
+
+@pytest.fixture
+def samples(tmp_path: Path) -> GeneratedSamples:
+    return GeneratedSamples(folder=tmp_path, names=NAMES, batch_size=2)
+
+
+def make(samples: GeneratedSamples, *positions: int, panels: tuple[int, ...] = ()) -> None:
+    images = [np.full((16, 12, 3), 7, np.uint8)] * len(positions)
+    samples.write([row(at) for at in positions], images, [panels_of(at) for at in panels])
+
+
+def test_batches_are_made_once(samples: GeneratedSamples) -> None:
+    """Whole batches of fixed content; finished ones, in any order, are not pending; then all rows in order."""
+    assert samples.pending() == samples.batches() == [range(2), range(2, 4), range(4, 5)]
+    make(samples, 4)
+    make(samples, 0, 1)
+    assert samples.pending() == [range(2, 4)]
+    make(samples, 2, 3)
+    assert samples.pending() == []
+    assert samples.rows() == [row(index) for index in range(5)]
+
+
+def test_a_batch_without_its_rows_or_an_image_is_made_again(samples: GeneratedSamples) -> None:
+    """Rows are written last, so their absence means that the batch was interrupted; a deleted image is noticed."""
+    for positions in ((0, 1), (2, 3), (4,)):
+        make(samples, *positions)
+    (samples.folder / "partial" / "batch-00000" / "rows.json").unlink()
+    samples.image_path(3).unlink()
+    assert samples.pending() == [range(2), range(2, 4)]
+
+
+def test_panels_of_batches_come_together(samples: GeneratedSamples) -> None:
+    """In order of the samples, arrays beside their names, and none where none were wanted."""
+    make(samples, 2, 3, panels=(2,))
+    make(samples, 0, 1, panels=(0, 1))
+    make(samples, 4)
+    panels = samples.panels()
+    assert [one.name for one in panels] == ["00000_00", "00001_00", "00002_00"]
+    for position, one in enumerate(panels):
+        assert np.array_equal(one.centers, panels_of(position).centers)
+        assert np.array_equal(one.generated, panels_of(position).generated)
+    bare = GeneratedSamples(folder=samples.folder / "other", names=NAMES[:2], batch_size=2)
+    make(bare, 0, 1)
+    assert bare.panels() == []
+
+
+def test_a_finished_evaluation_keeps_its_images_only(samples: GeneratedSamples) -> None:
+    """Neither partial files nor what a killed process left half-written."""
+    for positions in ((0, 1), (2, 3), (4,)):
+        make(samples, *positions)
+    (samples.folder / "images" / f".c.77{UNFINISHED}").write_bytes(b"half")
+    samples.clear()
+    assert [path.name for path in samples.folder.iterdir()] == ["images"]
+    assert sorted(path.name for path in (samples.folder / "images").iterdir()) == [f"{name}.png" for name in NAMES]
+
+
+def test_rows_and_image_scores_join_by_position() -> None:
+    """Means over both, a missing value counted, set scores beside them."""
+    rows = [row(index) | {"attention_entropy": 1.0} for index in (0, 3)]
+    scores = ImageScores(pairs={"ssim": [None, 0.5]}, sets={"fid": 9.0}, protocol={"image_size": "2x1"})
+    result = EvaluationResult.of_images(rows, scores)
+    assert result.rows[1] == row(3) | {"attention_entropy": 1.0, "ssim": 0.5}
+    assert result.metrics == {"imacs_g": 0.5, "attention_entropy": 1.0, "ssim": 0.5, "fid": 9.0}
+    assert result.skipped == {"ssim": 1}
+    assert result.protocol == {"image_size": "2x1"}
+
+
+def test_real_images_are_the_persons_of_the_samples(small_dataset: Path) -> None:
+    """The very bytes that a sample's person has, under the person's name, whatever garment they get."""
+    dataset = TryOnDataset(small_dataset, Split.TEST, Pairing.UNPAIRED, SIZE, indices=[1, 4])
+    real = real_images(dataset)
+    assert real.size == SIZE
+    for position in (0, 1):
+        sample = dataset[position]
+        assert real.names[position] == sample["name"]
+        assert torch.equal(real.read(position), to_uint8(sample["person"]))
+
+
+def test_a_person_that_comes_twice_is_refused(small_dataset: Path) -> None:
+    """Images are named after persons: the second would overwrite the first."""
+    dataset = TryOnDataset(small_dataset, Split.TEST, Pairing.PAIRED, SIZE)
+    dataset.pairs[3] = dataset.pairs[1]
+    with pytest.raises(DataError, match=r"1 persons come more than once in the test list .*50001_00"):
+        person_names(dataset)
+
+
+# ---- files -------------------------------------------------------------------------------------
+
+
+def outcome() -> EvaluationResult:
+    rows = [
+        {"index": 0, "name": "a", "garment_name": "b", "imacs_g": 0.25, "ssim": None},
+        {"index": 3, "name": "c", "garment_name": "d", "imacs_g": 0.75, "ssim": None},
+    ]
+    return EvaluationResult(
+        metrics={"imacs_g": 0.5},
+        rows=rows,
+        skipped={"ssim": 2},
+        warnings=["collapsed"],
+        protocol={"image_size": "64x48"},
+    )
+
+
+def test_intervals_are_of_means_over_samples(tmp_path: Path) -> None:
+    """The bootstrap that a report uses, over the samples that have a value; one sample has no interval."""
+    values = [0.1, 0.4, None, 0.35, 0.8, 0.2]
+    rows = [
+        {"index": index, "name": str(index), "ssim": value, "pck_1": 0.5 if index == 2 else None}
+        for index, value in enumerate(values)
+    ]
+    write_evaluation(tmp_path, EvaluationResult.from_rows(rows, {}), {})
+    known = [value for value in values if value is not None]
+    low, high = mean_interval(known, Over.SAMPLES, 0.95)
+    assert low is not None
+    assert high is not None
+    assert low < np.mean(known) < high
+    assert (read_results(tmp_path) or {})["intervals"] == {
+        "ssim": {"low": low, "high": high, "confidence": 0.95, "n": 5}
+    }
+
+
+def test_panels_come_back(tmp_path: Path) -> None:
+    """The report reads what was written: in its order, names beside their pictures, NaN as NaN."""
+    write_panels(tmp_path / "new", [panels_of(2), panels_of(7)])
+    for read, written in zip(read_panels(tmp_path / "new"), map(panels_of, (2, 7)), strict=True):
+        for field in fields(SamplePanels):
+            after, before = getattr(read, field.name), getattr(written, field.name)
+            np.testing.assert_array_equal(after, before, err_msg=field.name)
+    assert np.isnan(read.target_centers).all()
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["panels.safetensors"]
+
+
+def test_panels_are_never_half_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A full disk leaves the earlier archive readable."""
+    write_panels(tmp_path, [panels_of(2), panels_of(5)])
+
+    def disk_full(tensors: Any, path: Path, metadata: Any) -> None:
+        path.write_bytes(b"half")
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(panels_module, "save_file", disk_full)
+    with pytest.raises(OSError, match="no space left"):
+        write_panels(tmp_path, [panels_of(3)])
+    assert [one.name for one in read_panels(tmp_path)] == ["00002_00", "00005_00"]
+
+
+def test_scores_come_back(tmp_path: Path) -> None:
+    """Means with intervals, counts and settings in one file, the samples' scores in the other, None as null."""
+    write_evaluation(tmp_path / "new", outcome(), {"sampling": {"steps": 2}})
+    results = read_results(tmp_path / "new")
+    assert results == {
+        "metrics": {"imacs_g": 0.5},
+        "intervals": {"imacs_g": {"low": 0.25, "high": 0.75, "confidence": 0.95, "n": 2}},
+        "samples": 2,
+        "skipped": {"ssim": 2},
+        "warnings": ["collapsed"],
+        "protocol": {"image_size": "64x48"},
+        "settings": {"sampling": {"steps": 2}},
+    }
+    assert list(read_samples(tmp_path / "new" / "samples.jsonl")) == outcome().rows
+
+
+def test_results_are_written_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process that dies in between leaves an evaluation that does not count as done."""
+
+    def killed(*_: Any) -> None:
+        raise OSError("killed")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(evaluator_module, "write_json", killed)
+        with pytest.raises(OSError, match="killed"):
+            write_evaluation(tmp_path, outcome(), {})
+    assert (tmp_path / "samples.jsonl").is_file()
+    assert read_results(tmp_path) is None

@@ -18,12 +18,11 @@ from i2am_train.config.models import InitConfig, SamplingConfig
 from i2am_train.config.training import TrainConfig
 from i2am_train.data.cache import CacheLayout
 from i2am_train.data.dataset import AS_IT_LIES, TryOnDataset
+from i2am_train.detection.detectors import _detections
 from i2am_train.errors import CheckpointError, I2AMError, NotFiniteError
 from i2am_train.evaluation.evaluator import EvaluationSettings, Evaluator
 from i2am_train.evaluation.explaining import explain_batch, value_or_none
-from i2am_train.evaluation.folders import ImageSet
-from i2am_train.evaluation.scoring import ScoringOptions, score_images
-from i2am_train.experiments.detection.detectors import _detections
+from i2am_train.evaluation.scoring import ImageSet, ScoringOptions, score_images
 from i2am_train.metrics import features
 from i2am_train.models.sampling import sample
 from i2am_train.models.tryon import TryOnModel

@@ -16,8 +16,7 @@ from i2am_train.config.options import plain
 from i2am_train.config.training import TrainConfig
 from i2am_train.environment import provenance
 from i2am_train.errors import ConfigError, RunFolderError
-from i2am_train.evaluation.evaluator import EvaluationResult
-from i2am_train.evaluation.results import write_evaluation
+from i2am_train.evaluation.evaluator import EvaluationResult, write_evaluation
 from i2am_train.metrics.imacs import imacs_column
 from i2am_train.reporting import table as formats
 from i2am_train.reporting.figures.correlation import correlation_figure

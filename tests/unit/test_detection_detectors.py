@@ -8,8 +8,8 @@ import torch
 from safetensors.torch import save_file
 from torchvision.transforms import v2
 
+from i2am_train.detection.detectors import boxes_of_segments, load_detector
 from i2am_train.errors import CheckpointError
-from i2am_train.experiments.detection.detectors import boxes_of_segments, load_detector
 from i2am_train.metrics.boxes import Box
 from tests.support.detectors import tiny_maskformer, tiny_rt_detr, tiny_yolos
 

@@ -9,9 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from i2am_train.detection.bench import draw_shapes, first_of_size, make_shapes, read_bench
 from i2am_train.errors import DataError
-from i2am_train.experiments.detection.coco import first_of_size, read_bench
-from i2am_train.experiments.detection.shapes import draw_shapes, make_shapes
 from i2am_train.metrics.boxes import Box
 from i2am_train.types import GridSize
 

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from i2am_train.config.explanation import DetectConfig
-from i2am_train.experiments.detection.coco import Bench, BenchSample
-from i2am_train.experiments.detection.experiment import KeptPaintings, boxes_of, iou_of, mean_iou, sample_row, summarise
+from i2am_train.detection.bench import Bench, BenchSample
+from i2am_train.detection.experiment import KeptPaintings, iou_of, mean_iou, sample_row, summarise
 from i2am_train.metrics.boxes import Box
 from i2am_train.types import GridSize
 
@@ -35,9 +35,13 @@ def step() -> torch.Tensor:
     return values
 
 
+def row(detections: dict[str, Any], number: int = 1) -> dict[str, Any]:
+    return sample_row(sample(number), maps(step()), detections, CONFIG)
+
+
 def test_each_method_has_its_box() -> None:
     """DAAM's uniform map and the whole image are one; the map's largest region, at its threshold; its inverse."""
-    boxes = boxes_of(maps(step()), sample(), CONFIG)
+    boxes = row({})["boxes"]
     assert boxes["daam"] == boxes["overall"] == Box(0, 0, 64, 32)
     assert boxes["random"] == boxes["random_authors"]
     ours = boxes["i2am"]
@@ -45,8 +49,8 @@ def test_each_method_has_its_box() -> None:
     assert abs(ours.left - 4) <= 2 >= abs(ours.right - 16)
     assert abs(ours.top - 8) <= 2 >= abs(ours.bottom - 24)
     assert boxes["i2am_inverted"] == Box(0, 0, 64, 32)  # the ground lies around both
-    assert boxes_of(maps(step()), sample(), CONFIG) == boxes  # random boxes, too
-    assert boxes_of(maps(step()), sample(2), CONFIG)["random"] != boxes["random"]
+    assert row({})["boxes"] == boxes  # random boxes, too
+    assert row({}, 2)["boxes"]["random"] != boxes["random"]
 
 
 def test_a_sample_without_a_box_counts_zero_but_by_the_authors_rules() -> None:
@@ -58,10 +62,6 @@ def test_a_sample_without_a_box_counts_zero_but_by_the_authors_rules() -> None:
     assert iou_of("random_authors", away, target) is None
     assert iou_of("i2am_authors", away, target) == 0.0
     assert iou_of("random_authors", Box(0, 0, 2, 4), target) == 0.5
-
-
-def row(detections: dict[str, Any], number: int = 1) -> dict[str, Any]:
-    return sample_row(sample(number), maps(step()), detections, CONFIG)
 
 
 def seen(real: list[float] | None, generated: list[float] | None) -> dict[str, Any]:

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import wandb
 
 from i2am_train.config.reporting import TrackingConfig
-from i2am_train.experiments.detection.report import Detected, Example, read_detected
-from i2am_train.experiments.detection.tables import KINDS, Results, label, swept_name
+from i2am_train.detection.report import KINDS, Detected, Example, label, read_detected, swept_name
 from i2am_train.files import numbered
 from i2am_train.metrics.boxes import METHOD_LABELS, METHODS_OF_MAPS
 from i2am_train.reporting.figures.canvas import overlay
@@ -31,18 +30,13 @@ from i2am_train.tracking.names import (
 )
 from i2am_train.tracking.session import finish_run, open_run
 
-SCORES = ("mean", "low", "high", "n", "left_out")
-SCORE_COLUMNS = ("mean IoU", "low", "high", "images", "left out")
-METHOD_COLUMNS = ("kind", "method", "label", *SCORE_COLUMNS)
-THRESHOLD_COLUMNS = ("delta", "method", "label", *SCORE_COLUMNS)
+_SCORES = {"mean": "mean IoU", "low": "low", "high": "high", "n": "images", "left_out": "left out"}
+"""Entries of a score, and their columns."""
+METHOD_COLUMNS = ("kind", "method", "label", *_SCORES.values())
+THRESHOLD_COLUMNS = ("delta", "method", "label", *_SCORES.values())
 SAMPLE_COLUMNS = ("index", "image_id", "name", "category", "crowd", "share")
 """Columns before the IoUs, which are called ``kind/method``."""
 PICTURE_COLUMNS = ("sample", "category", "image", "reference", "painted", "map")
-
-OBJECT, ATTENTION, SUPERVISED = "object", "attention", "detectors"
-"""Groups of boxes that W&B switches on and off."""
-
-Rows = Sequence[Mapping[str, Any]]
 
 
 def track_detection(tracking: TrackingConfig, folder: Path, *, arm: str, use_inputs: Callable[[Any], None]) -> None:
@@ -78,103 +72,75 @@ def track_detection(tracking: TrackingConfig, folder: Path, *, arm: str, use_inp
 
 def _log(run: Any, detected: Detected, table_samples: int) -> None:
     """The sweep as curves over delta, then all the rest at once."""
+    miou, deltas = detected.results["miou"], detected.results["thresholds"]
     run.define_metric(DETECTION_DELTA, hidden=True)
     run.define_metric(f"{DETECTION_SWEEP}*", step_metric=DETECTION_DELTA)
-    swept = threshold_rows(detected.results)
-    for delta in detected.results["thresholds"]:
-        points = {f"{DETECTION_SWEEP}{row[1]}": row[3] for row in swept if row[0] == delta}
-        known = {name: mean for name, mean in points.items() if mean is not None}
+    for delta in deltas:
+        points = {name: miou["sweep"][swept_name(name, delta)]["mean"] for name in METHODS_OF_MAPS}
+        known = {f"{DETECTION_SWEEP}{name}": mean for name, mean in points.items() if mean is not None}
         run.log({DETECTION_DELTA: delta, **known})
-    names = method_names(detected.results)
+    scores = [(kind, method, score) for kind in KINDS for method, score in miou[kind].items()]
+    swept = [(delta, name, miou["sweep"][swept_name(name, delta)]) for delta in deltas for name in METHODS_OF_MAPS]
+    names = _method_names(list(miou["real"]))
     logged: dict[str, Any] = {
-        **means(detected.results),
-        DETECTION_METHODS: _table(METHOD_COLUMNS, method_rows(detected.results)),
-        DETECTION_THRESHOLDS: _table(THRESHOLD_COLUMNS, swept),
-        DETECTION_SAMPLES: sample_table(detected.rows, names),
+        **{f"{DETECTION}{k}/{names[m]}": score["mean"] for k, m, score in scores if score["mean"] is not None},
+        DETECTION_METHODS: _score_table(METHOD_COLUMNS, scores),
+        DETECTION_THRESHOLDS: _score_table(THRESHOLD_COLUMNS, swept),
+        DETECTION_SAMPLES: _sample_table(detected.rows, names),
     }
     if examples := detected.examples[:table_samples]:
-        logged[DETECTION_TABLE] = picture_table(examples, names)
-        logged[DETECTION_BOXES] = [picture_with_boxes(one, names) for one in examples]
+        logged[DETECTION_TABLE] = _picture_table(examples, names)
+        logged[DETECTION_BOXES] = [_picture_with_boxes(one, names) for one in examples]
     run.log(logged)
 
 
-def method_names(results: Results) -> dict[str, str]:
-    """Names in W&B by method: our own word, or a detector's label; none twice."""
-    detectors = list(results["miou"]["real"])
+def _method_names(detectors: Sequence[str]) -> dict[str, str]:
+    """Names in W&B by method: our own word, or a detector's label; none twice.
+
+    >>> names = _method_names(["/a/yolos", "/b/yolos"])
+    >>> names["i2am"], names["/a/yolos"], names["/b/yolos"]
+    ('i2am', 'yolos-1', 'yolos-2')
+    """
     labels = numbered([label(name) for name in detectors])
     return {**{name: name for name in METHOD_LABELS}, **dict(zip(detectors, labels, strict=True))}
 
 
-def means(results: Results) -> dict[str, float]:
-    """Mean IoU by ``detect/<kind>/<method>``, without methods for which no image counts."""
-    names = method_names(results)
-    return {
-        f"{DETECTION}{kind}/{names[method]}": score["mean"]
-        for kind in KINDS
-        for method, score in results["miou"][kind].items()
-        if score["mean"] is not None
-    }
+def _score_table(columns: Sequence[str], scores: Iterable[tuple[Any, str, Mapping[str, Any]]]) -> Any:
+    """A ``wandb.Table`` of mean IoUs: kind or threshold, method, its label, and the entries of the score."""
+    rows = [[first, method, label(method), *(score[name] for name in _SCORES)] for first, method, score in scores]
+    return wandb.Table(columns=list(columns), data=rows)
 
 
-def method_rows(results: Results) -> list[list[Any]]:
-    """A row for each kind of image and method, in the order of ``METHOD_COLUMNS``."""
-    return [
-        [kind, method, label(method), *(score[name] for name in SCORES)]
-        for kind in KINDS
-        for method, score in results["miou"][kind].items()
-    ]
-
-
-def threshold_rows(results: Results) -> list[list[Any]]:
-    """A row for each threshold and method, in the order of ``THRESHOLD_COLUMNS``."""
-    swept = results["miou"]["sweep"]
-    return [
-        [delta, method, label(method), *(swept[swept_name(method, delta)][name] for name in SCORES)]
-        for delta in results["thresholds"]
-        for method in METHODS_OF_MAPS
-    ]
-
-
-def sample_table(rows: Rows, names: Mapping[str, str]) -> Any:
+def _sample_table(rows: Sequence[Mapping[str, Any]], names: Mapping[str, str]) -> Any:
     """A ``wandb.Table`` of all samples: what each is, and its IoU by kind and method."""
     keys = [(kind, method) for kind in KINDS for method in rows[0]["iou"][kind]]
-    columns = [*SAMPLE_COLUMNS, *(f"{kind}/{names[method]}" for kind, method in keys)]
-    return _table(
-        columns,
-        [
+    return wandb.Table(
+        columns=[*SAMPLE_COLUMNS, *(f"{kind}/{names[method]}" for kind, method in keys)],
+        data=[
             [*(row[name] for name in SAMPLE_COLUMNS), *(row["iou"][kind][method] for kind, method in keys)]
             for row in rows
         ],
     )
 
 
-def picture_table(examples: Sequence[Example], names: Mapping[str, str]) -> Any:
+def _picture_table(examples: Sequence[Example], names: Mapping[str, str]) -> Any:
     """A ``wandb.Table`` of the first samples: pictures, the map, and the IoU of every method on the painted image."""
     methods = list(examples[0].row["iou"]["generated"])
-    return _table(
-        [*PICTURE_COLUMNS, *(names[method] for method in methods)],
-        [
-            [
-                one.row["name"],
-                one.row["category"],
-                *map(wandb.Image, (one.image, one.reference, one.generated)),
-                wandb.Image(overlay(one.generated, one.heat)),
-                *(one.row["iou"]["generated"][method] for method in methods),
-            ]
-            for one in examples
-        ],
-    )
+    table = wandb.Table(columns=[*PICTURE_COLUMNS, *(names[method] for method in methods)])
+    for one in examples:
+        pictures = (one.image, one.reference, one.generated, overlay(one.generated, one.heat))
+        scores = (one.row["iou"]["generated"][method] for method in methods)
+        table.add_data(one.row["name"], one.row["category"], *map(wandb.Image, pictures), *scores)
+    return table
 
 
-def picture_with_boxes(example: Example, names: Mapping[str, str]) -> Any:
+def _picture_with_boxes(example: Example, names: Mapping[str, str]) -> Any:
     """The painted image with boxes that can be switched on and off: the object's, the map's, the detectors' best."""
-    row, detectors = example.row, example.row["detections"]
+    row, seen = example.row, example.row["detections"]
     groups = {
-        OBJECT: {OBJECT: row["target"]},
-        ATTENTION: {label(name): row["boxes"][name] for name in METHODS_OF_MAPS},
-        SUPERVISED: {
-            names[name]: found["generated"] and found["generated"]["box"] for name, found in detectors.items()
-        },
+        "object": {"object": row["target"]},
+        "attention": {label(name): row["boxes"][name] for name in METHODS_OF_MAPS},
+        "detectors": {names[name]: found["generated"] and found["generated"]["box"] for name, found in seen.items()},
     }
     return wandb.Image(
         example.generated,
@@ -185,7 +151,6 @@ def picture_with_boxes(example: Example, names: Mapping[str, str]) -> Any:
 
 def _boxes(boxes: Mapping[str, Sequence[float] | None]) -> dict[str, Any]:
     """A group of boxes in pixels as W&B wants it; those that are None were not found."""
-    classes = dict(enumerate(boxes))
     return {
         "box_data": [
             {
@@ -194,12 +159,8 @@ def _boxes(boxes: Mapping[str, Sequence[float] | None]) -> dict[str, Any]:
                 "box_caption": name,
                 "domain": "pixel",
             }
-            for number, name in classes.items()
-            if (box := boxes[name]) is not None
+            for number, (name, box) in enumerate(boxes.items())
+            if box is not None
         ],
-        "class_labels": classes,
+        "class_labels": dict(enumerate(boxes)),
     }
-
-
-def _table(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> Any:
-    return wandb.Table(columns=list(columns), data=[list(row) for row in rows])

@@ -1,8 +1,8 @@
 """Objects of a COCO-format dataset as the authors' detection bench takes them (paper section 5.1).
 
-Of each image, in the order of image ids, the first annotation counts whose box covers a tenth to
-three tenths of the image; an image without one is left out. An annotation of a crowd is a box like
-any other in the authors' bench, and can be left out here.
+Of each image, in the order of image ids, the first annotation counts whose box covers a tenth to three tenths of the
+image; an image without one is left out. An annotation of a crowd is a box like any other in the authors' bench, and
+can be left out here. Without COCO there is a made dataset of coloured shapes.
 """
 
 from __future__ import annotations
@@ -10,20 +10,28 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import redirect_stdout
 from dataclasses import dataclass
-from io import StringIO
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+import cv2
 import numpy as np
-from pycocotools.coco import COCO
+from numpy.typing import NDArray
 
-from i2am_train.data.picture_files import UnreadablePictureError, is_there, read_rgb, read_size, refuse_what_is_no_file
+from i2am_train.data.picture_files import (
+    UnreadablePictureError,
+    is_there,
+    read_rgb,
+    read_size,
+    refuse_what_is_no_file,
+    write_picture,
+)
 from i2am_train.data.pictures import Image, Mask
 from i2am_train.errors import DataError
+from i2am_train.files import write_json
+from i2am_train.locks import staged
 from i2am_train.metrics.boxes import Box
 from i2am_train.types import GridSize
 
@@ -62,7 +70,7 @@ class BenchSample:
 
     @property
     def name(self) -> str:
-        """As COCO names images, without the ending."""
+        """As COCO names images, without the ending: 12 digits."""
         return f"{self.image_id:012d}"
 
     def image(self) -> Image:
@@ -74,13 +82,26 @@ class BenchSample:
         return read_rgb(self.path)
 
     def mask(self) -> Mask:
-        """True inside the box, ``[height, width]``: what is painted anew."""
+        """True inside the box, ``[height, width]``: what is painted anew.
+
+        >>> size, box = GridSize(2, 4), Box(1, 0, 3, 1)
+        >>> cup = BenchSample(index=0, image_id=7, path=Path(), size=size, box=box, category="cup", crowd=False)
+        >>> cup.mask().astype(int)
+        array([[0, 1, 1, 0],
+               [0, 0, 0, 0]])
+        """
         mask = np.zeros(self.size, np.bool_)
         mask[self._rows, self._columns] = True
         return mask
 
     def reference(self, image: Image) -> Image:
-        """The object, cut out along its box."""
+        """The object, cut out along its box.
+
+        >>> size, box = GridSize(4, 8), Box(1, 0, 6, 3)
+        >>> cup = BenchSample(index=0, image_id=7, path=Path(), size=size, box=box, category="cup", crowd=False)
+        >>> cup.reference(np.zeros((4, 8, 3), np.uint8)).shape
+        (3, 5, 3)
+        """
         return image[self._rows, self._columns]
 
     @property
@@ -124,22 +145,25 @@ def read_bench(annotations: Path, folder: Path, *, crowds: bool = True, limit: i
         DataError: the file is not COCO's, a box lies outside its image, no object is of the wanted
             size, or an image is missing, damaged or of another size.
     """
-    coco = read_coco(annotations)
+    content = _read_coco(annotations)
+    images = sorted(content["images"], key=lambda image: image["id"])
+    names = {category["id"]: category["name"] for category in content["categories"]}
+    objects = defaultdict(list)
+    for annotation in content["annotations"]:
+        objects[annotation["image_id"]].append(annotation)
     samples: list[BenchSample] = []
-    for index, image_id in enumerate(sorted(coco.imgs)):
-        image = coco.imgs[image_id]
-        chosen = first_of_size(coco.imgToAnns[image_id], image, crowds=crowds)
+    for index, image in enumerate(images):
+        chosen = first_of_size(objects[image["id"]], image, crowds=crowds)
         if chosen is not None and (limit is None or len(samples) < limit):
-            category = str(coco.cats[chosen["category_id"]]["name"])
-            samples.append(_sample(index, image, chosen, category, folder))
+            samples.append(_sample(index, image, chosen, names[chosen["category_id"]], folder))
     if not samples:
         raise DataError(
             f"No annotation in {annotations} covers {SMALLEST_SHARE:.0%} to {LARGEST_SHARE:.0%} of its image "
-            f"({len(coco.imgs)} images, {len(coco.anns)} annotations), so there is nothing to look for. Give a file "
-            f"of objects with boxes{'' if crowds else ', or crowds=true'}."
+            f"({len(images)} images, {len(content['annotations'])} annotations), so there is nothing to look for. Give "
+            f"a file of objects with boxes{'' if crowds else ', or crowds=true'}."
         )
-    check_images(samples)
-    return Bench(samples=tuple(samples), images=len(coco.imgs))
+    _check_images(samples)
+    return Bench(samples=tuple(samples), images=len(images))
 
 
 def first_of_size(
@@ -175,23 +199,15 @@ def _sample(
     )
 
 
-# -- the file ------------------------------------------------------------------------------------------------------
+# ---- the file ------------------------------------------------------------------------------------------------------
 
 
-def read_coco(file: Path) -> COCO:
-    """A COCO file of objects, checked, with its index.
-
-    Raises:
-        DataError: it is missing, or not such a file, or its entries contradict each other.
-    """
+def _read_coco(file: Path) -> dict[str, Any]:
+    """The content of a COCO file of objects, checked."""
     content = _read_json(file)
     _check_entries(content, file)
     _check_content(content, file)
-    coco = COCO()
-    coco.dataset = content
-    with redirect_stdout(StringIO()):  # it announces what it does
-        coco.createIndex()
-    return coco
+    return content
 
 
 def _read_json(file: Path) -> dict[str, Any]:
@@ -296,12 +312,8 @@ def _is_inside(box: Any, image: Mapping[str, Any]) -> bool:
     return bool(inside and min(left, top) >= -TOLERANCE and min(width, height) >= 0)
 
 
-def check_images(samples: Sequence[BenchSample]) -> None:
-    """Fails unless each image is there, is a picture and has the size that the annotations say.
-
-    Raises:
-        DataError: some do not; the message names them.
-    """
+def _check_images(samples: Sequence[BenchSample]) -> None:
+    """Fails unless each image is there, is a picture and has the size that the annotations say."""
     folder, of = samples[0].path.parent, f"of the bench's {len(samples)} images"
     _refuse(
         [sample.path.name for sample in samples if not is_there(sample.path)],
@@ -330,3 +342,116 @@ def _refuse(wrong: Sequence[object], fault: str, advice: str, kind: str = "", en
         more = ", ..." if len(wrong) > _SHOWN else ""
         shown = ", ".join(map(str, wrong[:_SHOWN])) + more
         raise DataError(f"{len(wrong)} {fault} ({kind}{shown}){ends} {advice}")
+
+
+# ---- the made dataset -------------------------------------------------------------------------------------------
+
+SPLIT = "val2017"
+CATEGORIES = ("disc", "square", "triangle")
+CROWDED = 0
+"""Category of the crowds."""
+SIZES = (GridSize(120, 160), GridSize(160, 120), GridSize(144, 144))
+LARGE, SMALL = (0.13, 0.27), (0.02, 0.07)
+"""Shares of the picture that an object's box covers: inside and outside what the bench takes."""
+CROWD_EVERY, EMPTY_EVERY = 5, 7
+"""Each fifth picture holds a crowd before its object, each seventh only small objects."""
+
+
+def make_shapes(root: Path, images: int, seed: int = 0) -> Path:
+    """Write a small dataset in COCO's layout, coloured shapes on plain ground with the boxes that they fill.
+
+    What ``i2am detect`` runs on without COCO. It shows that the experiment works; it says nothing about photographs.
+    Every picture is a function of (seed, index) alone. ``root`` appears only when it is complete:
+    ``annotations/instances_val2017.json`` and ``val2017/*.jpg``; a folder that exists is kept as it is.
+    """
+    if root.is_dir():
+        return root
+    entries: list[dict[str, Any]] = []
+    annotations: list[dict[str, Any]] = []
+    with staged(root) as folder:
+        for index in range(images):
+            picture, objects = draw_shapes(seed, index)
+            image_id, name = index + 1, f"{index + 1:012d}.jpg"
+            write_picture(folder / SPLIT / name, picture)
+            height, width = picture.shape[:2]
+            entries.append({"id": image_id, "file_name": name, "height": height, "width": width})
+            for entry in objects:
+                annotations.append({"id": len(annotations) + 1, "image_id": image_id, **entry})
+        categories = [{"id": number, "name": name} for number, name in enumerate(CATEGORIES, 1)]
+        content = {"images": entries, "annotations": annotations, "categories": categories}
+        write_json(folder / "annotations" / f"instances_{SPLIT}.json", content)
+    return root
+
+
+def draw_shapes(seed: int, index: int) -> tuple[Image, list[dict[str, Any]]]:
+    """A picture and its annotations in COCO's words, small objects and crowds first.
+
+    >>> picture, objects = draw_shapes(seed=0, index=4)
+    >>> picture.shape, [entry["iscrowd"] for entry in objects]
+    ((160, 120, 3), [0, 1, 0])
+    """
+    generator = np.random.default_rng([seed, index])
+    size = SIZES[index % len(SIZES)]
+    picture = _ground(size, generator)
+    kinds = [("small", SMALL)]
+    if index % CROWD_EVERY == CROWD_EVERY - 1:
+        kinds.append(("crowd", LARGE))
+    kinds.append(("small", SMALL) if index % EMPTY_EVERY == EMPTY_EVERY - 1 else ("object", LARGE))
+    objects = []
+    for kind, shares in kinds:
+        category = CROWDED if kind == "crowd" else int(generator.integers(len(CATEGORIES)))
+        place = _place(size, shares, generator)
+        mask = _crowd(size, place) if kind == "crowd" else _shape(size, place, category)
+        picture[mask] = generator.integers(0, 256, 3)
+        objects.append(
+            {
+                "category_id": category + 1,
+                "bbox": list(cv2.boundingRect(mask.astype(np.uint8))),
+                "area": int(mask.sum()),
+                "iscrowd": int(kind == "crowd"),
+            }
+        )
+    return picture, objects
+
+
+def _ground(size: GridSize, generator: np.random.Generator) -> Image:
+    """A vertical gradient between two pale colours."""
+    first, last = generator.integers(150, 240, (2, 1, 1, 3))
+    share = np.linspace(0, 1, size.height).reshape(-1, 1, 1)
+    rows = first[0] * (1 - share) + last[0] * share
+    return np.repeat(rows.round().astype(np.uint8), size.width, axis=1)
+
+
+def _place(size: GridSize, shares: tuple[float, float], generator: np.random.Generator) -> NDArray[np.int64]:
+    """Left, top, width and height of a box of such a share, inside the picture."""
+    share, aspect = generator.uniform(*shares), generator.uniform(0.7, 1.4)
+    sides = np.sqrt(share * np.array([aspect, 1 / aspect])) * np.array([size.width, size.height])
+    whole = sides.round().astype(np.int64)
+    corner = generator.integers(0, np.array([size.width, size.height]) - whole)
+    return np.concatenate([corner, whole])
+
+
+def _shape(size: GridSize, place: NDArray[np.int64], category: int) -> Mask:
+    left, top, width, height = map(int, place)
+    canvas = np.zeros(size, np.uint8)
+    right, bottom = left + width - 1, top + height - 1
+    if CATEGORIES[category] == "disc":
+        centre, axes = ((left + right) / 2, (top + bottom) / 2), (width - 1, height - 1)
+        cv2.ellipse(canvas, (centre, axes, 0.0), 1, -1)
+    elif CATEGORIES[category] == "square":
+        cv2.rectangle(canvas, (left, top), (right, bottom), 1, -1)
+    else:
+        corners = [[(left + right) // 2, top], [left, bottom], [right, bottom]]
+        cv2.fillPoly(canvas, [np.array(corners, np.int32)], 1)
+    return canvas.astype(np.bool_)
+
+
+def _crowd(size: GridSize, place: NDArray[np.int64]) -> Mask:
+    """Four discs in the corners of a box."""
+    left, top, width, height = map(int, place)
+    half = (width // 2, height // 2)
+    mask = np.zeros(size, np.bool_)
+    for x in (left, left + width - half[0]):
+        for y in (top, top + height - half[1]):
+            mask |= _shape(size, np.array([x, y, *half]), CROWDED)
+    return mask

@@ -12,7 +12,6 @@ import math
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, ClassVar, Protocol, cast
 
 import numpy as np
@@ -74,18 +73,21 @@ def load_detector(name: str) -> Detector:
     """A detector by its name, on the CPU.
 
     Raises:
-        CheckpointError: there is no such detector, or its weights cannot be had.
+        CheckpointError: there is no such detector, it finds neither boxes nor segments, or its weights cannot be had.
         ConfigError: an import path leads to nothing, or to something else.
+
+    >>> load_detector("torchvision:yolo")
+    Traceback (most recent call last):
+        ...
+    i2am_train.errors.CheckpointError: torchvision has no detector 'yolo'; it has fasterrcnn_...
     """
     if name.startswith(TORCHVISION):
-        return TorchvisionDetector.from_name(name.removeprefix(TORCHVISION))
-    if is_import_path(name):
-        return ImportedDetector.from_path(name)
-    return TransformersDetector.from_pretrained(name)
+        return _Torchvision.from_name(name.removeprefix(TORCHVISION))
+    return _Imported.from_path(name) if is_import_path(name) else _Transformers.from_pretrained(name)
 
 
 @dataclass(frozen=True)
-class ImportedDetector:
+class _Imported:
     """A detector of the user's own; what it gives is checked."""
 
     path: str
@@ -93,16 +95,12 @@ class ImportedDetector:
 
     EXPECTED: ClassVar[str] = (
         "a class or function that is called without arguments and gives an object with detect(image, threshold), "
-        "which returns a list of Detection of i2am_train.experiments.detection.detectors"
+        f"which returns a list of Detection of {__name__}"
     )
 
     @classmethod
-    def from_path(cls, path: str) -> ImportedDetector:
-        """From ``package.module:name``.
-
-        Raises:
-            ConfigError: it cannot be imported or made, or has no such method.
-        """
+    def from_path(cls, path: str) -> _Imported:
+        """From ``package.module:name``."""
         found = resolve(path, "detectors", cls.EXPECTED, calls())
         made = make(found, f"detectors={path}")
         wrong = calls("image", "threshold")(getattr(made, "detect", None))
@@ -110,13 +108,13 @@ class ImportedDetector:
             raise ConfigError(f"detectors={path}: detect of a {type(made).__name__} {wrong}. Expected {cls.EXPECTED}.")
         return cls(path, made)
 
-    def to(self, device: torch.device) -> ImportedDetector:
+    def to(self, device: torch.device) -> _Imported:
         """The same detector elsewhere, if it can be moved."""
         move = getattr(self.detector, "to", None)
-        return self if move is None else ImportedDetector(self.path, move(device))
+        return self if move is None else _Imported(self.path, move(device))
 
     def detect(self, image: Image, threshold: float) -> list[Detection]:
-        """Objects whose score exceeds the threshold."""
+        """As of ``Detector``."""
         found = self.detector.detect(image, threshold)
         if not isinstance(found, list) or not all(isinstance(one, Detection) for one in found):
             raise ConfigError(f"detectors={self.path}: detect returned {found!r:.200}. Expected {self.EXPECTED}.")
@@ -126,19 +124,15 @@ class ImportedDetector:
 
 
 @dataclass(frozen=True)
-class TorchvisionDetector:
+class _Torchvision:
     """A detector of torchvision; it scales pictures itself."""
 
     model: nn.Module
     categories: Sequence[str]
 
     @classmethod
-    def from_name(cls, name: str) -> TorchvisionDetector:
-        """From ``NAME``, with torchvision's weights for COCO, or ``NAME@FILE``.
-
-        Raises:
-            CheckpointError: torchvision has no such detector, or the weights cannot be had.
-        """
+    def from_name(cls, name: str) -> _Torchvision:
+        """From ``NAME``, with torchvision's weights for COCO, or ``NAME@FILE``."""
         network, _, file = name.partition("@")
         known = torchvision.models.list_models(module=torchvision.models.detection)
         if network not in known:
@@ -147,47 +141,46 @@ class TorchvisionDetector:
                 f"detectors=[{TORCHVISION}{known[0]}], or give a folder or hub name for one of transformers."
             )
         weights = torchvision.models.get_model_weights(network).DEFAULT
-        tensors = _of_file(network, expanded(file)) if file else _published(network, weights)
-        model = _built(network, weights, tensors, name)
+        source = expanded(file) if file else weights.url
+        try:
+            model = _built(network, weights, read_weights(source) if file else _published(weights))
+        except WeightsMissingError as error:
+            raise CheckpointError(
+                f"The weights of torchvision's {network} could not be had ({error}) Or download {source} elsewhere "
+                f"and give detectors=[{TORCHVISION}{network}@FILE]."
+            ) from error
+        except (CheckpointError, RuntimeError, TypeError) as error:
+            raise CheckpointError(
+                f"{source} gives no weights of torchvision's {network} for COCO's categories ({_short(error)[:300]}). "
+                "Give the file that torchvision names for this network, or leave out @FILE to download it."
+            ) from error
+        check_network(model, name)
         if file:
-            check_floating([expanded(file)], model, file)
+            check_floating([source], model, file)
         return cls(model.eval(), weights.meta["categories"])
 
-    def to(self, device: torch.device) -> TorchvisionDetector:
+    def to(self, device: torch.device) -> _Torchvision:
         """The same detector elsewhere."""
-        return TorchvisionDetector(self.model.to(device), self.categories)
+        return _Torchvision(self.model.to(device), self.categories)
 
     @torch.inference_mode()
     def detect(self, image: Image, threshold: float) -> list[Detection]:
-        """Objects whose score exceeds the threshold."""
+        """As of ``Detector``."""
         device = next(self.model.parameters()).device
         picture = torch.from_numpy(np.array(image)).permute(2, 0, 1).float().div(255)
         (found,) = self.model([picture.to(device)])
         return _detections(found, threshold, lambda label: self.categories[label])
 
 
-def _published(network: str, weights: Any) -> dict[str, Tensor]:
+def _published(weights: Any) -> dict[str, Tensor]:
     """The tensors that torchvision distributes for a network, fetched where they are not here."""
     name = weights.url.rpartition("/")[2]
     digest = re.search(r"-([0-9a-f]{8,})\.", name)
     assert digest is not None, "torchvision's files are named after their digests"
-    try:
-        return PublishedFile(name=name, url=weights.url, sha256=digest[1]).read()
-    except WeightsMissingError as error:
-        raise CheckpointError(
-            f"The weights of torchvision's {network} could not be had ({error}) Or download {weights.url} elsewhere "
-            f"and give detectors=[{TORCHVISION}{network}@FILE]."
-        ) from error
+    return PublishedFile(name=name, url=weights.url, sha256=digest[1]).read()
 
 
-def _of_file(network: str, file: Path) -> dict[str, Tensor]:
-    try:
-        return read_weights(file)
-    except CheckpointError as error:
-        raise _no_weights(network, file, error) from error
-
-
-def _built(network: str, weights: Any, tensors: dict[str, Tensor], name: str) -> nn.Module:
+def _built(network: str, weights: Any, tensors: dict[str, Tensor]) -> nn.Module:
     """The network as torchvision builds it around ``weights``, with these tensors for them.
 
     torchvision would read its file as a pickle that may run programs, and builds a network without weights another way
@@ -195,25 +188,18 @@ def _built(network: str, weights: Any, tensors: dict[str, Tensor], name: str) ->
     """
     weights.get_state_dict = lambda *_, **__: tensors  # of this one member, before its class's
     try:
-        model = torchvision.models.get_model(network, weights=weights)
-    except (RuntimeError, TypeError) as error:
-        raise _no_weights(network, name.partition("@")[2] or weights.url, error) from error
+        return cast(nn.Module, torchvision.models.get_model(network, weights=weights))
     finally:
         del weights.get_state_dict
-    check_network(model, name)
-    return cast(nn.Module, model)
 
 
-def _no_weights(network: str, file: object, error: Exception) -> CheckpointError:
-    what = " ".join(str(error).split())[:300]
-    return CheckpointError(
-        f"{file} gives no weights of torchvision's {network} for COCO's categories ({what}). Give the file that "
-        "torchvision names for this network, or leave out @FILE to download it."
-    )
+def _short(error: Exception) -> str:
+    """An error's text in one line."""
+    return " ".join(str(error).split())
 
 
 @dataclass(frozen=True)
-class TransformersDetector:
+class _Transformers:
     """A detector of transformers with its image processor."""
 
     model: Any
@@ -222,31 +208,27 @@ class TransformersDetector:
     """The model finds segments and no boxes."""
 
     @classmethod
-    def from_pretrained(cls, name: str) -> TransformersDetector:
-        """From a folder or from the hub.
-
-        Raises:
-            CheckpointError: there is no such model, or it finds neither boxes nor segments.
-        """
+    def from_pretrained(cls, name: str) -> _Transformers:
+        """From a folder or from the hub."""
         try:
             config = load_config(name)
         except CheckpointError as error:
             raise CheckpointError(
-                f"There is no detector '{name}' ({' '.join(str(error).split())[:400]}). Give a folder of transformers "
-                f"or a hub name that this machine can reach, such as hustvl/yolos-tiny, or {TORCHVISION}NAME."
+                f"There is no detector '{name}' ({_short(error)[:400]}). Give a folder of transformers or a hub name "
+                f"that this machine can reach, such as hustvl/yolos-tiny, or {TORCHVISION}NAME."
             ) from error
         segments = config.model_type in SEGMENTING
         kind = AutoModelForUniversalSegmentation if segments else AutoModelForObjectDetection
         model, processor = load_with_processor("detectors", name, kind, "cpu")
         return cls(model.eval(), processor, segments)
 
-    def to(self, device: torch.device) -> TransformersDetector:
+    def to(self, device: torch.device) -> _Transformers:
         """The same detector elsewhere."""
-        return TransformersDetector(self.model.to(device), self.processor, self.segments)
+        return _Transformers(self.model.to(device), self.processor, self.segments)
 
     @torch.inference_mode()
     def detect(self, image: Image, threshold: float) -> list[Detection]:
-        """Objects whose score exceeds the threshold."""
+        """As of ``Detector``."""
         inputs = self.processor(images=image, return_tensors="pt").to(self.model.device)
         outputs = self.model(**inputs)
         options = {"threshold": threshold, "target_sizes": [image.shape[:2]]}
@@ -259,7 +241,12 @@ class TransformersDetector:
 
 
 def boxes_of_segments(found: dict[str, Any]) -> dict[str, Tensor]:
-    """Boxes, scores and labels of segments whose masks ``[segment, height, width]`` are not empty."""
+    """Boxes, scores and labels of segments whose masks ``[segment, height, width]`` are not empty.
+
+    >>> masks = torch.tensor([[[0, 1, 1], [0, 1, 0]]])
+    >>> boxes_of_segments({"segmentation": masks, "segments_info": [{"score": 0.9, "label_id": 4}]})["boxes"]
+    tensor([[1., 0., 3., 2.]])
+    """
     info = found["segments_info"]
     masks = found["segmentation"].bool() if info else torch.zeros(0, 1, 1, dtype=torch.bool)
     seen = [index for index in range(len(info)) if masks[index].any()]

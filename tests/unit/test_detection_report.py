@@ -9,9 +9,18 @@ import numpy as np
 import pytest
 
 from i2am_train.config.store import compose
+from i2am_train.detection.report import (
+    KIND,
+    SCHEMA,
+    Example,
+    main_table,
+    published_iou,
+    read_detected,
+    sample_sheet,
+    threshold_table,
+    write_examples,
+)
 from i2am_train.evaluation.explanation import Explanation
-from i2am_train.experiments.detection.report import KIND, SCHEMA, Example, read_detected, sample_sheet, write_examples
-from i2am_train.experiments.detection.tables import main_table, published_iou, threshold_table
 from i2am_train.files import write_json, write_text
 from i2am_train.reporting import table as formats
 from i2am_train.results.sample_scores import RESULTS, SAMPLES

@@ -19,9 +19,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image as PillowImage
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm import tqdm
 
@@ -29,16 +28,14 @@ from i2am_train.attention import HeatMap, normalise
 from i2am_train.config.explanation import DetectConfig
 from i2am_train.config.locations import expanded, revisions, shapes_folder
 from i2am_train.config.options import plain
-from i2am_train.data.picture_files import write_png
+from i2am_train.data.picture_files import read_rgb, write_png
 from i2am_train.data.pictures import Image
-from i2am_train.evaluation.generation import IMAGES, batches
-from i2am_train.evaluation.results import CONFIDENCE
-from i2am_train.experiments.detection.coco import Bench, BenchSample, read_bench
-from i2am_train.experiments.detection.detectors import Detector, best_detection, load_detector
-from i2am_train.experiments.detection.report import KIND, SCHEMA, Example, read_detected, write_examples, write_report
-from i2am_train.experiments.detection.shapes import SPLIT, make_shapes
-from i2am_train.experiments.detection.tables import swept_name
-from i2am_train.experiments.detection.tracking import track_detection
+from i2am_train.detection.bench import SPLIT, Bench, BenchSample, make_shapes, read_bench
+from i2am_train.detection.detectors import Detector, best_detection, load_detector
+from i2am_train.detection.report import KIND, SCHEMA, Example, read_detected, swept_name, write_examples, write_report
+from i2am_train.detection.tracking import track_detection
+from i2am_train.evaluation.evaluator import CONFIDENCE, IMAGES
+from i2am_train.evaluation.scoring import batches
 from i2am_train.files import read_json, write_json, write_text, written
 from i2am_train.metrics.boxes import METHODS_OF_MAPS, Box, authors_box, box_iou, component_box, random_box, whole_box
 from i2am_train.models.others.paint_by_example import PaintByExample, Painted, Painting, resized
@@ -58,35 +55,35 @@ LEAVING_OUT = ("i2am_authors", "random_authors")
 SMALLEST_RANDOM_IOU = 1e-5
 """Random boxes that agree less were left out of the authors' mean."""
 
-Rows = Sequence[Mapping[str, Any]]
-
-
-WITHOUT_EFFECT_ON_IMAGES = (
-    *("output", "device", "progress_bar", "delta", "deltas", "detectors", "pictures", "tracking"),
-)
+WITHOUT_EFFECT_ON_IMAGES = ["output", "device", "progress_bar", "delta", "deltas", "detectors", "pictures", "tracking"]
 """Options that may differ when the same folder is asked for again: images and maps are kept."""
+
+Rows = Sequence[Mapping[str, Any]]
 
 
 def run_experiment(config: DetectConfig, folder: Path, device: torch.device) -> dict[str, Any]:
     """The results; what the folder holds already is not computed again.
 
     Raises:
-        I2AMError: data, pipeline, detectors or folder do not fit; nothing is written then.
+        I2AMError: data, folder, detectors or pipeline do not fit; nothing is written then.
     """
-    annotations, images = data_of(config)
+    annotations, images = _data_of(config)
     bench = read_bench(annotations, images, crowds=config.crowds, limit=config.samples)
+    settings = plain(config) | {"bench": bench.fingerprint}
+    # What takes least time comes first: a pipeline of the hub may not even be on this machine yet.
+    RunFolder.check(folder, settings, may_differ=(*WITHOUT_EFFECT_ON_IMAGES, "revisions"))
+    detectors = {name: load_detector(name) for name in config.detectors}
     model = PaintByExample.from_pretrained(config.pipeline, device, config.dtype)
     model.check_size(config.size)
-    detectors = {name: load_detector(name) for name in config.detectors}
-    settings = plain(config) | {"bench": bench.fingerprint} | revisions(config.pipeline)
+    settings |= revisions(config.pipeline)
     opened = RunFolder.open(folder, settings, may_differ=WITHOUT_EFFECT_ON_IMAGES)
-    before = scores_of(read_json(folder / RESULTS)) if opened.finished else None
+    before = _scores_of(read_json(folder / RESULTS)) if opened.finished else None
     opened.start(seed=config.seed, data=bench.fingerprint)
     kept = KeptPaintings(folder=folder, samples=bench.samples, batch_size=config.batch_size)
-    paint_bench(model, kept, config)
+    _paint(model, kept, config)
     del model  # room for the detectors
-    seen = {n: detect_objects(kept, n, one.to(device), config) for n, one in detectors.items()}
-    rows = score_bench(kept, seen, config)
+    seen = {name: _detect(kept, name, one.to(device), config) for name, one in detectors.items()}
+    rows = _score(kept, seen, config)
     results = {
         "schema": SCHEMA,
         "kind": KIND,
@@ -96,17 +93,17 @@ def run_experiment(config: DetectConfig, folder: Path, device: torch.device) -> 
         "manifest": dict(opened.manifest),
     }
     write_text(folder / SAMPLES, "".join(json.dumps(row) + "\n" for row in rows))
-    write_examples(folder, examples(kept, rows, config))
+    write_examples(folder, _examples(kept, rows, config))
     write_json(folder / RESULTS, results)
     write_report(read_detected(folder))
-    if scores_of(results) != before:
+    if _scores_of(results) != before:
         use_inputs = partial(_use_inputs, config, bench, images)
         track_detection(config.tracking, folder, arm=Path(config.pipeline).name, use_inputs=use_inputs)
     opened.finish(detectors=revisions(*config.detectors).get("revisions", {}))
     return results
 
 
-def scores_of(results: Mapping[str, Any]) -> dict[str, Any]:
+def _scores_of(results: Mapping[str, Any]) -> dict[str, Any]:
     """What was found, without how it was asked for: equal where there is nothing new to log."""
     return {name: value for name, value in results.items() if name not in ("settings", "manifest")}
 
@@ -118,7 +115,7 @@ def _use_inputs(config: DetectConfig, bench: Bench, images: Path, run: Any) -> N
         use_model(run, pipeline, upload=config.tracking.upload_model)
 
 
-def data_of(config: DetectConfig) -> tuple[Path, Path]:
+def _data_of(config: DetectConfig) -> tuple[Path, Path]:
     """COCO file and folder of images; the made set is made if it is not there yet."""
     if config.root is None:
         root, split = make_shapes(shapes_folder(config.shapes), config.shapes), SPLIT
@@ -128,7 +125,7 @@ def data_of(config: DetectConfig) -> tuple[Path, Path]:
     return file, root / split
 
 
-# -- what is kept ---------------------------------------------------------------------------------------------------
+# ---- what is kept ------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,32 +137,37 @@ class KeptPaintings:
     batch_size: int
 
     def batches(self) -> list[range]:
-        """Positions of all samples, batch by batch."""
+        """Positions of all samples, batch by batch.
+
+        >>> KeptPaintings(folder=Path("runs/detect"), samples=("a", "b", "c"), batch_size=2).batches()
+        [range(0, 2), range(2, 3)]
+        """
         return batches(len(self.samples), self.batch_size)
 
     def file(self, batch: range, place: str, ending: str) -> Path:
-        """The file of a batch in ``place``; there when the batch is finished."""
-        name = f"batch-{batch[0] // self.batch_size:05d}.{ending}"
-        return self.folder / place / name
+        """The file of a batch in ``place``; there when the batch is finished.
+
+        >>> kept = KeptPaintings(folder=Path("runs/detect"), samples=(), batch_size=2)
+        >>> str(kept.file(range(4, 6), "maps", "safetensors"))
+        'runs/detect/maps/batch-00002.safetensors'
+        """
+        return self.folder / place / f"batch-{batch[0] // self.batch_size:05d}.{ending}"
 
     def write(self, batch: range, painted: Painted, weighting: LayerWeighting) -> None:
         """Keep a batch: images first, maps last and in one step."""
         for position, image in zip(batch, painted.images, strict=True):
             write_png(self.folder / IMAGES / f"{self.samples[position].name}.png", image)
-        maps = unified_maps(painted, weighting)
+        maps = _unified_maps(painted, weighting)
         with written(self.file(batch, MAPS, "safetensors")) as unfinished:
             save_file(maps, unfinished, {FUNCTIONAL: str(painted.functional)})
 
     def maps(self, batch: range) -> dict[str, Tensor]:
         """The maps ``[batch, height, width]`` of a batch, by name."""
-        with safe_open(self.file(batch, MAPS, "safetensors"), "pt") as archive:
-            return {name: archive.get_tensor(name) for name in archive.keys()}  # noqa: SIM118
+        return load_file(self.file(batch, MAPS, "safetensors"))
 
     def image(self, position: int) -> Image:
         """A painted image, RGB ``[height, width, 3]``."""
-        name = f"{self.samples[position].name}.png"
-        with PillowImage.open(self.folder / IMAGES / name) as picture:
-            return np.array(picture)
+        return read_rgb(self.folder / IMAGES / f"{self.samples[position].name}.png")
 
     @property
     def functional(self) -> bool:
@@ -174,7 +176,12 @@ class KeptPaintings:
             return str(archive.metadata()[FUNCTIONAL]) == str(True)
 
     def pending(self, place: str, ending: str, what: str, shown: bool) -> Iterator[range]:
-        """The batches that have no file yet, with a bar that counts their samples."""
+        """The batches that have no file yet, with a bar that counts their samples.
+
+        >>> kept = KeptPaintings(folder=Path("nowhere"), samples=("a", "b", "c"), batch_size=2)
+        >>> list(kept.pending("maps", "safetensors", "images", shown=False))
+        [range(0, 2), range(2, 3)]
+        """
         batches = [b for b in self.batches() if not self.file(b, place, ending).is_file()]
         with tqdm(total=sum(map(len, batches)), desc=what, unit="image", disable=not shown) as bar:
             for batch in batches:
@@ -182,7 +189,7 @@ class KeptPaintings:
                 bar.update(len(batch))
 
 
-def unified_maps(painted: Painted, weighting: LayerWeighting) -> dict[str, Tensor]:
+def _unified_maps(painted: Painted, weighting: LayerWeighting) -> dict[str, Tensor]:
     """Unified maps on the finest grid, ``[batch, height, width]``.
 
     ``decoder``: the paper's nine layers. ``all``: the 15 that the authors' code reads. ``daam``: the decoder's with
@@ -198,7 +205,7 @@ def unified_maps(painted: Painted, weighting: LayerWeighting) -> dict[str, Tenso
     return {name: heat.values.contiguous() for name, heat in found.items()}
 
 
-def paint_bench(model: PaintByExample, kept: KeptPaintings, config: DetectConfig) -> None:
+def _paint(model: PaintByExample, kept: KeptPaintings, config: DetectConfig) -> None:
     """Paint every object anew after itself, in the batches that are not there yet."""
     for batch in kept.pending(MAPS, "safetensors", "images", config.progress_bar):
         paintings = [_painting(kept.samples[position], config.seed) for position in batch]
@@ -211,7 +218,7 @@ def _painting(sample: BenchSample, seed: int) -> Painting:
     return Painting(image=image, mask=sample.mask(), reference=sample.reference(image), seed=seed)
 
 
-def detect_objects(kept: KeptPaintings, name: str, detector: Detector, config: DetectConfig) -> list[dict[str, Any]]:
+def _detect(kept: KeptPaintings, name: str, detector: Detector, config: DetectConfig) -> list[dict[str, Any]]:
     """What a detector finds in each sample: ``box``, ``score`` and ``category`` by kind of image, or None.
 
     It looks at the batches that it has not seen yet.
@@ -235,41 +242,32 @@ def _best_detections(kept: KeptPaintings, position: int, detector: Detector, con
     }
 
 
-# -- scores ---------------------------------------------------------------------------------------------------------
+# ---- scores ------------------------------------------------------------------------------------
 
 
-def on_picture(values: Tensor, size: GridSize) -> Tensor:
+def _on_picture(values: Tensor, size: GridSize) -> Tensor:
     """A map ``[h, w]`` at the picture's size, in [0, 1]; zeros where it is constant."""
     heat = HeatMap(values[None], Direction.REFERENCE_TO_GENERATED)
     return heat.on_picture(size).values[0]
 
 
-def boxes_of(maps: Mapping[str, Tensor], sample: BenchSample, config: DetectConfig) -> dict[str, Box | None]:
-    """The box of each method without a detector, in the frame of the generated image.
-
-    Args:
-        maps: of this sample, as ``unified_maps`` names them, ``[height, width]``.
-        sample: whose random box is drawn.
-        config: size, seed and threshold.
-    """
-    size = config.size
+def _other_boxes(maps: Mapping[str, Tensor], sample: BenchSample, config: DetectConfig) -> dict[str, Box | None]:
+    """The boxes of methods that need neither our map nor a detector, in the frame of the generated image."""
     draw = np.random.default_rng(seed_for(config.seed, "random box", sample.image_id))
-    drawn = random_box(size, draw)
-    boxes: dict[str, Box | None] = {
-        "daam": component_box(on_picture(maps["daam"], size), config.delta),
-        "overall": whole_box(size),
+    drawn = random_box(config.size, draw)
+    return {
+        "daam": component_box(_on_picture(maps["daam"], config.size), config.delta),
+        "overall": whole_box(config.size),
         "random": drawn,
         "random_authors": drawn,
     }
-    by_threshold = boxes_by_threshold(maps, size, [config.delta])
-    return boxes | {name: found[config.delta] for name, found in by_threshold.items()}
 
 
-def boxes_by_threshold(
+def _boxes_by_threshold(
     maps: Mapping[str, Tensor], size: GridSize, deltas: Sequence[float]
 ) -> dict[str, dict[float, Box | None]]:
     """The boxes of ``METHODS_OF_MAPS`` at several thresholds, from the same maps."""
-    heat, of_all = on_picture(maps["decoder"], size), normalise(maps["all"])
+    heat, of_all = _on_picture(maps["decoder"], size), normalise(maps["all"])
     return {
         "i2am": {delta: component_box(heat, delta) for delta in deltas},
         "i2am_inverted": {delta: component_box(1 - heat, delta) for delta in deltas},
@@ -278,21 +276,20 @@ def boxes_by_threshold(
 
 
 def iou_of(method: str, box: Box | None, target: Box) -> float | None:
-    """Agreement of a method's box with the object's; None where the method leaves the sample out."""
+    """Agreement of a method's box with the object's, in [0, 1]; None where the method leaves the sample out.
+
+    >>> target = Box(0, 0, 4, 4)
+    >>> iou_of("i2am", Box(0, 0, 2, 4), target), iou_of("i2am", None, target), iou_of("i2am_authors", None, target)
+    (0.5, 0.0, None)
+    """
     value = 0.0 if box is None else box_iou(box, target)
     if method == "random_authors" and value < SMALLEST_RANDOM_IOU:
         return None
     return None if box is None and method in LEAVING_OUT else value
 
 
-def score_bench(kept: KeptPaintings, detections: Mapping[str, Rows], config: DetectConfig) -> list[dict[str, Any]]:
-    """One row per sample: what it is, the boxes of all methods, and their IoU with the object's.
-
-    Args:
-        kept: the painted images with their maps.
-        detections: rows of ``detect_objects`` by detector.
-        config: of the experiment.
-    """
+def _score(kept: KeptPaintings, detections: Mapping[str, Rows], config: DetectConfig) -> list[dict[str, Any]]:
+    """One row per sample: what it is, the boxes of all methods, and their IoU with the object's."""
     rows = []
     for batch in tqdm(kept.batches(), desc="boxes", disable=not config.progress_bar):
         maps = kept.maps(batch)
@@ -306,10 +303,17 @@ def score_bench(kept: KeptPaintings, detections: Mapping[str, Rows], config: Det
 def sample_row(
     sample: BenchSample, maps: Mapping[str, Tensor], detections: Mapping[str, Mapping[str, Any]], config: DetectConfig
 ) -> dict[str, Any]:
-    """The row of one sample; every box lies in the frame of the generated image."""
+    """The row of one sample; every box lies in the frame of the generated image.
+
+    Args:
+        sample: what is looked for.
+        maps: of this sample, as ``_unified_maps`` names them, ``[height, width]``.
+        detections: by detector, what it sees in the real and in the generated image (``_best_detections``).
+        config: size, seed and thresholds.
+    """
     target = sample.box.scaled(sample.size, config.size)
-    boxes = boxes_of(maps, sample, config)
-    swept = boxes_by_threshold(maps, config.size, config.thresholds)
+    swept = _boxes_by_threshold(maps, config.size, config.thresholds)
+    boxes = _other_boxes(maps, sample, config) | {name: found[config.delta] for name, found in swept.items()}
     scores: dict[str, dict[str, float | None]] = {
         GENERATED: {name: iou_of(name, box, target) for name, box in boxes.items()},
         REAL: {},
@@ -337,7 +341,7 @@ def sample_row(
     }
 
 
-def examples(kept: KeptPaintings, rows: Rows, config: DetectConfig) -> list[Example]:
+def _examples(kept: KeptPaintings, rows: Rows, config: DetectConfig) -> list[Example]:
     """The first samples as pictures."""
     found = []
     for position, row in enumerate(rows[: config.pictures]):
@@ -349,14 +353,14 @@ def examples(kept: KeptPaintings, rows: Rows, config: DetectConfig) -> list[Exam
                 mask=np.asarray(resized(sample.mask(), config.size)) > 0,
                 reference=np.asarray(resized(sample.reference(image), config.size)),
                 generated=kept.image(position),
-                heat=on_picture(heat, config.size).numpy(),
+                heat=_on_picture(heat, config.size).numpy(),
                 row=row,
             )
         )
     return found
 
 
-# -- results --------------------------------------------------------------------------------------------------------
+# ---- results -----------------------------------------------------------------------------------
 
 
 def summarise(rows: Rows, kept: KeptPaintings, bench: Bench) -> dict[str, Any]:
@@ -374,7 +378,7 @@ def summarise(rows: Rows, kept: KeptPaintings, bench: Bench) -> dict[str, Any]:
         },
         "missed": {name: sum(row["boxes"][name] is None for row in rows) for name in METHODS_OF_MAPS},
         "differences": [
-            difference(rows, method, against)
+            _difference(rows, method, against)
             for method in ("i2am", "i2am_inverted")
             for against in ("overall", "random")
         ],
@@ -382,7 +386,13 @@ def summarise(rows: Rows, kept: KeptPaintings, bench: Bench) -> dict[str, Any]:
 
 
 def mean_iou(rows: Rows, kind: str, method: str) -> dict[str, Any]:
-    """Mean IoU of the samples that count, its bootstrap interval over them, and how many there are."""
+    """Mean IoU of the samples that count, its bootstrap interval over them, and how many there are.
+
+    >>> rows = [{"iou": {"real": {"yolo": iou}}} for iou in (0.5, None, 0.7)]
+    >>> found = mean_iou(rows, "real", "yolo")
+    >>> found["mean"], found["n"], found["left_out"]
+    (0.6, 2, 1)
+    """
     values = [row["iou"][kind][method] for row in rows]
     known = [value for value in values if value is not None]
     low, high = mean_interval(known, Over.SAMPLES, CONFIDENCE)
@@ -396,7 +406,7 @@ def mean_iou(rows: Rows, kind: str, method: str) -> dict[str, Any]:
     }
 
 
-def difference(rows: Rows, method: str, against: str) -> dict[str, Any]:
+def _difference(rows: Rows, method: str, against: str) -> dict[str, Any]:
     """Mean difference of two methods over the samples, with its interval."""
     first, second = ([row["iou"][GENERATED][name] for row in rows] for name in (method, against))
     found = paired_difference(first, second, Over.SAMPLES, CONFIDENCE)

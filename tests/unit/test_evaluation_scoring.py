@@ -1,4 +1,4 @@
-"""evaluation/folders.py and scoring.py: which images are taken, which are refused, and what is said."""
+"""evaluation/scoring.py: which images are taken, which are refused, and what is said."""
 
 import io
 from pathlib import Path
@@ -11,8 +11,7 @@ from PIL import Image
 
 from i2am_train.errors import ConfigError, DataError
 from i2am_train.evaluation import scoring
-from i2am_train.evaluation.folders import ImageSet, list_images, open_folders, read_image
-from i2am_train.evaluation.scoring import ScoringOptions, score_images
+from i2am_train.evaluation.scoring import ImageSet, ScoringOptions, open_folders, read_image, score_images
 from i2am_train.types import GridSize
 
 SIZE = GridSize(20, 14)
@@ -80,7 +79,7 @@ def test_folders_without_images_are_refused(tmp_path: Path, real: Path) -> None:
         open_pair(tmp_path, real)
     twice = fill(tmp_path / "twice", "a.png", "a.bmp")
     with pytest.raises(DataError, match=r"several images of one name: a\.bmp and a\.png"):
-        list_images(twice)
+        open_pair(twice, real)
 
 
 def test_sizes_must_agree_or_be_made_to(tmp_path: Path, real: Path) -> None:

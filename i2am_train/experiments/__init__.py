@@ -1,1 +1,0 @@
-"""Whole experiments of the paper that are no part of training or judging a try-on model."""
