@@ -91,7 +91,7 @@ class BenchSample:
                [0, 0, 0, 0]])
         """
         mask = np.zeros(self.size, np.bool_)
-        mask[self._rows, self._columns] = True
+        mask[self._inside] = True
         return mask
 
     def reference(self, image: Image) -> Image:
@@ -102,15 +102,12 @@ class BenchSample:
         >>> cup.reference(np.zeros((4, 8, 3), np.uint8)).shape
         (3, 5, 3)
         """
-        return image[self._rows, self._columns]
+        return image[self._inside]
 
     @property
-    def _rows(self) -> slice:
-        return slice(int(self.box.top), int(self.box.bottom))
-
-    @property
-    def _columns(self) -> slice:
-        return slice(int(self.box.left), int(self.box.right))
+    def _inside(self) -> tuple[slice, slice]:
+        left, top, right, bottom = map(int, self.box)
+        return slice(top, bottom), slice(left, right)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,12 +119,20 @@ class Bench:
 
     @property
     def crowds(self) -> int:
-        """Samples whose annotation is of a crowd."""
+        """Samples whose annotation is of a crowd.
+
+        >>> Bench(samples=(), images=9).crowds
+        0
+        """
         return sum(sample.crowd for sample in self.samples)
 
     @property
     def fingerprint(self) -> str:
-        """16 hexadecimal digits for which objects of which images are looked for, in which order."""
+        """16 hexadecimal digits for which objects of which images are looked for, in which order.
+
+        >>> Bench(samples=(), images=9).fingerprint
+        '4f53cda18c2baa0c'
+        """
         chosen = [(s.image_id, s.size, s.box, s.category) for s in self.samples]
         return hashlib.sha256(json.dumps(chosen).encode()).hexdigest()[:16]
 
@@ -142,8 +147,13 @@ def read_bench(annotations: Path, folder: Path, *, crowds: bool = True, limit: i
         limit: only so many samples, the first ones.
 
     Raises:
-        DataError: the file is not COCO's, a box lies outside its image, no object is of the wanted
-            size, or an image is missing, damaged or of another size.
+        DataError: the file is not COCO's, a box lies outside its image, no object is of the wanted size, or an image is
+            missing, damaged or of another size.
+
+    >>> read_bench(Path("nowhere.json"), Path("images"))
+    Traceback (most recent call last):
+        ...
+    i2am_train.errors.DataError: Cannot read the annotations nowhere.json: No such file or directory. ...
     """
     content = _read_coco(annotations)
     images = sorted(content["images"], key=lambda image: image["id"])

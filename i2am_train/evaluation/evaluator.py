@@ -77,7 +77,11 @@ class EvaluationSettings:
 
     @classmethod
     def of(cls, config: TrainConfig | EvaluateConfig) -> Self:
-        """Those of a training's validation or of an evaluation."""
+        """Those of a training's validation or of an evaluation.
+
+        >>> EvaluationSettings.of(EvaluateConfig(checkpoint="tiny")).metrics[:2]
+        ('ssim', 'stlpips')
+        """
         return cls(
             sampling=config.sampling, attribution=config.attribution, metrics=metric_names(config.evaluation.metrics)
         )
@@ -291,7 +295,11 @@ class GeneratedSamples:
         return [row for batch in self.batches() for row in read_json(self._folder_of(batch[0]) / ROWS)]
 
     def panels(self) -> list[SamplePanels]:
-        """The panels of all samples that have some, in order."""
+        """The panels of all samples that have some, in order.
+
+        >>> GeneratedSamples(folder=Path("nowhere"), names=("a", "b", "c"), batch_size=2).panels()
+        []
+        """
         return [panels for batch in self.batches() for panels in read_panels(self._folder_of(batch[0]))]
 
     def clear(self) -> None:

@@ -115,7 +115,13 @@ class Explanation:
 
     @property
     def reference(self) -> str:
-        """What the reference is called, among the pictures and in captions."""
+        """What the reference is called, among the pictures and in captions.
+
+        >>> fields = {"maps": None, "layer": "", "delta": 0.4, "weighting": LayerWeighting.PAPER, "time_groups": 5}
+        >>> picture = np.zeros((4, 3, 3), np.uint8)
+        >>> Explanation(name="a", images={"generated": picture, "garment": picture}, **fields).reference
+        'garment'
+        """
         return "garment" if self.is_tryon else "reference"
 
     @property
@@ -125,7 +131,12 @@ class Explanation:
 
     @property
     def size(self) -> GridSize:
-        """Of the generated picture."""
+        """Of the generated picture.
+
+        >>> fields = {"maps": None, "layer": "", "delta": 0.4, "weighting": LayerWeighting.PAPER, "time_groups": 5}
+        >>> Explanation(name="a", images={"generated": np.zeros((4, 3, 3), np.uint8)}, **fields).size
+        GridSize(height=4, width=3)
+        """
         return GridSize(*self.images["generated"].shape[:2])
 
     @property
@@ -144,7 +155,13 @@ class Explanation:
         return self.images["generated" if direction is TO_GENERATED else self.reference]
 
     def mask(self, direction: Direction) -> Mask | None:
-        """The region that a map of the direction should fill."""
+        """The region that a map of the direction should fill.
+
+        >>> fields = {"maps": None, "layer": "", "delta": 0.4, "weighting": LayerWeighting.PAPER, "time_groups": 5}
+        >>> images, masks = {"generated": np.zeros((1, 3, 3), np.uint8)}, {"inpaint": np.array([[True, False, True]])}
+        >>> Explanation(name="a", images=images, masks=masks, **fields).mask(TO_GENERATED).tolist()
+        [[True, False, True]]
+        """
         return self.masks.get("inpaint" if direction is TO_GENERATED else self.reference)
 
     def record(self) -> LayerRecord:
@@ -161,7 +178,12 @@ class Explanation:
         return array(heat_map.thresholded(self.delta) if thresholded else heat_map)
 
     def region(self) -> Mask:
-        """Where generated patches count: on the garment where that is known, else what was made anew."""
+        """Where generated patches count: on the garment where that is known, else what was made anew, else everywhere.
+
+        >>> fields = {"maps": None, "layer": "", "delta": 0.4, "weighting": LayerWeighting.PAPER, "time_groups": 5}
+        >>> Explanation(name="a", images={"generated": np.zeros((1, 3, 3), np.uint8)}, **fields).region().tolist()
+        [[True, True, True]]
+        """
         warped, inpaint = self.masks.get("warped_garment"), self.mask(TO_GENERATED)
         if warped is not None and warped.any():
             return warped
@@ -172,7 +194,12 @@ class Explanation:
         return mask_on_grid(torch.from_numpy(self.region())[None], grid)[0]
 
     def true_places(self, grid: GridSize, reference_grid: GridSize) -> NDArray[np.float32]:
-        """True place of each patch of a generated grid, ``[generated, 2]`` yx in reference patches; NaN: not known."""
+        """True place of each patch of a generated grid, ``[generated, 2]`` yx in reference patches; NaN: not known.
+
+        >>> fields = {"maps": None, "layer": "", "delta": 0.4, "weighting": LayerWeighting.PAPER, "time_groups": 5}
+        >>> Explanation(name="a", images={}, **fields).true_places(GridSize(1, 2), GridSize(5, 4)).tolist()
+        [[nan, nan], [nan, nan]]
+        """
         if self.correspondence is None:
             return np.full((grid.tokens, 2), np.nan, np.float32)
         target = target_on_grid(
@@ -335,6 +362,11 @@ def manifest_of(folder: Path) -> dict[str, Any]:
 
     Raises:
         RunFolderError: there is none, or the run did not come to its end.
+
+    >>> manifest_of(Path("runs/other"))
+    Traceback (most recent call last):
+        ...
+    i2am_train.errors.RunFolderError: runs/manifest.json is missing: runs is not the folder of a run.
     """
     inside = (folder / MANIFEST_FILE).is_file()
     manifest = read_object((folder if inside else folder.parent) / MANIFEST_FILE)

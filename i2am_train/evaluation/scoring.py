@@ -217,6 +217,11 @@ def read_image(path: Path, size: GridSize) -> UInt8[Tensor, "3 height width"]:
 
     Raises:
         DataError: the file is missing, cut off or damaged.
+
+    >>> read_image(Path("nowhere.png"), GridSize(20, 14))
+    Traceback (most recent call last):
+        ...
+    i2am_train.data.picture_files.UnreadablePictureError: nowhere.png ...
     """
     pixels = read_rgb(path)
     loaded = torch.from_numpy(pixels).permute(2, 0, 1)
@@ -244,7 +249,11 @@ class ScoringOptions:
 
     @classmethod
     def of(cls, config: EvaluateConfig) -> "ScoringOptions":
-        """How an evaluation scores finished images."""
+        """How an evaluation scores finished images.
+
+        >>> ScoringOptions.of(EvaluateConfig(checkpoint="tiny", device="cpu")).device
+        device(type='cpu')
+        """
         evaluation = config.evaluation
         return cls(
             metrics=metric_names(evaluation.metrics),
@@ -320,6 +329,11 @@ def check_counts(generated: int, real: int, options: ScoringOptions) -> None:
     Raises:
         ConfigError: there is no image metric of a name.
         DataError: too few images for a distance between sets, or for the kernel distance's subsets.
+
+    >>> check_counts(1, 9, ScoringOptions(metrics=("fd_efficientnet_lite0",), device=torch.device("cpu")))
+    Traceback (most recent call last):
+        ...
+    i2am_train.errors.DataError: A distance between sets needs at least 2 images in each, found 1 generated ...
     """
     metrics = [image_metric(name) for name in options.metrics]
     if any(isinstance(metric, SetDistance) for metric in metrics) and min(generated, real) < 2:
