@@ -45,13 +45,8 @@ def allow_named(words: Iterable[str]) -> None:
     >>> resolve("json.decoder:scanstring", "fn", "a function").__name__
     'scanstring'
     """
-    allow(*(found["module"] for word in words for found in _IMPORT_PATH.finditer(word)))
-
-
-def allow(*modules: str) -> None:
-    """Allow modules, and all that lie below them, to be imported by `resolve`."""
-    names = dict.fromkeys([*_allowed(), *modules])
-    if names:
+    named = [found["module"] for word in words for found in _IMPORT_PATH.finditer(word)]
+    if names := dict.fromkeys([*_allowed(), *named]):
         os.environ[VARIABLE] = ",".join(names)
 
 
@@ -93,7 +88,7 @@ def resolve(path: str, option: str, expected: str, *checks: Check) -> Any:
     Traceback (most recent call last):
         ...
     i2am_train.errors.ConfigError: option=json:loads was read from a file, and a file may not have code imported. ...
-    >>> allow("json")
+    >>> allow_named(["json:loads"])
     >>> resolve("json:loads", "option", "a function of a text", calls("text"))("[1]")
     [1]
     """

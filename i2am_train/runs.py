@@ -75,7 +75,8 @@ class RunFolder:
                 f"{path} already holds a run, and resume=false. Nothing was changed. "
                 "Give another output=FOLDER, or delete that one."
             )
-        _refuse_other_settings(path, saved, _as_json(settings), may_differ)
+        # As they read after a round trip through the file: a run goes on with another password in an address.
+        _refuse_other_settings(path, saved, json.loads(json_text(settings)), may_differ)
         return True
 
     def __truediv__(self, name: str) -> Path:
@@ -264,10 +265,11 @@ def _refuse_foreign_files(path: Path) -> None:
 def _refuse_other_settings(
     path: Path, saved: Mapping[str, Any], wanted: Mapping[str, Any], may_differ: Collection[str]
 ) -> None:
+    old, new = dict(_leaves(saved)), dict(_leaves(wanted))
     differences = [
-        f"{name}={new} (there: {old})"
-        for name, old, new in _differences(saved, wanted)
-        if not any(name == free or name.startswith(f"{free}.") for free in may_differ)
+        f"{name}={new.get(name)} (there: {old.get(name)})"
+        for name in sorted(old.keys() | new.keys())
+        if old.get(name) != new.get(name) and not any(f"{name}.".startswith(f"{free}.") for free in may_differ)
     ]
     if differences:
         named = ", ".join(differences[:8]) + (", ..." if len(differences) > 8 else "")
@@ -277,24 +279,9 @@ def _refuse_other_settings(
         )
 
 
-def _differences(saved: Mapping[str, Any], wanted: Mapping[str, Any]) -> Iterator[tuple[str, Any, Any]]:
-    old, new = dict(_leaves(saved)), dict(_leaves(wanted))
-    for name in sorted(old.keys() | new.keys()):
-        if old.get(name) != new.get(name):
-            yield name, old.get(name), new.get(name)
-
-
 def _leaves(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     for name, value in values.items():
         if isinstance(value, Mapping):
             yield from _leaves(value, f"{prefix}{name}.")
         else:
             yield f"{prefix}{name}", value
-
-
-def _as_json(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings as they read after a round trip through the file.
-
-    A run goes on with another password, or another token, in the address of the same cache.
-    """
-    return dict(json.loads(json_text(settings)))

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from torch.utils.data import default_collate
 from i2am_train.attention.known import known_models
 from i2am_train.attention.maps import patch_indices, time_groups
 from i2am_train.attention.recipe import layer_name
+from i2am_train.attention.trace import trace
 from i2am_train.config.explanation import OTHER_MODELS_OPTIONS, TRYON, DetectConfig, ExplainConfig
 from i2am_train.config.locations import revisions
 from i2am_train.config.options import plain
@@ -89,7 +90,9 @@ def explain(config: ExplainConfig) -> Path:
     made = _of_samples(config) if config.model == TRYON else _of_pictures(config)
     several = sum(map(len, made.models.values())) > 1
     explanations = {
-        _subfolder(config, name, one) if several else "": one for name, ones in made.models.items() for one in ones
+        f"{name.replace('/', '_')}-{config.split}{one.index}" if several else "": one
+        for name, ones in made.models.items()
+        for one in ones
     }
     figures = {place: figures_of(one) for place, one in explanations.items()}
     page = explorer_data(made.models, config.attribution)
@@ -111,10 +114,6 @@ def explain(config: ExplainConfig) -> Path:
     for mark in dict.fromkeys(mark for one in explanations.values() for mark in one.maps.marks):
         print(mark)
     return folder.path
-
-
-def _subfolder(config: ExplainConfig, name: str, one: Explanation) -> str:
-    return f"{name.replace('/', '_')}-{config.split}{one.index}"
 
 
 def _with_patches(config: ExplainConfig, made: Explanation, **fields: Any) -> Explanation:
@@ -148,7 +147,7 @@ def _of_samples(config: ExplainConfig) -> _Made:
     names = _labels(config.checkpoints)
     models = {name: load_model(path, config.data) for name, path in names.items()}
     for model in models.values():
-        _check_patches(config, model)
+        _check_attribution(config, model)
     root = prepare_data(config.data, config.folder)
     data, samples = data_state(root).fingerprint, _samples(config, root)
     folders = {name: str(model_folder(path)) for name, path in names.items()}
@@ -166,14 +165,18 @@ def _of_samples(config: ExplainConfig) -> _Made:
     )
 
 
-def _check_patches(config: ExplainConfig, model: TryOnModel) -> None:
-    """Refuses patches outside the grids of the layer, which are known before an image is made.
+def _check_attribution(config: ExplainConfig, model: TryOnModel) -> None:
+    """Refuses layers that the model has not, and patches outside the grids of the layer, before images are made.
 
     Raises:
-        ConfigError: one lies outside.
+        CaptureError: there is no such layer.
+        ConfigError: a patch lies outside its grid.
     """
+    attribution = config.attribution
+    with trace(model, layers=attribution.layers, matrix_layers=[attribution.layer, *(config.matrix_layers or ())]):
+        pass
     patch_indices(config.reference_patches, model.reference_grid)
-    if block := re.fullmatch(r"up_blocks\.(\d+)\..*", layer_name(config.attribution.layer)):
+    if block := re.fullmatch(r"up_blocks\.(\d+)\..*", layer_name(attribution.layer)):
         # Each block of the decoder has twice the grid of the one before it; the last one's is the latents'.
         halvings = len(model.unet.up_blocks) - 1 - int(block[1])
         height, width = (-(-side // 2**halvings) for side in model.latent_size)
@@ -206,19 +209,25 @@ def _of_sample(
 ) -> Explanation:
     """Samples one image with its attention."""
     sampling = config.sampling
-    clean = CleanImages(sampling.steps, config.attribution.time_groups)
+    group_ends = {run.stop - 1 for run in time_groups(sampling.steps, config.attribution.time_groups)}
+    kept: list[SamplingStep] = []
+
+    def keep(step: SamplingStep) -> None:
+        if step.step_index in group_ends:
+            kept.append(step)
+
     (made,) = explain_batch(
         model,
         batch_on(default_collate([sample]), model.device),
         sampling,
         config.attribution,
         matrix_layers=config.matrix_layers,
-        on_step=clean,
+        on_step=keep,
     )
     return _with_patches(
         config,
         made,
-        clean=clean.decoded(model),
+        clean=_decoded(model, kept),
         model=checkpoint_label(Path(checkpoint)),
         origin={
             "checkpoint": checkpoint,
@@ -230,26 +239,14 @@ def _of_sample(
     )
 
 
-class CleanImages:
-    """Keeps the clean latent that the model predicts at the end of each time group."""
-
-    def __init__(self, steps: int, groups: int) -> None:
-        self._last = {run.stop - 1 for run in time_groups(steps, groups)}
-        self._kept: list[SamplingStep] = []
-
-    def __call__(self, step: SamplingStep) -> None:
-        """What the sampler calls after each step."""
-        if step.step_index in self._last:
-            self._kept.append(step)
-
-    @torch.no_grad()
-    def decoded(self, model: TryOnModel) -> tuple[CleanImage, ...]:
-        """The first sample's images, noisiest first."""
-        images = model.decode_latents(torch.cat([step.clean[:1] for step in self._kept]))
-        return tuple(
-            CleanImage(step.step_index, step.timestep, picture)
-            for step, picture in zip(self._kept, to_pictures(images), strict=True)
-        )
+@torch.no_grad()
+def _decoded(model: TryOnModel, steps: Sequence[SamplingStep]) -> tuple[CleanImage, ...]:
+    """The first sample's images as the model predicted them in these steps."""
+    images = model.decode_latents(torch.cat([step.clean[:1] for step in steps]))
+    return tuple(
+        CleanImage(step.step_index, step.timestep, picture)
+        for step, picture in zip(steps, to_pictures(images), strict=True)
+    )
 
 
 # ---- pictures of the user, by other people's models ----------------------------------------------

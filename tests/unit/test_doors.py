@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from i2am_train.config.store import compose
-from i2am_train.doors import VARIABLE, allow, allow_named, calls, derives, is_import_path, resolve
+from i2am_train.doors import VARIABLE, allow_named, calls, derives, is_import_path, resolve
 from i2am_train.errors import ConfigError
 
 MODULE = """
@@ -43,8 +43,7 @@ def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
 
 def test_a_file_causes_no_import(package: str) -> None:
     """Neither the module nor its package runs; the words say how to allow it."""
-    for allowed in ("of_a", "of_a_stranger.other", "of_a_stranger.part"):
-        allow(allowed)
+    allow_named(f"x={allowed}:name" for allowed in ("of_a", "of_a_stranger.other", "of_a_stranger.part"))
     with pytest.raises(ConfigError, match=rf"callbacks\[0\]=.*read from a file.*{VARIABLE}=of_a_stranger\.parts"):
         resolve(f"{package}.parts:score", "callbacks[0]", "a function")
     assert not (Path(package) / "run").exists()
@@ -79,19 +78,19 @@ def test_what_the_user_named_is_imported(package: str, how: str, monkeypatch: py
 )
 def test_what_cannot_be_taken_is_named(package: str, path: str, message: str) -> None:
     """What was found, what was expected."""
-    allow(package)
+    allow_named([f"x={package}:name"])
     with pytest.raises(ConfigError, match=re.escape(message)):
         resolve(path, "x", "a thing", calls("generated", "real"))
 
 
 def test_classes_are_whole(package: str) -> None:
     """A class that leaves a method abstract is refused before it is made."""
-    allow(package)
+    allow_named([f"x={package}:name"])
     base = resolve(f"{package}.parts:Base", "x", "a class")
     assert resolve(f"{package}.parts:Whole", "x", "a class", derives(base))().read() == 1
     with pytest.raises(ConfigError, match=r"parts:Half lacks read\. Expected a class\."):
         resolve(f"{package}.parts:Half", "x", "a class", derives(base))
-    allow("collections")
+    allow_named(["x=collections:name"])
     with pytest.raises(ConfigError, match="does not derive from Base"):
         resolve("collections:OrderedDict", "x", "a class", derives(base))
     assert resolve("collections:OrderedDict", "x", "a class", derives(dict)) is OrderedDict

@@ -13,7 +13,7 @@ from torch import Tensor
 from i2am_train.config.options import plain
 from i2am_train.config.store import arm_config, compose
 from i2am_train.config.training import ObjectiveConfig, TrainConfig
-from i2am_train.doors import allow
+from i2am_train.doors import allow_named
 from i2am_train.errors import ConfigError
 from i2am_train.losses.attention import Attention, attention_on_grids
 from i2am_train.losses.objective import Objective, make_objective
@@ -173,7 +173,7 @@ MINE = {"fn": "tests.support.terms:mass", "weight": 0.5}
 
 @pytest.fixture
 def own_terms() -> None:
-    allow("tests.support.terms")
+    allow_named(["fn=tests.support.terms:mass"])
 
 
 @pytest.mark.usefixtures("own_terms")

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from i2am_train.doors import allow
+from i2am_train.doors import allow_named
 from i2am_train.errors import ConfigError
 from i2am_train.metrics import registry
 from i2am_train.metrics.imported import check_imported, metric_names
@@ -56,7 +56,7 @@ def own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(sys, "path", [*sys.path])
     for table in ("METRICS", "_PAIR_SCORES"):
         monkeypatch.setattr(registry, table, dict(getattr(registry, table)))
-    allow("own_metrics_of_a_test")
+    allow_named(["own_metrics_of_a_test:psnr"])
     yield
     sys.modules.pop("own_metrics_of_a_test", None)
 
