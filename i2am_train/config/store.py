@@ -120,11 +120,7 @@ def _experiment_name(command: str, typed: str) -> str:
         return typed
     path = absolute(Path(file))
     if not path.is_file():
-        known = ", ".join(experiment_names(option_names(COMMANDS[command].options)))
-        raise ConfigError(
-            f"There is no experiment '{file}' ({path} {'is no file' if path.exists() else 'is missing'}). Experiments "
-            f"are {known}, or the path of a YAML file that sets options of `i2am {command}`."
-        )
+        raise _missing("experiment", file, path, experiment_names(option_names(COMMANDS[command].options)), command)
     names = {"name": arm_name(file), "label": _stem(file)} if command == "train" else {}
     name = f"{arm_name(file)}-{sha256(str(path).encode()).hexdigest()[:8]}"
     node = _literal({**names, **arm_values(str(path))})
@@ -229,12 +225,7 @@ def arm_values(arm: str, readers: Sequence[Path] = ()) -> dict[str, Any]:
     if arm.endswith(ARM_ENDINGS):
         path = absolute(Path(arm))
     if not path.is_file():
-        known = ", ".join([BASE_ARM, *experiment_names(option_names(TrainConfig))])
-        found = "is no file" if path.exists() else "is missing"
-        raise ConfigError(
-            f"There is no arm '{arm}' ({path} {found}). Arms are {known}, or the path of a "
-            "YAML file that sets options of `i2am train`."
-        )
+        raise _missing("arm", arm, path, [BASE_ARM, *experiment_names(option_names(TrainConfig))], "train")
     if path in readers:
         raise ConfigError(f"The defaults in {path} lead back to itself. Take the entry out.")
     values = _read_yaml(path)
@@ -245,6 +236,14 @@ def arm_values(arm: str, readers: Sequence[Path] = ()) -> dict[str, Any]:
     for entry in entries:
         below = _overlaid(below, _default(entry, path, readers))
     return _overlaid(below, values)
+
+
+def _missing(kind: str, name: str, path: Path, known: Sequence[str], command: str) -> ConfigError:
+    found = "is no file" if path.exists() else "is missing"
+    return ConfigError(
+        f"There is no {kind} '{name}' ({path} {found}). {kind.capitalize()}s are {', '.join(known)}, or the path of a "
+        f"YAML file that sets options of `i2am {command}`."
+    )
 
 
 def _default(entry: Any, path: Path, readers: Sequence[Path]) -> dict[str, Any]:
