@@ -22,6 +22,7 @@ from i2am_train.config.options import (
     Options,
     Pixels,
     Samples,
+    Sized,
     Threads,
     Workers,
     within,
@@ -45,7 +46,7 @@ class SyntheticConfig(Options):
 
 
 @dataclass(kw_only=True, slots=True)
-class DataConfig(Options):
+class DataConfig(Sized):
     """Where the samples come from and how they are batched."""
 
     root: Path | None = None
@@ -85,18 +86,9 @@ class DataConfig(Options):
         if self.cache is not None and "://" not in self.cache:
             self.cache = str(absolute(Path(self.cache)))
 
-    @property
-    def size(self) -> GridSize:
-        """Image size, height first.
-
-        >>> DataConfig(height=256, width=192).size
-        GridSize(height=256, width=192)
-        """
-        return GridSize(self.height, self.width)
-
 
 @dataclass(kw_only=True, slots=True)
-class DataMakeConfig(Options):
+class DataMakeConfig(Sized):
     """Make a synthetic try-on dataset with exact correspondence."""
 
     root: Path | None = None
@@ -116,15 +108,6 @@ class DataMakeConfig(Options):
     `i2am data derive` starts from."""
     workers: Threads | None = None
     """Processes that draw; null: one per core."""
-
-    @property
-    def size(self) -> GridSize:
-        """Image size, height first.
-
-        >>> str(DataMakeConfig().size)
-        '128x96'
-        """
-        return GridSize(self.height, self.width)
 
 
 @dataclass(kw_only=True, slots=True)

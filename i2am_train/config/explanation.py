@@ -26,6 +26,7 @@ from i2am_train.config.options import (
     PatchPosition,
     Samples,
     SamplingSteps,
+    Sized,
     within,
 )
 from i2am_train.config.reporting import TrackingConfig
@@ -223,7 +224,7 @@ class ExplainConfig(Options):
 
 
 @dataclass(kw_only=True, slots=True)
-class DetectConfig(Options):
+class DetectConfig(Sized):
     """Find the objects that Paint-by-Example paints from its attention alone, beside detectors."""
 
     pipeline: HubModel = "Fantasy-Studio/Paint-by-Example"
@@ -291,15 +292,6 @@ class DetectConfig(Options):
         """
         if self.annotations is not None and self.root is None:
             raise OptionError("annotations", self.annotations, "null without root, the folder of the images")
-
-    @property
-    def size(self) -> GridSize:
-        """Image size, height first.
-
-        >>> DetectConfig(height=256).size
-        GridSize(height=256, width=512)
-        """
-        return GridSize(self.height, self.width)
 
     @property
     def folder(self) -> Path:

@@ -23,7 +23,7 @@ from typing import Annotated, Any, Literal, NamedTuple, TypeVar, Union, get_args
 from i2am_train.config.locations import absolute
 from i2am_train.doors import is_import_path
 from i2am_train.errors import ConfigError
-from i2am_train.types import LayoutName
+from i2am_train.types import GridSize, LayoutName
 
 T = TypeVar("T")
 
@@ -179,6 +179,24 @@ class Options:
 
     def check(self) -> None:
         """Rules between options; raises ``OptionError`` or another ``ConfigError``."""
+
+
+class Sized(Options):
+    """Options with a size of images, height and width in pixels."""
+
+    __slots__ = ()
+    height: int
+    width: int
+
+    @property
+    def size(self) -> GridSize:
+        """Image size, height first.
+
+        >>> from i2am_train.config.data import DataConfig
+        >>> DataConfig(height=256, width=192).size
+        GridSize(height=256, width=192)
+        """
+        return GridSize(self.height, self.width)
 
 
 _hints: Callable[[Any], dict[str, Any]] = cache(partial(get_type_hints, include_extras=True))
