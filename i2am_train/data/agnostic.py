@@ -69,6 +69,12 @@ GARMENT_GROWTH = 0.1
 BODY_GROWTH = 0.15
 ARM_WIDTH, LEG_WIDTH, NECK_WIDTH = 0.6, 0.6, 0.5
 TORSO_WIDER, TORSO_LONGER = 0.25, 0.35
+OTHER_CLOTHES: dict[Category, frozenset[str]] = {
+    "upper_body": LOWER_CLOTHES | LEGS,
+    "lower_body": frozenset({"upper_clothes", "coat", "dress"}),
+    "dresses": frozenset(),
+}
+"""Labels that the growth of the worn garment stops at."""
 
 Pose = Joints | NDArray[np.uint8] | None
 """Keypoints, DensePose's part labels, or nothing."""
@@ -109,7 +115,7 @@ def person_masks(labels: LabelMap, names: LabelSet, category: Category, pose: Po
             "Check the category, or leave the picture out."
         )
     body, unit = _body(labels, names, category, pose)
-    others = _other_clothes(labels, names, category)
+    others = names.inside(labels, OTHER_CLOTHES[category])
     region = (_grown(worn, GARMENT_GROWTH * unit) & ~others) | body
     return PersonMasks(worn, (region | worn) & ~_kept(labels, names, category, pose))
 
@@ -176,14 +182,6 @@ def _dense_body(pose: NDArray[np.uint8], parts: tuple[int, ...], lower: bool) ->
     if lower:
         body |= _hull(np.isin(pose, DENSE_LEGS))
     return _grown(body, BODY_GROWTH * unit), unit
-
-
-def _other_clothes(labels: LabelMap, names: LabelSet, category: Category) -> Mask:
-    """What the growth of the worn garment stops at."""
-    others = {"lower_body": frozenset({"upper_clothes", "coat", "dress"})}.get(
-        category, LOWER_CLOTHES | LEGS if category == "upper_body" else frozenset()
-    )
-    return names.inside(labels, others)
 
 
 def _kept(labels: LabelMap, names: LabelSet, category: Category, pose: Pose) -> Mask:

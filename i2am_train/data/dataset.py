@@ -334,7 +334,9 @@ class TryOnDataset(Dataset[TryOnSample]):
         arrays = self._read(layout, pair)
         if self._augmentation is not None:
             arrays = self._augmentation(arrays, seed_for(self.seed, "augmentation", epoch, index))
-        return _as_sample(arrays, pair, index, paired=layout.worn(pair))
+        about = {"name": pair.person, "garment_name": pair.garment, "index": index, "paired": layout.worn(pair)}
+        tensors = {name: _tensor(array) for name, array in vars(arrays).items()}
+        return cast(TryOnSample, about | tensors)
 
     def person_image(self, position: int) -> Tensor:
         """The photograph of the person at a position, alone: uint8 [3, height, width] at this dataset's size."""
@@ -391,21 +393,11 @@ class TryOnDataset(Dataset[TryOnSample]):
         return fit_nearest(garment_window.carried(native), self.size, self.fit, np.nan)
 
 
-def _as_sample(arrays: SampleArrays, pair: Pair, index: int, *, paired: bool) -> TryOnSample:
-    """Arrays as tensors."""
-    return TryOnSample(
-        name=pair.person, garment_name=pair.garment, index=index, paired=paired,
-        person=_image(arrays.person), garment=_image(arrays.garment), agnostic=_image(arrays.agnostic),
-        densepose=_image(arrays.densepose), garment_mask=_plain(arrays.garment_mask),
-        inpaint_mask=_plain(arrays.inpaint_mask), warped_garment_mask=_plain(arrays.warped_garment_mask),
-        correspondence=_plain(arrays.correspondence),
-    )  # fmt: skip
+def _tensor(array: NDArray[Any]) -> Tensor:
+    """Masks and coordinates as they are, colours 0..255 ``[H, W, 3]`` as [-1, 1] ``[3, H, W]``.
 
-
-def _image(picture: Image) -> Tensor:
-    """Colours 0..255 ``[H, W, 3]`` as [-1, 1] ``[3, H, W]``; grey 128 becomes +0.0039, as the authors have it."""
-    return torch.from_numpy(np.take(_UNIT_VALUES, picture.transpose(2, 0, 1)))
-
-
-def _plain(array: NDArray[np.generic]) -> Tensor:
+    Grey 128 becomes +0.0039, as the authors have it.
+    """
+    if array.dtype == np.uint8:
+        return torch.from_numpy(np.take(_UNIT_VALUES, array.transpose(2, 0, 1)))
     return torch.from_numpy(np.ascontiguousarray(array))

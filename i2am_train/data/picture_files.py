@@ -429,7 +429,8 @@ def _orientation(picture: PillowImage.Image) -> int:
 def _decoded(
     picture: PillowImage.Image, path: Path, mode: Literal["RGB", "L"], ground: Ground, about: int | None
 ) -> Image:  # fmt: skip
-    factor = _reduction(upright_size(picture).height, about)
+    height = upright_size(picture).height
+    factor = next((n for n in (8, 4, 2) if about and height >= n * about), 1)
     small = (max(1, picture.width // factor), max(1, picture.height // factor))
     if picture.draft(mode, small):  # JPEG is reduced, and becomes grey, as it is decoded
         factor = 1
@@ -445,11 +446,6 @@ def _decoded(
         picture = PillowImage.fromarray(upper.astype(np.uint8))
     picture = picture if picture.mode == mode else picture.convert(mode)
     return cast(Image, turn(np.array(picture.reduce(factor) if factor > 1 else picture)))
-
-
-def _reduction(height: int, about: int | None) -> int:
-    fitting = [factor for factor in (8, 4, 2) if about and height >= factor * about]
-    return fitting[0] if fitting else 1
 
 
 def _without_transparency(picture: PillowImage.Image, ground: Ground) -> PillowImage.Image:

@@ -366,17 +366,9 @@ EMBEDDED_COLOURS = {
 }
 # fmt: on
 """RGB by part of the embedded dataset's pose pictures, which are drawn and not DensePose's."""
-
-
-def _embedded_palette() -> Image:
-    """Like the other palette; parts that are not drawn have the colour of no part."""
-    colours = np.zeros_like(PALETTE)
-    for part, colour in EMBEDDED_COLOURS.items():
-        colours[part] = colour
-    return colours
-
-
-PALETTES = (PALETTE, _embedded_palette())
+_EMBEDDED_PALETTE = np.zeros_like(PALETTE)  # parts that are not drawn have the colour of no part
+_EMBEDDED_PALETTE[[*EMBEDDED_COLOURS]] = [*EMBEDDED_COLOURS.values()]
+PALETTES = (PALETTE, _EMBEDDED_PALETTE)
 """Whose colours are read: one picture has those of one."""
 
 
@@ -396,35 +388,37 @@ def read_pose_picture(path: Path) -> Image:
         DataError: the file is broken, or grey and no label map.
     """
     picture = _values(path)
-    return densepose_picture(_checked(picture, path)) if picture.ndim == 2 else picture
+    return densepose_picture(picture) if picture.ndim == 2 else picture
 
 
 def read_parts(path: Path) -> NDArray[np.uint8]:
     """The labels ``[H, W]`` of a picture in DensePose's colours, or of a label map.
 
     Raises:
-        DataError: the file is broken, or its colours are not DensePose's.
+        DataError: the file is broken, or many of its colours are far from all of DensePose's.
     """
     picture = _values(path)
-    return _checked(picture, path) if picture.ndim == 2 else _parts_of(picture, path)
-
-
-def _values(path: Path) -> NDArray[Any]:
-    """Labels ``[H, W]`` of a grey picture, RGB of another, black where it is transparent."""
-    with advice_on(path):
-        return read_values(path, palette=False)
-
-
-def _parts_of(picture: Image, path: Path) -> NDArray[np.uint8]:
-    """The nearest label for every colour; a picture with many colours far from all of DensePose's is refused."""
-    foreground = picture.max(axis=-1) > SURE
-    labels, unsure = _explained(picture, foreground & _even(picture))
+    if picture.ndim == 2:
+        return picture
+    labels, unsure = _explained(picture, picture.max(axis=-1) > SURE)
     if unsure > LARGEST_UNSURE_SHARE:
         raise DataError(
             f"{path} is not in DensePose's colours ({unsure:.0%} of its body is none of "
             "them); expected detectron2's dp_segm on black (OpenCV's PARULA), or labels 0...24. Use pose=keypoints."
         )
     return labels
+
+
+def _values(path: Path) -> NDArray[Any]:
+    """Labels ``[H, W]`` of a grey picture, checked; RGB of another, black where it is transparent."""
+    with advice_on(path):
+        values = read_values(path, palette=False)
+    if values.ndim == 2 and (values.dtype != np.uint8 or values.max() > _PARTS):
+        raise DataError(
+            f"{path} holds values up to {values.max()}; expected DensePose's labels 0...{_PARTS}, or a picture in "
+            "colours."
+        )
+    return values
 
 
 def pose_picture_fault(picture: Image) -> str | None:
@@ -438,19 +432,18 @@ def pose_picture_fault(picture: Image) -> str | None:
     foreground = picture.max(axis=-1) > SURE
     if foreground.mean() < SMALLEST_BODY:
         return f"shows nobody: {1 - foreground.mean():.0%} of it is black"
-    _, unsure = _explained(picture, foreground & _even(picture))
+    _, unsure = _explained(picture, foreground)
     if unsure > LARGEST_UNSURE_SHARE:
         return f"is not in DensePose's colours: {unsure:.0%} of its body is none of them"
     return None
 
 
-def _even(picture: Image) -> Mask:
-    """Where there is no edge within 3x3 pixels: edges are blurred, by JPEG and where a picture was reduced."""
-    return np.asarray(local_range(picture).max(axis=-1) <= SURE)
-
-
 def _explained(picture: Image, body: Mask) -> tuple[NDArray[np.uint8], float]:
-    """Labels by the palette that explains a body best, and the share of it that is far from all of its colours."""
+    """Labels by the palette that explains a body best, and the share of it that is far from all of its colours.
+
+    Edges are left out: they are blurred, by JPEG and where a picture was reduced.
+    """
+    body = body & (local_range(picture).max(axis=-1) <= SURE)
     cells = (picture >> CELL_BITS).astype(np.int32)
     index = (cells[..., 0] << 2 * GRID_BITS) | (cells[..., 1] << GRID_BITS) | cells[..., 2]
     found = []
@@ -469,12 +462,3 @@ def _nearest(palette: int) -> tuple[NDArray[np.uint8], NDArray[np.float32]]:
     colours = np.stack(np.meshgrid(levels, levels, levels, indexing="ij"), axis=-1).reshape(-1, 1, 3)
     distances = np.linalg.norm(colours - PALETTES[palette].astype(np.float32), axis=-1)
     return distances.argmin(axis=1).astype(np.uint8), distances.min(axis=1)
-
-
-def _checked(labels: NDArray[np.uint8], path: Path) -> NDArray[np.uint8]:
-    if labels.dtype != np.uint8 or labels.max() > _PARTS:
-        raise DataError(
-            f"{path} holds values up to {labels.max()}; expected DensePose's labels 0...{_PARTS}, or a picture in "
-            "colours."
-        )
-    return labels

@@ -132,20 +132,17 @@ class MeshPainter:
         self._inverses: list[NDArray[np.float64]] = []
         self._next_label = FIRST_TRIANGLE_LABEL
 
-    def paint(self, part: PartMesh) -> tuple[int, int]:
-        """Paint one part over what is there; returns its range of labels (first, one past the last)."""
+    def paint(self, part: PartMesh) -> None:
+        """Paint one part over what is there."""
         target, attributes = part.triangles()
         edges = target[:, 1:] - target[:, :1]
         area = np.abs(edges[:, 0, 0] * edges[:, 1, 1] - edges[:, 0, 1] * edges[:, 1, 0])
         keep = area > MINIMUM_AREA
         target, attributes = target[keep], attributes[keep]
-        first = self._next_label
         self._inverses.append(_affine_inverses(target, attributes))
-        self._next_label += len(target)
-        corners = fixed_point(target, self.camera)
-        for label, triangle in enumerate(corners, start=first):
+        for label, triangle in enumerate(fixed_point(target, self.camera), start=self._next_label):
             cv2.fillConvexPoly(self.labels, triangle, label, cv2.LINE_8, SUBPIXEL_BITS)
-        return first, self._next_label
+        self._next_label += len(target)
 
     def attributes(self, pixels: NDArray[np.intp]) -> NDArray[np.float32]:
         """Source x, source y, along, across ``[pixels, 4]`` of garment pixels (positions in the flat label map)."""
@@ -256,15 +253,6 @@ class Tube:
         norm = np.sqrt(slope_x * slope_x + slope_y * slope_y)
         return center, -self.side * joined(slope_y / norm, -(slope_x / norm))
 
-    def grid(self, fractions: Points, across: Points, half_width: Points) -> Points:
-        """Points ``[fractions, across, 2]`` of the tube.
-
-        >>> tube = Tube(np.array([[0.0, 0.0], [0.0, 1.0]]), side=1)
-        >>> tube.grid(np.array([0.0, 0.5, 1.0]), np.array([-1.0, 1.0]), half_width=np.full(3, 0.1)).shape
-        (3, 2, 2)
-        """
-        return spread(*self.at(fractions), across, half_width)
-
     def outline(self, start: float, stop: float, widths: tuple[float, float]) -> Points:
         """The tapered piece between two fractions as a polygon.
 
@@ -272,7 +260,7 @@ class Tube:
         (28, 2)
         """
         fractions, half_width = _taper(start, stop, widths)
-        return border(self.grid(fractions, EDGES, half_width))
+        return border(spread(*self.at(fractions), EDGES, half_width))
 
 
 @lru_cache(maxsize=256)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import cast
 
 import cv2
 import numpy as np
@@ -141,10 +141,8 @@ class _Rendering:
         self.body = Body(person, self.aspect)
         self.place = place_cut(garment.cut, self.aspect)
         self.torso = torso_mesh(garment.cut, self.place, self.body)
-        self.sleeves = {side: sleeve_mesh(garment.cut, self.place, self.body, side) for side in self._sleeve_sides()}
-
-    def _sleeve_sides(self) -> tuple[int, ...]:
-        return () if self.garment.cut.sleeves == "none" else SIDES
+        sides = () if garment.cut.sleeves == "none" else SIDES
+        self.sleeves = {side: sleeve_mesh(garment.cut, self.place, self.body, side) for side in sides}
 
     def sample(self, name: str, garment_name: str) -> SyntheticSample:
         fabric = self._fabric()
@@ -317,7 +315,7 @@ class _Rendering:
         shade *= self._arm_shadow(part)
         colours = fine[part].astype(np.float32)
         colours *= cv2.merge([shade] * 3)
-        fine[part] = cv2.copyTo(_uint8(colours), solid, fine[part].copy())
+        fine[part] = cv2.copyTo(cv2.convertScaleAbs(colours), solid, fine[part].copy())
 
     def _folds(self, along: NDArray[np.float32], across: NDArray[np.float32]) -> NDArray[np.float32]:
         """Brightness of fabric from its place along and across a part: round form, side light, folds."""
@@ -440,11 +438,6 @@ def _bounds(picture: Image, margin: int) -> Region:
     """Rows and columns of the smallest rectangle around all non-zero pixels, with a margin."""
     x, y, width, height = cv2.boundingRect(picture)
     return (slice(max(0, y - margin), y + height + margin), slice(max(0, x - margin), x + width + margin))
-
-
-def _uint8(values: Any) -> Image:
-    """Rounded and clamped to 0..255."""
-    return cast(Image, cv2.convertScaleAbs(values))
 
 
 def _sample_texture(fabric: Image, points: NDArray[np.float32], pixels: int) -> Image:
