@@ -9,6 +9,7 @@ the whole picture and adds equal margins on two sides, ``crop`` keeps the larges
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -93,8 +94,7 @@ def fit_picture(picture: Image, size: GridSize, fit: Fit, fill: int) -> Image:
     >>> fit_picture(np.zeros((2, 2, 3), np.uint8), GridSize(2, 4), "pad", 255)[0, :, 0].tolist()
     [255, 0, 0, 255]
     """
-    part, inner = _part(picture, size, fit)
-    return cast(Image, _padded(resize_picture(part, inner), size, fill))
+    return cast(Image, _fitted(picture, size, fit, fill, resize_picture))
 
 
 def fit_mask(mask: Mask, size: GridSize, fit: Fit) -> Mask:
@@ -103,11 +103,7 @@ def fit_mask(mask: Mask, size: GridSize, fit: Fit) -> Mask:
     >>> fit_mask(np.ones((2, 2), np.bool_), GridSize(2, 4), "pad")[0].tolist()
     [False, True, True, False]
     """
-    part, inner = _part(mask, size, fit)
-    resized = resize_mask(part, inner)
-    if resized.shape == tuple(size):
-        return resized
-    return np.asarray(_padded(resized.astype(np.uint8), size, 0) > 0)
+    return cast(Mask, _fitted(mask, size, fit, False, resize_mask))
 
 
 def fit_nearest(array: NDArray[np.float32], size: GridSize, fit: Fit, fill: float) -> NDArray[np.float32]:
@@ -116,8 +112,7 @@ def fit_nearest(array: NDArray[np.float32], size: GridSize, fit: Fit, fill: floa
     >>> fit_nearest(np.array([[1, 2, 3, 4]], np.float32), GridSize(1, 2), "crop", np.nan).tolist()
     [[2.0, 3.0]]
     """
-    part, inner = _part(array, size, fit)
-    return cast("NDArray[np.float32]", _padded(resize_nearest(part, inner), size, fill))
+    return cast("NDArray[np.float32]", _fitted(array, size, fit, fill, _resize_nearest))
 
 
 def local_range(picture: Image) -> NDArray[np.int16]:
@@ -153,23 +148,21 @@ def _margins(native: GridSize, size: GridSize) -> tuple[int, int, GridSize]:
     return (size.height - height) // 2, (size.width - width) // 2, GridSize(height, width)
 
 
-def _part(array: NDArray[Any], size: GridSize, fit: Fit) -> tuple[NDArray[Any], GridSize]:
-    """What is kept of a picture, and the size that it gets."""
-    native = GridSize(*array.shape[:2])
+def _fitted(
+    array: NDArray[Any], size: GridSize, fit: Fit, fill: float, resize: Callable[[NDArray[Any], GridSize], NDArray[Any]]
+) -> NDArray[Any]:
+    """What is kept of a picture, resized, with margins of one value around it that are equal on opposite sides."""
+    native, inner = GridSize(*array.shape[:2]), size
     if fit == "crop":
         top, left, height, width = _cut(native, size)
-        return array[top : top + height, left : left + width], size
-    return array, _margins(native, size)[2] if fit == "pad" else size
-
-
-def _padded(array: NDArray[Any], size: GridSize, fill: float) -> NDArray[Any]:
-    """Margins around a picture, equal on opposite sides."""
-    height, width = array.shape[:2]
-    if (height, width) == tuple(size):
-        return array
-    top, left = (size.height - height) // 2, (size.width - width) // 2
-    result = np.full((*size, *array.shape[2:]), fill, array.dtype)
-    result[top : top + height, left : left + width] = array
+        array = array[top : top + height, left : left + width]
+    elif fit == "pad":
+        top, left, inner = _margins(native, size)
+    resized = resize(array, inner)
+    if inner == size:
+        return resized
+    result = np.full((*size, *resized.shape[2:]), fill, resized.dtype)
+    result[top : top + inner.height, left : left + inner.width] = resized
     return result
 
 
@@ -198,7 +191,7 @@ def resize_mask(mask: Mask, size: GridSize) -> Mask:
     return np.asarray(area >= 0.5)
 
 
-def resize_nearest(array: NDArray[Any], size: GridSize) -> NDArray[Any]:
+def _resize_nearest(array: NDArray[Any], size: GridSize) -> NDArray[Any]:
     """Nearest neighbour, for values that must not be mixed."""
     if array.shape[:2] == tuple(size):
         return array
