@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from i2am_train.files import read_json
-from i2am_train.reporting.tables.scores import ATTENTION_METRICS, IMAGE_METRICS
+from i2am_train.reporting.model_tables import ATTENTION_METRICS, IMAGE_METRICS
 from i2am_train.results.evaluations import read_evaluations
 from i2am_train.results.study import arm_labels, read_results
 from i2am_train.runs import MANIFEST_FILE

@@ -16,12 +16,11 @@ from pathlib import Path
 from typing import Any
 
 from i2am_train.attention.known import KNOWN_MODELS
+from i2am_train.reporting.ablation_tables import as_markdown
 from i2am_train.reporting.figures.canvas import save_figure
-from i2am_train.reporting.figures.correlation import correlation_figure
-from i2am_train.reporting.provenance import describe_machine
+from i2am_train.reporting.model_tables import correlation_figure, correlation_table
+from i2am_train.reporting.pages import describe_machine
 from i2am_train.reporting.table import markdown, markdown_lines
-from i2am_train.reporting.tables.ablation import as_markdown
-from i2am_train.reporting.tables.correlation import correlation_table
 from i2am_train.results.evaluations import Evaluation
 from i2am_train.results.study import recompared
 from i2am_train.types import Pairing

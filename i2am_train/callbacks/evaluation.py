@@ -15,11 +15,11 @@ from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
 
 from i2am_train.data.dataset import TryOnBatch
 from i2am_train.evaluation.evaluator import EvaluationResult, EvaluationSettings, Evaluator, from_all_processes
+from i2am_train.reporting.figures.arms import sample_figure
 from i2am_train.reporting.figures.canvas import save_figure
-from i2am_train.reporting.figures.samples import sample_figure
-from i2am_train.results.panels import SamplePanels, write_panels
-from i2am_train.tracking.media import generated_overlays, reference_overlays, sample_table
+from i2am_train.results.run_files import SamplePanels, write_panels
 from i2am_train.tracking.names import ATTRIBUTION_GENERATED, ATTRIBUTION_REFERENCE, EPOCH, TABLE, VALIDATION
+from i2am_train.tracking.scores import generated_overlays, reference_overlays, sample_table
 from i2am_train.training.module import TryOnModule
 
 

@@ -16,9 +16,8 @@ from i2am_train.config.options import plain
 from i2am_train.config.training import TrainConfig
 from i2am_train.data.dataset import prepare_data
 from i2am_train.runs import MODEL_FOLDER, RunFolder
-from i2am_train.tracking.artifacts import log_model, use_dataset
 from i2am_train.tracking.names import TRAIN_JOB
-from i2am_train.tracking.session import finish_run, open_run
+from i2am_train.tracking.session import finish_run, log_model, open_run, use_dataset
 from i2am_train.training.csv_history import ContinuedCSVLogger
 
 

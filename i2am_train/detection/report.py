@@ -31,14 +31,22 @@ from i2am_train.metrics.boxes import METHOD_LABELS, METHODS_OF_MAPS
 from i2am_train.reporting import pages
 from i2am_train.reporting.figures import sheet
 from i2am_train.reporting.figures.canvas import OKABE_ITO, Picture, save_figure
-from i2am_train.reporting.figures.files import FOLDER as FIGURES
-from i2am_train.reporting.figures.files import origin_of
-from i2am_train.reporting.formatting import interval_text, minus, number, percent
-from i2am_train.reporting.provenance import code_state
-from i2am_train.reporting.table import LATEX_NEEDS, Cell, Heading, Row, Table, latex, markdown, with_best
-from i2am_train.reporting.table_files import write_table
-from i2am_train.results.panels import PANELS
-from i2am_train.results.sample_scores import RESULTS, SAMPLES, read_samples
+from i2am_train.reporting.report_files import FIGURES, origin_of, write_table
+from i2am_train.reporting.table import (
+    LATEX_NEEDS,
+    Cell,
+    Heading,
+    Row,
+    Table,
+    interval_text,
+    latex,
+    markdown,
+    minus,
+    number,
+    percent,
+    with_best,
+)
+from i2am_train.results.run_files import PANELS, RESULTS, SAMPLES, read_samples
 from i2am_train.results.statistics import few_samples_note
 from i2am_train.types import GridSize
 
@@ -475,7 +483,7 @@ class DetectionSet:
         origin = self.origins[label]
         return (
             f"{label}: '{origin['command']}', pipeline {origin['settings']['pipeline']}, "
-            f"data {origin['data']}, code {code_state(origin['git'])}"
+            f"data {origin['data']}, code {pages.code_state(origin['git'])}"
         )
 
 

@@ -13,10 +13,8 @@ from i2am_train.detection.report import KINDS, Detected, Example, label, read_de
 from i2am_train.files import numbered
 from i2am_train.metrics.boxes import METHOD_LABELS, METHODS_OF_MAPS
 from i2am_train.reporting.figures.canvas import overlay
-from i2am_train.results.panels import PANELS
-from i2am_train.results.sample_scores import RESULTS, SAMPLES
+from i2am_train.results.run_files import PANELS, RESULTS, SAMPLES
 from i2am_train.runs import RunFolder
-from i2am_train.tracking.artifacts import log_results
 from i2am_train.tracking.names import (
     DETECTION,
     DETECTION_BOXES,
@@ -28,7 +26,7 @@ from i2am_train.tracking.names import (
     DETECTION_TABLE,
     DETECTION_THRESHOLDS,
 )
-from i2am_train.tracking.session import finish_run, open_run
+from i2am_train.tracking.session import finish_run, log_results, open_run
 
 _SCORES = {"mean": "mean IoU", "low": "low", "high": "high", "n": "images", "left_out": "left out"}
 """Entries of a score, and their columns."""
@@ -46,7 +44,7 @@ def track_detection(tracking: TrackingConfig, folder: Path, *, arm: str, use_inp
         tracking: mode, project, group, tags.
         folder: of ``i2am detect``, with its manifest and its written results.
         arm: of the pipeline, unless ``tracking.arm`` is set.
-        use_inputs: says of a run what it reads (``artifacts.use_bench``, ``artifacts.use_model``).
+        use_inputs: says of a run what it reads (``session.use_bench``, ``session.use_model``).
     """
     if tracking.wandb == "disabled":
         return

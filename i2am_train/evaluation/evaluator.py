@@ -47,8 +47,7 @@ from i2am_train.metrics.correspondence import collapse_warning
 from i2am_train.metrics.imported import check_imported, metric_names
 from i2am_train.metrics.registry import describe, image_metrics, image_pair_score, metric_info, own_metrics
 from i2am_train.models.tryon import TryOnModel
-from i2am_train.results.panels import SamplePanels, read_panels, write_panels
-from i2am_train.results.sample_scores import RESULTS, SAMPLES
+from i2am_train.results.run_files import RESULTS, SAMPLES, SamplePanels, read_panels, write_panels
 from i2am_train.results.statistics import Over, mean_interval
 
 T = TypeVar("T")

@@ -40,7 +40,7 @@ from i2am_train.losses.attention import attention_centers
 from i2am_train.metrics.alignment import alignment_table
 from i2am_train.metrics.correspondence import target_on_grid
 from i2am_train.ops.grids import mask_on_grid
-from i2am_train.results.panels import SamplePanels
+from i2am_train.results.run_files import SamplePanels
 from i2am_train.runs import MANIFEST_FILE
 from i2am_train.types import Canvas, Direction, Fit, GridSize, LayerWeighting
 

@@ -16,14 +16,7 @@ from matplotlib.figure import Figure
 
 from i2am_train.files import write_text
 from i2am_train.metrics.registry import MetricInfo
-from i2am_train.reporting.figures.canvas import arm_colors, save_figure
-from i2am_train.reporting.figures.samples import ColumnGroup, sample_figure
-from i2am_train.reporting.figures.training import difference_plot, metric_curves
-from i2am_train.reporting.formatting import markdown_text, minus, number
-from i2am_train.reporting.pages import Picture, Section, embedded_file, making, page
-from i2am_train.reporting.provenance import flat
-from i2am_train.reporting.table import Cell, Heading, Row, Table, html
-from i2am_train.reporting.tables.ablation import (
+from i2am_train.reporting.ablation_tables import (
     arm_table,
     as_latex,
     as_markdown,
@@ -34,15 +27,18 @@ from i2am_train.reporting.tables.ablation import (
     notes,
     verdict_sentences,
 )
-from i2am_train.results.history import History
-from i2am_train.results.panels import SamplePanels
+from i2am_train.reporting.figures.arms import ColumnGroup, difference_plot, metric_curves, sample_figure
+from i2am_train.reporting.figures.canvas import arm_colors, save_figure
+from i2am_train.reporting.pages import Picture, Section, embedded_file, flat, making, page
+from i2am_train.reporting.table import Cell, Heading, Row, Table, html, markdown_text, minus, number
+from i2am_train.results.run_files import History, SamplePanels
 from i2am_train.results.study import ArmRun, Results, Study, arm_labels, read_study, reference_arm, uses_truth
 
-MAX_ARMS_IN_PANEL = 4
-MAX_CENTER_ROWS = 4
-EXTREMES = 4
+_MAX_ARMS_IN_PANEL = 4
+_MAX_CENTER_ROWS = 4
+_EXTREMES = 4
 """How many of the best and of the worst samples are listed."""
-RANKED_BY = "imacs_g"
+_RANKED_BY = "imacs_g"
 """The score that samples are ordered by."""
 
 
@@ -88,7 +84,11 @@ def _title(results: Results) -> str:
 
 
 def focus_arm(results: Results) -> str | None:
-    """The arm that the report is about: "refined", else the first that was compared."""
+    """The arm that the report is about: "refined", else the first that was compared.
+
+    >>> focus_arm({"arms": [{"name": "ours"}], "paired": [{"arm": "ours"}]})
+    'ours'
+    """
     truth = {arm["name"] for arm in results["arms"] if uses_truth(arm)}
     compared = list(dict.fromkeys(entry["arm"] for entry in results["paired"]))
     candidates = [arm for arm in compared if arm not in truth] or compared
@@ -223,7 +223,7 @@ def _panel_figures(study: Study) -> Iterator[Picture]:
     save_figure(poster, study.folder / "figures" / "samples.png", dpi=200)
     first = next(iter(by_arm.values()))
     for name, groups, caption in _panel_plan(first[0]):
-        rows = MAX_CENTER_ROWS if ColumnGroup.CENTERS in groups else None
+        rows = _MAX_CENTER_ROWS if ColumnGroup.CENTERS in groups else None
         figure = sample_figure(by_arm, groups, labels, colors, rows=rows)
         alt = f"{caption} Rows: samples {', '.join(one.name for one in first)}."
         yield _block(study, figure, f"samples_{name}.png", caption, alt)
@@ -267,7 +267,7 @@ def _arms_to_show(results: Results) -> list[str]:
     names = list(arm_labels(results))
     wanted = [a for a in (reference_arm(results), focus_arm(results)) if a is not None]
     others = [name for name in names if name not in wanted]
-    kept = {*wanted, *others[: MAX_ARMS_IN_PANEL - len(wanted)]}
+    kept = {*wanted, *others[: _MAX_ARMS_IN_PANEL - len(wanted)]}
     return [name for name in names if name in kept]
 
 
@@ -285,18 +285,18 @@ def sample_table(study: Study) -> Table | None:
         return None
     before, after = _mean_scores(study, reference, focus)
     changes = {
-        name: after[name][RANKED_BY] - before[name][RANKED_BY]
+        name: after[name][_RANKED_BY] - before[name][_RANKED_BY]
         for name in before.keys() & after.keys()
-        if RANKED_BY in before[name] and RANKED_BY in after[name]
+        if _RANKED_BY in before[name] and _RANKED_BY in after[name]
     }
     if len(changes) < 2:
         return None
     ranked = sorted(changes, key=lambda name: (-changes[name], name))
-    ranking = MetricInfo.of(RANKED_BY, study.results["metrics"].get(RANKED_BY, {}))
+    ranking = MetricInfo.of(_RANKED_BY, study.results["metrics"].get(_RANKED_BY, {}))
     metrics = {
         name: info
         for name, info in measured_metrics(study.results).items()
-        if name in LISTED_SCORES and any(name in before[sample] for sample in ranked)
+        if name in _LISTED_SCORES and any(name in before[sample] for sample in ranked)
     }
 
     def row(name: str, group: str) -> Row:
@@ -311,7 +311,7 @@ def sample_table(study: Study) -> Table | None:
         )
         return Row(" ".join(filter(None, (name, _garment_name(study, name)))), cells, group)
 
-    labels, count = arm_labels(study.results), min(EXTREMES, len(ranked) // 2)
+    labels, count = arm_labels(study.results), min(_EXTREMES, len(ranked) // 2)
     first, second = labels[reference], labels[focus]
     return Table(
         title="Samples that changed most",
@@ -333,7 +333,7 @@ def sample_table(study: Study) -> Table | None:
     )
 
 
-LISTED_SCORES = ("imacs_g", "imacs_r", "correspondence_error", "ssim", "stlpips")
+_LISTED_SCORES = ("imacs_g", "imacs_r", "correspondence_error", "ssim", "stlpips")
 
 Scores = Mapping[str, Mapping[str, float]]
 

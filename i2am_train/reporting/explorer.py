@@ -23,9 +23,9 @@ from i2am_train.config.evaluation import AttributionConfig
 from i2am_train.data.pictures import Image
 from i2am_train.errors import ConfigError
 from i2am_train.evaluation.explanation import TO_GENERATED, TO_REFERENCE, Explanation
+from i2am_train.reporting.figures.arms import TEAR
 from i2am_train.reporting.figures.canvas import OKABE_ITO, TRUTH_COLOR, arm_colors, heat_colormap
-from i2am_train.reporting.figures.elements import short_name
-from i2am_train.reporting.figures.samples import TEAR
+from i2am_train.reporting.figures.panels import short_name
 from i2am_train.reporting.pages import as_base64, embedded_picture, page_environment
 from i2am_train.types import GridSize
 
@@ -81,7 +81,7 @@ def explorer_page(data: Json, making: Mapping[str, str]) -> str:
         making=making,
         scripts=sources,
         layer_choices=list(_layer_choices(data["layers"])),
-        head_choices=_numbered("Head {}", max(layer["heads"] for layer in data["layers"])),
+        head_choices=[(str(head), f"Head {head}") for head in range(max(layer["heads"] for layer in data["layers"]))],
         time_choices=[(str(at), f"Group {at}, {group['label']}") for at, group in enumerate(data["groups"])],
         matrix_note=_matrix_note(data["layers"]),
     )
@@ -99,10 +99,6 @@ def _layer_choices(layers: Sequence[Json]) -> Iterator[tuple[str, str]]:
     for layer in layers:
         grid = GridSize(*layer["grids"]["generated"])
         yield layer["key"], f"{layer['label']}, {grid.height}×{grid.width}"
-
-
-def _numbered(text: str, count: int) -> list[tuple[str, str]]:
-    return [(str(number), text.format(number)) for number in range(count)]
 
 
 def _matrix_note(layers: Sequence[Json]) -> str:
@@ -200,7 +196,8 @@ def _layer(record: LayerRecord) -> Json:
 
 
 def _sample(sample: Explanation, seen: Image) -> Json:
-    """Reference, masks, and per layer which generated patches lie on the garment and belong where."""
+    """Reference, masks, and per layer which generated patches lie on the garment and where they belong: yx in
+    reference patches, NaN where unknown."""
     on_reference, inpaint = sample.seen_mask(), sample.mask(TO_GENERATED)
     return {
         "heading": f"Sample {sample.index}" if sample.is_tryon else sample.name,
@@ -214,17 +211,13 @@ def _sample(sample: Explanation, seen: Image) -> Json:
         "layers": [
             {
                 "on_garment": _packed_mask(sample.patches_inside(record.generated_grid).numpy()),
-                "target": _packed_floats(_target(sample, record)),
+                "target": _packed_floats(
+                    sample.true_places(record.generated_grid, record.reference_grid or GridSize(1, 1))
+                ),
             }
             for record in sample.maps.store.layers
         ],
     }
-
-
-def _target(sample: Explanation, record: LayerRecord) -> NDArray[np.float32]:
-    """True position of each generated patch, yx in reference patches; NaN where unknown."""
-    grid, reference_grid = record.generated_grid, record.reference_grid or GridSize(1, 1)
-    return sample.true_places(grid, reference_grid)
 
 
 def _capture(explanation: Explanation, groups: Sequence[slice]) -> Json:

@@ -13,15 +13,14 @@ from typing import Any
 
 from i2am_train.files import read_object
 from i2am_train.metrics.registry import METRICS
-from i2am_train.reporting.formatting import interval_text, number
-from i2am_train.reporting.table import markdown_lines
+from i2am_train.reporting.table import interval_text, markdown_lines, number
 from i2am_train.results.evaluations import Evaluation, read_evaluations
 from i2am_train.runs import MANIFEST_FILE, SETTINGS_FILE
 from i2am_train.types import GridSize
 
-TAGS = ["virtual-try-on", "attention", "i2am", "diffusers"]
-PIPELINE_TAG = "image-to-image"
-SHOWN = ("name", "init", "objective", "optimization")
+_TAGS = ["virtual-try-on", "attention", "i2am", "diffusers"]
+_PIPELINE_TAG = "image-to-image"
+_SHOWN = ("name", "init", "objective", "optimization")
 """Groups of a run's settings that make the model what it is."""
 
 
@@ -57,8 +56,8 @@ def model_card(facts: ModelFacts) -> str:
     data = ModelCardData(
         license=facts.license,
         library_name="diffusers",
-        pipeline_tag=PIPELINE_TAG,
-        tags=TAGS,
+        pipeline_tag=_PIPELINE_TAG,
+        tags=_TAGS,
         base_model=facts.base_model,
         model_name=facts.name.rpartition("/")[2],
         eval_results=list(_eval_results(evaluations)) or None,
@@ -87,7 +86,7 @@ def _eval_results(evaluations: Sequence[Evaluation]) -> Iterator[Any]:
     for evaluation in evaluations:
         for name, value in _scores(evaluation):
             yield EvalResult(
-                task_type=PIPELINE_TAG,
+                task_type=_PIPELINE_TAG,
                 task_name="Virtual try-on",
                 dataset_type=str(evaluation.manifest.get("data")),
                 dataset_name=_data_name(evaluation),
@@ -178,7 +177,7 @@ def _training(facts: ModelFacts) -> Iterator[str]:
 
 
 def _flat(settings: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    for group in SHOWN:
+    for group in _SHOWN:
         if settings.get(group) is not None:
             yield from _leaves(group, settings[group])
 

@@ -1,6 +1,6 @@
-"""The table: rows of entries under headings, and its four writers (terminal, Markdown, HTML, LaTeX).
+"""The table, and its writers for terminal, Markdown, HTML and LaTeX; each makes a user's text mean itself.
 
-What stands in a table is decided in ``reporting.tables``; nothing here knows a metric.
+What stands in a table is decided in ``model_tables`` and ``ablation_tables``; nothing here knows a metric.
 """
 
 from __future__ import annotations
@@ -17,16 +17,54 @@ from rich.console import Group, JustifyMethod, RenderableType
 from rich.table import Table as RichTable
 from rich.text import Text
 
-from i2am_train.reporting.formatting import (
-    Interval,
-    html_label,
-    interval_text,
-    latex_label,
-    latex_text,
-    markdown_text,
-    minus,
-    number,
-)
+Interval = tuple[float, float]
+
+
+# ---- numbers -------------------------------------------------------------------------------------
+
+
+def number(value: float, digits: int, signed: bool = False) -> str:
+    """A number with fixed digits, never "-0.00".
+
+    >>> number(-0.0004, 3), number(0.25, 2, signed=True)
+    ('0.000', '+0.25')
+    """
+    rounded = round(value, digits) + 0.0  # minus zero plus zero is zero
+    return f"{rounded:{'+' if signed and rounded else ''}.{digits}f}"
+
+
+def interval_text(interval: Interval | None, digits: int) -> str:
+    """An interval as tables print it; empty where there is none.
+
+    >>> interval_text((0.12345, 0.5), 3)
+    '[0.123, 0.500]'
+    """
+    return f"[{', '.join(number(end, digits) for end in interval)}]" if interval else ""
+
+
+def percent(share: float) -> str:
+    """A share as text.
+
+    >>> percent(0.95)
+    '95 %'
+    """
+    return f"{share:.0%}".replace("%", " %")
+
+
+def minus(text: str) -> str:
+    """The text with real minus signs before numbers; hyphens in words stay.
+
+    >>> minus("ST-LPIPS -0.1")
+    'ST-LPIPS −0.1'
+    """
+    return re.sub(r"(?<![\w.])-(?=\d)", "−", text)
+
+
+_NUMBER = re.compile(r"[-+]?\d[\d.]*|\[[-+\d., ]+\]")
+"""A printed number or interval: a mathematical text, whose hyphen is a minus."""
+
+
+# ---- the table -----------------------------------------------------------------------------------
 
 
 class Mark(StrEnum):
@@ -73,6 +111,10 @@ class Cell:
     def rank(self) -> int:
         """1 for the best, 2 for the second, else 0."""
         return 1 if self.mark is Mark.BEST else 2 if self.mark is Mark.SECOND else 0
+
+    def as_json(self) -> dict[str, Any]:
+        """The number without loss."""
+        return {name: getattr(self, name) for name in ("value", "interval", "rank", "n")}
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,6 +172,11 @@ class Table:
         """Titles over the headings and how many columns each spans."""
         return [(title, len(list(of))) for title, of in groupby(h.group for h in self.headings)]
 
+    @property
+    def row_groups(self) -> list[tuple[str, list[Row]]]:
+        """Rows by group, in order; one group without a title where there are none."""
+        return [(title, list(rows)) for title, rows in groupby(self.rows, key=lambda row: row.group)]
+
     def by_group(self) -> Iterator[Table]:
         """A narrower table for each group of columns, which is its title."""
         for first, (title, count) in zip(_starts(self), self.groups, strict=True):
@@ -146,29 +193,16 @@ class Table:
             "paper": self.source,
             "columns": [{"label": h.label, "group": h.group} for h in self.headings],
             "rows": [
-                {"label": row.label, "group": row.group, "cells": [*map(_cell_json, row.cells)]} for row in self.rows
+                {"label": row.label, "group": row.group, "cells": [cell and cell.as_json() for cell in row.cells]}
+                for row in self.rows
             ],
             "notes": list(self.notes),
         }
 
 
-def _cell_json(cell: Cell | None) -> dict[str, Any] | None:
-    names = ("value", "interval", "rank", "n")
-    return None if cell is None else {name: getattr(cell, name) for name in names}
-
-
 def _starts(table: Table) -> list[int]:
     """Index of the first column of each group."""
     return [0, *accumulate(count for _, count in table.groups)][:-1]
-
-
-def _row_groups(table: Table) -> Iterator[tuple[str, list[Row]]]:
-    """Rows by group, in order; one group without a title where there are none."""
-    for title, rows in groupby(table.rows, key=lambda row: row.group):
-        yield title, list(rows)
-
-
-# ---- numbers -----------------------------------------------------------------------------------
 
 
 def with_best(
@@ -187,10 +221,8 @@ def with_best(
     >>> [cell.rank for cell in with_best([Cell.of(v, 2) for v in (0.701, 0.702, 0.6)], True)]
     [1, 1, 2]
     """
-    printed = [
-        float(cell.text) if cell and (competing is None or competing[index]) else None
-        for index, cell in enumerate(cells)
-    ]
+    competing = [True] * len(cells) if competing is None else competing
+    printed = [float(cell.text) if cell and ranked else None for cell, ranked in zip(cells, competing, strict=True)]
     order = sorted({value for value in printed if value is not None}, reverse=bool(higher_is_better))
     marks: dict[float | None, Mark] = {}
     if higher_is_better is not None and len(order) > 1:
@@ -198,11 +230,7 @@ def with_best(
     return [cell and replace(cell, mark=marks.get(value)) for cell, value in zip(cells, printed, strict=True)]
 
 
-_NUMBER = re.compile(r"[-+]?\d[\d.]*|\[[-+\d., ]+\]")
-"""A printed number or interval: a mathematical text, whose hyphen is a minus."""
-
-
-# ---- terminal ----------------------------------------------------------------------------------
+# ---- terminal ------------------------------------------------------------------------------------
 
 _STYLES: Mapping[Mark | None, str] = {
     Mark.BEST: "bold",
@@ -212,23 +240,20 @@ _STYLES: Mapping[Mark | None, str] = {
     Mark.CHANGED: "cyan",
     Mark.FAINT: "dim",
 }
-
-
-UNBROKEN = 20
+_UNBROKEN = 20
 """Characters of words that are not broken into lines, however narrow the window."""
 
 
 def terminal(table: Table) -> RenderableType:
     """For a ``rich`` console, with title and notes."""
-    title = table.title or None
-    shown = RichTable(title=title, title_justify="left", title_style="bold", header_style="bold")
+    shown = RichTable(title=table.title or None, title_justify="left", title_style="bold", header_style="bold")
     shown.add_column(table.corner)
     for index, heading in enumerate(table.headings):
         text = "\n".join(filter(None, (heading.group, heading.text)))
         longest = max((len(cell.text) for row in table.rows if (cell := row.cells[index])), default=0)
         justify: JustifyMethod = "left" if heading.words else "right"
-        shown.add_column(text, justify=justify, no_wrap=heading.words and longest <= UNBROKEN)
-    for title, rows in _row_groups(table):
+        shown.add_column(text, justify=justify, no_wrap=heading.words and longest <= _UNBROKEN)
+    for title, rows in table.row_groups:
         if title:
             shown.add_row(Text(title, style="italic dim"))
         for row in rows:
@@ -240,12 +265,23 @@ def terminal(table: Table) -> RenderableType:
 def _terminal_cell(cell: Cell | None) -> Text:
     if cell is None:
         return Text("–", style="dim")
-    text = Text(cell.text, style=_STYLES.get(cell.mark, ""))
     spread = f" {cell.spread.replace('± ', '±')}" if cell.spread else ""
-    return text.append(spread, style="not bold not underline dim")
+    return Text(cell.text, style=_STYLES.get(cell.mark, "")).append(spread, style="not bold not underline dim")
 
 
-# ---- Markdown ----------------------------------------------------------------------------------
+# ---- Markdown ------------------------------------------------------------------------------------
+
+_MARKDOWN_SPECIAL = re.compile(r"[\\`*<~$]|(?<!\w)_|_(?!\w)|(?<=\])\(|&(?=[#\w])")
+"""Signs where GitHub's Markdown would read more than themselves; an underscore inside a word is none."""
+
+
+def markdown_text(text: str) -> str:
+    r"""Text with everything escaped that GitHub's Markdown would read as markup.
+
+    >>> markdown_text("IMACS_g of *new* _run_, [0.1, 0.2]")
+    'IMACS_g of \\*new\\* \\_run\\_, [0.1, 0.2]'
+    """
+    return _MARKDOWN_SPECIAL.sub(r"\\\g<0>", text)
 
 
 def markdown(table: Table) -> str:
@@ -255,12 +291,17 @@ def markdown(table: Table) -> str:
 
 
 def markdown_rows(table: Table, *, underline: bool = True) -> str:
-    """The rows alone; second best values are in ``<u>``, which GitHub does not show, unless ``underline`` is False."""
+    """The rows alone; second best values are in ``<u>``, which GitHub does not show, unless ``underline`` is False.
+
+    >>> print(markdown_rows(Table(corner="Arm", headings=(Heading("SSIM", "↑"),), rows=(Row("ours", (None,)),))))
+    | Arm | SSIM ↑ |
+    | --- | ---: |
+    | ours | – |
+    """
     header = [table.corner, *(_grouped(heading.group, heading.text) for heading in table.headings)]
-    marks: Mapping[Mark | None, str]
-    marks = {Mark.BEST: "**{}**", Mark.SECOND: "<u>{}</u>" if underline else "{}"}
+    marks: dict[Mark | None, str] = {Mark.BEST: "**{}**", Mark.SECOND: "<u>{}</u>" if underline else "{}"}
     rows = (
-        [markdown_text(_grouped(row.group, row.label))] + [_markdown_cell(cell, marks) for cell in row.cells]
+        [markdown_text(_grouped(row.group, row.label)), *(_markdown_cell(cell, marks) for cell in row.cells)]
         for row in table.rows
     )
     right = (place for place, heading in enumerate(table.headings, start=1) if not heading.words)
@@ -279,28 +320,48 @@ def _markdown_cell(cell: Cell | None, marks: Mapping[Mark | None, str]) -> str:
 
 
 def markdown_lines(header: Sequence[str], rows: Iterable[Sequence[str]], right: Iterable[int]) -> str:
-    """Texts that are Markdown already as a table; ``right`` numbers the columns that are aligned to the right."""
+    """Texts that are Markdown already as a table; ``right`` numbers the columns that are aligned to the right.
+
+    >>> print(markdown_lines(("Score", "Value"), [("SSIM", "0.5")], right=[1]))
+    | Score | Value |
+    | --- | ---: |
+    | SSIM | 0.5 |
+    """
     right = set(right)
     rule = ["---:" if index in right else "---" for index in range(len(header))]
-    return "\n".join(
-        "| " + " | ".join(text.replace("|", "\\|") for text in line) + " |" for line in (header, rule, *rows)
-    )
+    lines = (" | ".join(text.replace("|", "\\|") for text in line) for line in (header, rule, *rows))
+    return "\n".join(f"| {line} |" for line in lines)
 
 
-# ---- HTML --------------------------------------------------------------------------------------
+# ---- HTML ----------------------------------------------------------------------------------------
+
+_INDEX = re.compile(r"(?<=[A-Z])_([a-z])\b")
+"""The index of a metric's name; a user's label such as run_a or RUN_1 has none."""
+
+
+def html_label(label: str) -> str:
+    """A label with its index set low, escaped.
+
+    >>> html_label("IMACS_g <1>")
+    'IMACS<sub>g</sub> &lt;1&gt;'
+    """
+    return _INDEX.sub(r"<sub>\1</sub>", escape(label))
 
 
 def html(table: Table, kind: str = "main scores") -> str:
-    """An HTML ``table`` element, without title and notes; ``kind`` is its class."""
+    """An HTML ``table`` element, without title and notes; ``kind`` is its class.
+
+    >>> page = html(Table(corner="Arm", headings=(Heading("A"),), rows=(Row("x", (Cell("-1", mark=Mark.BEST),)),)))
+    >>> page[page.index("<tbody>") :]
+    '<tbody><tr><th scope="row" class="arm">x</th><td><strong>−1</strong></td></tr></tbody></table>'
+    """
     firsts = set(_starts(table)) if len(table.groups) > 1 else set()
-    attributes = [_html_class(index in firsts, heading) for index, heading in enumerate(table.headings)]
+    attributes = [
+        ' class="start"' if index in firsts else ' class="words"' if heading.words else ""
+        for index, heading in enumerate(table.headings)
+    ]
     head, body = _html_head(table, attributes), "".join(_html_rows(table, attributes))
     return f'<table class="{kind}"><thead>{head}</thead><tbody>{body}</tbody></table>'
-
-
-def _html_class(first_of_group: bool, heading: Heading) -> str:
-    name = "start" if first_of_group else "words" if heading.words else ""
-    return f' class="{name}"' if name else ""
 
 
 def _html_head(table: Table, attributes: Sequence[str]) -> str:
@@ -310,11 +371,8 @@ def _html_head(table: Table, attributes: Sequence[str]) -> str:
     columns = "".join(map(_html_heading, table.headings, attributes))
     if not grouped:
         return f"<tr>{corner}{columns}</tr>"
-    groups = "".join(
-        f'<th colspan="{count}" scope="colgroup" class="group">{html_label(title)}</th>'
-        for title, count in table.groups
-    )
-    return f"<tr>{corner}{groups}</tr><tr>{columns}</tr>"
+    spans = (f'<th colspan="{n}" scope="colgroup" class="group">{html_label(title)}</th>' for title, n in table.groups)
+    return "".join(("<tr>", corner, *spans, "</tr><tr>", columns, "</tr>"))
 
 
 def _html_heading(heading: Heading, attribute: str) -> str:
@@ -325,15 +383,13 @@ def _html_heading(heading: Heading, attribute: str) -> str:
 
 
 def _html_rows(table: Table, attributes: Sequence[str]) -> Iterator[str]:
-    for title, rows in _row_groups(table):
+    for title, rows in table.row_groups:
         if title:
             span = len(table.headings) + 1
             yield f'<tr><th colspan="{span}" scope="rowgroup"><small>{escape(title)}</small></th></tr>'
         for row in rows:
-            cells = "".join(
-                f"<td{attribute}>{_html_cell(cell)}</td>" for cell, attribute in zip(row.cells, attributes, strict=True)
-            )
-            yield f'<tr><th scope="row" class="arm">{html_label(row.label)}</th>{cells}</tr>'
+            cells = (f"<td{kind}>{_html_cell(cell)}</td>" for cell, kind in zip(row.cells, attributes, strict=True))
+            yield "".join((f'<tr><th scope="row" class="arm">{html_label(row.label)}</th>', *cells, "</tr>"))
 
 
 def _html_cell(cell: Cell | None) -> str:
@@ -349,9 +405,44 @@ def _html_cell(cell: Cell | None) -> str:
     return "".join((text, spread, *pictures))
 
 
-# ---- LaTeX -------------------------------------------------------------------------------------
+# ---- LaTeX ---------------------------------------------------------------------------------------
 
 LATEX_NEEDS = "% Needs \\usepackage{booktabs}."
+
+_LATEX_SIGNS = {"↑": "uparrow", "↓": "downarrow", "†": "dagger", "±": "pm", "δ": "delta", "λ": "lambda", "ρ": "rho"}
+_LATEX_ESCAPES = {sign: rf"\{sign}" for sign in "&%$#_{}"} | {
+    "\\": r"\textbackslash{}",
+    "~": r"\textasciitilde{}",
+    "^": r"\textasciicircum{}",
+    **{sign: rf"$\{name}$" for sign, name in _LATEX_SIGNS.items()},
+    "−": r"$-$",
+    "²": "$^2$",
+    "“": "``",
+    "”": "''",
+    "[": "{[}",
+    "*": "{*}",  # after a row's end they would be its options
+}
+_LATEX_SPECIAL = re.compile("|".join(map(re.escape, _LATEX_ESCAPES)))
+
+
+def latex_text(text: str) -> str:
+    r"""Text with everything escaped that LaTeX would read as a command.
+
+    >>> latex_text("PCK_1 50 %")
+    'PCK\\_1 50 \\%'
+    """
+    return _LATEX_SPECIAL.sub(lambda match: _LATEX_ESCAPES[match.group()], text)
+
+
+def latex_label(label: str) -> str:
+    """A label with its index set low.
+
+    >>> latex_label("IMACS_g")
+    'IMACS$_g$'
+    """
+    first, *indices = _INDEX.split(label)
+    rest = zip(indices[::2], indices[1::2], strict=True)
+    return latex_text(first) + "".join(f"$_{index}${latex_text(text)}" for index, text in rest)
 
 
 def latex(table: Table) -> str:
@@ -372,7 +463,7 @@ def _latex_lines(table: Table) -> Iterator[str]:
         yield " ".join(rf"\cmidrule(lr){{{first}-{first + n - 1}}}" for first, _, n in spans)
     yield _latex_line([latex_text(table.corner), *(latex_label(h.text) for h in table.headings)])
     yield r"\midrule"
-    for title, rows in _row_groups(table):
+    for title, rows in table.row_groups:
         if title:
             span = len(table.headings) + 1
             yield _latex_line([rf"\multicolumn{{{span}}}{{l}}{{\textit{{{latex_text(title)}}}}}"])
@@ -405,6 +496,4 @@ def _latex_cell(cell: Cell | None) -> str:
 
 def _latex_below(cell: Cell | None) -> str:
     """An interval is as wide as its column, so it stands in a line of its own."""
-    if cell is None or not cell.spread.startswith("["):
-        return ""
-    return rf"{{\scriptsize ${cell.spread}$}}"
+    return rf"{{\scriptsize ${cell.spread}$}}" if cell and cell.spread.startswith("[") else ""

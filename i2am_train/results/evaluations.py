@@ -15,18 +15,18 @@ from typing import Any
 from i2am_train.errors import ConfigError, RunFolderError
 from i2am_train.files import entries_of, read_object
 from i2am_train.metrics.registry import describe
-from i2am_train.results.sample_scores import RESULTS, SAMPLES, read_samples
+from i2am_train.results.run_files import RESULTS, SAMPLES, read_samples
 from i2am_train.results.study import uses_truth
 from i2am_train.runs import MANIFEST_FILE, MODEL_FOLDER, SETTINGS_FILE, best_step, checkpoint_label, run_of
 from i2am_train.types import Pairing
 
-MANIFEST_SCHEMA = 1
+_MANIFEST_SCHEMA = 1
 
-COMPARED = ("sampling", "attribution")
+_COMPARED = ("sampling", "attribution")
 """Groups of an evaluation's settings in which compared evaluations must agree."""
-SWEPT = ("deltas", "penalties", "time_groups", "byte_budget")
+_SWEPT = ("deltas", "penalties", "time_groups", "byte_budget")
 """Options of ``attribution`` that add scores or save memory and change none."""
-MODEL_GROUPS = ("init", "objective", "optimization")
+_MODEL_GROUPS = ("init", "objective", "optimization")
 """What makes two training runs of different seeds runs of one model."""
 
 
@@ -61,7 +61,7 @@ class Evaluation:
     @property
     def judged(self) -> str:
         """The checkpoint or the folder of images, as the settings name it."""
-        return str(self.settings.get("checkpoint") or self.settings.get("images"))
+        return _judged(self.settings)
 
 
 def read_evaluations(
@@ -127,15 +127,14 @@ def _read(folder: Path) -> Evaluation:
             f"{folder} holds results of '{manifest.get('command')}', which are no evaluation. Give folders that "
             "'i2am evaluate', 'i2am train' or 'i2am ablate' wrote in runs, and those of 'i2am detect' in detected."
         )
-    if manifest.get("schema") != MANIFEST_SCHEMA:
+    if manifest.get("schema") != _MANIFEST_SCHEMA:
         raise RunFolderError(
             f"The evaluation in {folder} is of another version of i2am_train (schema "
-            f"{manifest.get('schema')!r}, this one reads {MANIFEST_SCHEMA}). Evaluate again into another folder."
+            f"{manifest.get('schema')!r}, this one reads {_MANIFEST_SCHEMA}). Evaluate again into another folder."
         )
     with entries_of(folder / RESULTS):
         settings = results["settings"]
         describe(results.get("own_metrics", {}))
-        origin = _origin(settings, folder)
         return Evaluation(
             folder=folder,
             pairing=Pairing(settings.get("evaluation", {}).get("pairing", "paired")),
@@ -145,7 +144,7 @@ def _read(folder: Path) -> Evaluation:
             protocol=_protocol(results, manifest),
             settings=settings,
             manifest=manifest,
-            **origin,
+            **_origin(settings, folder),
         )
 
 
@@ -163,7 +162,7 @@ def _scores(found: Mapping[str, Any]) -> dict[str, Any]:
 
 def _origin(settings: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     """Model, run, seed and step of what was judged."""
-    judged = Path(str(settings.get("checkpoint") or settings.get("images")))
+    judged = Path(_judged(settings))
     place = run_of(judged)
     training = None
     if place is not None:  # a run that was moved still holds its evaluation
@@ -177,7 +176,7 @@ def _origin(settings: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     finished = judged.name == MODEL_FOLDER
     if step is None and not finished:
         step = best_step(run) or best_step(folder.parent)
-    identity = {name: training.get(name) for name in MODEL_GROUPS}
+    identity = {name: training.get(name) for name in _MODEL_GROUPS}
     return {
         "label": training.get("label") or training["name"],
         "model": json.dumps([training.get("label"), identity], sort_keys=True),
@@ -189,6 +188,10 @@ def _origin(settings: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     }
 
 
+def _judged(settings: Mapping[str, Any]) -> str:
+    return str(settings.get("checkpoint") or settings.get("images"))
+
+
 def _training_settings(run: Path) -> dict[str, Any] | None:
     file = run / SETTINGS_FILE
     settings = read_object(file) if file.is_file() else {}
@@ -198,9 +201,9 @@ def _training_settings(run: Path) -> dict[str, Any] | None:
 def _protocol(results: Mapping[str, Any], manifest: Mapping[str, Any]) -> dict[str, Any]:
     settings = results["settings"]
     compared: dict[str, Any] = {"data": manifest.get("data"), "samples": int(results["samples"])}
-    for group in COMPARED:
+    for group in _COMPARED:
         options = settings.get(group) or {}
-        compared |= {f"{group}.{n}": v for n, v in options.items() if n not in SWEPT}
+        compared |= {f"{group}.{n}": v for n, v in options.items() if n not in _SWEPT}
     return compared | {f"protocol.{n}": v for n, v in results.get("protocol", {}).items()}
 
 
@@ -220,15 +223,15 @@ def _told_apart(evaluations: list[Evaluation]) -> list[Evaluation]:
     names = {
         model: f"{label} ({name})" if len(models) > 1 else label
         for label, models in places.items()
-        for model, name in zip(models, distinguishing_parts(list(models.values())), strict=True)
+        for model, name in zip(models, _distinguishing_parts(list(models.values())), strict=True)
     }
     return [replace(evaluation, label=names[evaluation.model]) for evaluation in result]
 
 
-def distinguishing_parts(paths: Sequence[str]) -> list[str]:
+def _distinguishing_parts(paths: Sequence[str]) -> list[str]:
     """The last part of each path in which all differ, or numbers where there is none.
 
-    >>> distinguishing_parts(["runs/study/cells/refined-seed0", "runs/long/cells/refined-seed0"])
+    >>> _distinguishing_parts(["runs/study/cells/refined-seed0", "runs/long/cells/refined-seed0"])
     ['study', 'long']
     """
     for parts in zip(*(reversed(Path(path).parts) for path in paths), strict=False):
@@ -249,7 +252,12 @@ def _refuse_incomparable(evaluations: Sequence[Evaluation]) -> None:
 
 
 def incomparable(evaluations: Iterable[Evaluation]) -> Iterator[str]:
-    """What the protocols differ in, each with its values and the models that have them."""
+    """What the protocols differ in, each with its values and the models that have them.
+
+    >>> from types import SimpleNamespace
+    >>> list(incomparable(SimpleNamespace(label=name, protocol={"data": f"d-{name}"}) for name in "ab"))
+    ['data: "d-a" (a) against "d-b" (b)']
+    """
     by_name: dict[str, dict[str, list[str]]] = {}
     evaluations = list(evaluations)
     for evaluation in evaluations:

@@ -27,21 +27,29 @@ class Over(StrEnum):
 
     @property
     def interval(self) -> str:
-        """What tables call the interval of :func:`mean_interval`."""
+        """What tables call the interval of :func:`mean_interval`.
+
+        >>> Over.SEEDS.interval
+        "Student's t"
+        """
         return {Over.SEEDS: "Student's t", Over.SAMPLES: "bootstrap, BCa"}[self]
 
 
-BOOTSTRAP_COVERAGE = {5: 85, 10: 90, 20: 93}
+_BOOTSTRAP_COVERAGE = {5: 85, 10: 90, 20: 93}
 """True coverage in percent of the 95 % bootstrap interval by number of samples: simulated by us,
 4000 draws of normal values through ``mean_interval``. With two to five values it misses in 50 to
 15 %, which is why the interval over seeds is another."""
 
 
 def few_samples_note(fewest: int) -> str:
-    """What a bootstrap over so few samples is worth; empty where there are enough."""
-    if fewest >= max(BOOTSTRAP_COVERAGE):
+    """What a bootstrap over so few samples is worth; empty where there are enough.
+
+    >>> few_samples_note(6)
+    ' With few samples they are too narrow (95 % intervals cover 85 % with 5, 90 % with 10, 93 % with 20).'
+    """
+    if fewest >= max(_BOOTSTRAP_COVERAGE):
         return ""
-    covers = ", ".join(f"{c} % with {n}" for n, c in BOOTSTRAP_COVERAGE.items())
+    covers = ", ".join(f"{c} % with {n}" for n, c in _BOOTSTRAP_COVERAGE.items())
     return f" With few samples they are too narrow (95 % intervals cover {covers})."
 
 
@@ -86,14 +94,16 @@ class PairedDifference:
 
     @property
     def excludes_zero(self) -> bool:
-        """Whether there is an interval and it lies wholly on one side of zero."""
-        if self.low is None or self.high is None:
-            return False
-        return self.low > 0 or self.high < 0
+        """Whether there is an interval and it lies wholly on one side of zero.
+
+        >>> PairedDifference(mean=0.1, low=0.0, high=0.2, n=3).excludes_zero
+        False
+        """
+        return self.low is not None and self.high is not None and (self.low > 0 or self.high < 0)
 
 
 def paired_difference(
-    a: ArrayLike, b: ArrayLike, over: Over, confidence: float = 0.95, resamples: int = 10_000, seed: int = 0
+    a: ArrayLike, b: ArrayLike, over: Over, confidence: float = 0.95, resamples: int = 10_000
 ) -> PairedDifference:
     """Mean of ``a - b`` with the interval of :func:`mean_interval`.
 
@@ -101,7 +111,7 @@ def paired_difference(
         a: one value per seed (or sample).
         b: the values of the same seeds (or samples), in the same order.
         over: what the pairs are.
-        confidence: as for :func:`mean_interval`, like ``resamples`` and ``seed``.
+        confidence: as for :func:`mean_interval`, like ``resamples``.
 
     Pairs in which a value is not finite are left out. One pair has no interval.
 
@@ -122,7 +132,7 @@ over=<Over.SEEDS: 'seeds'>)
     differences = differences[np.isfinite(differences)]
     if differences.size == 0:
         raise ValueError(f"None of the {first.size} pairs has two finite values.")
-    low, high = mean_interval(differences, over, confidence, resamples, seed)
+    low, high = mean_interval(differences, over, confidence, resamples)
     return PairedDifference(
         mean=float(differences.mean()),
         low=low,
@@ -135,12 +145,12 @@ over=<Over.SEEDS: 'seeds'>)
 
 
 def mean_interval(
-    values: ArrayLike, over: Over, confidence: float = 0.95, resamples: int = 10_000, seed: int = 0
+    values: ArrayLike, over: Over, confidence: float = 0.95, resamples: int = 10_000
 ) -> tuple[float, float] | tuple[None, None]:
     """Interval of the mean of finite ``values``: the one place that decides which kind.
 
     Over seeds it is Student's t, which keeps what it promises with two or three values; a bootstrap
-    cannot know from so few how far they may lie apart (``BOOTSTRAP_COVERAGE``). With two
+    cannot know from so few how far they may lie apart (``_BOOTSTRAP_COVERAGE``). With two
     seeds it reaches 12.7 standard errors to each side: so little is known then. Where nothing differs
     it claims a difference in 5 % of studies (normal values; 2 to 3 % for arms of one skewed
     distribution, up to 12 % where the differences themselves are skewed). Over samples it is the
@@ -150,8 +160,8 @@ def mean_interval(
         values: one per seed or sample.
         over: what they are.
         confidence: nominal coverage of the interval, between 0 and 1.
-        resamples: number of bootstrap resamples; over samples only.
-        seed: of the resampling, so that a report can be made again to the digit.
+        resamples: number of bootstrap resamples, seeded so that a report can be made again to the digit; over samples
+            only.
 
     Returns:
         Both ends; ``(None, None)`` for fewer than two values, and no width where all are equal.
@@ -174,7 +184,7 @@ def mean_interval(
         case Over.SEEDS:
             return _student_interval(values, confidence)
         case Over.SAMPLES:
-            return _bootstrap_interval(values, confidence, resamples, seed)
+            return _bootstrap_interval(values, confidence, resamples)
 
 
 def _student_interval(values: NDArray[np.float64], confidence: float) -> tuple[float, float]:
@@ -183,9 +193,7 @@ def _student_interval(values: NDArray[np.float64], confidence: float) -> tuple[f
     return float(values.mean() - half), float(values.mean() + half)
 
 
-def _bootstrap_interval(
-    values: NDArray[np.float64], confidence: float, resamples: int, seed: int
-) -> tuple[float, float]:
+def _bootstrap_interval(values: NDArray[np.float64], confidence: float, resamples: int) -> tuple[float, float]:
     result = bootstrap(
         (values,),
         np.mean,
@@ -193,7 +201,7 @@ def _bootstrap_interval(
         n_resamples=resamples,
         method="BCa",
         batch=max(1, 2**20 // values.size),  # resamples at a time: 8 MiB of float64
-        rng=np.random.default_rng(seed),
+        rng=np.random.default_rng(0),
     )
     return float(result.confidence_interval.low), float(result.confidence_interval.high)
 
@@ -207,19 +215,16 @@ class Correlation:
     spearman: float
     spearman_interval: tuple[float, float] | None
     n: int
-    clusters: int
-    """Training runs, of which each brings all its points."""
 
 
-def correlation(x: ArrayLike, y: ArrayLike, clusters: Sequence[str], confidence: float = 0.95) -> Correlation | None:
-    """Correlation over points that come in clusters, with Fisher's interval for as many values as clusters.
+def correlation(x: ArrayLike, y: ArrayLike, clusters: Sequence[str]) -> Correlation | None:
+    """Correlation over points that come in clusters, with Fisher's 95 % interval for as many values as clusters.
 
     Args:
         x: one value per point.
         y: the other value of each point.
         clusters: the training run that each point comes from. Checkpoints of one run resemble each
             other; counted one by one they would promise too much.
-        confidence: nominal coverage of the intervals.
 
     The interval is wider than need be where points of one cluster differ much; a bootstrap over few
     clusters is too narrow nearly everywhere (55 to 97 % instead of 95 % with six, where this covers 85 to
@@ -243,19 +248,18 @@ def correlation(x: ArrayLike, y: ArrayLike, clusters: Sequence[str], confidence:
     (pearson, spearman), count = whole, len(set(clusters))
     return Correlation(
         pearson,
-        _fisher_interval(pearson, 1.0, count, confidence),
+        _fisher_interval(pearson, 1.0, count),
         spearman,
-        _fisher_interval(spearman, 1 + spearman**2 / 2, count, confidence),
+        _fisher_interval(spearman, 1 + spearman**2 / 2, count),
         points.shape[1],
-        count,
     )
 
 
-def _fisher_interval(coefficient: float, variance: float, count: int, confidence: float) -> tuple[float, float] | None:
+def _fisher_interval(coefficient: float, variance: float, count: int) -> tuple[float, float] | None:
     """Around ``atanh`` of the coefficient, whose variance is ``variance / (count - 3)``."""
     if count < 4 or abs(coefficient) > 1 - 1e-9:
         return None
-    half = norm.ppf((1 + confidence) / 2) * math.sqrt(variance / (count - 3))
+    half = norm.ppf((1 + 0.95) / 2) * math.sqrt(variance / (count - 3))
     low, high = np.tanh(np.arctanh(coefficient) + np.array([-half, half]))
     return float(low), float(high)
 

@@ -17,9 +17,16 @@ from typing import Any, TypeAlias
 import numpy as np
 
 from i2am_train.errors import RunFolderError
-from i2am_train.results.history import History, read_history
-from i2am_train.results.panels import SamplePanels, read_panels
-from i2am_train.results.sample_scores import RESULTS, SAMPLES, SampleScores, read_samples
+from i2am_train.results.run_files import (
+    RESULTS,
+    SAMPLES,
+    History,
+    SamplePanels,
+    SampleScores,
+    read_history,
+    read_panels,
+    read_samples,
+)
 from i2am_train.results.statistics import Over, PairedDifference, paired_difference
 
 SCHEMA = 1
@@ -131,9 +138,13 @@ def _missing_parts(runs: Sequence[ArmRun]) -> Iterator[str]:
 
 
 def reference_arm(results: Results) -> str | None:
-    """The arm that the others are compared with: that of the paired entries, else "baseline"."""
-    for entry in results.get("paired", ()):
-        return str(entry["against"])
+    """The arm that the others are compared with: that of the paired entries, else "baseline".
+
+    >>> reference_arm({"arms": [{"name": name} for name in ("base", "baseline", "refined")]})
+    'baseline'
+    """
+    if paired := results.get("paired"):
+        return str(paired[0]["against"])
     trained = [arm["name"] for arm in results["arms"] if arm["name"] != START_ARM]
     if "baseline" in trained:
         return "baseline"
@@ -155,7 +166,11 @@ def uses_truth(arm: Mapping[str, Any]) -> bool:
 
 
 def arm_labels(results: Results) -> dict[str, str]:
-    """Label of every arm by name, in the order of the file."""
+    """Label of every arm by name, in the order of the file.
+
+    >>> arm_labels({"arms": [{"name": "base"}, {"name": "refined", "label": "Ours"}]})
+    {'base': 'base', 'refined': 'Ours'}
+    """
     return {arm["name"]: str(arm.get("label") or arm["name"]) for arm in results["arms"]}
 
 
@@ -196,11 +211,18 @@ def compare(
 
     Returns:
         A dictionary to ``update`` the results with; plain numbers, ready for JSON.
+
+    >>> cells = [{"arm": "a", "seed": s, "folder": f"a{s}", "metrics": {"ssim": s / 2}} for s in (0, 1)]
+    >>> cells += [{"arm": "b", "seed": s, "folder": f"b{s}", "metrics": {"ssim": s}} for s in (0, 1)]
+    >>> found = compare(cells, ["ssim"], ["a", "b"], reference_arm="a")
+    >>> found["summary"]["a"]["ssim"]["mean"], found["paired"][0]["difference"]
+    (0.25, 0.25)
     """
-    metrics, summaries = list(metrics), summarise(cells)
+    metrics = list(metrics)
     return {
         "summary": {
-            arm: {metric: of_arm[metric] for metric in metrics if metric in of_arm} for arm, of_arm in summaries.items()
+            arm: {metric: of_arm[metric] for metric in metrics if metric in of_arm}
+            for arm, of_arm in _summarise(cells).items()
         },
         "paired": [
             {"arm": arm, "against": reference_arm, "metric": metric, **_entry(found)}
@@ -212,14 +234,10 @@ def compare(
     }
 
 
-def summarise(cells: Cells) -> dict[str, dict[str, dict[str, Any]]]:
+def _summarise(cells: Cells) -> dict[str, dict[str, dict[str, Any]]]:
     """Mean, sample standard deviation (None for one value) and number of values per arm and metric.
 
     Values are over the seeds; one that is not finite is left out.
-
-    >>> cells = [{"arm": "refined", "seed": s, "metrics": {"ssim": s / 2}} for s in (0, 1)]
-    >>> summarise(cells)["refined"]["ssim"]["mean"]
-    0.25
     """
     values: dict[str, dict[str, list[float]]] = {}
     for cell in cells:
@@ -249,39 +267,24 @@ def _entry(difference: PairedDifference) -> dict[str, Any]:
 def _difference(
     cells: Cells, arm: str, against: str, metric: str, samples: Mapping[str, SampleScores], **options: Any
 ) -> PairedDifference | None:
-    over_seeds = paired_over_seeds(cells, arm, against, metric, **options)
-    first, second = (_by_seed(cells, name, "folder") for name in (arm, against))
+    """Difference ``arm - against`` over what both have: seeds, or the samples of the only seed; None without a pair.
+
+    A cell whose seed is ``None`` (the shared starting checkpoint) has no pair. Samples are matched by name; a metric of
+    a set, such as a Fréchet distance, has no values of single ones.
+    """
+    first, second = (
+        {cell["seed"]: cell for cell in cells if cell["arm"] == name and cell["seed"] is not None}
+        for name in (arm, against)
+    )
     shared = first.keys() & second.keys()
-    if len(shared) != 1:
-        return over_seeds
-    (seed,) = shared
-    kept = samples.get(first[seed], ()), samples.get(second[seed], ())
-    return paired_over_samples(*kept, metric, **options) or over_seeds
-
-
-def paired_over_seeds(cells: Cells, arm: str, against: str, metric: str, **options: Any) -> PairedDifference | None:
-    """Difference ``arm - against`` over the seeds that both have; ``None`` if they share none.
-
-    A cell whose seed is ``None`` (the shared starting checkpoint) has no pair.
-    """
-    scores = [_by_seed(cells, name, "metrics") for name in (arm, against)]
-    first, second = ({seed: of[seed].get(metric) for seed in of} for of in scores)
-    return _paired(first, second, Over.SEEDS, **options)
-
-
-def paired_over_samples(
-    samples: SampleScores, against: SampleScores, metric: str, **options: Any
-) -> PairedDifference | None:
-    """Difference over the held-out samples that both evaluations hold, matched by name.
-
-    ``None`` if ``metric`` is not one of a single sample (a Fréchet distance is one of a set).
-    """
-    first, second = ({str(s["name"]): s.get(metric) for s in of} for of in (samples, against))
-    return _paired(first, second, Over.SAMPLES, **options)
-
-
-def _by_seed(cells: Cells, arm: str, entry: str) -> dict[int, Any]:
-    return {c["seed"]: c[entry] for c in cells if c["arm"] == arm and c["seed"] is not None}
+    if len(shared) == 1:
+        (seed,) = shared
+        kept = (samples.get(of[seed]["folder"], ()) for of in (first, second))
+        ours, theirs = ({str(sample["name"]): sample.get(metric) for sample in of} for of in kept)
+        if (found := _paired(ours, theirs, Over.SAMPLES, **options)) is not None:
+            return found
+    ours, theirs = ({seed: cell["metrics"].get(metric) for seed, cell in of.items()} for of in (first, second))
+    return _paired(ours, theirs, Over.SEEDS, **options)
 
 
 def _paired(first: Mapping[Any, Any], second: Mapping[Any, Any], over: Over, **options: Any) -> PairedDifference | None:

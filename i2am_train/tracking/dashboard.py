@@ -40,13 +40,13 @@ from i2am_train.tracking.names import (
     VALIDATION,
 )
 
-TITLE = "i2am_train"
+_TITLE = "i2am_train"
 
 T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True)
-class DashboardSection:
+class _DashboardSection:
     """Panels under one heading, and what the report says above them."""
 
     name: str
@@ -56,21 +56,25 @@ class DashboardSection:
     """Runs of one arm count together in the report."""
 
 
-def sections() -> list[DashboardSection]:
-    """What workspace and report show, in order."""
+def sections() -> list[_DashboardSection]:
+    """What workspace and report show, in order.
+
+    >>> [section.name for section in sections()][:3]
+    ['Attention scores', 'Image quality', 'Losses']
+    """
     chosen = [*_metrics("attention"), *_metrics("image")]
     return [
-        DashboardSection(
+        _DashboardSection(
             name="Attention scores",
             text="On the validation samples. A small spread ratio is collapse, which IMACS does not see.",
             panels=[_curve(VALIDATION + name, METRICS[name].label) for name in _metrics("attention")],
         ),
-        DashboardSection(
+        _DashboardSection(
             name="Image quality",
             text="Of the validation samples; distances between sets mean little for so few.",
             panels=[_curve(VALIDATION + name, METRICS[name].label) for name in _metrics("image")],
         ),
-        DashboardSection(
+        _DashboardSection(
             name="Losses",
             text="Each term without its weight, and the learning rate.",
             panels=[
@@ -79,7 +83,7 @@ def sections() -> list[DashboardSection]:
                 reports.LinePlot(title="All terms", x=STEP, metric_regex=f"^{LOSS}"),
             ],
         ),
-        DashboardSection(
+        _DashboardSection(
             name="Attribution and samples",
             text=(
                 "Masks can be switched on and off: the inpainted region or the garment, and where the attribution is "
@@ -92,7 +96,7 @@ def sections() -> list[DashboardSection]:
                 reports.WeavePanelSummaryTable(table_name=VALIDATION + TABLE),
             ],
         ),
-        DashboardSection(
+        _DashboardSection(
             name="Ablation",
             text="Held-out samples, mean over the seeds of each arm; bars span the standard deviation.",
             panels=[
@@ -104,7 +108,7 @@ def sections() -> list[DashboardSection]:
             ],
             by_arm=True,
         ),
-        DashboardSection(
+        _DashboardSection(
             name="Object detection",
             text=(
                 "Mean IoU of the boxes that the attention gives, by method and over the threshold of the map (runs of "
@@ -128,7 +132,7 @@ def sections() -> list[DashboardSection]:
     ]
 
 
-def make_workspace(entity: str, project: str, group: str | None) -> Any:
+def _make_workspace(entity: str, project: str, group: str | None) -> Any:
     """The workspace, not saved: all sections over the runs of a project or of one group."""
     return workspaces.Workspace(
         entity=entity,
@@ -145,7 +149,7 @@ def make_workspace(entity: str, project: str, group: str | None) -> Any:
     )
 
 
-def make_report(entity: str, project: str, group: str | None) -> Any:
+def _make_report(entity: str, project: str, group: str | None) -> Any:
     """The report, not saved. With a nameless entity it is made without asking the server for the project's number."""
     blocks: list[Any] = []
     for section in sections():
@@ -175,8 +179,8 @@ def dashboard_json(project: str, group: str | None) -> dict[str, Any]:
     """Both as W&B's own specifications, made without network."""
     # The only way to see them without saving; their public methods all talk to the server.
     parts = {
-        "workspace": make_workspace("", project, group)._to_model(),
-        "report": make_report("", project, group)._to_model(),
+        "workspace": _make_workspace("", project, group)._to_model(),
+        "report": _make_report("", project, group)._to_model(),
     }
     return {
         "project": project,
@@ -196,8 +200,8 @@ def save_dashboard(entity: str | None, project: str, group: str | None) -> tuple
     if not owner:
         raise TrackingError("Weights & Biases knows no default entity for this login. Give entity=USER_OR_TEAM.")
     # The report first: it fails where there is no such project.
-    report = _asked(lambda: make_report(owner, project, group).save())
-    workspace = _asked(lambda: make_workspace(owner, project, group).save())
+    report = _asked(lambda: _make_report(owner, project, group).save())
+    workspace = _asked(lambda: _make_workspace(owner, project, group).save())
     return str(workspace.url), str(report.url)
 
 
@@ -246,4 +250,4 @@ def _filters(group: str | None) -> Any:
 
 
 def _title(group: str | None) -> str:
-    return TITLE if group is None else f"{TITLE}: {group}"
+    return _TITLE if group is None else f"{_TITLE}: {group}"

@@ -24,11 +24,11 @@ from i2am_train.fingerprints import data_state
 from i2am_train.locks import locked
 from i2am_train.metrics.registry import METRICS
 from i2am_train.reporting.ablation_page import build_report
-from i2am_train.reporting.tables.ablation import as_terminal, verdict_sentences
-from i2am_train.results.sample_scores import read_samples
+from i2am_train.reporting.ablation_tables import as_terminal, verdict_sentences
+from i2am_train.results.run_files import read_samples
 from i2am_train.results.study import compare
 from i2am_train.runs import RunFolder
-from i2am_train.tracking.finished import track_study
+from i2am_train.tracking.scores import track_study
 from i2am_train.tracking.session import sync_advice
 from i2am_train.workflows import evaluate, train
 

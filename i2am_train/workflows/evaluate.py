@@ -38,14 +38,12 @@ from i2am_train.locks import locked
 from i2am_train.models.loading import load_model, model_folder
 from i2am_train.models.tryon import TryOnModel
 from i2am_train.ops.devices import check_device
+from i2am_train.reporting.model_tables import CAUTION, TABLE_2, evaluation_scores, published_values
 from i2am_train.reporting.table import terminal
-from i2am_train.reporting.tables.published import CAUTION, TABLE_2, published_values
-from i2am_train.reporting.tables.scores import evaluation_scores
-from i2am_train.results.panels import write_panels
+from i2am_train.results.run_files import write_panels
 from i2am_train.runs import MANIFEST_FILE, SETTINGS_FILE, RunFolder, model_suffix, require_apart, run_of
-from i2am_train.tracking.artifacts import arm_name, use_dataset, use_images, use_model
-from i2am_train.tracking.finished import track_evaluation
-from i2am_train.tracking.session import sync_advice
+from i2am_train.tracking.scores import track_evaluation
+from i2am_train.tracking.session import arm_name, sync_advice, use_dataset, use_images, use_model
 from i2am_train.trainers import check_test_trainer, make_test_trainer, make_untrained_module
 from i2am_train.types import GridSize, Pairing
 

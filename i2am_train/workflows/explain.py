@@ -42,8 +42,8 @@ from i2am_train.ops.devices import chosen_device
 from i2am_train.ops.grids import mask_on_grid, spread_patches
 from i2am_train.reporting.explorer import PAGE, explorer_data, explorer_page
 from i2am_train.reporting.figures.canvas import save_figure
-from i2am_train.reporting.figures.single import figures_of
-from i2am_train.reporting.provenance import flat, provenance_rows
+from i2am_train.reporting.figures.paper import figures_of
+from i2am_train.reporting.pages import flat, provenance_rows
 from i2am_train.reporting.table import terminal
 from i2am_train.runs import RunFolder, checkpoint_label
 from i2am_train.tracking.session import sync_advice

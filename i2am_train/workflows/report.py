@@ -16,9 +16,8 @@ from i2am_train.environment import now, provenance
 from i2am_train.errors import ConfigError
 from i2am_train.files import read_json, require_own_json, write_json, write_text
 from i2am_train.locks import locked
-from i2am_train.reporting.figures.files import plan_figures
-from i2am_train.reporting.pages import Section, left_out, report_page
-from i2am_train.reporting.table_files import plan_tables
+from i2am_train.reporting.pages import Section
+from i2am_train.reporting.report_files import left_out, plan_figures, plan_tables, report_page
 from i2am_train.runs import RunFolder
 from i2am_train.tracking.dashboard import dashboard_json, save_dashboard
 

@@ -25,7 +25,7 @@ from i2am_train.locks import locked
 from i2am_train.models.lora import FOLDER as ADAPTER_FOLDER
 from i2am_train.models.lora import has_adapters, save_adapters
 from i2am_train.models.tryon import TryOnModel
-from i2am_train.reporting.tables.published import published_row
+from i2am_train.reporting.model_tables import published_row
 from i2am_train.runs import MANIFEST_FILE, MODEL_FOLDER, RunFolder
 from i2am_train.tracking.session import sync_advice
 from i2am_train.trainers import check_trainer, make_module, make_trainer, measure_steps, release_signals

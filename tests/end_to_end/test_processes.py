@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from i2am_train.results.panels import read_panels
+from i2am_train.results.run_files import read_panels
 
 pytestmark = pytest.mark.long
 

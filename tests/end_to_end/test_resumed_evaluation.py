@@ -10,7 +10,7 @@ import pytest
 from safetensors import safe_open
 
 from i2am_train.config.store import compose
-from i2am_train.results.panels import PANELS
+from i2am_train.results.run_files import PANELS
 from i2am_train.workflows.evaluate import evaluate
 from tests.support.commands import Command
 

@@ -12,7 +12,7 @@ from i2am_train.errors import CheckpointError
 from i2am_train.metrics.imacs import imacs_column
 from i2am_train.results.evaluations import read_evaluations
 from i2am_train.runs import checkpoint_label
-from i2am_train.tracking.artifacts import arm_name
+from i2am_train.tracking.session import arm_name
 from i2am_train.workflows.ablate import ablate
 from i2am_train.workflows.evaluate import run as run_evaluate
 from i2am_train.workflows.report import report

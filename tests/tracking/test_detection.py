@@ -16,7 +16,7 @@ from i2am_train.detection.bench import make_shapes
 from i2am_train.detection.experiment import run_experiment
 from i2am_train.detection.tracking import METHOD_COLUMNS, PICTURE_COLUMNS, THRESHOLD_COLUMNS
 from i2am_train.files import read_json
-from i2am_train.results.sample_scores import read_samples
+from i2am_train.results.run_files import read_samples
 from i2am_train.tracking.dashboard import dashboard_json
 from i2am_train.workflows.explain import detect
 from tests.support.detectors import tiny_yolos

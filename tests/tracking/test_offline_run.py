@@ -14,10 +14,10 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from i2am_train.config.store import compose
 from i2am_train.files import read_json
 from i2am_train.fingerprints import data_state
-from i2am_train.results.panels import read_panels
-from i2am_train.results.sample_scores import read_samples
-from i2am_train.tracking import media, names
+from i2am_train.results.run_files import read_panels, read_samples
+from i2am_train.tracking import names
 from i2am_train.tracking.dashboard import dashboard_json
+from i2am_train.tracking.scores import ATTRIBUTED, GARMENT, INPAINTED, TABLE_COLUMNS
 from i2am_train.workflows.evaluate import evaluate
 from i2am_train.workflows.train import train
 from tests.support.trainings import going_down
@@ -118,7 +118,7 @@ def test_the_table_of_a_validation(run: Path, stored: Any) -> None:
     """Three samples with pictures and their own scores, worst IMACS_g first; means agree where all samples show."""
     rows = stored.table("val/table")
     assert len(rows) == 3
-    assert list(rows[0])[:9] == ["epoch", "step", *media.TABLE_COLUMNS]
+    assert list(rows[0])[:9] == ["epoch", "step", *TABLE_COLUMNS]
     assert {row["epoch"] for row in rows} == {1}
     assert {row["step"] for row in rows} == {3}
     scores = [row["imacs_g"] for row in rows]
@@ -130,7 +130,7 @@ def test_the_table_of_a_validation(run: Path, stored: Any) -> None:
         with Image.open(by_name[one.name]["generated"]) as picture:
             assert np.array_equal(np.asarray(picture.convert("RGB")), one.generated)
     columns = {name.removeprefix("val/") for name in csv_scalars(run) if name.startswith("val/")}
-    assert columns == set(rows[0]) - {"epoch", "step", *media.TABLE_COLUMNS}
+    assert columns == set(rows[0]) - {"epoch", "step", *TABLE_COLUMNS}
 
 
 def test_table_means_are_the_logged_scores(
@@ -153,19 +153,19 @@ def test_masks_of_the_overlays(run: Path, stored: Any) -> None:
     panels = read_panels(run / "validation" / "epoch-0001")
     assert len(panels) == 2
     for name, maps, region in (
-        ("attribution_generated", [one.map_generated for one in panels], media.INPAINTED),
-        ("attribution_reference", [one.map_reference for one in panels], media.GARMENT),
+        ("attribution_generated", [one.map_generated for one in panels], INPAINTED),
+        ("attribution_reference", [one.map_reference for one in panels], GARMENT),
     ):
         entry = [row for row in stored.history if f"val/{name}/count" in row][-1]
         masks = entry[f"val/{name}/all_masks"]
         assert len(masks) == 2
         for position, of_sample in enumerate(masks):
-            assert set(of_sample) == {region, media.ATTRIBUTED}
+            assert set(of_sample) == {region, ATTRIBUTED}
             pixels = {
                 key: np.asarray(Image.open(stored.folder / "files" / value["path"])) for key, value in of_sample.items()
             }
-            assert np.array_equal(pixels[media.ATTRIBUTED] == 3, maps[position] >= 0.4)
-            assert set(np.unique(pixels[region])) == {0, 1 if region == media.INPAINTED else 2}
+            assert np.array_equal(pixels[ATTRIBUTED] == 3, maps[position] >= 0.4)
+            assert set(np.unique(pixels[region])) == {0, 1 if region == INPAINTED else 2}
 
 
 def test_pictures(run: Path, stored: Any) -> None:

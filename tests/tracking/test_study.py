@@ -9,7 +9,7 @@ import pytest
 from i2am_train.config.store import compose
 from i2am_train.config.training import AblateConfig
 from i2am_train.files import read_json
-from i2am_train.tracking.finished import ARM_COLUMNS, DIFFERENCE_COLUMNS
+from i2am_train.tracking.scores import ARM_COLUMNS, DIFFERENCE_COLUMNS
 from i2am_train.tracking.session import sync_advice
 from i2am_train.workflows.ablate import ablate, tracked
 

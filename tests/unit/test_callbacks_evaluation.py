@@ -7,7 +7,7 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from i2am_train.config.store import compose
-from i2am_train.results.panels import read_panels
+from i2am_train.results.run_files import read_panels
 from i2am_train.workflows.train import train
 
 pytestmark = pytest.mark.filterwarnings("default")  # Lightning's, TensorBoard's and W&B's own

@@ -23,7 +23,7 @@ from i2am_train.detection.report import (
 from i2am_train.evaluation.explanation import Explanation
 from i2am_train.files import write_json, write_text
 from i2am_train.reporting import table as formats
-from i2am_train.results.sample_scores import RESULTS, SAMPLES
+from i2am_train.results.run_files import RESULTS, SAMPLES
 from i2am_train.runs import RunFolder
 from i2am_train.workflows.report import report
 

@@ -38,9 +38,8 @@ from i2am_train.metrics.correspondence import target_on_grid
 from i2am_train.metrics.imacs import imacs
 from i2am_train.models.sampling import sample
 from i2am_train.ops.images import to_uint8
-from i2am_train.results import panels as panels_module
-from i2am_train.results.panels import SamplePanels, read_panels, write_panels
-from i2am_train.results.sample_scores import read_samples
+from i2am_train.results import run_files
+from i2am_train.results.run_files import SamplePanels, read_panels, read_samples, write_panels
 from i2am_train.results.statistics import Over, mean_interval
 from i2am_train.seeds import seed_for
 from i2am_train.types import Direction, GridSize, Pairing, Split
@@ -447,7 +446,7 @@ def test_panels_are_never_half_written(tmp_path: Path, monkeypatch: pytest.Monke
         path.write_bytes(b"half")
         raise OSError("no space left on device")
 
-    monkeypatch.setattr(panels_module, "save_file", disk_full)
+    monkeypatch.setattr(run_files, "save_file", disk_full)
     with pytest.raises(OSError, match="no space left"):
         write_panels(tmp_path, [panels_of(3)])
     assert [one.name for one in read_panels(tmp_path)] == ["00002_00", "00005_00"]

@@ -19,11 +19,8 @@ from i2am_train.errors import ConfigError, RunFolderError
 from i2am_train.evaluation.evaluator import EvaluationResult, write_evaluation
 from i2am_train.metrics.imacs import imacs_column
 from i2am_train.reporting import table as formats
-from i2am_train.reporting.figures.correlation import correlation_figure
-from i2am_train.reporting.pages import report_page
-from i2am_train.reporting.table_files import plan_tables
-from i2am_train.reporting.tables.correlation import correlation_table, selections
-from i2am_train.reporting.tables.scores import score_tables
+from i2am_train.reporting.model_tables import correlation_figure, correlation_table, score_tables, selections
+from i2am_train.reporting.report_files import plan_tables, report_page
 from i2am_train.results.evaluations import read_evaluations
 from i2am_train.runs import RunFolder
 

@@ -9,12 +9,10 @@ import pytest
 from matplotlib.collections import LineCollection
 from PIL import Image
 
-from i2am_train.reporting.figures.canvas import arm_colors, image_grid, overlay, save_figure
-from i2am_train.reporting.figures.samples import ColumnGroup, mesh, sample_figure
+from i2am_train.reporting.figures.arms import ColumnGroup, difference_plot, mesh, metric_curves, sample_figure
+from i2am_train.reporting.figures.canvas import arm_colors, overlay, save_figure
 from i2am_train.reporting.figures.sheet import Panel, Section, Sheet, draw_sheet
-from i2am_train.reporting.figures.training import difference_plot, metric_curves
-from i2am_train.results.history import Curve, History
-from i2am_train.results.panels import SamplePanels
+from i2am_train.results.run_files import Curve, History, SamplePanels
 from i2am_train.types import GridSize
 
 SIZE = (16, 12)
@@ -69,14 +67,16 @@ def test_overlay_refuses_maps_that_were_not_normalised(heat):
         overlay(picture(), heat)
 
 
-def test_panels_of_a_grid_have_the_shape_of_the_picture():
-    # No stretched pictures: height over width of every panel is the aspect that was asked for.
-    grid = image_grid(3, [2, 1], aspect=4 / 3, width=7.0)
-    width, height = grid.figure.get_size_inches()
-    for axes in grid.panels:
-        box = axes.get_position()
-        assert box.height * height / (box.width * width) == pytest.approx(4 / 3)
-    assert [list(group) for group in grid.groups] == [[0, 1], [2]]
+def test_panels_of_samples_have_the_shape_of_the_picture(panels):
+    # No stretched pictures: height over width of every panel is that of the pictures; groups stand further apart.
+    figure = sample_figure({"a": panels, "b": panels}, [ColumnGroup.IMAGES, ColumnGroup.CENTERS], width=7.0)
+    width, height = figure.get_size_inches()
+    boxes = [axes.get_position() for axes in figure.axes]
+    assert len(boxes) == 2 * 4
+    for box in boxes:
+        assert box.height * height / (box.width * width) == pytest.approx(16 / 12)
+    within, between = (boxes[right].x0 - boxes[right - 1].x1 for right in (1, 2))
+    assert 0 < within < between
 
 
 def test_sample_figure_has_all_columns_in_order(panels):

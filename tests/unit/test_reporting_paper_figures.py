@@ -11,24 +11,29 @@ import torch
 
 from i2am_train.attention.recipe import PAPER_LAYERS
 from i2am_train.errors import CaptureError
-from i2am_train.reporting.figures.by_layer import layer_maps, overview, time_and_head_maps, two_axis_maps
-from i2am_train.reporting.figures.comparisons import (
-    daam_direction,
-    daam_map,
-    guidance_effect,
-    refinement,
-    scores_under_maps,
-)
-from i2am_train.reporting.figures.elements import layers_of, same_patch, specific_panels
-from i2am_train.reporting.figures.files import plan_figures
-from i2am_train.reporting.figures.paper import PAPER_FIGURES, PlannedFigure, plan
-from i2am_train.reporting.figures.patches import (
+from i2am_train.reporting.figures.maps import (
     generation_flow,
+    layer_maps,
+    overview,
     reverse_across_layers,
     specific_across_layers,
     specific_reference,
+    time_and_head_maps,
+    two_axis_maps,
+)
+from i2am_train.reporting.figures.panels import layers_of, same_patch, specific_panels
+from i2am_train.reporting.figures.paper import (
+    PAPER_FIGURES,
+    PlannedFigure,
+    daam_direction,
+    daam_map,
+    guidance_effect,
+    plan,
+    refinement,
+    scores_under_maps,
 )
 from i2am_train.reporting.figures.sheet import MarkKind, draw_sheet
+from i2am_train.reporting.report_files import plan_figures
 from i2am_train.types import Direction, GridSize
 
 TO_GENERATED = Direction.REFERENCE_TO_GENERATED

@@ -1,4 +1,4 @@
-"""reporting/tables/published.py and the experiments that repeat the paper: its row stands beside a run's scores."""
+"""reporting/model_tables.py and the experiments that repeat the paper: its row stands beside a run's scores."""
 
 import json
 from pathlib import Path
@@ -10,7 +10,7 @@ from i2am_train.config.evaluation import EvaluateConfig, EvaluationConfig
 from i2am_train.config.store import arm_config, compose
 from i2am_train.errors import ConfigError
 from i2am_train.metrics.registry import METRICS
-from i2am_train.reporting.tables.published import TABLE_2, UNPAIRED, published_row, published_values
+from i2am_train.reporting.model_tables import TABLE_2, UNPAIRED, published_row, published_values
 from i2am_train.training.preflight import accumulation
 from i2am_train.types import Pairing, PublishedModel
 from i2am_train.workflows.evaluate import expected_values, print_scores

@@ -14,7 +14,7 @@ from safetensors.numpy import save_file
 
 from i2am_train.errors import RunFolderError
 from i2am_train.reporting.ablation_page import build_report, focus_arm, sample_table
-from i2am_train.results.history import read_history
+from i2am_train.results.run_files import read_history
 from i2am_train.results.study import compare, read_study
 
 ARMS = ("base", "baseline", "refined", "supervised")

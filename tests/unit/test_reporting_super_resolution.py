@@ -7,8 +7,8 @@ import torch
 from i2am_train.attention import AttributionMaps, AttributionStore, LayerRecord
 from i2am_train.evaluation.explanation import Explanation
 from i2am_train.metrics.alignment import alignment_table
-from i2am_train.reporting.figures.alignment import alignment_plot, alignment_sheet
-from i2am_train.reporting.figures.single import figures_of
+from i2am_train.reporting.figures.maps import alignment_plot, alignment_sheet
+from i2am_train.reporting.figures.paper import figures_of
 from i2am_train.types import GridSize, LayerWeighting
 
 GRID = GridSize(4, 3)  # its diagonal is 5

@@ -8,10 +8,7 @@ import pytest
 from matplotlib.text import Text
 from rich.console import Console
 
-from i2am_train.reporting.figures.canvas import plain_text
-from i2am_train.reporting.formatting import latex_label, latex_text, markdown_text, number
-from i2am_train.reporting.table import html
-from i2am_train.reporting.tables.ablation import (
+from i2am_train.reporting.ablation_tables import (
     arm_table,
     as_latex,
     as_markdown,
@@ -22,6 +19,8 @@ from i2am_train.reporting.tables.ablation import (
     notes,
     verdict_sentences,
 )
+from i2am_train.reporting.figures.canvas import plain_text
+from i2am_train.reporting.table import html, latex_label, latex_text, markdown_text, number
 from i2am_train.results.statistics import Verdict, verdict
 
 

@@ -9,22 +9,26 @@ import pytest
 from scipy.stats import binom, ttest_rel
 
 from i2am_train.results.statistics import Over, PairedDifference, correlation, mean_interval, paired_difference, verdict
-from i2am_train.results.study import compare, paired_over_samples, paired_over_seeds, summarise
+from i2am_train.results.study import compare
 
 
 def cell(arm, seed, **metrics):
     return {"arm": arm, "seed": seed, "folder": f"cells/{arm}-{seed}", "metrics": metrics}
 
 
+def compared(cells, arms=("baseline", "refined"), samples=None):
+    return compare(cells, ["ssim", "pck_1", "fid"], arms, "baseline", samples)
+
+
 def test_summary_is_mean_and_sample_deviation_over_seeds():
     # By hand: 1, 2, 6 have mean 3 and sample variance (4 + 1 + 9) / 2 = 7.
-    summary = summarise([cell("refined", s, ssim=v) for s, v in enumerate((1.0, 2.0, 6.0))])
+    summary = compared([cell("refined", s, ssim=v) for s, v in enumerate((1.0, 2.0, 6.0))])["summary"]
     assert summary["refined"]["ssim"] == {"mean": 3.0, "std": pytest.approx(math.sqrt(7.0)), "n": 3}
 
 
 def test_summary_of_one_seed_has_no_spread_and_values_that_are_not_finite_do_not_count():
     cells = [cell("a", 0, ssim=0.5, pck_1=math.nan), cell("a", 1, ssim=None, pck_1=math.nan)]
-    summary = summarise(cells)["a"]
+    summary = compared(cells, arms=["a"])["summary"]["a"]
     assert summary["ssim"] == {"mean": 0.5, "std": None, "n": 1}
     assert "pck_1" not in summary
 
@@ -148,17 +152,17 @@ def test_seeds_are_matched_by_number_and_the_start_has_no_pair():
         cell("baseline", 0, ssim=0.0),
         cell("baseline", 1, ssim=2.0),
     ]
-    found = paired_over_seeds(cells, "refined", "baseline", "ssim")
-    assert (found.mean, found.n, found.over) == (2.0, 2, Over.SEEDS)
-    assert paired_over_seeds(cells, "base", "baseline", "ssim") is None
+    (found,) = compared(cells, arms=["base", "baseline", "refined"])["paired"]  # none for the start
+    assert (found["arm"], found["difference"], found["n"], found["over"]) == ("refined", 2.0, 2, "seeds")
 
 
 def test_samples_are_matched_by_name():
     first = [{"name": "b", "ssim": 3.0}, {"name": "a", "ssim": 1.0}, {"name": "c", "ssim": None}]
     second = [{"name": "a", "ssim": 0.5}, {"name": "b", "ssim": 1.0}, {"name": "c", "ssim": 1.0}]
-    found = paired_over_samples(first, second, "ssim")
-    assert (found.mean, found.n, found.over) == (1.25, 2, Over.SAMPLES)
-    assert paired_over_samples(first, second, "fid") is None
+    cells = [cell("refined", 0, ssim=2.0), cell("baseline", 0, ssim=1.0)]
+    samples = {"cells/refined-0": first, "cells/baseline-0": second}
+    (found,) = compared(cells, samples=samples)["paired"]  # none for a metric that has no scores
+    assert (found["metric"], found["difference"], found["n"], found["over"]) == ("ssim", 1.25, 2, "samples")
 
 
 def test_results_entries_are_plain_json_and_follow_the_schema():

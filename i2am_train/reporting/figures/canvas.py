@@ -6,8 +6,8 @@ drawing in a training callback leaves no global state behind.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -50,24 +50,28 @@ STYLE: RcStyleType = {
 }
 INK = "#222222"
 GREY = "#777777"
-START_COLOR = "#404040"
+_START_COLOR = "#404040"
 TRUTH_COLOR = "#a0a0a0"
 
 OKABE_ITO = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 """Colours that colour-blind readers can tell apart (Okabe and Ito, 2008), darkest first."""
 BETTER, WORSE = OKABE_ITO[2], OKABE_ITO[1]
 
-HEAT = "inferno"
+_HEAT = "inferno"
 """Perceptually uniform, and readable for colour-blind people and in grey."""
 COLOR_BAR_LEVEL = 0.285
 """Inches from the lower edge of a figure to the middle of its colour bar."""
-OVERLAY_ALPHA = 0.88
+_OVERLAY_ALPHA = 0.88
 _ALPHA_POWER = 0.75
 """Opacity grows as value ** 0.75: low values leave the picture visible. Chosen by us, by eye."""
 
 
 def new_figure(width: float, height: float) -> Figure:
-    """An empty white figure of this size in inches, on the Agg canvas."""
+    """An empty white figure of this size in inches, on the Agg canvas.
+
+    >>> new_figure(2.0, 1.5).get_size_inches().tolist()
+    [2.0, 1.5]
+    """
     figure = Figure(figsize=(width, height), facecolor="white")
     FigureCanvasAgg(figure)
     return figure
@@ -81,18 +85,22 @@ def arm_colors(arms: Iterable[str], start_arm: str = "base") -> dict[str, str]:
     """
     trained = [arm for arm in arms if arm != start_arm]
     colors = {arm: OKABE_ITO[i % len(OKABE_ITO)] for i, arm in enumerate(trained)}
-    return {start_arm: START_COLOR, **colors} if start_arm in arms else colors
+    return {start_arm: _START_COLOR, **colors} if start_arm in arms else colors
 
 
-def heat_colormap(alpha: float = OVERLAY_ALPHA) -> ListedColormap:
-    """Inferno that fades in over a picture: transparent at 0, opacity ``alpha`` at 1."""
+def heat_colormap(alpha: float = _OVERLAY_ALPHA) -> ListedColormap:
+    """Inferno that fades in over a picture: transparent at 0, opacity ``alpha`` at 1.
+
+    >>> heat_colormap(0.5)([0.0, 1.0])[:, 3].tolist()
+    [0.0, 0.5]
+    """
     values = np.linspace(0.0, 1.0, 256)
-    rgba = colormaps[HEAT](values)
+    rgba = colormaps[_HEAT](values)
     rgba[:, 3] = alpha * values**_ALPHA_POWER
-    return ListedColormap(rgba, name=f"{HEAT}_overlay")
+    return ListedColormap(rgba, name=f"{_HEAT}_overlay")
 
 
-def overlay(image: Picture, heat_map: ArrayLike, alpha: float = OVERLAY_ALPHA) -> Picture:
+def overlay(image: Picture, heat_map: ArrayLike, alpha: float = _OVERLAY_ALPHA) -> Picture:
     """Lay a heat map over a picture.
 
     Args:
@@ -122,77 +130,22 @@ def overlay(image: Picture, heat_map: ArrayLike, alpha: float = OVERLAY_ALPHA) -
 
 
 def faded(image: Picture, strength: float = 0.45, gray: bool = False) -> Picture:
-    """The picture mixed with white (0 = unchanged, 1 = white), to draw on."""
+    """The picture mixed with white (0 = unchanged, 1 = white), to draw on.
+
+    >>> faded(np.full((1, 1, 3), 55, np.uint8), strength=0.5).tolist()
+    [[[155, 155, 155]]]
+    """
     base = image.astype(np.float32)
     if gray:  # ITU-R BT.601 luma
         base = np.repeat((base @ np.array([0.299, 0.587, 0.114], np.float32))[..., None], 3, -1)
     return np.round(base * (1.0 - strength) + 255.0 * strength).astype(np.uint8)
 
 
-@dataclass(frozen=True, slots=True)
-class Margins:
-    """Inches around and between the pictures of a grid."""
-
-    left: float = 0.24
-    right: float = 0.06
-    top: float = 0.3
-    bottom: float = 0.06
-    gap: float = 0.05
-    group_gap: float = 0.2
-
-
-@dataclass(frozen=True, slots=True)
-class ImageGrid:
-    """Axes for pictures of one shape; ``axes[row][column]`` fill their panels exactly."""
-
-    figure: Figure
-    axes: tuple[tuple[Axes, ...], ...]
-    groups: tuple[range, ...]
-    margins: Margins
-
-    @property
-    def height(self) -> float:
-        """Height of the figure in inches."""
-        return float(self.figure.get_figheight())
-
-    @property
-    def panels(self) -> list[Axes]:
-        """All axes, row by row."""
-        return [axes for row in self.axes for axes in row]
-
-    def column_titles(self, titles: Sequence[str]) -> None:
-        """Write one title over each column."""
-        for axes, title in zip(self.axes[0], titles, strict=True):
-            axes.set_title(plain_text(title), fontsize=8.5, pad=4, color=INK)
-
-    def row_titles(self, titles: Sequence[str]) -> None:
-        """Write one small upright title left of each row."""
-        for axes, title in zip(self.axes, titles, strict=True):
-            axes[0].set_ylabel(plain_text(title), fontsize=7, color=GREY, labelpad=3)
-
-    def group_titles(self, titles: Sequence[str]) -> None:
-        """Write a heading with a rule over each group of columns."""
-        for group, title in zip(self.groups, titles, strict=True):
-            left = self.axes[0][group[0]].get_position()
-            right = self.axes[0][group[-1]].get_position()
-            y = left.y1 + 0.27 / self.height
-            self.figure.add_artist(Line2D([left.x0, right.x1], [y, y], color=GREY, linewidth=0.6))
-            center = (left.x0 + right.x1) / 2
-            self.figure.text(center, y + 0.05 / self.height, title, ha="center", fontsize=9.5, weight="bold")
-
-    def color_bar(self, mappable: ScalarMappable, label: str, width: float = 1.8) -> Axes:
-        """A horizontal colour bar below the pictures, at the right; needs a bottom margin."""
-        return add_color_bar(self.figure, mappable, label, width, self.margins.right, size=8)
-
-
-def add_color_bar(
-    figure: Figure, mappable: ScalarMappable, label: str, width: float, right: float = 0.04, size: float = 6.5
-) -> Axes:
-    """A horizontal colour bar in the lowest 0.4 inches of a figure, at the right.
+def add_color_bar(figure: Figure, label: str, width: float, right: float = 0.04, size: float = 6.5) -> None:
+    """The scale of ``show_heat`` as a horizontal colour bar in the lowest 0.4 inches of a figure, at the right.
 
     Args:
         figure: with room there.
-        mappable: the scale.
         label: stands left of the bar.
         width: of the bar, in inches.
         right: margin, in inches.
@@ -201,55 +154,52 @@ def add_color_bar(
     inches, height = (float(value) for value in figure.get_size_inches())
     left = (inches - right - 0.1 - width) / inches  # room for the last number
     bar_axes = figure.add_axes((left, 0.24 / height, width / inches, 0.09 / height))
-    bar = figure.colorbar(mappable, cax=bar_axes, orientation="horizontal")
+    scale = ScalarMappable(Normalize(0.0, 1.0), heat_colormap())
+    bar = figure.colorbar(scale, cax=bar_axes, orientation="horizontal")
     bar.outline.set_visible(False)
     bar_axes.tick_params(length=2, pad=1, labelsize=size - 1)
     at = (left - 0.08 / inches, COLOR_BAR_LEVEL / height)
     figure.text(*at, label, ha="right", va="center", fontsize=size)
-    return bar_axes
 
 
-def image_grid(
-    rows: int, group_sizes: Sequence[int], aspect: float, width: float, margins: Margins | None = None
-) -> ImageGrid:
-    """Lay out ``rows`` x ``sum(group_sizes)`` panels of height ``aspect`` times their width.
+def column_lefts(groups: Sequence[int], left: float, width: float, gap: float, group_gap: float) -> list[float]:
+    """Left edges of columns of pictures, in inches.
 
     Args:
-        rows: number of rows.
-        group_sizes: columns per group; groups stand further apart than columns.
-        aspect: height of a picture over its width.
-        width: of the whole figure, in inches; the height follows.
-        margins: space around and between the panels.
+        groups: columns per group; groups stand further apart than columns.
+        left: of the first column.
+        width: of a picture.
+        gap: between the columns of a group.
+        group_gap: between groups.
+
+    >>> column_lefts([2, 1], left=0.0, width=1.0, gap=0.5, group_gap=2.0)
+    [0.0, 1.5, 4.5]
     """
-    m = margins or Margins()
-    columns = sum(group_sizes)
-    gaps = m.gap * (columns - len(group_sizes)) + m.group_gap * (len(group_sizes) - 1)
-    panel_width = (width - m.left - m.right - gaps) / columns
-    panel_height = panel_width * aspect
-    height = m.top + rows * panel_height + (rows - 1) * m.gap + m.bottom
-    figure = new_figure(width, height)
-    lefts = _column_offsets(group_sizes, panel_width, m)
-    bottoms = [height - m.top - (r + 1) * panel_height - r * m.gap for r in range(rows)]
-    size = (panel_width / width, panel_height / height)
-    axes = tuple(
-        tuple(add_bare_axes(figure, (left / width, bottom / height, *size)) for left in lefts) for bottom in bottoms
-    )
-    return ImageGrid(figure, axes, _ranges(group_sizes), m)
+    lefts = []
+    for columns in groups:
+        for _ in range(columns):
+            lefts.append(left)
+            left += width + gap
+        left += group_gap - gap
+    return lefts
 
 
-def _column_offsets(sizes: Sequence[int], panel_width: float, margins: Margins) -> list[float]:
-    offsets, left = [], margins.left
-    for size in sizes:
-        for _ in range(size):
-            offsets.append(left)
-            left += panel_width + margins.gap
-        left += margins.group_gap - margins.gap
-    return offsets
+def add_group_title(
+    figure: Figure, ends: tuple[float, float], y: float, title: str, above: float, linewidth: float, **text: Any
+) -> None:
+    """A heading with a rule under it over a group of columns.
 
-
-def _ranges(sizes: Sequence[int]) -> tuple[range, ...]:
-    ends = np.cumsum(sizes)
-    return tuple(range(int(end) - size, int(end)) for end, size in zip(ends, sizes, strict=True))
+    Args:
+        figure: where.
+        ends: of the rule, in fractions of the figure's width.
+        y: of the rule, in fractions of its height.
+        title: the heading.
+        above: inches from the rule to the heading.
+        linewidth: of the rule, in points.
+        text: properties of the heading, as matplotlib has them.
+    """
+    figure.add_artist(Line2D(ends, [y, y], color=GREY, linewidth=linewidth))
+    figure.text(sum(ends) / 2, y + above / figure.get_figheight(), title, ha="center", **text)
 
 
 def add_bare_axes(figure: Figure, box: tuple[float, float, float, float]) -> Axes:
@@ -262,27 +212,15 @@ def add_bare_axes(figure: Figure, box: tuple[float, float, float, float]) -> Axe
     return axes
 
 
-def show_picture(axes: Axes, picture: Picture, interpolation: str = "lanczos") -> None:
-    """Draw a picture so that it fills its panel."""
-    axes.imshow(picture, interpolation=interpolation, aspect="auto")
-
-
-def show_heat(
-    axes: Axes, heat_map: ArrayLike, underlay: Picture | None, limits: tuple[float, float] = (0.0, 1.0)
-) -> None:
-    """Draw a heat map, over a pale grey copy of ``underlay`` if one is given.
-
-    The map may be of any size; it is stretched over the panel.
-    """
-    values = np.asarray(heat_map, dtype=np.float64)
-    norm = Normalize(*limits)
-    if underlay is None:
-        axes.imshow(values, cmap=HEAT, norm=norm, interpolation="nearest", aspect="auto")
-        return
+def show_heat(axes: Axes, heat_map: ArrayLike, underlay: Picture) -> None:
+    """Draw a heat map in [0, 1], of any size, over a pale grey copy of a picture; it is stretched over the panel."""
     height, width = underlay.shape[:2]
     extent = (-0.5, width - 0.5, height - 0.5, -0.5)
     axes.imshow(faded(underlay, gray=True), interpolation="lanczos", aspect="auto", extent=extent)
-    axes.imshow(values, cmap=heat_colormap(), norm=norm, interpolation="bilinear", aspect="auto", extent=extent)
+    axes.imshow(
+        np.asarray(heat_map, dtype=np.float64), cmap=heat_colormap(), norm=Normalize(0.0, 1.0),
+        interpolation="bilinear", aspect="auto", extent=extent,
+    )  # fmt: skip
 
 
 def draw_outline(axes: Axes, mask: NDArray[np.bool_]) -> None:
@@ -299,12 +237,6 @@ def draw_outline(axes: Axes, mask: NDArray[np.bool_]) -> None:
         axes.contour(x, y, padded, [0.5], colors=[color], linewidths=width, linestyles=[style])
 
 
-def heat_scale(limits: tuple[float, float] = (0.0, 1.0), over_picture: bool = True) -> ScalarMappable:
-    """What a colour bar of ``show_heat`` shows."""
-    colors = heat_colormap() if over_picture else colormaps[HEAT]
-    return ScalarMappable(Normalize(*limits), colors)
-
-
 def plain_text(text: str) -> str:
     r"""A user's text for a figure: matplotlib sets what stands between two dollar signs as a formula.
 
@@ -315,6 +247,15 @@ def plain_text(text: str) -> str:
     """
     text = text.replace("$", r"\$")
     return r"$\_$" + text[1:] if text.startswith("_") else text
+
+
+def with_index(label: str) -> str:
+    """A label with its index set low, for matplotlib.
+
+    >>> with_index("IMACS_g")
+    'IMACS$_g$'
+    """
+    return re.sub(r"_(\w)\b", r"$_\1$", label)
 
 
 def save_figure(figure: Figure, path: Path, dpi: int = 160, description: str = "") -> Path:

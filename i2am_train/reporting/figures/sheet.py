@@ -2,17 +2,18 @@
 
 A ``Sheet`` says what is shown where: sections of rows of panels, each a picture with, if wanted, a
 heat map over it, the outline of a mask, patches and points. The figures of the paper are functions
-that return sheets (``levels``, ``patches``, ``comparisons``), so that what they show can be checked
+that return sheets (``maps``, ``paper``), so that what they show can be checked
 without looking at pixels, and all of them look alike.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from itertools import chain
 from textwrap import wrap
+from typing import Any
 
 import matplotlib as mpl
 import numpy as np
@@ -24,27 +25,26 @@ from numpy.typing import NDArray
 
 from i2am_train.reporting.figures.canvas import (
     COLOR_BAR_LEVEL,
-    GREY,
     INK,
     OKABE_ITO,
     STYLE,
     Picture,
     add_bare_axes,
     add_color_bar,
+    add_group_title,
+    column_lefts,
     draw_outline,
-    heat_scale,
     new_figure,
     show_heat,
-    show_picture,
 )
 
-TEXT_WIDTH = 5.5
+_TEXT_WIDTH = 5.5
 """Inches; the width of a text column in the ICLR style, which the paper is set in."""
-MAX_PANEL_WIDTH = 1.1
+_MAX_PANEL_WIDTH = 1.1
 """Inches; a figure of few columns gets narrower instead of its pictures larger."""
-MIN_WIDTH = 3.25
+_MIN_WIDTH = 3.25
 """Inches; room for the colour bar and its label."""
-MAX_HEIGHT = 8.6
+_MAX_HEIGHT = 8.6
 """Inches; a page of the ICLR style less a caption. Figures of many rows get smaller pictures."""
 
 _EDGE, _GAP, _GROUP_GAP = 0.04, 0.04, 0.14
@@ -56,7 +56,7 @@ _LEGEND_LINE, _SCALE_WIDTH, _HANDLE, _CHARACTER = 0.17, 2.7, 0.3, 0.055
 _TITLE_SIZE, _SMALL_SIZE = 7.0, 6.5
 
 
-WARNING = OKABE_ITO[1]
+_WARNING = OKABE_ITO[1]
 
 
 class MarkKind(StrEnum):
@@ -123,7 +123,11 @@ class Section:
 
     @property
     def column_groups(self) -> tuple[int, ...]:
-        """The numbers of columns by group."""
+        """The numbers of columns by group.
+
+        >>> Section(rows=((Panel(picture=np.zeros((2, 2, 3), np.uint8)),) * 3,)).column_groups
+        (3,)
+        """
         return self.groups or (max(len(row) for row in self.rows),)
 
 
@@ -146,8 +150,24 @@ class Sheet:
         return tuple(chain.from_iterable(rows))
 
 
+def titled_once(rows: Sequence[Sequence[Panel]]) -> tuple[tuple[Panel, ...], ...]:
+    """Rows of the same columns: titles stand over the first one only.
+
+    >>> panel = Panel(picture=np.zeros((2, 2, 3), np.uint8), title="map")
+    >>> [row[0].title for row in titled_once([[panel], [panel]])]
+    ['map', '']
+    """
+    first, *others = (tuple(row) for row in rows)
+    return (first, *(tuple(replace(panel, title="") for panel in row) for row in others))
+
+
+def one_section(rows: Sequence[Sequence[Panel]], caption: str, **section: Any) -> Sheet:
+    """A figure of one section, whose columns have their titles over the first row; ``section``: its other fields."""
+    return Sheet(sections=(Section(rows=titled_once(rows), **section),), caption=caption)
+
+
 @mpl.rc_context(STYLE)
-def draw_sheet(sheet: Sheet, width: float = TEXT_WIDTH) -> Figure:
+def draw_sheet(sheet: Sheet, width: float = _TEXT_WIDTH) -> Figure:
     """Draw a sheet.
 
     Args:
@@ -156,15 +176,20 @@ def draw_sheet(sheet: Sheet, width: float = TEXT_WIDTH) -> Figure:
 
     Raises:
         ValueError: if there is no panel, or the pictures differ in their aspect ratio.
+
+    >>> panel = Panel(picture=np.zeros((4, 3, 3), np.uint8), title="garment")
+    >>> figure = draw_sheet(Sheet(sections=(Section(rows=((panel, panel),)),), caption="Twice the same."))
+    >>> [axes.get_title() for axes in figure.axes]
+    ['garment', 'garment']
     """
     aspect = _aspect(sheet.panels)
-    panel_width = min(MAX_PANEL_WIDTH, *(_width_of_panels(section, width) for section in sheet.sections))
+    panel_width = min(_MAX_PANEL_WIDTH, *(_width_of_panels(section, width) for section in sheet.sections))
     rows = sum(len(section.rows) for section in sheet.sections)
     words = sum(_words_height(section) for section in sheet.sections)
     words += _SECTION_GAP * (len(sheet.sections) - 1) + _EDGE
-    warnings = LINE * len(warning_lines(sheet.warnings, MIN_WIDTH))
-    panel_width = min(panel_width, (MAX_HEIGHT - words - warnings - _FOOTER) / rows / aspect)
-    width = max(MIN_WIDTH, *(_content_width(s, panel_width) for s in sheet.sections))
+    warnings = LINE * len(warning_lines(sheet.warnings, _MIN_WIDTH))
+    panel_width = min(panel_width, (_MAX_HEIGHT - words - warnings - _FOOTER) / rows / aspect)
+    width = max(_MIN_WIDTH, *(_content_width(s, panel_width) for s in sheet.sections))
     lines = warning_lines(sheet.warnings, width)
     height = words + rows * panel_width * aspect + _footer_height(sheet, width) + LINE * len(lines)
     pen = _Pen(new_figure(width, height), width, height, panel_width, panel_width * aspect)
@@ -176,7 +201,11 @@ def draw_sheet(sheet: Sheet, width: float = TEXT_WIDTH) -> Figure:
 
 
 def warning_lines(warnings: Sequence[str], width: float) -> list[str]:
-    """Warnings, broken to a figure's width in inches."""
+    """Warnings, broken to a figure's width in inches.
+
+    >>> warning_lines(["not functional: one token"], width=1.0)
+    ['not functional:', 'one token']
+    """
     characters = int((width - 2 * _EDGE) / _CHARACTER)
     return [line for warning in warnings for line in wrap(warning, characters)]
 
@@ -188,7 +217,7 @@ def write_warnings(figure: Figure, lines: Sequence[str]) -> float:
     width, height = figure.get_size_inches()
     figure.text(
         _EDGE / width, 1 - _EDGE / height, "\n".join(lines), va="top", fontsize=_SMALL_SIZE,
-        weight="bold", color=WARNING, linespacing=1.1,
+        weight="bold", color=_WARNING, linespacing=1.1,
     )  # fmt: skip
     return _EDGE + LINE * len(lines)
 
@@ -210,7 +239,7 @@ def _footer_height(sheet: Sheet, width: float) -> float:
 
 
 def _left(section: Section) -> float:
-    lines = _lines(iter(section.row_titles))
+    lines = _lines(section.row_titles)
     return _EDGE + 0.05 + LINE * lines if lines else _EDGE
 
 
@@ -229,20 +258,22 @@ def _content_width(section: Section, panel_width: float) -> float:
     return _left(section) + columns * panel_width + _gaps(section) + _EDGE
 
 
-def _lines(texts: Iterator[str]) -> int:
+def _lines(texts: Iterable[str]) -> int:
     return max((text.count("\n") + 1 for text in texts if text), default=0)
 
 
-def _head(row: Sequence[Panel]) -> float:
-    """Height of the titles over a row."""
-    lines = _lines(panel.title for panel in row)
+def _words(texts: Iterable[str]) -> float:
+    """Height of what stands over or under the panels of a row."""
+    lines = _lines(texts)
     return lines * LINE + (0.04 if lines else 0.0)
+
+
+def _head(row: Sequence[Panel]) -> float:
+    return _words(panel.title for panel in row)
 
 
 def _foot(row: Sequence[Panel]) -> float:
-    """Height of the notes under a row."""
-    lines = _lines(panel.note for panel in row)
-    return lines * LINE + (0.04 if lines else 0.0)
+    return _words(panel.note for panel in row)
 
 
 def _words_height(section: Section) -> float:
@@ -268,7 +299,7 @@ class _Pen:
             at = ((_left(section)) / self.width, self._up(top + 0.02))
             self.figure.text(*at, section.title, va="top", fontsize=7.5, weight="bold", color=INK)
             top += _SECTION_TITLE
-        lefts = self._columns(section)
+        lefts = column_lefts(section.column_groups, _left(section), self.panel_width, _GAP, _GROUP_GAP)
         if section.group_titles:
             self._group_titles(section, lefts, top)
             top += _GROUP_TITLE
@@ -284,7 +315,7 @@ class _Pen:
     def footer(self, sheet: Sheet) -> None:
         """Colour bar at the right, meaning of lines and points at the left."""
         if any(panel.heat is not None for panel in sheet.panels):
-            add_color_bar(self.figure, heat_scale(), sheet.scale, min(1.2, 0.25 * self.width))
+            add_color_bar(self.figure, sheet.scale, min(1.2, 0.25 * self.width))
         handles = list(_legend(sheet.panels))
         if not handles:
             return
@@ -299,35 +330,20 @@ class _Pen:
         """From inches below the upper edge to a fraction of the height."""
         return 1.0 - inches / self.height
 
-    def _columns(self, section: Section) -> list[float]:
-        lefts, left = [], _left(section)
-        for size in section.column_groups:
-            for _ in range(size):
-                lefts.append(left)
-                left += self.panel_width + _GAP
-            left += _GROUP_GAP - _GAP
-        return lefts
-
     def _group_titles(self, section: Section, lefts: Sequence[float], top: float) -> None:
-        first = 0
+        y, first = self._up(top + _GROUP_TITLE - 0.05), 0
         for size, title in zip(section.column_groups, section.group_titles, strict=True):
-            start, end = lefts[first], lefts[first + size - 1] + self.panel_width
+            ends = (lefts[first] / self.width, (lefts[first + size - 1] + self.panel_width) / self.width)
             first += size
-            if not title:
-                continue
-            y = self._up(top + _GROUP_TITLE - 0.05)
-            line = Line2D([start / self.width, end / self.width], [y, y], color=GREY, linewidth=0.5)
-            self.figure.add_artist(line)
-            center = (start + end) / 2 / self.width
-            y += 0.03 / self.height
-            self.figure.text(center, y, title, ha="center", fontsize=7.5, color=INK)
+            if title:
+                add_group_title(self.figure, ends, y, title, above=0.03, fontsize=7.5, linewidth=0.5, color=INK)
 
     def _draw_panel(self, panel: Panel, left: float, top: float) -> Axes:
         bottom = self._up(top + self.panel_height)
         size = (self.panel_width / self.width, self.panel_height / self.height)
         axes = add_bare_axes(self.figure, (left / self.width, bottom, *size))
         if panel.heat is None:
-            show_picture(axes, panel.picture)
+            axes.imshow(panel.picture, interpolation="lanczos", aspect="auto")
         else:
             show_heat(axes, panel.heat, panel.picture)
         if panel.outline is not None:

@@ -16,14 +16,27 @@ from rich.padding import Padding
 from rich.text import Text
 
 from i2am_train.metrics.registry import MetricInfo
-from i2am_train.reporting import table as write
-from i2am_train.reporting.formatting import interval_text, markdown_text, number, percent
-from i2am_train.reporting.provenance import describe_machine
-from i2am_train.reporting.table import LATEX_NEEDS, Cell, Heading, Mark, Row, Table, markdown_rows, with_best
+from i2am_train.reporting.pages import describe_machine
+from i2am_train.reporting.table import (
+    LATEX_NEEDS,
+    Cell,
+    Heading,
+    Mark,
+    Row,
+    Table,
+    interval_text,
+    latex,
+    markdown_rows,
+    markdown_text,
+    number,
+    percent,
+    terminal,
+    with_best,
+)
 from i2am_train.results.statistics import Over, Verdict, few_samples_note, verdict
 from i2am_train.results.study import START_ARM, Results, arm_labels, uses_truth
 
-GROUP_TITLES = {"attention": "Attention", "image": "Image"}
+_GROUP_TITLES = {"attention": "Attention", "image": "Image"}
 TRUTH_MARK = "†"
 TRUTH_NOTE = f"{TRUTH_MARK} trained with the true correspondence, which the others do not have: not ranked."
 
@@ -39,7 +52,12 @@ _MARKS = {
 
 
 def measured_metrics(results: Results) -> dict[str, MetricInfo]:
-    """The metrics that were measured, groups kept together in order of appearance."""
+    """The metrics that were measured, groups kept together in order of appearance.
+
+    >>> results = {"metrics": {"ssim": {"group": "image"}, "fid": {}}, "summary": {"refined": {"ssim": {}}}}
+    >>> list(measured_metrics(results))
+    ['ssim']
+    """
     measured = {name for of_arm in results["summary"].values() for name in of_arm}
     metrics = {n: MetricInfo.of(n, e) for n, e in results["metrics"].items() if n in measured}
     order = list(dict.fromkeys(info.group for info in metrics.values()))
@@ -51,6 +69,10 @@ def arm_table(results: Results) -> Table:
 
     Ranks go by the printed number, so that equal print is equal rank. Arms that train on the
     ground truth are marked and take no part.
+
+    >>> scores = {"metrics": {"ssim": {}}, "summary": {"refined": {"ssim": {"mean": 0.5, "n": 1}}}}
+    >>> arm_table({"arms": [{"name": "refined"}], **scores}).rows[0].cells[0].text
+    '0.500'
     """
     metrics, labels, summary = measured_metrics(results), arm_labels(results), results["summary"]
     arms = [arm for arm in results["arms"] if arm["name"] in summary]
@@ -81,11 +103,11 @@ def _mean(entry: Mapping[str, Any] | None, digits: int) -> Cell | None:
 
 
 def _heading(info: MetricInfo) -> Heading:
-    group = GROUP_TITLES.get(info.group, info.group.capitalize())
+    group = _GROUP_TITLES.get(info.group, info.group.capitalize())
     return Heading(info.label, info.arrow, group, info.unit, info.description)
 
 
-def comparisons(results: Results) -> dict[str, list[Entry]]:
+def _comparisons(results: Results) -> dict[str, list[Entry]]:
     """The differences of each arm that was compared with the reference arm, metrics in the order of the tables."""
     metrics = list(measured_metrics(results))
     found = {
@@ -115,7 +137,7 @@ def difference_tables(results: Results) -> dict[str, Table]:
             ),
             rows=tuple(_difference_row(metrics[entry["metric"]], entry) for entry in entries),
         )
-        for arm, entries in comparisons(results).items()
+        for arm, entries in _comparisons(results).items()
     }
 
 
@@ -159,9 +181,12 @@ def verdict_sentences(results: Results) -> tuple[str, ...]:
     """The result in words, by rule: better or worse only where the interval excludes zero.
 
     One sentence group per compared arm that does not train on the truth.
+
+    >>> verdict_sentences({"arms": [], "metrics": {}, "summary": {}, "paired": []})
+    ('No two trained arms share a seed, so nothing is compared.',)
     """
     truth = {arm["name"] for arm in results["arms"] if uses_truth(arm)}
-    compared = {arm: of for arm, of in comparisons(results).items() if arm not in truth}
+    compared = {arm: of for arm, of in _comparisons(results).items() if arm not in truth}
     if not compared:
         return ("No two trained arms share a seed, so nothing is compared.",)
     return tuple(_sentence(results, arm, entries) for arm, entries in compared.items())
@@ -211,7 +236,11 @@ def _listed(words: Sequence[str]) -> str:
 
 
 def notes(results: Results) -> tuple[str, ...]:
-    """What a reader must know to judge the tables: counts, spread, intervals, machine, command."""
+    """What a reader must know to judge the tables: counts, spread, intervals, machine, command.
+
+    >>> notes({"arms": [], "cells": [], "metrics": {}, "summary": {}, "paired": [], "command": "i2am ablate"})
+    ('One training seed: no spread between seeds is known.', 'Command: i2am ablate.')
+    """
     found = (
         _spread_note(results),
         _sample_note(results),
@@ -242,30 +271,24 @@ def _sample_note(results: Results) -> str:
 
 def _interval_notes(results: Results) -> Iterator[str]:
     """One for each kind of interval that the tables have."""
-    compared = list(comparisons(results).values())
+    compared = list(_comparisons(results).values())
     for over in Over:
         counts = [e["n"] for of in compared if _over(of) is over for e in of if e.get("low") is not None]
         if counts:
             level = percent(_confidence(compared[0]))
-            kind = f"Intervals: {level} ({over.interval}) of paired differences over {over}"
-            yield kind + _INTERVAL_NOTES[over](min(counts))
+            yield f"Intervals: {level} ({over.interval}) of paired differences over {over}{_scope(over, min(counts))}"
 
 
-def _seeds_note(fewest: int) -> str:
-    if fewest > 2:
-        return ", one metric at a time."
-    return (
-        ", one metric at a time. Two seeds say little of how far seeds lie apart, so these are wide and few "
-        "differences can be shown: read the counts, or train more seeds."
+def _scope(over: Over, fewest: int) -> str:
+    """What intervals over so many seeds or samples do not say."""
+    if over is Over.SAMPLES:
+        note = " of one seed; they do not cover what another training seed would change."
+        return note + few_samples_note(fewest)
+    few = (
+        " Two seeds say little of how far seeds lie apart, so these are wide and few differences can be shown: read "
+        "the counts, or train more seeds."
     )
-
-
-def _samples_note(fewest: int) -> str:
-    note = " of one seed; they do not cover what another training seed would change."
-    return note + few_samples_note(fewest)
-
-
-_INTERVAL_NOTES = {Over.SEEDS: _seeds_note, Over.SAMPLES: _samples_note}
+    return ", one metric at a time." + (few if fewest < 3 else "")
 
 
 def _provenance_note(results: Results) -> str:
@@ -279,6 +302,10 @@ def collapse_warnings(results: Results) -> tuple[str, ...]:
     """Warnings of the cells ("attention has collapsed ..."), each said once, with arm and seeds.
 
     Those that differ in numbers only are one warning, with the numbers of the first seed.
+
+    >>> cells = [{"arm": "refined", "seed": seed, "warnings": ["spread fell"]} for seed in (0, 1)]
+    >>> collapse_warnings({"arms": [{"name": "refined"}], "cells": cells})
+    ('refined (seeds 0, 1): spread fell',)
     """
     labels, found = arm_labels(results), dict[tuple[str, str], list[tuple[str, str]]]()
     for cell in results["cells"]:
@@ -301,7 +328,7 @@ def _of_seeds(found: Sequence[tuple[str, str]]) -> str:
 def as_terminal(results: Results) -> RenderableType:
     """Tables, warnings and notes for a ``rich`` console; one table per group of metrics."""
     tables = (*arm_table(results).by_group(), *difference_tables(results).values())
-    parts: list[RenderableType] = [write.terminal(table) for table in tables]
+    parts: list[RenderableType] = [terminal(table) for table in tables]
     parts += [Text(f"Warning: {text}", style="bold yellow") for text in collapse_warnings(results)]
     parts.append(Text("\n".join(notes(results)), style="dim"))
     return Group(*(Padding(part, (0, 0, 1, 0)) for part in parts))
@@ -324,4 +351,4 @@ def as_latex(results: Results) -> str:
     """Arms and differences for a paper, notes as comments."""
     tables = (arm_table(results), *difference_tables(results).values())
     comments = "".join(f"% {note}\n" for note in notes(results))
-    return "\n".join((f"{LATEX_NEEDS}\n", *map(write.latex, tables), comments))
+    return "\n".join((f"{LATEX_NEEDS}\n", *map(latex, tables), comments))

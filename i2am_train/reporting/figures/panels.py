@@ -1,23 +1,39 @@
-"""What the figures of explained samples are put together from: maps and patches as panels, titles."""
+"""What the figures of explained samples are put together from: maps and patches as panels, and their titles.
+
+All panels of a figure have the generated picture's aspect. A reference of another one is drawn in a white frame, and
+what lies on its grid of tokens is moved there.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from i2am_train.attention.maps import AttributionMaps, HeatMap, time_groups
 from i2am_train.attention.recipe import LayerId, describe_layers, paper_number, similar_layer
+from i2am_train.data.pictures import window
 from i2am_train.errors import CaptureError
-from i2am_train.evaluation.explanation import TO_GENERATED, TO_REFERENCE, Explanation, PatchIndex, array
+from i2am_train.evaluation.explanation import (
+    FITS,
+    SHOWN_AT_MOST,
+    TO_GENERATED,
+    TO_REFERENCE,
+    WHITE,
+    Explanation,
+    PatchIndex,
+    array,
+)
+from i2am_train.ops.images import on_picture
 from i2am_train.reporting.figures.canvas import OKABE_ITO
-from i2am_train.reporting.figures.placement import drawn_mask, drawn_picture, placement
 from i2am_train.reporting.figures.sheet import Box, Mark, MarkKind, Panel
-from i2am_train.types import Direction, GridSize
+from i2am_train.types import Canvas, Direction, GridSize
 
-FIRST_BLOCK = ".transformer_blocks.0"
+_FIRST_BLOCK = ".transformer_blocks.0"
 """The only one in Stable Diffusion 1.5 and 2."""
 
 
@@ -55,7 +71,7 @@ def layer_label(layer: str) -> str:
 
 
 def layer_title(maps: AttributionMaps, layer: str) -> str:
-    """The layer (short) and the grid of its generated tokens, in two lines."""
+    """The layer (short) and the grid of its generated tokens, in two lines, as ``layer 2`` and ``16x12``."""
     label = layer_label(layer) if paper_number(layer) else short_name(layer)
     return f"{label}\n{maps.store.layer(layer).generated_grid}"
 
@@ -67,7 +83,7 @@ def short_name(layer: str) -> str:
     'down 0.1'
     """
     side = layer.partition("_")[0]
-    numbers = [word for word in layer.removesuffix(FIRST_BLOCK).split(".") if word.isdigit()]
+    numbers = [word for word in layer.removesuffix(_FIRST_BLOCK).split(".") if word.isdigit()]
     return f"{side} {'.'.join(numbers)}" if side in ("down", "mid", "up") else layer
 
 
@@ -88,32 +104,25 @@ def _span(first: float, last: float) -> str:
     return f"{first:.0f}" if first == last else f"{first:.0f}–{last:.0f}"
 
 
-# ---- panels --------------------------------------------------------------------------------------
+# ---- pictures and maps ---------------------------------------------------------------------------
 
 
 def plain_panel(sample: Explanation, direction: Direction, title: str = "") -> Panel:
     """The picture that maps of a direction lie on."""
-    return Panel(picture=drawn_picture(sample, direction), title=title)
+    place = _placement(sample, direction)
+    picture = sample.picture(direction)
+    return Panel(picture=picture if place is None else place.framed(_reduced(picture), WHITE), title=title)
 
 
 def map_panel(
     sample: Explanation, direction: Direction, heat: NDArray[np.floating], title: str = "", note: str = ""
 ) -> Panel:
     """A map over the picture that it lies on, with the mask that it should fill."""
-    place = placement(sample, direction)
-    return Panel(
-        picture=drawn_picture(sample, direction),
-        heat=heat if place is None else place.heat(heat),
-        outline=drawn_mask(sample, direction),
-        title=title,
-        note=note,
-    )
-
-
-def titled_once(rows: Sequence[Sequence[Panel]]) -> tuple[tuple[Panel, ...], ...]:
-    """Rows of the same columns: titles stand over the first one only."""
-    first, *others = (tuple(row) for row in rows)
-    return (first, *(tuple(replace(panel, title="") for panel in row) for row in others))
+    mask = sample.mask(direction)
+    if place := _placement(sample, direction):
+        heat = place.heat(heat)
+        mask = None if mask is None else place.framed(_reduced(mask), 0)
+    return replace(plain_panel(sample, direction, title), heat=heat, outline=mask, note=note)
 
 
 # ---- patches -------------------------------------------------------------------------------------
@@ -130,30 +139,26 @@ def patch_panel(sample: Explanation, direction: Direction, patches: Sequence[Pat
 
 def boxed_panels(sample: Explanation, direction: Direction, patches: Sequence[PatchIndex]) -> list[Panel]:
     """The picture for each patch, with a box around it in the patch's own colour."""
-    picture = plain_panel(sample, direction)
-    return [replace(picture, boxes=(box,)) for box in patch_panel(sample, direction, patches).boxes]
+    panel = patch_panel(sample, direction, patches)
+    return [replace(panel, boxes=(box,)) for box in panel.boxes]
 
 
 def placed_box(sample: Explanation, direction: Direction, patch: PatchIndex, grid: GridSize, color: str) -> Box:
     """Where a patch of a grid lies on the drawn picture."""
-    box, place = patch_box(patch, grid, color), placement(sample, direction)
+    y, x = patch
+    box = Box(y / grid.height, x / grid.width, 1 / grid.height, 1 / grid.width, color)
+    place = _placement(sample, direction)
     return box if place is None else place.box(box, grid)
 
 
 def patch_colors(count: int) -> list[str]:
-    """One colour per patch, vermilion first (the paper draws red boxes)."""
-    order = (OKABE_ITO[1], OKABE_ITO[0], OKABE_ITO[2], OKABE_ITO[3], OKABE_ITO[4], OKABE_ITO[5])
-    return [order[index % len(order)] for index in range(count)]
+    """One colour per patch, vermilion first (the paper draws red boxes).
 
-
-def patch_box(patch: PatchIndex, grid: GridSize, color: str) -> Box:
-    """A patch of a grid in the picture that the grid covers.
-
-    >>> patch_box((1, 2), GridSize(4, 3), "black").top
-    0.25
+    >>> patch_colors(2)
+    ['#D55E00', '#0072B2']
     """
-    y, x = patch
-    return Box(y / grid.height, x / grid.width, 1 / grid.height, 1 / grid.width, color)
+    order = (OKABE_ITO[1], OKABE_ITO[0], *OKABE_ITO[2:])
+    return [order[index % len(order)] for index in range(count)]
 
 
 def same_patch(patch: PatchIndex, grid: GridSize, other: GridSize) -> PatchIndex:
@@ -202,22 +207,20 @@ def _patch_maps(
     titles: Sequence[str],
 ) -> list[Panel]:
     """One panel per patch, framed in the patch's colour."""
-    colors = patch_colors(len(titles))
-    return [
-        replace(
-            map_panel(sample, direction, values, title),
-            marks=_marks(sample, direction, values, true_place),
-            frame=color,
-        )
-        for values, true_place, title, color in zip(array(maps.normalised()), truth, titles, colors, strict=True)
-    ]
+    panels = []
+    for values, true_place, title, color in zip(
+        array(maps.normalised()), truth, titles, patch_colors(len(titles)), strict=True
+    ):
+        marks = _marks(sample, direction, values, true_place)
+        panels.append(replace(map_panel(sample, direction, values, title), marks=marks, frame=color))
+    return panels
 
 
 def _marks(
     sample: Explanation, direction: Direction, values: NDArray[np.floating], truth: NDArray[np.floating] | None
 ) -> tuple[Mark, ...]:
     """The strongest place of a map, and the true one (yx in patches) where it is known."""
-    if place := placement(sample, direction):  # what was seen beside the picture is no place of it
+    if place := _placement(sample, direction):  # what was seen beside the picture is no place of it
         values = place.heat(values)
     height, width = values.shape
     y, x = divmod(int(values.argmax()), width)
@@ -226,3 +229,81 @@ def _marks(
         return (peak,)
     true_y, true_x = (float(place) + 0.5 for place in truth)
     return peak, Mark(true_y / height, true_x / width, MarkKind.TRUTH)
+
+
+# ---- references of another aspect ----------------------------------------------------------------
+
+_FINE = 256
+"""Fractions of a grid's cell to which positions are rounded."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Placement:
+    """How a grid of tokens covers a picture that is drawn in a frame of another aspect.
+
+    The picture (height and width in pixels) was fitted to the model's canvas as ``canvas`` says; it
+    lies in the middle of ``frame``, which is at least as large, with borders around it.
+    """
+
+    picture: GridSize
+    frame: GridSize
+    canvas: Canvas
+
+    def framed(self, array: NDArray[Any], fill: int) -> NDArray[Any]:
+        """An array ``[height, width, ...]`` of the picture's size in the middle of the frame."""
+        height, width = array.shape[:2]
+        result = np.full((*self.frame, *array.shape[2:]), fill, array.dtype)
+        top, left = (self.frame.height - height) // 2, (self.frame.width - width) // 2
+        result[top : top + height, left : left + width] = array
+        return result
+
+    def heat(self, values: NDArray[np.floating]) -> NDArray[np.float32]:
+        """A map on the canvas as one on the frame; zero beside the canvas and the picture."""
+        placed = on_picture(torch.from_numpy(np.ascontiguousarray(values)), self.picture, self.canvas)
+        return np.asarray(self.framed(placed.numpy(), 0), np.float32)
+
+    def box(self, box: Box, grid: GridSize) -> Box:
+        """A rectangle in fractions of the canvas as one in fractions of the frame."""
+        top, left = self.spot(box.top, box.left, grid)
+        bottom, right = self.spot(box.top + box.height, box.left + box.width, grid)
+        return replace(box, top=top, left=left, height=bottom - top, width=right - left)
+
+    def spot(self, y: float, x: float, grid: GridSize) -> tuple[float, float]:
+        """A place in fractions of the canvas (of the aspect of ``grid``) in fractions of the frame.
+
+        >>> _Placement(GridSize(40, 40), GridSize(80, 40), Canvas.STRETCH).spot(1.0, 0.5, GridSize(4, 4))
+        (0.75, 0.5)
+        """
+        fine = GridSize(grid.height * _FINE, grid.width * _FINE)
+        seen = window(self.picture, fine, FITS[self.canvas])
+        inside = (seen.top + y * seen.height, seen.left + x * seen.width)
+        return tuple(  # type: ignore[return-value]
+            (place * size + (outer - size) // 2) / outer
+            for place, size, outer in zip(inside, self.picture, self.frame, strict=True)
+        )
+
+
+def _placement(sample: Explanation, direction: Direction) -> _Placement | None:
+    """Where the grids of a direction lie on its drawn picture; None: they cover it."""
+    if direction is TO_GENERATED or sample.covers_pictures:
+        return None
+    picture = GridSize(*_reduced(sample.picture(TO_REFERENCE)).shape[:2])
+    return _Placement(picture, _frame_of(picture, sample.size), sample.maps.store.canvas)
+
+
+def _frame_of(picture: GridSize, aspect: GridSize) -> GridSize:
+    """The smallest frame around a picture that has the proportions of another size.
+
+    >>> _frame_of(GridSize(40, 40), GridSize(64, 32))
+    GridSize(height=80, width=40)
+    """
+    return GridSize(
+        max(picture.height, round(picture.width * aspect.height / aspect.width)),
+        max(picture.width, round(picture.height * aspect.width / aspect.height)),
+    )
+
+
+def _reduced(array: NDArray[Any]) -> NDArray[Any]:
+    """Every n-th pixel, so that the longer side fits."""
+    step = -(-max(array.shape[:2]) // SHOWN_AT_MOST)
+    return array[::step, ::step]

@@ -1,1 +1,0 @@
-"""What stands in each table: functions that return ``Table``; ``reporting.table`` writes them."""
