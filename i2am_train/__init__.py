@@ -14,19 +14,19 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from i2am_train.attention.live import ScoreTap as ScoreTap
     from i2am_train.attention.maps import AttributionMaps as AttributionMaps
     from i2am_train.attention.maps import HeatMap as HeatMap
     from i2am_train.attention.recipe import Recipe as Recipe
+    from i2am_train.attention.trace import ScoreTap as ScoreTap
     from i2am_train.attention.trace import trace as trace
     from i2am_train.config.store import compose as compose
     from i2am_train.losses.attention import Attention as Attention
     from i2am_train.losses.attention import attention_centers as attention_centers
     from i2am_train.losses.attention import attention_on_grids as attention_on_grids
     from i2am_train.losses.objective import Objective as Objective
-    from i2am_train.metrics.correspondence import correspondence_error as correspondence_error
-    from i2am_train.metrics.correspondence import pck as pck
-    from i2am_train.metrics.imacs import imacs as imacs
+    from i2am_train.metrics.attention import correspondence_error as correspondence_error
+    from i2am_train.metrics.attention import imacs as imacs
+    from i2am_train.metrics.attention import pck as pck
     from i2am_train.metrics.registry import image_metric as image_metric
     from i2am_train.models.sampling import sample as sample
     from i2am_train.models.tryon import TryOnModel as TryOnModel
@@ -45,16 +45,16 @@ _HOME_OF = {
     "AttributionMaps": "attention.maps",
     "HeatMap": "attention.maps",
     "Recipe": "attention.recipe",
-    "ScoreTap": "attention.live",
+    "ScoreTap": "attention.trace",
     "trace": "attention.trace",
     "compose": "config.store",
     "Attention": "losses.attention",
     "attention_centers": "losses.attention",
     "attention_on_grids": "losses.attention",
     "Objective": "losses.objective",
-    "correspondence_error": "metrics.correspondence",
-    "pck": "metrics.correspondence",
-    "imacs": "metrics.imacs",
+    "correspondence_error": "metrics.attention",
+    "pck": "metrics.attention",
+    "imacs": "metrics.attention",
     "image_metric": "metrics.registry",
     "sample": "models.sampling",
     "TryOnModel": "models.tryon",

@@ -27,7 +27,7 @@ from i2am_train.losses.objective import Objective, make_objective
 from i2am_train.metrics.registry import metric_info
 from i2am_train.models.loading import load_model
 from i2am_train.models.tryon import TryOnModel
-from i2am_train.ops.devices import check_device
+from i2am_train.ops.numerics import check_device
 from i2am_train.runs import BEST_FOLDER, SNAPSHOTS_FOLDER
 from i2am_train.training.checkpoint_io import AtomicCheckpointIO
 from i2am_train.training.module import TryOnModule

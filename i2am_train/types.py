@@ -47,8 +47,8 @@ class Branch(StrEnum):
 class LayerWeighting(StrEnum):
     """How layers of different grids are summed: the paper leaves it open.
 
-    ``paper`` adds the scores as they are, so a 16x12 layer weighs sixteen times a 64x48 one.
-    ``density`` multiplies by the number of tokens first, so that every layer weighs the same.
+    ``paper`` adds the scores as they are, so a 16x12 layer weighs sixteen times a 64x48 one. ``density`` multiplies by
+    the number of tokens first, so that every layer weighs the same.
     """
 
     PAPER = "paper"
@@ -70,11 +70,11 @@ class Backend(StrEnum):
     """How the queries and keys of an attention module are observed."""
 
     PROJECTIONS = "projections"
-    """Forward hooks on the query and key projections: any attention kernel, but nothing that the
-    model does to its tokens after the projection."""
+    """Forward hooks on the query and key projections: any attention kernel, but nothing that the model does to its
+    tokens after the projection."""
     SDPA = "sdpa"
-    """What reaches `torch.nn.functional.scaled_dot_product_attention`: true queries and keys, also
-    normalised or rotated ones, but blind to any other kernel."""
+    """What reaches `torch.nn.functional.scaled_dot_product_attention`: true queries and keys, also normalised or
+    rotated ones, but blind to any other kernel."""
 
 
 class PredictionType(StrEnum):
@@ -126,9 +126,9 @@ class LossVariant(StrEnum):
     PAPER_WITHOUT_FACTOR = "paper_without_factor"
     """The same with true centres, the only meaningful reading of equation 15."""
     AUTHORS_V1 = "authors_v1"
-    """VITON-v1. Its scores are a softmax over class token and patches, that column dropped; training
-    here gives all variants a softmax over the patches, which is the same without a class token. Its
-    CWG divides by the mask's cells of the whole batch."""
+    """VITON-v1. Its scores are a softmax over class token and patches, that column dropped; training here gives all
+    variants a softmax over the patches, which is the same without a class token. Its CWG divides by the mask's cells of
+    the whole batch."""
     AUTHORS_V2 = "authors_v2"
     """viton-step-1/v2."""
     HINGE = "hinge"
@@ -142,7 +142,11 @@ class LossVariant(StrEnum):
 
     @property
     def sigma(self) -> float:
-        """Its own standard deviation of center weighting's Gaussians, in reference patches."""
+        """Its own standard deviation of center weighting's Gaussians, in reference patches.
+
+        >>> LossVariant.AUTHORS_V1.sigma, LossVariant.REWARD.sigma
+        (0.5, 1.0)
+        """
         return 0.5 if self is LossVariant.AUTHORS_V1 else 1.0
 
 

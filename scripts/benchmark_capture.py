@@ -67,7 +67,7 @@ def two_softmaxes(generated: Tensor, reference: Tensor, scale: float | None = No
 @contextmanager
 def traced_with_softmaxes(target: object, recipe: Any = None) -> Iterator[None]:
     """`trace` with the rival's reduction."""
-    with patch("i2am_train.attention.reduction.column_means", two_softmaxes), trace(target, recipe):
+    with patch("i2am_train.attention.store.column_means", two_softmaxes), trace(target, recipe):
         yield
 
 

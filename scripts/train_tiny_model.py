@@ -27,10 +27,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from i2am_train.attention.live import ScoreTap
+from i2am_train.attention.trace import ScoreTap
 from i2am_train.data.synthetic.rendering import render_sample
 from i2am_train.losses.attention import attention_on_grids, supervised
-from i2am_train.metrics.correspondence import target_on_grid
+from i2am_train.metrics.attention import target_on_grid
 from i2am_train.models.architecture import build_model
 from i2am_train.models.tryon import Conditions, TryOnModel
 from i2am_train.types import GridSize

@@ -1,11 +1,9 @@
 """Attention capture and attribution maps: `trace` a sampling run, then ask its maps; `ScoreTap` for training."""
 
-from i2am_train.attention.archive import Archive, load_maps, save_maps
 from i2am_train.attention.frames import Frame, announce
-from i2am_train.attention.known import KnownModel, Signature, detect_recipe, known_models, named_recipe, register
-from i2am_train.attention.known_recipes import diffusers_decoder
-from i2am_train.attention.live import ScoreTap
-from i2am_train.attention.maps import AttributionMaps, HeatMap, normalise, threshold, time_groups
+from i2am_train.attention.known import KnownModel, Signature, diffusers_decoder, known_models, register
+from i2am_train.attention.lookup import detect_recipe, named_recipe
+from i2am_train.attention.maps import Archive, AttributionMaps, HeatMap, load_maps, save_maps
 from i2am_train.attention.recipe import (
     LayerId,
     Recipe,
@@ -16,8 +14,9 @@ from i2am_train.attention.recipe import (
     paper_number,
     replace_backend,
 )
-from i2am_train.attention.store import AttributionStore, LayerRecord
-from i2am_train.attention.trace import Trace, trace
+from i2am_train.attention.store import AttributionStore, LayerRecord, time_groups
+from i2am_train.attention.trace import ScoreTap, Trace, trace
+from i2am_train.ops.grids import normalise, threshold
 
 __all__ = [
     "Archive",

@@ -1,101 +1,328 @@
-"""A listener hands over what each site attends with, one denoiser evaluation at a time.
+"""Hooks: what each attention module attends with, handed over one denoiser evaluation at a time.
 
-Modules are observed (`i2am_train.attention.inputs`), not replaced: the model keeps its kernel and
-the output stays bit-identical. The root's own hooks open and close a *frame*; what happens outside a frame (another
-network that shares the module, the recomputation of a gradient checkpoint) is dropped.
+Modules are observed, not replaced: the model keeps its kernel and the output stays bit-identical. A *probe* watches one
+module by either backend, and delivers `AttentionInputs`, so that nothing behind it knows which one it was. `Listener`
+opens and closes a *frame* by hooks of the root; what happens outside a frame (another network that shares the module,
+the recomputation of a gradient checkpoint) is dropped.
 """
 
 from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
 
 from i2am_train.attention.frames import Frame, announced_evaluation
-from i2am_train.attention.inputs import AttentionInputs, MaskGuard, Probe, probe
-from i2am_train.attention.known import module_like, nearest_recipe
-from i2am_train.attention.recipe import (
-    LatentSize,
-    LayerId,
-    Recipe,
-    SiteModule,
-    find_layer,
-    named_modules,
-    similar_layer,
-    uncompiled,
-)
+from i2am_train.attention.lookup import SiteModule
+from i2am_train.attention.recipe import LatentSize, Recipe
 from i2am_train.errors import CaptureError
-from i2am_train.types import GridSize
+from i2am_train.types import Backend, GridSize
+
+_SDPA = F.scaled_dot_product_attention
+"""Torch's own function, also when somebody wraps it later."""
 
 
-def resolve_root(target: Any, recipe: Recipe) -> nn.Module:
-    """The recipe's root module in a model or pipeline; what ``torch.compile`` wrapped, unwrapped: the
-    wrapper passes its arguments on without their names."""
-    found = target
-    for name in filter(None, recipe.root.split(".")):
-        if not hasattr(found, name):
-            children = [key for key, _ in found.named_children()] if isinstance(found, nn.Module) else []
-            has = f" It has: {', '.join(children)}." if children else ""
-            raise CaptureError(
-                f"{type(target).__name__} has no part '{recipe.root}', the recipe's root.{has} "
-                "Set the recipe's root to the denoiser's path ('' if you pass the denoiser itself)."
+class AttentionInputs(NamedTuple):
+    """What one site attends with in one evaluation: all rows of the batch, all tokens of both sequences. Its logits are
+    ``scale * generated . reference`` (eq. 3)."""
+
+    generated: Float[Tensor, "row head generated channel"]
+    """The queries."""
+    reference: Float[Tensor, "row head reference channel"]
+    """The keys."""
+    scale: float | None
+    """None: ``channel ** -0.5``."""
+
+    def rows(self, rows: slice) -> AttentionInputs:
+        """Some rows of the batch.
+
+        >>> AttentionInputs(torch.zeros(4, 2, 6, 8), torch.ones(4, 2, 5, 8), None).rows(slice(2, 4)).generated.shape
+        torch.Size([2, 2, 6, 8])
+        """
+        return AttentionInputs(self.generated[rows], self.reference[rows], self.scale)
+
+
+_Deliver = Callable[[AttentionInputs], None]
+"""Called when a site has attended."""
+
+
+class _Projection:
+    """One projection by its place in the model, whatever stands there: peft puts a layer with an adapter in the place
+    of the plain one, which goes on inside it."""
+
+    def __init__(self, parent: nn.Module, name: str, keep: Callable[..., None]) -> None:
+        self._parent, self._name, self._keep = parent, name, keep
+        self._hooked: nn.Module | None = None
+        self._handle: RemovableHandle | None = None
+
+    def follow(self) -> list[RemovableHandle]:
+        """Hook the module that is there now, and no other; its handle, if that is new."""
+        now: nn.Module = getattr(self._parent, self._name)
+        if now is self._hooked:
+            return []
+        if self._handle is not None:
+            self._handle.remove()
+        self._hooked, self._handle = now, now.register_forward_hook(self._keep)
+        return [self._handle]
+
+
+class _ProjectionProbe:
+    """Keeps the outputs of both projections until their module has run."""
+
+    def __init__(self, site: SiteModule, deliver: _Deliver, is_open: Callable[[], bool]) -> None:
+        _refuse_unseen_tokens(site)
+        self._layer = site.layer
+        self._module = site.module
+        self._projections = tuple(
+            _Projection(_parent(site, path), path.rpartition(".")[2], keep)
+            for path, keep in (
+                (site.site.generated_projection, self._keep_generated),
+                (site.site.reference_projection, self._keep_reference),
             )
-        found = getattr(found, name)
-    if not isinstance(found, nn.Module):
-        raise CaptureError(
-            f"The recipe's root '{recipe.root}' of {type(target).__name__} is a "
-            f"{type(found).__name__}, "
-            "not a torch module. Set it to the denoiser's path."
         )
-    return uncompiled(found)
+        self._heads = _heads(site)
+        self._scale = site.site.scale
+        self._deliver = deliver
+        self._is_open = is_open
+        self._generated: Tensor | None = None
+        self._reference: Tensor | None = None
 
+    def attach(self) -> list[RemovableHandle]:
+        """Hook the projections, and the module that they belong to."""
+        return [*self.follow(), self._module.register_forward_hook(self._emit)]
 
-def resolve_sites(root: nn.Module, recipe: Recipe) -> tuple[SiteModule, ...]:
-    """The recipe's attention modules as they are now (call it when attaching: adapters may be injected until then)."""
-    found = [
-        SiteModule(layer, path, site, module)
-        for path, module in named_modules(root)
-        for site in recipe.sites
-        if (layer := site.layer_of(path)) is not None
-    ]
-    if not found:
-        patterns = ", ".join(repr(site.pattern) for site in recipe.sites)
-        near = nearest_recipe(root)
-        advice = "" if near is None else f"; the nearest known recipe is '{near.name}'"
-        raise CaptureError(
-            f"No attention layer matches {patterns}. This model has: {_attention_like(root)}. "
-            f"Set the recipe's pattern to one of them{advice}."
-        )
-    _refuse_other_models(root, recipe)
-    return tuple(found)
+    def follow(self) -> list[RemovableHandle]:
+        """Hook projections that replaced those hooked before."""
+        return [handle for projection in self._projections for handle in projection.follow()]
 
+    def clear(self) -> None:
+        """Forget projections whose module did not come to its end."""
+        self._generated = self._reference = None
 
-def _refuse_other_models(root: nn.Module, recipe: Recipe) -> None:
-    for pattern in recipe.absent:
-        if (path := module_like(root, pattern)) is not None:
+    def _keep_generated(self, _: nn.Module, __: Any, output: Tensor) -> None:
+        if self._is_open():
+            self._generated = output
+
+    def _keep_reference(self, _: nn.Module, __: Any, output: Tensor) -> None:
+        if self._is_open():
+            self._refuse_second_reference()
+            # IP-Adapter projects [row, image, token, channel]
+            self._reference = output.flatten(1, -2)
+
+    def _refuse_second_reference(self) -> None:
+        """Keys that come in several portions have a softmax each, which one map cannot show."""
+        if self._reference is not None:
             raise CaptureError(
-                f"{type(root).__name__} has a module '{path}', which no model of the recipe "
-                f"'{recipe.name}' has: it is of another kind (SDXL, for one, has several transformer "
-                "blocks in an attention). Choose a recipe for it (i2am explain --recipes)."
+                f"Layer {self._layer} projected reference tokens twice in one evaluation, as IP-Adapter does with a "
+                "mask for each of several reference pictures. Trace it with one reference picture, or without masks."
+            )
+
+    def _emit(self, _: nn.Module, __: Any, ___: Any) -> None:
+        generated, reference = self._generated, self._reference
+        self.clear()
+        if self._is_open() and generated is not None and reference is not None:
+            self._check_rows(len(generated), len(reference))
+            self._deliver(AttentionInputs(self._split_heads(generated), self._split_heads(reference), self._scale))
+
+    def _check_rows(self, generated: int, reference: int) -> None:
+        """Keys of other rows are cut anew by the model, so that samples see each other's reference."""
+        if generated != reference:
+            raise CaptureError(
+                f"Layer {self._layer} attends with queries of {generated} rows and keys of {reference}. Give the model "
+                "one reference for each row (IP-Adapter in diffusers takes one picture for all prompts, and repeats it "
+                "itself)."
+            )
+
+    def _split_heads(self, tokens: Tensor) -> Tensor:
+        """``[row, token, head * channel]`` as ``[row, head, token, channel]``, without a copy."""
+        rows, count, width = tokens.shape
+        return tokens.view(rows, count, self._heads, width // self._heads).transpose(1, 2)
+
+
+class _SdpaProbe(TorchFunctionMode):
+    """Watches torch's functions while its module runs, for the one call that is meant.
+
+    The mode is on only inside the module's forward, so that the rest of the model and the sampler pay nothing.
+    """
+
+    def __init__(self, site: SiteModule, deliver: _Deliver, is_open: Callable[[], bool]) -> None:
+        super().__init__()
+        self._site = site
+        self._deliver = deliver
+        self._is_open = is_open
+        self._watching = ExitStack()
+        self._calls = self._meant = 0
+
+    def attach(self) -> list[RemovableHandle]:
+        """Hook the module's beginning and its end (also by an error)."""
+        return [
+            self._site.module.register_forward_pre_hook(self._watch),
+            self._site.module.register_forward_hook(self._stop, always_call=True),
+        ]
+
+    def follow(self) -> list[RemovableHandle]:
+        """Nothing to do: the attention itself is watched, whatever its parts are."""
+        return []
+
+    def clear(self) -> None:
+        """Stop watching; harmless when it did not."""
+        self._watching.close()
+
+    def _watch(self, *_: Any) -> None:
+        if self._is_open():
+            self._calls, self._meant = 0, self._site.site.call_in(self._site.module)
+            self._watching.enter_context(self)
+
+    def _stop(self, *_: Any) -> None:
+        self.clear()
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Iterable[type],
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        """Every torch function runs as it would; the meant call's arguments are delivered."""
+        result = func(*args, **(kwargs or {}))
+        if func is _SDPA:
+            if self._calls == self._meant:
+                self._deliver(self._read(*args, **(kwargs or {})))
+            self._calls += 1
+        return result
+
+    def _read(  # the signature is torch's
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Tensor | None = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        *,
+        scale: float | None = None,
+        enable_gqa: bool = False,
+    ) -> AttentionInputs:
+        """The call's queries and keys. Dropout is left out: a map is of the whole scores."""
+        self._refuse_other_scores(query, attn_mask, is_causal)
+        if enable_gqa:
+            key = key.repeat_interleave(query.shape[1] // key.shape[1], dim=1)
+        return AttentionInputs(query, key.expand(*query.shape[:2], -1, -1), scale)
+
+    def _refuse_other_scores(self, query: Tensor, attn_mask: Tensor | None, is_causal: bool) -> None:
+        layer = self._site.layer
+        if query.ndim != 4:
+            raise CaptureError(
+                f"Layer {layer} attends with queries of shape {list(query.shape)}; expected "
+                "[row, head, token, channel]. Observe this site by its projections."
+            )
+        if is_causal or (attn_mask is not None and _changes_scores(attn_mask)):
+            kind = "causally" if is_causal else "under a mask"
+            raise CaptureError(
+                f"Layer {layer} attends {kind}, and maps of the scores without it would not be what the model saw. "
+                "Call the model without an attention mask, or leave this layer out of the recipe."
             )
 
 
-def _attention_like(root: nn.Module) -> str:
-    """Paths of modules that look like attention, for messages."""
-    names = [
-        path for path, module in named_modules(root) if hasattr(module, "heads") or "attn" in path.rpartition(".")[2]
-    ]
-    shown = names[:12] + (["..."] if len(names) > 12 else [])
-    return ", ".join(shown) or "no module with heads"
+_Probe = _ProjectionProbe | _SdpaProbe
+"""Observes one module: ``attach`` registers its hooks, ``follow`` hooks what has been put in the place of a hooked
+module since (an adapter's wrapper), and ``clear`` drops what is left of an evaluation, also one that failed."""
+
+
+def _probe(site: SiteModule, deliver: _Deliver, is_open: Callable[[], bool]) -> _Probe:
+    """The probe that the site asks for. ``is_open`` tells whether an evaluation is under way; what happens outside one
+    is not observed. Raises `CaptureError` if the module does not fit."""
+    kind = _SdpaProbe if site.site.via is Backend.SDPA else _ProjectionProbe
+    return kind(site, deliver, is_open)
+
+
+def _changes_scores(mask: Tensor) -> bool:
+    """Whether a mask (boolean: True is let through, else added to the logits) does anything."""
+    return not bool(mask.all()) if mask.dtype == torch.bool else bool(mask.any())
+
+
+def _heads(site: SiteModule) -> int:
+    declared = site.site.heads
+    heads = declared if isinstance(declared, int) else getattr(site.module, declared, None)
+    if not isinstance(heads, int):
+        raise CaptureError(
+            f"Layer {site.layer}: {type(site.module).__name__} has no number of heads in "
+            f"'{declared}'. Set the site's heads to a number or to the attribute's name."
+        )
+    return heads
+
+
+def _refuse_unseen_tokens(site: SiteModule) -> None:
+    """Refuse modules whose projections are not called, or not what they attend with."""
+    module = site.module
+    processor = getattr(module, "processor", None)
+    # diffusers leaves the flag when it unfuses, and goes back to the old processor
+    is_fused = processor is None or "Fused" in type(processor).__name__
+    if getattr(module, "fused_projections", False) and is_fused:
+        raise CaptureError(
+            f"Layer {site.layer} has fused projections, so its separate ones are never called. "
+            "Call unfuse_qkv_projections() on the model before tracing, or observe the attention "
+            f"call instead (via='{Backend.SDPA}')."
+        )
+    if getattr(module, "norm_q", None) is not None or getattr(module, "norm_k", None) is not None:
+        raise CaptureError(
+            f"Layer {site.layer} normalises its tokens after the projection, so projections are "
+            "not what it attends with. Observe the attention call instead: "
+            f"trace(..., via='{Backend.SDPA}'), or Site(via='{Backend.SDPA}') in the recipe."
+        )
+
+
+def _refuse_masks(site: SiteModule, is_open: Callable[[], bool]) -> RemovableHandle:
+    """Refuse calls of a module in which a mask keeps tokens from the reference: the maps would give them a share that
+    they do not have."""
+    names = list(inspect.signature(site.module.forward).parameters)
+    places = {name: names.index(name) if name in names else sys.maxsize for name in site.site.masks}
+
+    def look(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if not is_open():
+            return
+        for name, place in places.items():
+            mask = args[place] if place < len(args) else kwargs.get(name)
+            if mask is not None and _masks_anything(mask):
+                raise CaptureError(
+                    f"Layer {site.layer} attends under a mask ({name}), and maps of the scores without it would not be "
+                    "what the model saw. Call the model without it (drop the tokens that it hides), or leave this "
+                    "layer out of the recipe."
+                )
+
+    return site.module.register_forward_pre_hook(look, with_kwargs=True)
+
+
+def _masks_anything(mask: Any) -> bool:
+    """Whether a mask does anything; one for each region of the picture (a list) always does."""
+    if isinstance(mask, Tensor):
+        return _changes_scores(mask)
+    return any(one is not None for one in mask)
+
+
+def _parent(site: SiteModule, path: str) -> nn.Module:
+    """The module that holds a projection, which must be there."""
+    try:
+        site.module.get_submodule(path)
+        return site.module.get_submodule(path.rpartition(".")[0])
+    except AttributeError:
+        children = ", ".join(name for name, _ in site.module.named_children()) or "none"
+        raise CaptureError(
+            f"Layer {site.layer}: {type(site.module).__name__} has no submodule '{path}' (it has: {children}). Set the "
+            "site's projections to submodules whose outputs are the projected tokens."
+        ) from None
 
 
 def _forward_signature(root: nn.Module) -> inspect.Signature:
@@ -107,12 +334,8 @@ def _forward_signature(root: nn.Module) -> inspect.Signature:
     return signature
 
 
-OnAttention = Callable[[SiteModule, Frame, AttentionInputs], None]
+_OnAttention = Callable[[SiteModule, Frame, AttentionInputs], None]
 """Called once per site and frame with what it attends with, all rows of the batch."""
-
-
-def _nothing(frame: Frame) -> None:
-    """Default of a listener that does not care about frames."""
 
 
 _ATTACHED: WeakKeyDictionary[nn.Module, set[str]] = WeakKeyDictionary()
@@ -121,22 +344,22 @@ _ATTACHED: WeakKeyDictionary[nn.Module, set[str]] = WeakKeyDictionary()
 
 @dataclass(eq=False)
 class Listener:
-    """The hooks of one trace or tap. ``attach`` and ``detach`` are inverses; a frame never outlives
-    its forward. Raises `CaptureError` for a site that its backend cannot observe."""
+    """The hooks of one trace or tap. ``attach`` and ``detach`` are inverses; a frame never outlives its forward. Raises
+    `CaptureError` for a site that its backend cannot observe."""
 
     root: nn.Module
     recipe: Recipe
     sites: Sequence[SiteModule]
-    on_attention: OnAttention
+    on_attention: _OnAttention
     kind: str
-    on_open: Callable[[Frame], None] = _nothing
+    on_open: Callable[[Frame], None]
     _handles: list[RemovableHandle] = field(default_factory=list)
     _frame: Frame | None = None
     _calls: int = 0
-    _probes: list[Probe] = field(init=False)
+    _probes: list[_Probe] = field(init=False)
 
     def __post_init__(self) -> None:
-        self._probes = [probe(site, partial(self._deliver, site), self._is_open) for site in self.sites]
+        self._probes = [_probe(site, partial(self._deliver, site), self._is_open) for site in self.sites]
 
     def attach(self) -> None:
         """Register all hooks; refuses a root that already has a listener of this kind."""
@@ -157,7 +380,7 @@ class Listener:
             self.root.register_forward_hook(self._close, always_call=True),
         ]
         for site, each in zip(self.sites, self._probes, strict=True):
-            self._handles.append(MaskGuard(site, self._is_open).attach())
+            self._handles.append(_refuse_masks(site, self._is_open))
             self._handles += each.attach()
 
     def detach(self) -> None:
@@ -207,19 +430,6 @@ class Listener:
     def _deliver(self, site: SiteModule, inputs: AttentionInputs) -> None:
         if self._frame is not None:
             self.on_attention(site, self._frame, inputs)
-
-
-def choose_sites(
-    sites: Sequence[SiteModule], layers: Sequence[LayerId], model: Sequence[str] | None = None
-) -> tuple[SiteModule, ...]:
-    """The sites of the given layers, in the order given; an error that lists what there is.
-
-    Numbers are those of `similar_layer` among the ``model``'s layers (None: those of the sites).
-    """
-    by_name = {site.layer: site for site in sites}
-    known = list(by_name) if model is None else model
-    names = [find_layer(similar_layer(layer, known), list(by_name)) for layer in layers]
-    return tuple(by_name[name] for name in names)
 
 
 def eager_while_listening() -> AbstractContextManager[object]:

@@ -1,9 +1,8 @@
 """Recipes: where a model keeps its attention between generated and reference tokens.
 
-A `Recipe` declares the module whose forward is one denoiser evaluation, the attention modules
-(`Site`) whose queries are generated tokens and whose keys are reference tokens, where the tokens of
-the picture sit in a sequence (`Tokens`), and which rows of the batch are conditional. Nothing is
-guessed from a token count: a mismatch is an error.
+A `Recipe` declares the module whose forward is one denoiser evaluation, the attention modules (`Site`) whose queries
+are generated tokens and whose keys are reference tokens, where the tokens of the picture sit in a sequence (`Tokens`),
+and which rows of the batch are conditional. Nothing is guessed from a token count: a mismatch is an error.
 """
 
 from __future__ import annotations
@@ -16,8 +15,7 @@ from typing import Any, NamedTuple, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from i2am_train.attention.callers import Caller
-from i2am_train.attention.frames import Frame
+from i2am_train.attention.frames import Caller, Frame
 from i2am_train.errors import CaptureError
 from i2am_train.ops.grids import solve_grid
 from i2am_train.types import Backend, Branch, Canvas, GridSize
@@ -71,7 +69,11 @@ def paper_number(name: str) -> int | None:
 
 
 def find_layer(layer: LayerId, available: Sequence[str]) -> str:
-    """The one of ``available`` that ``layer`` means; an error that lists them if it is none."""
+    """The one of ``available`` that ``layer`` means; an error that lists them if it is none.
+
+    >>> find_layer(2, ["output_blocks.3.1", "output_blocks.4.1"])
+    'output_blocks.4.1'
+    """
     name = layer_name(layer)
     if isinstance(layer, int):
         name = next((known for known in available if paper_number(known) == layer), name)
@@ -86,8 +88,8 @@ def find_layer(layer: LayerId, available: Sequence[str]) -> str:
 def similar_layer(layer: LayerId, available: Sequence[str]) -> str:
     """The one of ``available`` that ``layer`` means, also where the paper's numbers are not known.
 
-    In a model without numbered layers a number means the layer at the same depth of the decoder:
-    of its layers in ``up_blocks``, or of all where there are none.
+    In a model without numbered layers a number means the layer at the same depth of the decoder: of its layers in
+    ``up_blocks``, or of all where there are none.
 
     >>> similar_layer(2, ["mid_block.attentions.0", "up_blocks.0.attentions.0", "up_blocks.0.attentions.1"])
     'up_blocks.0.attentions.0'
@@ -118,7 +120,12 @@ class TokenPlaces:
     grid: GridSize | None
 
     def take(self, tokens: Tensor) -> Tensor:
-        """The chosen tokens of ``[..., token, channel]``."""
+        """The chosen tokens of ``[..., token, channel]``.
+
+        >>> Tokens(None, skip=1).places(3, GridSize(8, 8)).take(torch.tensor([[5.0], [6.0], [7.0]]))
+        tensor([[6.],
+                [7.]])
+        """
         return tokens[..., self.index, :]
 
 
@@ -147,12 +154,11 @@ def _bound(bound: int, length: int) -> int:
 class Tokens:
     """Where one picture's tokens sit in a sequence of queries or keys.
 
-    ``grid`` is a fixed grid, ``"latent"`` (solved from the latent's size at each call), or None for
-    tokens without a place in a picture. ``block=(i, n)`` takes the i-th of n equal parts of the
-    sequence (models that concatenate tokens); of that, ``skip`` and ``stop`` are the bounds of a
-    slice, negative ones from the end: ``skip`` leading tokens (class token, pooled token) belong to
-    no cell, and exactly ``count`` must be left (None: any number). ``crop=(top, bottom, left,
-    right)`` takes a part of the grid in fractions (models that concatenate in space).
+    ``grid`` is a fixed grid, ``"latent"`` (solved from the latent's size at each call), or None for tokens without a
+    place in a picture. ``block=(i, n)`` takes the i-th of n equal parts of the sequence (models that concatenate
+    tokens); of that, ``skip`` and ``stop`` are the bounds of a slice, negative ones from the end: ``skip`` leading
+    tokens (class token, pooled token) belong to no cell, and exactly ``count`` must be left (None: any number).
+    ``crop=(top, bottom, left, right)`` takes a part of the grid in fractions (models that concatenate in space).
     """
 
     grid: GridSize | str | None = "latent"
@@ -190,9 +196,8 @@ class Tokens:
             )
         if self.count is not None and count != self.count:
             raise CaptureError(
-                f"{count} reference tokens are left of {length}, and a model of this recipe has "
-                f"{self.count}. This is another model (one that attends to words, for instance), or "
-                "other numbers: set those of the recipe."
+                f"{count} reference tokens are left of {length}, and a model of this recipe has {self.count}. This is "
+                "another model (one that attends to words, for instance), or other numbers: set those of the recipe."
             )
         grid = self._grid(count, latent)
         if grid is None or self.crop == (0, 1, 0, 1):
@@ -204,12 +209,13 @@ class Tokens:
             return None
         if isinstance(self.grid, str):
             return solve_grid(count, latent)
-        if self.grid[0] * self.grid[1] != count:
+        grid = GridSize(*self.grid)
+        if grid.tokens != count:
             raise CaptureError(
-                f"{count} tokens (without the special ones) do not fill a grid of "
-                f"{GridSize(*self.grid)}. Set the recipe's grid and number of special tokens."
+                f"{count} tokens (without the special ones) do not fill a grid of {grid}. "
+                "Set the recipe's grid and number of special tokens."
             )
-        return GridSize(*self.grid)
+        return grid
 
     def _cropped(self, start: int, grid: GridSize) -> TokenPlaces:
         top, bottom, left, right = self.crop
@@ -223,19 +229,20 @@ class Tokens:
 class Site:
     """Attention modules of one kind: all whose path below the root matches ``pattern`` entirely.
 
-    A group called ``layer`` in the pattern names the layer; otherwise its whole path does. ``joint``
-    says that the model's own softmax runs over the generated tokens too (self-attention over both
-    pictures): maps then see the reference's keys alone, and the share of attention that they get is
-    kept as well (`AttributionMaps.mass`).
+    A group called ``layer`` in the pattern names the layer; otherwise its whole path does. ``joint`` says that the
+    model's own softmax runs over the generated tokens too (self-attention over both pictures): maps then see the
+    reference's keys alone, and the share of attention that they get is kept as well (`AttributionMaps.mass`).
 
-    ``via`` says how queries and keys are observed (`Backend`). By ``projections``: the two
-    projections are submodules (by path) whose outputs are the projected tokens; ``heads`` is a
-    number or an attribute of the module; ``scale`` defaults to ``head_width ** -0.5``. By ``sdpa``:
-    ``sdpa_call`` counts the calls of ``scaled_dot_product_attention`` in one forward of the module,
-    from 0, or tells it of the module as it is (an IP-Adapter attends to the text first, to its first
-    picture next, and leaves out adapters whose scale is zero; -1: no call); heads and scale are
-    those of the call. ``masks`` are arguments of the module's forward that keep tokens from the
-    reference: maps know nothing of them, so that a call that uses one is refused.
+    ``via`` says how queries and keys are observed (`Backend`). By ``projections``: the two projections are submodules
+    (by path) whose outputs are the projected tokens; ``heads`` is a number or an attribute of the module; ``scale``
+    defaults to ``head_width ** -0.5``. By ``sdpa``: ``sdpa_call`` counts the calls of ``scaled_dot_product_attention``
+    in one forward of the module, from 0, or tells it of the module as it is (an IP-Adapter attends to the text first,
+    to its first picture next, and leaves out adapters whose scale is zero; -1: no call); heads and scale are those of
+    the call. ``masks`` are arguments of the module's forward that keep tokens from the reference: maps know nothing of
+    them, so that a call that uses one is refused.
+
+    >>> Site("attn2", reference=Tokens(GridSize(37, 28), skip=1)).reference.places(1037, GridSize(64, 48)).grid
+    GridSize(height=37, width=28)
     """
 
     pattern: str
@@ -251,7 +258,9 @@ class Site:
     masks: tuple[str, ...] = ("attention_mask", "mask")
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "via", _backend(self.via))
+        if self.via not in list(Backend):
+            raise CaptureError(f"There is no backend '{self.via}'. Expected one of {', '.join(Backend)}.")
+        object.__setattr__(self, "via", Backend(self.via))
         if not callable(self.sdpa_call) and self.sdpa_call < 0:
             raise CaptureError(
                 f"Site.sdpa_call is {self.sdpa_call}; expected the number of an attention call in "
@@ -263,24 +272,16 @@ class Site:
         return self.sdpa_call(module) if callable(self.sdpa_call) else self.sdpa_call
 
     def layer_of(self, path: str) -> str | None:
-        """Layer name of a module path, or None if the site is not there."""
+        """Layer name of a module path, or None if the site is not there.
+
+        >>> site = Site(r"(?P<layer>blocks\\.\\d+)\\.attn2")
+        >>> site.layer_of("blocks.3.attn2"), site.layer_of("blocks.3.attn1")
+        ('blocks.3', None)
+        """
         match = re.fullmatch(self.pattern, path)
         if match is None:
             return None
         return str(match.groupdict().get("layer") or path)
-
-
-def _backend(name: Backend | str) -> Backend:
-    if name not in list(Backend):
-        raise CaptureError(f"There is no backend '{name}'. Expected one of {', '.join(Backend)}.")
-    return Backend(name)
-
-
-class SitePlaces(NamedTuple):
-    """Places of the generated and of the reference tokens of one site."""
-
-    generated: TokenPlaces
-    reference: TokenPlaces
 
 
 _COMPILED = "_orig_mod"
@@ -293,36 +294,44 @@ def uncompiled(module: nn.Module) -> nn.Module:
 
 
 def named_modules(root: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Paths and modules below a root (``""``: itself), as they are where nothing is compiled."""
+    """Paths and modules below a root (``""``: itself), as they are where nothing is compiled.
+
+    >>> [path for path, _ in named_modules(nn.Sequential(nn.ReLU(), nn.Sequential(nn.ReLU())))]
+    ['', '0', '1', '1.0']
+    """
     for path, module in root.named_modules():
         if uncompiled(module) is module:
             yield ".".join(name for name in path.split(".") if name != _COMPILED), module
 
 
-@dataclass(eq=False)
-class SiteModule:
-    """One attention module of a model, resolved from a recipe."""
+def part(target: Any, path: str) -> nn.Module | None:
+    """The module at a dotted path of attributes, or None.
 
-    layer: str
-    path: str
-    site: Site
-    module: nn.Module
+    >>> part(nn.Sequential(nn.Linear(2, 3)), "0"), part(nn.Linear(2, 3), "unet")
+    (Linear(in_features=2, out_features=3, bias=True), None)
+    """
+    found = target
+    for name in filter(None, path.split(".")):
+        found = getattr(found, name, None)
+    return found if isinstance(found, nn.Module) else None
 
-    def places(self, generated: int, reference: int, latent: GridSize) -> SitePlaces:
-        """Where the picture's tokens are among so many queries and keys; an error that names the
-        layer if they don't fit."""
-        try:
-            return SitePlaces(
-                self.site.generated.places(generated, latent), self.site.reference.places(reference, latent)
-            )
-        except CaptureError as error:
-            raise CaptureError(f"Layer {self.layer}: {error}") from None
+
+def module_like(root: nn.Module, pattern: str) -> str | None:
+    """Path of the first module whose path, or ``path:ClassName``, fits a pattern; None without.
+
+    >>> module_like(nn.Sequential(nn.ReLU(), nn.Linear(2, 3)), r"\\d+:Linear")
+    '1'
+    """
+    for path, module in named_modules(root):
+        if re.fullmatch(pattern, path) or re.fullmatch(pattern, f"{path}:{type(module).__name__}"):
+            return path
+    return None
 
 
 Rows: TypeAlias = str | Callable[[Frame], slice | None]
-"""Where the conditional rows are under guidance: ``"first_half"`` or ``"second_half"`` of the batch,
-``"first_call"`` (each step makes two calls, the conditional one first), ``"all"`` (never an
-unconditional row), or a function of the frame (None: skip this call)."""
+"""Where the conditional rows are under guidance: ``"first_half"`` or ``"second_half"`` of the batch, ``"first_call"``
+(each step makes two calls, the conditional one first), ``"all"`` (never an unconditional row), or a function of the
+frame (None: skip this call)."""
 
 _HALVES = ("first_half", "second_half")
 _NAMED_ROWS = ("all", *_HALVES, "first_call")
@@ -335,9 +344,8 @@ _ANSWER = (
 def _half(name: str, batch: int) -> slice:
     if batch % 2:
         raise CaptureError(
-            f"The recipe takes the {name.replace('_', ' ')} of the batch as conditional, as under "
-            f"classifier-free guidance, but the model was called with {batch} rows. Without guidance "
-            "use a recipe with rows='all'."
+            f"The recipe takes the {name.replace('_', ' ')} of the batch as conditional, as under classifier-free "
+            f"guidance, but the model was called with {batch} rows. Without guidance use a recipe with rows='all'."
         )
     return slice(0, batch // 2) if name == "first_half" else slice(batch // 2, batch)
 
@@ -350,25 +358,23 @@ class LatentSize(NamedTuple):
 
 
 Latent: TypeAlias = str | Callable[[Mapping[str, Any]], LatentSize]
-"""Name of the argument that is the latent ``[row, channel, height, width]``, or a function of all
-arguments of the denoiser's forward by name (transformers that are given packed tokens)."""
+"""Name of the argument that is the latent ``[row, channel, height, width]``, or a function of all arguments of the
+denoiser's forward by name (transformers that are given packed tokens)."""
 
 
 @dataclass(frozen=True)
 class Recipe:
     """How to capture one kind of model.
 
-    ``root`` is the path of the denoiser in the traced object (``""``: the object itself);
-    ``latent`` (see `Latent`) and ``timestep`` are names of arguments of its forward. ``rows`` says which rows of
-    a guided batch are conditional (see `Rows`), and ``guided`` whether there is guidance; None: the
-    pipeline that calls the denoiser says so (`i2am_train.attention.callers`), and it is an error
-    if nobody does. What a sampler announces comes first (see
-    `i2am_train.attention.frames.announce`). ``absent`` are patterns of module paths that a model
-    of this kind does not have, by which a similar one is refused. ``once_per_step`` refuses a
-    second evaluation of a step: such a sampler cuts large pictures into tiles, whose maps are not
-    those of the picture. ``canvas`` says which part of the reference picture the reference grid covers.
-    ``partial`` says by which other ways the reference reaches the image, so that the maps do not
-    tell all of it (or finds them in the root's modules); every result repeats it.
+    ``root`` is the path of the denoiser in the traced object (``""``: the object itself); ``latent`` (see `Latent`) and
+    ``timestep`` are names of arguments of its forward. ``rows`` says which rows of a guided batch are conditional (see
+    `Rows`), and ``guided`` whether there is guidance; None: the pipeline that calls the denoiser says so
+    (`i2am_train.attention.frames`), and it is an error if nobody does. What a sampler announces comes first (see
+    `i2am_train.attention.frames.announce`). ``absent`` are patterns of module paths that a model of this kind does not
+    have, by which a similar one is refused. ``once_per_step`` refuses a second evaluation of a step: such a sampler
+    cuts large pictures into tiles, whose maps are not those of the picture. ``canvas`` says which part of the reference
+    picture the reference grid covers. ``partial`` says by which other ways the reference reaches the image, so that the
+    maps do not tell all of it (or finds them in the root's modules); every result repeats it.
     """
 
     root: str
@@ -394,7 +400,12 @@ class Recipe:
         return self.partial(root) if callable(self.partial) else self.partial
 
     def conditional_rows(self, frame: Frame) -> slice | None:
-        """Conditional rows of a call (None: it has none)."""
+        """Conditional rows of a call (None: it has none).
+
+        >>> guided = Frame(0, None, GridSize(8, 6), batch=4, caller=Caller(guided=True))
+        >>> Recipe("", (), rows="second_half").conditional_rows(guided)
+        slice(2, 4, None)
+        """
         if frame.announced is not None:
             return frame.announced.conditional_rows
         if callable(self.rows):
@@ -435,11 +446,10 @@ class Recipe:
         expected = 2 * samples if guided and self.rows in _HALVES else samples
         if frame.batch != expected:
             raise CaptureError(
-                f"The model was called with {frame.batch} rows for {samples} "
-                f"sample{'s' * (samples != 1)}; expected {expected} {'with' if guided else 'without'} "
-                "guidance. The pipeline guides in another way as well (perturbed attention, pictures "
-                "and words apart), or works on parts of the picture. Switch that off, or say which "
-                "rows are conditional: trace(..., rows=function of the frame)."
+                f"The model was called with {frame.batch} rows for {samples} sample{'s' * (samples != 1)}; expected "
+                f"{expected} {'with' if guided else 'without'} guidance. The pipeline guides in another way as well "
+                "(perturbed attention, pictures and words apart), or works on parts of the picture. Switch that off, "
+                "or say which rows are conditional: trace(..., rows=function of the frame)."
             )
 
 

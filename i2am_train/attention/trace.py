@@ -1,30 +1,29 @@
-"""`trace`: capture both directions of a model's attention during the one sampling run that makes the images."""
+"""`trace`: both directions of a model's attention during the one sampling run that makes the images; `ScoreTap`: the
+scores of chosen layers of the last training step, with their gradient, for the attention losses.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from types import FrameType
 from typing import Any
 
 import torch
-from jaxtyping import Bool
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from i2am_train.attention.callers import find_caller, hear_branches
-from i2am_train.attention.frames import Frame
-from i2am_train.attention.hooks import Listener, choose_sites, eager_while_listening, resolve_root, resolve_sites
-from i2am_train.attention.inputs import AttentionInputs
-from i2am_train.attention.known import chosen_recipe
+from i2am_train.attention.frames import Frame, find_caller, hear_branches
+from i2am_train.attention.hooks import AttentionInputs, Listener, eager_while_listening
+from i2am_train.attention.lookup import SiteModule, SitePlaces, choose_sites, chosen_recipe, resolve_root, resolve_sites
 from i2am_train.attention.maps import AttributionMaps
-from i2am_train.attention.recipe import LayerId, Recipe, Rows, SiteModule, replace_backend, with_rows
-from i2am_train.attention.reduction import SiteRecorder, undisturbed
-from i2am_train.attention.store import AttributionStore, LayerRecord, SiteSummary, SiteTable, not_finite
+from i2am_train.attention.recipe import LayerId, Recipe, Rows, replace_backend, with_rows
+from i2am_train.attention.store import AttributionStore, SiteRecorder, SiteTable, not_finite
 from i2am_train.errors import CaptureError
-from i2am_train.ops.attention import DEFAULT_BYTE_BUDGET
-from i2am_train.types import Backend, Branch
+from i2am_train.ops.attention import DEFAULT_BYTE_BUDGET, head_mean_scores
+from i2am_train.types import Backend, Branch, GridSize
 
 
 def trace(
@@ -46,22 +45,20 @@ def trace(
             images = pipeline(...)
         maps = attention.maps()
 
-    ``recipe`` None asks the model itself (``attention_recipe()``) or recognises a known one, whose
-    name may also be given (``i2am explain --recipes`` lists them). ``layers`` restricts the capture
-    (default: all of the recipe's); numbers are the paper's, or the same depth of a decoder that has
-    others (`similar_layer`). ``matrix_layers`` (None: all captured ones) also keep their
-    head- and step-mean score matrices, which maps of single patches and attention centres need.
-    ``generated_mask`` (one per sample, any size, True = counts) restricts the mean that makes
-    reference-side maps to generated positions inside it, as the authors' hook does with the
-    inpainting mask; the paper averages over all. ``byte_budget`` bounds the scratch memory. ``via``
-    observes all sites by another backend than the recipe says (`Backend`): ``"sdpa"`` reads the
-    arguments of ``scaled_dot_product_attention``. ``rows`` says which rows of each call are
-    conditional (`Rows`), where neither sampler nor pipeline says it: a denoiser in a loop of your
+    ``recipe`` None asks the model itself (``attention_recipe()``) or recognises a known one, whose name may also be
+    given (``i2am explain --recipes`` lists them). ``layers`` restricts the capture (default: all of the recipe's);
+    numbers are the paper's, or the same depth of a decoder that has others (`similar_layer`). ``matrix_layers`` (None:
+    all captured ones) also keep their head- and step-mean score matrices, which maps of single patches and attention
+    centres need. ``generated_mask`` (one per sample, any size, True = counts) restricts the mean that makes
+    reference-side maps to generated positions inside it, as the authors' hook does with the inpainting mask; the paper
+    averages over all. ``byte_budget`` bounds the scratch memory. ``via`` observes all sites by another backend than the
+    recipe says (`Backend`): ``"sdpa"`` reads the arguments of ``scaled_dot_product_attention``. ``rows`` says which
+    rows of each call are conditional (`Rows`), where neither sampler nor pipeline says it: a denoiser in a loop of your
     own.
 
-    The images are bit-identical with and without; all hooks are gone after the block, also when it
-    fails. Raises `CaptureError` for a model that does not fit the recipe, and as soon as a call is
-    made whose maps would not be those of the images.
+    The images are bit-identical with and without; all hooks are gone after the block, also when it fails. Raises
+    `CaptureError` for a model that does not fit the recipe, and as soon as a call is made whose maps would not be those
+    of the images.
     """
     chosen = chosen_recipe(target, recipe)
     if via is not None:
@@ -89,8 +86,8 @@ class _Evaluation:
     def begins_run_after(self, before: Sequence[_Evaluation]) -> bool:
         """Whether this cannot belong to the sampling run that others made.
 
-        A run goes from noise to picture. Samplers of higher order evaluate a timestep twice, but
-        never the first; a pipeline that is seen to go on may do as it likes.
+        A run goes from noise to picture. Samplers of higher order evaluate a timestep twice, but never the first; a
+        pipeline that is seen to go on may do as it likes.
         """
         last = before[-1]
         if self.step_index is not None and last.step_index is not None:
@@ -110,33 +107,25 @@ class _Evaluation:
         return self.timestep is not None and self.timestep == other.timestep
 
 
+@dataclass(eq=False)
 class Trace:
     """A capture, made by `trace`; a context manager for one use."""
 
-    def __init__(
-        self,
-        target: Any,
-        recipe: Recipe,
-        layers: tuple[LayerId, ...] | None,
-        matrix_layers: tuple[LayerId, ...] | None,
-        generated_mask: Bool[Tensor, "batch height width"] | None,
-        byte_budget: int,
-    ) -> None:
-        self.recipe = recipe
-        self._target = target
-        self._layers = layers
-        self._matrix_layers = matrix_layers
-        self._generated_mask = generated_mask
-        self._byte_budget = byte_budget
-        self._recorders: dict[SiteModule, SiteRecorder] = {}
-        self._run_order: list[SiteRecorder] = []
-        self._evaluations: list[_Evaluation] = []
-        self._rows: slice | None = None
-        self._batch: int | None = None
-        self._model: tuple[str, ...] = ()
-        self._partial: str | None = None
-        self._branch: Callable[[], Branch | None] = lambda: None
-        self._exit = ExitStack()
+    _target: Any
+    recipe: Recipe
+    _layers: tuple[LayerId, ...] | None
+    _matrix_layers: tuple[LayerId, ...] | None
+    _generated_mask: Bool[Tensor, "batch height width"] | None
+    _byte_budget: int
+    _recorders: dict[SiteModule, SiteRecorder] = field(default_factory=dict)
+    _run_order: list[SiteRecorder] = field(default_factory=list)
+    _evaluations: list[_Evaluation] = field(default_factory=list)
+    _rows: slice | None = None
+    _batch: int | None = None
+    _model: tuple[str, ...] = ()
+    _partial: str | None = None
+    _branch: Callable[[], Branch | None] = field(default=lambda: None)
+    _exit: ExitStack = field(default_factory=ExitStack)
 
     def __enter__(self) -> Trace:
         if self._recorders:
@@ -168,15 +157,15 @@ class Trace:
     @property
     def sites(self) -> SiteTable:
         """What is captured: layers, grids, heads, reference tokens and calls seen; prints as a table."""
-        return SiteTable(_summary(recorder) for recorder in self._recorders.values())
+        return SiteTable(recorder.summary() for recorder in self._recorders.values())
 
     def maps(self) -> AttributionMaps:
-        """All attribution maps of the run (on the CPU). Raises `CaptureError` if a site saw no or
-        too few calls, or attended with queries or keys that are not finite."""
+        """All attribution maps of the run (on the CPU). Raises `CaptureError` if a site saw no or too few calls, or
+        attended with queries or keys that are not finite."""
         self._check_complete()
         steps = _group_steps(self._evaluations)
         store = AttributionStore(
-            layers=tuple(_layer_record(recorder, steps) for recorder in self._run_order),
+            layers=tuple(recorder.layer_record(steps) for recorder in self._run_order),
             timesteps=tuple(self._evaluations[step[0]].timestep for step in steps),
             recipe=self.recipe.name,
             partial=self._partial,
@@ -218,9 +207,8 @@ class Trace:
             return
         if self._evaluations and not evaluation.is_step_of(self._evaluations[-1]):
             raise CaptureError(
-                f"The recipe '{self.recipe.name}' expects two calls in each step under guidance, and "
-                f"the model was called once at {_moment(self._evaluations[-1])}. Without guidance "
-                "set guided=False."
+                f"The recipe '{self.recipe.name}' expects two calls in each step under guidance, and the model was "
+                f"called once at {_moment(self._evaluations[-1])}. Without guidance set guided=False."
             )
 
     def _check_not_tiled(self, evaluation: _Evaluation) -> None:
@@ -236,9 +224,8 @@ class Trace:
         if batch == 0 or (self._batch is not None and batch != self._batch):
             before = "" if self._batch is None else f" after {self._batch}"
             raise CaptureError(
-                f"The model was called with {batch} conditional rows{before}. "
-                "Use one trace per batch, and a recipe whose rows are those of the conditional "
-                "branch."
+                f"The model was called with {batch} conditional rows{before}. Use one trace per batch, and a recipe "
+                "whose rows are those of the conditional branch."
             )
         self._batch = batch
 
@@ -248,7 +235,7 @@ class Trace:
         recorder = self._recorders[site]
         if not recorder.calls:
             self._run_order.append(recorder)
-        with undisturbed():
+        with torch.inference_mode(False), torch.no_grad():  # inference tensors could not be used later
             recorder.record(frame, inputs.rows(self._rows))
 
     def _check_complete(self) -> None:
@@ -263,9 +250,8 @@ class Trace:
         if short:
             counts = ", ".join(f"{site.layer} ({site.calls})" for site in short)
             raise CaptureError(
-                f"These layers did not attend in each of the {expected} evaluations: {counts}. "
-                "Switch off caches that skip blocks, give the adapter a scale above zero, or leave these "
-                "layers out of the recipe."
+                f"These layers did not attend in each of the {expected} evaluations: {counts}. Switch off caches that "
+                "skip blocks, give the adapter a scale above zero, or leave these layers out of the recipe."
             )
 
 
@@ -292,11 +278,10 @@ def _refuse_blind(recorders: Sequence[SiteRecorder]) -> None:
         names = ", ".join(site.layer for site in blind)
         calls = sorted({site.site.call_in(site.module) for site in blind})
         raise CaptureError(
-            f"These layers were observed by the backend '{Backend.SDPA}' and never called "
-            f"scaled_dot_product_attention (call number {', '.join(map(str, calls))}): {names}. "
-            "They did not run, or attend by another kernel (attention slices, xformers, einsum). "
-            "Choose the model's default attention processor, correct the site's sdpa_call, or "
-            f"observe the projections (via='{Backend.PROJECTIONS}')."
+            f"These layers were observed by the backend '{Backend.SDPA}' and never called scaled_dot_product_attention "
+            f"(call number {', '.join(map(str, calls))}): {names}. They did not run, or attend by another kernel "
+            "(attention slices, xformers, einsum). Choose the model's default attention processor, correct the site's "
+            f"sdpa_call, or observe the projections (via='{Backend.PROJECTIONS}')."
         )
 
 
@@ -311,49 +296,110 @@ def _group_steps(evaluations: Sequence[_Evaluation]) -> list[list[int]]:
     return steps
 
 
-def _stack_steps(recorded: Sequence[Tensor], steps: Sequence[Sequence[int]]) -> Tensor:
-    """``[batch, step, head, token]`` on the CPU; evaluations of the same step are averaged."""
-    means = [
-        recorded[step[0]] if len(step) == 1 else torch.stack([recorded[at] for at in step]).mean(dim=0)
-        for step in steps
-    ]
-    return torch.stack(means, dim=1).float().cpu()
+class _LastForward:
+    """What one layer attended with in the last forward, and its scores once somebody asked for them."""
+
+    def __init__(self, site: SiteModule, frame: Frame, inputs: AttentionInputs) -> None:
+        self.places: SitePlaces = site.places(inputs.generated.shape[2], inputs.reference.shape[2], frame.latent)
+        self._inputs = inputs
+        self._scores: Tensor | None = None
+
+    def scores(self) -> Tensor:
+        if self._scores is None:
+            self._scores = head_mean_scores(
+                self.places.generated.take(self._inputs.generated),
+                self.places.reference.take(self._inputs.reference),
+                self._inputs.scale,
+            )
+        return self._scores
 
 
-def _layer_record(recorder: SiteRecorder, steps: Sequence[Sequence[int]]) -> LayerRecord:
-    places = recorder.places
-    assert places is not None, "a complete recorder has seen its tokens"
-    if places.generated.grid is None:
-        raise CaptureError(
-            f"The recipe gives the generated tokens of layer {recorder.site.layer} no grid. "
-            "Set the site's generated tokens to a GridSize or 'latent'."
-        )
-    matrices = [None, None] if recorder.matrices is None else list(recorder.matrices)
-    over_reference, over_generated = (
-        None if total is None else (total / recorder.calls).float().cpu() for total in matrices
-    )
-    return LayerRecord(
-        layer=recorder.site.layer,
-        generated_grid=places.generated.grid,
-        reference_grid=places.reference.grid,
-        to_generated=_stack_steps(recorder.to_generated, steps),
-        to_reference=_stack_steps(recorder.to_reference, steps),
-        mass=_stack_steps(recorder.mass, steps) if recorder.mass else None,
-        functional=recorder.key_tokens > 1,
-        scores_over_reference=over_reference,
-        scores_over_generated=over_generated,
-    )
+class ScoreTap:
+    """Listens to a model in training and gives the head-mean scores of chosen layers, differentiable.
 
+    ::
 
-def _summary(recorder: SiteRecorder) -> SiteSummary:
-    places = recorder.places
-    return SiteSummary(
-        layer=recorder.site.layer,
-        path=recorder.site.path,
-        heads=recorder.heads,
-        generated_grid=None if places is None else places.generated.grid,
-        reference_tokens=None if places is None else places.reference.count,
-        reference_grid=None if places is None else places.reference.grid,
-        calls=recorder.calls,
-        functional=recorder.key_tokens != 1,
-    )
+        with ScoreTap(model, layers=[2]) as tap:
+            prediction = model(...)                 # any number of training steps
+            scores = tap.scores(2)                  # Float[Tensor, "batch generated reference"]
+
+    All rows of the batch are given: in training every row has its own condition. Evaluations without gradient (sampling
+    for validation) are ignored. A forward under gradient checkpointing works with the non-reentrant kind, which
+    diffusers uses: the recomputation in backward is not listened to, and the gradient arrives (tested). So it does from
+    a model under `torch.compile` that guards hooks (`torch._dynamo.config.skip_nnmodule_hook_guards = False`): the
+    layer's projections are outputs of the compiled graph. Scores are float32 whatever autocast says, and are computed
+    only when asked for.
+    """
+
+    def __init__(self, target: Any, recipe: Recipe | str | None = None, layers: Sequence[LayerId] = (2,)) -> None:
+        self.recipe = chosen_recipe(target, recipe)
+        root = resolve_root(target, self.recipe)
+        sites = resolve_sites(root, self.recipe)
+        self._model = tuple(site.layer for site in sites)
+        self._sites = choose_sites(sites, layers)
+        self._listener = Listener(root, self.recipe, self._sites, self._keep, "score tap", self._forget)
+        self._last: dict[str, _LastForward] = {}
+
+    def __enter__(self) -> ScoreTap:
+        self.attach()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def attach(self) -> None:
+        """Start listening; refuses a model that has a tap already."""
+        self._listener.attach()
+
+    def close(self) -> None:
+        """Stop listening and forget the last scores; harmless when done already."""
+        self._listener.detach()
+        self.clear()
+
+    def clear(self) -> None:
+        """Forget the last forward, and free its graph."""
+        self._last.clear()
+
+    @property
+    def layers(self) -> tuple[str, ...]:
+        """Names of the layers listened to."""
+        return tuple(site.layer for site in self._sites)
+
+    def scores(self, layer: LayerId) -> Float[Tensor, "batch generated reference"]:
+        """Softmax over the reference patches (special tokens left out before it), mean over heads, float32."""
+        return self._last_forward(layer).scores()
+
+    def generated_grid(self, layer: LayerId) -> GridSize:
+        """Grid of the layer's generated tokens in the last forward."""
+        return self._grid(layer, self._last_forward(layer).places.generated.grid)
+
+    def reference_grid(self, layer: LayerId) -> GridSize:
+        """Grid of the layer's reference tokens in the last forward."""
+        return self._grid(layer, self._last_forward(layer).places.reference.grid)
+
+    def _grid(self, layer: LayerId, grid: GridSize | None) -> GridSize:
+        if grid is None:
+            raise CaptureError(
+                f"The recipe gives the tokens of layer {layer} no place in a picture. Set their grid in the recipe."
+            )
+        return grid
+
+    def _last_forward(self, layer: LayerId) -> _LastForward:
+        name = choose_sites(self._sites, [layer], self._model)[0].layer
+        if name not in self._last:
+            raise CaptureError(
+                f"Layer {name} has no scores yet: no forward with gradient ran since the tap was attached. Call the "
+                "model first, not under torch.no_grad(); with gradient checkpointing, use the non-reentrant kind "
+                "(use_reentrant=False); with torch.compile, set torch._dynamo.config.skip_nnmodule_hook_guards=False "
+                "before, or hooks are ignored."
+            )
+        return self._last[name]
+
+    def _forget(self, _: Frame) -> None:
+        if torch.is_grad_enabled():
+            self._last.clear()
+
+    def _keep(self, site: SiteModule, frame: Frame, inputs: AttentionInputs) -> None:
+        if not torch.is_grad_enabled():
+            return
+        self._last[site.layer] = _LastForward(site, frame, inputs)

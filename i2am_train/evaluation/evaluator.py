@@ -43,9 +43,16 @@ from i2am_train.evaluation.scoring import (
     score_images,
 )
 from i2am_train.files import UNFINISHED, read_json, write_json, write_text
-from i2am_train.metrics.correspondence import collapse_warning
-from i2am_train.metrics.imported import check_imported, metric_names
-from i2am_train.metrics.registry import describe, image_metrics, image_pair_score, metric_info, own_metrics
+from i2am_train.metrics.attention import collapse_warning
+from i2am_train.metrics.registry import (
+    check_imported,
+    describe,
+    image_metrics,
+    image_pair_score,
+    metric_info,
+    metric_names,
+    own_metrics,
+)
 from i2am_train.models.tryon import TryOnModel
 from i2am_train.results.run_files import RESULTS, SAMPLES, SamplePanels, read_panels, write_panels
 from i2am_train.results.statistics import Over, mean_interval

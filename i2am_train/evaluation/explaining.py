@@ -14,9 +14,10 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from i2am_train.attention.hooks import resolve_root, resolve_sites
-from i2am_train.attention.maps import AttributionMaps, threshold, time_groups
+from i2am_train.attention.lookup import resolve_root, resolve_sites
+from i2am_train.attention.maps import AttributionMaps
 from i2am_train.attention.recipe import LayerId, similar_layer
+from i2am_train.attention.store import time_groups
 from i2am_train.attention.trace import trace
 from i2am_train.config.evaluation import AttributionConfig
 from i2am_train.config.models import SamplingConfig
@@ -25,21 +26,22 @@ from i2am_train.data.pictures import Image, Mask, fit_mask
 from i2am_train.errors import DataError
 from i2am_train.evaluation.explanation import TO_GENERATED, TO_REFERENCE, Explanation
 from i2am_train.losses.attention import attention_centers
-from i2am_train.metrics.correspondence import (
+from i2am_train.metrics.attention import (
     attention_entropy,
     center_spread,
     correspondence_error,
+    imacs,
+    imacs_column,
     pck,
     spread_ratio,
     target_on_grid,
 )
-from i2am_train.metrics.imacs import imacs, imacs_column
 from i2am_train.models.others.other_model import OtherModel, Request
 from i2am_train.models.sampling import SamplingStep, sample
 from i2am_train.models.tryon import TryOnModel
 from i2am_train.models.watch import Watch
-from i2am_train.ops.grids import mask_on_grid
-from i2am_train.ops.images import to_uint8
+from i2am_train.ops.grids import mask_on_grid, threshold
+from i2am_train.ops.numerics import to_uint8
 from i2am_train.seeds import seed_for
 from i2am_train.types import GridSize
 

@@ -3,7 +3,7 @@
 In a folder of its own::
 
     scores.json                 names, patches, scores, what the maps mean, origin
-    maps.safetensors            the capture (attention/archive.py)
+    maps.safetensors            the capture (attention/maps.py)
     images/*.png                generated, reference (try-on: garment) and other inputs, clean-<step>
     masks/*.png                 inpaint (what was made anew) and that of the reference; white inside
     correspondence.safetensors  true place of each generated pixel on the reference, where known
@@ -28,17 +28,15 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 from torch import Tensor
 
-from i2am_train.attention.archive import load_maps, save_maps
 from i2am_train.attention.known import of_same_picture
-from i2am_train.attention.maps import AttributionMaps, HeatMap
+from i2am_train.attention.maps import AttributionMaps, HeatMap, load_maps, save_maps
 from i2am_train.attention.store import LayerRecord
 from i2am_train.data.picture_files import write_png
 from i2am_train.data.pictures import Image, Mask, fit_mask, fit_picture
 from i2am_train.errors import RunFolderError
 from i2am_train.files import entries_of, read_object, write_json, written
 from i2am_train.losses.attention import attention_centers
-from i2am_train.metrics.alignment import alignment_table
-from i2am_train.metrics.correspondence import target_on_grid
+from i2am_train.metrics.attention import alignment_table, target_on_grid
 from i2am_train.ops.grids import mask_on_grid
 from i2am_train.results.run_files import SamplePanels
 from i2am_train.runs import MANIFEST_FILE

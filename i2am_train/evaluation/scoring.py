@@ -26,7 +26,8 @@ from i2am_train.config.evaluation import EvaluateConfig
 from i2am_train.data.layouts import stem_of
 from i2am_train.data.picture_files import UnreadablePictureError, is_deep, open_picture, read_rgb, upright_size
 from i2am_train.errors import DataError, NotFiniteError
-from i2am_train.metrics.distribution import (
+from i2am_train.metrics.features import FEATURE_NETWORKS, RESIZE_FILTER, image_features, resized_image
+from i2am_train.metrics.image_quality import (
     KERNEL_SEED,
     KERNEL_SUBSETS,
     KernelDistance,
@@ -35,10 +36,16 @@ from i2am_train.metrics.distribution import (
     kernel_distance,
     kernel_subsets,
 )
-from i2am_train.metrics.features import FEATURE_NETWORKS, RESIZE_FILTER, image_features, resized_image
-from i2am_train.metrics.imported import check_imported, metric_names
-from i2am_train.metrics.registry import image_metric, image_pair_score, metric_info, own_metrics, set_distance
-from i2am_train.ops.devices import chosen_device
+from i2am_train.metrics.registry import (
+    check_imported,
+    image_metric,
+    image_pair_score,
+    metric_info,
+    metric_names,
+    own_metrics,
+    set_distance,
+)
+from i2am_train.ops.numerics import chosen_device
 from i2am_train.types import GridSize
 
 EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp")

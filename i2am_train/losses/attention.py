@@ -1,13 +1,14 @@
 """The attention losses (paper section 5, eqs. 15-21): functions of what one layer attended to in one training step.
 
 A term takes an :class:`Attention` and gives one unweighted value per sample, which is 0 without a gradient where the
-mask is empty. Paper and authors' code disagree in almost every constant: each is a keyword here, and
-:mod:`i2am_train.losses.variants` names the combinations.
+mask is empty. Paper and authors' code disagree in almost every constant: each is a keyword here, and :data:`VARIANTS`
+names the combinations.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Literal, NamedTuple
 
 import torch
@@ -16,8 +17,9 @@ from torch import Tensor
 
 from i2am_train.errors import CaptureError, ConfigError
 from i2am_train.ops.grids import unflatten
-from i2am_train.ops.precision import at_least_float32
+from i2am_train.ops.numerics import at_least_float32
 from i2am_train.types import GridSize
+from i2am_train.types import LossVariant as V
 
 Norm = Literal["valid", "slots", "sum"]
 """What the sum over pairs, neighbours or patches of a sample is divided by: how many of them lie in the mask (at least
@@ -84,6 +86,12 @@ def attention_on_grids(
 
     Raises:
         CaptureError: a grid does not have as many cells as there are tokens.
+
+    >>> scores, garment = torch.eye(4)[None], torch.tensor([[True, False, True, True]])
+    >>> on = attention_on_grids(scores, garment, GridSize(2, 2), GridSize(1, 4))
+    >>> on.centers[0, :, :, 1], on.mask[0, 0]  # x: each patch looks at its own column
+    (tensor([[0., 1.],
+            [2., 3.]]), tensor([ True, False]))
     """
     if scores.shape[-1] != reference_grid.tokens:
         raise CaptureError(
@@ -169,9 +177,9 @@ def cwg(
     Args:
         sigma: in reference patches.
         norm: ``batch`` divides by the masks' patches of the whole batch, as the authors' first code does: the mean of
-            the values over the samples that count is that quotient, single values may lie below -1. It is the only
-            rule that looks at other samples; with several processes, or gradients accumulated over batches, a batch
-            is what the call sees.
+            the values over the samples that count is that quotient, single values may lie below -1. It is the only rule
+            that looks at other samples; with several processes, or gradients accumulated over batches, a batch is what
+            the call sees.
         origin: that of the centres.
         detach_centers: let the gradient flow through the scores only. The default also drags the centre towards mass
             that exists, as the authors' code does.
@@ -223,6 +231,53 @@ def supervised(attention: Attention, *, sigma: float = 1.0) -> Float[Tensor, " b
     logarithms = attention.scores.flatten(3).clamp(min=SCORE_FLOOR).log()
     surprise = torch.where(valid, -(goal * logarithms).sum(dim=-1), 0.0)
     return surprise.flatten(1).sum(dim=1) / valid.flatten(1).sum(dim=1).clamp(min=1)
+
+
+class Variant(NamedTuple):
+    """How one reading computes centres (eq. 15) and the paper's three terms."""
+
+    dcml: Callable[..., Tensor]
+    """Eqs. 16-18."""
+    tv: Callable[..., Tensor] = tv
+    """Eq. 19."""
+    cwg: Callable[..., Tensor] = cwg
+    """Eqs. 20-21."""
+    centers: Callable[[Tensor], Tensor] = attention_centers
+
+
+_AS_PRINTED = Variant(
+    dcml=partial(dcml, force="hinge", norm="sum"),
+    tv=partial(tv, norm="sum"),
+    cwg=partial(cwg, norm="slots", origin=1),
+    centers=partial(attention_centers, origin=1, factor=True),
+)
+
+VARIANTS: dict[V, Variant] = {
+    V.PAPER: _AS_PRINTED,
+    V.PAPER_WITHOUT_FACTOR: _AS_PRINTED._replace(centers=partial(attention_centers, origin=1)),
+    V.AUTHORS_V1: Variant(
+        dcml=partial(dcml, force="reward", norm="slots"),
+        tv=partial(tv, power=1, norm="slots"),
+        cwg=partial(cwg, power=1, norm="batch", sigma=V.AUTHORS_V1.sigma),
+    ),
+    V.AUTHORS_V2: Variant(
+        dcml=partial(dcml, force="reward", norm="slots"),
+        tv=partial(tv, norm="slots"),
+        cwg=partial(cwg, power=1, norm="slots"),
+    ),
+    V.HINGE: Variant(dcml=partial(dcml, force="hinge")),
+    V.REWARD: Variant(dcml=partial(dcml, force="reward")),
+    V.MARGIN: Variant(dcml=partial(dcml, force="margin")),
+    V.MIXED: Variant(dcml=partial(dcml, force="mixed")),
+}
+"""Readings of equations 15-21 as presets of the terms' keywords; `LossVariant` says what each is.
+
+What they do to the attention: the paper's hinge acts on misordered pairs only and is 0 for a constant centre, so that
+attention may collapse to one point, which also minimises the other two terms. The authors' code rewards the gaps of
+pairs that are in order already: the reward never vanishes, which is the force that keeps attention spread, and
+misordered pairs feel nothing. ``mixed`` is both: a constant force on every pair.
+
+The first five are pinned by golden vectors (``tests/golden``)."""
 
 
 def _first_moment(mass: Float[Tensor, "*cells positions"], origin: int) -> Float[Tensor, " *cells"]:

@@ -1,4 +1,7 @@
-"""The objective: the weighted sum of attention terms (eq. 22), and the one place where weights are applied."""
+"""What training minimises (paper eq. 22): the denoising loss, and the weighted sum of attention terms.
+
+Weights of terms are applied here and nowhere else; ``training/step.py`` adds the two.
+"""
 
 from __future__ import annotations
 
@@ -8,15 +11,59 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from i2am_train.config.training import ObjectiveConfig
 from i2am_train.doors import calls, resolve
 from i2am_train.errors import ConfigError
-from i2am_train.losses.attention import Attention, attention_centers, attention_on_grids, supervised
-from i2am_train.losses.variants import VARIANTS
-from i2am_train.types import GridSize, TermName
+from i2am_train.losses.attention import VARIANTS, Attention, attention_centers, attention_on_grids, supervised
+from i2am_train.ops.numerics import at_least_float32
+from i2am_train.types import GridSize, PredictionType, TermName
+
+
+def denoising_loss(
+    prediction: Float[Tensor, "batch channels height width"],
+    target: Float[Tensor, "batch channels height width"],
+    weights: Float[Tensor, " batch"] | None = None,
+) -> Float[Tensor, " batch"]:
+    """Mean squared error of each sample in float32, times its weight (None means 1).
+
+    >>> prediction, target = torch.zeros(2, 1, 1, 2), torch.tensor([[[[1.0, 3.0]]], [[[2.0, 0.0]]]])
+    >>> denoising_loss(prediction, target, torch.tensor([1.0, 0.5]))
+    tensor([5., 1.])
+    """
+    difference = at_least_float32(prediction) - at_least_float32(target)
+    error = difference.square().mean(dim=(1, 2, 3))
+    return error if weights is None else error * weights
+
+
+def snr_weights(
+    alphas_cumprod: Float[Tensor, " timesteps"],
+    timesteps: Int[Tensor, " batch"],
+    prediction_type: PredictionType,
+    gamma: float | None,
+) -> Float[Tensor, " batch"]:
+    """Min-SNR weights of the drawn timesteps (Hang et al. 2023, arXiv:2303.09556, section 3.4).
+
+    With the signal-to-noise ratio ``r = a / (1 - a)``: ``min(r, gamma) / r`` for epsilon, ``min(r, gamma) / (r + 1)``
+    for v-prediction. The authors of that paper use gamma 5. None means plain mean squared error: ones. A zero-terminal
+    schedule (r = 0) gives 1 for epsilon, not NaN.
+
+    >>> schedule, drawn = torch.tensor([0.9, 0.5]), torch.tensor([0, 1])
+    >>> snr_weights(schedule, drawn, PredictionType.EPSILON, gamma=5.0)  # r = 9, 1
+    tensor([0.5556, 1.0000])
+    >>> snr_weights(schedule, drawn, PredictionType.V_PREDICTION, gamma=5.0)
+    tensor([0.5000, 0.5000])
+    """
+    alphas = at_least_float32(alphas_cumprod)[timesteps]
+    if gamma is None:
+        return torch.ones_like(alphas)
+    ratio = alphas / (1 - alphas)
+    if prediction_type is PredictionType.EPSILON:
+        return (gamma / ratio).clamp(max=1)
+    return ratio.clamp(max=gamma) / (ratio + 1)
+
 
 EXPECTED = "a function of an Attention (i2am_train/losses/attention.py) that returns one value per sample"
 
@@ -32,7 +79,13 @@ class Term(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Objective:
-    """Weighted sum of terms of one layer's attention. Without a term, attention is not looked at."""
+    """Weighted sum of terms of one layer's attention (eq. 22). Without a term, attention is not looked at.
+
+    >>> on = attention_on_grids(torch.eye(4)[None], torch.ones(1, 4).bool(), GridSize(2, 2), GridSize(2, 2))
+    >>> total, terms = Objective(terms={"cwg": Term(0.5, VARIANTS["reward"].cwg)})(on)
+    >>> total, terms  # every patch looks at a single place
+    (tensor(-0.5000), {'cwg': tensor(-1.)})
+    """
 
     terms: Mapping[str, Term] = field(default_factory=dict)
     """By the name that is logged."""
@@ -43,7 +96,11 @@ class Objective:
 
     @property
     def truth(self) -> bool:
-        """Whether a term needs the true correspondence."""
+        """Whether a term needs the true correspondence.
+
+        >>> Objective(terms={"supervised": Term(1.0, supervised, truth=True)}).truth
+        True
+        """
         return any(term.truth for term in self.terms.values())
 
     def __call__(
@@ -69,7 +126,13 @@ class Objective:
         return total, {name: mean.detach() for name, mean in means.items()}
 
     def per_sample(self, attention: Attention) -> dict[str, Float[Tensor, " batch"]]:
-        """Each term, unweighted; 0 where the condition was dropped."""
+        """Each term, unweighted; 0 where the condition was dropped.
+
+        >>> scores, mask = torch.eye(4).expand(2, 4, 4), torch.ones(2, 4).bool()
+        >>> on = attention_on_grids(scores, mask, *[GridSize(2, 2)] * 2, conditioned=torch.tensor([True, False]))
+        >>> Objective(terms={"cwg": Term(0.5, VARIANTS["reward"].cwg)}).per_sample(on)
+        {'cwg': tensor([-1., 0.])}
+        """
         blind = attention._replace(target=None)
         with torch.autocast(attention.scores.device.type, enabled=False):
             values = {name: term.function(attention if term.truth else blind) for name, term in self.terms.items()}
@@ -81,6 +144,10 @@ def make_objective(options: ObjectiveConfig) -> Objective:
 
     Raises:
         ConfigError: a term from outside cannot be imported or called, or does not give what a term gives.
+
+    >>> objective = make_objective(ObjectiveConfig(cwg=0.01))
+    >>> list(objective.terms), objective.layer
+    (['cwg'], 2)
     """
     variant = VARIANTS[options.variant]
     built_in: dict[TermName, Callable[[Attention], Tensor]] = {

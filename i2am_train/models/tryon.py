@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
-from i2am_train.attention.known_recipes import diffusers_decoder
+from i2am_train.attention.known import diffusers_decoder
 from i2am_train.attention.recipe import Recipe
 from i2am_train.config.options import build
 from i2am_train.errors import CheckpointError, ConfigError

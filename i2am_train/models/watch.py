@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from i2am_train.errors import NotFiniteError
-from i2am_train.ops.precision import rows_at_fault
+from i2am_train.ops.numerics import rows_at_fault
 
 SHOWN = 4
 """Samples that an error names."""

@@ -1,19 +1,16 @@
 """Attention scores and the two column means of an attention matrix, without keeping the matrix.
 
-For one head, ``logits[n, m] = scale * generated[n] . reference[m]`` with ``N`` generated tokens in
-the rows and ``M`` reference tokens in the columns. An attribution map is the mean of one softmax
-over the *other* axis (paper eqs. 3 and 6):
+For one head, ``logits[n, m] = scale * generated[n] . reference[m]`` with ``N`` generated tokens in the rows and ``M``
+reference tokens in the columns. An attribution map is the mean of one softmax over the *other* axis (paper eqs. 3 and
+6):
 
-- ``to_generated[n] = mean_m softmax_n(logits)[n, m]``: where the reference goes to, one value per
-  generated token;
-- ``to_reference[m] = mean_n softmax_m(logits)[n, m]``: where the generated tokens look, one value
-  per reference token.
+- ``to_generated[n] = mean_m softmax_n(logits)[n, m]``: where the reference goes to, one value per generated token;
+- ``to_reference[m] = mean_n softmax_m(logits)[n, m]``: where the generated tokens look, one value per reference token.
 
-Both softmaxes share their numerators. `column_means` therefore takes one product and one
-exponential per logit and gets all four sums (rows, columns, and both weighted ones) from small
-matrix products while a block is still in the cache. That is about eight times faster than two
-softmaxes. Heads whose logits do not fit the plain float32 exponential are recognised by their sums
-and computed again with the usual subtraction of the maximum.
+Both softmaxes share their numerators. `column_means` therefore takes one product and one exponential per logit and gets
+all four sums (rows, columns, and both weighted ones) from small matrix products while a block is still in the cache.
+That is about eight times faster than two softmaxes. Heads whose logits do not fit the plain float32 exponential are
+recognised by their sums and computed again with the usual subtraction of the maximum.
 """
 
 from __future__ import annotations
@@ -27,14 +24,14 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from i2am_train.ops.precision import at_least_float32
+from i2am_train.ops.numerics import at_least_float32
 
 DEFAULT_BYTE_BUDGET = 64 * 2**20
 """Scratch memory that `column_means` may use, in bytes. Chosen by us: the aim of issue 2 for a whole capture."""
 
 _CACHE_BLOCK_BYTES = 2**20
-"""Exponentials worked on at a time on a CPU. Chosen by us: of 1/4 to 4 MiB the fastest with 2 MiB of
-L2 per core, for matrices of 48 x 192 to 3072 x 1036."""
+"""Exponentials worked on at a time on a CPU. Chosen by us: of 1/4 to 4 MiB the fastest with 2 MiB of L2 per core, for
+matrices of 48 x 192 to 3072 x 1036."""
 
 _SMALLEST_SUM, _LARGEST_SUM = 1e-20, 1e30
 """Sums of exponentials within these bounds lost nothing to float32 underflow (1.2e-38) or overflow (3.4e38)."""
@@ -52,7 +49,11 @@ def attention_logits(
     reference: Float[Tensor, "*batch reference channel"],
     scale: float | None = None,
 ) -> Float[Tensor, "*batch generated reference"]:
-    """Scaled dot products in float32 (float64 stays float64); ``scale`` defaults to ``channel ** -0.5``."""
+    """Scaled dot products in float32 (float64 stays float64); ``scale`` defaults to ``channel ** -0.5`` (eq. 3).
+
+    >>> attention_logits(torch.ones(1, 2, 4), torch.ones(1, 3, 4))[0, 0]  # 4 / sqrt(4)
+    tensor([2., 2., 2.])
+    """
     factor = generated.shape[-1] ** -0.5 if scale is None else scale
     with torch.autocast(generated.device.type, enabled=False):
         return (at_least_float32(generated) * factor) @ at_least_float32(reference).mT
@@ -65,8 +66,7 @@ def head_mean_scores(
 ) -> Float[Tensor, "batch generated reference"]:
     """Softmax over the reference, averaged over heads, with gradient: what the losses are functions of.
 
-    Every row sums to one. Leave special tokens out of ``reference`` beforehand: the softmax is over
-    what is given.
+    Every row sums to one. Leave special tokens out of ``reference`` beforehand: the softmax is over what is given.
 
     >>> head_mean_scores(torch.zeros(2, 4, 6, 8), torch.zeros(2, 4, 5, 8))[1, 3]
     tensor([0.2000, 0.2000, 0.2000, 0.2000, 0.2000])
@@ -89,8 +89,12 @@ def head_mean_matrices(
 ) -> HeadMeanMatrices:
     """Head means of the softmax over the reference and of the softmax over the generated tokens.
 
-    Works on as many heads at a time as fit a cache block, but on one at least, so that its memory
-    is that of the result and three matrices of one head per sample.
+    Works on as many heads at a time as fit a cache block, but on one at least, so that its memory is that of the result
+    and three matrices of one head per sample.
+
+    >>> matrices = head_mean_matrices(torch.zeros(2, 3, 4, 8), torch.zeros(2, 3, 5, 8))
+    >>> round(float(matrices.over_reference[0, 0, 0]), 6), float(matrices.over_generated[0, 0, 0])
+    (0.2, 0.25)
     """
     batch, heads, rows, _ = generated.shape
     columns = reference.shape[2]
@@ -115,10 +119,10 @@ def column_means(
 ) -> ColumnMeans:
     """Both column means of every head (paper eq. 6, averaged over the axis that disappears).
 
-    ``generated_weights`` (one non-negative number per generated token) weighs the mean that makes
-    ``to_reference``, e.g. a mask of the region of interest; without it every generated token counts
-    the same. All weights zero give zeros. Float32 arithmetic whatever the inputs (float64 stays
-    float64); never more scratch than ``byte_budget`` as long as a single row of logits fits it.
+    ``generated_weights`` (one non-negative number per generated token) weighs the mean that makes ``to_reference``,
+    e.g. a mask of the region of interest; without it every generated token counts the same. All weights zero give
+    zeros. Float32 arithmetic whatever the inputs (float64 stays float64); never more scratch than ``byte_budget`` as
+    long as a single row of logits fits it.
 
     >>> means = column_means(torch.zeros(2, 3, 4, 8), torch.zeros(2, 3, 5, 8))
     >>> means.to_generated[0, 0].tolist(), round(float(means.to_reference[1, 2, 0]), 6)
@@ -146,8 +150,8 @@ def reference_mass(
 ) -> Float[Tensor, "batch head generated"]:
     """Share of its attention that each generated token gives to the ``reference`` among all ``keys``.
 
-    ``exp(LSE_reference - LSE_all)`` of the logits, in [0, 1]; for models whose
-    softmax runs over the keys of both pictures. Works on blocks of rows within ``byte_budget``.
+    ``exp(LSE_reference - LSE_all)`` of the logits, in [0, 1]; for models whose softmax runs over the keys of both
+    pictures. Works on blocks of rows within ``byte_budget``.
 
     >>> keys = torch.zeros(2, 3, 6, 8)
     >>> round(float(reference_mass(torch.zeros(2, 3, 4, 8), keys, slice(2, 6))[1, 2, 3]), 6)
@@ -174,8 +178,7 @@ def _row_weights(weights: Tensor | None, generated: Tensor, heads: int) -> Tenso
 
 @dataclass(frozen=True)
 class _Work:
-    """How many heads and rows are worked on at a time, and whether a head's exponentials are kept
-    for its second sum."""
+    """How many heads and rows are worked on at a time; whether exponentials are kept for the second sum."""
 
     heads: int
     rows: int
@@ -249,8 +252,8 @@ class _Sums(NamedTuple):
         return self.over_rows[:, 1]
 
     def out_of_bounds(self) -> list[int]:
-        """Heads with a sum that is not finite or near the ends of float32; rare, so that all are
-        looked at together first."""
+        """Heads with a sum that is not finite or near the ends of float32; rare, so that all are looked at together
+        first."""
         sums = torch.cat((self.row, self.column), dim=1)
         if _in_bounds(*sums.aminmax()):
             return []
@@ -270,9 +273,8 @@ class _Group:
     def direct(self, weights: Tensor, sums: _Sums) -> None:
         """Column means from plain exponentials, into `sums`.
 
-        With ``E = exp(logits)``, ``to_reference = sum_n w[n] / row_sum[n] * E[n]`` and the column
-        sums are two rows of one small product per block, ``to_generated = E @ (1 / column_sum) /
-        M`` is a second sweep over ``E``.
+        With ``E = exp(logits)``, ``to_reference = sum_n w[n] / row_sum[n] * E[n]`` and the column sums are two rows of
+        one small product per block, ``to_generated = E @ (1 / column_sum) / M`` is a second sweep over ``E``.
         """
         for rows in self._row_blocks():
             block = self._exponentials(rows)

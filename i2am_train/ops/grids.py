@@ -1,23 +1,31 @@
-"""Token grids: from a flat row-major token axis to rows and columns, and to coordinates.
+"""Token grids and the pictures that they lie on: coordinates, masks and maps in their sizes.
 
-Coordinates are ``yx`` in patch units: 0 is the centre of the first row or column, ``height - 1``
-the centre of the last row. A grid is always passed and never guessed; :func:`solve_grid` derives
-the grid of a layer from the size of the latent and refuses what does not fit. A mask is boolean and
-True inside the region that its name says.
+Coordinates are ``yx`` in patch units: 0 is the centre of the first row or column, ``height - 1`` the centre of the last
+row. A grid is always passed and never guessed; :func:`solve_grid` derives the grid of a layer from the size of the
+latent and refuses what does not fit. A mask is boolean and True inside the region that its name says.
 """
 
 from __future__ import annotations
+
+from typing import Literal
 
 import torch
 from jaxtyping import Bool, Float, Shaped
 from torch import Tensor
 from torch.nn import functional as F
 
-from i2am_train.errors import CaptureError
-from i2am_train.types import GridSize
+from i2am_train.errors import CaptureError, ConfigError
+from i2am_train.ops.numerics import at_least_float32
+from i2am_train.types import Canvas, GridSize
+
+ResizeMode = Literal["bilinear", "bicubic"]
 
 PATCHES_SHOWN = 6
 """Specific patches that are drawn when the user names none."""
+
+_ROUNDING = 16
+"""Units of the last place within which a map is constant: else min-max would show rounding noise as a pattern. Chosen
+by us: a few sums and one resize."""
 
 
 def unflatten(values: Shaped[Tensor, "batch tokens *rest"], grid: GridSize) -> Tensor:
@@ -61,8 +69,8 @@ def aligned_coordinates(
 ) -> Float[Tensor, "generated 2"]:
     """Reference position under each generated cell when both pictures are overlaid.
 
-    In patch units of the reference. It is the layout of an identity correspondence, and the
-    yardstick for the spread of attention where the true correspondence is unknown.
+    In patch units of the reference. It is the layout of an identity correspondence, and the yardstick for the spread of
+    attention where the true correspondence is unknown.
 
     >>> aligned_coordinates(GridSize(1, 2), GridSize(2, 4)).tolist()
     [[0.5, 0.5], [0.5, 2.5]]
@@ -108,6 +116,9 @@ def spread_patches(mask: Bool[Tensor, " generated"], grid: GridSize) -> list[tup
     """A few of the masked cells (of all, if there are none) that lie far from each other.
 
     The one nearest to their middle, then again and again the one farthest from those chosen.
+
+    >>> spread_patches(torch.tensor([False, True, True, True, True, True]), GridSize(1, 6))[:3]  # the middle, both ends
+    [(0, 3), (0, 1), (0, 5)]
     """
     on_grid = mask.reshape(grid).cpu()
     cells = (on_grid if on_grid.any() else torch.ones_like(on_grid)).nonzero()
@@ -125,8 +136,8 @@ def spread_patches(mask: Bool[Tensor, " generated"], grid: GridSize) -> list[tup
 def mask_on_grid(mask: Bool[Tensor, "batch height width"], grid: GridSize) -> Bool[Tensor, "batch generated"]:
     """Cells of which at least half lies inside the mask, flattened row-major.
 
-    The authors' code takes the single pixel at the corner of each cell instead, so that one pixel
-    decides for 32x32. Where the sizes do not divide, neighbouring windows overlap by a pixel.
+    The authors' code takes the single pixel at the corner of each cell instead, so that one pixel decides for 32x32.
+    Where the sizes do not divide, neighbouring windows overlap by a pixel.
 
     >>> import torch
     >>> mask = torch.tensor([[[1, 1, 1, 0], [1, 1, 0, 0]]], dtype=torch.bool)
@@ -135,3 +146,76 @@ def mask_on_grid(mask: Bool[Tensor, "batch height width"], grid: GridSize) -> Bo
     """
     share = F.adaptive_avg_pool2d(mask.float()[:, None], (grid.height, grid.width))
     return (share >= 0.5).flatten(1)
+
+
+def normalise(
+    values: Float[Tensor, "*batch height width"], *, joint_axes: int = 0, epsilon: float = 0.0
+) -> Float[Tensor, "*batch height width"]:
+    """Min-max per map to [0, 1]; a map that is constant (to rounding) becomes zeros, and one with a value that is not a
+    number stays without numbers.
+
+    ``joint_axes`` counts the axes before height and width that share one minimum and maximum, so that maps can be
+    compared. ``epsilon`` is added to the range (the authors' code adds 1e-8).
+
+    >>> normalise(torch.tensor([[2.0, 4.0], [3.0, 2.0]])).tolist()
+    [[0.0, 1.0], [0.5, 0.0]]
+    """
+    axes = tuple(range(-2 - joint_axes, 0))
+    low = values.amin(dim=axes, keepdim=True)
+    high = values.amax(dim=axes, keepdim=True)
+    rounding = _ROUNDING * torch.finfo(values.dtype).eps * torch.maximum(low.abs(), high.abs())
+    spread = (values - low) / (high - low + epsilon)
+    constant = (high - low <= rounding) & rounding.isfinite()
+    return torch.where(constant, torch.zeros_like(values), spread)
+
+
+def threshold(values: Float[Tensor, "*batch height width"], delta: float) -> Float[Tensor, "*batch height width"]:
+    """Values above ``delta`` as they are, others zero: ``m * 1(m > delta)`` (paper eq. 5; strictly greater). What is
+    not a number stays so.
+
+    >>> threshold(torch.tensor([[0.2, 0.4, 0.7]]), 0.4).tolist()
+    [[0.0, 0.0, 0.699999988079071]]
+    """
+    if not 0 <= delta < 1:
+        raise ConfigError(f"delta is {delta}; it must be at least 0 and below 1 (the paper uses 0.4).")
+    return torch.where(values <= delta, torch.zeros_like(values), values)
+
+
+def resize_maps(
+    maps: Float[Tensor, "*batch height width"], size: GridSize, mode: ResizeMode = "bilinear"
+) -> Float[Tensor, "*batch new_height new_width"]:
+    """Resize with half-pixel centres and without antialiasing, in float32 or float64.
+
+    ``bicubic`` (torch's, a = -0.75) is what the authors' code uses. It can overshoot the range of the input; the result
+    is not clamped here. Any number of leading axes, none included.
+
+    >>> resize_maps(torch.tensor([[0.0, 1.0]]), GridSize(1, 4)).tolist()
+    [[0.0, 0.25, 0.75, 1.0]]
+    """
+    leading = maps.shape[:-2]
+    stacked = at_least_float32(maps).reshape(-1, 1, *maps.shape[-2:])
+    resized = F.interpolate(stacked, size=tuple(size), mode=mode, align_corners=False)
+    return resized.reshape(*leading, *size)
+
+
+def on_picture(
+    maps: Float[Tensor, "*batch height width"], picture: GridSize, canvas: Canvas
+) -> Float[Tensor, "*batch picture_height picture_width"]:
+    """Maps on a model's canvas, put where they belong on the picture that was fitted to it.
+
+    The canvas has the proportions of the maps. What lies outside the canvas is zero.
+
+    >>> on_picture(torch.ones(2, 2), GridSize(2, 4), Canvas.CENTRE_CROP).tolist()
+    [[0.0, 1.0, 1.0, 0.0], [0.0, 1.0, 1.0, 0.0]]
+    >>> on_picture(torch.tensor([[1.0, 2, 3, 4]]).mT, GridSize(2, 1), Canvas.LETTERBOX).tolist()
+    [[2.0], [3.0]]
+    """
+    if canvas is Canvas.STRETCH:
+        return resize_maps(maps, picture)
+    height, width = maps.shape[-2:]
+    inside = min if canvas is Canvas.CENTRE_CROP else max
+    factor = inside(picture.height / height, picture.width / width)
+    resized = resize_maps(maps, GridSize(round(height * factor), round(width * factor)))
+    borders = [picture.width - resized.shape[-1], picture.height - resized.shape[-2]]
+    around = [part for total in borders for part in (total // 2, total - total // 2)]
+    return F.pad(resized, around)  # negative borders crop

@@ -16,9 +16,9 @@ from jaxtyping import Float
 from numpy.typing import NDArray
 from torch import Tensor
 
-from i2am_train.attention.maps import AttributionMaps, time_groups
+from i2am_train.attention.maps import AttributionMaps
 from i2am_train.attention.recipe import paper_number, similar_layer
-from i2am_train.attention.store import AttributionStore, LayerRecord
+from i2am_train.attention.store import AttributionStore, LayerRecord, time_groups
 from i2am_train.config.evaluation import AttributionConfig
 from i2am_train.data.pictures import Image
 from i2am_train.errors import ConfigError

@@ -22,7 +22,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
-from i2am_train.metrics.imacs import imacs_column
+from i2am_train.metrics.attention import imacs_column
 from i2am_train.metrics.registry import METRICS, MetricInfo, own_metrics
 from i2am_train.reporting.ablation_tables import TRUTH_MARK, TRUTH_NOTE
 from i2am_train.reporting.figures.canvas import GREY, OKABE_ITO, STYLE, new_figure, plain_text, with_index

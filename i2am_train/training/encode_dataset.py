@@ -49,7 +49,7 @@ from i2am_train.files import file_fingerprint, free_space
 from i2am_train.fingerprints import RECORD_FILE, DataRecord, DataState, data_state
 from i2am_train.locks import LOCK
 from i2am_train.models.tryon import TryOnModel
-from i2am_train.ops.precision import rows_at_fault
+from i2am_train.ops.numerics import rows_at_fault
 from i2am_train.runs import require_apart
 from i2am_train.types import Pairing, Role, Split
 

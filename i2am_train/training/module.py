@@ -8,7 +8,7 @@ from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor
 
-from i2am_train.attention.live import ScoreTap
+from i2am_train.attention.trace import ScoreTap
 from i2am_train.config.training import OptimizationConfig
 from i2am_train.data.dataset import TryOnBatch
 from i2am_train.losses.objective import Objective

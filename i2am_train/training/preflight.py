@@ -10,8 +10,7 @@ import torch
 from i2am_train.config.training import TrainConfig
 from i2am_train.errors import ConfigError, TrainingError
 from i2am_train.files import free_space
-from i2am_train.metrics.imported import metric_names
-from i2am_train.metrics.registry import METRICS
+from i2am_train.metrics.registry import METRICS, metric_names
 from i2am_train.models.tryon import TryOnModel
 from i2am_train.training.rehearsal import checkpoint_bytes, weight_bytes
 

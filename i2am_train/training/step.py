@@ -10,14 +10,13 @@ import torch.distributed as dist
 from jaxtyping import Float
 from torch import Tensor
 
-from i2am_train.attention.live import ScoreTap
+from i2am_train.attention.trace import ScoreTap
 from i2am_train.data.cache import ENCODED, TOKENS, CachedBatch
 from i2am_train.data.dataset import TryOnBatch
 from i2am_train.errors import CaptureError
 from i2am_train.losses.attention import Attention, attention_on_grids
-from i2am_train.losses.denoising import denoising_loss, snr_weights
-from i2am_train.losses.objective import Objective
-from i2am_train.metrics.correspondence import target_on_grid
+from i2am_train.losses.objective import Objective, denoising_loss, snr_weights
+from i2am_train.metrics.attention import target_on_grid
 from i2am_train.models.tryon import Moments, TryOnModel
 from i2am_train.ops.grids import mask_on_grid
 from i2am_train.training.draws import Draws

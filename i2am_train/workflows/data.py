@@ -21,7 +21,7 @@ from i2am_train.models.human_parsers import HumanParser
 from i2am_train.models.loading import model_folder
 from i2am_train.models.pose_estimators import ViTPoseEstimator
 from i2am_train.models.tryon import TryOnModel
-from i2am_train.ops.devices import chosen_device
+from i2am_train.ops.numerics import chosen_device
 from i2am_train.runs import require_apart
 from i2am_train.training.encode_dataset import make_cache
 from i2am_train.types import Pairing

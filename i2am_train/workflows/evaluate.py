@@ -37,7 +37,7 @@ from i2am_train.fingerprints import data_state, folder_state
 from i2am_train.locks import locked
 from i2am_train.models.loading import load_model, model_folder
 from i2am_train.models.tryon import TryOnModel
-from i2am_train.ops.devices import check_device
+from i2am_train.ops.numerics import check_device
 from i2am_train.reporting.model_tables import CAUTION, TABLE_2, evaluation_scores, published_values
 from i2am_train.reporting.table import terminal
 from i2am_train.results.run_files import write_panels

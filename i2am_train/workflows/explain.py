@@ -16,8 +16,9 @@ from rich.console import Console
 from torch.utils.data import default_collate
 
 from i2am_train.attention.known import known_models
-from i2am_train.attention.maps import patch_indices, time_groups
+from i2am_train.attention.maps import patch_indices
 from i2am_train.attention.recipe import layer_name
+from i2am_train.attention.store import time_groups
 from i2am_train.attention.trace import trace
 from i2am_train.config.explanation import OTHER_MODELS_OPTIONS, TRYON, DetectConfig, ExplainConfig
 from i2am_train.config.locations import revisions
@@ -38,8 +39,8 @@ from i2am_train.models.others.loaders import loader_of
 from i2am_train.models.others.other_model import NO_GUIDANCE, Loader, Request, Source
 from i2am_train.models.sampling import SamplingStep
 from i2am_train.models.tryon import TryOnModel
-from i2am_train.ops.devices import chosen_device
 from i2am_train.ops.grids import mask_on_grid, spread_patches
+from i2am_train.ops.numerics import chosen_device
 from i2am_train.reporting.explorer import PAGE, explorer_data, explorer_page
 from i2am_train.reporting.figures.canvas import save_figure
 from i2am_train.reporting.figures.paper import figures_of

@@ -17,7 +17,7 @@ from i2am_train.detection.experiment import run_experiment
 from i2am_train.models.human_parsers import HumanParser
 from i2am_train.models.pose_estimators import ViTPoseEstimator
 from i2am_train.models.tryon import TryOnModel
-from i2am_train.ops.devices import chosen_device
+from i2am_train.ops.numerics import chosen_device
 from i2am_train.workflows.ablate import ablate
 from i2am_train.workflows.data import cache
 from i2am_train.workflows.evaluate import evaluate

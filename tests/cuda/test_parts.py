@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import default_collate
 
-from i2am_train.attention.live import ScoreTap
-from i2am_train.attention.trace import trace
+from i2am_train.attention.trace import ScoreTap, trace
 from i2am_train.config.locations import experiment_names
 from i2am_train.config.store import compose, option_names
 from i2am_train.config.training import ObjectiveConfig, TrainConfig
@@ -18,10 +17,17 @@ from i2am_train.data.cache import CachedDataset, LatentCache
 from i2am_train.data.dataset import TryOnDataset, batch_on
 from i2am_train.losses.attention import attention_on_grids
 from i2am_train.losses.objective import Objective, make_objective
-from i2am_train.metrics import correspondence
-from i2am_train.metrics.alignment import alignment
+from i2am_train.metrics.attention import (
+    alignment,
+    attention_entropy,
+    center_spread,
+    correspondence_error,
+    imacs,
+    pck,
+    spread_ratio,
+    target_on_grid,
+)
 from i2am_train.metrics.boxes import authors_box, component_box
-from i2am_train.metrics.imacs import imacs
 from i2am_train.metrics.registry import available_image_metrics, image_metric, image_pair_score, metric_info
 from i2am_train.models.sampling import sample
 from i2am_train.training.draws import Draws, draw
@@ -143,15 +149,15 @@ def test_every_metric_of_attention(machine: Any) -> None:
     heat, mask = torch.rand(3, *SIZE), torch.rand(3, *SIZE) > 0.5
     with machine():
         scores, centers, target, heat, mask = (values.to("cuda") for values in (scores, centers, target, heat, mask))
-        truth = correspondence.target_on_grid(target, mask, GENERATED, REFERENCE)
+        truth = target_on_grid(target, mask, GENERATED, REFERENCE)
         patches = mask.flatten(1)[:, : GENERATED.tokens]
         values = [
             imacs(heat, mask, [1.0, 3.0]),
-            correspondence.correspondence_error(centers, truth),
-            correspondence.pck(centers, truth, 1.0),
-            correspondence.center_spread(centers, patches),
-            correspondence.spread_ratio(centers, truth),
-            correspondence.attention_entropy(scores, patches),
+            correspondence_error(centers, truth),
+            pck(centers, truth, 1.0),
+            center_spread(centers, patches),
+            spread_ratio(centers, truth),
+            attention_entropy(scores, patches),
             *alignment(scores, GENERATED, REFERENCE),
         ]
         assert all(map(on_card, values))

@@ -14,11 +14,11 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from i2am_train.attention.archive import load_maps
+from i2am_train.attention.maps import load_maps
 from i2am_train.config.store import compose
 from i2am_train.errors import ConfigError, RunFolderError
 from i2am_train.evaluation.explanation import explanation_folders, read_explanation
-from i2am_train.metrics.imacs import imacs
+from i2am_train.metrics.attention import imacs
 from i2am_train.reporting.ablation_page import build_report
 from i2am_train.reporting.figures.paper import PAPER_FIGURES
 from i2am_train.types import Direction

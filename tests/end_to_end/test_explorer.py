@@ -24,17 +24,15 @@ from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.support.select import Select
 from selenium.webdriver.support.wait import WebDriverWait
 
-from i2am_train.attention.archive import load_maps, save_maps
-from i2am_train.attention.maps import AttributionMaps, HeatMap, Rollup
+from i2am_train.attention.maps import AttributionMaps, HeatMap, load_maps, save_maps
 from i2am_train.attention.recipe import PAPER_LAYERS
-from i2am_train.attention.store import AttributionStore, LayerRecord
+from i2am_train.attention.store import AttributionStore, LayerRecord, Rollup
 from i2am_train.config.evaluation import AttributionConfig
 from i2am_train.data.dataset import TryOnDataset, TryOnSample
 from i2am_train.evaluation.explaining import MASKS, to_pictures
 from i2am_train.evaluation.explanation import Explanation
 from i2am_train.losses.attention import attention_centers
-from i2am_train.metrics.correspondence import correspondence_error, target_on_grid
-from i2am_train.metrics.imacs import imacs
+from i2am_train.metrics.attention import correspondence_error, imacs, target_on_grid
 from i2am_train.reporting.explorer import explorer_data, explorer_page
 from i2am_train.types import Direction, GridSize, LayerWeighting, Pairing, Split
 

@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 
 from i2am_train.config.store import compose
 from i2am_train.errors import CheckpointError
-from i2am_train.metrics.imacs import imacs_column
+from i2am_train.metrics.attention import imacs_column
 from i2am_train.results.evaluations import read_evaluations
 from i2am_train.runs import checkpoint_label
 from i2am_train.tracking.session import arm_name

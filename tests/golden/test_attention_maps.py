@@ -7,9 +7,8 @@ import pytest
 import torch
 
 from i2am_train.attention import AttributionMaps, AttributionStore, LayerRecord, time_groups
-from i2am_train.attention.maps import normalise, threshold
 from i2am_train.ops.attention import column_means, head_mean_matrices
-from i2am_train.ops.images import resize_maps
+from i2am_train.ops.grids import normalise, resize_maps, threshold
 from i2am_train.types import Direction, GridSize, LayerWeighting
 
 DATA = Path(__file__).parent / "data"

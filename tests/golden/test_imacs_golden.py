@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from i2am_train.metrics.imacs import imacs
+from i2am_train.metrics.attention import imacs
 
 Golden = Callable[[str], dict[str, Any]]
 PENALTIES = (1.0, 3.0, 5.0, 10.0)

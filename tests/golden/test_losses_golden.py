@@ -9,8 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from i2am_train.losses.attention import Attention, attention_on_grids, cwg
-from i2am_train.losses.variants import VARIANTS
+from i2am_train.losses.attention import VARIANTS, Attention, attention_on_grids, cwg
 from i2am_train.types import GridSize
 from i2am_train.types import LossVariant as V
 

@@ -17,9 +17,8 @@ from efficientnet_lite_pytorch import EfficientNet
 from skimage.metrics import structural_similarity
 from torch import Tensor
 
-from i2am_train.metrics.distribution import frechet_distance, kernel_distance
 from i2am_train.metrics.features import image_features, resized
-from i2am_train.metrics.image_quality import PerceptualDistance, ssim
+from i2am_train.metrics.image_quality import PerceptualDistance, frechet_distance, kernel_distance, ssim
 
 
 def photographs(height: int = 64, width: int = 48) -> Tensor:

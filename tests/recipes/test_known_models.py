@@ -91,7 +91,7 @@ class TestRecognition:
         assert detect_recipe(fresh(BY_NAME["ladi_vton"])).name == "mine"
         assert known_models()[0].name == "mine"
         with pytest.raises(CaptureError, match="shipped recipe called 'pasd'"):
-            register(KnownModel(recipes_module.recipes.pasd, **known))
+            register(KnownModel(recipes_module.pasd, **known))
 
     def test_unknown_names_and_options_say_what_there_is(self):
         target = fresh(BY_NAME["ladi_vton"])

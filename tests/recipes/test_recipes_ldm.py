@@ -8,8 +8,8 @@ from torch import Tensor, nn
 
 from i2am_train.attention import detect_recipe, named_recipe, trace
 from i2am_train.attention.frames import Frame
-from i2am_train.attention.hooks import Listener, SiteModule, resolve_root, resolve_sites
-from i2am_train.attention.inputs import AttentionInputs
+from i2am_train.attention.hooks import AttentionInputs, Listener
+from i2am_train.attention.lookup import SiteModule, resolve_root, resolve_sites
 from i2am_train.attention.recipe import paper_number
 from i2am_train.errors import CaptureError
 from i2am_train.types import Direction, GridSize
@@ -155,7 +155,7 @@ def true_sites(target: nn.Module, name: str, call: Any) -> list[tuple[Any, ...]]
             places.reference.grid,
         ))  # fmt: skip
 
-    listener = Listener(root, recipe, resolve_sites(root, recipe), note, "trace")
+    listener = Listener(root, recipe, resolve_sites(root, recipe), note, "trace", lambda frame: None)
     listener.attach()
     try:
         call()

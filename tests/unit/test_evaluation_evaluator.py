@@ -34,10 +34,9 @@ from i2am_train.evaluation.evaluator import (
 from i2am_train.evaluation.explaining import attention_scores, explain_batch
 from i2am_train.evaluation.scoring import ImageScores
 from i2am_train.files import UNFINISHED
-from i2am_train.metrics.correspondence import target_on_grid
-from i2am_train.metrics.imacs import imacs
+from i2am_train.metrics.attention import imacs, target_on_grid
 from i2am_train.models.sampling import sample
-from i2am_train.ops.images import to_uint8
+from i2am_train.ops.numerics import to_uint8
 from i2am_train.results import run_files
 from i2am_train.results.run_files import SamplePanels, read_panels, read_samples, write_panels
 from i2am_train.results.statistics import Over, mean_interval

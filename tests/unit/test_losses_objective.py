@@ -15,9 +15,8 @@ from i2am_train.config.store import arm_config, compose
 from i2am_train.config.training import ObjectiveConfig, TrainConfig
 from i2am_train.doors import allow_named
 from i2am_train.errors import ConfigError
-from i2am_train.losses.attention import Attention, attention_on_grids
+from i2am_train.losses.attention import VARIANTS, Attention, attention_on_grids
 from i2am_train.losses.objective import Objective, make_objective
-from i2am_train.losses.variants import VARIANTS
 from i2am_train.results.study import uses_truth
 from i2am_train.types import GridSize, LossVariant
 from tests.support.terms import mass

@@ -9,8 +9,7 @@ import torch
 from safetensors.torch import load_file
 from torch.utils.data import default_collate
 
-from i2am_train.attention.live import ScoreTap
-from i2am_train.attention.trace import trace
+from i2am_train.attention.trace import ScoreTap, trace
 from i2am_train.config.training import ObjectiveConfig, OptimizationConfig
 from i2am_train.data.dataset import TryOnDataset
 from i2am_train.errors import ConfigError

@@ -15,9 +15,8 @@ from transformers import (
     SiglipVisionModel,
 )
 
-from i2am_train.attention.live import ScoreTap
 from i2am_train.attention.recipe import PAPER_LAYERS, paper_number
-from i2am_train.attention.trace import trace
+from i2am_train.attention.trace import ScoreTap, trace
 from i2am_train.errors import CheckpointError, ConfigError
 from i2am_train.models.diffusion import ddim_timesteps
 from i2am_train.models.sampling import sample

@@ -1,4 +1,4 @@
-"""Grids: order of coordinates, solving from the latent, and refusals."""
+"""Grids: order of coordinates, solving from the latent, masks, resizing of maps, and refusals."""
 
 from __future__ import annotations
 
@@ -6,7 +6,15 @@ import pytest
 import torch
 
 from i2am_train.errors import CaptureError
-from i2am_train.ops.grids import aligned_coordinates, reference_coordinates, solve_grid, unflatten
+from i2am_train.ops.grids import (
+    ResizeMode,
+    aligned_coordinates,
+    mask_on_grid,
+    reference_coordinates,
+    resize_maps,
+    solve_grid,
+    unflatten,
+)
 from i2am_train.types import GridSize
 
 
@@ -57,3 +65,31 @@ def test_solve_grid_names_what_it_found() -> None:
     """191 tokens fit no level; the message lists those that there are."""
     with pytest.raises(CaptureError, match=r"191 generated tokens .* 64x48.*16x12 = 192"):
         solve_grid(191, GridSize(64, 48))
+
+
+def test_half_of_a_cell_is_enough() -> None:
+    """A cell is inside from half of its area on; its corner pixel alone does not decide."""
+    mask = torch.zeros(2, 8, 12, dtype=torch.bool)
+    mask[0, :2, :4] = True  # exactly half of the first 4x4 cell
+    mask[0, 4, 4] = True  # one pixel of another cell, at its corner
+    mask[1, 4:, 8:] = True
+    expected = torch.zeros(2, 2, 3, dtype=torch.bool)
+    expected[0, 0, 0] = expected[1, 1, 2] = True
+    assert torch.equal(mask_on_grid(mask, GridSize(2, 3)), expected.flatten(1))
+
+
+@pytest.mark.parametrize("size", [(7, 5), (16, 20)])
+def test_a_full_mask_stays_full_on_any_grid(size: tuple[int, int]) -> None:
+    """Sizes that do not divide, and grids finer than the mask."""
+    mask = torch.ones(2, 10, 8, dtype=torch.bool)
+    assert mask_on_grid(mask, GridSize(*size)).all()
+
+
+@pytest.mark.parametrize("mode", ["bilinear", "bicubic"])
+def test_resize_keeps_leading_axes_and_constants(mode: ResizeMode) -> None:
+    """No, one or three leading axes; a constant map stays constant."""
+    size = GridSize(9, 10)
+    for leading in ((), (2,), (2, 1, 3)):
+        resized = resize_maps(torch.full((*leading, 4, 3), 0.25), size, mode)
+        assert resized.shape == (*leading, 9, 10)
+        torch.testing.assert_close(resized, torch.full_like(resized, 0.25))

@@ -17,7 +17,7 @@ from i2am_train.config.training import TrainConfig
 from i2am_train.environment import provenance
 from i2am_train.errors import ConfigError, RunFolderError
 from i2am_train.evaluation.evaluator import EvaluationResult, write_evaluation
-from i2am_train.metrics.imacs import imacs_column
+from i2am_train.metrics.attention import imacs_column
 from i2am_train.reporting import table as formats
 from i2am_train.reporting.model_tables import correlation_figure, correlation_table, score_tables, selections
 from i2am_train.reporting.report_files import plan_tables, report_page

@@ -6,7 +6,7 @@ import torch
 
 from i2am_train.attention import AttributionMaps, AttributionStore, LayerRecord
 from i2am_train.evaluation.explanation import Explanation
-from i2am_train.metrics.alignment import alignment_table
+from i2am_train.metrics.attention import alignment_table
 from i2am_train.reporting.figures.maps import alignment_plot, alignment_sheet
 from i2am_train.reporting.figures.paper import figures_of
 from i2am_train.types import GridSize, LayerWeighting

@@ -10,12 +10,11 @@ import torch
 from torch import Tensor
 from torch.utils.data import default_collate
 
-from i2am_train.attention.live import ScoreTap
+from i2am_train.attention.trace import ScoreTap
 from i2am_train.config.training import ObjectiveConfig, OptimizationConfig
 from i2am_train.data.dataset import TryOnDataset
 from i2am_train.errors import CaptureError
-from i2am_train.losses.denoising import snr_weights
-from i2am_train.losses.objective import Objective, make_objective
+from i2am_train.losses.objective import Objective, make_objective, snr_weights
 from i2am_train.training.draws import Draws, draw
 from i2am_train.training.optimization import prepare_networks, set_trainable
 from i2am_train.training.step import step_losses

@@ -25,7 +25,7 @@ from i2am_train.models.diffusion import guided
 from i2am_train.models.others.other_model import NO_GUIDANCE, OtherModel, Request, Source, latent_multiple
 from i2am_train.models.pretrained import fitting, load_network, load_part
 from i2am_train.models.watch import Watch
-from i2am_train.ops.images import to_uint8
+from i2am_train.ops.numerics import to_uint8
 from i2am_train.weight_files import check_used, read_weights
 
 CHANNELS = 9

@@ -8,7 +8,8 @@ from typing import Any, Protocol
 import numpy as np
 from PIL import Image as PillowImage
 
-from i2am_train.attention.known import KnownModel, detect_recipe, named_recipe, register
+from i2am_train.attention.known import KnownModel, register
+from i2am_train.attention.lookup import detect_recipe, named_recipe
 from i2am_train.attention.recipe import Recipe
 from i2am_train.data.pictures import Image, resize_picture
 from i2am_train.doors import calls, is_import_path, make, resolve

@@ -12,7 +12,7 @@ from diffusers.models.embeddings import ImageProjection
 from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPVisionModelWithProjection
 
-from i2am_train.attention.known import detect_recipe
+from i2am_train.attention.lookup import detect_recipe
 from i2am_train.data.pictures import Image, fit_mask, fit_picture
 from i2am_train.errors import CaptureError, CheckpointError
 from i2am_train.models.others.other_model import OtherModel, Request, Source, latent_multiple, pillow

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from PIL import Image as PillowImage
 
-from i2am_train.attention.known import named_recipe
+from i2am_train.attention.lookup import named_recipe
 from i2am_train.attention.recipe import Recipe
 from i2am_train.data.pictures import Image, Mask
 from i2am_train.errors import ConfigError

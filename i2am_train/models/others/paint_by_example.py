@@ -21,7 +21,7 @@ from PIL import Image as PillowImage
 from transformers import CLIPImageProcessor, CLIPVisionConfig
 
 from i2am_train.attention import AttributionMaps, Recipe, Site, Tokens, trace
-from i2am_train.attention.known_recipes import paint_by_example
+from i2am_train.attention.known import paint_by_example
 from i2am_train.data.pictures import Image, Mask, fit_mask, fit_picture
 from i2am_train.errors import CheckpointError, ConfigError
 from i2am_train.models.others.other_model import OtherModel, Request, Source, latent_multiple, pillow

@@ -15,10 +15,11 @@ import numpy as np
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
-from i2am_train.attention.maps import AttributionMaps, by_resolution
+from i2am_train.attention.maps import AttributionMaps
 from i2am_train.attention.recipe import LayerId, paper_number
+from i2am_train.attention.store import by_resolution
 from i2am_train.evaluation.explanation import TO_GENERATED, TO_REFERENCE, Explanation, PatchIndex, array
-from i2am_train.metrics.alignment import alignment_table, patch_distance
+from i2am_train.metrics.attention import alignment_table, patch_distance
 from i2am_train.reporting.figures.canvas import GREY, OKABE_ITO, STYLE, new_figure
 from i2am_train.reporting.figures.panels import (
     boxed_panels,
@@ -167,9 +168,7 @@ def two_axis_maps(sample: Explanation) -> Sheet:
 
 def _two_axis_rows(sample: Explanation, direction: Direction, titles: Sequence[str]) -> tuple[tuple[Panel, ...], ...]:
     by_time = array(
-        sample.maps.two_axis(
-            direction, "time", "resolution", groups=sample.time_groups, weighting=sample.weighting
-        ).normalised()
+        sample.maps.two_axis(direction, "time", groups=sample.time_groups, weighting=sample.weighting).normalised()
     )
     rows = []
     for level, records in enumerate(by_resolution(sample.maps.store).values()):

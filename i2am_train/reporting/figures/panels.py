@@ -14,8 +14,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from i2am_train.attention.maps import AttributionMaps, HeatMap, time_groups
+from i2am_train.attention.maps import AttributionMaps, HeatMap
 from i2am_train.attention.recipe import LayerId, describe_layers, paper_number, similar_layer
+from i2am_train.attention.store import time_groups
 from i2am_train.data.pictures import window
 from i2am_train.errors import CaptureError
 from i2am_train.evaluation.explanation import (
@@ -28,7 +29,7 @@ from i2am_train.evaluation.explanation import (
     PatchIndex,
     array,
 )
-from i2am_train.ops.images import on_picture
+from i2am_train.ops.grids import on_picture
 from i2am_train.reporting.figures.canvas import OKABE_ITO
 from i2am_train.reporting.figures.sheet import Box, Mark, MarkKind, Panel
 from i2am_train.types import Canvas, Direction, GridSize

@@ -20,10 +20,9 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 from i2am_train.attention.known import of_same_picture
-from i2am_train.attention.maps import normalise
 from i2am_train.attention.recipe import LayerId
 from i2am_train.evaluation.explanation import TO_GENERATED, TO_REFERENCE, Explanation, array
-from i2am_train.ops.images import resize_maps
+from i2am_train.ops.grids import normalise, resize_maps
 from i2am_train.reporting.figures.arms import sample_figure
 from i2am_train.reporting.figures.canvas import plain_text
 from i2am_train.reporting.figures.maps import (

@@ -1,6 +1,6 @@
 /* The numbers of the explorer: maps, scores and centres from packed attention. No page, no state.
 
-   The same definitions as i2am_train/attention/maps, metrics/imacs and losses/attention;
+   The same definitions as i2am_train/attention/maps, metrics/attention and losses/attention;
    tests/end_to_end/test_explorer.py compares them. A map is a Float64Array, row by row; a grid or
    size is [height, width]; a position is [y, x]. */
 

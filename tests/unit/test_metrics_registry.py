@@ -1,4 +1,4 @@
-"""Metrics of the user's own: what is taken, how it is described, what is refused."""
+"""Metrics by name; and those of the user's own: what is taken, how it is described, what is refused."""
 
 import re
 import sys
@@ -11,8 +11,18 @@ import torch
 from i2am_train.doors import allow_named
 from i2am_train.errors import ConfigError
 from i2am_train.metrics import registry
-from i2am_train.metrics.imported import check_imported, metric_names
-from i2am_train.metrics.registry import describe, image_pair_score, metric_info, own_metrics
+from i2am_train.metrics.image_quality import PerceptualDistance
+from i2am_train.metrics.registry import (
+    METRICS,
+    available_image_metrics,
+    check_imported,
+    describe,
+    image_metric,
+    image_pair_score,
+    metric_info,
+    metric_names,
+    own_metrics,
+)
 from i2am_train.types import GridSize
 
 MODULE = '''
@@ -138,3 +148,31 @@ def test_two_random_pictures_come_first(name: str, message: str) -> None:
     metric_names([named(name), named("error")])
     with pytest.raises(ConfigError, match=re.escape(message)):
         check_imported({n: image_pair_score(n) for n in ("error", name)}, GridSize(8, 6))
+
+
+def test_unknown_names_are_answered_with_the_known_ones() -> None:
+    """A misspelled metric is an error that lists what there is."""
+    with pytest.raises(ConfigError, match=r"'ssmi'.*ssim, stlpips, lpips, fd_efficientnet_lite0"):
+        image_metric("ssmi")
+    with pytest.raises(ConfigError, match=r"'imacs'.*imacs_g, imacs_r"):
+        metric_info("imacs")
+    with pytest.raises(ConfigError, match=r"'fid'.*ssim, stlpips, lpips"):
+        image_pair_score("fid")
+    with pytest.raises(ConfigError, match=r"'dists'.*stlpips, lpips"):
+        PerceptualDistance("dists")
+
+
+def test_registry_describes_every_image_metric() -> None:
+    """Each image metric that can be made is described, and each described one can be made."""
+    assert set(available_image_metrics()) == {k for k, v in METRICS.items() if v.group == "image"}
+    for name in available_image_metrics(offline_only=True):
+        assert image_metric(name).higher_is_better in {None, metric_info(name).higher_is_better}
+    assert metric_info("center_spread").higher_is_better is None
+    assert metric_info("pck_1").as_json() == {
+        "label": "PCK@1",
+        "higher_is_better": True,
+        "digits": 3,
+        "group": "attention",
+        "unit": "",
+        "description": "Share of garment patches whose attention centre is 1 patch off at most",
+    }

@@ -1,4 +1,4 @@
-"""Correspondence: exact targets on the grid, errors, spread, entropy, and the collapse warning."""
+"""Scores of attention: IMACS; exact targets on the grid, errors, spread, entropy, the collapse warning, alignment."""
 
 from __future__ import annotations
 
@@ -8,18 +8,75 @@ import pytest
 import torch
 from torch import Tensor
 
+from i2am_train.attention import AttributionMaps, AttributionStore, LayerRecord
+from i2am_train.errors import ConfigError, DataError
 from i2am_train.losses.attention import attention_centers
-from i2am_train.metrics.correspondence import (
+from i2am_train.metrics.attention import (
+    alignment,
     attention_entropy,
     center_spread,
     collapse_warning,
     correspondence_error,
+    imacs,
+    layer_alignment,
     pck,
     spread_ratio,
     target_on_grid,
 )
 from i2am_train.ops.grids import aligned_coordinates, reference_coordinates
 from i2am_train.types import GridSize
+
+
+@pytest.fixture
+def maps() -> Tensor:
+    return torch.rand(4, 5, 3, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture
+def masks() -> Tensor:
+    inside = torch.rand(4, 5, 3, generator=torch.Generator().manual_seed(1)) > 0.5
+    inside[2] = False
+    return inside
+
+
+def test_bounds_are_reached() -> None:
+    """1 for a map that is its mask, -penalty for the opposite."""
+    mask = torch.zeros(2, 4, 3, dtype=torch.bool)
+    mask[:, 1:3, :2] = True
+    assert imacs(mask.float(), mask, penalty=3.0).tolist() == [1.0, 1.0]
+    assert imacs((~mask).float(), mask, penalty=3.0).tolist() == [-3.0, -3.0]
+
+
+def test_an_empty_mask_has_no_score_and_a_full_one_no_outside(maps: Tensor) -> None:
+    """NaN where the score is undefined; the mean of the map where there is no outside."""
+    mask = torch.ones(4, 5, 3, dtype=torch.bool)
+    mask[1] = False
+    scores = imacs(maps, mask)
+    assert scores.isnan().tolist() == [False, True, False, False]
+    torch.testing.assert_close(scores[0], maps[0].mean())
+
+
+def test_several_penalties_equal_one_at_a_time(maps: Tensor, masks: Tensor) -> None:
+    """One pass over the map gives every row."""
+    rows = imacs(maps, masks, (0.0, 3.0, 10.0))
+    assert rows.shape == (3, 4)
+    for row, penalty in zip(rows, (0.0, 3.0, 10.0), strict=True):
+        torch.testing.assert_close(row, imacs(maps, masks, penalty), equal_nan=True)
+
+
+@pytest.mark.parametrize("scale", [255.0, -1.0, float("nan")])
+def test_a_map_that_is_not_normalised_is_refused(maps: Tensor, masks: Tensor, scale: float) -> None:
+    """A picture in bytes, a negative map and NaN are found before they give a number."""
+    with pytest.raises(DataError, match=r"maps in \[0, 1\]"):
+        imacs(maps * scale, masks)
+
+
+@pytest.mark.parametrize("penalty", [-1.0, float("nan"), ()])
+def test_impossible_penalties_are_refused(maps: Tensor, masks: Tensor, penalty: float) -> None:
+    """Negative, NaN and none at all."""
+    with pytest.raises(ConfigError, match="at least 0"):
+        imacs(maps, masks, penalty=penalty)
+
 
 IMAGE, GENERATED, REFERENCE = GridSize(32, 24), GridSize(8, 6), GridSize(16, 12)
 
@@ -140,3 +197,60 @@ def test_collapse_is_named(ratio: float | None, entropy: float, words: str) -> N
 def test_healthy_attention_gives_no_warning(ratio: float | None, entropy: float) -> None:
     """The healthy arms of trial trainings; sharp attention of unknown spread is no collapse."""
     assert collapse_warning(ratio, entropy) is None
+
+
+GRID = GridSize(4, 3)
+BATCH = 2
+
+
+def looking(by: int) -> torch.Tensor:
+    """Every patch looks ``by`` rows below itself, around the edge."""
+    cells = torch.arange(GRID.tokens).view(GRID).roll(-by, dims=0).flatten()
+    return torch.eye(GRID.tokens)[cells].expand(BATCH, -1, -1)
+
+
+def test_identity_is_perfectly_aligned() -> None:
+    """A patch that looks at itself is at distance 0, with all of its attention within any radius."""
+    result = alignment(looking(0), GRID, GRID, radius=0.0)
+    assert result.distance.tolist() == result.relative.tolist() == [0, 0]
+    assert result.within.tolist() == [1, 1]
+
+
+def test_a_shift_is_its_distance() -> None:
+    """One row down: distance 1 for three rows, 3 for the last one, which looks at the first."""
+    result = alignment(looking(1), GRID, GRID)
+    assert result.distance.tolist() == pytest.approx([1.5, 1.5])
+    assert result.relative.tolist() == pytest.approx([1.5 / 5, 1.5 / 5])  # the diagonal is 5
+    assert result.within.tolist() == pytest.approx([0.75, 0.75])
+
+
+def test_even_attention_is_not_aligned() -> None:
+    """Uniform attention has the mean distance of two random cells, although its centre is in the middle."""
+    even = torch.full((BATCH, GRID.tokens, GRID.tokens), 1 / GRID.tokens)
+    places = [(y, x) for y in range(4) for x in range(3)]
+    mean = sum(math.dist(a, b) for a in places for b in places) / len(places) ** 2
+    assert alignment(even, GRID, GRID).distance.tolist() == pytest.approx([mean, mean])
+
+
+def test_grids_of_different_fineness() -> None:
+    """The same misplacement by an eighth of the picture is the same relative number on both grids."""
+    fine, coarse = GridSize(8, 6), GridSize(4, 3)
+    rows = torch.arange(fine.tokens).view(fine)
+    own = torch.stack([rows[2 * y, 2 * x] for y in range(4) for x in range(3)])  # a corner of each 2x2
+    on_fine = torch.eye(fine.tokens)[own].expand(BATCH, -1, -1)
+    result = alignment(on_fine, coarse, fine)
+    assert result.distance.tolist() == pytest.approx([math.sqrt(0.5)] * BATCH)
+    assert result.relative.tolist() == pytest.approx([math.sqrt(0.5) / 10] * BATCH)
+
+
+def test_layers_that_kept_their_matrix() -> None:
+    """One entry per layer with a matrix, in the order of the layers; others are left out."""
+
+    def record(name: str, scores: torch.Tensor | None) -> LayerRecord:
+        even = torch.full((BATCH, 1, 2, GRID.tokens), 1 / GRID.tokens)
+        return LayerRecord(name, GRID, GRID, even, even, scores_over_reference=scores)
+
+    layers = (record("b", looking(1)), record("none", None), record("a", looking(0)))
+    found = layer_alignment(AttributionMaps(AttributionStore(layers, (None,))))
+    assert list(found) == ["b", "a"]
+    assert [float(one.distance[0]) for one in found.values()] == pytest.approx([1.5, 0])

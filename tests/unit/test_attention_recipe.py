@@ -3,10 +3,9 @@
 import pytest
 import torch
 
-from i2am_train.attention.callers import Caller
-from i2am_train.attention.frames import Announcement, Frame, announce, announced_evaluation
-from i2am_train.attention.known import detect_recipe
-from i2am_train.attention.known_recipes import diffusers_decoder
+from i2am_train.attention.frames import Announcement, Caller, Frame, announce, announced_evaluation
+from i2am_train.attention.known import diffusers_decoder
+from i2am_train.attention.lookup import detect_recipe
 from i2am_train.attention.recipe import PAPER_LAYERS, Recipe, Site, Tokens, find_layer, layer_name, paper_number
 from i2am_train.errors import CaptureError
 from i2am_train.types import Branch, GridSize

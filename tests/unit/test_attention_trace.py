@@ -1,4 +1,4 @@
-"""attention/live.py: scores with gradient in training, with checkpointing, autocast and class tokens."""
+"""attention/trace.py: scores with gradient in training, with checkpointing, autocast and class tokens."""
 
 import copy
 

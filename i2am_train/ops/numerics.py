@@ -1,0 +1,79 @@
+"""Number formats, value ranges and devices: float32 at least for losses and scores, pictures in [-1, 1] or bytes.
+
+The functions that follow the rule of float32 use sums and elementwise products only: autocast would quietly run a
+matrix product of float32 tensors in bfloat16.
+"""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Bool, Float, UInt8
+from torch import Tensor
+
+from i2am_train.errors import ConfigError
+from i2am_train.types import Device
+
+
+def at_least_float32(values: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+    """Float16 and bfloat16 become float32; float32 and float64 stay as they are.
+
+    >>> at_least_float32(torch.zeros(2, dtype=torch.bfloat16)).dtype
+    torch.float32
+    >>> at_least_float32(torch.zeros(2, dtype=torch.float64)).dtype
+    torch.float64
+    """
+    return values if values.dtype in (torch.float32, torch.float64) else values.float()
+
+
+def to_unit(images: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+    """From the model's range [-1, 1] to [0, 1], clamped, in float32 or float64.
+
+    >>> to_unit(torch.tensor([-1.0, 0.0, 1.5])).tolist()
+    [0.0, 0.5, 1.0]
+    """
+    return ((at_least_float32(images) + 1) / 2).clamp(0, 1)
+
+
+def to_uint8(images: Float[Tensor, "*shape"]) -> UInt8[Tensor, "*shape"]:
+    """From the model's range [-1, 1] to bytes, clamped and rounded.
+
+    The inverse of ``bytes / 127.5 - 1``, exactly.
+
+    >>> to_uint8(torch.tensor([-1.2, -1.0, 0.0, 1.0])).tolist()
+    [0, 0, 128, 255]
+    """
+    return (to_unit(images) * 255).round().to(torch.uint8)
+
+
+def rows_at_fault(values: Float[Tensor, "batch *shape"]) -> Bool[Tensor, " batch"]:
+    """True for the samples of a batch with a value that is NaN or infinite; on the values' device, nothing is read.
+
+    >>> import torch
+    >>> rows_at_fault(torch.tensor([[1.0, 2.0], [torch.nan, 0.0], [3.0, -torch.inf]])).tolist()
+    [False, True, True]
+    """
+    ends = values.flatten(start_dim=1) if values.ndim > 1 else values[:, None]
+    return ~ends.isfinite().all(dim=1)
+
+
+def check_device(name: Device) -> None:
+    """Raises `ConfigError` where a command could not compute on ``device``."""
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ConfigError(
+            "device=cuda was asked for, and torch finds no CUDA device on this machine. Set device=cpu, or device=auto "
+            "to take what there is."
+        )
+
+
+def chosen_device(name: Device) -> torch.device:
+    """The device that a command without a trainer computes on.
+
+    Raises:
+        ConfigError: there is no CUDA device.
+
+    >>> chosen_device("cpu")
+    device(type='cpu')
+    """
+    check_device(name)
+    use_gpu = name != "cpu" and torch.cuda.is_available()
+    return torch.device("cuda" if use_gpu else "cpu")
