@@ -42,8 +42,8 @@ from torch.utils.data import DataLoader
 
 from i2am_train.attention import ScoreTap
 from i2am_train.config.training import ObjectiveConfig
-from i2am_train.data.cache import ENCODED, TOKENS, CachedDataset, LatentCache
-from i2am_train.data.dataset import TryOnDataset
+from i2am_train.data.cache import ENCODED, TOKENS, LatentCache
+from i2am_train.data.dataset import CachedDataset, TryOnDataset
 from i2am_train.data.synthetic import make_dataset
 from i2am_train.losses.attention import attention_on_grids
 from i2am_train.losses.objective import Objective, make_objective

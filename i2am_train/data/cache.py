@@ -12,8 +12,11 @@ on any number of processes and after a restart. webdataset reads tar files from 
 access by index "more for debugging than anything else" (its issue 388), owns order and resuming itself, and keeps no
 checksums; mosaicml-streaming (0.13) has both, but wants transformers below 5 and four clouds' clients. Safetensors give
 a row by its index from a memory map and are a dependency already. Shards of a remote cache are copied whole at first
-use (:mod:`~i2am_train.data.object_storage`) and stay: order is random over the whole set, so every process would touch
-every shard in its first minutes anyway.
+use and stay: order is random over the whole set, so every process would touch every shard in its first minutes anyway.
+
+Files in object storage are read through fsspec (``s3://``, ``gs://``, ``https://``, ``file://`` and others). Each
+protocol has a client library of its own, and each client its own errors; here they become a DataError that names the
+URL and says what to do.
 
 Every row has a CRC-32 in the index that is checked when it is read; whole shards have a SHA-256 that is checked when
 one is fetched and when making continues.
@@ -25,28 +28,28 @@ import hashlib
 import json
 import os
 import re
+import time
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypedDict
 
+import fsspec
 import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
-from torch.utils.data import Dataset
 
 from i2am_train.config.locations import expanded
 from i2am_train.config.options import build, shortened
-from i2am_train.data.dataset import AS_IT_LIES, EpochPosition, Reading, SampleIndexError, split_layouts
-from i2am_train.data.object_storage import fetch, read_bytes
 from i2am_train.environment import without_secrets
 from i2am_train.errors import ConfigError, DataError
-from i2am_train.files import file_fingerprint, free_space, write_json, written
-from i2am_train.types import GridSize, Pairing, Split
+from i2am_train.files import DISK_FULL, UNFINISHED, file_fingerprint, free_space, write_json, written
+from i2am_train.types import GridSize, Split
 
 _NONSENSE = (ValueError, TypeError, KeyError, AttributeError, RecursionError, ConfigError)
 """What a file that is no index raises, wherever it differs from one."""
@@ -58,6 +61,10 @@ ENCODED = ("person", "agnostic", "densepose")
 TOKENS = "encoded_garment"
 """The reference encoder's last hidden state, before the projector."""
 WARPED_MASK, CORRESPONDENCE = "warped_garment_mask", "correspondence"
+PAUSES = (1.0, 5.0)
+"""Seconds before the second and the third attempt at a file; chosen by us. Clients may try by themselves, too."""
+ABANDONED = 3600.0
+"""Seconds without a byte after which a part of a file was left by a process that was killed; chosen by us."""
 REPAIR = "Run 'i2am data cache' again with its options: it checks every shard and makes damaged ones anew."
 
 
@@ -372,11 +379,7 @@ class LatentCache:
         return self.__dict__ | {"_open": {}}
 
     def row(self, split: Split, index: int, variant: int = 0) -> dict[str, Tensor]:
-        """The stored tensors of a sample, checked.
-
-        Raises:
-            DataError: the shard is damaged, missing or cannot be fetched.
-        """
+        """The stored tensors of a sample, checked: a shard that is damaged, missing or out of reach is a DataError."""
         shard = self.index.shards[split][index // self.index.layout.shard_samples]
         row = (index - shard.first) * self.index.layout.rows_per_sample(split) + variant
         path, file = self._path(shard), self._file(shard)
@@ -419,48 +422,80 @@ class LatentCache:
         return DataError(f"{self._path(shard)} is damaged and cannot be read ({error}). {self._advice(shard)}")
 
 
-class CachedDataset(Dataset[dict[str, Any]]):
-    """Training samples from a cache: items of a :class:`CachedBatch`.
+# -- files in object storage -------------------------------------------------------------------------------------------
 
-    A cache with variants shows them in turn: in epoch e a run of seed s sees variant ``(e + s - cache seed) % N``
-    of each sample. With the cache's own seed, the first N epochs are those of a run that augments without a cache.
 
-    Args:
-        cache: where the samples lie.
-        root: the dataset that the cache was made of; only its pair list is read.
-        split: which half.
-        reading: of the dataset.
-        indices: positions in the pair list; default all.
-        seed: the run's.
+class TransferError(DataError):
+    """A file did not come, or not as it should be; another attempt may do."""
+
+
+def read_bytes(url: str) -> bytes:
+    """The content of a small file: a URL, or a path; an error is FileNotFoundError or a DataError."""
+    with _errors_named(url):
+        files, place = fsspec.url_to_fs(url)
+        # Not files.open: over HTTP it calls a server that is down a missing file.
+        return bytes(files.cat_file(place))
+
+
+def fetch(url: str, path: Path, sha256: str) -> None:
+    """Copy a file to a path, where it appears whole and sound or not at all. Three attempts.
+
+    Errors are those of :func:`read_bytes`, and a DataError where it has another digest than it should.
     """
+    _remove_abandoned(path.parent)
+    with written(path) as unfinished:
+        for pause in PAUSES:
+            try:
+                _copy(url, unfinished, sha256)
+                break
+            except TransferError:
+                time.sleep(pause)
+        else:
+            _copy(url, unfinished, sha256)
 
-    def __init__(
-        self, cache: LatentCache, root: Path, split: Split, reading: Reading = AS_IT_LIES,
-        indices: Sequence[int] | None = None, seed: int = 0,
-    ) -> None:  # fmt: skip
-        self.cache, self.split = cache, Split(split)
-        if self.split not in cache.index.samples:
-            raise DataError(
-                f"The cache in {cache.shown} has no {split} samples; it has {', '.join(cache.index.samples)}. "
-                f"Make it anew with splits=[train,test]."
-            )
-        cache.require_space(self.split)
-        layouts = split_layouts(root, self.split, reading)
-        self.pairs = [pair for layout in layouts for pair in layout.pairs(Pairing.PAIRED)]
-        self.indices = list(range(len(self.pairs)) if indices is None else indices)
-        self.seed = seed
 
-    def __len__(self) -> int:
-        return len(self.indices)
+def _remove_abandoned(folder: Path) -> None:
+    """Removes parts of files that nobody brings any more: a process that is killed cannot remove its own."""
+    for part in folder.glob(f".*{UNFINISHED}"):
+        with suppress(FileNotFoundError):  # its own process was faster
+            if time.time() - part.stat().st_mtime > ABANDONED:
+                part.unlink()
 
-    def __getitem__(self, item: int | EpochPosition) -> dict[str, Any]:
-        """Read a sample; an :class:`EpochPosition` says for which epoch."""
-        epoch, position = item if isinstance(item, tuple) else (0, int(item))
-        if not 0 <= position < len(self):
-            raise SampleIndexError(f"Sample {position} is out of range: there are {len(self)}.")
-        index = self.indices[position]
-        layout = self.cache.index.layout
-        variant = (epoch + self.seed - layout.seed) % layout.rows_per_sample(self.split)
-        person, garment = self.pairs[index]
-        about = {"name": person, "garment_name": garment, "index": index, "paired": True}
-        return about | self.cache.row(self.split, index, variant)
+
+def _copy(url: str, path: Path, sha256: str) -> None:
+    with _errors_named(url):
+        files, place = fsspec.url_to_fs(url)
+        files.get_file(place, str(path))
+    if (found := file_fingerprint(path)) != sha256:
+        raise TransferError(
+            f"{without_secrets(url)} is damaged: {path.stat().st_size} bytes came with the SHA-256 {found[:16]}..., "
+            f"expected {sha256[:16]}... Copy the folder there again from where it was made."
+        )
+
+
+@contextmanager
+def _errors_named(url: str) -> Iterator[None]:
+    """The clients' many errors as one that says what to do; only a missing file stays what it is."""
+    try:
+        yield
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        if error.errno in DISK_FULL:  # not the storage's fault: the copy here has no room
+            raise
+        raise _unreadable(url, error) from error
+    except ImportError as error:
+        raise DataError(
+            f"{without_secrets(url)} cannot be read: {error}. Install that package where i2am_train is "
+            "installed (pip install ...)."
+        ) from error
+    except Exception as error:  # each client fails in its own words
+        raise _unreadable(url, error) from error
+
+
+def _unreadable(url: str, error: Exception) -> TransferError:
+    reason = without_secrets((str(error).strip() or "no reason given").splitlines()[0])
+    return TransferError(
+        f"{without_secrets(url)} cannot be read ({type(error).__name__}: {reason}). Check the address, the network "
+        "and the credentials; the same command then goes on where it was."
+    )

@@ -25,6 +25,7 @@ from torch.utils.data import Dataset
 
 from i2am_train.config.data import DataConfig
 from i2am_train.config.locations import dataset_folder
+from i2am_train.data.cache import LatentCache
 from i2am_train.data.layouts import DressCodeLayout, Layout, Pair, VitonHDLayout, entries
 from i2am_train.data.needed_files import check_files
 from i2am_train.data.picture_files import read_colour, read_correspondence, read_native_mask
@@ -401,3 +402,50 @@ def _tensor(array: NDArray[Any]) -> Tensor:
     if array.dtype == np.uint8:
         return torch.from_numpy(np.take(_UNIT_VALUES, array.transpose(2, 0, 1)))
     return torch.from_numpy(np.ascontiguousarray(array))
+
+
+class CachedDataset(Dataset[dict[str, Any]]):
+    """Training samples from a cache: items of a :class:`~i2am_train.data.cache.CachedBatch`.
+
+    A cache with variants shows them in turn: in epoch e a run of seed s sees variant ``(e + s - cache seed) % N``
+    of each sample. With the cache's own seed, the first N epochs are those of a run that augments without a cache.
+
+    Args:
+        cache: where the samples lie.
+        root: the dataset that the cache was made of; only its pair list is read.
+        split: which half.
+        reading: of the dataset.
+        indices: positions in the pair list; default all.
+        seed: the run's.
+    """
+
+    def __init__(
+        self, cache: LatentCache, root: Path, split: Split, reading: Reading = AS_IT_LIES,
+        indices: Sequence[int] | None = None, seed: int = 0,
+    ) -> None:  # fmt: skip
+        self.cache, self.split = cache, Split(split)
+        if self.split not in cache.index.samples:
+            raise DataError(
+                f"The cache in {cache.shown} has no {split} samples; it has {', '.join(cache.index.samples)}. "
+                f"Make it anew with splits=[train,test]."
+            )
+        cache.require_space(self.split)
+        layouts = split_layouts(root, self.split, reading)
+        self.pairs = [pair for layout in layouts for pair in layout.pairs(Pairing.PAIRED)]
+        self.indices = list(range(len(self.pairs)) if indices is None else indices)
+        self.seed = seed
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, item: int | EpochPosition) -> dict[str, Any]:
+        """Read a sample; an :class:`EpochPosition` says for which epoch."""
+        epoch, position = item if isinstance(item, tuple) else (0, int(item))
+        if not 0 <= position < len(self):
+            raise SampleIndexError(f"Sample {position} is out of range: there are {len(self)}.")
+        index = self.indices[position]
+        layout = self.cache.index.layout
+        variant = (epoch + self.seed - layout.seed) % layout.rows_per_sample(self.split)
+        person, garment = self.pairs[index]
+        about = {"name": person, "garment_name": garment, "index": index, "paired": True}
+        return about | self.cache.row(self.split, index, variant)

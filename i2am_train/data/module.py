@@ -24,8 +24,8 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler
 from torchdata.stateful_dataloader import StatefulDataLoader
 
 from i2am_train.config.data import DataConfig
-from i2am_train.data.cache import CachedDataset, LatentCache
-from i2am_train.data.dataset import EpochPosition, TryOnDataset, TryOnSample, list_length, reading_of
+from i2am_train.data.cache import LatentCache
+from i2am_train.data.dataset import CachedDataset, EpochPosition, TryOnDataset, TryOnSample, list_length, reading_of
 from i2am_train.environment import ignore_interrupts
 from i2am_train.errors import DataError
 from i2am_train.types import Pairing, Split

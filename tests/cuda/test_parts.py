@@ -13,8 +13,8 @@ from i2am_train.attention.trace import ScoreTap, trace
 from i2am_train.config.locations import experiment_names
 from i2am_train.config.store import compose, option_names
 from i2am_train.config.training import ObjectiveConfig, TrainConfig
-from i2am_train.data.cache import CachedDataset, LatentCache
-from i2am_train.data.dataset import TryOnDataset, batch_on
+from i2am_train.data.cache import LatentCache
+from i2am_train.data.dataset import CachedDataset, TryOnDataset, batch_on
 from i2am_train.losses.attention import attention_on_grids
 from i2am_train.losses.objective import Objective, make_objective
 from i2am_train.metrics.attention import (

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from i2am_train.data import object_storage
+from i2am_train.data import cache
 
 
 class Relay(socketserver.ThreadingTCPServer):
@@ -116,7 +116,7 @@ def storage(
     relay: Callable[[tuple[str, int]], Relay],
 ) -> Iterator[Storage]:  # fmt: skip
     """An empty place, over each protocol; attempts follow each other at once."""
-    monkeypatch.setattr(object_storage, "PAUSES", (0.0, 0.0))
+    monkeypatch.setattr(cache, "PAUSES", (0.0, 0.0))
     if request.param == "s3":
         yield from _s3(relay, monkeypatch)
     else:

@@ -1,4 +1,4 @@
-"""data/object_storage.py against real servers: what arrives, what is refused, and what remains of a failure."""
+"""data/cache.py's files against real servers: what arrives, what is refused, and what remains of a failure."""
 
 import hashlib
 import importlib.util
@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from i2am_train.data.object_storage import fetch, read_bytes
+from i2am_train.data.cache import fetch, read_bytes
 from i2am_train.errors import DataError
 from i2am_train.files import UNFINISHED
 

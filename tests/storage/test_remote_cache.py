@@ -11,7 +11,8 @@ from safetensors.torch import load_file
 
 from i2am_train.config.store import compose
 from i2am_train.data import cache as latent_cache
-from i2am_train.data.cache import CachedDataset, CacheLayout, LatentCache
+from i2am_train.data.cache import CacheLayout, LatentCache
+from i2am_train.data.dataset import CachedDataset
 from i2am_train.errors import ConfigError, DataError
 from i2am_train.training.encode_dataset import make_cache
 from i2am_train.types import Split

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 import torch
 
-from i2am_train.data.cache import ENCODED, TOKENS, CachedDataset, CacheKey, CacheLayout, LatentCache
-from i2am_train.data.dataset import EpochPosition, TryOnDataset
+from i2am_train.data.cache import ENCODED, TOKENS, CacheKey, CacheLayout, LatentCache
+from i2am_train.data.dataset import CachedDataset, EpochPosition, TryOnDataset
 from i2am_train.errors import DataError, RunFolderError
 from i2am_train.fingerprints import data_state
 from i2am_train.training import encode_dataset
