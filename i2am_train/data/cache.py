@@ -172,11 +172,7 @@ class CacheIndex:
 
     @classmethod
     def parse(cls, content: bytes, where: str) -> CacheIndex:
-        """Read the file's content.
-
-        Raises:
-            DataError: it is not the index of a cache that this version reads.
-        """
+        """Read the file's content; a DataError says that it is not the index of a cache that this version reads."""
         try:
             values = json.loads(content)
             if (found := values.pop("format")) != FORMAT:
