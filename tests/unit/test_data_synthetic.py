@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from i2am_train.data.synthetic import FIRST_TEST_INDEX, FOLDERS, make_dataset
-from i2am_train.data.synthetic.rendering import SyntheticSample, render_pair, render_sample
+from i2am_train.data.synthetic.rendering import SyntheticSample, render_sample
 from i2am_train.errors import DataError, RunFolderError
 from i2am_train.locks import LOCK, Owner
 from i2am_train.types import GridSize
@@ -76,7 +76,7 @@ def test_left_stays_left_and_up_stays_up() -> None:
 def test_what_the_model_is_told_does_not_show_the_garment() -> None:
     # Proves that pose and inpainting region are the person's: another garment leaves them as they are.
     for person in range(5):
-        own, other = (render_pair(0, person, garment, SIZE) for garment in (person, person + 20))
+        own, other = (render_sample(0, person, SIZE, garment=garment) for garment in (person, person + 20))
         np.testing.assert_array_equal(own.densepose, other.densepose)
         assert (own.inpaint_mask == other.inpaint_mask).mean() > 0.985  # a wide cuff may cover part of a hand
         assert not np.array_equal(own.garment, other.garment)

@@ -19,9 +19,9 @@ from numpy.typing import NDArray
 from i2am_train.data.parsing import VITON_HD, LabelMap
 from i2am_train.data.pictures import GREY, Image, Mask, SampleArrays
 from i2am_train.data.poses import EMBEDDED_COLOURS, Joints
-from i2am_train.data.synthetic.garments import Garment, draw_garment, place_cut, silhouette, texture, trim
+from i2am_train.data.synthetic.garments import draw_garment, place_cut, silhouette, texture, trim
 from i2am_train.data.synthetic.meshes import FIRST_TRIANGLE_LABEL, Camera, Labels, MeshPainter, ellipse, fill
-from i2am_train.data.synthetic.people import SIDES, UPPER_ARM_SHARE, Body, Person, draw_person, sleeve_mesh, torso_mesh
+from i2am_train.data.synthetic.people import SIDES, UPPER_ARM_SHARE, Body, draw_person, sleeve_mesh, torso_mesh
 from i2am_train.types import GridSize
 
 ZOOM = 1.4
@@ -89,27 +89,19 @@ def sample_name(index: int) -> str:
     return f"{index:05d}_00"
 
 
-def render_sample(seed: int, index: int, size: GridSize, shading: bool = True) -> SyntheticSample:
-    """Person ``index`` in their own garment. ``shading=False`` leaves out light and folds.
+def render_sample(
+    seed: int, index: int, size: GridSize, shading: bool = True, garment: int | None = None
+) -> SyntheticSample:
+    """Person ``index`` in their own garment, or in another one: also the truth of an unpaired try-on.
+
+    ``shading=False`` leaves out light and folds.
 
     >>> sample = render_sample(seed=0, index=3, size=GridSize(64, 48))
     >>> bool((np.isnan(sample.correspondence[..., 0]) == ~sample.warped_garment_mask).all())
     True
     """
-    return render_pair(seed, index, index, size, shading)
-
-
-def render_pair(
-    seed: int, person_index: int, garment_index: int, size: GridSize, shading: bool = True
-) -> SyntheticSample:
-    """Person ``person_index`` wearing garment ``garment_index``: also the truth of an unpaired try-on.
-
-    >>> render_pair(0, 3, 5, GridSize(64, 48)).correspondence.shape
-    (64, 48, 2)
-    """
-    person = draw_person(np.random.default_rng([seed, person_index, 0]))
-    garment = draw_garment(np.random.default_rng([seed, garment_index, 1]))
-    return _Rendering(person, garment, size, shading).sample(sample_name(person_index), sample_name(garment_index))
+    worn = index if garment is None else garment
+    return _Rendering(seed, index, worn, size, shading).sample(sample_name(index), sample_name(worn))
 
 
 def render_annotations(seed: int, index: int, size: GridSize) -> tuple[LabelMap, Joints]:
@@ -122,16 +114,16 @@ def render_annotations(seed: int, index: int, size: GridSize) -> tuple[LabelMap,
     >>> parsed.shape, joints["nose"].shape
     ((64, 48), (2,))
     """
-    person = draw_person(np.random.default_rng([seed, index, 0]))
-    garment = draw_garment(np.random.default_rng([seed, index, 1]))
-    rendering = _Rendering(person, garment, size, shading=False)
+    rendering = _Rendering(seed, index, index, size, shading=False)
     return rendering.parsing(), rendering.joints()
 
 
 class _Rendering:
     """The drawing of one sample, at :data:`OVERSAMPLING` times its size."""
 
-    def __init__(self, person: Person, garment: Garment, size: GridSize, shading: bool) -> None:
+    def __init__(self, seed: int, person_index: int, garment_index: int, size: GridSize, shading: bool) -> None:
+        person = draw_person(np.random.default_rng([seed, person_index, 0]))
+        garment = draw_garment(np.random.default_rng([seed, garment_index, 1]))
         self.size, self.shading = size, shading
         self.fine = (size.height * OVERSAMPLING, size.width * OVERSAMPLING)
         self.pixels = self.fine[0]
