@@ -310,30 +310,18 @@ def decode_correspondence(encoded: NDArray[np.uint16]) -> NDArray[np.float32]:
 
 
 def read_photograph(path: Path, option: str) -> Image:
-    """A picture as RGB ``[height, width, 3]``, turned upright; what is transparent becomes white.
+    """RGB ``[height, width, 3]`` of a picture, upright; what is transparent becomes white.
 
-    Args:
-        path: a picture file.
-        option: how the command line calls it, for messages.
-
-    Raises:
-        DataError: there is no such file, or it is no whole picture.
+    ``option`` is how the command line calls it, for the DataError about a file that is missing or no whole picture.
     """
     with _named(path, option):
         return read_rgb(path)
 
 
 def read_region(path: Path, option: str, picture: Image, of: str) -> Mask:
-    """The white region of a mask ``[height, width]`` that belongs to a picture.
+    """The white region ``[height, width]`` of a mask of a picture's size; the command line calls the picture ``of``.
 
-    Args:
-        path: a picture file.
-        option: how the command line calls it, for messages.
-        picture: of the same size.
-        of: how the command line calls the picture.
-
-    Raises:
-        DataError: it cannot be read, has another size, or no white pixel.
+    A mask that cannot be read, has another size or no white pixel is a DataError.
     """
     with _named(path, option):
         mask = np.asarray(read_grey(path) >= INSIDE)
