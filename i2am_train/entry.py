@@ -95,7 +95,20 @@ def _run_with_hydra(command: str, words: Sequence[str], run: Run) -> int:
     from hydra.errors import HydraException
     from omegaconf.errors import OmegaConfBaseException
 
-    from i2am_train.config.store import as_typed, register_commands, with_own_experiment
+    from i2am_train.config.store import as_typed, register_commands, to_dataclass, with_own_experiment
+
+    typed, entered, status = sys.argv, False, 0
+
+    def task(composed: Any) -> None:
+        nonlocal entered, status
+        # Here, and not only around Hydra: it announces every exception that passes through it.
+        with _errors_as_text(command):
+            config = to_dataclass(command, composed)
+            _refuse_distributed_sweep(config)
+            entered = True
+            quiet_libraries()
+            sys.argv = typed  # Lightning starts the other processes of a distributed run with these
+            status = run(config) or 0
 
     words = _checked(command, words)
     allow_named(words)
@@ -103,57 +116,30 @@ def _run_with_hydra(command: str, words: Sequence[str], run: Run) -> int:
     register_commands()
     # Hydra would print errors itself, with its own advice, and exit with status 1.
     os.environ["HYDRA_FULL_ERROR"] = "1"
-    task = _Task(command, run, sys.argv)
     decorate = hydra.main(version_base="1.3", config_path=str(conf_folder()), config_name=command)
     try:
-        # Hydra reads the program's words. The command itself sees those that were typed (`_Task`).
+        # Hydra reads the program's words. The command itself sees those that were typed.
         known = with_own_experiment(command, words, sweep=sweep)
         sys.argv = [f"i2am {command}", *as_typed(command, known, sweep=sweep)]
         decorate(task)()
     except (HydraException, OmegaConfBaseException) as error:
-        if task.entered:
+        if entered:
             raise
         raise ConfigError(_readable(error, command)) from error
     finally:
-        sys.argv = task.typed
-    return task.status
+        sys.argv = typed
+    return status
 
 
 def _workflow(command: str) -> Run:
     """What a command runs, imported when it is called: that takes seconds, which help and bad options need not wait."""
-    module, _, function = COMMANDS[command].workflow.partition(":")
 
     def run(config: Any) -> int | None:
+        module, _, function = COMMANDS[command].workflow.partition(":")
         status: int | None = getattr(import_module(f"i2am_train.workflows.{module}"), function)(config)
         return status
 
     return run
-
-
-class _Task:
-    """What Hydra calls with the composed options; remembers the exit status."""
-
-    def __init__(self, command: str, run: Run, typed: list[str]) -> None:
-        self.command = command
-        self.run = run
-        self.typed = typed
-        self.entered = False
-        self.status = 0
-        # Hydra finds the module of a task by these.
-        self.__module__ = __name__
-        self.__name__ = self.__qualname__ = "run"
-
-    def __call__(self, composed: Any) -> None:
-        from i2am_train.config.store import to_dataclass
-
-        # Here, and not only around Hydra: it announces every exception that passes through it.
-        with _errors_as_text(self.command):
-            config = to_dataclass(self.command, composed)
-            _refuse_distributed_sweep(config)
-            self.entered = True
-            quiet_libraries()
-            sys.argv = self.typed  # Lightning starts the other processes of a distributed run with these
-            self.status = self.run(config) or 0
 
 
 def _readable(error: Exception, command: str) -> str:
