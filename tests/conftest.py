@@ -105,6 +105,21 @@ def small_dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def read_batch(small_dataset: Path) -> Callable[..., Any]:
+    """Reads samples of the small dataset as one batch."""
+    from torch.utils.data import default_collate
+
+    from i2am_train.data.dataset import TryOnDataset
+    from i2am_train.types import GridSize, Pairing, Split
+
+    def read(indices: list[int], pairing: str = "paired", split: str = "test") -> Any:
+        dataset = TryOnDataset(small_dataset, Split(split), Pairing(pairing), GridSize(*SMALL))
+        return default_collate([dataset[index] for index in indices])
+
+    return read
+
+
+@pytest.fixture(scope="session")
 def make_small_model() -> Callable[..., Any]:
     """Builds a try-on model for 64x48 images with random weights, the same at every call."""
 

@@ -29,6 +29,7 @@ from tests.support.card import card, on_card
 from tests.support.detectors import tiny_maskformer, tiny_rt_detr, tiny_yolos
 from tests.support.person_models import ATR, tiny_parser, tiny_pose_estimator
 from tests.support.pipelines import tiny_catvton, tiny_ip_adapter
+from tests.support.trainings import curves
 
 pytestmark = [
     pytest.mark.long,
@@ -38,9 +39,7 @@ pytestmark = [
 
 def judged(folder: Path) -> dict[str, float]:
     """Columns of the validation that have a value."""
-    header, *rows = [line.split(",") for line in (folder / "metrics.csv").read_text().splitlines()]
-    last = {name: row[at] for row in rows for at, name in enumerate(header) if row[at]}
-    return {name: float(value) for name, value in last.items() if name.startswith("val/")}
+    return {name: value for row in curves(folder) for name, value in row.items() if name.startswith("val/")}
 
 
 SCORES = {

@@ -14,7 +14,7 @@ from i2am_train.config.locations import experiment_names
 from i2am_train.config.store import compose, option_names
 from i2am_train.config.training import ObjectiveConfig, TrainConfig
 from i2am_train.data.cache import LatentCache
-from i2am_train.data.dataset import CachedDataset, TryOnDataset, batch_on
+from i2am_train.data.dataset import CachedDataset, batch_on
 from i2am_train.losses.attention import attention_on_grids
 from i2am_train.losses.objective import Objective, make_objective
 from i2am_train.metrics.attention import (
@@ -33,7 +33,7 @@ from i2am_train.models.sampling import sample
 from i2am_train.training.draws import Draws, draw
 from i2am_train.training.optimization import set_trainable
 from i2am_train.training.step import step_losses
-from i2am_train.types import Backend, Direction, GridSize, LossVariant, Pairing, SamplerName, Split
+from i2am_train.types import Backend, Direction, GridSize, LossVariant, SamplerName, Split
 from i2am_train.workflows.data import cache
 from tests.support.card import on_card
 
@@ -61,9 +61,8 @@ def model_there(machine: Any, make_small_model: Callable[..., Any]) -> Any:
 
 
 @pytest.fixture(scope="module")
-def read(small_dataset: Path) -> Any:
-    dataset = TryOnDataset(small_dataset, Split.TRAIN, Pairing.PAIRED, SIZE)
-    return default_collate([dataset[index] for index in SAMPLES])
+def read(read_batch: Callable[..., Any]) -> Any:
+    return read_batch(SAMPLES, split="train")
 
 
 @pytest.fixture(scope="module")

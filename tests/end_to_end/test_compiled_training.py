@@ -1,15 +1,12 @@
 """`i2am train optimization.compile=true` from start to end: curves, validation, averages, stopping and going on."""
 
-import csv
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
-from safetensors.torch import load_file
 
 pytestmark = pytest.mark.slow  # two minutes: the network is traced twice
 
@@ -21,6 +18,7 @@ from i2am_train.workflows import train as workflow
 from i2am_train.workflows.train import train
 from i2am_train.config.store import compose
 from i2am_train.training.optimization import compiled_graphs
+from tests.support.trainings import curves, weights
 
 # Everything but the code that inductor writes, whose C++ takes minutes to compile (see test_attention_compiled.py).
 torch.nn.Module.compile = functools.partialmethod(torch.nn.Module.compile, backend="aot_eager")
@@ -55,15 +53,6 @@ print(json.dumps([*graphs, compiled_graphs()]))
 """
 
 
-def rows(folder: Path) -> list[dict[str, float]]:
-    with (folder / "metrics.csv").open(newline="") as lines:
-        return [{name: float(value) for name, value in row.items() if value} for row in csv.DictReader(lines)]
-
-
-def weights(folder: Path, name: str) -> dict[str, Any]:
-    return dict(load_file(folder / name / "model/unet/diffusion_pytorch_model.safetensors"))
-
-
 def test_a_compiled_run_is_the_eager_one(training: list[str], tmp_path: Path) -> None:
     """Refined losses, checkpointed gradients, averages, two validations; it went down after the first and went on.
 
@@ -80,11 +69,11 @@ def test_a_compiled_run_is_the_eager_one(training: list[str], tmp_path: Path) ->
     assert done.returncode == 0, done.stderr[-3000:]
     assert "the machine went down" in done.stdout
     assert json.loads(done.stdout.splitlines()[-1]) == [0, 1, 2]
-    eager, compiled = rows(tmp_path / "eager"), rows(tmp_path / "compiled")
+    eager, compiled = curves(tmp_path / "eager"), curves(tmp_path / "compiled")
     assert sum("val/imacs_g" in row for row in eager) == 2
     assert [row["step"] for row in compiled if "loss/total" in row] == list(range(8))
     assert len(eager) == len(compiled)
     for one, other in zip(eager, compiled, strict=True):
         assert one == pytest.approx(other, rel=1e-4, abs=1e-4)
-    one, other = weights(tmp_path, "eager"), weights(tmp_path, "compiled")
+    one, other = weights(tmp_path / "eager"), weights(tmp_path / "compiled")
     assert max(float((one[name] - other[name]).abs().max()) for name in one) < 1e-5

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from i2am_train.config.store import compose
+from i2am_train.detection.bench import make_shapes
 from i2am_train.files import UNFINISHED
 from i2am_train.locks import LOCK, locked
 from i2am_train.workflows import explain
@@ -74,6 +75,8 @@ def commands(
 
     def words(name: str, place: Path) -> tuple[str, list[str]]:
         output = f"output={place / 'out'}"
+        if name == "detect":
+            make_shapes(place.parent / "coco", 2)
         if name == "data derive":
             copy = shutil.copytree(request.getfixturevalue("photographs"), place / "set", dirs_exist_ok=True)
             return name, [f"root={copy}", "workers=1"]
@@ -111,12 +114,6 @@ COMMANDS = (
 )  # fmt: skip
 
 
-def make_coco(folder: Path) -> None:
-    from i2am_train.detection.bench import make_shapes
-
-    make_shapes(folder, 2)
-
-
 def said(capsys: pytest.CaptureFixture[str]) -> str:
     """The one paragraph on standard error."""
     errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("i2am: ")]
@@ -134,8 +131,6 @@ def left_over(folder: Path) -> list[str]:
 def test_a_read_only_folder(
     command: str, commands: Callable[..., Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    if command == "detect":
-        make_coco(tmp_path / "coco")
     with mounted(tmp_path / "disk", "size=20m") as disk:
         name, words = commands(command, disk)
         subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
@@ -164,8 +159,6 @@ def test_a_full_disk(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     """Found in the middle of the work, although there was room enough at its beginning."""
-    if command == "detect":
-        make_coco(tmp_path / "coco")
     with mounted(tmp_path / "disk", "size=20m") as disk:
         name, words = commands(command, disk)
         fill_up(disk, room)
@@ -182,8 +175,6 @@ def test_a_folder_in_use(
     command: str, commands: Callable[..., Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Two of the same command: the second is refused, and leaves the first's files alone."""
-    if command == "detect":
-        make_coco(tmp_path / "coco")
     place = tmp_path / "place"
     name, words = commands(command, place)
     elsewhere = {"export": "out.partial", "data make": "out.partial", "data derive": "set"}

@@ -18,6 +18,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import CLIPConfig, CLIPModel, Dinov2Config, Dinov2Model
 
+from tests.support.trainings import curves
+
 pytestmark = pytest.mark.long
 
 AUTHORS = Path(__file__).parents[1] / "unit" / "test_models_authors_layout.py"
@@ -96,13 +98,7 @@ def assert_trained(before: Path, after: Path) -> None:
 
 
 def losses(run: Path) -> list[dict[str, float]]:
-    header, *rows = (run / "metrics.csv").read_text().splitlines()
-    found = [dict(zip(header.split(","), row.split(","), strict=True)) for row in rows]
-    return [
-        {name: float(value) for name, value in row.items() if name.startswith("loss/")}
-        for row in found
-        if row.get("loss/total")
-    ]
+    return [row for row in curves(run) if "loss/total" in row]
 
 
 def test_from_files_to_scores(

@@ -18,7 +18,7 @@ from i2am_train.files import read_json
 from i2am_train.metrics import registry
 from i2am_train.workflows.ablate import ablate
 from i2am_train.workflows.evaluate import evaluate
-from tests.support.trainings import going_down
+from tests.support.trainings import curves, going_down
 
 pytestmark = [
     pytest.mark.long,
@@ -107,9 +107,7 @@ def run(study: dict[str, Any], folder: Path) -> Path:
 
 def test_the_loss_is_there_before_and_after(run: Path) -> None:
     """Every step of both parts of the run has the term, and the run knows that it went on."""
-    head, *rows = [line.split(",") for line in (run / "metrics.csv").read_text().splitlines()]
-    column = head.index("loss/mass")
-    assert len([row for row in rows if row[column]]) == 4
+    assert len([row for row in curves(run) if "loss/mass" in row]) == 4
     assert len(read_json(run / "manifest.json")["resumed"]) == 1
 
 

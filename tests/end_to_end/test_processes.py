@@ -1,6 +1,5 @@
 """Two processes give the metrics of one: real processes with gloo, started by the command line."""
 
-import csv
 import json
 import os
 import subprocess
@@ -12,21 +11,21 @@ import torch
 from safetensors.torch import load_file
 
 from i2am_train.results.run_files import read_panels
+from tests.support.trainings import curves
 
 pytestmark = pytest.mark.long
 
 
 def logged(folder: Path) -> dict[str, float]:
     """The training losses of the first step and any validation scores of the last epoch in ``metrics.csv``."""
-    with (folder / "metrics.csv").open() as file:
-        rows = list(csv.DictReader(file))
-    losses = next(row for row in rows if row["loss/total"])
-    scores = [row for row in rows if row.get("val/imacs_g")][-1:]
+    rows = curves(folder)
+    losses = next(row for row in rows if "loss/total" in row)
+    scores = [row for row in rows if "val/imacs_g" in row][-1:]
     return {
-        name: float(row[name])
+        name: value
         for row, kind in ((losses, "loss/"), *((row, "val/") for row in scores))
-        for name in row
-        if name.startswith(kind) and row[name]
+        for name, value in row.items()
+        if name.startswith(kind)
     }
 
 

@@ -3,7 +3,6 @@
 Real processes with gloo on CPUs. What a GPU would do differently (NCCL, streams, memory) is not seen here.
 """
 
-import csv
 import os
 import signal
 import subprocess
@@ -20,6 +19,7 @@ from safetensors.torch import load_file
 from i2am_train.config.store import compose
 from i2am_train.models.tryon import TryOnModel
 from i2am_train.workflows.train import train
+from tests.support.trainings import curves
 
 pytestmark = [
     pytest.mark.long,
@@ -28,12 +28,6 @@ pytestmark = [
 
 TOLERANCE = 1e-4
 """Relative: two halves of a batch are summed in another order than the whole, in float32, and 1e-7 grows over steps."""
-
-
-def curves(folder: Path) -> list[dict[str, float]]:
-    """Every line of ``metrics.csv``, numbers only."""
-    with (folder / "metrics.csv").open(newline="") as lines:
-        return [{k: float(v) for k, v in row.items() if v} for row in csv.DictReader(lines)]
 
 
 def model_files(folder: Path) -> dict[str, Any]:

@@ -3,7 +3,6 @@
 Real processes, stopped where a user or a scheduler would stop them.
 """
 
-import csv
 import json
 import multiprocessing
 import os
@@ -29,7 +28,7 @@ from i2am_train.evaluation.evaluator import GeneratedSamples
 from i2am_train.workflows import train as workflow
 from i2am_train.workflows.train import train
 from tests.support.commands import Command, exit_status
-from tests.support.trainings import same_weights, weights
+from tests.support.trainings import curves, same_weights, weights
 
 pytestmark = [
     pytest.mark.long,
@@ -39,17 +38,9 @@ LONG = ("optimization.steps=12", "validation.samples=0", "data.batch_size=4")
 """Twenty samples, four a step: five steps an epoch."""
 
 
-def rows(folder: Path) -> list[dict[str, str]]:
-    file = folder / "metrics.csv"
-    if not file.is_file():
-        return []
-    with file.open(newline="") as lines:
-        return list(csv.DictReader(lines))
-
-
 def steps(folder: Path) -> list[int]:
     """Steps that the curves show, counted from 1; 0 before the first."""
-    return sorted({0, *(int(row["step"]) + 1 for row in rows(folder) if row.get("step"))})
+    return sorted({0, *(int(row["step"]) + 1 for row in curves(folder) if "step" in row)})
 
 
 def drawn_steps(folder: Path) -> list[int]:
@@ -107,7 +98,7 @@ def test_a_killed_run_ends_as_if_it_had_not_been(options: list[str], whole: Path
         attempt.stop(signal.SIGKILL)
     Run(options, tmp_path / "killed").succeed()
     assert same_weights(whole, tmp_path / "killed")
-    assert rows(tmp_path / "killed") == rows(whole)
+    assert curves(tmp_path / "killed") == curves(whole)
     assert steps(whole) == list(range(13))
     assert drawn_steps(tmp_path / "killed") == drawn_steps(whole) == list(range(12))
     assert not [path for path in (tmp_path / "killed").rglob("*") if path.name.startswith(".")]
@@ -153,7 +144,7 @@ def test_it_goes_on_from_any_step(
             with pytest.raises(RuntimeError, match="went down"):
                 train(compose("train", [*options, f"output={output}"]))
         assert same_weights(whole, train(compose("train", [*options, f"output={output}"])))
-        assert rows(whole) == rows(output)
+        assert curves(whole) == curves(output)
 
 
 def test_a_damaged_checkpoint_costs_a_step(
@@ -171,7 +162,7 @@ def test_a_damaged_checkpoint_costs_a_step(
     newest.write_bytes(content)
     capsys.readouterr()
     assert same_weights(whole, train(compose("train", options)))
-    assert rows(whole) == rows(tmp_path / "run")
+    assert curves(whole) == curves(tmp_path / "run")
     assert f"{newest} is cut off" in capsys.readouterr().out
     assert newest.with_name("step-000006.ckpt.damaged").read_bytes() == content
 
@@ -264,7 +255,7 @@ def test_told_to_stop_it_saves_and_goes_on(
     assert int(saved.stem.rpartition("-")[2]) >= 5
     Run(options, tmp_path / "stopped").succeed()
     assert same_weights(whole, tmp_path / "stopped")
-    assert rows(whole) == rows(tmp_path / "stopped")
+    assert curves(whole) == curves(tmp_path / "stopped")
     assert not list((tmp_path / "stopped/checkpoints").glob("interrupted*"))
 
 
@@ -309,7 +300,7 @@ def test_the_latest_checkpoints_and_the_best_model_are_kept(training: list[str],
     run = train(compose("train", [*options, f"output={tmp_path / 'run'}"]))
     names = sorted(path.name for path in (run / "checkpoints").iterdir())
     assert names == ["step-000003.ckpt", "step-000004.ckpt"]
-    scores = [float(row["val/ssim"]) for row in rows(run) if row["val/ssim"]]
+    scores = [row["val/ssim"] for row in curves(run) if "val/ssim" in row]
     assert len(scores) == 2
     record = json.loads((run / "best.json").read_text())
     assert record == {

@@ -33,23 +33,19 @@ def noisy(images: Tensor) -> Tensor:
     return (images + 12 * noise).clamp(0, 255).to(torch.uint8)
 
 
+def scikit_ssim(first: Tensor, second: Tensor) -> float:
+    """Of two pictures, with the settings of Wang et al."""
+    settings = {"gaussian_weights": True, "sigma": 1.5, "use_sample_covariance": False, "data_range": 255}
+    pictures = (picture.permute(1, 2, 0).numpy() for picture in (first, second))
+    return float(structural_similarity(*pictures, channel_axis=2, **settings))
+
+
 @pytest.mark.parametrize(("height", "width"), [(64, 48), (33, 21), (12, 11)])
 def test_ssim_equals_scikit_image(height: int, width: int) -> None:
     """Same window and same inside mean as scikit-image's Wang et al. settings, to 1e-6."""
     real = photographs(height, width)
     generated = noisy(real)
-    expected = [
-        structural_similarity(
-            first.permute(1, 2, 0).numpy(),
-            second.permute(1, 2, 0).numpy(),
-            channel_axis=2,
-            gaussian_weights=True,
-            sigma=1.5,
-            use_sample_covariance=False,
-            data_range=255,
-        )
-        for first, second in zip(generated, real, strict=True)
-    ]
+    expected = [scikit_ssim(*pair) for pair in zip(generated, real, strict=True)]
     np.testing.assert_allclose(ssim(generated, real).numpy(), expected, atol=1e-6)
 
 
@@ -58,16 +54,8 @@ def test_ssim_of_flat_areas_equals_scikit_image() -> None:
     real = torch.full((2, 3, 32, 24), 255, dtype=torch.uint8)
     generated = real.clone()
     generated[:, :, ::2] = 254
-    expected = structural_similarity(
-        generated[0].permute(1, 2, 0).numpy(),
-        real[0].permute(1, 2, 0).numpy(),
-        channel_axis=2,
-        gaussian_weights=True,
-        sigma=1.5,
-        use_sample_covariance=False,
-        data_range=255,
-    )
-    np.testing.assert_allclose(ssim(generated, real).numpy(), [expected] * 2, atol=1e-6)
+    expected = [scikit_ssim(generated[0], real[0])] * 2
+    np.testing.assert_allclose(ssim(generated, real).numpy(), expected, atol=1e-6)
 
 
 def test_stlpips_equals_the_package() -> None:

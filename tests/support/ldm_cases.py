@@ -125,7 +125,6 @@ def numbered(pattern: str, first: int) -> list[str]:
 
 
 ATTN2 = ".transformer_blocks.0.attn2"
-LDM_SITES = nine_sites(numbered("output_blocks.{}.1", 3), ATTN2, [0])
 
 CASES = (
     Case(
@@ -139,21 +138,16 @@ CASES = (
         queries="q_proj",
         keys="k_proj",
     ),
-    Case(
-        "paint_by_example_ldm",
-        make_latent_diffusion,
-        run_latent_diffusion,
-        LDM_SITES,
-        root="model.diffusion_model",
-        given=given_in_ldm,
-    ),
-    Case(
-        "dci_vton",
-        make_latent_diffusion,
-        run_latent_diffusion,
-        LDM_SITES,
-        root="model.diffusion_model",
-        given=given_in_ldm,
+    *(
+        Case(
+            name,
+            make_latent_diffusion,
+            run_latent_diffusion,
+            nine_sites(numbered("output_blocks.{}.1", 3), ATTN2, [0]),
+            root="model.diffusion_model",
+            given=given_in_ldm,
+        )
+        for name in ("paint_by_example_ldm", "dci_vton")
     ),
     Case("dci_vton_diffusers", make_converted, run_converted, nine_sites(PAPER_LAYERS, ATTN2, [0])),
     Case(

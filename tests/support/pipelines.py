@@ -10,7 +10,7 @@ def tiny_paint_by_example(folder: Path, **unet: Any) -> Path:
     The U-Net's 15 cross-attentions beside the middle's lie where SD1.5 has them; keywords replace its options.
     """
     import torch
-    from diffusers import AutoencoderKL, PaintByExamplePipeline, PNDMScheduler, UNet2DConditionModel
+    from diffusers import PaintByExamplePipeline, PNDMScheduler, UNet2DConditionModel
     from diffusers.pipelines.deprecated.paint_by_example import PaintByExampleImageEncoder
     from transformers import CLIPImageProcessor, CLIPVisionConfig
 
@@ -26,10 +26,7 @@ def tiny_paint_by_example(folder: Path, **unet: Any) -> Path:
     with torch.random.fork_rng():
         torch.manual_seed(2)
         PaintByExamplePipeline(
-            vae=AutoencoderKL(
-                block_out_channels=(8, 8), norm_num_groups=4, latent_channels=4,
-                down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
-            ),
+            vae=_vae(),
             image_encoder=PaintByExampleImageEncoder(vision),
             unet=UNet2DConditionModel(**sizes | unet),
             scheduler=PNDMScheduler(
@@ -46,7 +43,7 @@ def tiny_paint_by_example(folder: Path, **unet: Any) -> Path:
 def tiny_stable_diffusion(folder: Path, **unet: Any) -> Path:
     """Stable Diffusion 1.5's topology in small, with DDIM and a text encoder; keywords replace options of the U-Net."""
     import torch
-    from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+    from diffusers import DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel
 
     width = 16
@@ -61,10 +58,7 @@ def tiny_stable_diffusion(folder: Path, **unet: Any) -> Path:
     with torch.random.fork_rng():
         torch.manual_seed(3)
         StableDiffusionPipeline(
-            vae=AutoencoderKL(
-                block_out_channels=(8, 8), norm_num_groups=4, latent_channels=4,
-                down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
-            ),
+            vae=_vae(),
             text_encoder=CLIPTextModel(text),
             tokenizer=_tokenizer(),
             unet=UNet2DConditionModel(**sizes | unet),
@@ -75,6 +69,16 @@ def tiny_stable_diffusion(folder: Path, **unet: Any) -> Path:
             safety_checker=None, feature_extractor=None, requires_safety_checker=False,
         ).save_pretrained(folder)  # fmt: skip
     return folder
+
+
+def _vae() -> Any:
+    """Latents of half the image's size."""
+    from diffusers import AutoencoderKL
+
+    return AutoencoderKL(
+        block_out_channels=(8, 8), norm_num_groups=4, latent_channels=4,
+        down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
+    )  # fmt: skip
 
 
 def _tokenizer() -> Any:

@@ -26,6 +26,7 @@ from transformers import CLIPImageProcessor, CLIPVisionConfig, Dinov2Config, Din
 from i2am_train.models.pipeline import TryOnPipeline
 from i2am_train.types import GridSize
 from tests.support.recipe_contract import Case, ExpectedSite, first_half
+from tests.support.super_resolution import attending
 
 LATENT = GridSize(12, 8)
 LEVELS = (LATENT, GridSize(6, 4), GridSize(3, 2), GridSize(2, 1))
@@ -242,55 +243,9 @@ def run_unet(tokens: int) -> Callable[[Any, int, int, bool], Tensor]:
 # ------------------------------------------------------------ attention beside the text's (PASD, SeeSR)
 
 
-class AttendingUpBlock(nn.Module):
-    """A block of the decoder with one more transformer after each resnet, in a list of the model's
-    own name; it attends to ``reference``, which the owner sets before each evaluation."""
-
-    def __init__(self, block: nn.Module, name: str, heads: int, width: int | None) -> None:
-        super().__init__()
-        self.resnets, self.upsamplers = block.resnets, block.upsamplers
-        self.attentions = getattr(block, "attentions", None)
-        self.has_cross_attention, self.name = self.attentions is not None, name
-        channels = self.resnets[0].out_channels
-        transformers = [
-            Transformer2DModel(
-                heads,
-                channels // heads,
-                in_channels=channels,
-                norm_num_groups=2,
-                cross_attention_dim=channels if width is None else width,
-            )
-            for _ in self.resnets
-        ]
-        setattr(self, name, nn.ModuleList(transformers))
-
-    def forward(
-        self,
-        hidden_states: Tensor,
-        temb: Tensor,
-        res_hidden_states_tuple: tuple[Tensor, ...],
-        upsample_size: Any = None,
-        encoder_hidden_states: Tensor | None = None,
-        **_: Any,
-    ) -> Tensor:
-        skips = list(res_hidden_states_tuple)
-        for position, resnet in enumerate(self.resnets):
-            hidden_states = resnet(torch.cat([hidden_states, skips.pop()], dim=1), temb)
-            if self.attentions is not None:
-                text = self.attentions[position]
-                hidden_states = text(hidden_states, encoder_hidden_states, return_dict=False)[0]
-            transformer = getattr(self, self.name)[position]
-            hidden_states = transformer(hidden_states, self.reference, return_dict=False)[0]
-        for upsampler in self.upsamplers or ():
-            hidden_states = upsampler(hidden_states, upsample_size)
-        return hidden_states
-
-
 def with_attending_blocks(unet: Any, name: str, heads: tuple[int, ...], width: int | None = None) -> Any:
-    """The last blocks of the decoder as `AttendingUpBlock`; ``heads`` are given per block."""
-    first = len(unet.up_blocks) - len(heads)
-    for index, count in enumerate(heads, start=first):
-        unet.up_blocks[index] = AttendingUpBlock(unet.up_blocks[index], name, count, width)
+    """The last blocks of the decoder attend to a reference; ``heads`` are given per block."""
+    attending(unet, name, heads, width, groups=2)
     return SimpleNamespace(unet=sharpened(unet))
 
 
@@ -308,7 +263,7 @@ def run_pasd(target: Any, batch: int, step: int, guided: bool) -> Tensor:
     """Both branches see the control features of their own level."""
     rows = both_branches(batch, guided)
     for block, level in zip(target.unet.up_blocks, (3, 2, 1, 0), strict=True):
-        block.reference = control_features(rows, level, block.resnets[0].out_channels)
+        block.reference = control_features(rows, level, block.channels)
     return evaluate(target.unet, rows, step)
 
 

@@ -29,7 +29,7 @@ class AttendingUpBlock(nn.Module):
 
     reference: Tensor
 
-    def __init__(self, block: Any, kind: str, heads: int, width: int | None) -> None:
+    def __init__(self, block: Any, kind: str, heads: int, width: int | None, groups: int) -> None:
         super().__init__()
         self.resnets, self.upsamplers, self.kind = block.resnets, block.upsamplers, kind
         self.attentions = getattr(block, "attentions", [None] * len(block.resnets))
@@ -37,7 +37,7 @@ class AttendingUpBlock(nn.Module):
         self.has_cross_attention = hasattr(block, "attentions")
         transformers = [
             Transformer2DModel(
-                heads, self.channels // heads, self.channels, norm_num_groups=4,
+                heads, self.channels // heads, self.channels, norm_num_groups=groups,
                 cross_attention_dim=width or self.channels,
             )
             for _ in block.resnets
@@ -64,6 +64,13 @@ class AttendingUpBlock(nn.Module):
         return hidden_states
 
 
+def attending(unet: Any, kind: str, heads: tuple[int, ...], width: int | None = None, groups: int = 4) -> None:
+    """Replaces the last blocks of a decoder by such ones; ``heads`` are given per block."""
+    first = len(unet.up_blocks) - len(heads)
+    for at, count in enumerate(heads, start=first):
+        unet.up_blocks[at] = AttendingUpBlock(unet.up_blocks[at], kind, count, width, groups)
+
+
 class TinySuperResolution:
     """Called like the pipelines of ``model=factory``; latents are a quarter of the picture's size."""
 
@@ -77,10 +84,7 @@ class TinySuperResolution:
                 block_out_channels=widths, attention_head_dim=(5, 5, 10, 10), norm_num_groups=4,
                 cross_attention_dim=CONTEXT, layers_per_block=2,
             )  # fmt: skip
-            first = len(widths) - len(heads)
-            for at, count in enumerate(heads, start=first):
-                block = self.unet.up_blocks[at]
-                self.unet.up_blocks[at] = AttendingUpBlock(block, kind, count, width)
+            attending(self.unet, kind, heads, width)
             self.text = torch.randn(2, 5, CONTEXT)
         self.unet.eval()
         self.scheduler = scheduler

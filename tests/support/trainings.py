@@ -1,5 +1,6 @@
-"""Trainings of the tests: their weights, and one that goes down as a machine does, in the middle of its work."""
+"""Trainings of the tests: weights and curves, and one that goes down as a machine does, in the middle of its work."""
 
+import csv
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,6 +23,15 @@ def same_weights(one: Path, other: Path) -> bool:
     """Whether two runs ended at the same U-Net, bit by bit."""
     first, second = weights(one), weights(other)
     return first.keys() == second.keys() and all(torch.equal(value, second[name]) for name, value in first.items())
+
+
+def curves(run: Path) -> list[dict[str, float]]:
+    """What a run logged, moment by moment: the lines of ``metrics.csv``, numbers alone; none before the first."""
+    file = run / "metrics.csv"
+    if not file.is_file():
+        return []
+    with file.open(newline="") as lines:
+        return [{name: float(value) for name, value in row.items() if value} for row in csv.DictReader(lines)]
 
 
 class Stop(L.Callback):

@@ -1,6 +1,5 @@
 """One small training and its evaluation, read back from W&B's offline files, metrics.csv and TensorBoard."""
 
-import csv
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -20,7 +19,7 @@ from i2am_train.tracking.dashboard import dashboard_json
 from i2am_train.tracking.scores import ATTRIBUTED, GARMENT, INPAINTED, TABLE_COLUMNS
 from i2am_train.workflows.evaluate import evaluate
 from i2am_train.workflows.train import train
-from tests.support.trainings import going_down
+from tests.support.trainings import curves, going_down
 
 pytestmark = pytest.mark.filterwarnings("default")  # Lightning's, TensorBoard's and W&B's own
 
@@ -67,11 +66,10 @@ def judged(evaluation: Path, read_runs: Callable[[Path], list[Any]]) -> Any:
 def csv_scalars(run: Path) -> dict[str, dict[int, float]]:
     """Values by step of every column."""
     found: dict[str, dict[int, float]] = {}
-    with (run / "metrics.csv").open(newline="") as file:
-        for row in csv.DictReader(file):
-            for name, value in row.items():
-                if value and name != "step":
-                    found.setdefault(name, {})[int(row["step"])] = float(value)
+    for row in curves(run):
+        step = int(row.pop("step"))
+        for name, value in row.items():
+            found.setdefault(name, {})[step] = value
     return found
 
 

@@ -17,6 +17,7 @@ from i2am_train.config.store import compose
 from i2am_train.tracking import session
 from i2am_train.workflows import train as workflow
 from i2am_train.workflows.train import train
+from tests.support.trainings import going_down
 
 pytestmark = pytest.mark.filterwarnings("default")  # Lightning's, TensorBoard's and W&B's own
 
@@ -145,24 +146,9 @@ def test_resumed_offline_parts_become_one_run(
     wandb_server: Any, training: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A stopped and continued offline training is one curve on the server."""
-
-    class Stop(L.Callback):
-        def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-            if trainer.current_epoch == 1:
-                raise RuntimeError("the machine went down")
-
     config = compose("train", [*training, "tracking.wandb=offline"])
-    make = workflow.make_trainer
-
-    def make_stopping(*arguments: Any) -> L.Trainer:
-        trainer = make(*arguments)
-        trainer.callbacks.append(Stop())
-        return trainer
-
-    with monkeypatch.context() as patch:
-        patch.setattr(workflow, "make_trainer", make_stopping)
-        with pytest.raises(RuntimeError, match="went down"):
-            train(config)
+    with going_down(monkeypatch):
+        train(config)
     run = train(config)
     sync(wandb_server.url, tmp_path, run / "wandb")
     ((_, record),) = wandb_server.runs.items()

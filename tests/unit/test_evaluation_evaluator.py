@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 import torch
 from skimage.metrics import structural_similarity
-from torch.utils.data import default_collate
 
 from i2am_train.attention.trace import trace
 from i2am_train.config.evaluation import AttributionConfig
@@ -55,15 +54,6 @@ def settings(*metrics: str, **attribution: Any) -> EvaluationSettings:
 @pytest.fixture(scope="module")
 def model(make_small_model: Callable[..., Any]) -> Any:
     return make_small_model()
-
-
-@pytest.fixture(scope="module")
-def read_batch(small_dataset: Path) -> Callable[..., Any]:
-    def read(indices: list[int], pairing: Pairing = Pairing.PAIRED) -> Any:
-        dataset = TryOnDataset(small_dataset, Split.TEST, pairing, SIZE)
-        return default_collate([dataset[index] for index in indices])
-
-    return read
 
 
 def evaluated(model: Any, *batches: Any, metrics: tuple[str, ...] = ("ssim",)) -> EvaluationResult:

@@ -11,13 +11,11 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from torch.utils.data import default_collate
 
 from i2am_train.config.evaluation import AttributionConfig, EvaluateConfig
 from i2am_train.config.models import InitConfig, SamplingConfig
 from i2am_train.config.training import TrainConfig
 from i2am_train.data.cache import CacheLayout
-from i2am_train.data.dataset import AS_IT_LIES, TryOnDataset
 from i2am_train.detection.detectors import _detections
 from i2am_train.errors import CheckpointError, I2AMError, NotFiniteError
 from i2am_train.evaluation.evaluator import EvaluationSettings, Evaluator
@@ -28,7 +26,7 @@ from i2am_train.models.sampling import sample
 from i2am_train.models.tryon import TryOnModel
 from i2am_train.models.watch import Watch
 from i2am_train.training.encode_dataset import make_cache
-from i2am_train.types import GridSize, Pairing, Split
+from i2am_train.types import GridSize
 from tests.conftest import SMALL
 
 ONE_STEP = SamplingConfig(steps=2, guidance=1.0)
@@ -36,10 +34,9 @@ SMALL_SETS = EvaluationSettings(sampling=ONE_STEP, attribution=AttributionConfig
 
 
 @pytest.fixture(scope="session")
-def batch(small_dataset: Path) -> Any:
+def batch(read_batch: Callable[[list[int]], Any]) -> Any:
     """Two samples."""
-    dataset = TryOnDataset(small_dataset, Split.TEST, Pairing.PAIRED, GridSize(*SMALL), AS_IT_LIES)
-    return default_collate([dataset[0], dataset[1]])
+    return read_batch([0, 1])
 
 
 def sampled(model: TryOnModel, batch: Any) -> torch.Tensor:
