@@ -145,6 +145,12 @@ def make_small_model() -> Callable[..., Any]:
     return make
 
 
+@pytest.fixture(scope="module")
+def model(make_small_model: Callable[..., Any]) -> Any:
+    """The small model, for the tests of one file."""
+    return make_small_model()
+
+
 @pytest.fixture(scope="session")
 def small_checkpoint(make_small_model: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The small model's folder."""

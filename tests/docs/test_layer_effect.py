@@ -2,7 +2,6 @@
 
 import json
 import runpy
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +14,6 @@ from i2am_train.types import GridSize
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = runpy.run_path(str(ROOT / "scripts" / "layer_effect.py"))
-
-
-@pytest.fixture(scope="module")
-def model(make_small_model: Callable[..., Any]) -> Any:
-    return make_small_model()
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,6 @@ import re
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -28,6 +27,7 @@ from i2am_train.workflows.explain import explain
 from i2am_train.workflows.report import report
 from i2am_train.workflows.report import run as run_report
 from i2am_train.workflows.train import train
+from tests.support.commands import page_data
 from tests.support.trainings import going_down, same_weights, weights
 
 pytestmark = pytest.mark.filterwarnings("default")  # Lightning's and torch's own deprecations
@@ -204,15 +204,6 @@ def test_explanation(overrides: list[str], small_checkpoint: Path, tmp_path: Pat
     )
     values = low[:, None] + units.reshape(scores.shape) * step[:, None]
     np.testing.assert_allclose(values, scores.numpy(), atol=1e-6)
-
-
-def page_data(folder: Path) -> dict[str, Any]:
-    """What the explorer's script reads."""
-    page = (folder / "explorer.html").read_text()
-    found = re.search(r'<script type="application/json" id="page-data">(.*?)</script>', page)
-    assert found is not None
-    data: dict[str, Any] = json.loads(found[1])
-    return data
 
 
 @pytest.mark.long

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -29,6 +28,7 @@ from i2am_train.reporting.figures.canvas import save_figure
 from i2am_train.types import Direction, GridSize
 from i2am_train.workflows.explain import run
 from i2am_train.workflows.report import report
+from tests.support.commands import page_data
 from tests.support.pipelines import tiny_catvton, tiny_ip_adapter, tiny_stable_diffusion
 
 FACTORY = "factory=tests.support.stableviton_like"
@@ -109,13 +109,6 @@ def opened(path: Path) -> Image.Image:
 
 def drawn(folder: Path) -> set[str]:
     return {path.stem for path in folder.glob("*.png")}
-
-
-def page_data(folder: Path) -> dict[str, Any]:
-    text = (folder / "explorer.html").read_text()
-    found = re.search(r'id="page-data">(.*?)</script>', text, re.DOTALL)
-    assert found
-    return dict(json.loads(found[1]))
 
 
 def test_paint_by_example_is_marked_everywhere(

@@ -1,14 +1,17 @@
-"""Commands, in this process and in processes of their own.
+"""Commands, in this process and in processes of their own, and the page that one writes.
 
 Those are forks of a server that has imported the product: an import takes ten seconds.
 """
 
+import json
 import multiprocessing
 import os
+import re
 import signal
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -40,6 +43,13 @@ def exit_status(command: str, words: Sequence[str]) -> int:
         with pytest.raises(SystemExit, match=r"\d*") as stop:
             main([*command.split(), *words])
     return int(stop.value.code or 0)
+
+
+def page_data(folder: Path) -> dict[str, Any]:
+    """What the script of ``explorer.html`` reads."""
+    found = re.search(r'id="page-data">(.*?)</script>', (folder / "explorer.html").read_text(), re.DOTALL)
+    assert found is not None
+    return dict(json.loads(found[1]))
 
 
 class Command:

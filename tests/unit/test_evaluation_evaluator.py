@@ -51,11 +51,6 @@ def settings(*metrics: str, **attribution: Any) -> EvaluationSettings:
     return EvaluationSettings(sampling=SAMPLING, attribution=AttributionConfig(**attribution), metrics=metrics)
 
 
-@pytest.fixture(scope="module")
-def model(make_small_model: Callable[..., Any]) -> Any:
-    return make_small_model()
-
-
 def evaluated(model: Any, *batches: Any, metrics: tuple[str, ...] = ("ssim",)) -> EvaluationResult:
     evaluator = Evaluator(settings(*metrics), torch.device("cpu"))
     for batch in batches:
