@@ -95,10 +95,11 @@ def run_experiment(config: DetectConfig, folder: Path, device: torch.device) -> 
     write_text(folder / SAMPLES, "".join(json.dumps(row) + "\n" for row in rows))
     write_examples(folder, _examples(kept, rows, config))
     write_json(folder / RESULTS, results)
-    write_report(read_detected(folder))
+    detected = read_detected(folder)
+    write_report(detected)
     if _scores_of(results) != before:
         use_inputs = partial(_use_inputs, config, bench, images)
-        track_detection(config.tracking, folder, arm=Path(config.pipeline).name, use_inputs=use_inputs)
+        track_detection(config.tracking, detected, arm=Path(config.pipeline).name, use_inputs=use_inputs)
     opened.finish(detectors=revisions(*config.detectors).get("revisions", {}))
     return results
 

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 import wandb
 
 from i2am_train.config.reporting import TrackingConfig
-from i2am_train.detection.report import KINDS, Detected, Example, label, read_detected, swept_name
+from i2am_train.detection.report import KINDS, Detected, Example, label, swept_name
 from i2am_train.files import numbered
 from i2am_train.metrics.boxes import METHOD_LABELS, METHODS_OF_MAPS
 from i2am_train.reporting.figures.canvas import overlay
-from i2am_train.results.run_files import PANELS, RESULTS, SAMPLES
-from i2am_train.runs import RunFolder
 from i2am_train.tracking.names import (
     DETECTION,
     DETECTION_BOXES,
@@ -26,7 +24,7 @@ from i2am_train.tracking.names import (
     DETECTION_TABLE,
     DETECTION_THRESHOLDS,
 )
-from i2am_train.tracking.session import finish_run, log_results, open_run
+from i2am_train.tracking.scores import track_finished
 
 _SCORES = {"mean": "mean IoU", "low": "low", "high": "high", "n": "images", "left_out": "left out"}
 """Entries of a score, and their columns."""
@@ -37,38 +35,30 @@ SAMPLE_COLUMNS = ("index", "image_id", "name", "category", "crowd", "share")
 PICTURE_COLUMNS = ("sample", "category", "image", "reference", "painted", "map")
 
 
-def track_detection(tracking: TrackingConfig, folder: Path, *, arm: str, use_inputs: Callable[[Any], None]) -> None:
-    """Log the experiment in a folder as a run of its own; nothing where W&B is disabled.
+def track_detection(
+    tracking: TrackingConfig, detected: Detected, *, arm: str, use_inputs: Callable[[Any], None]
+) -> None:
+    """Log an experiment as a run of its own; nothing where W&B is disabled.
 
     Args:
         tracking: mode, project, group, tags.
-        folder: of ``i2am detect``, with its manifest and its written results.
+        detected: the experiment, in the folder with its manifest and its written results.
         arm: of the pipeline, unless ``tracking.arm`` is set.
         use_inputs: says of a run what it reads (``session.use_bench``, ``session.use_model``).
     """
-    if tracking.wandb == "disabled":
-        return
-    detected = read_detected(folder)
-    manifest = RunFolder(folder, resumed=False).manifest
-    del manifest["settings"]  # of the folder's first command; later ones may ask for more
-    run = open_run(
+    track_finished(
         tracking,
-        folder,
-        name=folder.name,
+        detected.folder,
+        partial(_log, detected, tracking.table_samples),
+        name=detected.folder.name,
         job_type=DETECTION_JOB,
         arm=arm,
-        config={**detected.results["settings"], "provenance": manifest},
+        use_inputs=use_inputs,
+        settings=detected.results["settings"],  # the manifest's are of the folder's first command
     )
-    try:
-        use_inputs(run)
-        _log(run, detected, tracking.table_samples)
-        files = {name: folder / name for name in (RESULTS, SAMPLES, PANELS)}
-        log_results(run, DETECTION_JOB, folder, files)
-    finally:
-        finish_run(run)
 
 
-def _log(run: Any, detected: Detected, table_samples: int) -> None:
+def _log(detected: Detected, table_samples: int, run: Any) -> None:
     """The sweep as curves over delta, then all the rest at once."""
     miou, deltas = detected.results["miou"], detected.results["thresholds"]
     run.define_metric(DETECTION_DELTA, hidden=True)

@@ -150,19 +150,49 @@ def track_evaluation(
         panels: of the first samples, as far as they were kept.
         use_inputs: says of a run what it reads (``session.use_dataset``, ``session.use_model``).
     """
-    if tracking.wandb == "disabled":
-        return
-    manifest = RunFolder(folder, resumed=False).manifest
-    config = {**manifest.pop("settings"), "provenance": manifest}
-    run = open_run(tracking, folder, name=results_name(folder), job_type=EVALUATION_JOB, arm=arm, config=config)
-    try:
-        use_inputs(run)
+
+    def log(run: Any) -> None:
         logged: dict[str, Any] = {EVALUATION + name: value for name, value in result.metrics.items()}
         logged[EVALUATION + SAMPLES] = _score_table(result.rows)
         if shown := panels[: tracking.table_samples]:
             logged[EVALUATION + TABLE] = sample_table(result.rows, shown)
         run.log(logged)
-        log_results(run, EVALUATION_JOB, folder, _evaluation_files(folder))
+
+    name = results_name(folder)
+    track_finished(tracking, folder, log, name=name, job_type=EVALUATION_JOB, arm=arm, use_inputs=use_inputs)
+
+
+def track_finished(
+    tracking: TrackingConfig,
+    folder: Path,
+    log: Callable[[Any], None],
+    *,
+    name: str,
+    job_type: str,
+    arm: str,
+    use_inputs: Callable[[Any], None],
+    settings: Mapping[str, Any] | None = None,
+) -> None:
+    """Log what is finished in a folder as a run of its own, with inputs and files; nothing where W&B is disabled.
+
+    Args:
+        tracking: mode, project, group, tags.
+        folder: with the manifest, scores, samples and panels.
+        log: logs the scores to a run.
+        name: as for ``session.open_run``, like ``job_type`` and ``arm``.
+        use_inputs: says of a run what it reads.
+        settings: of this command; None: those of the folder's manifest.
+    """
+    if tracking.wandb == "disabled":
+        return
+    manifest = RunFolder(folder, resumed=False).manifest
+    kept = manifest.pop("settings")
+    config = {**(kept if settings is None else settings), "provenance": manifest}
+    run = open_run(tracking, folder, name=name, job_type=job_type, arm=arm, config=config)
+    try:
+        use_inputs(run)
+        log(run)
+        log_results(run, job_type, folder, _evaluation_files(folder))
     finally:
         finish_run(run)
 
