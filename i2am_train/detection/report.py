@@ -31,7 +31,7 @@ from i2am_train.metrics.boxes import METHOD_LABELS, METHODS_OF_MAPS
 from i2am_train.reporting import pages
 from i2am_train.reporting.figures import sheet
 from i2am_train.reporting.figures.canvas import OKABE_ITO, Picture, save_figure
-from i2am_train.reporting.report_files import FIGURES, origin_of, write_table
+from i2am_train.reporting.report_files import origin_of, write_figure, write_table
 from i2am_train.reporting.table import (
     LATEX_NEEDS,
     Cell,
@@ -470,10 +470,8 @@ class DetectionSet:
             if drawing is None:
                 index["left_out"][f"samples of {label}"] = "'i2am detect' with pictures=N"
             else:
-                files = [f"{FIGURES}/{KIND}-{label}.{ending}" for ending in formats]
                 description = f"{FIGURE_CAPTION}\nMade by '{command_line()}' from\n{made_by}"
-                for file in files:
-                    save_figure(drawing, folder / file, dpi, description)
+                files = write_figure(drawing, folder, f"{KIND}-{label}", formats, dpi, description)
                 about = {"figure": KIND, "paper": "section 5.1", "caption": FIGURE_CAPTION}
                 index["figures"].append({**about, "files": files, "inputs": [label]})
             shown += _sections(detected, drawing, label)

@@ -55,7 +55,7 @@ class TableSet:
         figure = correlation_figure(self.evaluations)
         if figure is not None:
             description = "\n".join([CORRELATION_CAPTION, f"Made by '{command_line()}' from", *origins])
-            entries[-1]["files"] += _write_figure(figure, folder, _CORRELATION, file_formats, dpi, description)
+            entries[-1]["files"] += write_figure(figure, folder, _CORRELATION, file_formats, dpi, description)
             alt = "Scatter plots; the table gives the numbers."
             sections[-1].pictures.append(Picture(embedded_figure(figure), CORRELATION_CAPTION, alt))
         read = html(_evaluation_table(self.evaluations), "origins")
@@ -188,7 +188,7 @@ class FigureSet:
         for figure, stem in zip(self.planned, stems, strict=True):
             sheet, kind = figure.sheet(samples, self.layers), PAPER_FIGURES[figure.name]
             drawing = draw_sheet(sheet)
-            files = _write_figure(drawing, folder, stem, formats, dpi, self._description(figure, sheet.caption))
+            files = write_figure(drawing, folder, stem, formats, dpi, self._description(figure, sheet.caption))
             entries.append(
                 {"figure": figure.name, "paper": kind.source, "caption": sheet.caption}
                 | {"files": files, "inputs": [self.inputs[index].label for index in figure.group]}
@@ -271,7 +271,7 @@ def origin_of(folder: Path) -> dict[str, Any]:
     return {"folder": str(folder), **{name: manifest[name] for name in kept}}
 
 
-def _write_figure(
+def write_figure(
     figure: Figure, folder: Path, stem: str, formats: Sequence[str], dpi: int, description: str
 ) -> list[str]:
     """Write ``figures/<stem>`` in each format; the files' names."""
