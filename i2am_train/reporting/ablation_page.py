@@ -64,15 +64,12 @@ def build_report(folder: Path) -> Path:
         verdicts=[minus(sentence) for sentence in verdict_sentences(results)],
         warnings=collapse_warnings(results),
     )
-    write_text(study.folder / "results.md", _markdown(study))
+    sentences = "\n\n".join(map(markdown_text, verdict_sentences(results)))
+    words = f"# {markdown_text(_title(results))}\n\n{sentences}\n\n{as_markdown(results)}"
+    write_text(study.folder / "results.md", words)
     write_text(study.folder / "results.tex", as_latex(results))
     write_text(study.folder / "report.html", text)
     return study.folder / "report.html"
-
-
-def _markdown(study: Study) -> str:
-    sentences = "\n\n".join(map(markdown_text, verdict_sentences(study.results)))
-    return f"# {markdown_text(_title(study.results))}\n\n{sentences}\n\n{as_markdown(study.results)}"
 
 
 def _title(results: Results) -> str:
@@ -112,13 +109,11 @@ def _sections(study: Study) -> Iterator[Section]:
     made = making(results, results.get("settings") or {})
     terms = [*made.terms, *_making(results)]
     yield replace(made, terms=terms, notes=list(study.missing))
-    terms = [(info.heading, _meaning(info)) for info in measured_metrics(results).values()]
+    terms = [
+        (info.heading, (info.description or "No description was kept.") + (f" Unit: {info.unit}." if info.unit else ""))
+        for info in measured_metrics(results).values()
+    ]
     yield Section("What the metrics mean", terms=terms)
-
-
-def _meaning(info: MetricInfo) -> str:
-    unit = f" Unit: {info.unit}." if info.unit else ""
-    return (info.description or "No description was kept.") + unit
 
 
 def _difference_sections(study: Study) -> Iterator[Section]:
@@ -130,12 +125,10 @@ def _difference_sections(study: Study) -> Iterator[Section]:
         "interval excludes zero."
     )
     if not tables:
-        lead = "No two trained arms share a seed, so there are no paired differences."
-        yield Section(title, lead=lead)
+        yield Section(title, lead="No two trained arms share a seed, so there are no paired differences.")
     for index, (_, table) in enumerate(tables):
-        pictures, lead = ([], "") if index else ([_difference_figure(study)], lead)
-        kept = html(table, "differences")
-        yield Section(f"{title}: {table.caption}", kept, pictures=pictures, lead=lead)
+        section = Section(f"{title}: {table.caption}", html(table, "differences"))
+        yield section if index else replace(section, pictures=[_difference_figure(study)], lead=lead)
 
 
 def _facts(results: Results) -> Iterator[tuple[str, str]]:

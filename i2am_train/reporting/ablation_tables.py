@@ -121,7 +121,13 @@ def _comparisons(results: Results) -> dict[str, list[Entry]]:
 
 
 def difference_tables(results: Results) -> dict[str, Table]:
-    """All metrics of each compared arm against the reference arm."""
+    """All metrics of each compared arm against the reference arm.
+
+    >>> pair = {"arm": "ours", "against": "base", "metric": "ssim", "difference": 0.5, "n": 2}
+    >>> results = {"arms": [{"name": "ours"}], "metrics": {"ssim": {}}, "summary": {"ours": {"ssim": {}}}}
+    >>> difference_tables({**results, "paired": [pair]})["ours"].rows[0].cells[0].text
+    '+0.5000'
+    """
     metrics, labels = measured_metrics(results), arm_labels(results)
     return {
         arm: Table(

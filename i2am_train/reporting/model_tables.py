@@ -281,7 +281,13 @@ class _Selection:
 
 
 def selections(evaluations: Sequence[Evaluation]) -> Iterator[_Selection]:
-    """All checkpoints; the same at equal steps; the ends of training alone; whichever have enough points."""
+    """All checkpoints; the same at equal steps; the ends of training alone; whichever have enough points.
+
+    >>> from types import SimpleNamespace
+    >>> points = [SimpleNamespace(pairing=Pairing.PAIRED, step=step, snapshot=False) for step in range(4)]
+    >>> [(selection.title, len(selection.points)) for selection in selections(points)]
+    [('All checkpoints', 4)]
+    """
     points = tuple(e for e in evaluations if e.pairing is Pairing.PAIRED)
     if len(points) >= _MIN_POINTS:
         yield _Selection("All checkpoints", points)

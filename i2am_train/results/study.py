@@ -181,6 +181,10 @@ def recompared(results: Results, samples: Mapping[str, SampleScores] | None = No
     """Results with ``summary`` and ``paired`` worked out anew from their cells, whichever version wrote them.
 
     ``samples`` are the scores of single samples by the cells' folders, for studies of one seed.
+
+    >>> cells = [{"arm": "ours", "seed": 0, "folder": "cells/ours", "metrics": {"ssim": 0.5}}]
+    >>> recompared({"arms": [{"name": "ours"}], "metrics": {"ssim": {}}, "cells": cells})["summary"]
+    {'ours': {'ssim': {'mean': 0.5, 'std': None, 'n': 1}}}
     """
     settings = results.get("settings") or {}
     names = {"confidence": "confidence", "resamples": "bootstrap_samples"}

@@ -176,7 +176,11 @@ def _make_report(entity: str, project: str, group: str | None) -> Any:
 
 
 def dashboard_json(project: str, group: str | None) -> dict[str, Any]:
-    """Both as W&B's own specifications, made without network."""
+    """Both as W&B's own specifications, made without network.
+
+    >>> list(dashboard_json("demo", group=None))
+    ['project', 'group', 'workspace', 'report']
+    """
     # The only way to see them without saving; their public methods all talk to the server.
     parts = {
         "workspace": _make_workspace("", project, group)._to_model(),

@@ -203,7 +203,11 @@ def add_group_title(
 
 
 def add_bare_axes(figure: Figure, box: tuple[float, float, float, float]) -> Axes:
-    """Axes for a picture, without ticks: left, bottom, width, height in fractions of the figure."""
+    """Axes for a picture, without ticks: left, bottom, width, height in fractions of the figure.
+
+    >>> add_bare_axes(new_figure(2.0, 1.0), (0.0, 0.0, 0.5, 1.0)).get_xticks().tolist()
+    []
+    """
     axes = figure.add_axes(box)
     axes.set_xticks([])
     axes.set_yticks([])
@@ -213,7 +217,13 @@ def add_bare_axes(figure: Figure, box: tuple[float, float, float, float]) -> Axe
 
 
 def show_heat(axes: Axes, heat_map: ArrayLike, underlay: Picture) -> None:
-    """Draw a heat map in [0, 1], of any size, over a pale grey copy of a picture; it is stretched over the panel."""
+    """Draw a heat map in [0, 1], of any size, over a pale grey copy of a picture; it is stretched over the panel.
+
+    >>> axes = add_bare_axes(new_figure(1.0, 1.0), (0.0, 0.0, 1.0, 1.0))
+    >>> show_heat(axes, np.eye(2), np.zeros((8, 6, 3), np.uint8))
+    >>> [image.get_array().shape for image in axes.images]
+    [(8, 6, 3), (2, 2)]
+    """
     height, width = underlay.shape[:2]
     extent = (-0.5, width - 0.5, height - 0.5, -0.5)
     axes.imshow(faded(underlay, gray=True), interpolation="lanczos", aspect="auto", extent=extent)

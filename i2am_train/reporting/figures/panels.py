@@ -46,6 +46,12 @@ def layers_of(maps: AttributionMaps, wanted: Sequence[LayerId] | None) -> list[s
 
     Raises:
         CaptureError: none of them was captured.
+
+    >>> from i2am_train.attention import AttributionStore, LayerRecord
+    >>> grid, even = GridSize(2, 2), torch.full((1, 1, 1, 4), 0.25)
+    >>> record = LayerRecord("up_blocks.1.attentions.1", grid, grid, even, even)
+    >>> layers_of(AttributionMaps(AttributionStore((record,), (999,))), [2])
+    ['up_blocks.1.attentions.1']
     """
     if wanted is None:
         return list(maps.layers)

@@ -151,18 +151,18 @@ class Sheet:
 
 
 def titled_once(rows: Sequence[Sequence[Panel]]) -> tuple[tuple[Panel, ...], ...]:
-    """Rows of the same columns: titles stand over the first one only.
-
-    >>> panel = Panel(picture=np.zeros((2, 2, 3), np.uint8), title="map")
-    >>> [row[0].title for row in titled_once([[panel], [panel]])]
-    ['map', '']
-    """
+    """Rows of the same columns: titles stand over the first one only."""
     first, *others = (tuple(row) for row in rows)
     return (first, *(tuple(replace(panel, title="") for panel in row) for row in others))
 
 
 def one_section(rows: Sequence[Sequence[Panel]], caption: str, **section: Any) -> Sheet:
-    """A figure of one section, whose columns have their titles over the first row; ``section``: its other fields."""
+    """A figure of one section, whose columns have their titles over the first row; ``section``: its other fields.
+
+    >>> panel = Panel(picture=np.zeros((2, 2, 3), np.uint8), title="map")
+    >>> [one.title for one in one_section([[panel], [panel]], "Twice.", row_titles=("a", "b")).panels]
+    ['map', '']
+    """
     return Sheet(sections=(Section(rows=titled_once(rows), **section),), caption=caption)
 
 
@@ -211,7 +211,11 @@ def warning_lines(warnings: Sequence[str], width: float) -> list[str]:
 
 
 def write_warnings(figure: Figure, lines: Sequence[str]) -> float:
-    """Write lines at the top of a figure and return where they end, in inches from its top."""
+    """Write lines at the top of a figure and return where they end, in inches from its top.
+
+    >>> round(write_warnings(new_figure(2.0, 1.0), ["not functional:", "one token"]), 3)
+    0.276
+    """
     if not lines:
         return _EDGE
     width, height = figure.get_size_inches()
