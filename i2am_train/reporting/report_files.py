@@ -95,11 +95,7 @@ def plan_tables(runs: Sequence[Path], names: Sequence[str], *, mixed: bool) -> T
 def write_table(table: Table, folder: Path, name: str, origins: Sequence[str]) -> dict[str, Any]:
     """Write ``tables/<name>`` as Markdown, LaTeX and JSON into a report's folder; its entry of the index.
 
-    Args:
-        table: what is written.
-        folder: of the report.
-        name: of the files.
-        origins: what the table was made from, a line each, for the LaTeX file.
+    ``origins`` say in the LaTeX file what the table was made from, a line each.
     """
     made = [f"Made by '{command_line()}', code {code_state(git_state())}, from", *origins]
     comments = "\n".join(f"% {line}" for line in made)

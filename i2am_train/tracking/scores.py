@@ -140,15 +140,11 @@ def track_evaluation(
     panels: Sequence[SamplePanels],
     use_inputs: Callable[[Any], None],
 ) -> None:
-    """Log a finished evaluation as a run of its own; nothing where W&B is disabled.
+    """Log a finished evaluation, with its manifest and results in ``folder``, as a run of its own; nothing where W&B is
+    disabled.
 
-    Args:
-        tracking: mode, project, group, tags.
-        folder: of the evaluation, with its manifest and its written results.
-        result: the scores.
-        arm: of the model, unless ``tracking.arm`` is set.
-        panels: of the first samples, as far as they were kept.
-        use_inputs: says of a run what it reads (``session.use_dataset``, ``session.use_model``).
+    ``arm`` is that of the model, unless ``tracking.arm`` is set; ``panels`` are of the first samples, as far as they
+    were kept; ``use_inputs`` says of a run what it reads (``session.use_dataset``, ``session.use_model``).
     """
 
     def log(run: Any) -> None:

@@ -1,5 +1,7 @@
-"""Which evaluations are found, whose they are, what may stand side by side, what the tables say of them, and the paper's
-own rows beside them."""
+"""Which evaluations are found, whose they are, what may stand side by side, and what the tables say of them.
+
+The paper's own rows stand beside a run's scores.
+"""
 
 import json
 import re

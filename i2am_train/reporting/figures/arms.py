@@ -269,8 +269,7 @@ def metric_curves(
     Args:
         histories: one per arm and seed.
         quantities: title of each small plot by the name of the logged column.
-        labels: legend text by arm.
-        colors: line colour by arm.
+        labels: legend text by arm, like ``colors`` of the lines.
         width: of the figure in inches.
 
     >>> curve = Curve(np.array([0, 10]), np.array([0.5, 0.75]))

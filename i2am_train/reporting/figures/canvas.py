@@ -144,12 +144,7 @@ def faded(image: Picture, strength: float = 0.45, gray: bool = False) -> Picture
 def add_color_bar(figure: Figure, label: str, width: float, right: float = 0.04, size: float = 6.5) -> None:
     """The scale of ``show_heat`` as a horizontal colour bar in the lowest 0.4 inches of a figure, at the right.
 
-    Args:
-        figure: with room there.
-        label: stands left of the bar.
-        width: of the bar, in inches.
-        right: margin, in inches.
-        size: of the label, in points.
+    Its ``label`` stands left of it; ``width`` and the margin at its ``right`` are in inches, ``size`` in points.
     """
     inches, height = (float(value) for value in figure.get_size_inches())
     left = (inches - right - 0.1 - width) / inches  # room for the last number
@@ -163,14 +158,7 @@ def add_color_bar(figure: Figure, label: str, width: float, right: float = 0.04,
 
 
 def column_lefts(groups: Sequence[int], left: float, width: float, gap: float, group_gap: float) -> list[float]:
-    """Left edges of columns of pictures, in inches.
-
-    Args:
-        groups: columns per group; groups stand further apart than columns.
-        left: of the first column.
-        width: of a picture.
-        gap: between the columns of a group.
-        group_gap: between groups.
+    """Left edges of columns of pictures of one ``width``, in inches; ``groups`` of columns stand further apart.
 
     >>> column_lefts([2, 1], left=0.0, width=1.0, gap=0.5, group_gap=2.0)
     [0.0, 1.5, 4.5]
@@ -189,14 +177,8 @@ def add_group_title(
 ) -> None:
     """A heading with a rule under it over a group of columns.
 
-    Args:
-        figure: where.
-        ends: of the rule, in fractions of the figure's width.
-        y: of the rule, in fractions of its height.
-        title: the heading.
-        above: inches from the rule to the heading.
-        linewidth: of the rule, in points.
-        text: properties of the heading, as matplotlib has them.
+    ``ends`` and ``y`` of the rule are in fractions of the figure, its ``linewidth`` in points; the heading stands
+    ``above`` it by so many inches. ``text``: properties of the heading, as matplotlib has them.
     """
     figure.add_artist(Line2D(ends, [y, y], color=GREY, linewidth=linewidth))
     figure.text(sum(ends) / 2, y + above / figure.get_figheight(), title, ha="center", **text)
