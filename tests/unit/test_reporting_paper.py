@@ -382,7 +382,8 @@ def record(name: str, rows_down: int) -> LayerRecord:
     even = torch.full((1, 3, 2, GRID.tokens), 1 / GRID.tokens)
     cells = torch.arange(GRID.tokens).view(GRID).roll(-rows_down, dims=0).flatten()
     scores = torch.eye(GRID.tokens)[cells][None]
-    return LayerRecord(name, GRID, GRID, even, even, scores_over_reference=scores, scores_over_generated=scores)
+    vectors = (even, even.clone())  # tensors of a file share no memory
+    return LayerRecord(name, GRID, GRID, *vectors, scores_over_reference=scores, scores_over_generated=scores.clone())
 
 
 def explained(recipe: str = "pasd", partial: str | None = None) -> Explanation:
