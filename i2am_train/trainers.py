@@ -1,7 +1,8 @@
 """Lightning's trainers, and the modules that they train or test, as the options ask for them."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -9,36 +10,35 @@ import lightning as L
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Callback, LearningRateMonitor, TQDMProgressBar
 
-from i2am_train.callbacks.averaging import AveragedWeights
-from i2am_train.callbacks.checkpoints import FOLDER as CHECKPOINTS
-from i2am_train.callbacks.checkpoints import CheckpointCallback
-from i2am_train.callbacks.evaluation import EvaluationCallback
-from i2am_train.callbacks.generation import GenerationCallback
-from i2am_train.callbacks.guard import FiniteGuard
-from i2am_train.callbacks.interruption import InterruptionCallback, StopAfterSteps
+from i2am_train.callbacks.checkpoints import CHECKPOINTS_FOLDER, AtomicCheckpointIO, CheckpointCallback
+from i2am_train.callbacks.evaluation import EvaluationCallback, GenerationCallback
+from i2am_train.callbacks.interruption import FiniteGuard, InterruptionCallback, StopAfterSteps
 from i2am_train.callbacks.loggers import make_loggers
-from i2am_train.callbacks.snapshots import BestModelCallback, SnapshotCallback
+from i2am_train.callbacks.weights import AveragedWeights, BestModelCallback, SnapshotCallback
 from i2am_train.config.evaluation import EvaluateConfig
 from i2am_train.config.training import OptimizationConfig, TrainConfig
 from i2am_train.data.module import TryOnDataModule
+from i2am_train.doors import calls, make, path_and_keywords, resolve
 from i2am_train.errors import ConfigError
 from i2am_train.evaluation.evaluator import EvaluationSettings
 from i2am_train.losses.objective import Objective, make_objective
 from i2am_train.metrics.registry import metric_info
-from i2am_train.models.loading import load_model
-from i2am_train.models.tryon import TryOnModel
+from i2am_train.models.tryon import TryOnModel, load_model
 from i2am_train.ops.numerics import check_device
 from i2am_train.runs import BEST_FOLDER, SNAPSHOTS_FOLDER
-from i2am_train.training.checkpoint_io import AtomicCheckpointIO
 from i2am_train.training.module import TryOnModule
 from i2am_train.training.optimization import eight_bit_adamw
-from i2am_train.training.preflight import accumulation, memory_advice
-from i2am_train.training.rehearsal import Measured, StepTimer
+from i2am_train.training.preflight import Measured, StepTimer, accumulation, memory_advice
 from i2am_train.training.sharding import ShardedStrategy, ShardedTryOnModule
 
 # Lightning sets this level when it is imported, so it can only be changed afterwards; its remarks on devices and its
 # advertisements would bury a command's own output.
 logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+
+_CALLBACK = (
+    "a callback of Lightning: a class derived from lightning.Callback, a function that returns one (both may take "
+    "keywords), or an object of such a class"
+)
 
 
 def check_trainer(config: TrainConfig) -> int:
@@ -128,12 +128,65 @@ def measure_steps(config: TrainConfig, module: TryOnModule, datamodule: TryOnDat
     return timer.measured(trainer)
 
 
+def imported_callbacks(entries: Sequence[str | Mapping[str, Any]]) -> list[Callback]:
+    """The callbacks that the option ``callbacks`` names, in its order.
+
+    Entries are ``package.module:name``, or a mapping of it (``fn``) and keywords.
+
+    Raises:
+        ConfigError: as `check_callbacks`; or making a callback fails, or gives something else.
+
+    >>> imported_callbacks(["lightning.pytorch.callbacks:Timer"])
+    Traceback (most recent call last):
+        ...
+    i2am_train.errors.ConfigError: callbacks[0]=lightning.pytorch.callbacks:Timer was read from a file, ...
+    """
+    made = []
+    for named, found, keywords in _found_callbacks(entries):
+        callback = found if isinstance(found, Callback) else make(found, named, **keywords)
+        if not isinstance(callback, Callback):
+            raise ConfigError(f"{named} returned a {type(callback).__name__}. Expected {_CALLBACK}.")
+        made.append(callback)
+    return made
+
+
+def check_callbacks(entries: Sequence[str | Mapping[str, Any]]) -> None:
+    """Fails as `imported_callbacks` would, without making a callback.
+
+    Raises:
+        ConfigError: an entry cannot be imported, or is no callback and cannot be called for one.
+
+    >>> check_callbacks([{"every": 5}])
+    Traceback (most recent call last):
+        ...
+    i2am_train.errors.ConfigError: callbacks[0]={'every': 5} is not possible: expected package.module:name, or ...
+    """
+    list(_found_callbacks(entries))
+
+
+def _found_callbacks(entries: Sequence[str | Mapping[str, Any]]) -> Iterator[tuple[str, Any, dict[str, Any]]]:
+    """Each entry's name in messages, object and keywords."""
+    for index, entry in enumerate(entries):
+        option = f"callbacks[{index}]"
+        path, keywords = path_and_keywords(entry, option)
+        found = resolve(path, option, _CALLBACK, partial(_callback_fault, keywords))
+        yield f"{option}={path}", found, keywords
+
+
+def _callback_fault(keywords: Mapping[str, Any], found: Any) -> str | None:
+    if isinstance(found, Callback):
+        return "is an object already and takes no keywords" if keywords else None
+    if isinstance(found, type) and not issubclass(found, Callback):
+        return "is a class that does not derive from lightning.Callback"
+    return calls(**keywords)(found)
+
+
 def make_trainer(config: TrainConfig, folder: Path, own: Sequence[Callback] = ()) -> L.Trainer:
     """Lightning's trainer with loggers, checkpoints, averaging, the evaluation callback, and the user's ``own``."""
     callbacks: list[Callback] = [
         StopAfterSteps(config.optimization.steps),
         CheckpointCallback(
-            folder / CHECKPOINTS, config.trainer.checkpoint_every_n_steps, config.trainer.keep_checkpoints
+            folder / CHECKPOINTS_FOLDER, config.trainer.checkpoint_every_n_steps, config.trainer.keep_checkpoints
         ),
         FiniteGuard(folder, gradients=config.optimization.precision != "16-mixed"),
     ]
@@ -165,7 +218,7 @@ def make_trainer(config: TrainConfig, folder: Path, own: Sequence[Callback] = ()
     if config.trainer.progress_bar:
         callbacks.append(TQDMProgressBar(leave=True))
     # After all that have a state, so that it saves what they made of the step.
-    callbacks.append(InterruptionCallback(folder / CHECKPOINTS))
+    callbacks.append(InterruptionCallback(folder / CHECKPOINTS_FOLDER))
     if loggers:  # after what may stop the run before a step, whose rate is logged when it is taken
         callbacks.append(LearningRateMonitor("step"))
     trainer = config.trainer

@@ -29,10 +29,10 @@ PICKLES = (".ckpt", ".pt", ".pth", ".bin")
 SUFFIXES = (".safetensors", *PICKLES)
 """Endings of the files that :func:`read_weights` opens."""
 
-GIT_LFS_POINTER = b"version https://git-lfs"
-SHOWN = 4
+_GIT_LFS_POINTER = b"version https://git-lfs"
+_SHOWN = 4
 """Tensors that an error names."""
-READING = (
+_READING = (
     SafetensorError, RuntimeError, EOFError, OSError, pickle.UnpicklingError,
     ValueError, KeyError, IndexError, TypeError, AttributeError, AssertionError,
 )  # fmt: skip
@@ -50,6 +50,11 @@ def read_weights(file: Path) -> dict[str, Tensor]:
     Raises:
         CheckpointError: the file is missing, damaged, half downloaded, holds no tensors, or is a pickle with more than
             tensors in it.
+
+    >>> read_weights(Path("no_such.ckpt"))
+    Traceback (most recent call last):
+        ...
+    i2am_train.errors.CheckpointError: There is no file 'no_such.ckpt'. Give the path of a weight file.
     """
     content = _read(file)
     while isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
@@ -68,7 +73,7 @@ def read_adapter(file: Path) -> dict[str, dict[str, Tensor]]:
     dot. Its numbers are checked.
 
     Raises:
-        CheckpointError: as for `read_weights`, `check_types` and `check_numbers`.
+        CheckpointError: as for `read_weights` and `check_used`.
     """
     content = _read(file)
     groups: dict[str, dict[str, Tensor]] = {}
@@ -84,7 +89,7 @@ def _read(file: Path) -> object:
     check_file(file)
     try:
         return load_file(file) if file.suffix == ".safetensors" else _read_pickle(file)
-    except READING as error:
+    except _READING as error:
         raise _unreadable(file, error) from error
 
 
@@ -95,15 +100,19 @@ def integer_tensors(file: Path) -> dict[str, str]:
         CheckpointError: as for `read_weights`.
     """
     if file.suffix != ".safetensors":
-        types = {name: str(value.dtype) for name, value in read_weights(file).items() if not _floats(value)}
-        return {name: kind.removeprefix("torch.") for name, kind in types.items()}
+        return _integers(read_weights(file))
     check_file(file)
     try:
         with safe_open(file, "pt") as archive:
             kinds = {name: archive.get_slice(name).get_dtype() for name in archive.keys()}  # noqa: SIM118
-    except READING as error:
+    except _READING as error:
         raise _unreadable(file, error) from error
     return {name: kind for name, kind in kinds.items() if kind[:1] in ("I", "U", "B") and kind != "BF16"}
+
+
+def _integers(tensors: Mapping[str, Tensor]) -> dict[str, str]:
+    types = {name: value.dtype for name, value in tensors.items() if not value.is_floating_point()}
+    return {name: str(kind).removeprefix("torch.") for name, kind in types.items()}
 
 
 def check_file(file: Path) -> None:
@@ -111,6 +120,11 @@ def check_file(file: Path) -> None:
 
     Raises:
         CheckpointError: there is no such file, or it is a pointer of git-lfs, a web page or empty.
+
+    >>> check_file(Path(__file__))
+    Traceback (most recent call last):
+        ...
+    i2am_train.errors.CheckpointError: ...weight_files.py' is no weight file by its name; ...
     """
     if not file.is_file():
         raise CheckpointError(f"There is no file '{file}'. Give the path of a weight file.")
@@ -122,7 +136,7 @@ def check_file(file: Path) -> None:
         start = stream.read(256)
     if not start:
         raise CheckpointError(f"'{file}' (0 bytes) cannot be read: it is empty. Download it again.")
-    if start.startswith(GIT_LFS_POINTER):
+    if start.startswith(_GIT_LFS_POINTER):
         raise CheckpointError(
             f"'{file}' is a pointer of git-lfs and not the weights. Run `git lfs pull` in its folder."
         )
@@ -219,14 +233,14 @@ def files_of_index(index: Path) -> list[Path]:
     outside = [name for name in files if Path(name).name != name or "\\" in name]
     if outside:
         raise CheckpointError(
-            f"'{index}' names files outside its folder ({', '.join(outside[:SHOWN])}), which an index of weights never "
-            "does. Do not use it; download the folder from its source."
+            f"'{index}' names files outside its folder ({', '.join(outside[:_SHOWN])}), which an index of weights "
+            "never does. Do not use it; download the folder from its source."
         )
     missing = [name for name in files if not (index.parent / name).is_file()]
     if missing:
         raise CheckpointError(
             f"{len(missing)} of the {len(files)} files of weights that '{index}' names are missing "
-            f"({', '.join(missing[:SHOWN])}). The folder may be half downloaded; download it again."
+            f"({', '.join(missing[:_SHOWN])}). The folder may be half downloaded; download it again."
         )
     return [index.parent / name for name in files]
 
@@ -237,15 +251,21 @@ def files_of_index(index: Path) -> list[Path]:
 def check_numbers(tensors: Mapping[str, Tensor], source: object, *, infinite: Collection[str] = ()) -> None:
     """Refuses tensors that a model cannot compute with: every value must be a finite number.
 
-    Args:
-        tensors: by name; whole numbers are passed over.
-        source: for messages.
-        infinite: tensors that may hold infinities.
+    Whole numbers are passed over; those named in ``infinite`` may hold infinities. ``source`` is for messages.
 
     Raises:
         CheckpointError: one holds not-a-number or infinity; the message names it.
+
+    >>> check_numbers({"steps": torch.arange(3), "bias": torch.tensor([0.0, torch.nan])}, "a.ckpt")
+    Traceback (most recent call last):
+        ...
+    i2am_train.errors.CheckpointError: 1 tensors of 'a.ckpt' hold values that are not finite numbers (bias): ...
     """
-    bad = [name for name, value in tensors.items() if _floats(value) and not _are_numbers(value, name in infinite)]
+    bad = [
+        name
+        for name, value in tensors.items()
+        if value.is_floating_point() and not _are_numbers(value, name in infinite)
+    ]
     if bad:
         first = tensors[bad[0]]
         count = int((first.isnan() if bad[0] in infinite else ~first.isfinite()).sum())
@@ -272,8 +292,13 @@ def check_used(tensors: Mapping[str, Tensor], source: object) -> None:
 
     Raises:
         CheckpointError: there are any.
+
+    >>> check_used({"weight": torch.ones(2, dtype=torch.int8)}, "a.ckpt")
+    Traceback (most recent call last):
+        ...
+    i2am_train.errors.CheckpointError: 1 tensors of 'a.ckpt' hold whole numbers where weights must be floating ...
     """
-    check_types({n: str(t.dtype).removeprefix("torch.") for n, t in tensors.items() if not _floats(t)}, source)
+    _check_types(_integers(tensors), source)
     check_numbers(tensors, source)
 
 
@@ -281,6 +306,8 @@ def check_network(network: nn.Module, source: object, part: str = "") -> None:
     """As `check_numbers`, of a network's weights and buffers; ``part`` goes before their names.
 
     Only buffers may be infinite: attention masks are.
+
+    >>> check_network(nn.Linear(3, 2), "a.ckpt")
     """
     prefix = f"{part}." if part else ""
     state = {prefix + name: value for name, value in network.state_dict().items()}
@@ -291,31 +318,23 @@ def check_network(network: nn.Module, source: object, part: str = "") -> None:
 def check_floating(files: Iterable[Path], network: nn.Module, source: object, unused: Collection[str] = ()) -> None:
     """Refuses whole numbers where a network has weights; libraries would convert them without a word.
 
-    Args:
-        files: that the network was filled from.
-        network: on any device.
-        source: for messages.
-        unused: tensors of the files that have no place in the network.
+    The network was filled from ``files``, whose ``unused`` tensors have no place in it.
 
     Raises:
         CheckpointError: a tensor of a file is not floating, and is none of the network's counters or positions.
     """
-    counters = {name.rpartition(".")[2] for name, value in network.named_buffers() if not _floats(value)}
+    counters = {name.rpartition(".")[2] for name, value in network.named_buffers() if not value.is_floating_point()}
     bad = {
         name: kind
         for file in files
         for name, kind in integer_tensors(file).items()
         if name not in unused and name.rpartition(".")[2] not in counters
     }
-    check_types(bad, source)
+    _check_types(bad, source)
 
 
-def check_types(integers: Mapping[str, str], source: object) -> None:
-    """Refuses weights that are whole numbers, given by name with their types.
-
-    Raises:
-        CheckpointError: there are any.
-    """
+def _check_types(integers: Mapping[str, str], source: object) -> None:
+    """Refuses weights that are whole numbers, given by name with their types."""
     if integers:
         first = next(iter(integers))
         raise CheckpointError(
@@ -325,12 +344,8 @@ def check_types(integers: Mapping[str, str], source: object) -> None:
         )
 
 
-def _floats(value: Tensor) -> bool:
-    return value.is_floating_point()
-
-
 def _shown(names: list[str]) -> str:
-    return ", ".join(names[:SHOWN]) + (", ..." if len(names) > SHOWN else "")
+    return ", ".join(names[:_SHOWN]) + (", ..." if len(names) > _SHOWN else "")
 
 
 # -- files that others publish --------------------------------------------------------------------------------------
@@ -354,7 +369,11 @@ class PublishedFile:
 
     @property
     def path(self) -> Path:
-        """Where the file is expected."""
+        """Where the file is expected.
+
+        >>> PublishedFile("alexnet.pth", "https://example.org/alexnet.pth", "7be5be79").path.parent.name
+        'checkpoints'
+        """
         return Path(torch.hub.get_dir()) / "checkpoints" / self.name
 
     def fetch(self) -> Path:

@@ -159,8 +159,7 @@ def train_case(batch: int = 8) -> Case:
     from i2am_train.attention import ScoreTap
     from i2am_train.config.training import ObjectiveConfig
     from i2am_train.losses.objective import Objective, make_objective
-    from i2am_train.training.draws import draw
-    from i2am_train.training.step import step_losses
+    from i2am_train.training.step import draw, step_losses
 
     samples = synthetic_batch(batch)
     refined = make_objective(ObjectiveConfig(dcml=1e-3, tv=1e-3, cwg=1e-3))

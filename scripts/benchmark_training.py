@@ -52,9 +52,8 @@ from i2am_train.models.projector import ReferenceProjector
 from i2am_train.models.tryon import TryOnConfig, TryOnModel
 from i2am_train.ops.grids import mask_on_grid
 from i2am_train.reporting.table import markdown_lines
-from i2am_train.training.draws import Draws, draw
 from i2am_train.training.encode_dataset import make_cache
-from i2am_train.training.step import step_losses
+from i2am_train.training.step import Draws, draw, step_losses
 from i2am_train.types import GridSize, Pairing, Split
 
 SIZES = {"small": GridSize(128, 96), "true": GridSize(512, 384)}

@@ -21,7 +21,7 @@ install_import_hook(
         "i2am_train.attention",
         "i2am_train.evaluation.scoring",
         "i2am_train.models.diffusion",
-        "i2am_train.training.draws",
+        "i2am_train.training.step",
     ],
     "beartype.beartype",
 )

@@ -1,4 +1,4 @@
-"""The checkpoints that a stopped run goes on from.
+"""The checkpoints that a stopped run goes on from: written whole or not at all, kept, found again, and read.
 
 Not Lightning's ModelCheckpoint: a checkpoint that it writes in the last step of an epoch is continued by Lightning 2.6
 with an empty epoch, after which noise and order are those of another epoch than in an uninterrupted run. Here such a
@@ -7,6 +7,7 @@ checkpoint waits for the end of the epoch.
 
 import itertools
 import os
+import pickle
 import re
 import zipfile
 from contextlib import suppress
@@ -14,13 +15,47 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
+from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch.callbacks import Checkpoint
 
 from i2am_train.environment import first_process
 from i2am_train.errors import CheckpointError
+from i2am_train.files import written
 
-FOLDER = "checkpoints"
+CHECKPOINTS_FOLDER = "checkpoints"
 """Where a run keeps them, inside the run folder."""
+PARTS = {"state_dict", "optimizer_states", "loops", "global_step"}
+"""What a checkpoint of a training holds, among others."""
+
+
+class AtomicCheckpointIO(TorchCheckpointIO):
+    """Writes to a temporary name first, so that a killed process leaves the last good checkpoint."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None) -> None:
+        """Saves, flushes and renames."""
+        with written(Path(path)) as unfinished:
+            super().save_checkpoint(checkpoint, unfinished, storage_options)
+
+    def load_checkpoint(self, path: Any, *arguments: Any, **options: Any) -> dict[str, Any]:
+        """Loads a checkpoint of a training, as tensors and plain values: a pickle could run any program.
+
+        Raises:
+            CheckpointError: it is something else that torch wrote.
+        """
+        options["weights_only"] = True
+        try:
+            checkpoint = super().load_checkpoint(path, *arguments, **options)
+        except (RuntimeError, pickle.UnpicklingError) as error:
+            raise CheckpointError(
+                f"{path} cannot be read ({str(error).splitlines()[0]}). Move it away, and the run goes on from the "
+                "one before."
+            ) from error
+        if not set(checkpoint) >= PARTS:
+            raise CheckpointError(
+                f"{path} is no checkpoint of a training: expected {', '.join(sorted(PARTS))} in it. Move it "
+                "away, and the run goes on from the one before."
+            )
+        return checkpoint
 
 
 class CheckpointCallback(Checkpoint):
@@ -65,23 +100,26 @@ def resume_point(run: Path) -> tuple[Path | None, list[str]]:
 
     Raises:
         CheckpointError: there are checkpoints, and all are damaged.
+
+    >>> resume_point(Path("no_such_run"))
+    (None, [])
     """
     damaged: list[tuple[Path, str]] = []
-    for _, file in _checkpoints(run / FOLDER):
-        fault = what_is_damaged(file)
+    for _, file in _checkpoints(run / CHECKPOINTS_FOLDER):
+        fault = _damage_of(file)
         if fault is None:
             return file, [_set_aside(one, why, file) for one, why in damaged]
         damaged.append((file, fault))
     if damaged:
         faults = ", ".join(f"{file.name} {fault}" for file, fault in damaged)
         raise CheckpointError(
-            f"No checkpoint in {run / FOLDER} can be read: {faults}. Nothing was changed. Put a whole one back, or "
-            "delete them to train this run anew from its first step."
+            f"No checkpoint in {run / CHECKPOINTS_FOLDER} can be read: {faults}. Nothing was changed. Put a whole one "
+            "back, or delete them to train this run anew from its first step."
         )
     return None, []
 
 
-def what_is_damaged(file: Path) -> str | None:
+def _damage_of(file: Path) -> str | None:
     """Why a file cannot be a whole checkpoint, or None; torch writes a ZIP archive with a checksum of every part."""
     if file.is_dir():
         return "is a folder"
@@ -112,8 +150,12 @@ def _set_aside(file: Path, fault: str, instead: Path) -> str:
 
 
 def steps_done(run: Path) -> int:
-    """The optimizer steps of the newest checkpoint, whoever wrote it; 0 if there is none."""
-    return max((step for step, _ in _checkpoints(run / FOLDER)), default=0)
+    """The optimizer steps of the newest checkpoint, whoever wrote it; 0 if there is none.
+
+    >>> steps_done(Path("no_such_run"))
+    0
+    """
+    return max((step for step, _ in _checkpoints(run / CHECKPOINTS_FOLDER)), default=0)
 
 
 def _checkpoints(folder: Path) -> list[tuple[int, Path]]:

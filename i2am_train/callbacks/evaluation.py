@@ -1,8 +1,8 @@
-"""The callback that judges the model during training, on a fixed validation subset.
+"""The callbacks that judge a model: during training, on a fixed validation subset, and for ``i2am evaluate``.
 
-Scores, image metrics and attribution panels come from one sampling pass per batch. The callback draws nothing from the
-training's random streams and puts the module back in training mode (Lightning does), so weights are the same with and
-without it.
+Scores, image metrics and attribution panels come from one sampling pass per batch. Validation draws nothing from the
+training's random streams and Lightning puts the module back in training mode, so weights are the same with and without
+it.
 """
 
 from collections.abc import Mapping, Sequence
@@ -12,9 +12,19 @@ from typing import Any
 import lightning as L
 import numpy as np
 from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
+from PIL import Image
 
-from i2am_train.data.dataset import TryOnBatch
-from i2am_train.evaluation.evaluator import EvaluationResult, EvaluationSettings, Evaluator, from_all_processes
+from i2am_train.config.evaluation import AttributionConfig
+from i2am_train.config.models import SamplingConfig
+from i2am_train.evaluation.evaluator import (
+    EvaluationResult,
+    EvaluationSettings,
+    Evaluator,
+    GeneratedSamples,
+    from_all_processes,
+    score_row,
+)
+from i2am_train.evaluation.explaining import explain_batch
 from i2am_train.reporting.figures.arms import sample_figure
 from i2am_train.reporting.figures.canvas import save_figure
 from i2am_train.results.run_files import SamplePanels, write_panels
@@ -24,7 +34,7 @@ from i2am_train.training.module import TryOnModule
 
 
 class EvaluationCallback(L.Callback):
-    """Samples, scores, draws and logs.
+    """Samples, scores, draws and logs at each validation.
 
     ``folder`` receives the panels of the first ``panel_samples`` of each validation epoch (``epoch-0003/...``), W&B
     also a table of the first ``table_samples``. ``result`` is the last evaluation.
@@ -42,70 +52,62 @@ class EvaluationCallback(L.Callback):
         self._panels: dict[int, SamplePanels] = {}
         self._wanted: set[int] = set()
 
-    # -- Lightning's hooks -----------------------------------------------------------------------------------------
-
     def on_validation_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._start(trainer.val_dataloaders, pl_module)
-
-    def on_validation_batch_end(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, *_: Any
-    ) -> None:
-        self._update(trainer, pl_module, batch)
-
-    def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        result = self._finish()
-        # Every process has the same values; sync_dist only tells Lightning that this is known.
-        pl_module.log_dict({VALIDATION + name: value for name, value in result.metrics.items()}, sync_dist=True)
-        for warning in result.warnings:
-            trainer.print(f"Warning: {warning}")
-        if trainer.is_global_zero and self._panels:
-            step = trainer.global_step - 1  # Lightning's, counted from 0, as for the scores
-            self._draw(trainer, self.folder / f"epoch-{trainer.current_epoch:04d}", step)
-            self._tabulate(trainer, result, step)
-
-    # -- the work --------------------------------------------------------------------------------------------------
-
-    def _start(self, loader: Any, module: L.LightningModule) -> None:
-        if self._evaluator is None or self._evaluator.device != module.device:
-            self._evaluator = Evaluator(self.settings, module.device)
+        if self._evaluator is None or self._evaluator.device != pl_module.device:
+            self._evaluator = Evaluator(self.settings, pl_module.device)
         self._evaluator.reset()
         self._panels = {}
+        loader: Any = trainer.val_dataloaders
         dataset = loader.dataset
         first = min(max(self.panel_samples, self.table_samples), len(dataset))
         self._wanted = {dataset.global_index(position) for position in range(first)}
 
-    def _update(self, trainer: L.Trainer, module: L.LightningModule, batch: TryOnBatch) -> None:
-        assert isinstance(module, TryOnModule) and self._evaluator is not None
+    def on_validation_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, *_: Any
+    ) -> None:
+        assert isinstance(pl_module, TryOnModule) and self._evaluator is not None
         with trainer.precision_plugin.forward_context():
-            made = self._evaluator.update(module.model, batch)
+            made = self._evaluator.update(pl_module.model, batch)
         self._panels |= {one.index: one.panels() for one in made if one.index in self._wanted}
 
-    def _finish(self) -> EvaluationResult:
+    def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         assert self._evaluator is not None
-        self.result = self._evaluator.compute()
-        self._panels = from_all_processes(self._panels)
-        return self.result
-
-    def _draw(self, trainer: L.Trainer, folder: Path, step: int) -> None:
-        panels = list(self._panels.values())[: self.panel_samples]
-        if not panels:
+        self.result = result = self._evaluator.compute()
+        panels = list(from_all_processes(self._panels).values())
+        # Every process has the same values; sync_dist only tells Lightning that this is known.
+        pl_module.log_dict({VALIDATION + name: value for name, value in result.metrics.items()}, sync_dist=True)
+        for warning in result.warnings:
+            trainer.print(f"Warning: {warning}")
+        if not trainer.is_global_zero:
             return
+        step = trainer.global_step - 1  # Lightning's, counted from 0, as for the scores
+        if drawn := panels[: self.panel_samples]:
+            self._draw(trainer, drawn, step)
+        tabled = panels[: self.table_samples]
+        if tabled and any(isinstance(one, WandbLogger) for one in trainer.loggers):
+            table = sample_table(result.rows, tabled, epoch=trainer.current_epoch, step=step)
+            _log_to_wandb(trainer, {TABLE: table}, step)
+
+    def _draw(self, trainer: L.Trainer, panels: Sequence[SamplePanels], step: int) -> None:
+        folder = self.folder / f"epoch-{trainer.current_epoch:04d}"
         write_panels(folder, panels)
         path = save_figure(sample_figure({"model": panels}), folder / "panel.png", dpi=110)
-        _log_picture(trainer, "val/attribution", path, step)
-        _log_samples(trainer, panels, step)
+        rows = np.stack([np.hstack([one.garment, one.person, one.generated]) for one in panels])
+        for logger in trainer.loggers:
+            if isinstance(logger, WandbLogger):
+                logger.log_image("val/attribution", [str(path)], step=step)
+                logger.log_image("val/samples", list(rows), step=step, caption=[one.name for one in panels])
+            elif isinstance(logger, TensorBoardLogger):
+                with Image.open(path) as picture:
+                    pixels = np.asarray(picture.convert("RGB"))
+                logger.experiment.add_image("val/attribution", pixels, step, dataformats="HWC")
+                logger.experiment.add_images("val/samples", rows, step, dataformats="NHWC")
         delta = self.settings.attribution.delta
         overlays = {
             ATTRIBUTION_GENERATED: generated_overlays(panels, delta),
             ATTRIBUTION_REFERENCE: reference_overlays(panels, delta),
         }
         _log_to_wandb(trainer, overlays, step)
-
-    def _tabulate(self, trainer: L.Trainer, result: EvaluationResult, step: int) -> None:
-        if self.table_samples and any(isinstance(one, WandbLogger) for one in trainer.loggers):
-            panels = list(self._panels.values())[: self.table_samples]
-            table = sample_table(result.rows, panels, epoch=trainer.current_epoch, step=step)
-            _log_to_wandb(trainer, {TABLE: table}, step)
 
 
 def _log_to_wandb(trainer: L.Trainer, values: Mapping[str, Any], step: int) -> None:
@@ -115,21 +117,32 @@ def _log_to_wandb(trainer: L.Trainer, values: Mapping[str, Any], step: int) -> N
             logger.log_metrics({**named, EPOCH: trainer.current_epoch}, step=step)
 
 
-def _log_picture(trainer: L.Trainer, name: str, path: Path, step: int) -> None:
-    for logger in trainer.loggers:
-        if isinstance(logger, WandbLogger):
-            logger.log_image(name, [str(path)], step=step)
-        elif isinstance(logger, TensorBoardLogger):
-            from PIL import Image
+class GenerationCallback(L.Callback):
+    """Of ``i2am evaluate``: images, attention scores and the panels of the first ``panel_samples``, into ``samples``.
 
-            picture = np.asarray(Image.open(path).convert("RGB"))
-            logger.experiment.add_image(name, picture, step, dataformats="HWC")
+    Each batch is kept as soon as it is made. Several processes share the folder: each makes its own batches, and they
+    wait for each other at the end.
+    """
 
+    def __init__(
+        self, samples: GeneratedSamples, sampling: SamplingConfig, attribution: AttributionConfig, *, panel_samples: int
+    ) -> None:
+        self.samples = samples
+        self.sampling = sampling
+        self.attribution = attribution
+        self.panel_samples = panel_samples
 
-def _log_samples(trainer: L.Trainer, panels: Sequence[SamplePanels], step: int) -> None:
-    rows = np.stack([np.hstack([one.garment, one.person, one.generated]) for one in panels])
-    for logger in trainer.loggers:
-        if isinstance(logger, WandbLogger):
-            logger.log_image("val/samples", list(rows), step=step, caption=[one.name for one in panels])
-        elif isinstance(logger, TensorBoardLogger):
-            logger.experiment.add_images("val/samples", rows, step, dataformats="NHWC")
+    def on_test_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, *_: Any
+    ) -> None:
+        assert isinstance(pl_module, TryOnModule)
+        with trainer.precision_plugin.forward_context():
+            made = explain_batch(pl_module.model, batch, self.sampling, self.attribution)
+        self.samples.write(
+            [score_row(one) for one in made],
+            [one.images["generated"] for one in made],
+            [one.panels() for one in made if one.index < self.panel_samples],
+        )
+
+    def on_test_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        trainer.strategy.barrier()  # the first process will read what all have written

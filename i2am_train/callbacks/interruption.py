@@ -1,4 +1,4 @@
-"""Stops a training run between two optimizer steps: when it is told to, after saving its state, and after its last.
+"""Stops a training run: when it is told to, after saving its state; after its last step; where it computes no numbers.
 
 Ctrl-C, SIGTERM (schedulers, preemption) and, under SLURM, SIGUSR1 (``#SBATCH --signal=USR1@120``) wait for the end of
 the step, so that no accumulated gradient is lost and the same command goes on bit by bit. A second Ctrl-C does not
@@ -7,6 +7,7 @@ wait. After SIGUSR1 SLURM is asked to start the job again; after SIGTERM that is
 Lightning's handler of SIGUSR1 is replaced: it would save where it is called, within a step, and a second time.
 """
 
+import math
 import os
 import signal
 import subprocess
@@ -16,12 +17,19 @@ from types import FrameType
 from typing import Any
 
 import lightning as L
+import torch
 from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor
+from torch.nn.utils import get_total_norm
 
-from i2am_train.errors import CommandStopped, TrainingInterruptedError
+from i2am_train.callbacks.checkpoints import CHECKPOINTS_FOLDER
+from i2am_train.errors import CommandStopped, TrainingError, TrainingInterruptedError
+from i2am_train.files import write_json
+from i2am_train.tracking.names import GRADIENT_NORM, LOSS
+from i2am_train.training.sharding import whole
 
-WAITED_FOR = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
-STEM = "interrupted-step"
+_WAITED_FOR = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+_STEM = "interrupted-step"
 
 
 class InterruptionCallback(L.Callback):
@@ -46,7 +54,7 @@ class InterruptionCallback(L.Callback):
         self._step = trainer.global_step
         if threading.current_thread() is not threading.main_thread():  # the others cannot
             return
-        for number in WAITED_FOR:
+        for number in _WAITED_FOR:
             original = signal.getsignal(number)
             if number != signal.SIGUSR1 or "SLURM_JOB_ID" in os.environ:
                 self._originals[number] = original
@@ -79,7 +87,7 @@ class InterruptionCallback(L.Callback):
         # One process may have been told earlier than another; all save and stop at the same step.
         if not _any(trainer, self._received is not None):
             return
-        trainer.save_checkpoint(self.folder / f"{STEM}-{self._step:06d}.ckpt")
+        trainer.save_checkpoint(self.folder / f"{_STEM}-{self._step:06d}.ckpt")
         self._saved = True
         asked = _any(trainer, self._received == signal.SIGUSR1)
         self._requeue = asked and trainer.is_global_zero
@@ -92,14 +100,14 @@ class InterruptionCallback(L.Callback):
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """The finished run needs none of these checkpoints."""
         if trainer.is_global_zero:
-            for file in self.folder.glob(f"{STEM}-*.ckpt"):
+            for file in self.folder.glob(f"{_STEM}-*.ckpt"):
                 file.unlink()
 
     def on_exception(self, trainer: L.Trainer, *_: Any) -> None:
         """Before Lightning puts back those that it found, which would be lost otherwise."""
         self.restore()
 
-    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+    def teardown(self, *_: Any, **__: Any) -> None:
         self.restore()
 
     def restore(self) -> None:
@@ -144,3 +152,67 @@ class StopAfterSteps(L.Callback):
     def _check(self, trainer: L.Trainer) -> None:
         if trainer.global_step >= self.steps:
             trainer.should_stop = True
+
+
+class FiniteGuard(L.Callback):
+    """Looks at every loss before its gradient is computed, and at every gradient before it is applied.
+
+    So the weights that ``checkpoints/not-finite.ckpt`` keeps are those before the fault. Also logs ``grad_norm``, the
+    norm of the gradient before clipping. With float16 the loss scale makes gradients overflow now and then, which
+    PyTorch's scaler handles: there only losses are looked at.
+    """
+
+    def __init__(self, folder: Path, *, gradients: bool) -> None:
+        self.folder = folder
+        self.gradients = gradients
+        self._batch: Any = None
+
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        self._batch = batch
+
+    def on_before_backward(self, trainer: L.Trainer, pl_module: L.LightningModule, loss: Tensor) -> None:
+        if not bool(torch.isfinite(loss)):
+            self._stop(trainer, "loss", float(loss.detach()), {})
+
+    def on_before_optimizer_step(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: torch.optim.Optimizer
+    ) -> None:
+        if not self.gradients:
+            return
+        gradients = {
+            name: parameter.grad for name, parameter in pl_module.named_parameters() if parameter.grad is not None
+        }
+        norm = float(whole(get_total_norm(list(gradients.values()))))
+        pl_module.log(GRADIENT_NORM, norm)
+        if not math.isfinite(norm):
+            at_fault = [name for name, g in gradients.items() if not bool(whole(g).isfinite().all())]
+            self._stop(trainer, "gradient", norm, {"parameters": at_fault})
+
+    def _stop(self, trainer: L.Trainer, what: str, value: float, facts: dict[str, Any]) -> None:
+        logged = {name: float(v) for name, v in trainer.callback_metrics.items() if v.numel() == 1}
+        names = list(self._batch["name"])
+        diagnosis = {
+            "what": what,
+            "value": str(value),
+            "step": trainer.global_step,
+            "epoch": trainer.current_epoch,
+            "samples": names,
+            "learning_rate": trainer.optimizers[0].param_groups[0]["lr"],
+            "logged": {name: str(number) for name, number in logged.items()},
+            **facts,
+        }
+        if trainer.world_size == 1:  # saving takes all processes, and the others may be well
+            trainer.save_checkpoint(self.folder / CHECKPOINTS_FOLDER / "not-finite.ckpt")
+        file = self.folder / f"rank{trainer.global_rank}-diagnosis.json"
+        write_json(file, diagnosis)
+        terms = {n.removeprefix(LOSS): v for n, v in logged.items() if n.startswith(LOSS)}
+        said = ", ".join(f"{name} {number:g}" for name, number in terms.items())
+        others = " and others" if len(names) > 4 else ""
+        raise TrainingError(
+            f"The {what} became {value} in step {trainer.global_step + 1}, on samples {', '.join(names[:4])}{others} "
+            f"(losses logged last: {said or 'none'}). Stopped before it changed a weight; details: {file}. Look at "
+            "these samples, lower optimization.learning_rate or the weights in objective, or use "
+            "optimization.precision=32-true."
+        )

@@ -1,5 +1,8 @@
 """What a training logs to: files in its run folder, and a run in Weights & Biases."""
 
+import csv
+import io
+import warnings
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -7,7 +10,7 @@ from typing import Any
 
 import lightning as L
 from lightning.fabric.loggers.logger import rank_zero_experiment
-from lightning.pytorch.loggers import Logger, TensorBoardLogger, WandbLogger
+from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger, WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
 
 from i2am_train.callbacks.checkpoints import steps_done
@@ -15,13 +18,50 @@ from i2am_train.callbacks.evaluation import EvaluationCallback
 from i2am_train.config.options import plain
 from i2am_train.config.training import TrainConfig
 from i2am_train.data.dataset import prepare_data
+from i2am_train.environment import first_process
+from i2am_train.files import write_text
 from i2am_train.runs import MODEL_FOLDER, RunFolder
 from i2am_train.tracking.names import TRAIN_JOB
 from i2am_train.tracking.session import finish_run, log_model, open_run, use_dataset
-from i2am_train.training.csv_history import ContinuedCSVLogger
 
 
-class TrackedLogger(WandbLogger):
+class ContinuedCSVLogger(CSVLogger):
+    """Goes on with the ``metrics.csv`` of a run folder; Lightning's own would delete the rows of earlier attempts.
+
+    ``done`` is the number of optimizer steps of the checkpoint that the run goes on from. Rows of later steps, which a
+    killed attempt had come to and which are trained again, are dropped, so that every step stands there once.
+    """
+
+    def __init__(self, folder: Path, done: int) -> None:
+        super().__init__(folder.parent, name=folder.name, version="")
+        if not first_process():  # the others do not write, and must not touch the first one's file
+            return
+        file = folder / "metrics.csv"
+        kept = file.with_suffix(".csv.previous")
+        if file.is_file():
+            file.replace(kept)  # not deleted if the process dies before the file is written again
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", ".*exists and is not empty.*")
+            writer = self.experiment
+        if kept.is_file():
+            with kept.open(newline="") as lines:
+                table = csv.DictReader(lines)
+                writer.metrics_keys = list(table.fieldnames or [])
+                rows = [row for row in table if _whole(row) and int(row["step"]) < done]
+            text = io.StringIO()
+            again = csv.DictWriter(text, writer.metrics_keys)
+            again.writeheader()
+            again.writerows(rows)
+            write_text(file, text.getvalue())
+            kept.unlink()
+
+
+def _whole(row: dict[str, str | None]) -> bool:
+    """False for a line that a killed process wrote half of."""
+    return None not in row.values() and (row["step"] or "").isdigit()
+
+
+class _TrackedLogger(WandbLogger):
     """Opens the run when it is first used, in the first process only."""
 
     def __init__(self, folder: Path, project: str, start: Callable[[], Any]) -> None:
@@ -57,7 +97,7 @@ def make_loggers(config: TrainConfig, folder: Path) -> list[Logger]:
     if tracking.tensorboard:
         loggers.append(TensorBoardLogger(folder, name="tensorboard", version="", purge_step=done))
     if tracking.wandb != "disabled":
-        loggers.append(TrackedLogger(folder, tracking.project, partial(_start_run, config, folder)))
+        loggers.append(_TrackedLogger(folder, tracking.project, partial(_start_run, config, folder)))
     return loggers
 
 
@@ -89,12 +129,12 @@ def record_model(trainer: L.Trainer, config: TrainConfig, folder: Path) -> None:
         "git": manifest["git"],
     }
     for logger in trainer.loggers:
-        if isinstance(logger, TrackedLogger):
+        if isinstance(logger, _TrackedLogger):
             log_model(logger.experiment, folder, folder / MODEL_FOLDER, metadata, upload=config.tracking.upload_model)
 
 
 def finish_tracking(trainer: L.Trainer, *, failed: bool = False) -> None:
     """Ends the W&B run; the next training in this process would otherwise be written into it."""
     for logger in trainer.loggers:
-        if isinstance(logger, TrackedLogger):
+        if isinstance(logger, _TrackedLogger):
             logger.end(failed=failed)

@@ -57,7 +57,7 @@ _SHARD_FILE = re.compile(r"(train|test)-\d+\.safetensors")
 FORMAT = 1
 INDEX_FILE = "index.json"
 ENCODED = ("person", "agnostic", "densepose")
-"""Pictures that the VAE encodes, in the order of their noise in ``training.draws``."""
+"""Pictures that the VAE encodes, in the order of their noise in ``training.step``."""
 TOKENS = "encoded_garment"
 """The reference encoder's last hidden state, before the projector."""
 WARPED_MASK, CORRESPONDENCE = "warped_garment_mask", "correspondence"

@@ -25,8 +25,7 @@ from i2am_train.data.pictures import Image
 from i2am_train.doors import calls, is_import_path, make, resolve
 from i2am_train.errors import CheckpointError, ConfigError, NotFiniteError, WeightsMissingError
 from i2am_train.metrics.boxes import Box
-from i2am_train.models.human_parsers import load_with_processor
-from i2am_train.models.pretrained import load_config
+from i2am_train.models.pretrained import load_config, load_with_processor
 from i2am_train.models.watch import advice
 from i2am_train.weight_files import PublishedFile, check_floating, check_network, read_weights
 

@@ -38,7 +38,7 @@ from i2am_train.evaluation.evaluator import CONFIDENCE, IMAGES
 from i2am_train.evaluation.scoring import batches
 from i2am_train.files import read_json, write_json, write_text, written
 from i2am_train.metrics.boxes import METHODS_OF_MAPS, Box, authors_box, box_iou, component_box, random_box, whole_box
-from i2am_train.models.others.paint_by_example import PaintByExample, Painted, Painting, resized
+from i2am_train.models.paint_by_example import PaintByExample, Painted, Painting, resized
 from i2am_train.results.run_files import RESULTS, SAMPLES
 from i2am_train.results.statistics import Over, mean_interval, paired_difference
 from i2am_train.runs import RunFolder

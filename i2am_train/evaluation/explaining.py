@@ -36,8 +36,8 @@ from i2am_train.metrics.attention import (
     spread_ratio,
     target_on_grid,
 )
-from i2am_train.models.others.other_model import OtherModel, Request
 from i2am_train.models.sampling import SamplingStep, sample
+from i2am_train.models.traceable import Request, TraceableModel
 from i2am_train.models.tryon import TryOnModel
 from i2am_train.models.watch import Watch
 from i2am_train.ops.grids import mask_on_grid, threshold
@@ -208,7 +208,7 @@ def value_or_none(score: float) -> float | None:
 
 
 def explain_picture(
-    model: OtherModel,
+    model: TraceableModel,
     request: Request,
     attribution: AttributionConfig,
     *,

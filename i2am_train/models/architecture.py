@@ -1,15 +1,17 @@
 """Makes a new try-on model from sizes alone, with random weights in Stable Diffusion 1.5's topology.
 
-``tiny`` is the shipped size; tests use smaller images and the same widths divided.
+:class:`Architecture` has the shipped sizes; tests use smaller images and the same widths divided.
 """
 
 from dataclasses import dataclass
 
+import torch
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+from torch import nn
 from transformers import Dinov2Config, Dinov2Model
 
 from i2am_train.models.projector import ReferenceProjector
-from i2am_train.models.tryon import TryOnConfig, TryOnModel, widen_input
+from i2am_train.models.tryon import INPUT_CHANNELS, TryOnConfig, TryOnModel
 from i2am_train.types import GridSize, PredictionType
 
 BETA_START, BETA_END = 0.00085, 0.012  # Stable Diffusion's scaled-linear schedule
@@ -116,7 +118,11 @@ def _reference_encoder(size: GridSize, sizes: Architecture) -> Dinov2Model:
 
 
 def make_scheduler(prediction_type: PredictionType) -> DDIMScheduler:
-    """SD's schedule; with v-prediction it ends in pure noise, so that colours must come from the garment."""
+    """SD's schedule; with v-prediction it ends in pure noise, so that colours must come from the garment.
+
+    >>> float(make_scheduler(PredictionType.V_PREDICTION).alphas_cumprod[-1])  # the share of the picture at the end
+    0.0
+    """
     return DDIMScheduler(
         beta_start=BETA_START,
         beta_end=BETA_END,
@@ -125,3 +131,25 @@ def make_scheduler(prediction_type: PredictionType) -> DDIMScheduler:
         prediction_type=str(prediction_type),
         rescale_betas_zero_snr=prediction_type is PredictionType.V_PREDICTION,
     )
+
+
+def widen_input(unet: UNet2DConditionModel) -> UNet2DConditionModel:
+    """Gives the first convolution more input channels, the new ones zero (paper A.5), and returns the U-Net.
+
+    At the start the network then equals the one that it was on the noisy latent alone.
+
+    >>> unet = UNet2DConditionModel(block_out_channels=(32,) * 4, cross_attention_dim=8, norm_num_groups=8)
+    >>> first = unet.conv_in.weight
+    >>> bool((widen_input(unet).conv_in.weight[:, :4] == first).all()), unet.conv_in.weight.shape[1]
+    (True, 12)
+    """
+    old = unet.conv_in
+    new = nn.Conv2d(INPUT_CHANNELS, old.out_channels, old.kernel_size, old.stride, old.padding)
+    with torch.no_grad():
+        new.weight.zero_()
+        new.weight[:, : old.in_channels] = old.weight
+        if new.bias is not None and old.bias is not None:
+            new.bias.copy_(old.bias)
+    unet.conv_in = new.to(old.weight.device, old.weight.dtype)
+    unet.register_to_config(in_channels=INPUT_CHANNELS)
+    return unet

@@ -1,4 +1,4 @@
-"""The forward process as formulas on tensors, and solvers that go back: at which timesteps the network is evaluated.
+"""The forward process as formulas on tensors, and the way back: where it starts, and solvers that say how it goes on.
 
 A solver evaluates the network once per step and draws no noise, so that a sample is a function of its initial noise
 alone. The schedule's numbers and the fast solvers are diffusers'; DDIM is ours, because the authors' time grid
@@ -6,7 +6,7 @@ alone. The schedule's numbers and the fast solvers are diffusers'; DDIM is ours,
 """
 
 import warnings
-from typing import NamedTuple, Protocol, runtime_checkable
+from typing import NamedTuple
 
 import torch
 from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, UniPCMultistepScheduler
@@ -16,12 +16,27 @@ from torch import Tensor, nn
 from i2am_train.errors import ConfigError
 from i2am_train.types import PredictionType, SamplerName
 
+SEESR_RESIDUAL = 1.0
+"""Equation 23: all of the picture that the last noise level leaves."""
+PASD_RESIDUAL = 0.1189
+"""The paper's alpha_a for PASD (A.7)."""
+
+_Latents = Float[Tensor, "batch channel height width"]
+_Level = Float[Tensor, "batch 1 1 1"]
+_Timesteps = Int[Tensor, " batch"]
+
 
 class NoiseSchedule(nn.Module):
     """Noise levels of a diffusion model and the conversions between its parametrisations.
 
     ``signal`` is the square root of the cumulative alpha, ``noise`` that of its complement; both have one
     entry for each of the scheduler's timesteps 0 (clean) ... 999 (noise).
+
+    >>> schedule = NoiseSchedule(DDIMScheduler(prediction_type="v_prediction"))
+    >>> clean, noise, at = torch.ones(1, 4, 2, 2), torch.zeros(1, 4, 2, 2), torch.tensor([500])
+    >>> found, _ = schedule.clean_and_noise(schedule.target(clean, noise, at), schedule.noised(clean, noise, at), at)
+    >>> bool(torch.isclose(found, clean).all())
+    True
     """
 
     signal: Tensor
@@ -37,48 +52,86 @@ class NoiseSchedule(nn.Module):
 
     @property
     def length(self) -> int:
-        """Number of training timesteps (1000 for Stable Diffusion)."""
+        """Number of training timesteps (1000 for Stable Diffusion).
+
+        >>> NoiseSchedule(DDIMScheduler()).length
+        1000
+        """
         return len(self.signal)
 
-    def levels(
-        self, timesteps: Int[Tensor, " batch"]
-    ) -> tuple[Float[Tensor, "batch 1 1 1"], Float[Tensor, "batch 1 1 1"]]:
+    def levels(self, timesteps: _Timesteps) -> tuple[_Level, _Level]:
         """Signal and noise amplitude of each sample, ready to multiply images."""
         return self.signal[timesteps][:, None, None, None], self.noise[timesteps][:, None, None, None]
 
-    def noised(
-        self,
-        clean: Float[Tensor, "batch channel height width"],
-        noise: Float[Tensor, "batch channel height width"],
-        timesteps: Int[Tensor, " batch"],
-    ) -> Float[Tensor, "batch channel height width"]:
-        """x_t = signal * x_0 + noise_level * eps (Ho et al. 2020, eq. 4)."""
+    def noised(self, clean: _Latents, noise: _Latents, timesteps: _Timesteps) -> _Latents:
+        """x_t = signal * x_0 + noise_level * eps (Ho et al. 2020, eq. 4).
+
+        >>> schedule, last = NoiseSchedule(DDIMScheduler(rescale_betas_zero_snr=True)), torch.tensor([999])
+        >>> schedule.noised(torch.full((1, 4, 1, 1), 5.0), torch.ones(1, 4, 1, 1), last).flatten()  # nothing but noise
+        tensor([1., 1., 1., 1.])
+        """
         signal, level = self.levels(timesteps)
         return signal * clean + level * noise
 
-    def target(
-        self,
-        clean: Float[Tensor, "batch channel height width"],
-        noise: Float[Tensor, "batch channel height width"],
-        timesteps: Int[Tensor, " batch"],
-    ) -> Float[Tensor, "batch channel height width"]:
-        """What the network is asked for: eps, or v = signal * eps - noise_level * x_0."""
+    def target(self, clean: _Latents, noise: _Latents, timesteps: _Timesteps) -> _Latents:
+        """What the network is asked for: eps, or v = signal * eps - noise_level * x_0 (Salimans and Ho 2022).
+
+        >>> noise, at = torch.ones(1, 4, 1, 1), torch.tensor([500])
+        >>> bool((NoiseSchedule(DDIMScheduler()).target(torch.zeros(1, 4, 1, 1), noise, at) == noise).all())
+        True
+        """
         if self.prediction_type is PredictionType.EPSILON:
             return noise
         signal, level = self.levels(timesteps)
         return signal * noise - level * clean
 
     def clean_and_noise(
-        self,
-        prediction: Float[Tensor, "batch channel height width"],
-        noisy: Float[Tensor, "batch channel height width"],
-        timesteps: Int[Tensor, " batch"],
-    ) -> tuple[Float[Tensor, "batch channel height width"], Float[Tensor, "batch channel height width"]]:
+        self, prediction: _Latents, noisy: _Latents, timesteps: _Timesteps
+    ) -> tuple[_Latents, _Latents]:
         """The x_0 and the eps that a prediction stands for."""
         signal, level = self.levels(timesteps)
         if self.prediction_type is PredictionType.EPSILON:
             return (noisy - level * prediction) / signal, prediction
         return signal * noisy - level * prediction, level * noisy + signal * prediction
+
+
+def low_resolution_start(
+    low_resolution: _Latents, noise: _Latents, alpha_cumprod: float, residual: float = SEESR_RESIDUAL
+) -> _Latents:
+    """Where super-resolution models start to denoise: ``sqrt(r a) z_LR + sqrt(1 - r a) z_T`` (paper eqs. 23 and 24).
+
+    ``low_resolution`` are scaled latents of the enlarged low-resolution picture, ``alpha_cumprod`` is the schedule's
+    cumulative alpha at the last timestep (0.0047 for Stable Diffusion), ``residual`` is :data:`SEESR_RESIDUAL` (eq. 23;
+    what ``scheduler.add_noise(z_LR, noise, 999)`` computes) or :data:`PASD_RESIDUAL` (eq. 24).
+
+    Raises:
+        ConfigError: ``residual * alpha_cumprod`` is not in [0, 1].
+
+    >>> picture, noise = torch.full((2, 1, 1, 1), 10.0), torch.ones(2, 1, 1, 1)
+    >>> round(low_resolution_start(picture, noise, 0.36)[0].item(), 6)  # .6 * 10 + .8 * 1
+    6.8
+    """
+    kept = residual * alpha_cumprod
+    if not 0 <= kept <= 1:
+        raise ConfigError(
+            f"residual {residual} times alpha_cumprod {alpha_cumprod} is {kept}; it must lie in [0, 1]. "
+            "alpha_cumprod is scheduler.alphas_cumprod[-1]."
+        )
+    return float(kept**0.5) * low_resolution + float((1 - kept) ** 0.5) * noise
+
+
+def guided(
+    unconditional: Float[Tensor, "*shape"], conditional: Float[Tensor, "*shape"], guidance: float
+) -> Float[Tensor, "*shape"]:
+    """Classifier-free guidance: unconditional + guidance * (conditional - unconditional) (paper eq. 9).
+
+    >>> guided(torch.tensor([1.0]), torch.tensor([3.0]), 5.0)
+    tensor([11.])
+    """
+    return unconditional + guidance * (conditional - unconditional)
+
+
+# -- solvers --------------------------------------------------------------------------------------------------------
 
 
 def ddim_timesteps(steps: int, length: int = 1000) -> list[tuple[int, int]]:
@@ -89,48 +142,20 @@ def ddim_timesteps(steps: int, length: int = 1000) -> list[tuple[int, int]]:
     >>> ddim_timesteps(4)
     [(999, 750), (750, 500), (500, 250), (250, 0)]
     """
-    if not 1 <= steps <= length:
-        raise ConfigError(
-            f"sampling.steps is {steps}; the noise schedule has {length} timesteps. "
-            f"Set it to a number from 1 to {length} (the paper uses 50)."
-        )
     grid = [length * index // steps for index in range(steps)] + [length - 1]
     return [(grid[i], grid[i - 1]) for i in range(steps, 0, -1)]
-
-
-def guided(
-    unconditional: Float[Tensor, "*shape"], conditional: Float[Tensor, "*shape"], guidance: float
-) -> Float[Tensor, "*shape"]:
-    """Classifier-free guidance: unconditional + guidance * (conditional - unconditional)."""
-    return unconditional + guidance * (conditional - unconditional)
 
 
 class SolverStep(NamedTuple):
     """What one step gives."""
 
-    latents: Float[Tensor, "batch channel height width"]
+    latents: _Latents
     """Where the next step begins; after the last step, the clean latent."""
-    clean: Float[Tensor, "batch channel height width"]
+    clean: _Latents
     """The clean latent that the network predicts at this step."""
 
 
-@runtime_checkable
-class Solver(Protocol):
-    """Takes a whole batch from noise to clean latents, step by step."""
-
-    timesteps: list[int]
-    """Where the network is evaluated, noisiest first."""
-
-    def step(
-        self,
-        step_index: int,
-        prediction: Float[Tensor, "batch channel height width"],
-        latents: Float[Tensor, "batch channel height width"],
-    ) -> SolverStep:
-        """Follows the (guided) prediction that was made for ``latents`` at ``timesteps[step_index]``."""
-
-
-class DDIMSolver:
+class _DDIMSolver:
     """Deterministic DDIM on the authors' time grid (Song et al. 2021)."""
 
     def __init__(self, schedule: NoiseSchedule, steps: int) -> None:
@@ -148,7 +173,7 @@ class DDIMSolver:
         return SolverStep(self._schedule.noised(clean, noise, torch.full_like(at, following)), clean)
 
 
-class MultistepSolver:
+class _MultistepSolver:
     """A multistep solver of diffusers, of second order, which remembers the steps before.
 
     ``dpmpp`` is DPM-Solver++(2M) (Lu et al. 2022), ``unipc`` UniPC (Zhao et al. 2023). Timesteps are spaced from the
@@ -176,17 +201,22 @@ class MultistepSolver:
         return SolverStep(following, clean)
 
 
-def make_solver(name: SamplerName, schedule: NoiseSchedule, steps: int) -> Solver:
-    """The solver that ``sampling.sampler`` names.
+def make_solver(name: SamplerName, schedule: NoiseSchedule, steps: int) -> _DDIMSolver | _MultistepSolver:
+    """The solver that ``sampling.sampler`` names: it takes a whole batch from noise to clean latents.
+
+    ``timesteps`` are where the network is evaluated, noisiest first; ``step(index, prediction, latents)`` follows the
+    (guided) prediction that was made for ``latents`` at ``timesteps[index]``.
 
     Raises:
         ConfigError: the schedule does not have so many timesteps.
+
+    >>> schedule = NoiseSchedule(DDIMScheduler())
+    >>> make_solver("ddim", schedule, 4).timesteps, make_solver("unipc", schedule, 4).timesteps
+    ([999, 750, 500, 250], [999, 749, 499, 249])
     """
-    if name == "ddim":
-        return DDIMSolver(schedule, steps)
     if not 1 <= steps <= schedule.length:
         raise ConfigError(
-            f"sampling.steps is {steps}; the noise schedule has {schedule.length} timesteps. Set it to a number from 1 "
-            f"to {schedule.length}."
+            f"sampling.steps is {steps}; the noise schedule has {schedule.length} timesteps. "
+            f"Set it to a number from 1 to {schedule.length} (the paper uses 50)."
         )
-    return MultistepSolver(name, schedule, steps)
+    return _DDIMSolver(schedule, steps) if name == "ddim" else _MultistepSolver(name, schedule, steps)

@@ -11,11 +11,11 @@ from diffusers import UNet2DConditionModel
 from diffusers.loaders import StableDiffusionLoraLoaderMixin
 from torch import Tensor
 
-PROJECTIONS = ("to_q", "to_k", "to_v", "to_out.0")
+_PROJECTIONS = ("to_q", "to_k", "to_v", "to_out.0")
 """Parts of an attention module that get an adapter, in self-attention and cross-attention alike."""
-FOLDER = "lora"
+ADAPTER_FOLDER = "lora"
 """Folder of a run with the adapters alone, if it trained any."""
-ADAPTER = "default"
+_ADAPTER = "default"
 """peft's name for the one adapter that a model has here."""
 
 
@@ -27,19 +27,27 @@ def add_adapters(unet: UNet2DConditionModel, rank: int, alpha: int) -> None:
     """
     from peft import LoraConfig
 
-    config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=list(PROJECTIONS))
-    unet.add_adapter(config, ADAPTER)
+    config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=list(_PROJECTIONS))
+    unet.add_adapter(config, _ADAPTER)
 
 
 def has_adapters(unet: UNet2DConditionModel) -> bool:
-    """True after :func:`add_adapters`."""
-    return ADAPTER in getattr(unet, "peft_config", {})
+    """True after :func:`add_adapters`.
+
+    >>> down, up = ("CrossAttnDownBlock2D",), ("CrossAttnUpBlock2D",)
+    >>> unet = UNet2DConditionModel(None, 4, 4, down_block_types=down, up_block_types=up, block_out_channels=(32,))
+    >>> before = has_adapters(unet)
+    >>> add_adapters(unet, rank=2, alpha=2)
+    >>> before, has_adapters(unet), has_adapters(merged(unet))
+    (False, True, False)
+    """
+    return _ADAPTER in getattr(unet, "peft_config", {})
 
 
 def copy_adapters(source: UNet2DConditionModel, target: UNet2DConditionModel) -> None:
     """Gives the target adapters like those of the source, if it has any, with values of their own."""
     if has_adapters(source):
-        target.add_adapter(source.peft_config[ADAPTER], ADAPTER)
+        target.add_adapter(source.peft_config[_ADAPTER], _ADAPTER)
 
 
 def merged(unet: UNet2DConditionModel) -> UNet2DConditionModel:
@@ -64,7 +72,7 @@ def _merged_weights(unet: UNet2DConditionModel) -> dict[str, Tensor]:
     }
     for path, layer in unet.named_modules():
         if isinstance(layer, Linear):
-            weights[f"{path}.weight"] = weights[f"{path}.weight"] + layer.get_delta_weight(ADAPTER)
+            weights[f"{path}.weight"] = weights[f"{path}.weight"] + layer.get_delta_weight(_ADAPTER)
     return weights
 
 
@@ -77,6 +85,6 @@ def save_adapters(unet: UNet2DConditionModel, folder: Path) -> None:
 
     StableDiffusionLoraLoaderMixin.save_lora_weights(
         folder,
-        unet_lora_layers=get_peft_model_state_dict(unet, adapter_name=ADAPTER),
-        unet_lora_adapter_metadata=unet.peft_config[ADAPTER].to_dict(),
+        unet_lora_layers=get_peft_model_state_dict(unet, adapter_name=_ADAPTER),
+        unet_lora_adapter_metadata=unet.peft_config[_ADAPTER].to_dict(),
     )

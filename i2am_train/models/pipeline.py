@@ -7,14 +7,13 @@ of both against each other, bit by bit.
 
 import inspect
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, DiffusionPipeline, UNet2DConditionModel
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.loaders import StableDiffusionLoraLoaderMixin
-from diffusers.utils import BaseOutput
+from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 from torch.nn.functional import interpolate
@@ -23,13 +22,6 @@ _ADVICE = (
     "Make it with X.from_config(pipeline.scheduler.config), where X is DDIMScheduler, EulerDiscreteScheduler, "
     "UniPCMultistepScheduler or DPMSolverMultistepScheduler."
 )
-
-
-@dataclass
-class TryOnOutput(BaseOutput):
-    """Images as asked for by ``output_type``."""
-
-    images: Any
 
 
 class TryOnPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin):
@@ -162,7 +154,7 @@ class TryOnPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin):
         if output_type != "pt":
             images = self.image_processor.postprocess(images.float(), output_type=output_type)
         self.maybe_free_model_hooks()
-        return TryOnOutput(images=images) if return_dict else (images,)
+        return ImagePipelineOutput(images=images) if return_dict else (images,)
 
     def _tensor(self, value: Any, device: torch.device, dtype: torch.dtype) -> Tensor:
         if isinstance(value, Tensor):

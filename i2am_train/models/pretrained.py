@@ -13,7 +13,7 @@ import torch
 from diffusers import ModelMixin
 from huggingface_hub import hf_hub_download, try_to_load_from_cache
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
-from transformers import AutoConfig, AutoModel, CLIPVisionModel, PreTrainedModel, SiglipVisionModel
+from transformers import AutoConfig, AutoImageProcessor, AutoModel, CLIPVisionModel, PreTrainedModel, SiglipVisionModel
 
 from i2am_train.config.locations import expanded, require_model
 from i2am_train.errors import CheckpointError, I2AMError
@@ -30,20 +30,20 @@ from i2am_train.weight_files import (
 
 T = TypeVar("T")
 
-VISION_MODELS = {"clip": CLIPVisionModel, "siglip": SiglipVisionModel}
+_VISION_MODELS = {"clip": CLIPVisionModel, "siglip": SiglipVisionModel}
 """Encoders whose folders hold a text model, too."""
 
 INDEX_FILE = "model_index.json"
 """What the folder of a pipeline is known by."""
-REASON = 300
+_REASON = 300
 """Characters of a library's own message that are repeated."""
-STEMS = ("diffusion_pytorch_model", "model", "pytorch_model")
+_STEMS = ("diffusion_pytorch_model", "model", "pytorch_model")
 """Names that diffusers (the first) and transformers give to files of weights."""
-DESCRIPTIONS = ("config.json", "scheduler_config.json", "preprocessor_config.json", INDEX_FILE)
+_DESCRIPTIONS = ("config.json", "scheduler_config.json", "preprocessor_config.json", INDEX_FILE)
 """What a folder may say of itself."""
 
 
-class Place(NamedTuple):
+class _Place(NamedTuple):
     """Where a model is read from."""
 
     name: str
@@ -71,22 +71,22 @@ class Place(NamedTuple):
         return Path(cached) if isinstance(cached, str) else None
 
 
-def place_of(source: str) -> Place:
-    """The file or folder that a source names, or the model on the hub: OWNER/NAME, or OWNER/NAME@REVISION.
-
-    Raises:
-        CheckpointError: it is no path here, and no model that the hub would give.
-    """
+def _place_of(source: str) -> _Place:
+    """The file or folder that a source names, or the model on the hub: OWNER/NAME, or OWNER/NAME@REVISION."""
     path = expanded(source)
     if path.exists():
-        return Place(str(path))
+        return _Place(str(path))
     name, _, revision = source.partition("@")
     require_model(name, revision or None)
-    return Place(name, revision or None)
+    return _Place(name, revision or None)
 
 
 def as_file(source: str) -> Path | None:
-    """The single file that a source names, or None for a folder or a name on the hub."""
+    """The single file that a source names, or None for a folder or a name on the hub.
+
+    >>> as_file("facebook/dinov2-base"), as_file("v1-5-pruned.ckpt").name
+    (None, 'v1-5-pruned.ckpt')
+    """
     path = expanded(source)
     return path if path.is_file() or path.suffix in SUFFIXES else None
 
@@ -100,9 +100,9 @@ def load_encoder(source: str) -> PreTrainedModel:
     Raises:
         CheckpointError: it cannot be read, or gives no patch tokens.
     """
-    place = place_of(source)
+    place = _place_of(source)
     config = load_config(source)
-    loader = VISION_MODELS.get(config.model_type, AutoModel)
+    loader = _VISION_MODELS.get(config.model_type, AutoModel)
     encoder = _load_network(loader, place, source)
     if not isinstance(getattr(encoder.config, "patch_size", None), int):
         raise CheckpointError(
@@ -115,16 +115,13 @@ def load_encoder(source: str) -> PreTrainedModel:
 def load_network(kind: Any, source: str, part: str, check: Callable[[Any, str], None] | None = None) -> Any:
     """A network of diffusers in float32, from its own folder or a pipeline's, or such a name on the hub.
 
-    Args:
-        kind: class of the network.
-        source: folder or name.
-        part: option that the source was given as, and subfolder of a pipeline.
-        check: refuses a network (on the meta device) by its configuration, before weights are read.
+    ``part`` is the option that the source was given as, and the subfolder of a pipeline. ``check`` refuses a network
+    (on the meta device) by its configuration, before weights are read.
 
     Raises:
         CheckpointError: it cannot be read, is of another class, or lacks weights.
     """
-    place = place_of(source)
+    place = _place_of(source)
     subfolder = _subfolder(place, source, part)
     where = {"subfolder": subfolder} if subfolder else {}
     _check_descriptions(place, subfolder)
@@ -143,16 +140,12 @@ def load_network(kind: Any, source: str, part: str, check: Callable[[Any, str], 
 def load_part(kind: Any, source: str, part: str, **options: Any) -> Any:
     """A part of a pipeline that is no network of diffusers: image encoder, scheduler, feature extractor.
 
-    Args:
-        kind: class of the part.
-        source: folder of the pipeline, or its name on the hub.
-        part: subfolder.
-        options: more arguments of ``from_pretrained``.
+    ``part`` is its subfolder; ``options`` are more arguments of ``from_pretrained``.
 
     Raises:
         CheckpointError: it cannot be read, or lacks weights.
     """
-    place = place_of(source)
+    place = _place_of(source)
     _check_descriptions(place, part)
     if issubclass(kind, PreTrainedModel):
         return _load_network(kind, place, source, part, **options).eval()
@@ -160,29 +153,39 @@ def load_part(kind: Any, source: str, part: str, **options: Any) -> Any:
     return reading(source, lambda: kind.from_pretrained(place.name, subfolder=part, **options))
 
 
-def load_model(kind: Any, source: str) -> Any:
-    """A model of transformers from its own folder or the hub, in the numbers of its file.
+def load_with_processor(option: str, name: str, kind: Any, device: str) -> tuple[Any, Any]:
+    """A model of transformers, in the numbers of its file, and its image processor, from a folder or from the hub.
+
+    ``option`` named it, for messages; ``device`` is cpu, cuda or auto.
 
     Raises:
-        CheckpointError: it cannot be read, is of another kind, or lacks weights.
+        CheckpointError: there is no such model, or it is of another kind.
     """
-    place = place_of(source)
-    _check_descriptions(place, "")
-    return _load_network(kind, place, source, dtype=None)
+    try:
+        processor = _from_transformers(AutoImageProcessor, name)
+        model = _load_network(kind, _place_of(name), name, dtype=None)
+    except CheckpointError as error:
+        what = " ".join(str(error).split())[:400]
+        raise CheckpointError(
+            f"No model for {option} could be loaded from {option}={name} ({what}). Give a folder with config.json, "
+            "preprocessor_config.json and the weights, or a name on the hub that this machine can reach."
+        ) from error
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    return model.to(device), processor
 
 
 def load_config(source: str) -> Any:
-    """The configuration of a model of transformers; errors as of :func:`load_processor`."""
-    return load_processor(AutoConfig, source)
-
-
-def load_processor(kind: Any, source: str) -> Any:
-    """A processor of transformers from a model's folder or the hub.
+    """The configuration of a model of transformers, from its folder or the hub.
 
     Raises:
         CheckpointError: it cannot be read, or needs code of its own.
     """
-    place = place_of(source)
+    return _from_transformers(AutoConfig, source)
+
+
+def _from_transformers(kind: Any, source: str) -> Any:
+    place = _place_of(source)
     _check_descriptions(place, "")
     options = {"trust_remote_code": False, **place.options}
     return reading(source, lambda: kind.from_pretrained(place.name, **options))
@@ -191,16 +194,13 @@ def load_processor(kind: Any, source: str) -> Any:
 def load_pipeline(kind: Any, source: str, **parts: Any) -> Any:
     """A pipeline of diffusers in float32, of a folder or the hub.
 
-    Args:
-        kind: class of the pipeline.
-        source: folder, or name on the hub.
-        parts: those that are loaded already (each by a function that refuses missing weights), and
-            more arguments of ``from_pretrained``.
+    ``parts`` are those that are loaded already (each by a function that refuses missing weights), and more arguments of
+    ``from_pretrained``.
 
     Raises:
         CheckpointError: it cannot be read, or a network of it is not whole.
     """
-    place = place_of(source)
+    place = _place_of(source)
     _check_descriptions(place, "")
     parts |= place.options
     pipeline = reading(source, lambda: kind.from_pretrained(place.name, dtype=torch.float32, **parts))
@@ -212,7 +212,7 @@ def load_pipeline(kind: Any, source: str, **parts: Any) -> Any:
 
 def _load_network(
     kind: Any,
-    place: Place,
+    place: _Place,
     source: str,
     subfolder: str = "",
     *,
@@ -242,7 +242,7 @@ def _load_network(
 # -- files ----------------------------------------------------------------------------------------------------------
 
 
-def _subfolder(place: Place, source: str, part: str) -> str:
+def _subfolder(place: _Place, source: str, part: str) -> str:
     """``part`` for a pipeline, empty for the network's own folder."""
     folder = place.folder
     if folder is not None:
@@ -260,7 +260,7 @@ def _subfolder(place: Place, source: str, part: str) -> str:
     return str(reading(source, lambda: _hub_subfolder(place, part)))
 
 
-def _hub_subfolder(place: Place, part: str) -> str:
+def _hub_subfolder(place: _Place, part: str) -> str:
     """``part`` for a pipeline on the hub, empty for a network's own repository."""
     try:
         hf_hub_download(place.name, f"{part}/config.json", revision=place.revision)
@@ -273,19 +273,19 @@ def _hub_subfolder(place: Place, part: str) -> str:
     return part
 
 
-def _check_descriptions(place: Place, subfolder: str) -> None:
+def _check_descriptions(place: _Place, subfolder: str) -> None:
     """Refuses what is no JSON object before a library makes something of it: of a text, a name on the hub."""
-    for name in DESCRIPTIONS:
+    for name in _DESCRIPTIONS:
         file = place.file(f"{subfolder}/{name}" if subfolder else name)
         if file is not None:
             read_description(file)
 
 
-def _weight_files(place: Place, subfolder: str) -> list[Path]:
+def _weight_files(place: _Place, subfolder: str) -> list[Path]:
     """The files of weights that the libraries take of a folder, in their order; none that is not on this machine."""
     prefix = f"{subfolder}/" if subfolder else ""
     for ending in (".safetensors", ".bin"):
-        for stem in STEMS:
+        for stem in _STEMS:
             if file := place.file(f"{prefix}{stem}{ending}"):
                 return [file]
             if index := place.file(f"{prefix}{stem}{ending}.index.json"):
@@ -298,7 +298,7 @@ def _check_files(folder: Path, files: list[Path]) -> None:
     if folder.is_dir() and not files:
         found = ", ".join(sorted(path.name for path in folder.iterdir())[:6]) or "nothing"
         raise CheckpointError(
-            f"'{folder}' holds no weights: expected {STEMS[0]}.safetensors of diffusers or {STEMS[1]}.safetensors of "
+            f"'{folder}' holds no weights: expected {_STEMS[0]}.safetensors of diffusers or {_STEMS[1]}.safetensors of "
             f"transformers (found: {found}). The folder may be half downloaded; download it again."
         )
     for file in files:
@@ -308,7 +308,13 @@ def _check_files(folder: Path, files: list[Path]) -> None:
 
 
 def reading(source: str, read: Callable[[], Any]) -> Any:
-    """What ``read`` gives; the libraries' many errors as one that says what to do."""
+    """What ``read`` gives; the libraries' many errors as one that says what to do.
+
+    >>> reading("models/mine", lambda: {}["weight_map"])
+    Traceback (most recent call last):
+        ...
+    i2am_train.errors.CheckpointError: There is no folder 'models/mine' here, and the hub did not give it: KeyError: ...
+    """
     try:
         with warnings.catch_warnings():  # diffusers' own use of the hub's library
             warnings.filterwarnings("ignore", "The `local_dir_use_symlinks` argument")
@@ -316,7 +322,7 @@ def reading(source: str, read: Callable[[], Any]) -> Any:
     except I2AMError:
         raise
     except Exception as error:  # damaged files fail in the words of whichever library reads them
-        reason = " ".join(str(error).split())[:REASON] or type(error).__name__
+        reason = " ".join(str(error).split())[:_REASON] or type(error).__name__
         if not isinstance(error, (OSError, ValueError, RuntimeError)):  # whose texts need no name
             reason = f"{type(error).__name__}: {reason}"
         if expanded(source).exists():
@@ -352,15 +358,12 @@ def _check_loaded(info: dict[str, Any], source: str) -> None:
 
 
 def check_pipeline(source: str, expected: Sequence[str], model: str) -> None:
-    """Refuses the folder of another pipeline; a name on the hub is left to its download.
-
-    Args:
-        source: folder or name.
-        expected: class names of pipelines that will do.
-        model: name of the model that was asked for.
+    """Refuses the folder of another pipeline than the ``expected`` classes; a name on the hub is left to its download.
 
     Raises:
         CheckpointError: the folder is no pipeline's, or of another one, or its index cannot be read.
+
+    >>> check_pipeline("Fantasy-Studio/Paint-by-Example", ["PaintByExamplePipeline"], "paint_by_example")
     """
     folder = expanded(source)
     if not folder.is_dir():
@@ -381,14 +384,19 @@ def fitting(option: str, file: Path, fill: Callable[[], T]) -> T:
 
     Raises:
         CheckpointError: its tensors are not what the model has.
+
+    >>> fitting("adapter", Path("a.bin"), lambda: {}["to_q"])
+    Traceback (most recent call last):
+        ...
+    i2am_train.errors.CheckpointError: adapter=a.bin does not fit this model (KeyError: 'to_q'). Give the weights ...
     """
     try:
         return fill()
     except CheckpointError:
         raise
     except Exception as error:  # weights of something else fail in the words of whoever uses them
-        reason = " ".join(str(error).split())[:REASON]
+        reason = " ".join(str(error).split())[:_REASON]
         raise CheckpointError(
-            f"{option}={file} does not fit this model ({type(error).__name__}: {reason}). Give the "
-            "weights that were made for it."
+            f"{option}={file} does not fit this model ({type(error).__name__}: {reason}). Give the weights that were "
+            "made for it."
         ) from error

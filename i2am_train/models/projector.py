@@ -33,6 +33,10 @@ class ReferenceProjector(ModelMixin, ConfigMixin):
         """Context tokens ``[batch, token, context_width]`` of encoder tokens ``[batch, token, encoder_width]``.
 
         Those of ``dropped`` samples (see :meth:`drop`) are the null tokens.
+
+        >>> projector = ReferenceProjector(encoder_width=8, context_width=6, tokens=5, depth=1)
+        >>> projector(torch.zeros(2, 5, 8)).shape
+        torch.Size([2, 5, 6])
         """
         hidden = self.norm(tokens)
         for block in self.blocks:
@@ -44,5 +48,10 @@ class ReferenceProjector(ModelMixin, ConfigMixin):
         """Replaces the context tokens of samples by the null tokens where ``dropped`` (bool ``[batch]``) is true.
 
         Other inputs stay.
+
+        >>> projector = ReferenceProjector(encoder_width=8, context_width=6, tokens=5, depth=1)
+        >>> kept, dropped = projector.drop(torch.zeros(2, 5, 6), torch.tensor([False, True]))
+        >>> bool((kept == 0).all()), bool((dropped == projector.null_tokens[0]).all())
+        (True, True)
         """
         return torch.where(dropped[:, None, None], self.null_tokens.to(tokens.dtype), tokens)

@@ -8,12 +8,11 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
 from i2am_train.attention.frames import announce
 from i2am_train.models.diffusion import guided, make_solver
-from i2am_train.models.tryon import Conditions, TryOnModel
+from i2am_train.models.tryon import Conditions, Images, Latents, TryOnModel
 from i2am_train.models.watch import Watch
 from i2am_train.types import SamplerName
 
@@ -23,11 +22,11 @@ class SamplingStep(NamedTuple):
 
     step_index: int
     timestep: int
-    clean: Float[Tensor, "batch 4 latent_height latent_width"]
+    clean: Latents
     """The clean latent that the model predicts at this step."""
 
 
-def initial_noise(model: TryOnModel, seeds: Sequence[int]) -> Float[Tensor, "batch 4 latent_height latent_width"]:
+def _initial_noise(model: TryOnModel, seeds: Sequence[int]) -> Latents:
     """Standard normal latents, one stream for each sample: the same alone, in a batch, on two processes."""
     shape = (4, *model.latent_size)
     rows = [torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
@@ -37,9 +36,9 @@ def initial_noise(model: TryOnModel, seeds: Sequence[int]) -> Float[Tensor, "bat
 @torch.no_grad()
 def sample(
     model: TryOnModel,
-    garment: Float[Tensor, "batch 3 height width"],
-    agnostic: Float[Tensor, "batch 3 height width"],
-    densepose: Float[Tensor, "batch 3 height width"],
+    garment: Images,
+    agnostic: Images,
+    densepose: Images,
     *,
     seeds: Sequence[int],
     steps: int = 50,
@@ -47,7 +46,7 @@ def sample(
     sampler: SamplerName = "ddim",
     names: Sequence[str] | None = None,
     on_step: Callable[[SamplingStep], None] | None = None,
-) -> Float[Tensor, "batch 3 height width"]:
+) -> Images:
     """Images in [-1, 1] of the persons in the garments; all inputs are in [-1, 1].
 
     ``steps``, ``guidance`` and ``sampler`` default to the paper's. With guidance 1 the unconditional half is not
@@ -64,13 +63,13 @@ def sample(
     watch.see(conditions.agnostic, "The VAE's latents of the agnostic image")
     watch.see(conditions.pose, "The VAE's latents of the DensePose image")
     watch.see(conditions.tokens, "The reference encoder's tokens of the garment")
-    latents = initial_noise(model, seeds)
+    latents = _initial_noise(model, seeds)
     solver = make_solver(sampler, model.schedule, steps)
     for step_index, timestep in enumerate(solver.timesteps):
         at = torch.full((len(latents),), timestep, device=latents.device)
         prediction = _predict(model, latents, at, conditions, guidance, step_index)
         latents, clean = solver.step(step_index, prediction, latents)
-        watch.see(latents, f"Step {step_index + 1} of {steps} of sampling (timestep {timestep}): the latents")
+        watch.see_step(steps, step_index, timestep, latents)
         if on_step is not None:
             on_step(SamplingStep(step_index, timestep, clean))
     watch.check()

@@ -4,8 +4,6 @@ In half precision a network can overflow in one step; all that follows is NaN, w
 score as nothing at all.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 
@@ -18,17 +16,14 @@ from torch import Tensor
 from i2am_train.errors import NotFiniteError
 from i2am_train.ops.numerics import rows_at_fault
 
-SHOWN = 4
+_SHOWN = 4
 """Samples that an error names."""
 
 
 class Watch:
-    """Sees tensors in the order in which they are computed.
+    """Sees tensors in the order in which they are computed; samples without ``names`` are numbered.
 
     Nothing is read from the device before :meth:`check`, so that watching does not slow it down.
-
-    Args:
-        names: of the samples in the batch; None: they are numbered.
     """
 
     def __init__(self, names: Sequence[str] | None = None) -> None:
@@ -39,11 +34,19 @@ class Watch:
     def see(self, values: Float[Tensor, "batch *shape"], what: str) -> None:
         """Notes which samples of a batch are not finite in ``what``."""
         if self._dtype is None:
-            self._dtype = computing_dtype(values)
+            self._dtype = _computing_dtype(values)
         self._seen.append((what, rows_at_fault(values)))
 
     def see_step(self, steps: int, index: int, timestep: Any, latents: Tensor) -> None:
-        """Notes which samples are not finite after one of a sampler's steps."""
+        """Notes which samples are not finite after one of a sampler's steps.
+
+        >>> watch = Watch()
+        >>> watch.see_step(steps=20, index=6, timestep=650, latents=torch.full((1, 4, 2, 2), torch.inf))
+        >>> watch.check()
+        Traceback (most recent call last):
+            ...
+        i2am_train.errors.NotFiniteError: Step 7 of 20 of sampling (timestep 650): the latents became ...
+        """
         what = f"Step {index + 1} of {steps} of sampling (timestep {int(timestep)}): the latents"
         self.see(latents, what)
 
@@ -52,6 +55,9 @@ class Watch:
 
         Raises:
             NotFiniteError: they, or what was seen before, are no numbers.
+
+        >>> Watch().images(np.full((1, 1, 1, 3), 0.5, np.float32), torch.float32).tolist()
+        [[[[128, 128, 128]]]]
         """
         self.check()
         if not np.isfinite(images).all():
@@ -63,6 +69,13 @@ class Watch:
 
         Raises:
             NotFiniteError: something was no finite number; the message names the first, and the samples.
+
+        >>> watch = Watch(["shirt", "dress"])
+        >>> watch.see(torch.tensor([[1.0], [torch.nan]]), "The latents")
+        >>> watch.check()
+        Traceback (most recent call last):
+            ...
+        i2am_train.errors.NotFiniteError: The latents became NaN or infinite for dress, so nothing that follows ...
         """
         if not self._seen:
             return
@@ -79,17 +92,21 @@ class Watch:
 
     def _of(self, rows: list[int]) -> str:
         names = [f"sample {row + 1} of the batch" if self._names is None else self._names[row] for row in rows]
-        return ", ".join(names[:SHOWN]) + (f" and {len(names) - SHOWN} more" if len(names) > SHOWN else "")
+        return ", ".join(names[:_SHOWN]) + (f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else "")
 
 
-def computing_dtype(values: Tensor) -> torch.dtype:
+def _computing_dtype(values: Tensor) -> torch.dtype:
     """What networks compute in where these values came from: autocast's type, else the values' own."""
     kind = values.device.type
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else values.dtype
 
 
 def advice(dtype: torch.dtype) -> str:
-    """What to do about numbers that overflowed in a type."""
+    """What to do about numbers that overflowed in a type.
+
+    >>> advice(torch.bfloat16).partition(",")[0]
+    'The networks compute in bfloat16'
+    """
     name = str(dtype).removeprefix("torch.")
     if dtype != torch.float16:
         return (

@@ -53,7 +53,7 @@ from i2am_train.ops.numerics import rows_at_fault
 from i2am_train.runs import require_apart
 from i2am_train.types import Pairing, Role, Split
 
-DECODER = ("decoder.", "post_quant_conv.")
+_DECODER = ("decoder.", "post_quant_conv.")
 """Weights of a VAE that encoding does not use; a fine-tuned decoder does not make a cache useless."""
 
 
@@ -71,7 +71,7 @@ def cache_key(model: TryOnModel, data: DataState, reading: Reading = AS_IT_LIES)
     config = model.config
     size = f"{config.reference_height}x{config.reference_width}"
     return CacheKey(
-        vae=_digest(model.vae, DECODER),
+        vae=_digest(model.vae, _DECODER),
         reference_encoder=_digest(model.reference_encoder),
         garment_input=f"{size} mean {config.reference_mean} std {config.reference_std}",
         image_size=str(model.image_size),
@@ -102,52 +102,38 @@ def make_cache(
     workers: int = 0,
     progress: bool = False,
 ) -> CacheIndex:
-    """Encode a dataset into a folder, or go on with one that was begun.
+    """Encodes the dataset in ``root`` into the folder ``output``, or goes on with one that was begun.
 
-    Args:
-        model: its VAE and reference encoder are used, on its device and in float32.
-        root: dataset folder.
-        output: folder of the cache.
-        layout: how to store it.
-        reading: of the dataset.
-        splits: which halves.
-        batch_size: pictures of each kind that are encoded at once.
-        workers: processes that read pictures.
-        progress: show a bar.
+    The model's VAE and reference encoder are used, on its device and in float32. ``batch_size`` pictures of each kind
+    are encoded at once, and ``workers`` processes read them.
 
     Raises:
         DataError: the dataset is broken, the folder holds another cache or something else, or the disk is too full.
     """
+    layout = layout or CacheLayout()
     with noted_in(output):
-        return _make_cache(model, root, output, layout or CacheLayout(), reading, splits, batch_size, workers, progress)
-
-
-def _make_cache(
-    model: TryOnModel, root: Path, output: Path, layout: CacheLayout, reading: Reading, splits: Sequence[Split],
-    batch_size: int, workers: int, progress: bool,
-) -> CacheIndex:  # fmt: skip
-    samples = {str(s): list_length(root, s, Pairing.PAIRED, reading) for s in splits}
-    data = data_state(root)
-    index = CacheIndex(key=cache_key(model, data, reading), layout=layout, samples=samples)
-    _keep_shards(root, output, index, data)
-    sources = {split: _Source(model, root, Split(split), layout, reading) for split in index.samples}
-    refuse_broken_pictures([source.dataset for source in sources.values()])
-    model.eval()
-    rows = sum(n * layout.rows_per_sample(Split(name)) for name, n in index.samples.items())
-    with tqdm(total=rows, desc="encoded", unit="sample", disable=not progress) as bar:
-        bar.update(sum(len(shard.crc32) for kept in index.shards.values() for shard in kept))
-        for split, total in index.samples.items():
-            kept = index.shards[split]
-            there = {shard.first for shard in kept}
-            missing = [n for n in range(0, total, layout.shard_samples) if n not in there]
-            for shard in sources[split].shards(index, output, missing, batch_size, workers, bar):
-                kept.append(shard)
-                kept.sort(key=lambda one: one.first)
-                index.write(output)
-                DataRecord(output).keep(data)
-    index.write(output)
-    DataRecord(output).write(data)
-    return index
+        samples = {str(s): list_length(root, s, Pairing.PAIRED, reading) for s in splits}
+        data = data_state(root)
+        index = CacheIndex(key=cache_key(model, data, reading), layout=layout, samples=samples)
+        _keep_shards(root, output, index, data)
+        sources = {split: _Source(model, root, Split(split), layout, reading) for split in index.samples}
+        refuse_broken_pictures([source.dataset for source in sources.values()])
+        model.eval()
+        rows = sum(n * layout.rows_per_sample(Split(name)) for name, n in index.samples.items())
+        with tqdm(total=rows, desc="encoded", unit="sample", disable=not progress) as bar:
+            bar.update(sum(len(shard.crc32) for kept in index.shards.values() for shard in kept))
+            for split, total in index.samples.items():
+                kept = index.shards[split]
+                there = {shard.first for shard in kept}
+                missing = [n for n in range(0, total, layout.shard_samples) if n not in there]
+                for shard in sources[split].shards(index, output, missing, batch_size, workers, bar):
+                    kept.append(shard)
+                    kept.sort(key=lambda one: one.first)
+                    index.write(output)
+                    DataRecord(output).keep(data)
+        index.write(output)
+        DataRecord(output).write(data)
+        return index
 
 
 def _keep_shards(root: Path, output: Path, index: CacheIndex, data: DataState) -> None:
@@ -198,7 +184,7 @@ class _Source:
 
     def shards(
         self, index: CacheIndex, output: Path, firsts: Sequence[int], batch_size: int, workers: int, bar: Any
-    ) -> Iterator[Shard]:  # fmt: skip
+    ) -> Iterator[Shard]:
         """Writes the shards that begin with the given samples; first the index, which says whose they are."""
         total = index.samples[self.split]
         variants = self.layout.rows_per_sample(self.split)
@@ -225,7 +211,7 @@ class _Source:
     def _encoded(self, batches: list[list[EpochPosition]], workers: int) -> Iterator[list[dict[str, Tensor]]]:
         loader: DataLoader[Any] = DataLoader(
             self.dataset, batch_sampler=batches, num_workers=workers, worker_init_fn=ignore_interrupts
-        )  # fmt: skip
+        )
         dtype = getattr(torch, self.layout.dtype)
         for rows, batch in zip(batches, loader, strict=True):
             values = self._encode(batch)

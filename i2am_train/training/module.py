@@ -14,14 +14,10 @@ from i2am_train.data.dataset import TryOnBatch
 from i2am_train.losses.objective import Objective
 from i2am_train.models.lora import add_adapters
 from i2am_train.models.tryon import TryOnModel
-from i2am_train.training.draws import ConditionedCount, Draws, batches_of_step, draw
 from i2am_train.training.optimization import make_optimizer, make_schedule, prepare_networks, set_trainable
-from i2am_train.training.step import TrainingBatch, step_losses
+from i2am_train.training.step import Draws, TrainingBatch, batches_of_step, draw, step_losses
 
-LEARNING_RATE = "lr"
-"""What the learning rate is logged as."""
-
-FROZEN = ("model.vae.", "model.reference_encoder.")
+_FROZEN = ("model.vae.", "model.reference_encoder.")
 """Networks that never train, as prefixes of their weights' names."""
 
 
@@ -47,7 +43,7 @@ class TryOnModule(L.LightningModule):
         self.seed = seed
         self.cached = cached
         self._tap: ScoreTap | None = None
-        self._conditioned = ConditionedCount()
+        self._conditioned: tuple[tuple[int, list[list[int]]], Tensor] | None = None
         if options.trainable == "lora":
             add_adapters(model.unet, options.lora_rank, options.adapter_alpha)
         set_trainable(model, options.trainable)
@@ -92,16 +88,14 @@ class TryOnModule(L.LightningModule):
 
     def training_step(self, batch: TrainingBatch, batch_index: int) -> Tensor:
         """One step's total loss; every part is logged as ``loss/<name>``, its mean over the processes."""
-        draws = self._draws([int(index) for index in batch["index"]])
-        conditioned = self._conditioned_per_batch(batch_index)
         losses = step_losses(
             self.model,
             batch,
-            draws,
+            self._draws([int(index) for index in batch["index"]]),
             self.objective,
             self._tap,
             snr_gamma=self.options.snr_gamma,
-            conditioned=conditioned,
+            conditioned=self._conditioned_per_batch(batch_index),
         )
         logged = {f"loss/{name}": value.detach() for name, value in losses.items()}
         self.log_dict(logged, batch_size=len(batch["name"]), sync_dist=True)
@@ -118,11 +112,8 @@ class TryOnModule(L.LightningModule):
         trained = [parameter for parameter in self.parameters() if parameter.requires_grad]
         optimizer = make_optimizer(trained, self.options)
         schedule = make_schedule(optimizer, self.options)
-        # The name is what the learning rate is logged as.
-        return {
-            "optimizer": optimizer,
-            "lr_scheduler": {"scheduler": schedule, "interval": "step", "name": LEARNING_RATE},
-        }
+        # The name is what the learning rate is logged as (tracking.names.LEARNING_RATE).
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step", "name": "lr"}}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Leaves the frozen networks out of the file; they come with the checkpoint that training started from."""
@@ -149,10 +140,13 @@ class TryOnModule(L.LightningModule):
         """Whether a weight may differ from the one in the model that training started from."""
         if self.options.trainable == "lora":
             return ".lora_" in name
-        return not name.startswith(FROZEN)
+        return not name.startswith(_FROZEN)
 
     def _conditioned_per_batch(self, batch_index: int) -> Tensor | None:
-        """Over the optimizer step's batches; None where it has a single one."""
+        """Mean number of samples in the step's batches whose condition is not dropped, worked out once a step.
+
+        None where the step has a single batch.
+        """
         trainer = self.trainer
         if trainer.accumulate_grad_batches == 1 or not self.objective.terms:
             return None
@@ -164,7 +158,11 @@ class TryOnModule(L.LightningModule):
             trainer.accumulate_grad_batches,
             int(trainer.num_training_batches),
         )
-        return self._conditioned(batches, self.current_epoch, self._draws)
+        step = (self.current_epoch, batches)
+        if self._conditioned is None or self._conditioned[0] != step:
+            dropped = torch.cat([self._draws(batch).dropped for batch in batches])
+            self._conditioned = step, (~dropped).sum() / len(batches)
+        return self._conditioned[1]
 
     def _draws(self, indices: list[int]) -> Draws:
         draws = draw(

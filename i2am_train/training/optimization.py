@@ -14,10 +14,10 @@ from i2am_train.errors import ConfigError
 from i2am_train.models.tryon import TryOnModel
 from i2am_train.types import Trainable
 
-V1 = ("conv_in.", "up_blocks.", "conv_norm_out.", "conv_out.")
-SETS: Mapping[Trainable, Callable[[str], bool]] = {
+_V1 = ("conv_in.", "up_blocks.", "conv_norm_out.", "conv_out.")
+_SETS: Mapping[Trainable, Callable[[str], bool]] = {
     "all": lambda name: True,
-    "v1": lambda name: name.startswith(V1) or (name.startswith("down_blocks.") and ".attn2." in name),
+    "v1": lambda name: name.startswith(_V1) or (name.startswith("down_blocks.") and ".attn2." in name),
     "v2": lambda name: not name.startswith("time_embedding."),
     "cross_attention": lambda name: name.startswith("conv_in.") or ".attn2." in name,
     "lora": lambda name: ".lora_" in name,
@@ -33,11 +33,19 @@ def set_trainable(model: TryOnModel, trainable: Trainable) -> None:
     time embedding. ``cross_attention``: the first convolution and every cross-attention (their ``sd_locked``).
     ``all``: the whole U-Net. The VAE and the reference encoder are always frozen.
     ``lora``: adapters alone (``models.lora``); the projector is frozen, too.
+
+    >>> from i2am_train.models.architecture import build_model
+    >>> from i2am_train.types import GridSize
+    >>> with torch.device("meta"):
+    ...     model = build_model(GridSize(64, 48))
+    >>> set_trainable(model, "cross_attention")
+    >>> sorted({name.split(".")[0] for name, value in model.unet.named_parameters() if value.requires_grad})
+    ['conv_in', 'mid_block', 'up_blocks']
     """
     model.requires_grad_(False)
     model.projector.requires_grad_(trainable != "lora")
     for name, parameter in model.unet.named_parameters():
-        if SETS[trainable](name):
+        if _SETS[trainable](name):
             parameter.requires_grad_(True)
 
 
@@ -64,6 +72,10 @@ def make_optimizer(parameters: list[nn.Parameter], options: OptimizationConfig) 
     """AdamW over the given parameters; one fused kernel where that goes together with gradient clipping.
 
     ``adamw8bit`` is bitsandbytes', whose two moments take a byte each.
+
+    >>> optimizer = make_optimizer([nn.Parameter(torch.zeros(2))], OptimizationConfig(weight_decay=0.5))
+    >>> type(optimizer).__name__, optimizer.defaults["weight_decay"]
+    ('AdamW', 0.5)
     """
     if options.optimizer == "adamw8bit":
         made: Optimizer = eight_bit_adamw()(
@@ -151,5 +163,10 @@ def learning_rate_factor(step: int, options: OptimizationConfig) -> float:
 
 
 def make_schedule(optimizer: Optimizer, options: OptimizationConfig) -> LambdaLR:
-    """The schedule of :func:`learning_rate_factor`, advanced once a step."""
+    """The schedule of :func:`learning_rate_factor`, advanced once a step.
+
+    >>> options = OptimizationConfig(learning_rate=0.5, steps=10, warmup_steps=2)
+    >>> make_schedule(make_optimizer([nn.Parameter(torch.zeros(2))], options), options).get_last_lr()
+    [0.25]
+    """
     return LambdaLR(optimizer, lambda step: learning_rate_factor(step, options))

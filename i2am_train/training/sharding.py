@@ -24,7 +24,7 @@ from i2am_train.training.module import TryOnModule
 # -- networks ------------------------------------------------------------------------------------------------------
 
 
-def shard(model: TryOnModel, mesh: DeviceMesh) -> None:
+def _shard(model: TryOnModel, mesh: DeviceMesh) -> None:
     """Shards U-Net and projector over the processes of ``mesh``, block by block.
 
     VAE and reference encoder stay whole in every process: they have no gradients and no moments, are needed in
@@ -48,8 +48,8 @@ def _blocks(network: nn.Module) -> Iterator[nn.Module]:
             yield child
 
 
-def gather(model: nn.Module) -> None:
-    """Puts all sharded weights together in every process until :func:`release`; collective.
+def _gather(model: nn.Module) -> None:
+    """Puts all sharded weights together in every process until :func:`_release`; collective.
 
     Meanwhile forwards without gradient need no other process, and no traffic in each of the sampler's steps.
     """
@@ -58,8 +58,8 @@ def gather(model: nn.Module) -> None:
         part.unshard()
 
 
-def release(model: nn.Module) -> None:
-    """Ends :func:`gather`; harmless without it."""
+def _release(model: nn.Module) -> None:
+    """Ends :func:`_gather`; harmless without it."""
     for part in _sharded_parts(model):
         part.set_reshard_after_forward(True, recurse=False)
         part.reshard()
@@ -75,28 +75,38 @@ class ShardedTryOnModule(TryOnModule):
     def configure_model(self) -> None:
         """Lightning's place for it, before there is an optimizer."""
         assert self.device_mesh is not None
-        shard(self.model, self.device_mesh["data_parallel"])
+        _shard(self.model, self.device_mesh["data_parallel"])
 
     def on_validation_start(self) -> None:
         """Processes generate unequally many batches, so none may need another for a forward."""
         super().on_validation_start()
-        gather(self.model)
+        _gather(self.model)
 
     def on_validation_epoch_end(self) -> None:
-        """Back to parts, before ``on_validation_end`` of callbacks (callbacks.averaging)."""
-        release(self.model)
+        """Back to parts, before ``on_validation_end`` of callbacks (``callbacks.weights``)."""
+        _release(self.model)
 
 
 # -- states --------------------------------------------------------------------------------------------------------
 
 
 def whole(value: Tensor) -> Tensor:
-    """The whole of a tensor, of which this process may have a part only; collective if it has."""
+    """The whole of a tensor, of which this process may have a part only; collective if it has.
+
+    >>> import torch
+    >>> whole(torch.ones(2))  # of a single process
+    tensor([1., 1.])
+    """
     return value.full_tensor() if isinstance(value, DTensor) else value
 
 
 def whole_state(state: dict[str, Any], *, first: bool) -> dict[str, Any]:
-    """A state with its sharded tensors whole on the ``first`` process, and nothing on others; collective."""
+    """A state with its sharded tensors whole on the ``first`` process, and nothing on others; collective.
+
+    >>> import torch
+    >>> whole_state({"weight": torch.ones(2)}, first=True), whole_state({"weight": torch.ones(2)}, first=False)
+    ({'weight': tensor([1., 1.])}, {})
+    """
 
     def collected(value: DTensor) -> Tensor | None:
         together = whole(value)

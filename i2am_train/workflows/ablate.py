@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from rich.console import Console
 
-from i2am_train.callbacks.snapshots import snapshot_folders
+from i2am_train.callbacks.weights import snapshot_folders
 from i2am_train.config.evaluation import EvaluateConfig
 from i2am_train.config.options import plain
 from i2am_train.config.store import BASE_ARM, arm_config, arm_name

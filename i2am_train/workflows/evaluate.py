@@ -10,8 +10,8 @@ from typing import Any
 
 from rich.console import Console
 
-from i2am_train.callbacks.generation import GenerationCallback
-from i2am_train.callbacks.snapshots import snapshot_folders
+from i2am_train.callbacks.evaluation import GenerationCallback
+from i2am_train.callbacks.weights import snapshot_folders
 from i2am_train.config.evaluation import EvaluateConfig
 from i2am_train.config.locations import checkpoint_folder
 from i2am_train.config.options import plain
@@ -35,8 +35,7 @@ from i2am_train.evaluation.scoring import ScoringOptions, check_counts, check_sc
 from i2am_train.files import read_object
 from i2am_train.fingerprints import data_state, folder_state
 from i2am_train.locks import locked
-from i2am_train.models.loading import load_model, model_folder
-from i2am_train.models.tryon import TryOnModel
+from i2am_train.models.tryon import TryOnModel, load_model, model_folder
 from i2am_train.ops.numerics import check_device
 from i2am_train.reporting.model_tables import CAUTION, TABLE_2, evaluation_scores, published_values
 from i2am_train.reporting.table import terminal

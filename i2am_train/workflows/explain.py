@@ -34,11 +34,10 @@ from i2am_train.evaluation.explanation import TO_GENERATED, TO_REFERENCE, CleanI
 from i2am_train.files import file_fingerprint, write_text
 from i2am_train.fingerprints import data_state
 from i2am_train.locks import locked
-from i2am_train.models.loading import load_model, model_folder
-from i2am_train.models.others.loaders import loader_of
-from i2am_train.models.others.other_model import NO_GUIDANCE, Loader, Request, Source
+from i2am_train.models.loaders import loader_of
 from i2am_train.models.sampling import SamplingStep
-from i2am_train.models.tryon import TryOnModel
+from i2am_train.models.traceable import NO_GUIDANCE, Loader, Request, Source
+from i2am_train.models.tryon import TryOnModel, load_model, model_folder
 from i2am_train.ops.grids import mask_on_grid, spread_patches
 from i2am_train.ops.numerics import chosen_device
 from i2am_train.reporting.explorer import PAGE, explorer_data, explorer_page

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from typing import NamedTuple
 
 import torch
@@ -15,12 +16,11 @@ from i2am_train.config.locations import HUB, checkpoint_folder, push, require_lo
 from i2am_train.config.models import ExportConfig, InitConfig
 from i2am_train.errors import RunFolderError
 from i2am_train.files import require_own_json, write_json
-from i2am_train.models.convert.components import assemble
-from i2am_train.models.convert.exported import check_free, export_pipeline
-from i2am_train.models.convert.key_report import KeyMismatchError, KeyReport
-from i2am_train.models.convert.paint_by_example_file import read_pipeline, write_pipeline
-from i2am_train.models.loading import model_folder
-from i2am_train.models.tryon import TryOnModel
+from i2am_train.models.assembly import assemble
+from i2am_train.models.exported import check_free, export_pipeline
+from i2am_train.models.paint_by_example import read_pipeline, write_pipeline
+from i2am_train.models.single_file import KeyMismatchError, KeyReport
+from i2am_train.models.tryon import TryOnModel, model_folder
 from i2am_train.reporting.model_card import ModelFacts, model_card
 
 DCI_VTON_REMARK = """
@@ -50,7 +50,7 @@ def init(config: InitConfig) -> None:
     try:
         made = _make_model(config) if config.pipeline_file is None else _make_pipeline(config)
     except KeyMismatchError as error:
-        write_json(file, [error.report.as_json()])
+        write_json(file, [asdict(error.report)])
         raise KeyMismatchError(f"{error} All keys: {file}", error.report) from error
     print(made.description)
     fetched = revisions(config.unet, config.vae, config.encoder).get("revisions", {})
@@ -59,7 +59,7 @@ def init(config: InitConfig) -> None:
     for report in made.reports:
         print(report.summary())
     if made.reports:
-        write_json(file, [report.as_json() for report in made.reports])
+        write_json(file, [asdict(report) for report in made.reports])
         print(f"All keys: {file}")
     print(f"\n{made.next_step}")
 

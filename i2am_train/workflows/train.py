@@ -9,7 +9,6 @@ from rich.console import Console
 from rich.table import Table
 
 from i2am_train.callbacks.checkpoints import resume_point
-from i2am_train.callbacks.imported import check_callbacks, imported_callbacks
 from i2am_train.callbacks.loggers import finish_tracking, record_model
 from i2am_train.config.locations import revisions
 from i2am_train.config.options import plain
@@ -22,18 +21,31 @@ from i2am_train.environment import first_process, wait_for, without_secrets
 from i2am_train.evaluation.evaluator import EvaluationSettings, check_settings
 from i2am_train.fingerprints import data_state
 from i2am_train.locks import locked
-from i2am_train.models.lora import FOLDER as ADAPTER_FOLDER
-from i2am_train.models.lora import has_adapters, save_adapters
+from i2am_train.models.lora import ADAPTER_FOLDER, has_adapters, save_adapters
 from i2am_train.models.tryon import TryOnModel
 from i2am_train.reporting.model_tables import published_row
 from i2am_train.runs import MANIFEST_FILE, MODEL_FOLDER, RunFolder
 from i2am_train.tracking.session import sync_advice
-from i2am_train.trainers import check_trainer, make_module, make_trainer, measure_steps, release_signals
+from i2am_train.trainers import (
+    check_callbacks,
+    check_trainer,
+    imported_callbacks,
+    make_module,
+    make_trainer,
+    measure_steps,
+    release_signals,
+)
 from i2am_train.training.encode_dataset import open_cache
 from i2am_train.training.module import TryOnModule
 from i2am_train.training.optimization import trained_weights
-from i2am_train.training.preflight import check_batches, check_best, check_disk, check_trained, memory_advice
-from i2am_train.training.rehearsal import describe
+from i2am_train.training.preflight import (
+    check_batches,
+    check_best,
+    check_disk,
+    check_trained,
+    describe_run,
+    memory_advice,
+)
 
 
 def run(config: TrainConfig) -> None:
@@ -114,7 +126,7 @@ def rehearse(config: TrainConfig) -> None:
         return
     print(without_secrets(to_yaml(config)))
     table = Table(title=f"{config.label}: what it takes", title_justify="left", show_header=False)
-    for term, text in describe(config, module.model, measured):
+    for term, text in describe_run(config, module.model, measured):
         table.add_row(term, text)
     Console(markup=False, emoji=False).print(table)
     print(f"Nothing was written. Without dry_run=true this would train {config.folder}.")

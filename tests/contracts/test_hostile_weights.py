@@ -15,22 +15,20 @@ import pytest
 import torch
 from torch import nn
 
+from i2am_train.callbacks.checkpoints import AtomicCheckpointIO
 from i2am_train.config.models import InitConfig
 from i2am_train.detection import detectors
 from i2am_train.detection.detectors import load_detector
 from i2am_train.errors import CheckpointError, I2AMError, WeightsMissingError
 from i2am_train.metrics import features
-from i2am_train.models.convert.components import assemble
-from i2am_train.models.convert.paint_by_example_file import read_pipeline
-from i2am_train.models.human_parsers import HumanParser
-from i2am_train.models.others.catvton import load_catvton
-from i2am_train.models.others.ip_adapter import load_ip_adapter
-from i2am_train.models.others.other_model import Source
-from i2am_train.models.others.paint_by_example import PaintByExample
-from i2am_train.models.pose_estimators import ViTPoseEstimator
+from i2am_train.models.annotators import HumanParser, ViTPoseEstimator
+from i2am_train.models.assembly import assemble
+from i2am_train.models.catvton import load_catvton
+from i2am_train.models.ip_adapter import load_ip_adapter
+from i2am_train.models.paint_by_example import PaintByExample, read_pipeline
 from i2am_train.models.pretrained import load_encoder
+from i2am_train.models.traceable import Source
 from i2am_train.models.tryon import TryOnModel
-from i2am_train.training.checkpoint_io import AtomicCheckpointIO
 from i2am_train.weight_files import PublishedFile, read_adapter, read_weights
 from tests.support.detectors import tiny_yolos
 from tests.support.pipelines import tiny_catvton, tiny_ip_adapter

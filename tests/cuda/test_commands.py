@@ -14,8 +14,7 @@ from i2am_train.config.store import compose
 from i2am_train.data.parsing import DRESS_CODE
 from i2am_train.detection.bench import make_shapes
 from i2am_train.detection.experiment import run_experiment
-from i2am_train.models.human_parsers import HumanParser
-from i2am_train.models.pose_estimators import ViTPoseEstimator
+from i2am_train.models.annotators import HumanParser, ViTPoseEstimator
 from i2am_train.models.tryon import TryOnModel
 from i2am_train.ops.numerics import chosen_device
 from i2am_train.workflows.ablate import ablate

@@ -11,7 +11,8 @@ from torch.utils.data import default_collate
 
 from i2am_train.attention.trace import ScoreTap, trace
 from i2am_train.config.locations import experiment_names
-from i2am_train.config.store import compose, option_names
+from i2am_train.config.options import option_names
+from i2am_train.config.store import compose
 from i2am_train.config.training import ObjectiveConfig, TrainConfig
 from i2am_train.data.cache import LatentCache
 from i2am_train.data.dataset import CachedDataset, batch_on
@@ -30,9 +31,8 @@ from i2am_train.metrics.attention import (
 from i2am_train.metrics.boxes import authors_box, component_box
 from i2am_train.metrics.registry import available_image_metrics, image_metric, image_pair_score, metric_info
 from i2am_train.models.sampling import sample
-from i2am_train.training.draws import Draws, draw
 from i2am_train.training.optimization import set_trainable
-from i2am_train.training.step import step_losses
+from i2am_train.training.step import Draws, draw, step_losses
 from i2am_train.types import Backend, Direction, GridSize, LossVariant, SamplerName, Split
 from i2am_train.workflows.data import cache
 from tests.support.card import on_card

@@ -15,8 +15,8 @@ from diffusers import StableDiffusionInpaintPipeline
 from PIL import Image
 
 from i2am_train.config.store import compose
-from i2am_train.models.others.ip_adapter import load_ip_adapter
-from i2am_train.models.others.other_model import Source
+from i2am_train.models.ip_adapter import load_ip_adapter
+from i2am_train.models.traceable import Source
 from tests.support.pipelines import tiny_ip_adapter
 
 ROOT = Path(__file__).parents[2]

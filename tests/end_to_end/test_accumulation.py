@@ -9,7 +9,7 @@ from torch import Tensor
 
 from i2am_train.config.store import compose
 from i2am_train.trainers import make_trainer
-from i2am_train.training.draws import draw
+from i2am_train.training.step import draw
 from i2am_train.workflows.train import prepare
 
 pytestmark = pytest.mark.filterwarnings("default")  # Lightning's and torch's own deprecations

@@ -22,8 +22,8 @@ from i2am_train.config.store import compose
 from i2am_train.errors import CaptureError, CheckpointError, ConfigError, DataError, I2AMError
 from i2am_train.evaluation.explaining import explain_picture
 from i2am_train.evaluation.explanation import read_explanation
-from i2am_train.models.others.catvton import load_attention, load_catvton
-from i2am_train.models.others.other_model import Request, Source
+from i2am_train.models.catvton import load_attention, load_catvton
+from i2am_train.models.traceable import Request, Source
 from i2am_train.reporting.figures.canvas import save_figure
 from i2am_train.types import Direction, GridSize
 from i2am_train.workflows.explain import run

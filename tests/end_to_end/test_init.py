@@ -22,7 +22,7 @@ from tests.support.trainings import curves
 
 pytestmark = pytest.mark.long
 
-AUTHORS = Path(__file__).parents[1] / "unit" / "test_models_authors_layout.py"
+AUTHORS = Path(__file__).parents[1] / "unit" / "test_models_single_file.py"
 GIB = 2**20  # in the kilobytes of ru_maxrss
 TRUE_SIZE = (512, 384)
 MEMORY = 20

@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.nn.functional import adaptive_avg_pool2d, interpolate
 
-from i2am_train.models.super_resolution import PASD_RESIDUAL, SEESR_RESIDUAL, low_resolution_start
+from i2am_train.models.diffusion import PASD_RESIDUAL, SEESR_RESIDUAL, low_resolution_start
 
 CONTEXT, SCALE, SWIN_WIDTH, SWIN_SIDE = 8, 4, 6, 12
 SCHEDULE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}

@@ -1,17 +1,19 @@
-"""Which checkpoint a stopped run goes on from, and what becomes of damaged ones."""
-
-from __future__ import annotations
+"""Checkpoints are written whole; which one a stopped run goes on from, and what becomes of damaged ones."""
 
 import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 
-from i2am_train.callbacks.checkpoints import resume_point, steps_done, what_is_damaged
+from i2am_train.callbacks.checkpoints import PARTS, AtomicCheckpointIO, resume_point, steps_done
 from i2am_train.errors import CheckpointError
+
+pytestmark = pytest.mark.filterwarnings("default")  # Lightning's own deprecations
 
 
 def save(run: Path, step: int, name: str = "step-{:06d}.ckpt") -> Path:
@@ -104,7 +106,6 @@ def test_the_last_step_counts_and_not_the_name(tmp_path: Path) -> None:
     assert resume_point(tmp_path) == (last, [])
     stopped = save(tmp_path, 1_000_001, "interrupted-step-{:06d}.ckpt")
     assert resume_point(tmp_path) == (stopped, [])
-    assert what_is_damaged(stopped) is None
 
 
 def test_of_two_of_the_same_step_the_whole_one_is_taken(tmp_path: Path) -> None:
@@ -115,3 +116,37 @@ def test_of_two_of_the_same_step_the_whole_one_is_taken(tmp_path: Path) -> None:
             save(tmp_path, 7, name)
         cut_off(broken)
         assert resume_point(tmp_path)[0] == whole
+
+
+def test_a_failed_save_leaves_the_last_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """If the disk fills up half-way, the old file is still whole and in its place."""
+    path, writer = tmp_path / "last.ckpt", AtomicCheckpointIO()
+    writer.save_checkpoint({"weights": torch.arange(6.0).reshape(2, 3)}, path)
+
+    def disk_full(self: Any, checkpoint: Any, path: Path, options: Any = None) -> None:
+        Path(path).write_bytes(b"half of it")
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(TorchCheckpointIO, "save_checkpoint", disk_full)
+    with pytest.raises(OSError, match="no space left"):
+        writer.save_checkpoint({"weights": torch.zeros(2, 3)}, path)
+    assert torch.equal(torch.load(path)["weights"], torch.arange(6.0).reshape(2, 3))
+
+
+def test_a_save_replaces_the_last_checkpoint(tmp_path: Path) -> None:
+    """The new content under the same name, and no temporary file beside it."""
+    path, writer = tmp_path / "last.ckpt", AtomicCheckpointIO()
+    rest: dict[str, Any] = {name: {} for name in PARTS - {"state_dict"}}
+    for value in (1.0, 2.0):
+        state = {"weights": torch.full((2, 3), value)}
+        writer.save_checkpoint({"state_dict": state, **rest}, path)
+    weights = writer.load_checkpoint(path)["state_dict"]["weights"]
+    assert torch.equal(weights, torch.full((2, 3), 2.0))
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_another_file_of_torch_is_no_checkpoint(tmp_path: Path) -> None:
+    """Somebody's weights under a checkpoint's name are not taken for one."""
+    torch.save({"weights": torch.zeros(2, 3)}, tmp_path / "step-000007.ckpt")
+    with pytest.raises(CheckpointError, match="is no checkpoint of a training: expected global_step"):
+        AtomicCheckpointIO().load_checkpoint(tmp_path / "step-000007.ckpt")

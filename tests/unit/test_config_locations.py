@@ -14,7 +14,7 @@ import pytest
 from i2am_train.config import locations
 from i2am_train.config.locations import pull, revisions
 from i2am_train.errors import CheckpointError
-from i2am_train.models.human_parsers import HumanParser
+from i2am_train.models.annotators import HumanParser
 from i2am_train.models.pretrained import load_encoder
 from i2am_train.types import GridSize
 

@@ -17,9 +17,8 @@ from i2am_train.losses.objective import Objective, make_objective
 from i2am_train.models.lora import add_adapters, has_adapters, merged, save_adapters
 from i2am_train.models.sampling import sample
 from i2am_train.models.tryon import TryOnModel
-from i2am_train.training.draws import draw
 from i2am_train.training.module import TryOnModule
-from i2am_train.training.step import step_losses
+from i2am_train.training.step import draw, step_losses
 from i2am_train.types import Direction, GridSize, Pairing, Split
 
 LORA = OptimizationConfig(trainable="lora", lora_rank=3, lora_alpha=6)

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 from i2am_train.attention.trace import trace
 from i2am_train.errors import CheckpointError
-from i2am_train.models.convert.exported import export_pipeline
+from i2am_train.models.exported import export_pipeline
 from i2am_train.models.lora import add_adapters, save_adapters
 from i2am_train.models.pipeline import TryOnPipeline
 from i2am_train.models.sampling import sample

@@ -17,10 +17,10 @@ from transformers import (
 
 from i2am_train.attention.recipe import PAPER_LAYERS, paper_number
 from i2am_train.attention.trace import ScoreTap, trace
-from i2am_train.errors import CheckpointError, ConfigError
-from i2am_train.models.diffusion import ddim_timesteps
+from i2am_train.errors import CheckpointError
+from i2am_train.models.architecture import widen_input
 from i2am_train.models.sampling import sample
-from i2am_train.models.tryon import Conditions, TryOnModel, widen_input
+from i2am_train.models.tryon import Conditions, TryOnModel
 from i2am_train.types import GridSize
 
 
@@ -233,9 +233,3 @@ def test_guidance_one_is_the_conditional_model(make_small_model: Callable[..., A
             sample(model, **given, seeds=[1, 2], steps=1, guidance=guidance)
         maps.append(attention.maps().store.layers[1].to_generated)
     torch.testing.assert_close(maps[0], maps[1], atol=1e-5, rtol=1e-3)
-
-
-def test_impossible_number_of_steps() -> None:
-    """The message says what is possible."""
-    with pytest.raises(ConfigError, match="from 1 to 1000"):
-        ddim_timesteps(0)

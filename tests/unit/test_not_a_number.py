@@ -241,7 +241,7 @@ def test_one_tensor_of_nan_in_a_checkpoint(
 
 def test_conversions_do_not_overflow(make_small_model: Any, small_checkpoint: Path, tmp_path: Path) -> None:
     """What float16 cannot hold is refused when it is written, with nothing left behind."""
-    from i2am_train.models.convert.exported import export_pipeline
+    from i2am_train.models.exported import export_pipeline
 
     model = make_small_model()
     with torch.no_grad():
@@ -255,7 +255,7 @@ def test_conversions_do_not_overflow(make_small_model: Any, small_checkpoint: Pa
 
 def test_single_files_are_numbers(make_parts: Any, original_layout: Any, tmp_path: Path) -> None:
     """Under the file's own names, and only where the network uses them."""
-    from i2am_train.models.convert.components import assemble
+    from i2am_train.models.assembly import assemble
 
     weights = original_layout(make_parts("unet"), make_parts("vae"))
     weights = {name: value.contiguous() for name, value in weights.items()}

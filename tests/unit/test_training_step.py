@@ -1,4 +1,4 @@
-"""training/step.py: what the loss of a batch is made of, and where its gradient goes."""
+"""Random numbers depend on seed, epoch and sample alone; what the loss is made of, and where its gradient goes."""
 
 import copy
 from collections.abc import Callable
@@ -15,10 +15,79 @@ from i2am_train.config.training import ObjectiveConfig, OptimizationConfig
 from i2am_train.data.dataset import TryOnDataset
 from i2am_train.errors import CaptureError
 from i2am_train.losses.objective import Objective, make_objective, snr_weights
-from i2am_train.training.draws import Draws, draw
 from i2am_train.training.optimization import prepare_networks, set_trainable
-from i2am_train.training.step import step_losses
+from i2am_train.training.step import Draws, draw, step_losses
 from i2am_train.types import GridSize, Pairing, Split
+
+LATENT = GridSize(4, 3)
+
+
+def numbers_of(indices: list[int], **changes: Any) -> Draws:
+    options = {"seed": 0, "epoch": 3, "timesteps": 1000, "condition_dropout": 0.2} | changes
+    return draw(options.pop("seed"), options.pop("epoch"), indices, latent=LATENT, **options)
+
+
+def test_shapes() -> None:
+    """One timestep, noise, posterior noise of three images and a decision for each sample."""
+    drawn = numbers_of([5, 8])
+    assert drawn.timesteps.shape == drawn.dropped.shape == (2,)
+    assert drawn.noise.shape == (2, 4, 4, 3)
+    assert drawn.posterior.shape == (2, 3, 4, 4, 3)
+    assert drawn.timesteps.dtype == torch.int64
+
+
+def test_a_sample_does_not_depend_on_its_batch() -> None:
+    """Order and company in the batch, and so the number of processes, change nothing."""
+    together, turned = numbers_of([2, 7, 11, 4]), numbers_of([4, 11, 2])
+    for name in Draws._fields:
+        first, second = getattr(together, name), getattr(turned, name)
+        assert torch.equal(first[[3, 2, 0]], second), name
+
+
+@pytest.mark.parametrize("change", [{"seed": 1}, {"epoch": 4}])
+def test_other_seed_or_epoch_draws_other_numbers(change: dict[str, int]) -> None:
+    """An epoch does not repeat the noise of the last, nor a run that of another seed."""
+    indices = list(range(20))
+    one, other = numbers_of(indices), numbers_of(indices, **change)
+    assert not torch.isclose(one.noise, other.noise).any()
+    assert not torch.equal(one.timesteps, other.timesteps)
+    assert not torch.equal(one.dropped, other.dropped)
+
+
+def test_samples_differ_and_so_do_the_parts_of_one() -> None:
+    """No noise is used twice: not by neighbours, not for denoising and for a posterior."""
+    drawn = numbers_of([0, 1])
+    assert not torch.isclose(drawn.noise[0], drawn.noise[1]).any()
+    parts = torch.cat([drawn.noise[:1], drawn.posterior[0]])
+    assert len(parts.flatten(1).unique(dim=0)) == 4
+
+
+def test_distributions() -> None:
+    """Standard normal noise, timesteps over the whole range and not beyond, the asked share dropped."""
+    drawn = numbers_of(list(range(2000)))
+    assert drawn.noise.mean().abs() < 0.02
+    assert drawn.posterior.std().sub(1).abs() < 0.02
+    assert drawn.dropped.float().mean().sub(0.2).abs() < 0.03
+    counts = torch.bincount(numbers_of(list(range(2000)), timesteps=5).timesteps, minlength=5)
+    assert len(counts) == 5
+    assert counts.sub(400).abs().max() < 80
+
+
+@pytest.mark.parametrize(("share", "expected"), [(0.0, 0), (1.0, 50)])
+def test_nobody_or_everybody_is_dropped(share: float, expected: int) -> None:
+    """The ends of the range are exact, and the share does not move the other numbers."""
+    drawn, usual = numbers_of(list(range(50)), condition_dropout=share), numbers_of(list(range(50)))
+    assert int(drawn.dropped.sum()) == expected
+    assert torch.equal(drawn.noise, usual.noise)
+    assert torch.equal(drawn.timesteps, usual.timesteps)
+
+
+def test_the_global_stream_is_not_touched() -> None:
+    """Drawing neither reads nor moves torch's global generator."""
+    before = torch.get_rng_state()
+    numbers_of([0, 1, 2])
+    assert torch.equal(torch.get_rng_state(), before)
+
 
 SAMPLES = [1, 4, 6]
 WEIGHTS = {"dcml": 0.5, "tv": 0.25, "cwg": 2.0, "supervised": 0.125}

@@ -12,9 +12,7 @@ from i2am_train.errors import CheckpointError
 from i2am_train.locks import staged
 from i2am_train.models import pipeline, projector
 from i2am_train.models.pretrained import INDEX_FILE
-from i2am_train.models.tryon import NOISE_SCHEDULE, TryOnModel, convert_weights
-
-CARD_FILE = "README.md"
+from i2am_train.models.tryon import NOISE_SCHEDULE, TryOnModel
 
 
 def export_pipeline(model: TryOnModel, folder: Path, *, dtype: torch.dtype, card: str) -> None:
@@ -28,13 +26,11 @@ def export_pipeline(model: TryOnModel, folder: Path, *, dtype: torch.dtype, card
     """
     check_free(folder)
     with staged(folder) as content:
-        model.write(content)
-        for file in content.rglob("*.safetensors"):
-            convert_weights(file, dtype)
+        model.write(content, dtype)
         (content / INDEX_FILE).write_text(json.dumps(_index(model), indent=2) + "\n")
         shutil.copyfile(pipeline.__file__, content / "pipeline.py")
         shutil.copyfile(projector.__file__, content / "projector" / "projector.py")
-        (content / CARD_FILE).write_text(card, encoding="utf-8")
+        (content / "README.md").write_text(card, encoding="utf-8")
 
 
 def check_free(folder: Path) -> None:
@@ -42,6 +38,11 @@ def check_free(folder: Path) -> None:
 
     Raises:
         CheckpointError: the folder exists and is not empty.
+
+    >>> check_free(Path(__file__).parent)
+    Traceback (most recent call last):
+        ...
+    i2am_train.errors.CheckpointError: '...' exists and is not an empty folder. Nothing was written. ...
     """
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise CheckpointError(

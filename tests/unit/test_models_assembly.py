@@ -1,4 +1,4 @@
-"""models/convert/components.py and workflows/init.py: models from files of every format, and what is refused."""
+"""models/assembly.py and workflows/init.py: models from files of every format, and what is refused."""
 
 import argparse
 import json
@@ -16,9 +16,9 @@ from safetensors.torch import save_file
 from i2am_train.config.models import InitConfig
 from i2am_train.errors import CheckpointError, ConfigError, RunFolderError
 from i2am_train.models import tryon
-from i2am_train.models.convert.components import NORMALISATIONS, assemble
-from i2am_train.models.convert.key_report import KeyMismatchError
+from i2am_train.models.assembly import NORMALISATIONS, assemble
 from i2am_train.models.pretrained import load_encoder
+from i2am_train.models.single_file import KeyMismatchError
 from i2am_train.models.tryon import TryOnModel
 from i2am_train.types import GridSize, PredictionType
 from i2am_train.weight_files import read_weights
@@ -105,7 +105,7 @@ def test_from_a_pipeline_folder(
 
 def test_the_paper_s_reference_size() -> None:
     """512x384 at patches of 14 is 518x392, 37x28 patches."""
-    from i2am_train.models.convert.components import reference_geometry
+    from i2am_train.models.assembly import reference_geometry
 
     class Encoder:
         class config:  # noqa: N801

@@ -1,6 +1,7 @@
-"""What every other model is here: where it comes from, what it is asked for, how it is run."""
+"""Other people's models, loaded and asked in one way, so that `i2am explain` can trace them.
 
-from __future__ import annotations
+Where such a model comes from, what it is asked for, how it is run.
+"""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -69,7 +70,7 @@ class Request:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class OtherModel:
+class TraceableModel:
     """A loaded model. ``make`` gives the result as RGB ``[height, width, 3]``."""
 
     target: Any
@@ -82,7 +83,13 @@ class OtherModel:
     """Pixels that height and width must be multiples of."""
 
     def check_size(self, size: GridSize) -> None:
-        """Refuses a size that the networks cannot halve as often as they do."""
+        """Refuses a size that the networks cannot halve as often as they do.
+
+        >>> TraceableModel(target=None, recipe=None, make=None, multiple=64).check_size(GridSize(512, 400))
+        Traceback (most recent call last):
+            ...
+        i2am_train.errors.ConfigError: size=512x400 (height x width) does not fit this model: both ...
+        """
         if size.height % self.multiple or size.width % self.multiple:
             raise ConfigError(
                 f"size={size} (height x width) does not fit this model: both must be multiples of "
@@ -94,7 +101,7 @@ class OtherModel:
 class Loader:
     """How a kind of model is loaded. ``needs`` and ``takes`` are options of `i2am explain`."""
 
-    load: Callable[[Source], OtherModel]
+    load: Callable[[Source], TraceableModel]
     needs: tuple[str, ...]
     takes: tuple[str, ...] = ()
     size: GridSize
@@ -102,11 +109,21 @@ class Loader:
 
 
 def latent_multiple(unet: Any, pixels: int) -> int:
-    """Pixels that a side must be a multiple of: whole latents at each level of the U-Net."""
+    """Pixels that a side must be a multiple of: whole latents at each level of the U-Net.
+
+    >>> from types import SimpleNamespace
+    >>> unet = SimpleNamespace(config=SimpleNamespace(block_out_channels=(320, 640, 1280, 1280)))
+    >>> latent_multiple(unet, pixels=8)
+    64
+    """
     return int(pixels * 2 ** (len(unet.config.block_out_channels) - 1))
 
 
 def pillow(picture: Image | Mask) -> PillowImage.Image:
-    """A picture, or a mask as black and white."""
+    """A picture, or a mask as black and white.
+
+    >>> pillow(np.array([[True, False]])).getpixel((0, 0))
+    255
+    """
     white = np.uint8(255)
     return PillowImage.fromarray(picture * white if picture.dtype == np.bool_ else picture)

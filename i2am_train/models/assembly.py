@@ -4,37 +4,47 @@ Each part comes from a folder, a name on the hub, or a single file. Everything t
 here: topology, channels, latents, patches, and that every weight was really there.
 """
 
-from pathlib import Path
-from typing import NamedTuple
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from i2am_train.attention.recipe import PAPER_LAYERS
 from i2am_train.config.models import InitConfig
 from i2am_train.errors import CheckpointError, ConfigError
-from i2am_train.models.architecture import make_scheduler
-from i2am_train.models.convert import authors_layout
-from i2am_train.models.convert.key_report import KeyReport, Renamed, key_report, lacking, load_renamed
-from i2am_train.models.convert.single_file import (
-    empty_unet,
-    empty_vae,
-    renamed_unet,
-    renamed_vae,
-    unet_from_weights,
-    vae_from_weights,
-)
+from i2am_train.models.architecture import make_scheduler, widen_input
 from i2am_train.models.pretrained import as_file, load_encoder, load_network
 from i2am_train.models.projector import ReferenceProjector
-from i2am_train.models.tryon import IMAGENET_MEAN, IMAGENET_STD, INPUT_CHANNELS, TryOnConfig, TryOnModel, widen_input
+from i2am_train.models.single_file import (
+    AUTHORS_NULL_TOKENS,
+    AUTHORS_PROJECTOR,
+    AUTHORS_UNET,
+    AUTHORS_VAE,
+    KeyReport,
+    Parts,
+    Renamed,
+    authors_projector,
+    authors_unet,
+    authors_vae,
+    fill,
+    is_authors,
+    sizes_read,
+    unet_from_weights,
+    unet_in_our_names,
+    vae_from_weights,
+    vae_in_our_names,
+)
+from i2am_train.models.tryon import IMAGENET_MEAN, IMAGENET_STD, INPUT_CHANNELS, TryOnConfig, TryOnModel
 from i2am_train.types import GridSize, Normalisation
 from i2am_train.weight_files import read_weights
 
-LATENT_CHANNELS = 4
-SCALING_FACTOR = 0.18215
+_LATENT_CHANNELS = 4
+_SCALING_FACTOR = 0.18215
 """Stable Diffusion's; single files do not state it."""
-DOWNSAMPLING = 8
+_DOWNSAMPLING = 8
 
 NORMALISATIONS: dict[Normalisation, tuple[list[float], list[float]]] = {
     "imagenet": (IMAGENET_MEAN, IMAGENET_STD),
@@ -44,40 +54,32 @@ NORMALISATIONS: dict[Normalisation, tuple[list[float], list[float]]] = {
 """Mean and standard deviation of the encoder's input in [0, 1]; the authors feed [-1, 1]."""
 
 
-class Assembled(NamedTuple):
-    """A model and what became of the keys of the single files that it was made from."""
-
-    model: TryOnModel
-    reports: tuple[KeyReport, ...]
-
-
-class _Networks(NamedTuple):
-    """What was read: the denoiser's parts, and the projector where the file has one."""
+class _Denoiser(NamedTuple):
+    """What was read: U-Net and VAE, the projector where the file has one, and what became of the files' keys."""
 
     unet: UNet2DConditionModel
     vae: AutoencoderKL
     projector: ReferenceProjector | None
-    reports: tuple[KeyReport, ...]
+    reports: list[KeyReport]
 
 
-def assemble(options: InitConfig) -> Assembled:
-    """The model that the options of ``i2am init`` describe, on the CPU in float32.
+def assemble(options: InitConfig) -> tuple[TryOnModel, list[KeyReport]]:
+    """The model that the options of ``i2am init`` describe, on the CPU in float32, and what became of its files' keys.
 
     Raises:
         CheckpointError: a part is missing, damaged, or does not fit the others.
         KeyMismatchError: a single file lacks weights or has them in other shapes.
         ConfigError: image, reference and patch sizes do not go together.
     """
-    read = _read_custom(options) if options.custom else _read_parts(options)
-    _check_image_size(options, read.unet, read.vae)
+    unet, vae, projector, reports = _read_custom(options) if options.custom else _read_parts(options)
+    _check_image_size(options, unet, vae)
     encoder = load_encoder(options.encoder)
     grid, reference_size = reference_geometry(options, encoder)
-    projector = read.projector
     if projector is None:
-        projector = _new_projector(options, encoder, read.unet, grid)
+        projector = _new_projector(options, encoder, unet, grid)
         class_token = bool(options.class_token)
     else:
-        _check_projector(projector, encoder, read.unet, options)
+        _check_projector(projector, encoder, unet, options)
         class_token = _class_token_of(projector, grid, options)
     mean, std = NORMALISATIONS[options.normalisation or _usual_normalisation(options, encoder)]
     config = TryOnConfig(
@@ -89,29 +91,31 @@ def assemble(options: InitConfig) -> Assembled:
         reference_mean=list(mean),
         reference_std=list(std),
     )
-    unet = read.unet
     if unet.config["in_channels"] != INPUT_CHANNELS:
         unet = widen_input(unet)
-    scheduler = make_scheduler(options.prediction_type)
-    model = TryOnModel(config, unet, read.vae, encoder, projector, scheduler).eval()
+    model = TryOnModel(config, unet, vae, encoder, projector, make_scheduler(options.prediction_type)).eval()
     # The encoder's tokens must be those of the grid: better found out here than after gigabytes were written.
     with torch.no_grad():
         model.encode_reference(torch.zeros(1, 3, *reference_size))
-    return Assembled(model, read.reports)
+    return model, reports
 
 
 # -- U-Net and VAE ------------------------------------------------------------------------------------------------
 
 
-def _read_parts(options: InitConfig) -> _Networks:
+def _read_parts(options: InitConfig) -> _Denoiser:
     assert options.unet is not None  # the schema's check
     reports: list[KeyReport] = []
-    unet_weights: dict[str, torch.Tensor] | None = None
+    weights: dict[str, Tensor] | None = None
     if file := as_file(options.unet):
-        unet_weights = read_weights(file)
-        _check_not_custom(unet_weights, file)
-        unet, report = unet_from_weights(unet_weights, file.name, ema=options.ema)
-        check_unet(unet, options.unet)
+        weights = read_weights(file)
+        if is_authors(weights):
+            raise CheckpointError(
+                f"'{file}' is a checkpoint of the authors' custom model, not of Stable Diffusion. Give it as "
+                f"custom={file}."
+            )
+        unet, report = unet_from_weights(weights, file.name, ema=options.ema)
+        _check_unet(unet, options.unet)
         reports.append(report)
     elif options.ema:
         raise ConfigError(
@@ -119,72 +123,62 @@ def _read_parts(options: InitConfig) -> _Networks:
             "give the folder of the averaged weights."
         )
     else:
-        unet = load_network(UNet2DConditionModel, options.unet, "unet", check_unet)
-    source = options.vae or options.unet
-    own = options.vae is None
-    if file := as_file(source):
-        weights = unet_weights if own and unet_weights else read_weights(file)
-        vae, report = vae_from_weights(weights, file.name)
-        check_vae(vae, source)
-        reports.append(report)
+        unet = load_network(UNet2DConditionModel, options.unet, "unet", _check_unet)
+    if options.vae is None:
+        vae, more = _read_vae(options.unet, _check_own_vae, weights)
     else:
-        vae = load_network(AutoencoderKL, source, "vae", _check_own_vae if own else check_vae)
-    return _Networks(unet, vae, None, tuple(reports))
+        vae, more = _read_vae(options.vae, _check_vae)
+    return _Denoiser(unet, vae, None, reports + more)
 
 
-def _read_custom(options: InitConfig) -> _Networks:
+def _read_vae(
+    source: str, check: Callable[[Any, str], None], weights: Mapping[str, Tensor] | None = None
+) -> tuple[AutoencoderKL, list[KeyReport]]:
+    """The VAE of a source; ``weights`` are those of its file where they were read already."""
+    file = as_file(source)
+    if file is None:
+        return load_network(AutoencoderKL, source, "vae", check), []
+    vae, report = vae_from_weights(weights or read_weights(file), file.name)
+    _check_vae(vae, source)
+    return vae, [report]
+
+
+def _read_custom(options: InitConfig) -> _Denoiser:
     """U-Net, projector and null tokens of the authors' checkpoint, and its VAE where no other is given."""
     assert options.custom is not None
     weights, file = read_weights(options.custom), options.custom.name
-    if not authors_layout.is_custom_model(weights):
+    if not is_authors(weights):
         raise CheckpointError(
             f"'{file}' is no checkpoint of the authors' custom model: none of its {len(weights)} keys starts with "
-            f"{' or '.join(authors_layout.UNET_PARTS)}. Give a Stable Diffusion checkpoint as unet=FILE."
+            f"{' or '.join(AUTHORS_UNET)}. Give a Stable Diffusion checkpoint as unet=FILE."
         )
-    theirs = authors_layout.unet_weights(weights)
-    unet = empty_unet(theirs.tensors, file)
-    parts: dict[str, tuple[torch.nn.Module, Renamed]] = {
-        "unet": (unet, renamed_unet(theirs.tensors, theirs.sources, unet))
-    }
-    renamed_projector = authors_layout.projector_weights(weights)
-    projector = _empty_projector(renamed_projector, file, options.projector_heads)
-    parts["projector"] = (projector, renamed_projector)
+    unet, unet_weights = unet_in_our_names(authors_unet(weights), file)
+    projector, projector_weights = _empty_projector(authors_projector(weights), file, options.projector_heads)
+    parts: Parts = {"unet": (unet, unet_weights), "projector": (projector, projector_weights)}
     ours: tuple[str, ...] = ("diffusion.", "mlp.")
-    vae: AutoencoderKL | None = None
+    own_vae: AutoencoderKL | None = None
     if options.vae is None:
-        their_vae = authors_layout.vae_weights(weights)
-        vae = empty_vae(their_vae.tensors, file)
-        parts["vae"] = (vae, renamed_vae(their_vae.tensors, their_vae.sources, vae))
-        ours += authors_layout.VAE_PARTS
-    check_unet(unet, file)
-    report = key_report(file, weights, parts, ours=ours)
-    report.check()
-    for network, renamed in parts.values():
-        load_renamed(network, renamed, file)
-    reports = [report]
-    if vae is None:
+        own_vae, vae_weights = vae_in_our_names(authors_vae(weights), file)
+        parts = {**parts, "vae": (own_vae, vae_weights)}
+        ours += AUTHORS_VAE
+    _check_unet(unet, file)
+    report = fill(file, weights, parts, ours=ours)
+    if own_vae is None:
         assert options.vae is not None
-        if vae_file := as_file(options.vae):
-            vae, vae_report = vae_from_weights(read_weights(vae_file), vae_file.name)
-            reports.append(vae_report)
-        else:
-            vae = load_network(AutoencoderKL, options.vae, "vae", check_vae)
-    check_vae(vae, options.vae or file)
-    return _Networks(unet.eval(), vae.eval(), projector, tuple(reports))
+        vae, more = _read_vae(options.vae, _check_vae)
+        return _Denoiser(unet, vae, projector, [report, *more])
+    _check_vae(own_vae, file)
+    return _Denoiser(unet, own_vae, projector, [report])
 
 
-def check_unet(unet: UNet2DConditionModel, source: str) -> None:
-    """Refuses a U-Net that the try-on model cannot use.
-
-    Raises:
-        CheckpointError: other channels, another topology, or contexts of different widths.
-    """
+def _check_unet(unet: UNet2DConditionModel, source: str) -> None:
+    """Refuses a U-Net that the try-on model cannot use: other channels or topology, contexts of different widths."""
     channels, out = unet.config["in_channels"], unet.config["out_channels"]
-    if channels not in (LATENT_CHANNELS, INPUT_CHANNELS) or out != LATENT_CHANNELS:
+    if channels not in (_LATENT_CHANNELS, INPUT_CHANNELS) or out != _LATENT_CHANNELS:
         raise CheckpointError(
             f"The U-Net of '{source}' has {channels} input and {out} output channels. Expected "
-            f"{LATENT_CHANNELS} (a text-to-image model, which is widened) or {INPUT_CHANNELS} (a try-on model) in, "
-            f"{LATENT_CHANNELS} out. Inpainting models (9) and the authors' later model (17) do not fit; take Stable "
+            f"{_LATENT_CHANNELS} (a text-to-image model, which is widened) or {INPUT_CHANNELS} (a try-on model) in, "
+            f"{_LATENT_CHANNELS} out. Inpainting models (9) and the authors' later model (17) do not fit; take Stable "
             "Diffusion 1.5."
         )
     layers = {
@@ -205,16 +199,12 @@ def check_unet(unet: UNet2DConditionModel, source: str) -> None:
         )
 
 
-def check_vae(vae: AutoencoderKL, source: str) -> None:
-    """Refuses a VAE whose latents are not those that Stable Diffusion's U-Net was trained on.
-
-    Raises:
-        CheckpointError: another scaling factor, other latent channels, or another downsampling.
-    """
+def _check_vae(vae: AutoencoderKL, source: str) -> None:
+    """Refuses a VAE whose latents are not those that Stable Diffusion's U-Net was trained on."""
     found = {
-        "scaling factor": (vae.config["scaling_factor"], SCALING_FACTOR),
-        "latent channels": (vae.config["latent_channels"], LATENT_CHANNELS),
-        "downsampling": (_downsampling(vae), DOWNSAMPLING),
+        "scaling factor": (vae.config["scaling_factor"], _SCALING_FACTOR),
+        "latent channels": (vae.config["latent_channels"], _LATENT_CHANNELS),
+        "downsampling": (_downsampling(vae), _DOWNSAMPLING),
     }
     wrong = [f"{name} {is_} (expected {ought})" for name, (is_, ought) in found.items() if is_ != ought]
     if wrong:
@@ -227,9 +217,9 @@ def check_vae(vae: AutoencoderKL, source: str) -> None:
 
 def _check_own_vae(vae: AutoencoderKL, source: str) -> None:
     """What holds also for a VAE that comes in one folder with the U-Net."""
-    if vae.config["latent_channels"] != LATENT_CHANNELS:
+    if vae.config["latent_channels"] != _LATENT_CHANNELS:
         raise CheckpointError(
-            f"The VAE of '{source}' has {vae.config['latent_channels']} latent channels. Expected {LATENT_CHANNELS}."
+            f"The VAE of '{source}' has {vae.config['latent_channels']} latent channels. Expected {_LATENT_CHANNELS}."
         )
     moved = [n for n in ("shift_factor", "latents_mean", "latents_std") if vae.config.get(n) is not None]
     if moved:
@@ -252,13 +242,6 @@ def _check_image_size(options: InitConfig, unet: UNet2DConditionModel, vae: Auto
         )
 
 
-def _check_not_custom(weights: dict[str, torch.Tensor], file: Path) -> None:
-    if authors_layout.is_custom_model(weights):
-        raise CheckpointError(
-            f"'{file}' is a checkpoint of the authors' custom model, not of Stable Diffusion. Give it as custom={file}."
-        )
-
-
 # -- encoder and projector ----------------------------------------------------------------------------------------
 
 
@@ -267,6 +250,13 @@ def reference_geometry(options: InitConfig, encoder: PreTrainedModel) -> tuple[G
 
     Raises:
         ConfigError: the patch does not divide the size that was set.
+
+    >>> from pathlib import Path
+    >>> from types import SimpleNamespace
+    >>> dinov2 = SimpleNamespace(config=SimpleNamespace(patch_size=14))
+    >>> options = InitConfig(unet="sd15", output=Path("start"), height=512, width=384)
+    >>> print(*reference_geometry(options, dinov2))  # the paper's patches and pixels
+    37x28 518x392
     """
     patch = encoder.config.patch_size
     height = options.reference_height or -(-options.height // patch) * patch
@@ -308,22 +298,20 @@ def _new_projector(
     return projector
 
 
-def _empty_projector(renamed: Renamed, file: str, heads: int) -> ReferenceProjector:
-    try:
+def _empty_projector(theirs: Renamed, file: str, heads: int) -> tuple[ReferenceProjector, Renamed]:
+    """A projector on the meta device with the sizes of the tensors for it, and these."""
+    with sizes_read(
+        f"'{file}' has no projector as in VITON-v1",
+        f"the keys {AUTHORS_PROJECTOR}0, 1.blocks and 2, and {AUTHORS_NULL_TOKENS}.",
+    ):
         sizes = {
-            "encoder_width": renamed.tensors["norm.weight"].shape[0],
-            "context_width": renamed.tensors["output.weight"].shape[0],
-            "tokens": renamed.tensors["null_tokens"].shape[1],
+            "encoder_width": theirs.tensors["norm.weight"].shape[0],
+            "context_width": theirs.tensors["output.weight"].shape[0],
+            "tokens": theirs.tensors["null_tokens"].shape[1],
         }
-    except (KeyError, IndexError) as error:
-        raise CheckpointError(
-            f"'{file}' has no projector as in VITON-v1: it has {lacking(error)}. Expected the keys "
-            f"{authors_layout.PROJECTOR_PREFIX}0, 1.blocks and 2, and {authors_layout.NULL_TOKENS}."
-        ) from error
-    depth = len({name.split(".")[1] for name in renamed.tensors if name.startswith("blocks.")})
+    depth = len({name.split(".")[1] for name in theirs.tensors if name.startswith("blocks.")})
     with torch.device("meta"):
-        projector: ReferenceProjector = ReferenceProjector(**sizes, depth=depth, heads=heads)
-    return projector
+        return ReferenceProjector(**sizes, depth=depth, heads=heads), theirs
 
 
 def _check_projector(

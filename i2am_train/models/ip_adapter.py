@@ -1,7 +1,5 @@
 """IP-Adapter on Stable Diffusion 1.5: from words alone, or filling in a mask."""
 
-from __future__ import annotations
-
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -15,23 +13,23 @@ from transformers import CLIPTextModel, CLIPVisionModelWithProjection
 from i2am_train.attention.lookup import detect_recipe
 from i2am_train.data.pictures import Image, fit_mask, fit_picture
 from i2am_train.errors import CaptureError, CheckpointError
-from i2am_train.models.others.other_model import OtherModel, Request, Source, latent_multiple, pillow
 from i2am_train.models.pretrained import check_pipeline, fitting, load_network, load_part, load_pipeline
+from i2am_train.models.traceable import Request, Source, TraceableModel, latent_multiple, pillow
 from i2am_train.models.watch import Watch
 from i2am_train.weight_files import read_adapter
 
-ENCODER = "image_encoder"
+_ENCODER = "image_encoder"
 
 
-def load_ip_adapter(source: Source) -> OtherModel:
+def load_ip_adapter(source: Source) -> TraceableModel:
     """A Stable Diffusion pipeline with one adapter in it.
 
-    The image encoder is the pipeline's, or lies in the folder of the adapter's file, beside it or
-    one higher up, as its authors distribute it.
+    The image encoder is the pipeline's, or lies in the folder of the adapter's file, beside it or one higher up, as its
+    authors distribute it.
 
     Raises:
-        CheckpointError: folder, encoder or adapter cannot be read, or the adapter is of another kind
-            or for another encoder.
+        CheckpointError: folder, encoder or adapter cannot be read, or the adapter is of another kind or for another
+            encoder.
     """
     assert source.adapter is not None, "checked with the configuration"
     expected = (StableDiffusionPipeline.__name__, StableDiffusionInpaintPipeline.__name__)
@@ -47,15 +45,16 @@ def load_ip_adapter(source: Source) -> OtherModel:
     )
     if pipeline.image_encoder is None:
         folder = _encoder_folder(source.adapter)
-        encoder = load_part(CLIPVisionModelWithProjection, str(folder), ENCODER)
+        encoder = load_part(CLIPVisionModelWithProjection, str(folder), _ENCODER)
         pipeline.register_modules(image_encoder=encoder)
     weights = read_adapter(source.adapter)
-    fitting("adapter", source.adapter, partial(_insert, pipeline, weights))
+    insert = partial(pipeline.load_ip_adapter, subfolder="", weight_name="", image_encoder_folder=None)
+    fitting("adapter", source.adapter, partial(insert, weights))
     _check_kind(pipeline, source)
     _check_encoder(pipeline, source)
     pipeline = pipeline.to(source.device)
     pipeline.set_progress_bar_config(disable=True)
-    return OtherModel(
+    return TraceableModel(
         target=pipeline,
         recipe=source.recipe_of(pipeline),
         make=partial(_make, pipeline),
@@ -96,16 +95,12 @@ def _make(pipeline: Any, request: Request) -> Image:
 def _encoder_folder(adapter: Path) -> Path:
     """The folder with the image encoder's: that of the adapter's file, or the one above it."""
     for folder in (adapter.parent, adapter.parent.parent):
-        if (folder / ENCODER / "config.json").is_file():
+        if (folder / _ENCODER / "config.json").is_file():
             return folder
     raise CheckpointError(
-        f"Neither the pipeline nor the folder of adapter={adapter} has an {ENCODER}/. Put the "
-        f"adapter's {ENCODER}/ beside its file, as its authors distribute it."
+        f"Neither the pipeline nor the folder of adapter={adapter} has an {_ENCODER}/. Put the "
+        f"adapter's {_ENCODER}/ beside its file, as its authors distribute it."
     )
-
-
-def _insert(pipeline: Any, weights: dict[str, dict[str, Tensor]]) -> None:
-    pipeline.load_ip_adapter(weights, subfolder="", weight_name="", image_encoder_folder=None)
 
 
 def _check_kind(pipeline: Any, source: Source) -> None:
@@ -133,6 +128,6 @@ def _check_encoder(pipeline: Any, source: Source) -> None:
     if reads != gives:
         raise CheckpointError(
             f"adapter={source.adapter} reads image features of {reads} channels, and the "
-            f"{ENCODER} gives {gives}. Put the {ENCODER}/ that the adapter was made for beside its "
+            f"{_ENCODER} gives {gives}. Put the {_ENCODER}/ that the adapter was made for beside its "
             "file, and leave other ones out of the pipeline's folder."
         )

@@ -14,11 +14,17 @@ from torch.nn import functional as F
 
 from i2am_train.config.models import InitConfig
 from i2am_train.errors import CheckpointError, ConfigError
-from i2am_train.models.convert.authors_layout import projector_weights, unet_weights, vae_weights
-from i2am_train.models.convert.components import assemble
-from i2am_train.models.convert.key_report import KeyMismatchError, key_report
-from i2am_train.models.convert.single_file import empty_unet, empty_vae, renamed_unet, renamed_vae
+from i2am_train.models.assembly import assemble
 from i2am_train.models.projector import ReferenceProjector
+from i2am_train.models.single_file import (
+    KeyMismatchError,
+    authors_projector,
+    authors_unet,
+    authors_vae,
+    key_report,
+    unet_in_our_names,
+    vae_in_our_names,
+)
 from i2am_train.models.tryon import Conditions, TryOnModel
 from i2am_train.workflows.models import init as run
 from tests.support.ldm_models import AuthorsDiffusion, AuthorsSelfAttention
@@ -351,17 +357,14 @@ def test_true_shapes() -> None:
             layers_per_block=2,
             latent_channels=4,
         )
-    unet, their_vae = unet_weights(weights), vae_weights(weights)
-    assert dict(empty_unet(unet.tensors, "x").config)["block_out_channels"] == [320, 640, 1280, 1280]
-    assert empty_vae(their_vae.tensors, "x").state_dict().keys() == vae.state_dict().keys()
+    unet, unet_tensors = unet_in_our_names(authors_unet(weights), "x")
+    their_vae, vae_tensors = vae_in_our_names(authors_vae(weights), "x")
+    assert dict(unet.config)["block_out_channels"] == [320, 640, 1280, 1280]
+    assert their_vae.state_dict().keys() == vae.state_dict().keys()
     report = key_report(
         "x",
         weights,
-        {
-            "unet": (sd15, renamed_unet(unet.tensors, unet.sources, sd15)),
-            "projector": (projector, projector_weights(weights)),
-            "vae": (vae, renamed_vae(their_vae.tensors, their_vae.sources, vae)),
-        },
+        {"unet": (sd15, unet_tensors), "projector": (projector, authors_projector(weights)), "vae": (vae, vae_tensors)},
         ours=("diffusion.", "mlp.", "encoder.", "decoder."),
     )
     assert report.complete

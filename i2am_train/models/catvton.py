@@ -1,14 +1,9 @@
 """CatVTON-style try-on: person and garment on one canvas, filled in by an inpainting U-Net.
 
-Written here from its description: Stable Diffusion's inpainting network without its
-cross-attention, whose self-attention sees both pictures. Rows of a guided batch: unconditional
-(without the garment), conditional.
+Written here from its description: Stable Diffusion's inpainting network without its cross-attention, whose
+self-attention sees both pictures. Rows of a guided batch: unconditional (without the garment), conditional.
 """
 
-from __future__ import annotations
-
-from collections.abc import Iterator
-from dataclasses import dataclass, field
 from typing import Any, cast
 
 import numpy as np
@@ -22,17 +17,17 @@ from i2am_train.attention.frames import announce
 from i2am_train.data.pictures import Image, fit_mask, fit_picture
 from i2am_train.errors import CheckpointError
 from i2am_train.models.diffusion import guided
-from i2am_train.models.others.other_model import NO_GUIDANCE, OtherModel, Request, Source, latent_multiple
 from i2am_train.models.pretrained import fitting, load_network, load_part
+from i2am_train.models.traceable import NO_GUIDANCE, Request, Source, TraceableModel, latent_multiple
 from i2am_train.models.watch import Watch
 from i2am_train.ops.numerics import to_uint8
 from i2am_train.weight_files import check_used, read_weights
 
-CHANNELS = 9
+_CHANNELS = 9
 """Of the U-Net's input: noise, mask, masked picture."""
-ETA = 1.0
+_ETA = 1.0
 """Noise that each DDIM step adds anew, as its authors sample."""
-WHITE = 255
+_WHITE = 255
 
 
 class SkipAttnProcessor(nn.Module):
@@ -43,23 +38,16 @@ class SkipAttnProcessor(nn.Module):
         return hidden_states
 
 
-@dataclass
-class CatVTON:
+class _CatVTON:
     """The networks. ``side_by_side`` puts the garment to the right instead of below."""
 
-    unet: Any
-    vae: Any
-    scheduler: Any
-    side_by_side: bool = False
-    axis: int = field(init=False)
-    """Along which person and garment are joined."""
-
-    def __post_init__(self) -> None:
-        self.axis = -1 if self.side_by_side else -2
-        self.unet.set_attn_processor(
+    def __init__(self, unet: Any, vae: Any, scheduler: Any, *, side_by_side: bool = False) -> None:
+        self.unet, self.vae, self.scheduler = unet, vae, scheduler
+        self.axis = -1 if side_by_side else -2  # along which person and garment are joined
+        unet.set_attn_processor(
             {
                 path: SkipAttnProcessor() if path.endswith("attn2.processor") else processor
-                for path, processor in self.unet.attn_processors.items()
+                for path, processor in unet.attn_processors.items()
             }
         )
 
@@ -69,8 +57,8 @@ class CatVTON:
         assert request.image is not None
         assert request.mask is not None
         size = request.size
-        person = self._tensor(fit_picture(request.image, size, "crop", WHITE))
-        garment = self._tensor(fit_picture(request.reference, size, "pad", WHITE))
+        person = self._tensor(fit_picture(request.image, size, "crop", _WHITE))
+        garment = self._tensor(fit_picture(request.reference, size, "pad", _WHITE))
         mask = torch.from_numpy(fit_mask(request.mask, size, "crop")).to(person)[None, None]
         masked = self._encoded(person * (1 - mask))
         small = F.interpolate(mask, masked.shape[-2:], mode="nearest")
@@ -107,7 +95,7 @@ class CatVTON:
             without, within = predicted[:1], predicted[-1:]
             direction = guided(without, within, request.guidance) if is_guided else within
             fresh = torch.randn(shape, generator=noise).to(latents)
-            latents = self.scheduler.step(direction, timestep, latents, eta=ETA, variance_noise=fresh).prev_sample
+            latents = self.scheduler.step(direction, timestep, latents, eta=_ETA, variance_noise=fresh).prev_sample
             watch.see_step(request.steps, step, timestep, latents)
         return latents
 
@@ -121,7 +109,7 @@ class CatVTON:
         return cast(Tensor, mode * self.vae.config.scaling_factor)
 
 
-def load_catvton(source: Source) -> OtherModel:
+def load_catvton(source: Source) -> TraceableModel:
     """Stable Diffusion's inpainting folder, with the attention weights of ``adapter`` in it.
 
     Raises:
@@ -132,14 +120,14 @@ def load_catvton(source: Source) -> OtherModel:
         weights = read_weights(source.adapter)
         check_used(weights, source.adapter)
         fitting("adapter", source.adapter, lambda: load_attention(unet, weights))
-    model = CatVTON(
+    model = _CatVTON(
         unet=unet.to(source.device),
         vae=load_network(AutoencoderKL, source.folder, "vae").to(source.device),
         scheduler=load_part(DDIMScheduler, source.folder, "scheduler"),
         side_by_side=bool(source.options.get("side_by_side", False)),
     )
     pixels = 2 ** (len(model.vae.config.block_out_channels) - 1)
-    return OtherModel(
+    return TraceableModel(
         target=model, recipe=source.recipe_of(model), make=model, fit="crop", multiple=latent_multiple(unet, pixels)
     )
 
@@ -147,21 +135,21 @@ def load_catvton(source: Source) -> OtherModel:
 def load_attention(unet: nn.Module, weights: dict[str, Tensor]) -> None:
     """Weights of all self-attentions from the authors' list.
 
-    Their file numbers every module whose path contains ``attn1``, so that one layer's weights stand
-    under its own number and under those of its parts. How many parts there are depends on the
-    library; the numbers under which a query projection stands are the layers, in order.
+    Their file numbers every module whose path contains ``attn1``, so that one layer's weights stand under its own
+    number and under those of its parts. How many parts there are depends on the library; the numbers under which a
+    query projection stands are the layers, in order.
 
     Raises:
         CheckpointError: the layers are not as many as the U-Net's.
         RuntimeError: a layer's tensor is missing or misshapen.
     """
     layers = [module for path, module in unet.named_modules() if path.endswith(".attn1")]
-    numbers = list(_layer_numbers(weights))
+    keys = (name.partition(".") for name in weights)
+    numbers = sorted(int(number) for number, _, rest in keys if rest == "to_q.weight")
     if len(numbers) != len(layers):
         raise CheckpointError(
-            f"The attention weights are of {len(numbers)} self-attentions, and the U-Net has "
-            f"{len(layers)}. Give the file attention/model.safetensors of CatVTON's release, and "
-            "the inpainting network of Stable Diffusion 1.5."
+            f"The attention weights are of {len(numbers)} self-attentions, and the U-Net has {len(layers)}. Give the "
+            "file attention/model.safetensors of CatVTON's release, and the inpainting network of Stable Diffusion 1.5."
         )
     for number, layer in zip(numbers, layers, strict=True):
         prefix = f"{number}."
@@ -169,15 +157,9 @@ def load_attention(unet: nn.Module, weights: dict[str, Tensor]) -> None:
         layer.load_state_dict(own, strict=True)
 
 
-def _layer_numbers(weights: dict[str, Tensor]) -> Iterator[int]:
-    found = (name.partition(".") for name in weights)
-    yield from sorted(int(number) for number, _, rest in found if rest == "to_q.weight")
-
-
 def _check_unet(unet: Any, source: str) -> None:
-    if unet.config.in_channels != CHANNELS:
+    if unet.config.in_channels != _CHANNELS:
         raise CheckpointError(
-            f"The U-Net of '{source}' takes {unet.config.in_channels} channels; CatVTON's is an "
-            f"inpainting network of {CHANNELS}. Give checkpoint=FOLDER of Stable Diffusion 1.5 "
-            "inpainting."
+            f"The U-Net of '{source}' takes {unet.config.in_channels} channels; CatVTON's is an inpainting network of "
+            f"{_CHANNELS}. Give checkpoint=FOLDER of Stable Diffusion 1.5 inpainting."
         )

@@ -1,1 +1,0 @@
-"""Weights and models of other layouts, taken over into ours and written for others."""
