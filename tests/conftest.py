@@ -74,6 +74,17 @@ def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(autouse=True)
+def no_own_metrics() -> Iterator[None]:
+    """Metrics that one test makes known, the next does not know."""
+    yield
+    registry = sys.modules.get("i2am_train.metrics.registry")
+    if registry is not None:
+        for name in registry.own_metrics():
+            del registry.METRICS[name]
+            registry._PAIR_SCORES.pop(name, None)
+
+
+@pytest.fixture(autouse=True)
 def no_imports_allowed(monkeypatch: pytest.MonkeyPatch) -> None:
     """What one test's command line names, the next one's files may not import."""
     monkeypatch.setenv("I2AM_ALLOW_IMPORTS", "")
