@@ -13,7 +13,7 @@ from i2am_train.cli import main
 from i2am_train.config.store import compose
 from i2am_train.data.synthetic import make_dataset
 from i2am_train.types import GridSize
-from i2am_train.workflows import data, evaluate, export, init, train
+from i2am_train.workflows import data, evaluate, models, train
 
 pytestmark = [
     pytest.mark.long,
@@ -107,7 +107,7 @@ def test_the_lines_of_the_readme(
     assert run("derive", "root=my_set", "preview=true") == 0
     assert run("check", "root=my_set") == 0
     parts = ["unet=v1-5-pruned.safetensors", "encoder=facebook/dinov2-giant", "output=models/start"]
-    init.run(compose("init", [*parts, "height=128", "width=64"]))
+    models.init(compose("init", [*parts, "height=128", "width=64"]))
     own = ["init=models/start", "data.root=my_set", "data.fit=pad", *SMALL, "validation=none"]
     train.run(compose("train", ["experiment=paper_custom", *own, "dry_run=true"]))
     assert "Nothing was written." in capsys.readouterr().out
@@ -117,5 +117,5 @@ def test_the_lines_of_the_readme(
     few = ["sampling.steps=1", "attribution.time_groups=1", "evaluation.metrics=[ssim]", "device=cpu"]
     evaluate.run(compose("evaluate", [*judged, *few, "data.workers=0", "tracking=files"]))
     assert Path("runs/paper_refined-seed0/evaluation-paired/results.json").is_file()
-    export.run(compose("export", ["checkpoint=runs/paper_refined-seed0", "output=exported"]))
+    models.export(compose("export", ["checkpoint=runs/paper_refined-seed0", "output=exported"]))
     assert Path("exported/model_index.json").is_file()
