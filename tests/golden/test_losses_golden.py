@@ -32,6 +32,12 @@ def two_samples(values: Tensor) -> Tensor:
     return torch.stack([values.flip(0), values])
 
 
+def mask_of(content: dict[str, Any], masked: str = "mask") -> Tensor:
+    """That of a golden file, or one that lets everything count (``mask_all_ones``)."""
+    mask = on_tokens(content["inputs"]["mask"]).bool()
+    return torch.ones_like(mask) if masked == "mask_all_ones" else mask
+
+
 def hand_scores(golden: Golden) -> Tensor:
     return tensor(golden("01")["inputs"]["A"]).reshape(1, 4, 4)
 
@@ -119,36 +125,24 @@ def test_dcml_gradient_of_the_hand_example(golden: Golden, variant: V, key: str)
 
 
 @pytest.mark.parametrize(
-    ("variant", "key"),
+    ("term", "variant", "start"),
     [
-        (V.PAPER, "paper_on_C_paper_eq15"),
-        (V.PAPER_WITHOUT_FACTOR, "paper_on_C_without_factor"),
-        (V.AUTHORS_V1, "authors_code_v1_l1"),
-        (V.AUTHORS_V2, "authors_code_v2_l2"),
-        (V.HINGE, "default"),
+        ("TV", V.PAPER, "paper_on_C_paper_eq15"),
+        ("TV", V.PAPER_WITHOUT_FACTOR, "paper_on_C_without_factor"),
+        ("TV", V.AUTHORS_V1, "authors_code_v1_l1"),
+        ("TV", V.AUTHORS_V2, "authors_code_v2_l2"),
+        ("TV", V.HINGE, "default"),
+        ("CWG", V.PAPER, "paper_literal"),
+        ("CWG", V.PAPER_WITHOUT_FACTOR, "paper_without_factor"),
+        ("CWG", V.AUTHORS_V1, "authors_code_v1"),
+        ("CWG", V.AUTHORS_V2, "authors_code_v2"),
+        ("CWG", V.HINGE, "default"),
     ],
 )
-def test_tv_of_the_hand_example(golden: Golden, variant: V, key: str) -> None:
-    """All five readings of equation 19."""
-    value = VARIANTS[variant].tv(of_hand(golden, variant))
-    torch.testing.assert_close(value, tensor([golden("01")["expected"]["TV"][key]]), **ALIKE)
-
-
-@pytest.mark.parametrize(
-    ("variant", "start"),
-    [
-        (V.PAPER, "paper_literal"),
-        (V.PAPER_WITHOUT_FACTOR, "paper_without_factor"),
-        (V.AUTHORS_V1, "authors_code_v1"),
-        (V.AUTHORS_V2, "authors_code_v2"),
-        (V.HINGE, "default"),
-    ],
-)
-def test_cwg_of_the_hand_example(golden: Golden, variant: V, start: str) -> None:
-    """All five readings of equations 20 and 21."""
-    value = VARIANTS[variant].cwg(of_hand(golden, variant))
-    named = golden("01")["expected"]["CWG"].items()
-    (expected,) = (number for name, number in named if name.startswith(start))
+def test_tv_and_cwg_of_the_hand_example(golden: Golden, term: str, variant: V, start: str) -> None:
+    """All five readings of equation 19, and of equations 20 and 21."""
+    value = getattr(VARIANTS[variant], term.lower())(of_hand(golden, variant))
+    (expected,) = (number for name, number in golden("01")["expected"][term].items() if name.startswith(start))
     torch.testing.assert_close(value, tensor([expected]), **ALIKE)
 
 
@@ -189,9 +183,7 @@ def test_dcml_value_and_gradient(golden: Golden, variant: V, key: str, masked: s
     """A 4x3 field with and without a mask; the value with x and y swapped is another one."""
     content = golden("03")
     centers = on_tokens(content["inputs"]["C"]).requires_grad_()
-    mask = on_tokens(content["inputs"]["mask"]).bool()
-    if masked == "mask_all_ones":
-        mask = torch.ones_like(mask)
+    mask = mask_of(content, masked)
     value = VARIANTS[variant].dcml(of_centers(centers, mask))[1]
     expected = content["expected"][masked]
     torch.testing.assert_close(value, tensor(expected[key]), **ALIKE)
@@ -208,7 +200,7 @@ def test_dcml_rejects_the_swapped_axes(golden: Golden) -> None:
     content = golden("03")
     wrong = content["expected"]["mask"]["must_not_equal"]
     swapped = on_tokens(content["inputs"]["C"]).flip(-1)
-    mask = on_tokens(content["inputs"]["mask"]).bool()
+    mask = mask_of(content)
     for variant, key in ((V.PAPER, "paper_xy_swapped"), (V.AUTHORS_V2, "authors_code_xy_swapped")):
         value = VARIANTS[variant].dcml(of_centers(swapped, mask))[1]
         torch.testing.assert_close(value, tensor(wrong[key]), **ALIKE)
@@ -222,9 +214,7 @@ def test_dcml_of_the_projects_variants(golden: Golden, name: str, masked: str) -
     expected = content["expected"][masked]
     pairs = expected["n_pairs_x"] + expected["n_pairs_y"]
     reward = expected["authors_code"] * GENERATED.tokens**2 / pairs
-    mask = on_tokens(content["inputs"]["mask"]).bool()
-    if masked == "mask_all_ones":
-        mask = torch.ones_like(mask)
+    mask = mask_of(content, masked)
     value = VARIANTS[V(name)].dcml(of_centers(on_tokens(content["inputs"]["C"]), mask))[1]
     total = reward if name == "reward" else reward + expected["default"]
     torch.testing.assert_close(value, tensor(total), **ALIKE)
@@ -247,9 +237,7 @@ def test_dcml_of_the_projects_variants(golden: Golden, name: str, masked: str) -
 def test_tv(golden: Golden, variant: V, key: str, masked: str) -> None:
     """Sums, the authors' averages over masked zeros, and the mean over valid neighbours."""
     content = golden("04")
-    mask = on_tokens(content["inputs"]["mask"]).bool()
-    if masked == "mask_all_ones":
-        mask = torch.ones_like(mask)
+    mask = mask_of(content, masked)
     value = VARIANTS[variant].tv(of_centers(on_tokens(content["inputs"]["C"]), mask))[1]
     torch.testing.assert_close(value, tensor(content["expected"][masked][key]), **ALIKE)
 
@@ -269,7 +257,7 @@ def test_cwg(golden: Golden, variant: V, key: str) -> None:
     """The masked 4x3 example from logits with a class token."""
     content = golden("05")
     scores = scores_of(two_samples(tensor(content["inputs"]["logits"])), variant)
-    mask = on_tokens(content["inputs"]["mask"]).bool()
+    mask = mask_of(content)
     value = VARIANTS[variant].cwg(attention(scores, mask, GENERATED, REFERENCE, variant))[1]
     torch.testing.assert_close(value, tensor(content["expected"][key]), **ALIKE)
 
@@ -280,7 +268,7 @@ def test_cwg_gradient(golden: Golden, detached: bool) -> None:
     content = golden("05")
     logits = two_samples(tensor(content["inputs"]["logits"])).requires_grad_()
     scores = scores_of(logits, V.HINGE)
-    mask = on_tokens(content["inputs"]["mask"]).bool()
+    mask = mask_of(content)
     cwg(attention(scores, mask, GENERATED, REFERENCE, V.HINGE), detach_centers=detached)[1].backward()
     key = "C_detached" if detached else "C_not_detached"
     (name,) = (name for name in content if key in name)

@@ -25,11 +25,6 @@ LAYOUT = CacheLayout(shard_samples=8)
 
 
 @pytest.fixture(scope="module")
-def model(make_small_model: Callable[..., Any]) -> Any:
-    return make_small_model()
-
-
-@pytest.fixture(scope="module")
 def made(small_dataset: Path, model: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("caches") / "plain"
     make_cache(model, small_dataset, folder, LAYOUT, splits=list(Split), batch_size=3)

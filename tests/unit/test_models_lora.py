@@ -7,11 +7,9 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from torch.utils.data import default_collate
 
 from i2am_train.attention.trace import ScoreTap, trace
 from i2am_train.config.training import ObjectiveConfig, OptimizationConfig
-from i2am_train.data.dataset import TryOnDataset
 from i2am_train.errors import ConfigError
 from i2am_train.losses.objective import Objective, make_objective
 from i2am_train.models.lora import add_adapters, has_adapters, merged, save_adapters
@@ -19,7 +17,7 @@ from i2am_train.models.sampling import sample
 from i2am_train.models.tryon import TryOnModel
 from i2am_train.training.module import TryOnModule
 from i2am_train.training.step import draw, step_losses
-from i2am_train.types import Direction, GridSize, Pairing, Split
+from i2am_train.types import Direction, GridSize
 
 LORA = OptimizationConfig(trainable="lora", lora_rank=3, lora_alpha=6)
 
@@ -92,7 +90,9 @@ def test_merging_leaves_the_model_alone(adapted: TryOnModel) -> None:
     assert merged(plain) is plain
 
 
-def test_attention_losses_reach_the_adapters(make_small_model: Callable[..., Any], small_dataset: Path) -> None:
+def test_attention_losses_reach_the_adapters(
+    make_small_model: Callable[..., Any], read_batch: Callable[..., Any]
+) -> None:
     """Their gradient arrives at the adapters of the layer's projections, and at nothing but adapters."""
     objective = make_objective(ObjectiveConfig(dcml=1.0, tv=1.0, cwg=1.0))
     module = TryOnModule(make_small_model(), objective, LORA)
@@ -102,8 +102,7 @@ def test_attention_losses_reach_the_adapters(make_small_model: Callable[..., Any
             torch.nn.init.normal_(weight, std=0.1)
     trained = {name for name, weight in model.named_parameters() if weight.requires_grad}
     assert trained == {n for n, _ in model.named_parameters() if ".lora_" in n}
-    dataset = TryOnDataset(small_dataset, Split.TRAIN, Pairing.PAIRED, GridSize(64, 48))
-    batch = default_collate([dataset[index] for index in (1, 4)])
+    batch = read_batch([1, 4], split="train")
     draws = draw(0, 0, [1, 4], latent=GridSize(16, 12), timesteps=1000, condition_dropout=0.0)
     with ScoreTap(model, layers=[2]) as tap:
         losses = step_losses(model, batch, draws, objective, tap)

@@ -28,11 +28,6 @@ SEEDS = [3, 8]
 
 
 @pytest.fixture(scope="module")
-def model(make_small_model: Callable[..., Any]) -> Any:
-    return make_small_model()
-
-
-@pytest.fixture(scope="module")
 def exported(model: TryOnModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("export") / "model"
     export_pipeline(model, folder, dtype=torch.float32, card="# Card")

@@ -2,22 +2,19 @@
 
 import copy
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
-from torch.utils.data import default_collate
 
 from i2am_train.attention.trace import ScoreTap
 from i2am_train.config.training import ObjectiveConfig, OptimizationConfig
-from i2am_train.data.dataset import TryOnDataset
 from i2am_train.errors import CaptureError
 from i2am_train.losses.objective import Objective, make_objective, snr_weights
 from i2am_train.training.optimization import prepare_networks, set_trainable
 from i2am_train.training.step import Draws, draw, step_losses
-from i2am_train.types import GridSize, Pairing, Split
+from i2am_train.types import GridSize
 
 LATENT = GridSize(4, 3)
 
@@ -102,14 +99,8 @@ def model(make_small_model: Callable[..., Any]) -> Any:
 
 
 @pytest.fixture(scope="module")
-def read_batch(small_dataset: Path) -> Callable[[list[int]], Any]:
-    dataset = TryOnDataset(small_dataset, Split.TRAIN, Pairing.PAIRED, GridSize(64, 48))
-    return lambda indices: default_collate([dataset[index] for index in indices])
-
-
-@pytest.fixture(scope="module")
-def batch(read_batch: Callable[[list[int]], Any]) -> Any:
-    return read_batch(SAMPLES)
+def batch(read_batch: Callable[..., Any]) -> Any:
+    return read_batch(SAMPLES, split="train")
 
 
 def draws(indices: list[int], dropped: list[bool]) -> Draws:
@@ -200,24 +191,24 @@ def test_dropped_conditions_get_no_attention_gradient(model: Any, batch: Any) ->
 
 
 def test_attention_terms_are_means_over_the_conditioned_samples(
-    model: Any, batch: Any, read_batch: Callable[[list[int]], Any]
+    model: Any, batch: Any, read_batch: Callable[..., Any]
 ) -> None:
     """A dropped neighbour changes nothing: the terms are those of the kept samples alone."""
     objective = refined(**WEIGHTS)
     together, _ = losses_of(model, objective, batch, draws(SAMPLES, [False, True, False]))
     kept = [SAMPLES[0], SAMPLES[2]]
-    alone, _ = losses_of(model, objective, read_batch(kept), draws(kept, [False, False]))
+    alone, _ = losses_of(model, objective, read_batch(kept, split="train"), draws(kept, [False, False]))
     for name in WEIGHTS:
         torch.testing.assert_close(together[name], alone[name], atol=1e-5, rtol=1e-4)
 
 
-def test_signal_to_noise_weighting(model: Any, batch: Any, read_batch: Callable[[list[int]], Any]) -> None:
+def test_signal_to_noise_weighting(model: Any, batch: Any, read_batch: Callable[..., Any]) -> None:
     """The weighted loss is the mean of the samples' own errors times the weights of their timesteps."""
     plain, gamma = Objective(), 5.0
     with torch.no_grad():
         errors = torch.stack(
             [
-                step_losses(model, read_batch([index]), draws([index], [False]), plain, None)["total"]
+                step_losses(model, read_batch([index], split="train"), draws([index], [False]), plain, None)["total"]
                 for index in SAMPLES
             ]
         )
