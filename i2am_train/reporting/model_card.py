@@ -172,22 +172,22 @@ def _training(facts: ModelFacts) -> Iterator[str]:
         f"{manifest.get('data', 'not known')}\n"
         f"- Seed: {settings.get('seed')}"
     )
-    rows = [(f"`{name}`", str(value)) for name, value in _flat(settings)]
+    kept = {group: settings[group] for group in _SHOWN if settings.get(group) is not None}
+    rows = [(f"`{name}`", str(value)) for name, value in _leaves(kept)]
     yield markdown_lines(("Option", "Value"), rows, right=())
 
 
-def _flat(settings: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    for group in _SHOWN:
-        if settings.get(group) is not None:
-            yield from _leaves(group, settings[group])
+def _leaves(options: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Options by their dotted names.
 
-
-def _leaves(name: str, value: Any) -> Iterator[tuple[str, Any]]:
-    if isinstance(value, Mapping):
-        for key, one in value.items():
-            yield from _leaves(f"{name}.{key}", one)
-    else:
-        yield name, value
+    >>> dict(_leaves({"name": "tiny", "objective": {"weights": {"tv": 0.1}}}))
+    {'name': 'tiny', 'objective.weights.tv': 0.1}
+    """
+    for name, value in options.items():
+        if isinstance(value, Mapping):
+            yield from _leaves(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
 
 
 def _evaluation(evaluations: Sequence[Evaluation]) -> Iterator[str]:

@@ -140,18 +140,17 @@ def _evaluation_table(evaluations: Sequence[Evaluation]) -> Table:
     return Table(
         corner="Model",
         headings=tuple(Heading(name, words=True) for name in columns),
-        rows=tuple(Row(e.label, tuple(_origin_cells(e))) for e in evaluations),
+        rows=tuple(Row(e.label, _origin_cells(e)) for e in evaluations),
     )
 
 
-def _origin_cells(evaluation: Evaluation) -> Iterator[Cell | None]:
+def _origin_cells(evaluation: Evaluation) -> tuple[Cell | None, ...]:
     manifest = evaluation.manifest
-    for known in (
+    known = (
         *(evaluation.seed, evaluation.step, evaluation.pairing, evaluation.protocol["samples"]),
-        *(manifest.get("data"), code_state(manifest.get("git"))),
-        *(evaluation.judged, manifest.get("command")),
-    ):
-        yield None if known is None else Cell(str(known))
+        *(manifest.get("data"), code_state(manifest.get("git")), evaluation.judged, manifest.get("command")),
+    )
+    return tuple(None if one is None else Cell(str(one)) for one in known)
 
 
 # ---- figures of explained samples ----------------------------------------------------------------

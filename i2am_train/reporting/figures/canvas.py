@@ -7,7 +7,7 @@ drawing in a training callback leaves no global state behind.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -255,22 +255,21 @@ def save_figure(figure: Figure, path: Path, dpi: int = 160, description: str = "
 
     The file says what wrote it and, in ``description``, from what; it carries no date, so the same
     figure gives the same bytes.
+
+    >>> save_figure(new_figure(1.0, 1.0), Path("map.bmp"))
+    Traceback (most recent call last):
+    ValueError: Cannot save a figure as 'bmp'; use one of .png, .svg, .pdf.
     """
     path = Path(path)
     file_format = path.suffix.lower().lstrip(".")
-    with written(path) as unfinished, mpl.rc_context(STYLE):
-        metadata = _metadata(file_format, description)
-        figure.savefig(unfinished, format=file_format, dpi=dpi, metadata=metadata)
-    return path
-
-
-def _metadata(file_format: str, description: str) -> Mapping[str, Any]:
-    by_format: dict[str, dict[str, Any]] = {
+    metadata: dict[str, dict[str, Any]] = {
         "png": {"Software": "i2am_train", "Description": description or None},
         "svg": {"Creator": "i2am_train", "Date": None, "Description": description or None},
         "pdf": {"Creator": "i2am_train", "CreationDate": None, "Subject": description or None},
     }
-    if file_format not in by_format:
-        known = ", ".join(f".{name}" for name in by_format)
+    if file_format not in metadata:
+        known = ", ".join(f".{name}" for name in metadata)
         raise ValueError(f"Cannot save a figure as {file_format!r}; use one of {known}.")
-    return by_format[file_format]
+    with written(path) as unfinished, mpl.rc_context(STYLE):
+        figure.savefig(unfinished, format=file_format, dpi=dpi, metadata=metadata[file_format])
+    return path

@@ -65,7 +65,7 @@ _PLOT_HEIGHT = 2.4
 
 
 def unified_maps(sample: Explanation) -> Sheet:
-    """Both pictures, and the unified map of each direction that there is with its score."""
+    """Both pictures, and the unified map of each direction that there is (eq. 7) with its score (eq. 8)."""
     pictures = (plain_panel(sample, TO_REFERENCE, "reference"), plain_panel(sample, TO_GENERATED, "generated"))
     maps = []
     for direction in sample.directions:
@@ -334,7 +334,7 @@ def specific_across_layers(sample: Explanation, layers: Sequence[LayerId] | None
 
 
 def reverse_across_layers(sample: Explanation, layers: Sequence[LayerId] | None = None) -> Sheet:
-    """What a patch of the garment feeds on the generated image, from layer to layer."""
+    """What a patch of the garment feeds on the generated image, from layer to layer (paper A.4)."""
     caption = (
         f"Reverse specific-reference attribution maps of {sample.name} ({sample.model}) across "
         f"layers: where the boxed patch of the {sample.reference} goes on the generated image."

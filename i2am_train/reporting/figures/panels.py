@@ -198,7 +198,7 @@ def specific_panels(
 
 
 def reverse_panels(sample: Explanation, patches: Sequence[PatchIndex], layer: str | None = None) -> list[Panel]:
-    """What garment patches feed on the generated image, with the strongest place.
+    """What garment patches feed on the generated image (paper A.4), with the strongest place.
 
     The arguments are those of ``specific_panels``, with patches of the reference grid.
     """
