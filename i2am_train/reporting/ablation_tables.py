@@ -341,7 +341,12 @@ def as_terminal(results: Results) -> RenderableType:
 
 
 def as_markdown(results: Results, compared: Collection[str] | None = None) -> str:
-    """Arms, differences (of the arms ``compared``; None for all), warnings and notes as GitHub-flavoured Markdown."""
+    """Arms, differences (of the arms ``compared``; None for all), warnings and notes as GitHub-flavoured Markdown.
+
+    >>> results = {"arms": [{"name": "ours"}], "cells": [], "metrics": {"ssim": {}}, "paired": []}
+    >>> as_markdown({**results, "summary": {"ours": {"ssim": {"mean": 0.5, "n": 1}}}}).splitlines()[2]
+    '| ours | 0.500 |'
+    """
     arms = arm_table(results)
     arms = replace(arms, headings=tuple(replace(heading, group="") for heading in arms.headings))
     parts = [markdown_rows(arms, underline=False)]

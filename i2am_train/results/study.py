@@ -66,7 +66,12 @@ class Study:
     missing: tuple[str, ...]
 
     def of_arm(self, arm: str) -> tuple[ArmRun, ...]:
-        """The runs of one arm, lowest seed first."""
+        """The runs of one arm, lowest seed first.
+
+        >>> runs = [ArmRun("ours", seed, Path("cells"), None, (), (), None) for seed in (1, 0)]
+        >>> [run.seed for run in Study(Path("study"), {}, tuple(runs), ()).of_arm("ours")]
+        [0, 1]
+        """
         runs = [run for run in self.runs if run.arm == arm]
         return tuple(sorted(runs, key=lambda run: -1 if run.seed is None else run.seed))
 
