@@ -202,6 +202,11 @@ def read_description(file: Path) -> dict[str, Any]:
 
     Raises:
         CheckpointError: it cannot be read, is no JSON, or holds something else.
+
+    >>> read_description(Path("no_such.json"))
+    Traceback (most recent call last):
+        ...
+    i2am_train.errors.CheckpointError: 'no_such.json' cannot be read as JSON ([Errno 2] No such file or directory: ...
     """
     try:
         content = json.loads(file.read_text(encoding="utf-8"))

@@ -31,12 +31,6 @@ class NoiseSchedule(nn.Module):
 
     ``signal`` is the square root of the cumulative alpha, ``noise`` that of its complement; both have one
     entry for each of the scheduler's timesteps 0 (clean) ... 999 (noise).
-
-    >>> schedule = NoiseSchedule(DDIMScheduler(prediction_type="v_prediction"))
-    >>> clean, noise, at = torch.ones(1, 4, 2, 2), torch.zeros(1, 4, 2, 2), torch.tensor([500])
-    >>> found, _ = schedule.clean_and_noise(schedule.target(clean, noise, at), schedule.noised(clean, noise, at), at)
-    >>> bool(torch.isclose(found, clean).all())
-    True
     """
 
     signal: Tensor
@@ -60,7 +54,12 @@ class NoiseSchedule(nn.Module):
         return len(self.signal)
 
     def levels(self, timesteps: _Timesteps) -> tuple[_Level, _Level]:
-        """Signal and noise amplitude of each sample, ready to multiply images."""
+        """Signal and noise amplitude of each sample, ready to multiply images.
+
+        >>> signal, noise = NoiseSchedule(DDIMScheduler()).levels(torch.tensor([0, 999]))
+        >>> signal.shape, bool((signal**2 + noise**2).allclose(torch.ones(2, 1, 1, 1)))
+        (torch.Size([2, 1, 1, 1]), True)
+        """
         return self.signal[timesteps][:, None, None, None], self.noise[timesteps][:, None, None, None]
 
     def noised(self, clean: _Latents, noise: _Latents, timesteps: _Timesteps) -> _Latents:
@@ -88,7 +87,14 @@ class NoiseSchedule(nn.Module):
     def clean_and_noise(
         self, prediction: _Latents, noisy: _Latents, timesteps: _Timesteps
     ) -> tuple[_Latents, _Latents]:
-        """The x_0 and the eps that a prediction stands for."""
+        """The x_0 and the eps that a prediction stands for.
+
+        >>> schedule, at = NoiseSchedule(DDIMScheduler(prediction_type="v_prediction")), torch.tensor([500])
+        >>> clean, noise = torch.full((1, 4, 1, 1), 0.5), torch.ones(1, 4, 1, 1)
+        >>> found = schedule.clean_and_noise(schedule.target(clean, noise, at), schedule.noised(clean, noise, at), at)
+        >>> bool(found[0].allclose(clean)), bool(found[1].allclose(noise))
+        (True, True)
+        """
         signal, level = self.levels(timesteps)
         if self.prediction_type is PredictionType.EPSILON:
             return (noisy - level * prediction) / signal, prediction

@@ -48,7 +48,11 @@ class Source:
 
     @property
     def folder(self) -> str:
-        """The checkpoint of a model that needs one."""
+        """The checkpoint of a model that needs one.
+
+        >>> Source(model="catvton", checkpoint="models/inpainting").folder
+        'models/inpainting'
+        """
         assert self.checkpoint is not None, "checked with the configuration"
         return self.checkpoint
 

@@ -32,7 +32,12 @@ class Watch:
         self._dtype: torch.dtype | None = None
 
     def see(self, values: Float[Tensor, "batch *shape"], what: str) -> None:
-        """Notes which samples of a batch are not finite in ``what``."""
+        """Notes which samples of a batch are not finite in ``what``.
+
+        >>> watch = Watch()
+        >>> watch.see(torch.ones(3, 4), "The latents")
+        >>> watch.check()  # says nothing of numbers
+        """
         if self._dtype is None:
             self._dtype = _computing_dtype(values)
         self._seen.append((what, rows_at_fault(values)))

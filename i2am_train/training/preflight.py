@@ -31,6 +31,12 @@ def check_best(config: TrainConfig) -> None:
 
     Raises:
         ConfigError: no such score, neither end of it is better, or there is no validation.
+
+    >>> from i2am_train.config.training import TrainerConfig, ValidationConfig
+    >>> check_best(TrainConfig(trainer=TrainerConfig(keep_best="iou"), validation=ValidationConfig(samples=0)))
+    Traceback (most recent call last):
+        ...
+    i2am_train.errors.ConfigError: trainer.keep_best=iou needs validation, and validation.samples is 0. Set it to 2 ...
     """
     best = config.trainer.keep_best
     if best is None:

@@ -117,7 +117,12 @@ def whole_state(state: dict[str, Any], *, first: bool) -> dict[str, Any]:
 
 
 def sharded_like(value: Any, target: Any) -> Any:
-    """This process's part of a whole tensor, cut like ``target``; the value itself where there is nothing to cut."""
+    """This process's part of a whole tensor, cut like ``target``; the value itself where there is nothing to cut.
+
+    >>> import torch
+    >>> sharded_like(torch.ones(2), torch.zeros(2))  # nothing to cut
+    tensor([1., 1.])
+    """
     if not isinstance(target, DTensor) or isinstance(value, DTensor):
         return value
     if value.shape != target.shape:  # a step counter, or a mistake that loading will name
