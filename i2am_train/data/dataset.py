@@ -11,8 +11,9 @@ DressCode, see :class:`~i2am_train.data.layouts.DressCodeLayout`).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypedDict, cast
 
@@ -26,16 +27,16 @@ from torch.utils.data import Dataset
 from i2am_train.config.data import DataConfig
 from i2am_train.config.locations import dataset_folder
 from i2am_train.data.cache import LatentCache
-from i2am_train.data.layouts import DressCodeLayout, Layout, Pair, VitonHDLayout, entries
+from i2am_train.data.layouts import DressCodeLayout, Layout, Pair, Place, VitonHDLayout, entries
 from i2am_train.data.needed_files import check_files
 from i2am_train.data.picture_files import read_colour, read_correspondence, read_native_mask
 from i2am_train.data.pictures import Image, Mask, SampleArrays, Window, fit_mask, fit_nearest, fit_picture, window
 from i2am_train.data.poses import read_pose_picture
 from i2am_train.data.synthetic import make_dataset
 from i2am_train.data.transforms import Augmentation
-from i2am_train.doors import calls, derives, resolve
+from i2am_train.doors import calls, derives, make, resolve
 from i2am_train.environment import first_process, wait_for
-from i2am_train.errors import DataError
+from i2am_train.errors import ConfigError, DataError
 from i2am_train.runs import require_apart
 from i2am_train.seeds import seed_for
 from i2am_train.types import CATEGORIES, Category, Fit, GridSize, Pairing, Role, Split
@@ -168,7 +169,7 @@ def split_layouts(root: Path, split: Split, reading: Reading) -> list[Layout]:
             f"data.categories={list(reading.categories)} belongs to DressCode, and {root} is in another layout. "
             "Leave it out, or check data.root."
         )
-    return [VitonHDLayout(root, split) if name == "viton_hd" else _own_layout(name)(root, split)]
+    return [VitonHDLayout(root, split) if name == "viton_hd" else _own_layout(name, root, split)]
 
 
 def _dresscode_layouts(root: Path, split: Split, wanted: Sequence[Category]) -> list[Layout]:
@@ -184,22 +185,54 @@ def _dresscode_layouts(root: Path, split: Split, wanted: Sequence[Category]) -> 
     return [DressCodeLayout(root, split, category) for category in categories]
 
 
-def _own_layout(path: str) -> Callable[[Path, Split], Layout]:
-    """The user's layout by its import path."""
-
-    def lacking(found: Any) -> str | None:
-        missing = [name for name in ("places", "small_mask_rule") if not hasattr(found, name)]
-        roles = [] if missing else [role for role in Role if role not in found.places]
-        named = [*missing, *(f"places[Role.{role.name}]" for role in roles)]
-        return f"lacks {', '.join(named)}" if named else None
-
-    layout: Callable[[Path, Split], Layout] = resolve(
+def _own_layout(path: str, root: Path, split: Split) -> Layout:
+    """The user's layout by its import path, made, and asked what it will be asked for."""
+    found = resolve(
         path,
         "data.layout",
         "a class derived from i2am_train.data.layouts.Layout (or from one of those beside it), made by (root, split)",
-        *(derives(Layout), lacking, calls("root", "split")),
+        *(derives(Layout), _wrong_places, calls("root", "split")),
     )
+    layout: Layout = make(partial(found, root, split), f"data.layout={path}")
+    answers: list[tuple[str, type, Callable[[], Any]]] = [
+        ("folder", Path, lambda: layout.folder),
+        ("label", str, lambda: layout.label),
+        ("list_file(Pairing.PAIRED)", Path, lambda: layout.list_file(Pairing.PAIRED)),
+        ("list_file(Pairing.UNPAIRED)", Path, lambda: layout.list_file(Pairing.UNPAIRED)),
+        ("advice(Role.PERSON)", str, lambda: layout.advice(Role.PERSON)),
+    ]
+    for name, kind, ask in answers:
+        named = f"data.layout={path}: {name}"
+        answer = make(ask, named)
+        if not isinstance(answer, kind):
+            advice = "Write @property above it" if callable(answer) else f"Write {kind.__name__}(...) around it"
+            given, expected = (f"{one.__module__}.{one.__name__}" for one in (type(answer), kind))
+            raise ConfigError(f"{named} is a {given}; expected a {expected}. {advice}.".replace("builtins.", ""))
+    if wrong := calls("person")(layout.own_garment):
+        raise ConfigError(f"data.layout={path}: own_garment {wrong}. Expected a method own_garment(self, person).")
     return layout
+
+
+def _wrong_places(layout: Any) -> str | None:
+    """What is wrong with where a layout's class says that files lie."""
+    if missing := [name for name in ("places", "small_mask_rule") if not hasattr(layout, name)]:
+        return f"lacks {', '.join(missing)}"
+    if not isinstance(layout.places, Mapping):
+        return f"has a {type(layout.places).__name__} places, which must be a mapping of the class, by Role"
+    if missing := [f"places[Role.{role.name}]" for role in Role if role not in layout.places]:
+        return f"lacks {', '.join(missing)}"
+    if unknown := [key for key in layout.places if key not in list(Role)]:
+        roles = ", ".join(f"Role.{role.name}" for role in Role)
+        return f"has places[{unknown[0]!r}], which must be one of {roles}"
+    for role in Role:
+        places = layout.places[role]
+        several = isinstance(places, tuple | list) and places and all(isinstance(place, Place) for place in places)
+        if not several or any(place.pattern.count("{}") != 1 for place in places):
+            return (
+                f"has places[Role.{role.name}] = {places!r}, which must be a tuple of Place, each with one {{}} for "
+                f'the name, such as (Place("people", "{{}}.jpg"),)'
+            )
+    return None
 
 
 def halves(root: Path, reading: Reading) -> tuple[list[Layout], list[Layout]]:

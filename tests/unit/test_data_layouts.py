@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,14 +13,15 @@ import torch
 from PIL import Image
 
 from i2am_train.config.data import DataConfig, DataDeriveConfig
-from i2am_train.data.dataset import Reading, TryOnDataset, detect_layout
+from i2am_train.data.dataset import Reading, TryOnDataset, detect_layout, split_layouts
 from i2am_train.data.dataset_report import check_dataset
 from i2am_train.data.derivation import derive_dataset
 from i2am_train.data.module import TryOnDataModule
 from i2am_train.data.parsing import DRESS_CODE, VITON_HD
 from i2am_train.data.poses import densepose_picture, drawn_parts
 from i2am_train.data.synthetic.rendering import render_annotations, render_sample
-from i2am_train.errors import DataError
+from i2am_train.doors import VARIABLE
+from i2am_train.errors import ConfigError, DataError
 from i2am_train.types import CATEGORIES, GridSize, Pairing, Split
 
 SIZE = GridSize(128, 96)
@@ -200,3 +202,67 @@ def test_labels_of_another_set_are_said(complete: Path) -> None:
     assert [one.name for one in report.refused] == ["000021_0"]
     assert "unknown labels 19; expected 0...17" in report.refused[0].reason
     assert "labels=viton_hd" in report.refused[0].reason
+
+
+WEAR = """
+from i2am_train.data.layouts import Place, VitonHDLayout
+from i2am_train.types import Role
+
+class Wear(VitonHDLayout):
+    places = VitonHDLayout.places | {Role.PERSON: (Place("persons", "{}.jpg"),)}
+    @property
+    def folder(self): return self.root
+    def list_file(self, pairing): return self.root / "list.txt"
+"""
+PERSON_PLACE = '(Place("persons", "{}.jpg"),)'
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("    @property\n", "", r"folder is a method; expected a pathlib\.Path\. Write @property above it\."),
+        ("return self.root\n", "return str(self.root)\n", r"folder is a str; expected a pathlib\.Path\. Write Path\("),
+        ("return self.root\n", "return self.rot\n", "folder cannot be made: AttributeError: .* no attribute 'rot'"),
+        ('self.root / "list.txt"', '["list.txt"]', r"list_file\(Pairing\.PAIRED\) is a list; expected a pathlib\.Path"),
+        ("(self, pairing)", "(self)", r"list_file\(Pairing\.PAIRED\) cannot be made: TypeError: .* takes 1 positional"),
+        (
+            PERSON_PLACE,
+            '"persons/{}.jpg"',
+            r"has places\[Role\.PERSON\] = 'persons/\{\}\.jpg', which must be a tuple of",
+        ),
+        (
+            PERSON_PLACE,
+            PERSON_PLACE[1:-2],
+            r"= Place\(folder='persons', pattern='\{\}\.jpg'\), which must be a tuple of",
+        ),
+        (PERSON_PLACE, "()", r"= \(\), which must be a tuple of Place"),
+        (
+            "{}.jpg",
+            "anna.jpg",
+            r"pattern='anna\.jpg'\),\), which must be a tuple of Place, each with one \{\} for the name",
+        ),
+        ("Role.PERSON:", "'person':", r"has places\['person'\], which must be one of Role\.PERSON, Role\.GARMENT,"),
+        ("VitonHDLayout.places | ", "", r"lacks places\[Role\.GARMENT\], "),
+        (
+            "= VitonHDLayout.places",
+            "= property(lambda self: {}) and None #",
+            r"has a NoneType places, which must be a map",
+        ),
+        (
+            "    def list_file",
+            "    own_garment = 'x'\n    def list_file",
+            "own_garment cannot be called: it is of type str",
+        ),
+    ],
+)
+def test_a_layout_of_ones_own_is_tried(
+    old: str, new: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What it gives is looked at when it is named, and the message says what to write."""
+    assert old in WEAR
+    (tmp_path / "of_a_stylist.py").write_text(WEAR.replace(old, new))
+    monkeypatch.setattr(sys, "path", [*sys.path, str(tmp_path)])
+    monkeypatch.delitem(sys.modules, "of_a_stylist", raising=False)
+    monkeypatch.setenv(VARIABLE, "of_a_stylist")
+    with pytest.raises(ConfigError, match=rf"^data\.layout=of_a_stylist:Wear.*{message}"):
+        split_layouts(tmp_path, Split.TRAIN, Reading("of_a_stylist:Wear"))
