@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import inspect
 import os
+import pkgutil
 import re
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from difflib import get_close_matches
 from importlib import import_module
 from pathlib import Path
@@ -98,9 +99,12 @@ def resolve(path: str, option: str, expected: str, *checks: Check) -> Any:
         raise ConfigError(f"{named} is not possible: expected package.module:name, the import path of {expected}.")
     module = match["module"]
     if not any(f"{module}.".startswith(f"{allowed}.") for allowed in _allowed()):
+        package = module.partition(".")[0]
+        others = [allowed for allowed in _allowed() if not allowed.startswith(f"{package}.")]
         raise ConfigError(
-            f"{named} was read from a file, and a file may not have code imported. If you trust the module {module}, "
-            f"name it on the command line (the option itself, or {VARIABLE}={module} in front of the command)."
+            f"{named} was read from a file, and a file may not have code imported. If you trust {package} with all its "
+            f"modules, put {VARIABLE}={','.join([*others, package])} in front of the command (several are separated by "
+            "commas), or give the option itself on the command line."
         )
     found = _imported(module, named)
     for name in match["name"].split("."):
@@ -141,7 +145,7 @@ def calls(*arguments: str, **keywords: Any) -> Check:
             inspect.signature(found).bind(*arguments, **keywords)
         except TypeError as error:
             given = ", ".join((*arguments, *(f"{name}=" for name in keywords)))
-            return f"cannot be called with ({given}): {error}"
+            return f"cannot be called with ({given}): {error}; its arguments are {inspect.signature(found)}"
         except ValueError:  # compiled, and does not say what it takes
             return None
         return None
@@ -178,13 +182,32 @@ def _imported(module: str, named: str) -> Any:
     try:
         return import_module(module)
     except Exception as error:
-        raise ConfigError(
-            f"{named} cannot be imported: {type(error).__name__}: {error}. Run from the folder that holds "
-            f"{module.partition('.')[0]}, or install it here together with what it needs; --debug shows where it fails."
-        ) from error
+        wrong = f"{named} cannot be imported: {type(error).__name__}: {error}."
+        raise ConfigError(f"{wrong} {_remedy(module, error)}; --debug shows where it fails.") from error
+
+
+def _remedy(module: str, error: Exception) -> str:
+    """What helps against an error of an import."""
+    if isinstance(error, SyntaxError):
+        return f"Python cannot read {error.filename}, line {error.lineno}: correct it there"
+    if not isinstance(error, ModuleNotFoundError) or error.name is None:
+        return f"The module {module} was found, and fails by itself: correct it there"
+    package, _, name = error.name.rpartition(".")
+    if package and f"{module}.".startswith(f"{error.name}."):
+        paths = getattr(sys.modules[package], "__path__", ())
+        there = [found.name for found in pkgutil.iter_modules(paths)]
+        return f"The package {package} was found in {', '.join(paths) or 'one file'}; it has: {_named(name, there)}"
+    if error.name == module.partition(".")[0]:
+        return f"Run from the folder that holds {error.name} (this one is {Path.cwd()}), or install it here"
+    return f"{module} was found, and needs {error.name}: install it here"
 
 
 def _missing(module: str, name: str, found: Any) -> str:
     there = [key for key in vars(found) if not key.startswith("_")] if hasattr(found, "__dict__") else []
-    near = get_close_matches(name, there, n=3) or sorted(there)[:8]
-    return f"{module} has no '{name}' (it has: {', '.join(near) or 'nothing'})."
+    return f"{module} has no '{name}' (it has: {_named(name, there)})."
+
+
+def _named(name: str, there: Sequence[str]) -> str:
+    """Those that a misspelled name may mean, or the first of all."""
+    near = get_close_matches(name, there, n=3) or sorted(there)
+    return ", ".join(near[:8]) + (f", and {len(near) - 8} more" if len(near) > 8 else "") or "nothing"

@@ -12,6 +12,7 @@ import math
 import os
 import re
 import shutil
+import stat
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from hashlib import blake2s, file_digest
@@ -27,6 +28,11 @@ DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 """Numbers of the errors that mean that there is no room."""
 RUST_ERROR = re.compile(r"\(os error (\d+)\)")
 """How safetensors, which is written in Rust, reports an error of the operating system."""
+
+
+_MASK = os.umask(0o077)  # it can only be read by setting it: here, before there are threads
+os.umask(_MASK)
+_RIGHTS = 0o666 & ~_MASK
 
 
 @contextmanager
@@ -47,12 +53,19 @@ def written(path: Path) -> Iterator[Path]:
         _make_folder(path.parent)
         try:
             yield unfinished
+            share(unfinished)
             flush(unfinished)
             unfinished.replace(path)
             flush(path.parent)
         finally:
             with suppress(OSError):
                 unfinished.unlink(missing_ok=True)
+
+
+def share(file: Path) -> None:
+    """Give a file the rights of any new one: safetensors makes files that their owner alone can read."""
+    if stat.S_IMODE(file.stat().st_mode) == 0o600:
+        file.chmod(_RIGHTS)
 
 
 def write_text(path: Path, text: str) -> None:

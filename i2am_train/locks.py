@@ -30,7 +30,7 @@ from pathlib import Path
 
 from i2am_train.environment import first_process
 from i2am_train.errors import FolderInUseError, RunFolderError
-from i2am_train.files import UNFINISHED, flush, flush_tree, named_errors
+from i2am_train.files import UNFINISHED, flush, flush_tree, named_errors, share
 
 LOCK = ".i2am.lock"
 """The lock's name, in the folder that it locks. A folder that holds one is ours."""
@@ -137,6 +137,8 @@ def staged(folder: Path) -> Iterator[Path]:
         content.mkdir(parents=True)
         try:
             yield content
+            for weights in content.rglob("*.safetensors"):
+                share(weights)
             flush_tree(content)
             if folder.exists():
                 folder.replace(previous)

@@ -3,7 +3,9 @@
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
+from inspect import getattr_static, signature
 from pathlib import Path
+from types import FunctionType
 from typing import Any
 
 import lightning as L
@@ -146,6 +148,8 @@ def imported_callbacks(entries: Sequence[str | Mapping[str, Any]]) -> list[Callb
         callback = found if isinstance(found, Callback) else make(found, named, **keywords)
         if not isinstance(callback, Callback):
             raise ConfigError(f"{named} returned a {type(callback).__name__}. Expected {_CALLBACK}.")
+        if wrong := _wrong_hook(type(callback)):
+            raise ConfigError(f"{named} {wrong}. Expected {_CALLBACK}.")
         made.append(callback)
     return made
 
@@ -178,7 +182,18 @@ def _callback_fault(keywords: Mapping[str, Any], found: Any) -> str | None:
         return "is an object already and takes no keywords" if keywords else None
     if isinstance(found, type) and not issubclass(found, Callback):
         return "is a class that does not derive from lightning.Callback"
-    return calls(**keywords)(found)
+    return (isinstance(found, type) and _wrong_hook(found)) or calls(**keywords)(found)
+
+
+def _wrong_hook(kind: type[Callback]) -> str | None:
+    """Which method cannot be called as Lightning calls it, as the end of a sentence."""
+    for name, usual in vars(Callback).items():
+        if isinstance(usual, FunctionType) and isinstance(getattr_static(kind, name), FunctionType):
+            arguments = [one.name for one in signature(usual).parameters.values() if one.default is one.empty]
+            by_name = {"stage": None} if arguments[-1] == "stage" else {}  # of setup and teardown
+            if wrong := calls(*(one for one in arguments if one not in by_name), **by_name)(getattr(kind, name)):
+                return f"has a method {name} that {wrong}"
+    return None
 
 
 def make_trainer(config: TrainConfig, folder: Path, own: Sequence[Callback] = ()) -> L.Trainer:

@@ -148,6 +148,11 @@ class _ProjectionProbe:
     def _split_heads(self, tokens: Tensor) -> Tensor:
         """``[row, token, head * channel]`` as ``[row, head, token, channel]``, without a copy."""
         rows, count, width = tokens.shape
+        if width % self._heads:
+            raise CaptureError(
+                f"Layer {self._layer}: its tokens are {width} wide, which {self._heads} heads do not divide. Set the "
+                "site's heads to the module's number of heads, or to the attribute that holds it."
+            )
         return tokens.view(rows, count, self._heads, width // self._heads).transpose(1, 2)
 
 
@@ -369,8 +374,9 @@ class Listener:
                 f"This {type(self.root).__name__} already has a {self.kind} attached. "
                 "Leave the first one's block (or close it) before starting another."
             )
-        kinds.add(self.kind)
         signature = _forward_signature(self.root)
+        self._check_timestep(signature)
+        kinds.add(self.kind)
 
         def open_frame(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             self._open(signature.bind_partial(*args, **kwargs).arguments)
@@ -382,6 +388,16 @@ class Listener:
         for site, each in zip(self.sites, self._probes, strict=True):
             self._handles.append(_refuse_masks(site, self._is_open))
             self._handles += each.attach()
+
+    def _check_timestep(self, signature: inspect.Signature) -> None:
+        """Refuse a name that the recipe gives and the forward has not; the default need not be there."""
+        name, there = self.recipe.timestep, signature.parameters
+        by_name = any(parameter.kind is parameter.VAR_KEYWORD for parameter in there.values())
+        if name not in (None, Recipe.timestep, *there) and not by_name:
+            raise CaptureError(
+                f"{type(self.root).__name__} has no argument '{name}', the recipe's timestep (its forward has: "
+                f"{', '.join(there)}). Set the recipe's timestep to one of them, or to None."
+            )
 
     def detach(self) -> None:
         """Remove every hook; harmless when there is none."""

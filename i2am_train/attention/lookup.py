@@ -56,7 +56,7 @@ def detect_recipe(target: Any) -> Recipe:
         f"No recipe is known for {type(target).__name__}. Pass one: for a U-Net of diffusers, "
         "diffusers_decoder(reference_grid=GridSize(height, width), special_tokens=...), with "
         "root='' if you trace the U-Net itself; by name, named_recipe(target, name), if it is a "
-        "variant of a known model; for any other model, a Recipe of Sites."
+        "variant of a known model; for any other model, a Recipe of Sites. In a command: recipe=package.module:NAME."
     )
 
 
@@ -168,8 +168,8 @@ def resolve_sites(root: nn.Module, recipe: Recipe) -> tuple[SiteModule, ...]:
         near = _nearest_recipe(root)
         advice = "" if near is None else f"; the nearest known recipe is '{near.name}'"
         raise CaptureError(
-            f"No attention layer matches {patterns}. This model has: {_attention_like(root)}. "
-            f"Set the recipe's pattern to one of them{advice}."
+            f"No attention layer matches {patterns}. This model has: {_attention_like(root, recipe)}. Set the recipe's "
+            f"pattern to one of them (paths start below the recipe's root, {recipe.root or 'the model'!r}){advice}."
         )
     _refuse_other_models(root, recipe)
     return tuple(found)
@@ -185,13 +185,18 @@ def _refuse_other_models(root: nn.Module, recipe: Recipe) -> None:
             )
 
 
-def _attention_like(root: nn.Module) -> str:
-    """Paths of modules that look like attention, for messages."""
+def _attention_like(root: nn.Module, recipe: Recipe) -> str:
+    """Paths of modules that look like attention, or have the projections of a site, for messages."""
+    projections = {(site.generated_projection, site.reference_projection) for site in recipe.sites}
     names = [
-        path for path, module in named_modules(root) if hasattr(module, "heads") or "attn" in path.rpartition(".")[2]
+        path
+        for path, module in named_modules(root)
+        if hasattr(module, "heads")
+        or "attn" in path.rpartition(".")[2]
+        or any(all(part(module, name) is not None for name in pair) for pair in projections)
     ]
-    shown = names[:12] + (["..."] if len(names) > 12 else [])
-    return ", ".join(shown) or "no module with heads"
+    shown = names[:12] + ([f"and {len(names) - 12} more"] if len(names) > 12 else [])
+    return ", ".join(shown) or "no module with heads, and none with the projections of the recipe's sites"
 
 
 def choose_sites(

@@ -390,6 +390,11 @@ class Recipe:
     guided: bool | None = None
 
     def __post_init__(self) -> None:
+        if not isinstance(self.sites, Sequence) or not all(isinstance(site, Site) for site in self.sites):
+            raise CaptureError(
+                f"Recipe.sites is {self.sites!r:.200}; expected a tuple of Site, with a comma also behind a single "
+                "one: (Site(...),)."
+            )
         if isinstance(self.rows, str) and self.rows not in _NAMED_ROWS:
             raise CaptureError(
                 f"Recipe.rows is {self.rows!r}; expected one of {', '.join(_NAMED_ROWS)}, or a function of the frame."

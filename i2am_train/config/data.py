@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
+from operator import attrgetter
 from pathlib import Path
+from shlex import quote
 from typing import Annotated, Literal
 
 from i2am_train.config.locations import absolute
@@ -85,6 +87,23 @@ class DataConfig(Sized):
         """
         if self.cache is not None and "://" not in self.cache:
             self.cache = str(absolute(Path(self.cache)))
+
+
+def data_words(data: DataConfig) -> str:
+    """The options that say which pictures are read, as a command line goes on; those that are the default are left out.
+
+    >>> data_words(DataConfig(root=Path("/my set"), fit="pad", categories=["dresses"], workers=0))
+    " 'data.root=/my set' 'data.categories=[dresses]' data.fit=pad"
+    """
+    names = ["root", "layout", "categories", "fit", "height", "width"]
+    names += [f"synthetic.{item.name}" for item in fields(SyntheticConfig)]
+    words = []
+    for name in names:
+        value, usual = (attrgetter(name)(each) for each in (data, DataConfig()))
+        if value != usual:
+            shown = f"[{','.join(value)}]" if isinstance(value, list) else value
+            words.append(quote(f"data.{name}={shown}"))
+    return "".join(f" {word}" for word in words)
 
 
 @dataclass(kw_only=True, slots=True)

@@ -153,6 +153,8 @@ class ExplainConfig(Options):
 
     def check(self) -> None:
         """Options of one way of asking are refused with the other."""
+        if self.factory is not None and self.model == TRYON:
+            raise ConfigError(f"factory={self.factory} is given, and model={self.model}. Add model=factory.")
         if self.checkpoint is None and self.model != FACTORY:
             raise ConfigError("checkpoint is required and was not given. Add checkpoint=VALUE.")
         if self.attribution.time_groups > self.sampling.steps:
@@ -263,11 +265,12 @@ class DetectConfig(Sized):
     """Threshold of the normalised map; what exceeds it may be the object."""
     deltas: list[BelowOne] = field(default_factory=lambda: [0.2, 0.3, 0.4, 0.5, 0.6])
     """Thresholds of the sweep (paper Table 3), from the same maps."""
-    detectors: Annotated[list[HubModel], DISTINCT] = field(default_factory=list)
+    detectors: Annotated[list[HubModel | dict[str, Any]], DISTINCT] = field(default_factory=list)
     """Supervised detectors to compare with: torchvision:NAME, torchvision:NAME@FILE, or a folder or
     hub name of transformers, of a model that finds boxes (PekingU/rtdetr_r50vd, hustvl/yolos-tiny)
     or segments (facebook/maskformer-swin-tiny-coco); or your own by import path,
-    my_package:MyDetector (i2am_train/EXTENDING.md)."""
+    my_package:MyDetector, or {fn: my_package:MyDetector, share: 0.3} with arguments
+    (i2am_train/EXTENDING.md)."""
     score: BelowOne = 0.5
     """An image counts for a detector where its best detection's score exceeds this."""
     match_category: bool = False

@@ -132,7 +132,7 @@ Tag = Annotated[str, Rule("1 to 64 signs in a tag", lambda text: 1 <= len(text) 
 
 
 def _distinct(values: list[Any]) -> bool:
-    return len(set(values)) == len(values)
+    return not any(value in values[:place] for place, value in enumerate(values))
 
 
 DISTINCT = Rule("a list that names nothing twice", _distinct)

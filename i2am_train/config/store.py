@@ -375,7 +375,7 @@ def _readable(value: str, kind: _Kind, sweep: bool) -> str:
 
 def _readable_list(value: str) -> str:
     read = _read(value)
-    if read is not None and _all_texts(read._value):
+    if "{" in value or (read is not None and _all_texts(read._value)):
         return value
     elements = [match["element"] for match in ELEMENT.finditer(value[1:-1] + ",")]
     if not all(elements):  # two commas in a row, or one at the end: Hydra says so
@@ -416,7 +416,7 @@ def _kind(hint: Any) -> _Kind:
     single = [m for m in members if get_origin(m) not in (list, tuple) and m is not type(None)]
     return _Kind(
         text=all(member in (str, Path) for member in single) and bool(single),
-        texts=all(element in (str, Path) for element in lists) and bool(lists),
+        texts=all(element in (str, Path, str | dict[str, Any]) for element in lists) and bool(lists),
         lists=bool(lists),
         mapping=get_origin(hint) is dict,
     )

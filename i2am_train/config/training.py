@@ -118,7 +118,9 @@ def _check_term(option: str, name: str, term: dict[str, Any]) -> None:
         raise OptionError(option, term, f"a name that is not taken, as '{name}' is")
     if not isinstance(term.get("fn"), str):
         raise OptionError(option, term, "{fn: package.module:name, weight: 0.05}")
-    weight: Any = term.get("weight")
+    if "weight" not in term:
+        raise OptionError(option, term, f"a weight, too: {{fn: {term['fn']}, weight: 0.05}}")
+    weight: Any = term["weight"]
     if type(weight) not in (int, float) or not 0 <= weight < math.inf:
         raise OptionError(f"{option}.weight", weight, "a finite number of at least 0")
     term["weight"] = float(weight)

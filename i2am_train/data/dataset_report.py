@@ -148,7 +148,7 @@ def check_dataset(
     parts = [_Part(layout, *_check_lists(layout, findings)) for layout in there]
     findings += _check_overlap(parts)
     findings += [
-        Finding("error", "missing_folder", one.label, one.place(role).folder, "", f"is missing. {one.advice(role)}")
+        Finding("error", "missing_folder", one.label, one.place(role).folder, "", _missing(one, role))
         for one in there
         for role in one.missing
     ]
@@ -218,6 +218,10 @@ def _absent_half(layout: Layout) -> Finding:
     can, cannot = ("evaluation", "training") if layout.split is Split.TRAIN else ("training", "tests")
     text = f"is not there, and nothing else of this half: the dataset is for {can} alone, {cannot} would fail."
     return Finding("warning", "missing_half", layout.label, "", file, text)
+
+
+def _missing(layout: Layout, role: Role) -> str:
+    return f"is missing: there is no folder {layout.folder_of(role)}. {layout.advice(role)}"
 
 
 def _check_lists(layout: Layout, findings: list[Finding]) -> tuple[list[Pair], list[Pair]]:

@@ -69,7 +69,9 @@ class Layout(ABC):
     """Whether the authors' rule on small inpainting masks is meant for this dataset."""
 
     def __init__(self, root: Path, split: Split) -> None:
-        self.root, self.split = root, split
+        self.root, self.split, kind = root, split, type(self)
+        self.own = "" if kind.__module__ == __name__ else f" layout={kind.__module__}:{kind.__qualname__}"
+        """How a command names a layout of the user's own, with a space before; empty for those of this module."""
         self._found: dict[str, Place] = {}
         self._names: dict[Path, frozenset[str]] = {}
         self._unusual: dict[Path, dict[str, list[str]]] = {}
@@ -111,8 +113,8 @@ class Layout(ABC):
         if not file.is_file():
             raise DataError(
                 f"{file.parent} has no pair list {file.name} (found: {entries(file.parent)})."
-                f"{_nearby(self.root, file.name)} Run 'i2am data check root={self.root}' for the expected layout, or "
-                "'i2am data make' for the embedded dataset."
+                f"{_nearby(self.root, file.name)} Put it there{', or change list_file of' * bool(self.own)}{self.own}; "
+                "data/README.md shows the layouts that are known, and 'i2am data make' makes the embedded dataset."
             )
         lines = [line.strip() for line in re.split(r"\r\n|\n|\r", _text(file)) if line.strip()]
         if not lines:
@@ -309,9 +311,11 @@ class VitonHDLayout(Layout):
         """Where the files of a role come from."""
         if role in DERIVED_ROLES:
             return (
-                f"Some downloads of VITON-HD lack it; 'i2am data derive root={self.root}' makes it from human-parsing "
-                "maps and keypoints or DensePose."
+                f"Some downloads of VITON-HD lack it; 'i2am data derive root={self.root}{self.own}' makes it from "
+                "human-parsing maps and keypoints or DensePose."
             )
+        if self.own:
+            return f"Put it there, or let `places` and `folder` of{self.own} say where it is."
         if role == Role.POSE_PICTURE:
             return (
                 "DensePose pictures come with VITON-HD's zalando-hd-resized, or from detectron2; 'i2am data derive' "
@@ -461,9 +465,7 @@ def _pair(way: tuple[str, str]) -> Pair:
 
 def _same_kind(name: str, ending: str) -> bool:
     """Whether a file can be of a role whose files end so: any picture for pictures."""
-    if ending.endswith(_ENDINGS):
-        return name.lower().endswith(_ENDINGS)
-    return name.endswith(ending)
+    return name.lower().endswith(_ENDINGS) if ending.endswith(_ENDINGS) else name.endswith(ending)
 
 
 def _ends_like(name: str, ending: str) -> bool:
@@ -494,7 +496,5 @@ def entries(folder: Path) -> str:
 
 def _nearby(root: Path, list_name: str) -> str:
     """A hint if the dataset lies one folder deeper than the user said."""
-    if not root.is_dir():
-        return ""
     deeper = sorted(path.parent for path in root.glob(f"*/{list_name}"))
     return f" Did you mean {deeper[0]}?" if deeper else ""

@@ -58,7 +58,7 @@ def check_files(layout: Layout, pairs: Sequence[Pair], pairing: Pairing) -> None
         advice = " ".join(dict.fromkeys(layout.advice(role) for role in layout.missing))
         raise DataError(
             f"{layout.folder} has no folder {what} (found: {entries(layout.folder)}). {advice} "
-            f"Run 'i2am data check root={layout.root}' for everything that is wrong with the dataset."
+            f"Run 'i2am data check root={layout.root}{layout.own}' for everything that is wrong with the dataset."
         )
     wanted = _wanted_files(layout, pairs)
     refuse_doubles(layout, wanted)
@@ -73,7 +73,7 @@ def check_files(layout: Layout, pairs: Sequence[Pair], pairing: Pairing) -> None
             f"{layout.folder} lacks files that {layout.list_file(pairing).name} asks for: "
             f"{'; '.join(gaps.values())}. Copy them there, or take the lines of their samples out of the list. "
             f"{_own_garments(layout, gaps, pairing)}{_remedies(layout, gaps)}"
-            f"Run 'i2am data check root={layout.root}' for everything that is wrong with the dataset."
+            f"Run 'i2am data check root={layout.root}{layout.own}' for everything that is wrong with the dataset."
         )
 
 
@@ -118,7 +118,7 @@ def _remedies(layout: Layout, gaps: Collection[Role]) -> str:
     """What makes missing files again, as sentences with a space behind each."""
     text = ""
     if any(role in DERIVED_ROLES for role in gaps):
-        text += f"'i2am data derive root={layout.root}' makes missing masks and agnostic pictures. "
+        text += f"'i2am data derive root={layout.root}{layout.own}' makes missing masks and agnostic pictures. "
     if (layout.root / DESCRIPTION_FILE).is_file():
         text += "'i2am data make' draws this dataset again once its folder is deleted. "
     return text
@@ -154,10 +154,11 @@ def refuse_broken_pictures(datasets: Sequence[_Opened]) -> None:
     if broken:
         named = "; ".join(f"{path} {error.fault}" for path, error in broken[:NAMED])
         more = f"; and {len(broken) - NAMED} more" if len(broken) > NAMED else ""
+        own = datasets[0].parts()[0][0].own
         raise UnreadablePictureError(
             f"{len(broken)} of the {len(files)} pictures that are needed cannot be read: {named}{more}. "
-            f"{broken[0][1].advice} Run 'i2am data check root={datasets[0].root}' for everything that is wrong with "
-            "the dataset."
+            f"{broken[0][1].advice} Run 'i2am data check root={datasets[0].root}{own}' for everything that is wrong "
+            "with the dataset."
         )
 
 

@@ -3,15 +3,16 @@
 Named by ``torchvision:NAME`` (its own COCO weights), ``torchvision:NAME@FILE`` (weights of the same
 network from a file), or by a folder of transformers or its name on the hub. Models that find boxes
 (DETR, RT-DETR, YOLOS, ...) and models that find segments (MaskFormer, Mask2Former) are taken;
-the box of a segment is its extents. A detector of the user's own is named by its import path.
+the box of a segment is its extents. A detector of the user's own is named by its import path, and tried
+on a small scale before any image is painted.
 """
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Protocol, cast
 
 import numpy as np
@@ -22,11 +23,12 @@ from transformers import AutoModelForObjectDetection, AutoModelForUniversalSegme
 
 from i2am_train.config.locations import expanded
 from i2am_train.data.pictures import Image
-from i2am_train.doors import calls, is_import_path, make, resolve
-from i2am_train.errors import CheckpointError, ConfigError, NotFiniteError, WeightsMissingError
+from i2am_train.doors import calls, is_import_path, make, path_and_keywords, resolve
+from i2am_train.errors import CheckpointError, ConfigError, I2AMError, NotFiniteError, WeightsMissingError
 from i2am_train.metrics.boxes import Box
 from i2am_train.models.pretrained import load_config, load_with_processor
 from i2am_train.models.watch import advice
+from i2am_train.types import GridSize
 from i2am_train.weight_files import PublishedFile, check_floating, check_network, read_weights
 
 TORCHVISION = "torchvision:"
@@ -68,12 +70,33 @@ def best_detection(detections: Iterable[Detection], category: str | None = None)
     return max(candidates, key=lambda one: one.score, default=None)
 
 
+def load_detectors(entries: Sequence[str | Mapping[str, Any]], size: GridSize) -> dict[str, Detector]:
+    """The detectors of an option by the names that results give them, on the CPU.
+
+    Args:
+        entries: names, import paths, or mappings of an import path (``fn``) and keywords.
+        size: of the picture that those of the user's own are tried on.
+
+    Raises:
+        CheckpointError: as `load_detector`.
+        ConfigError: an import path leads to nothing or to something else, or what it leads to fails.
+    """
+    detectors: dict[str, Detector] = {}
+    for index, entry in enumerate(entries):
+        if isinstance(entry, str) and (entry.startswith(TORCHVISION) or not is_import_path(entry)):
+            detectors[entry] = load_detector(entry)
+        else:
+            own = _Imported.from_entry(entry, f"detectors[{index}]")
+            own.detect(np.random.default_rng(0).integers(0, 256, (*size, 3), np.uint8), 0.5)
+            detectors[own.name] = own
+    return detectors
+
+
 def load_detector(name: str) -> Detector:
-    """A detector by its name, on the CPU.
+    """A detector of torchvision or transformers by its name, on the CPU.
 
     Raises:
         CheckpointError: there is no such detector, it finds neither boxes nor segments, or its weights cannot be had.
-        ConfigError: an import path leads to nothing, or to something else.
 
     >>> load_detector("torchvision:yolo")
     Traceback (most recent call last):
@@ -82,44 +105,60 @@ def load_detector(name: str) -> Detector:
     """
     if name.startswith(TORCHVISION):
         return _Torchvision.from_name(name.removeprefix(TORCHVISION))
-    return _Imported.from_path(name) if is_import_path(name) else _Transformers.from_pretrained(name)
+    return _Transformers.from_pretrained(name)
 
 
 @dataclass(frozen=True)
 class _Imported:
     """A detector of the user's own; what it gives is checked."""
 
-    path: str
+    name: str
+    """The import path, with keywords behind: ``my_package:Mine(share=0.3)``."""
+    option: str
     detector: Any
 
     EXPECTED: ClassVar[str] = (
-        "a class or function that is called without arguments and gives an object with detect(image, threshold), "
-        f"which returns a list of Detection of {__name__}"
+        "a class or function that gives an object with detect(image, threshold), which returns a list of Detection "
+        f"of {__name__}"
     )
 
     @classmethod
-    def from_path(cls, path: str) -> _Imported:
-        """From ``package.module:name``."""
-        found = resolve(path, "detectors", cls.EXPECTED, calls())
-        made = make(found, f"detectors={path}")
-        wrong = calls("image", "threshold")(getattr(made, "detect", None))
+    def from_entry(cls, entry: str | Mapping[str, Any], option: str) -> _Imported:
+        """From ``package.module:name``, or a mapping of it (``fn``) and keywords."""
+        path, keywords = path_and_keywords(entry, option)
+        found = resolve(path, option, cls.EXPECTED, calls(**keywords))
+        made = make(found, f"{option}={path}", **keywords)
+        detect = getattr(made, "detect", None)
+        wrong = "has no method detect" if detect is None else calls("image", "threshold")(detect)
         if wrong:
-            raise ConfigError(f"detectors={path}: detect of a {type(made).__name__} {wrong}. Expected {cls.EXPECTED}.")
-        return cls(path, made)
+            subject = f"a {type(made).__name__}" if detect is None else f"detect of a {type(made).__name__}"
+            raise ConfigError(f"{option}={path}: {subject} {wrong}. Expected {cls.EXPECTED}.")
+        given = ", ".join(f"{name}={value}" for name, value in keywords.items())
+        return cls(f"{path}({given})" if given else path, option, made)
 
     def to(self, device: torch.device) -> _Imported:
         """The same detector elsewhere, if it can be moved."""
         move = getattr(self.detector, "to", None)
-        return self if move is None else _Imported(self.path, move(device))
+        return self if move is None else replace(self, detector=move(device))
 
     def detect(self, image: Image, threshold: float) -> list[Detection]:
         """As of ``Detector``."""
-        found = self.detector.detect(image, threshold)
-        if not isinstance(found, list) or not all(isinstance(one, Detection) for one in found):
-            raise ConfigError(f"detectors={self.path}: detect returned {found!r:.200}. Expected {self.EXPECTED}.")
-        if not all(math.isfinite(value) for one in found for value in (*one.box, one.score)):
-            raise NotFiniteError(f"detectors={self.path} gives boxes or scores that are NaN or infinite.")
-        return [one for one in found if one.score > threshold]
+        named = f"{self.option}={self.name}"
+        try:
+            found = self.detector.detect(image, threshold)
+            if not isinstance(found, list) or not all(isinstance(one, Detection) for one in found):
+                raise ConfigError(f"{named}: detect returned {found!r:.200}. Expected {self.EXPECTED}.")
+            plain = [Detection(box=Box(*map(float, d.box)), score=float(d.score), category=d.category) for d in found]
+        except I2AMError:
+            raise
+        except Exception as error:
+            raise ConfigError(
+                f"{named}: detect fails on a picture of {image.shape[0]}x{image.shape[1]}: {type(error).__name__}: "
+                f"{error}. Expected {self.EXPECTED}; --debug shows where it fails."
+            ) from error
+        if not all(math.isfinite(value) for one in plain for value in (*one.box, one.score)):
+            raise NotFiniteError(f"{named} gives boxes or scores that are NaN or infinite.")
+        return [one for one in plain if one.score > threshold]
 
 
 @dataclass(frozen=True)

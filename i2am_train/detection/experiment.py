@@ -31,7 +31,7 @@ from i2am_train.config.options import plain
 from i2am_train.data.picture_files import read_rgb, write_png
 from i2am_train.data.pictures import Image
 from i2am_train.detection.bench import SPLIT, Bench, BenchSample, make_shapes, read_bench
-from i2am_train.detection.detectors import Detector, best_detection, load_detector
+from i2am_train.detection.detectors import Detector, best_detection, load_detectors
 from i2am_train.detection.report import KIND, SCHEMA, Example, read_detected, swept_name, write_examples, write_report
 from i2am_train.detection.tracking import track_detection
 from i2am_train.evaluation.evaluator import CONFIDENCE, IMAGES
@@ -72,7 +72,7 @@ def run_experiment(config: DetectConfig, folder: Path, device: torch.device) -> 
     settings = plain(config) | {"bench": bench.fingerprint}
     # What takes least time comes first: a pipeline of the hub may not even be on this machine yet.
     RunFolder.check(folder, settings, may_differ=(*WITHOUT_EFFECT_ON_IMAGES, "revisions"))
-    detectors = {name: load_detector(name) for name in config.detectors}
+    detectors = load_detectors(config.detectors, config.size)
     model = PaintByExample.from_pretrained(config.pipeline, device, config.dtype)
     model.check_size(config.size)
     settings |= revisions(config.pipeline)
@@ -100,7 +100,7 @@ def run_experiment(config: DetectConfig, folder: Path, device: torch.device) -> 
     if _scores_of(results) != before:
         use_inputs = partial(_use_inputs, config, bench, images)
         track_detection(config.tracking, detected, arm=Path(config.pipeline).name, use_inputs=use_inputs)
-    opened.finish(detectors=revisions(*config.detectors).get("revisions", {}))
+    opened.finish(detectors=revisions(*detectors).get("revisions", {}))
     return results
 
 

@@ -115,7 +115,7 @@ def _evaluation_folders(folder: Path) -> list[Path]:
     if not found:
         raise RunFolderError(
             f"{folder} holds no finished evaluation ({RESULTS} with {SAMPLES}). Judge the checkpoint first: "
-            f"i2am evaluate checkpoint={folder}"
+            f"i2am evaluate checkpoint={folder}, with the data.* options of its training."
         )
     return found
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from shlex import quote
 
 import torch
 from rich.console import Console
@@ -10,6 +11,7 @@ from rich.table import Table
 
 from i2am_train.callbacks.checkpoints import resume_point
 from i2am_train.callbacks.loggers import finish_tracking, record_model
+from i2am_train.config.data import data_words
 from i2am_train.config.locations import revisions
 from i2am_train.config.options import plain
 from i2am_train.config.store import to_yaml
@@ -55,7 +57,8 @@ def run(config: TrainConfig) -> None:
         return
     folder = train(config)
     if first_process():
-        print(f"\nModel: {folder / 'model'}\nJudge it with: i2am evaluate checkpoint={folder}")
+        judged = f"i2am evaluate {quote(f'checkpoint={folder}')}{data_words(config.data)}"
+        print(f"\nModel: {folder / 'model'}\nJudge it with: {judged}")
         if config.expected is not None:
             print(
                 f"{published_row(config.expected)}\nFor numbers beside it, add data=viton_hd data.root="

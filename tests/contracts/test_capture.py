@@ -462,3 +462,43 @@ def test_our_sampler_announces_time_and_branch(make_small_model):
     unguided = attention.maps().store  # the first step does not depend on guidance
     for one, other in zip(store.layers, unguided.layers, strict=True):
         torch.testing.assert_close(one.to_reference[:, 0], other.to_reference[:, 0], rtol=1e-4, atol=0)
+
+
+class Narrow(torch.nn.Module):
+    """A network of somebody else: no heads, and names that nobody knows."""
+
+    def __init__(self):
+        super().__init__()
+        self.mixer = torch.nn.ModuleDict({"a": torch.nn.Linear(8, 16), "b": torch.nn.Linear(8, 16)})
+
+    def forward(self, sample, time):
+        return self.mixer["a"](sample.flatten(2).mT), self.mixer["b"](sample.flatten(2).mT)
+
+
+@pytest.mark.parametrize(
+    ("site", "options", "message"),
+    [
+        ({"pattern": "mixr"}, {}, r"This model has: mixer\. .*paths start below the recipe's root, 'the model'"),
+        ({"pattern": "x", "reference_projection": "c"}, {}, "has: no module with heads, and none with the projections"),
+        (
+            {"pattern": "mixer"},
+            {"timestep": "tim"},
+            r"Narrow has no argument 'tim', the recipe's timestep \(its forward",
+        ),
+        ({"pattern": "x"}, {"sites": Site("x")}, r"Recipe\.sites is Site\(.*a comma also behind a single one"),
+    ],
+)
+def test_slips_in_a_recipe_are_named(site, options, message):
+    site = Site(**{"generated_projection": "a", "reference_projection": "b", "heads": 2, **site})
+    with (
+        pytest.raises(CaptureError, match=message),
+        trace(Narrow(), Recipe(**{"root": "", "sites": (site,), **options})),
+    ):
+        pass
+
+
+def test_heads_divide_the_width(unet):
+    sites = (Site(r"mid_block.*attn2", heads=3, reference=recipe().sites[0].reference),)
+    with pytest.raises(CaptureError, match=r"Layer mid_block.*: its tokens are 16 wide, which 3 heads do not divide"):
+        with trace(unet, Recipe("", sites, rows="all")):
+            run(unet)

@@ -121,7 +121,7 @@ def test_the_study_compares_by_the_metric(study: dict[str, Any]) -> None:
 
 def test_it_goes_on_only_where_the_loss_is_allowed(study: dict[str, Any], options: list[str]) -> None:
     """The file of an arm does not import it, whatever is finished already; the user does."""
-    message = rf"objective\.terms\.mass\.fn=.*read from a file.*{VARIABLE}={PACKAGE}\.losses"
+    message = rf"objective\.terms\.mass\.fn=.*read from a file.*{VARIABLE}={PACKAGE} in front"
     with pytest.raises(ConfigError, match=message):
         ablate(compose("ablate", options))
     assert imported() == set()

@@ -315,6 +315,15 @@ def test_what_nobody_can_read_stays_hydra_s(word: str) -> None:
         compose("ablate" if word.startswith("seeds") else "report", [word])
 
 
+def test_lists_hold_names_and_mappings() -> None:
+    """Paths with spaces, and import paths with keywords."""
+    own = {"fn": "my_package:Mine", "share": 0.3}
+    assert compose("detect", ["detectors=[{fn: my_package:Mine, share: 0.3},a/b]"]).detectors == [own, "a/b"]
+    assert compose("detect", ["detectors=[/models/my yolos,a/b]"]).detectors == ["/models/my yolos", "a/b"]
+    with pytest.raises(ConfigError, match="names nothing twice"):
+        compose("detect", ["detectors=[{fn: my_package:Mine, share: 0.3},{fn: my_package:Mine, share: 0.3}]"])
+
+
 def test_hydra_s_own_words_stay() -> None:
     """Null, interpolations, quoted texts, lists of numbers, sweeps with -m, and words that are no options."""
     words = ["output=null", "label=${name}-2", "output='a'", "seed=1", "hydra.job.name=a b", "x"]

@@ -266,3 +266,22 @@ def test_a_layout_of_ones_own_is_tried(
     monkeypatch.setenv(VARIABLE, "of_a_stylist")
     with pytest.raises(ConfigError, match=rf"^data\.layout=of_a_stylist:Wear.*{message}"):
         split_layouts(tmp_path, Split.TRAIN, Reading("of_a_stylist:Wear"))
+
+
+def test_the_check_says_where_files_of_ones_own_layout_were_looked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The path, and a remedy that names the layout; the list's message does not send back to the check."""
+    (tmp_path / "of_a_stylist.py").write_text(WEAR)
+    monkeypatch.setattr(sys, "path", [*sys.path, str(tmp_path)])
+    monkeypatch.delitem(sys.modules, "of_a_stylist", raising=False)
+    monkeypatch.setenv(VARIABLE, "of_a_stylist")
+    reading = Reading("of_a_stylist:Wear")
+    listless = check_dataset(tmp_path, reading=reading, progress=False).table()
+    assert f"{tmp_path} has no pair list list.txt" in listless
+    assert "Put it there, or change list_file of layout=of_a_stylist:Wear" in listless
+    (tmp_path / "list.txt").write_text("a.jpg a.jpg\n")
+    table = check_dataset(tmp_path, reading=reading, progress=False).table()
+    assert f"is missing: there is no folder {tmp_path / 'persons'}. Put it there, or let `places` and" in table
+    with pytest.raises(DataError, match=rf"'i2am data check root={tmp_path} layout=of_a_stylist:Wear' for everything"):
+        TryOnDataset(tmp_path, Split.TRAIN, Pairing.PAIRED, SIZE, reading=reading)

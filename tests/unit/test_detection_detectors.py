@@ -1,5 +1,6 @@
 """Detectors: by name, folder and file, with boxes in the picture's own pixels."""
 
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -8,9 +9,11 @@ import torch
 from safetensors.torch import save_file
 from torchvision.transforms import v2
 
-from i2am_train.detection.detectors import boxes_of_segments, load_detector
-from i2am_train.errors import CheckpointError
+from i2am_train.detection.detectors import boxes_of_segments, load_detector, load_detectors
+from i2am_train.doors import VARIABLE
+from i2am_train.errors import CheckpointError, ConfigError
 from i2am_train.metrics.boxes import Box
+from i2am_train.types import GridSize
 from tests.support.detectors import tiny_maskformer, tiny_rt_detr, tiny_yolos
 
 PICTURE = np.random.default_rng(0).integers(0, 256, (60, 90, 3), np.uint8)
@@ -145,3 +148,59 @@ def test_a_model_of_another_kind_is_refused(tmp_path: Path) -> None:
     torch.save({"a": torch.zeros(2)}, tmp_path / "other.pth")
     with pytest.raises(CheckpointError, match=r"gives no weights of torchvision's ssd"):
         load_detector(f"torchvision:ssdlite320_mobilenet_v3_large@{tmp_path / 'other.pth'}")
+
+
+OWN = """
+import numpy as np
+from i2am_train.detection.detectors import Detection
+from i2am_train.metrics.boxes import Box
+
+class Middle:
+    def __init__(self, share=0.5):
+        self.share = np.float32(share)
+    def detect(self, image, threshold):
+        return [Detection(box=Box(0, 0, image.shape[1] * self.share, 9), score=0.9, category="cup")]
+"""
+
+
+@pytest.fixture
+def own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A detector of the user's own, in a module that is allowed."""
+    monkeypatch.setattr(sys, "path", [*sys.path, str(tmp_path)])
+    monkeypatch.delitem(sys.modules, "of_a_seer", raising=False)
+    monkeypatch.setenv(VARIABLE, "of_a_seer")
+    file = tmp_path / "of_a_seer.py"
+    file.write_text(OWN)
+    return file
+
+
+def test_ones_own_takes_keywords(own: Path) -> None:
+    """They stand in its name, so that two of one class are told apart; what it gives becomes plain numbers."""
+    entries = ["of_a_seer:Middle", {"fn": "of_a_seer:Middle", "share": 0.25}]
+    detectors = load_detectors(entries, GridSize(64, 48))
+    assert list(detectors) == ["of_a_seer:Middle", "of_a_seer:Middle(share=0.25)"]
+    widths = [one.detect(PICTURE, 0.5)[0].box.right for one in detectors.values()]
+    assert widths == [45.0, 22.5]
+    assert {type(width) for width in widths} == {float}
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("return [", "return None and [", r"detect returned None\. Expected a class .* list of Detection"),
+        ("return [", "return [{'box': 1}] or [", r"detect returned \[\{'box': 1\}\]\. Expected"),
+        (
+            "image.shape[1]",
+            "image.shape[3]",
+            "detect fails on a picture of 64x48: IndexError: tuple index out of range",
+        ),
+        ("score=0.9", "score='high'", "detect fails on a picture of 64x48: ValueError: could not convert string"),
+        ("def detect", "def find", r"a Middle has no method detect\. Expected"),
+        ("image, threshold", "image", r"detect of a Middle cannot be called with \(image, threshold\)"),
+    ],
+)
+def test_ones_own_is_tried_first(own: Path, old: str, new: str, message: str) -> None:
+    """On a picture of the images' size, before a pipeline is loaded."""
+    own.write_text(OWN.replace(old, new))
+    with pytest.raises(ConfigError, match=rf"^detectors\[0\]=of_a_seer:Middle: {message}"):
+        load_detectors(["of_a_seer:Middle"], GridSize(64, 48))

@@ -7,12 +7,15 @@ import math
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from i2am_train import environment
 from i2am_train.environment import command_line
 from i2am_train.errors import RunFolderError
-from i2am_train.files import read_json, write_json, write_text
+from i2am_train.files import read_json, write_json, write_text, written
 from i2am_train.fingerprints import data_state
+from i2am_train.locks import staged
 from i2am_train.runs import RunFolder
 
 SETTINGS = {"seed": 0, "data": {"root": Path("/data"), "workers": 2}, "betas": (0.9, 0.999)}
@@ -115,6 +118,17 @@ def test_a_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.
     with pytest.raises(KeyboardInterrupt, match=r"^$"):
         write_text(file, "half")
     assert contents(tmp_path) == {"results.json": b'{\n  "a": 1\n}\n'}
+
+
+def test_files_of_weights_are_as_readable_as_others(tmp_path: Path) -> None:
+    """Safetensors makes its own for the owner alone."""
+    (tmp_path / "usual").touch()
+    with written(tmp_path / "file.safetensors") as unfinished:
+        save_file({"a": torch.zeros(2)}, unfinished)
+    with staged(tmp_path / "model") as folder:
+        save_file({"a": torch.zeros(2)}, folder / "part.safetensors")
+    files = ("usual", "file.safetensors", "model/part.safetensors")
+    assert len({(tmp_path / name).stat().st_mode for name in files}) == 1
 
 
 def test_json_is_strict(tmp_path: Path) -> None:
