@@ -390,9 +390,10 @@ class Recipe:
     guided: bool | None = None
 
     def __post_init__(self) -> None:
-        if not isinstance(self.sites, Sequence) or not all(isinstance(site, Site) for site in self.sites):
+        sites: Any = self.sites
+        if not isinstance(sites, Sequence) or not all(isinstance(site, Site) for site in sites):
             raise CaptureError(
-                f"Recipe.sites is {self.sites!r:.200}; expected a tuple of Site, with a comma also behind a single "
+                f"Recipe.sites is {sites!r:.200}; expected a tuple of Site, with a comma also behind a single "
                 "one: (Site(...),)."
             )
         if isinstance(self.rows, str) and self.rows not in _NAMED_ROWS:

@@ -485,7 +485,6 @@ class Narrow(torch.nn.Module):
             {"timestep": "tim"},
             r"Narrow has no argument 'tim', the recipe's timestep \(its forward",
         ),
-        ({"pattern": "x"}, {"sites": Site("x")}, r"Recipe\.sites is Site\(.*a comma also behind a single one"),
     ],
 )
 def test_slips_in_a_recipe_are_named(site, options, message):
@@ -497,8 +496,15 @@ def test_slips_in_a_recipe_are_named(site, options, message):
         pass
 
 
+def test_a_single_site_is_no_tuple():
+    made = recipe()
+    object.__setattr__(made, "sites", made.sites[0])  # the tests check types before Recipe does
+    with pytest.raises(CaptureError, match=r"Recipe\.sites is Site\(.*a comma also behind a single one"):
+        made.__post_init__()
+
+
 def test_heads_divide_the_width(unet):
     sites = (Site(r"mid_block.*attn2", heads=3, reference=recipe().sites[0].reference),)
-    with pytest.raises(CaptureError, match=r"Layer mid_block.*: its tokens are 16 wide, which 3 heads do not divide"):
-        with trace(unet, Recipe("", sites, rows="all")):
-            run(unet)
+    message = r"Layer mid_block.*: its tokens are 16 wide, which 3 heads do not divide"
+    with pytest.raises(CaptureError, match=message), trace(unet, Recipe("", sites, rows="all")):
+        run(unet)
