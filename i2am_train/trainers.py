@@ -187,7 +187,8 @@ def _callback_fault(keywords: Mapping[str, Any], found: Any) -> str | None:
 
 def _wrong_hook(kind: type[Callback]) -> str | None:
     """Which method cannot be called as Lightning calls it, as the end of a sentence."""
-    for name, usual in vars(Callback).items():
+    hooks = {name: hook for name, hook in vars(Callback).items() if not name.startswith("_")}
+    for name, usual in hooks.items():
         if isinstance(usual, FunctionType) and isinstance(getattr_static(kind, name), FunctionType):
             arguments = [one.name for one in signature(usual).parameters.values() if one.default is one.empty]
             by_name = {"stage": None} if arguments[-1] == "stage" else {}  # of setup and teardown

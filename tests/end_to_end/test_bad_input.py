@@ -209,7 +209,6 @@ CASES: list[tuple[str, str, list[str], str]] = [
         ["objective.terms.mine={fn: tests.support.terms:mass, weight: -1}"],
         "a finite number of at least 0",
     ),
-    ("train", MODEL, ["objective.terms.mine={fn: tests.support.terms:mass}"], "weight=null is not possible"),
     (
         "train",
         MODEL,

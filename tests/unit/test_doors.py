@@ -11,6 +11,7 @@ import pytest
 from i2am_train.config.store import compose
 from i2am_train.doors import VARIABLE, allow_named, calls, derives, is_import_path, resolve
 from i2am_train.errors import ConfigError
+from i2am_train.trainers import imported_callbacks
 
 MODULE = """
 from abc import ABC, abstractmethod
@@ -118,3 +119,10 @@ def test_classes_are_whole(package: str) -> None:
 def test_other_texts_are_no_import_paths(text: str) -> None:
     """Addresses, paths and times stay what they are."""
     assert not is_import_path(text)
+
+
+def test_lightning_s_own_callbacks_are_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their methods take what Lightning gives, in whatever way they write it."""
+    monkeypatch.setenv(VARIABLE, "lightning")
+    names = ["LearningRateMonitor", "ModelCheckpoint", "ModelSummary", "Timer", "DeviceStatsMonitor"]
+    assert len(imported_callbacks([f"lightning.pytorch.callbacks:{name}" for name in names])) == len(names)
