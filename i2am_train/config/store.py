@@ -305,6 +305,8 @@ class _Kind(NamedTuple):
     """Lists of anything."""
     mapping: bool = False
     """Names of the user's own."""
+    entries: bool = False
+    """Lists of texts and mappings, which Hydra reads: names, and import paths with keywords."""
 
 
 _TEXT = _Kind(text=True, texts=False, lists=False)
@@ -356,6 +358,8 @@ def _readable(value: str, kind: _Kind, sweep: bool) -> str:
     if value.startswith(("'", '"')) and _read(value) is None:
         return value  # a mark that was not closed: Hydra says so
     if kind.lists and value.startswith("["):
+        if kind.entries and "{" in value:
+            return value
         return _readable_list(value) if kind.texts and value.endswith("]") else value
     read = _read(value)
     if read is None:
@@ -375,7 +379,7 @@ def _readable(value: str, kind: _Kind, sweep: bool) -> str:
 
 def _readable_list(value: str) -> str:
     read = _read(value)
-    if "{" in value or (read is not None and _all_texts(read._value)):
+    if read is not None and _all_texts(read._value):
         return value
     elements = [match["element"] for match in ELEMENT.finditer(value[1:-1] + ",")]
     if not all(elements):  # two commas in a row, or one at the end: Hydra says so
@@ -419,4 +423,5 @@ def _kind(hint: Any) -> _Kind:
         texts=all(element in (str, Path, str | dict[str, Any]) for element in lists) and bool(lists),
         lists=bool(lists),
         mapping=get_origin(hint) is dict,
+        entries=str | dict[str, Any] in lists,
     )

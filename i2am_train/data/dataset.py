@@ -11,6 +11,7 @@ DressCode, see :class:`~i2am_train.data.layouts.DressCodeLayout`).
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -23,6 +24,7 @@ from jaxtyping import Bool, Float, Int
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset
+from tqdm import tqdm
 
 from i2am_train.config.data import DataConfig
 from i2am_train.config.locations import dataset_folder
@@ -285,6 +287,7 @@ def prepare_data(data: DataConfig, *outputs: Path | None) -> Path:
     if not first_process():
         wait_for(root)
     elif not root.is_dir():
+        tqdm.write(f"The embedded dataset is drawn in {root} (data.root=FOLDER reads another).", file=sys.stderr)
         make_dataset(root, synthetic.train, synthetic.test, data.size, synthetic.seed, progress=True)
     return root
 

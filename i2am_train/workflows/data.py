@@ -5,7 +5,16 @@
 
 from __future__ import annotations
 
-from i2am_train.config.data import DataCacheConfig, DataCheckConfig, DataDeriveConfig, DataMakeConfig
+from shlex import quote
+
+from i2am_train.config.data import (
+    DataCacheConfig,
+    DataCheckConfig,
+    DataConfig,
+    DataDeriveConfig,
+    DataMakeConfig,
+    data_words,
+)
 from i2am_train.config.locations import dataset_folder, revisions
 from i2am_train.data.cache import CacheLayout
 from i2am_train.data.dataset import Reading, list_length
@@ -101,10 +110,14 @@ def cache(config: DataCacheConfig) -> None:
             workers=config.workers,
             progress=config.progress_bar,
         )
+    height, width = model.image_size
+    read = DataConfig(
+        root=config.root, layout=config.layout, categories=config.categories, fit=config.fit, height=height, width=width
+    )
     shards = [shard for made in index.shards.values() for shard in made]
     counts = " and ".join(f"{total} {split}" for split, total in index.samples.items())
     print(
         f"{counts} samples in {len(shards)} shards, {sum(s.bytes for s in shards) / 2**20:.1f} MiB, in "
-        f"{config.output}\nTrain from it with: i2am train data.root={config.root} init={config.init} "
-        f"data.cache={config.output}" + (" data.augment=true" if config.variants else "")
+        f"{config.output}\nTrain from it with: i2am train{data_words(read)} {quote(f'init={config.init}')} "
+        f"{quote(f'data.cache={config.output}')}" + (" data.augment=true" if config.variants else "")
     )

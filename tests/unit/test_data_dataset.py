@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch.utils.data import default_collate
 
-from i2am_train.data.dataset import EpochPosition, TryOnDataset, require_correspondence
+from i2am_train.config.data import DataConfig, SyntheticConfig
+from i2am_train.data.dataset import EpochPosition, TryOnDataset, prepare_data, require_correspondence
 from i2am_train.data.dataset_report import check_dataset
 from i2am_train.data.synthetic import FIRST_TEST_INDEX
 from i2am_train.data.synthetic.rendering import render_sample
@@ -266,3 +267,15 @@ def test_a_dataset_one_folder_deeper_is_pointed_at(copy: Path) -> None:
     # Proves the hint for an archive that was unpacked into a folder of its own.
     with pytest.raises(DataError, match=rf"no pair list train_pairs\.txt .*Did you mean {copy}\?"):
         TryOnDataset(copy.parent, Split.TRAIN, Pairing.PAIRED, SIZE)
+
+
+def test_the_place_of_the_embedded_dataset_is_said_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """When it is drawn, and not when it is read again."""
+    monkeypatch.setattr("i2am_train.data.dataset.dataset_folder", lambda *_: tmp_path / "drawn")
+    data = DataConfig(height=32, width=16, synthetic=SyntheticConfig(train=2, test=2))
+    assert prepare_data(data) == tmp_path / "drawn"
+    assert f"The embedded dataset is drawn in {tmp_path / 'drawn'} (data.root=" in capsys.readouterr().err
+    prepare_data(data)
+    assert capsys.readouterr().err == ""
