@@ -135,7 +135,7 @@ def calls(*arguments: str, **keywords: Any) -> Check:
     """A check that an object can be called with so many arguments, and with these keywords.
 
     >>> calls("generated", "real")(len)
-    'cannot be called with (generated, real): too many positional arguments'
+    'cannot be called with (generated, real): too many positional arguments; its arguments are (obj, /)'
     """
 
     def check(found: Any) -> str | None:

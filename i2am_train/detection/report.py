@@ -464,8 +464,7 @@ class DetectionSet:
         for label, detected in self.inputs.items():
             made_by = self._made_by(label)
             for table in tables_of(detected.results):
-                stem = f"{table.name}-{label}"
-                index["tables"].append(write_table(table, folder, stem, [made_by]))
+                index["tables"].append(write_table(table, folder, f"{table.name}-{label}", [made_by]))
             drawing = _drawing_of(detected.examples)
             if drawing is None:
                 index["left_out"][f"samples of {label}"] = "'i2am detect' with pictures=N"
@@ -486,10 +485,7 @@ class DetectionSet:
 
 
 def plan_detections(folders: Sequence[Path]) -> DetectionSet:
-    """Read the experiments; each is called by its folder.
-
-    Args:
-        folders: what ``i2am detect`` wrote.
+    """Read the experiments in folders of ``i2am detect``; each is called by its folder.
 
     Raises:
         RunFolderError: a folder is not one of ``i2am detect``, or its run did not come to its end.
