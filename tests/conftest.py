@@ -77,11 +77,10 @@ def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
 def no_own_metrics() -> Iterator[None]:
     """Metrics that one test makes known, the next does not know."""
     yield
-    registry = sys.modules.get("i2am_train.metrics.registry")
-    if registry is not None:
-        for name in registry.own_metrics():
-            del registry.METRICS[name]
-            registry._PAIR_SCORES.pop(name, None)
+    if "i2am_train.metrics.registry" in sys.modules:
+        from tests.support.own_metrics import forget_own_metrics
+
+        forget_own_metrics()
 
 
 @pytest.fixture(autouse=True)

@@ -16,7 +16,7 @@ from PIL import Image
 import i2am_train
 from i2am_train.cli import main
 from i2am_train.detection.bench import make_shapes
-from i2am_train.metrics import registry
+from tests.support.own_metrics import forget_own_metrics
 
 TEXT = (Path(i2am_train.__file__).parent / "EXTENDING.md").read_text()
 SECTIONS = dict(re.findall(r"^## (.*?)\n(.*?)(?=^## |\Z)", TEXT, re.MULTILINE | re.DOTALL))
@@ -121,8 +121,7 @@ def run(words: list[str], places: dict[str, Path], monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(sys, "argv", ["i2am"])
     with pytest.raises(SystemExit, match="0"):
         main([name, *options, *more])
-    for metric in registry.own_metrics():  # as if the process ended
-        del registry.METRICS[metric]
+    forget_own_metrics()
 
 
 def test_every_door_has_a_how_to_of_twenty_lines() -> None:

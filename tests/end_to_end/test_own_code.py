@@ -15,9 +15,9 @@ from i2am_train.config.store import compose
 from i2am_train.doors import VARIABLE
 from i2am_train.errors import ConfigError
 from i2am_train.files import read_json
-from i2am_train.metrics import registry
 from i2am_train.workflows.ablate import ablate
 from i2am_train.workflows.evaluate import evaluate
+from tests.support.own_metrics import forget_own_metrics
 from tests.support.trainings import curves, going_down
 
 pytestmark = [
@@ -57,8 +57,7 @@ def forget() -> None:
     """What another process would not know: the modules, and what they registered."""
     for name in (*imported(), PACKAGE):
         sys.modules.pop(name, None)
-    for name in registry.own_metrics():
-        del registry.METRICS[name]
+    forget_own_metrics()
 
 
 @pytest.fixture(autouse=True)
