@@ -159,6 +159,9 @@ CATEGORIES: tuple[Category, ...] = get_args(Category)
 """What a garment covers; the names are DressCode's folders."""
 LayoutName = Literal["auto", "viton_hd", "dresscode"]
 """How a dataset folder is laid out; auto: dresscode where it has folders of categories."""
+Fill = Literal["white", "mean", "blur"]
+"""What stands in the place of a deleted patch of the reference: white, the mean colour of the garment, or the blurred
+picture."""
 Fit = Literal["stretch", "pad", "crop"]
 """How a picture of another aspect comes to the size that is asked for."""
 PoseSource = Literal["auto", "keypoints", "densepose", "none"]

@@ -16,6 +16,7 @@ from i2am_train.attention.recipe import (
 )
 from i2am_train.attention.store import AttributionStore, LayerRecord, time_groups
 from i2am_train.attention.trace import ScoreTap, Trace, trace
+from i2am_train.attention.uniform import uniform_attention
 from i2am_train.ops.grids import normalise, threshold
 
 __all__ = [
@@ -49,4 +50,5 @@ __all__ = [
     "threshold",
     "time_groups",
     "trace",
+    "uniform_attention",
 ]

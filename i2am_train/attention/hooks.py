@@ -56,13 +56,16 @@ class AttentionInputs(NamedTuple):
 
 _Deliver = Callable[[AttentionInputs], None]
 """Called when a site has attended."""
+ChangeKeys = Callable[[SiteModule, Frame, Tensor], Tensor]
+"""Called before a site attends, with its keys ``[row, token, ...]`` (tokens are axis 1 whatever follows); what it
+returns stands in their place."""
 
 
 class _Projection:
     """One projection by its place in the model, whatever stands there: peft puts a layer with an adapter in the place
     of the plain one, which goes on inside it."""
 
-    def __init__(self, parent: nn.Module, name: str, keep: Callable[..., None]) -> None:
+    def __init__(self, parent: nn.Module, name: str, keep: Callable[..., Tensor | None]) -> None:
         self._parent, self._name, self._keep = parent, name, keep
         self._hooked: nn.Module | None = None
         self._handle: RemovableHandle | None = None
@@ -81,8 +84,15 @@ class _Projection:
 class _ProjectionProbe:
     """Keeps the outputs of both projections until their module has run."""
 
-    def __init__(self, site: SiteModule, deliver: _Deliver, is_open: Callable[[], bool]) -> None:
+    def __init__(
+        self,
+        site: SiteModule,
+        deliver: _Deliver,
+        is_open: Callable[[], bool],
+        change: Callable[[Tensor], Tensor] | None = None,
+    ) -> None:
         _refuse_unseen_tokens(site)
+        self._change = change
         self._layer = site.layer
         self._module = site.module
         self._projections = tuple(
@@ -115,11 +125,15 @@ class _ProjectionProbe:
         if self._is_open():
             self._generated = output
 
-    def _keep_reference(self, _: nn.Module, __: Any, output: Tensor) -> None:
-        if self._is_open():
-            self._refuse_second_reference()
-            # IP-Adapter projects [row, image, token, channel]
-            self._reference = output.flatten(1, -2)
+    def _keep_reference(self, _: nn.Module, __: Any, output: Tensor) -> Tensor | None:
+        if not self._is_open():
+            return None
+        self._refuse_second_reference()
+        keys = output.flatten(1, -2)  # IP-Adapter projects [row, image, token, channel]
+        if self._change is not None:
+            keys = self._change(keys)
+        self._reference = keys
+        return None if self._change is None else keys.view_as(output)
 
     def _refuse_second_reference(self) -> None:
         """Keys that come in several portions have a softmax each, which one map cannot show."""
@@ -162,8 +176,15 @@ class _SdpaProbe(TorchFunctionMode):
     The mode is on only inside the module's forward, so that the rest of the model and the sampler pay nothing.
     """
 
-    def __init__(self, site: SiteModule, deliver: _Deliver, is_open: Callable[[], bool]) -> None:
+    def __init__(
+        self,
+        site: SiteModule,
+        deliver: _Deliver,
+        is_open: Callable[[], bool],
+        change: Callable[[Tensor], Tensor] | None = None,
+    ) -> None:
         super().__init__()
+        self._change = change
         self._site = site
         self._deliver = deliver
         self._is_open = is_open
@@ -200,12 +221,18 @@ class _SdpaProbe(TorchFunctionMode):
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
-        """Every torch function runs as it would; the meant call's arguments are delivered."""
-        result = func(*args, **(kwargs or {}))
-        if func is _SDPA:
-            if self._calls == self._meant:
-                self._deliver(self._read(*args, **(kwargs or {})))
-            self._calls += 1
+        """Every torch function runs as it would, but for keys that are changed; the meant call's arguments are
+        delivered."""
+        kwargs = kwargs or {}
+        is_meant = func is _SDPA and self._calls == self._meant
+        if is_meant and self._change is not None:
+            bound = inspect.signature(self._read).bind(*args, **kwargs).arguments
+            bound["key"] = self._change(bound["key"].transpose(1, 2)).transpose(1, 2)
+            args, kwargs = (), bound
+        result = func(*args, **kwargs)
+        if is_meant:
+            self._deliver(self._read(*args, **kwargs))
+        self._calls += func is _SDPA
         return result
 
     def _read(  # the signature is torch's
@@ -246,11 +273,13 @@ _Probe = _ProjectionProbe | _SdpaProbe
 module since (an adapter's wrapper), and ``clear`` drops what is left of an evaluation, also one that failed."""
 
 
-def _probe(site: SiteModule, deliver: _Deliver, is_open: Callable[[], bool]) -> _Probe:
+def _probe(
+    site: SiteModule, deliver: _Deliver, is_open: Callable[[], bool], change: Callable[[Tensor], Tensor] | None
+) -> _Probe:
     """The probe that the site asks for. ``is_open`` tells whether an evaluation is under way; what happens outside one
     is not observed. Raises `CaptureError` if the module does not fit."""
     kind = _SdpaProbe if site.site.via is Backend.SDPA else _ProjectionProbe
-    return kind(site, deliver, is_open)
+    return kind(site, deliver, is_open, change)
 
 
 def _changes_scores(mask: Tensor) -> bool:
@@ -358,13 +387,23 @@ class Listener:
     on_attention: _OnAttention
     kind: str
     on_open: Callable[[Frame], None]
+    change_keys: ChangeKeys | None = None
+    """None: nothing is changed."""
     _handles: list[RemovableHandle] = field(default_factory=list)
     _frame: Frame | None = None
     _calls: int = 0
     _probes: list[_Probe] = field(init=False)
 
     def __post_init__(self) -> None:
-        self._probes = [_probe(site, partial(self._deliver, site), self._is_open) for site in self.sites]
+        self._probes = [
+            _probe(
+                site,
+                partial(self._deliver, site),
+                self._is_open,
+                None if self.change_keys is None else partial(self._changed, site),
+            )
+            for site in self.sites
+        ]
 
     def attach(self) -> None:
         """Register all hooks; refuses a root that already has a listener of this kind."""
@@ -446,6 +485,11 @@ class Listener:
     def _deliver(self, site: SiteModule, inputs: AttentionInputs) -> None:
         if self._frame is not None:
             self.on_attention(site, self._frame, inputs)
+
+    def _changed(self, site: SiteModule, keys: Tensor) -> Tensor:
+        assert self._frame is not None, "probes ask inside a frame"
+        assert self.change_keys is not None, "else no probe asks"
+        return self.change_keys(site, self._frame, keys)
 
 
 def eager_while_listening() -> AbstractContextManager[object]:

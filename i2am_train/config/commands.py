@@ -6,7 +6,7 @@ import ast
 import inspect
 import sys
 from collections.abc import Iterable, Mapping
-from dataclasses import fields
+from dataclasses import fields, is_dataclass
 from enum import Enum
 from functools import cache
 from itertools import pairwise
@@ -14,7 +14,7 @@ from textwrap import dedent, fill, indent
 from typing import Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
 
 from i2am_train.config.data import DataCacheConfig, DataCheckConfig, DataDeriveConfig, DataMakeConfig
-from i2am_train.config.evaluation import EvaluateConfig
+from i2am_train.config.evaluation import EvaluateConfig, FaithfulConfig
 from i2am_train.config.explanation import DetectConfig, ExplainConfig
 from i2am_train.config.locations import conf_folder, experiment_names
 from i2am_train.config.models import ExportConfig, InitConfig
@@ -102,6 +102,16 @@ COMMANDS: dict[str, Command] = {
         i2am explain model=factory factory=my_model:build image=FILE mask=FILE reference=FILE
         """,
         first="checkpoint sample pairing data.root attribution.layer model image mask reference output",
+    ),
+    "faithful": Command(
+        FaithfulConfig,
+        "faithful:run",
+        """
+        i2am faithful checkpoint=tiny
+        i2am faithful checkpoint=runs/refined-seed0 samples=64 layers=[2,5,8] fill=blur
+        """,
+        first="checkpoint samples layers shares fill data.root sampling.steps device output",
+        goes_on="with the batches that are not there yet",
     ),
     "detect": Command(
         DetectConfig,
@@ -226,12 +236,12 @@ def field_docstrings(schema: type[Any]) -> dict[str, str]:
     >>> field_docstrings(SyntheticConfig)["test"]
     'Number of held-out samples.'
     """
-    body = _class_bodies(schema.__module__)[schema.__name__]
     found: dict[str, str] = {}
-    for field_node, text_node in pairwise(body):
-        match field_node, text_node:
-            case (ast.AnnAssign(target=ast.Name(id=name)), ast.Expr(value=ast.Constant(value=str(text)))):
-                found[name] = " ".join(text.split())
+    for of in (one for one in reversed(schema.__mro__) if is_dataclass(one)):
+        for field_node, text_node in pairwise(_class_bodies(of.__module__)[of.__name__]):
+            match field_node, text_node:
+                case (ast.AnnAssign(target=ast.Name(id=name)), ast.Expr(value=ast.Constant(value=str(text)))):
+                    found[name] = " ".join(text.split())
     return found
 
 

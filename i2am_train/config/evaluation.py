@@ -25,7 +25,7 @@ from i2am_train.config.options import (
 )
 from i2am_train.config.reporting import TrackingConfig
 from i2am_train.errors import ConfigError
-from i2am_train.types import Device, LayerWeighting, Pairing, Precision, PublishedModel
+from i2am_train.types import Device, Fill, LayerWeighting, Pairing, Precision, PublishedModel
 
 
 @dataclass(kw_only=True, slots=True)
@@ -53,6 +53,27 @@ class AttributionConfig(Options):
     """Groups of sampling steps in time-level maps; group 0 is the noisiest."""
     byte_budget: Annotated[int, at_least(2**16)] = 64 * 2**20
     """Memory that capture may use for intermediate results, in bytes."""
+
+
+@dataclass(kw_only=True, slots=True)
+class FaithfulnessConfig(Options):
+    """Whether maps tell what the model uses: the reference is changed, and the images are made again."""
+
+    layers: Layers | None = None
+    """Layers that are asked; null: all."""
+    shares: list[Annotated[float, Rule("more than 0 and at most 1", lambda share: 0 < share <= 1)]] = field(
+        default_factory=lambda: [0.1, 0.25, 0.5]
+    )
+    """Shares of the garment's patches that are replaced, above 0 and up to 1, ascending."""
+    fill: Fill = "mean"
+    """What stands in their place; mean is the garment's mean colour."""
+    random_draws: Count = 3
+    """Random rankings that the map's is compared with."""
+
+    def check(self) -> None:
+        """Shares make a curve."""
+        if not self.shares or sorted(set(self.shares)) != self.shares:
+            raise OptionError("shares", self.shares, "different numbers in ascending order, such as [0.1,0.25,0.5]")
 
 
 UNSHARDED = Rule(
@@ -165,3 +186,29 @@ class EvaluateConfig(Options):
         [False, True, True]
         """
         return self.devices not in (1, "1")
+
+
+@dataclass(kw_only=True, slots=True)
+class FaithfulConfig(FaithfulnessConfig):
+    """Measure whether a checkpoint's attention is a cause of its images; needs masks and no truth."""
+
+    checkpoint: ModelFolder = "tiny"
+    """Checkpoint folder, or run folder; tiny is the shipped one."""
+    samples: Count = 16
+    """Number of held-out samples, in order; each image is made about 40 times."""
+    batch_size: Count = 16
+    """Samples per batch."""
+    output: Path | None = None
+    """Folder for results; null: faithful in the run folder, or beside others in runs/."""
+    device: Device = "auto"
+    """Where to compute."""
+    progress_bar: bool = True
+    """Show progress with the time left."""
+    data: DataConfig = field(default_factory=DataConfig)
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+
+    def check(self) -> None:
+        """Shares make a curve, and the embedded data has so many samples."""
+        FaithfulnessConfig.check(self)
+        if self.data.root is None and self.samples > self.data.synthetic.test:
+            raise OptionError("samples", self.samples, f"at most data.synthetic.test={self.data.synthetic.test}")

@@ -22,6 +22,7 @@ from i2am_train.workflows.data import cache
 from i2am_train.workflows.evaluate import evaluate
 from i2am_train.workflows.explain import explain
 from i2am_train.workflows.explain import run as run_explain
+from i2am_train.workflows.faithful import run as run_faithful
 from i2am_train.workflows.models import export, init
 from i2am_train.workflows.train import rehearse, train
 from tests.support.card import card, on_card
@@ -178,6 +179,20 @@ def test_explaining_other_models(
     assert seen.operations > 100
     scores = json.loads((tmp_path / "out" / "scores.json").read_text())["scores"]
     assert np.isfinite(scores["imacs_g"])
+
+
+def test_faithful(machine: Any, small_checkpoint: Path, overrides: list[str], tmp_path: Path) -> None:
+    """Images are made on the card, and compared where their masks are."""
+    words = [
+        *(word for word in overrides if word.startswith("data.")), f"checkpoint={small_checkpoint}", "samples=2",
+        "layers=[5]", "shares=[0.5]", "random_draws=1", "sampling.steps=2", "device=cuda", "progress_bar=false",
+        f"output={tmp_path / 'out'}",
+    ]  # fmt: skip
+    with machine() as seen:
+        run_faithful(compose("faithful", words))
+    assert seen.operations > 100
+    scores = json.loads((tmp_path / "out" / "faithfulness.json").read_text())["scores"]
+    assert all(np.isfinite(score["mean"]) for score in scores.values())
 
 
 def test_detection(machine: Any, paint_by_example: Path, tmp_path: Path) -> None:

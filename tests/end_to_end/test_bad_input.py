@@ -36,6 +36,7 @@ SMALL = "data.root={data} data.height=64 data.width=48 data.workers=0"
 """Options of the small dataset and model, in one word of the table."""
 
 MODEL = f"{SMALL} init={{model}} validation.samples=2 evaluation.metrics=[ssim]"
+ASK = f"{SMALL} checkpoint={{model}} samples=2 sampling.steps=1"
 JUDGE = f"{SMALL} checkpoint={{model}} evaluation.metrics=[ssim]"
 FOLDERS = "images={images} reference={reference} evaluation.metrics=[ssim]"
 SHOW = f"{SMALL} checkpoint={{model}} sampling.steps=1 attribution.time_groups=1"
@@ -314,6 +315,10 @@ CASES: list[tuple[str, str, list[str], str]] = [
         ["factory=tests.support.stableviton_like:build", "recipe=json:decoder"],
         "recipe=json:decoder cannot be called: it is of type module",
     ),
+    ("faithful", ASK, ["shares=[0.5,0.25]"], "different numbers in ascending order"),
+    ("faithful", ASK, ["shares=[0.5,1.5]"], "more than 0 and at most 1"),
+    ("faithful", ASK, ["layers=[else]"], "No attention layer is called 'else'"),
+    ("faithful", ASK, ["output={data}"], "this command's own folder"),
     ("detect", DETECT, ["root={empty}"], "instances_val2017.json"),
     ("detect", DETECT, ["root={images}"], "instances_val2017.json"),
     ("detect", DETECT, ["split=train2017"], "instances_train2017.json"),

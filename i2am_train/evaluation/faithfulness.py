@@ -1,0 +1,278 @@
+"""Whether maps tell what a model uses: images are made again, from the same noise, of a reference that was changed.
+
+The questions, and what is computed of the images, stand in :mod:`i2am_train.metrics.faithfulness`. Any model that
+can be traced can be asked: a :class:`Remake` is all that is needed of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from i2am_train.attention.lookup import choose_sites, resolve_root, resolve_sites
+from i2am_train.attention.maps import AttributionMaps
+from i2am_train.attention.recipe import LayerId, Recipe
+from i2am_train.attention.trace import trace
+from i2am_train.attention.uniform import uniform_attention
+from i2am_train.config.evaluation import FaithfulnessConfig
+from i2am_train.config.models import SamplingConfig
+from i2am_train.data.dataset import TryOnBatch
+from i2am_train.errors import CaptureError
+from i2am_train.evaluation.explaining import value_or_none
+from i2am_train.evaluation.explanation import TO_REFERENCE
+from i2am_train.metrics.attention import target_on_grid
+from i2am_train.metrics.faithfulness import (
+    central_importance,
+    curve_area,
+    garment_patches,
+    image_change,
+    patch_change,
+    quarters,
+    random_importance,
+    rank_correlation,
+    ranked_patches,
+    where_correlation,
+    without_patches,
+)
+from i2am_train.models.sampling import sample
+from i2am_train.models.tryon import TryOnModel
+from i2am_train.ops.grids import mask_on_grid, resize_maps
+from i2am_train.seeds import seed_for
+from i2am_train.types import GridSize
+
+_Images = Float[Tensor, "batch 3 height width"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Remake:
+    """A batch of images that can be made again from the same noise. Tensors are on the CPU, pictures in [0, 1]."""
+
+    target: Any
+    """The model, as `trace` takes it."""
+    recipe: Recipe | None
+    """None: the model's own."""
+    names: Sequence[str]
+    indices: Sequence[int]
+    """Of the samples; random rankings are drawn by them."""
+    reference: Float[Tensor, "batch 3 height width"]
+    garment: Bool[Tensor, "batch height width"]
+    """What counts of the reference."""
+    mask: Bool[Tensor, "batch height width"]
+    """Where the generated image is compared."""
+    make: Callable[[Tensor], Tensor]
+    """Images of other reference pictures; the same images for the same pictures."""
+    correspondence: Float[Tensor, "batch height width 2"] | None = None
+    """The true reference position of each pixel of the generated image, where the data knows it."""
+    worn: Bool[Tensor, "batch height width"] | None = None
+    """Where the generated image shows the garment, where the data knows it."""
+
+
+def remake_of(model: TryOnModel, batch: TryOnBatch, sampling: SamplingConfig) -> Remake:
+    """A try-on batch, whose tensors lie on the model's device."""
+    seeds = [seed_for(sampling.seed, "sampling", int(index)) for index in batch["index"]]
+
+    def make(reference: Tensor) -> Tensor:
+        images = sample(
+            model,
+            reference.to(model.device) * 2 - 1,
+            batch["agnostic"],
+            batch["densepose"],
+            seeds=seeds,
+            steps=sampling.steps,
+            guidance=sampling.guidance,
+            sampler=sampling.sampler,
+            names=batch["name"],
+        )
+        return (images.float().cpu() + 1) / 2
+
+    return Remake(
+        target=model,
+        recipe=None,
+        names=batch["name"],
+        indices=[int(index) for index in batch["index"]],
+        reference=(batch["garment"].float().cpu() + 1) / 2,
+        garment=batch["garment_mask"].cpu(),
+        mask=batch["inpaint_mask"].cpu(),
+        make=make,
+        correspondence=batch["correspondence"].cpu(),
+        worn=batch["warped_garment_mask"].cpu(),
+    )
+
+
+def runs_of(options: FaithfulnessConfig, layers: int) -> int:
+    """How often each image is made, where the truth is known.
+
+    >>> runs_of(FaithfulnessConfig(shares=[0.25], random_draws=2), layers=9)
+    23
+    """
+    original, without_choice, quarters_of_garment = 1, layers + 1, 4
+    deletions, insertions = 4 + options.random_draws, 2
+    return original + without_choice + quarters_of_garment + len(options.shares) * (deletions + insertions)
+
+
+def layers_asked(model: TryOnModel, layers: Sequence[LayerId] | None) -> list[str]:
+    """Names of a model's layers that are asked, in their order.
+
+    Raises:
+        CaptureError: a layer does not exist.
+    """
+    recipe = model.attention_recipe()
+    sites = resolve_sites(resolve_root(model, recipe), recipe)
+    return [site.layer for site in (sites if layers is None else choose_sites(sites, layers))]
+
+
+def faithfulness(
+    remake: Remake, options: FaithfulnessConfig, on_run: Callable[[], None] = lambda: None
+) -> list[dict[str, Any]]:
+    """A row of scores for each sample; None where it has no value (an empty mask, no truth).
+
+    Args:
+        remake: the batch.
+        options: layers, shares, what stands in the place of what is deleted.
+        on_run: called after each time that the images were made.
+
+    Raises:
+        CaptureError: the model has no reference patches, or a layer does not exist.
+        NotFiniteError: images or attention became NaN or infinite.
+    """
+    make = _counted(remake.make, on_run)
+    with trace(remake.target, remake.recipe, layers=options.layers, matrix_layers=None) as attention:
+        image = make(remake.reference)
+    maps = attention.maps()
+    grid = _reference_grid(maps)
+    candidates = garment_patches(remake.garment, grid)
+    changed = partial(image_change, image, mask=remake.mask)
+    columns: dict[str, Tensor] = {}
+    for name in maps.layers:
+        with uniform_attention(remake.target, remake.recipe, layers=[name]):
+            columns[f"use/{name}"] = changed(make(remake.reference))
+    with uniform_attention(remake.target, remake.recipe, layers=maps.layers):
+        columns["use/all"] = changed(make(remake.reference))
+    columns |= _where(remake, make, image, maps, candidates, grid)
+    columns |= _deletion(remake, make, changed, maps, candidates, grid, options)
+    return [
+        {"index": index, "name": name, **{key: value_or_none(float(values[row])) for key, values in columns.items()}}
+        for row, (index, name) in enumerate(zip(remake.indices, remake.names, strict=True))
+    ]
+
+
+def _counted(make: Callable[[Tensor], Tensor], on_run: Callable[[], None]) -> Callable[[Tensor], Tensor]:
+    def made(reference: Tensor) -> Tensor:
+        images = make(reference)
+        on_run()
+        return images
+
+    return made
+
+
+def _reference_grid(maps: AttributionMaps) -> GridSize:
+    grids = {record.reference_grid for record in maps.store.layers}
+    grid = next(iter(grids))
+    if len(grids) > 1 or grid is None or grid.tokens < 4:
+        found = ", ".join(sorted(str(one) for one in grids))
+        raise CaptureError(
+            f"The reference of this model has no patches that could be deleted one after the other (grids: {found}). "
+            "Faithfulness needs one grid of at least 4 patches, the same in all layers: choose layers=[...] of one."
+        )
+    return grid
+
+
+def _where(
+    remake: Remake,
+    make: Callable[[Tensor], Tensor],
+    image: _Images,
+    maps: AttributionMaps,
+    candidates: Bool[Tensor, "batch reference"],
+    grid: GridSize,
+) -> dict[str, Float[Tensor, " batch"]]:
+    """Whether the image changes where the attention to a whitened quarter of the garment is, by layer and for all."""
+    parts = quarters(candidates, grid)
+    others = [make(without_patches(remake.reference, parts[:, at], grid, fill="white")) for at in range(parts.shape[1])]
+    columns: dict[str, Tensor] = {}
+    finest = max((record.generated_grid for record in maps.store.layers), key=lambda one: one.tokens)
+    shares = []
+    for record in maps.store.layers:
+        scores = maps.scores(record.layer)
+        changes = _changes(image, others, record.generated_grid)
+        mask = mask_on_grid(remake.mask, record.generated_grid)
+        columns[f"where/{record.layer}"] = where_correlation(scores, parts, changes, mask)
+        to_parts = torch.einsum("bgr,bpr->bpg", scores, parts.to(scores))
+        shares.append(resize_maps(to_parts.reshape(*to_parts.shape[:2], *record.generated_grid), finest).flatten(2))
+    changes, mask = _changes(image, others, finest), mask_on_grid(remake.mask, finest)
+    columns["where/all"] = _mean_correlation(torch.stack(shares).mean(dim=0), changes, mask)
+    if remake.correspondence is not None and remake.worn is not None:
+        target = target_on_grid(remake.correspondence, remake.worn, finest, grid)
+        columns["where/truth"] = where_correlation(_one_hot(target, grid), parts, changes, mask)
+    return columns
+
+
+def _changes(image: _Images, others: Sequence[_Images], grid: GridSize) -> Float[Tensor, "batch part generated"]:
+    return torch.stack([patch_change(image, other, grid) for other in others], dim=1)
+
+
+def _mean_correlation(
+    to_parts: Float[Tensor, "batch part generated"],
+    changes: Float[Tensor, "batch part generated"],
+    mask: Bool[Tensor, "batch generated"],
+) -> Float[Tensor, " batch"]:
+    values = [rank_correlation(a, b, mask) for a, b in zip(to_parts.unbind(1), changes.unbind(1), strict=True)]
+    return torch.stack(values, dim=1).nanmean(dim=1)
+
+
+def _one_hot(target: Float[Tensor, "batch generated 2"], grid: GridSize) -> Float[Tensor, "batch generated reference"]:
+    """What attention would be that looks at the truth and nowhere else; zeros where there is none."""
+    known = target.isfinite().all(dim=-1)
+    y, x = torch.where(known[..., None], target, 0.0).round().long().unbind(dim=-1)
+    at = y.clamp(0, grid.height - 1) * grid.width + x.clamp(0, grid.width - 1)
+    return torch.nn.functional.one_hot(at, grid.tokens) * known[..., None].float()
+
+
+def _deletion(
+    remake: Remake,
+    make: Callable[[Tensor], Tensor],
+    changed: Callable[[Tensor], Tensor],
+    maps: AttributionMaps,
+    candidates: Bool[Tensor, "batch reference"],
+    grid: GridSize,
+    options: FaithfulnessConfig,
+) -> dict[str, Float[Tensor, " batch"]]:
+    """The change of the image when the highest patches of a ranking go, by ranking and share, and the areas."""
+    importance = maps.unified(TO_REFERENCE).values.flatten(1)
+    rankings = {"top": importance, "bottom": -importance, "middle": central_importance(candidates, grid)}
+    for draw in range(options.random_draws):
+        seeds = [seed_for(0, "faithfulness", index, draw) for index in remake.indices]
+        rankings[f"random{draw}"] = random_importance(seeds, grid.tokens)
+    if remake.correspondence is not None and remake.worn is not None:
+        finest = max((record.generated_grid for record in maps.store.layers), key=lambda one: one.tokens)
+        target = target_on_grid(remake.correspondence, remake.worn, finest, grid)
+        rankings["truth"] = _one_hot(target, grid).sum(dim=1)
+
+    def change_without(patches: Bool[Tensor, "batch reference"]) -> Tensor:
+        return changed(
+            make(without_patches(remake.reference, patches, grid, fill=options.fill, garment=remake.garment))
+        )
+
+    def curve(values: Tensor, *, keep: bool = False) -> Float[Tensor, "batch share"]:
+        chosen = [ranked_patches(values, candidates, share) for share in options.shares]
+        return torch.stack([change_without(candidates & ~one if keep else one) for one in chosen], dim=1)
+
+    curves = {name: curve(values) for name, values in rankings.items()}
+    chance = [f"random{draw}" for draw in range(options.random_draws)]
+    curves["random"] = torch.stack([curves.pop(name) for name in chance]).mean(dim=0)
+    areas = {name: curve_area(options.shares, values) for name, values in curves.items()}
+    columns = {f"deletion/{name}": area for name, area in areas.items()}
+    columns["deletion/score"] = areas["top"] - areas["bottom"]
+    for at, share in enumerate(options.shares):
+        columns |= {f"deletion/{name}@{share:g}": values[:, at] for name, values in curves.items()}
+    for name, values in (("top", rankings["top"]), ("random", rankings[chance[0]])):
+        columns |= {
+            f"insertion/{name}@{share:g}": kept
+            for share, kept in zip(options.shares, curve(values, keep=True).unbind(1), strict=True)
+        }
+    return columns

@@ -1,0 +1,79 @@
+"""``i2am faithful`` on a small model: its files, a stop after one batch, and what it refuses."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from i2am_train.config.store import compose
+from i2am_train.errors import CaptureError, I2AMError
+from i2am_train.workflows import faithful
+
+LAYER = "up_blocks.2.attentions.1"
+
+
+@pytest.fixture
+def options(overrides: list[str], small_checkpoint: Path) -> list[str]:
+    """Three samples in batches of two, one layer, one share."""
+    return [
+        *(word for word in overrides if word.startswith("data.")),
+        f"checkpoint={small_checkpoint}",
+        *("samples=3", "batch_size=2", "layers=[5]", "shares=[0.5]", "random_draws=1", "sampling.steps=1"),
+        *("device=cpu", "progress_bar=false"),
+    ]
+
+
+def test_it_goes_on_and_writes_what_it_found(
+    options: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A run that is stopped after its first batch makes the second only; a finished one makes nothing."""
+    measure = faithful.faithfulness
+    asked: list[list[str]] = []
+
+    def measured(remake, *others):  # type: ignore[no-untyped-def]
+        asked.append(list(remake.names))
+        if len(asked) == 2:
+            raise KeyboardInterrupt("stop")
+        return measure(remake, *others)
+
+    monkeypatch.setattr(faithful, "faithfulness", measured)
+    config = compose("faithful", [*options, f"output={tmp_path / 'run'}"])
+    with pytest.raises(KeyboardInterrupt, match="stop"):
+        faithful.run(config)
+    for _ in range(2):
+        faithful.run(config)
+    assert [len(names) for names in asked] == [2, 1, 1]
+    printed = capsys.readouterr().out
+    assert "Each of the 3 images is made 14 times, in 1 steps: 42 images on cpu." in printed
+    assert "5 (up_blocks.2.attentions.1)" in printed
+    results = json.loads((tmp_path / "run" / "faithfulness.json").read_text())
+    assert results["layers"] == [LAYER]
+    assert [row["index"] for row in results["samples"]] == [0, 1, 2]
+    use = results["scores"][f"use/{LAYER}"]
+    values = [row[f"use/{LAYER}"] for row in results["samples"]]
+    assert use["mean"] == pytest.approx(sum(values) / 3)
+    assert use["interval"][0] <= use["mean"] <= use["interval"][1]
+    written = {path.name for path in (tmp_path / "run").iterdir()}
+    assert {"faithfulness.json", "faithfulness.md", "faithfulness.png"} <= written
+    assert "partial" not in written
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ("shares=[0.5,0.25]", "shares=.*different numbers in ascending order"),
+        ("shares=[0.5,1.5]", "more than 0 and at most 1"),
+        ("shares=[]", "different numbers in ascending order"),
+        ("fill=black", "white, mean, blur"),
+        ("random_draws=0", "random_draws=0 is not possible"),
+        ("layers=[else]", "No attention layer is called 'else'"),
+        ("samples=99", "99"),
+        ("checkpoint=nowhere", "nowhere"),
+    ],
+)
+def test_what_is_refused(options: list[str], tmp_path: Path, wrong: str, message: str) -> None:
+    """Before anything is written."""
+    words = [word for word in options if word.partition("=")[0] != wrong.partition("=")[0]]
+    with pytest.raises((I2AMError, CaptureError), match=message):
+        faithful.run(compose("faithful", [*words, wrong, f"output={tmp_path / 'run'}"]))
+    assert not (tmp_path / "run").exists()
