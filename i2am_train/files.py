@@ -189,7 +189,14 @@ def _without_nan(value: Any) -> Any:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write :func:`json_text`, indented, in one step."""
+    """Write :func:`json_text`, indented, in one step.
+
+    >>> from tempfile import TemporaryDirectory
+    >>> with TemporaryDirectory() as folder:
+    ...     write_json(Path(folder) / "a.json", {"steps": 10})
+    ...     read_object(Path(folder) / "a.json")
+    {'steps': 10}
+    """
     write_text(path, json_text(value, indent=2) + "\n")
 
 

@@ -396,12 +396,7 @@ class Listener:
 
     def __post_init__(self) -> None:
         self._probes = [
-            _probe(
-                site,
-                partial(self._deliver, site),
-                self._is_open,
-                None if self.change_keys is None else partial(self._changed, site),
-            )
+            _probe(site, partial(self._deliver, site), self._is_open, self.change_keys and partial(self._changed, site))
             for site in self.sites
         ]
 

@@ -107,7 +107,14 @@ class UnreadablePictureError(DataError):
 
 
 def read_size(path: Path) -> GridSize:
-    """Height and width of a picture once it is upright, from its header."""
+    """Height and width of a picture once it is upright, from its header.
+
+    >>> from tempfile import TemporaryDirectory
+    >>> with TemporaryDirectory() as folder:
+    ...     write_png(Path(folder) / "a.png", np.zeros((4, 3, 3), np.uint8))
+    ...     read_size(Path(folder) / "a.png")
+    GridSize(height=4, width=3)
+    """
     with open_picture(path) as picture:
         return upright_size(picture)
 
@@ -125,7 +132,14 @@ def read_rgb(path: Path, ground: Ground = "white", about: int | None = None) -> 
 
 
 def read_grey(path: Path, about: int | None = None) -> Image:
-    """A picture, such as a mask, as grey values ``[H, W]``; what is transparent is black, and so outside of a mask."""
+    """A picture, such as a mask, as grey values ``[H, W]``; what is transparent is black, and so outside of a mask.
+
+    >>> from tempfile import TemporaryDirectory
+    >>> with TemporaryDirectory() as folder:
+    ...     write_png(Path(folder) / "mask.png", np.full((1, 2), 255, np.uint8))
+    ...     read_grey(Path(folder) / "mask.png").tolist()
+    [[255, 255]]
+    """
     with open_picture(path) as picture:
         return _decoded(picture, path, "L", "black", about)
 

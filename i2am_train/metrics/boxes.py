@@ -63,7 +63,11 @@ class Box(NamedTuple):
 
     @property
     def area(self) -> float:
-        """In pixels."""
+        """In pixels.
+
+        >>> Box(0, 0, 4, 2).area
+        8.0
+        """
         return float(max(0, self.right - self.left) * max(0, self.bottom - self.top))
 
     def scaled(self, old: GridSize, new: GridSize) -> Box:

@@ -111,6 +111,11 @@ def where_correlation(
         scores: attention of each generated patch over the reference patches.
         parts: those that were changed, one after the other.
         changes: of each generated patch, by part (:func:`patch_change`).
+
+    >>> scores = torch.tensor([[[0.9, 0.1], [0.5, 0.5], [0.2, 0.8]]])
+    >>> changes = torch.tensor([[[0.3, 0.2, 0.1]]])  # the first part gone, the image changes most where it is seen
+    >>> where_correlation(scores, torch.tensor([[[True, False]]]), changes, torch.ones(1, 3, dtype=torch.bool))
+    tensor([1.])
     """
     to_part = torch.einsum("bgr,bpr->bpg", scores, parts.to(scores))
     values = torch.stack([rank_correlation(to_part[:, p], changes[:, p], mask) for p in range(parts.shape[1])], dim=1)
@@ -158,7 +163,11 @@ def central_importance(garment: Bool[Tensor, "batch reference"], grid: GridSize)
 
 
 def random_importance(seeds: Sequence[int], count: int) -> Float[Tensor, "batch reference"]:
-    """A ranking by chance, one stream for each sample: the same alone and in a batch."""
+    """A ranking by chance, one stream for each sample: the same alone and in a batch.
+
+    >>> random_importance([3, 4], 6)[1].equal(random_importance([4], 6)[0])
+    True
+    """
     rows = [torch.rand(count, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
     return torch.stack(rows)
 
@@ -211,5 +220,9 @@ def curve_area(shares: Sequence[float], values: Float[Tensor, "batch share"]) ->
 
 
 def garment_patches(mask: Bool[Tensor, "batch height width"], grid: GridSize) -> Bool[Tensor, "batch reference"]:
-    """Reference patches that lie at least half on the garment: the candidates of a deletion."""
+    """Reference patches that lie at least half on the garment: the candidates of a deletion.
+
+    >>> garment_patches(torch.tensor([[[True, True, True, False, False, False]]]), GridSize(1, 3))
+    tensor([[ True,  True, False]])
+    """
     return mask_on_grid(mask, grid)

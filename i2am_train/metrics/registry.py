@@ -84,12 +84,20 @@ class MetricInfo:
 
     @property
     def arrow(self) -> str:
-        """Where better values lie: up, down, or empty if neither is better."""
+        """Where better values lie: up, down, or empty if neither is better.
+
+        >>> METRICS["ssim"].arrow, METRICS["spread_ratio"].arrow
+        ('↑', '')
+        """
         return {True: "↑", False: "↓", None: ""}[self.higher_is_better]
 
     @property
     def heading(self) -> str:
-        """Label with arrow."""
+        """Label with arrow.
+
+        >>> METRICS["stlpips"].heading
+        'ST-LPIPS ↓'
+        """
         return f"{self.label} {self.arrow}".strip()
 
 

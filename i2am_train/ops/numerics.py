@@ -57,7 +57,10 @@ def rows_at_fault(values: Float[Tensor, "batch *shape"]) -> Bool[Tensor, " batch
 
 
 def check_device(name: Device) -> None:
-    """Raises `ConfigError` where a command could not compute on ``device``."""
+    """Raises `ConfigError` where a command could not compute on ``device``.
+
+    >>> check_device("cpu")
+    """
     if name == "cuda" and not torch.cuda.is_available():
         raise ConfigError(
             "device=cuda was asked for, and torch finds no CUDA device on this machine. Set device=cpu, or device=auto "
