@@ -18,7 +18,7 @@ demo: $(STAMP)  ## train baseline and refined on the embedded data and compare t
 
 # The packages that compute and no more, with what proves their mathematics; not their few tests that take ten seconds.
 PURE := attention config losses metrics ops results
-NOT_QUICK := $(addprefix tests/unit/test_,attention_compiled.py attention_trace.py metrics_image_quality.py)
+NOT_QUICK := $(addprefix tests/unit/test_,attention_compiled.py attention_trace.py config_store.py metrics_image_quality.py)
 QUICK := $(filter-out $(NOT_QUICK),$(foreach name,$(PURE),$(wildcard tests/unit/test_$(name)_*.py))) $(PURE:%=i2am_train/%) \
 	tests/contracts/test_losses.py tests/golden tests/properties
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q
