@@ -188,6 +188,20 @@ def checkpoint_label(checkpoint: Path) -> str:
     return f"{place[0].name}{model_suffix(checkpoint)}"
 
 
+def folder_beside(checkpoint: Path, name: str) -> Path:
+    """Where what is found out about a checkpoint lies by default: in its run, or in ``runs/`` where it has none.
+
+    >>> folder_beside(Path("weights/tiny"), "evaluation-paired") == Path.cwd() / "runs/tiny-evaluation-paired"
+    True
+    """
+    if (checkpoint / SETTINGS_FILE).is_file():
+        return checkpoint / name
+    place = run_of(checkpoint)
+    if place is not None and (place[0] / SETTINGS_FILE).is_file():
+        return place[0] / f"{name}{model_suffix(checkpoint)}"
+    return Path.cwd() / "runs" / f"{checkpoint.name}-{name}"
+
+
 def model_suffix(checkpoint: Path) -> str:
     """What tells one of a run's models from its finished one, in names of folders; empty for that one.
 

@@ -15,7 +15,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import FrameType
 from typing import Any
 
@@ -222,6 +222,10 @@ class Frame:
         if not isinstance(self.timestep, Tensor) or not self._is_embedded:
             return None
         return self.timestep[0].detach()
+
+    def with_caller(self, branch: Callable[[], Branch | None]) -> Frame:
+        """The frame with who made the call and the half of guidance that it is; an announced one needs neither."""
+        return self if self.announced is not None else replace(self, caller=find_caller(), branch=branch())
 
     @property
     def _is_embedded(self) -> bool:

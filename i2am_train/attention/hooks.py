@@ -56,6 +56,8 @@ class AttentionInputs(NamedTuple):
 
 _Deliver = Callable[[AttentionInputs], None]
 """Called when a site has attended."""
+_Change = Callable[[Tensor], Tensor] | None
+"""What becomes of the keys before a site attends, ``[row, token, ...]``; None: they stay."""
 ChangeKeys = Callable[[SiteModule, Frame, Tensor], Tensor]
 """Called before a site attends, with its keys ``[row, token, ...]`` (tokens are axis 1 whatever follows); what it
 returns stands in their place."""
@@ -84,13 +86,7 @@ class _Projection:
 class _ProjectionProbe:
     """Keeps the outputs of both projections until their module has run."""
 
-    def __init__(
-        self,
-        site: SiteModule,
-        deliver: _Deliver,
-        is_open: Callable[[], bool],
-        change: Callable[[Tensor], Tensor] | None = None,
-    ) -> None:
+    def __init__(self, site: SiteModule, deliver: _Deliver, is_open: Callable[[], bool], change: _Change) -> None:
         _refuse_unseen_tokens(site)
         self._change = change
         self._layer = site.layer
@@ -176,13 +172,7 @@ class _SdpaProbe(TorchFunctionMode):
     The mode is on only inside the module's forward, so that the rest of the model and the sampler pay nothing.
     """
 
-    def __init__(
-        self,
-        site: SiteModule,
-        deliver: _Deliver,
-        is_open: Callable[[], bool],
-        change: Callable[[Tensor], Tensor] | None = None,
-    ) -> None:
+    def __init__(self, site: SiteModule, deliver: _Deliver, is_open: Callable[[], bool], change: _Change) -> None:
         super().__init__()
         self._change = change
         self._site = site
@@ -273,9 +263,7 @@ _Probe = _ProjectionProbe | _SdpaProbe
 module since (an adapter's wrapper), and ``clear`` drops what is left of an evaluation, also one that failed."""
 
 
-def _probe(
-    site: SiteModule, deliver: _Deliver, is_open: Callable[[], bool], change: Callable[[Tensor], Tensor] | None
-) -> _Probe:
+def _probe(site: SiteModule, deliver: _Deliver, is_open: Callable[[], bool], change: _Change) -> _Probe:
     """The probe that the site asks for. ``is_open`` tells whether an evaluation is under way; what happens outside one
     is not observed. Raises `CaptureError` if the module does not fit."""
     kind = _SdpaProbe if site.site.via is Backend.SDPA else _ProjectionProbe

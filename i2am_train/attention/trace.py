@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from i2am_train.attention.frames import Frame, find_caller, hear_branches
+from i2am_train.attention.frames import Frame, hear_branches
 from i2am_train.attention.hooks import AttentionInputs, Listener, eager_while_listening
 from i2am_train.attention.lookup import SiteModule, SitePlaces, choose_sites, chosen_recipe, resolve_root, resolve_sites
 from i2am_train.attention.maps import AttributionMaps
@@ -182,8 +182,7 @@ class Trace:
 
     def _open(self, root: nn.Module, frame: Frame) -> None:
         self._partial = self.recipe.partial_in(root)
-        if frame.announced is None:
-            frame = replace(frame, caller=find_caller(), branch=self._branch())
+        frame = frame.with_caller(self._branch)
         _refuse_crops(frame)
         self._rows = self.recipe.conditional_rows(frame)
         evaluation = _Evaluation(frame.step_index, frame.read_timestep(), frame.caller.run, frame.time_embedding())

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
 
-from i2am_train.attention.frames import Frame, find_caller, hear_branches
+from i2am_train.attention.frames import Frame, hear_branches
 from i2am_train.attention.hooks import Listener, eager_while_listening
 from i2am_train.attention.lookup import SiteModule, choose_sites, chosen_recipe, resolve_root, resolve_sites
 from i2am_train.attention.recipe import LayerId, Recipe
@@ -84,16 +83,13 @@ def uniform_attention(
 class _ConditionalRows:
     """Which rows of the evaluation under way are conditional, and what becomes of their keys."""
 
-    def __init__(self, recipe: Recipe, branch: Any) -> None:
+    def __init__(self, recipe: Recipe, branch: Callable[[], Branch | None]) -> None:
         self._recipe, self._branch = recipe, branch
         self._rows: slice | None = None
 
     def see(self, frame: Frame) -> None:
         """Ask once in each evaluation, where the caller's frame is."""
-        if frame.announced is None:
-            branch: Branch | None = self._branch()
-            frame = replace(frame, caller=find_caller(), branch=branch)
-        self._rows = self._recipe.conditional_rows(frame)
+        self._rows = self._recipe.conditional_rows(frame.with_caller(self._branch))
 
     def made_equal(self, site: SiteModule, frame: Frame, keys: Tensor) -> Tensor:
         """Keys ``[row, token, ...]`` with the reference's of conditional rows replaced by their mean."""

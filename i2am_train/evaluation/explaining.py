@@ -70,7 +70,6 @@ def explain_batch(
     Raises:
         NotFiniteError: images or attention became NaN or infinite; the message says where, and of which samples.
     """
-    seeds = [seed_for(sampling.seed, "sampling", int(index)) for index in batch["index"]]
     with trace(
         model,
         layers=attribution.layers,
@@ -78,19 +77,29 @@ def explain_batch(
         generated_mask=batch["inpaint_mask"] if attribution.inpaint_queries else None,
         byte_budget=attribution.byte_budget,
     ) as attention:
-        generated = sample(
-            model,
-            batch["garment"],
-            batch["agnostic"],
-            batch["densepose"],
-            seeds=seeds,
-            steps=sampling.steps,
-            guidance=sampling.guidance,
-            sampler=sampling.sampler,
-            names=batch["name"],
-            on_step=on_step,
-        )
+        generated = sample_batch(model, batch, sampling, on_step)
     return _of_samples(batch_on(batch, "cpu"), generated, attention.maps(), attribution)
+
+
+def sample_batch(
+    model: TryOnModel,
+    batch: TryOnBatch,
+    sampling: SamplingConfig,
+    on_step: Callable[[SamplingStep], None] | None = None,
+) -> Float[Tensor, "batch 3 height width"]:
+    """Images of a batch in [-1, 1]; each sample's noise is drawn from its own seed."""
+    return sample(
+        model,
+        batch["garment"],
+        batch["agnostic"],
+        batch["densepose"],
+        seeds=[seed_for(sampling.seed, "sampling", int(index)) for index in batch["index"]],
+        steps=sampling.steps,
+        guidance=sampling.guidance,
+        sampler=sampling.sampler,
+        names=batch["name"],
+        on_step=on_step,
+    )
 
 
 def _of_samples(

@@ -24,10 +24,11 @@ from i2am_train.config.evaluation import FaithfulnessConfig
 from i2am_train.config.models import SamplingConfig
 from i2am_train.data.dataset import TryOnBatch
 from i2am_train.errors import CaptureError
-from i2am_train.evaluation.explaining import value_or_none
+from i2am_train.evaluation.explaining import sample_batch, value_or_none
 from i2am_train.evaluation.explanation import TO_REFERENCE
 from i2am_train.metrics.attention import target_on_grid
 from i2am_train.metrics.faithfulness import (
+    attention_to_parts,
     central_importance,
     curve_area,
     garment_patches,
@@ -35,14 +36,13 @@ from i2am_train.metrics.faithfulness import (
     patch_change,
     quarters,
     random_importance,
-    rank_correlation,
     ranked_patches,
     where_correlation,
     without_patches,
 )
-from i2am_train.models.sampling import sample
 from i2am_train.models.tryon import TryOnModel
 from i2am_train.ops.grids import mask_on_grid, resize_maps
+from i2am_train.ops.numerics import to_unit
 from i2am_train.seeds import seed_for
 from i2am_train.types import GridSize
 
@@ -75,28 +75,17 @@ class Remake:
 
 def remake_of(model: TryOnModel, batch: TryOnBatch, sampling: SamplingConfig) -> Remake:
     """A try-on batch, whose tensors lie on the model's device."""
-    seeds = [seed_for(sampling.seed, "sampling", int(index)) for index in batch["index"]]
 
     def make(reference: Tensor) -> Tensor:
-        images = sample(
-            model,
-            reference.to(model.device) * 2 - 1,
-            batch["agnostic"],
-            batch["densepose"],
-            seeds=seeds,
-            steps=sampling.steps,
-            guidance=sampling.guidance,
-            sampler=sampling.sampler,
-            names=batch["name"],
-        )
-        return (images.float().cpu() + 1) / 2
+        garment = reference.to(model.device) * 2 - 1
+        return to_unit(sample_batch(model, {**batch, "garment": garment}, sampling)).cpu()
 
     return Remake(
         target=model,
         recipe=None,
         names=batch["name"],
         indices=[int(index) for index in batch["index"]],
-        reference=(batch["garment"].float().cpu() + 1) / 2,
+        reference=to_unit(batch["garment"]).cpu(),
         garment=batch["garment_mask"].cpu(),
         mask=batch["inpaint_mask"].cpu(),
         make=make,
@@ -145,8 +134,7 @@ def faithfulness(
     with trace(remake.target, remake.recipe, layers=options.layers, matrix_layers=None) as attention:
         image = make(remake.reference)
     maps = attention.maps()
-    grid = _reference_grid(maps)
-    candidates = garment_patches(remake.garment, grid)
+    candidates, truth = garment_patches(remake.garment, _reference_grid(maps)), _truth(remake, maps)
     changed = partial(image_change, image, mask=remake.mask)
     columns: dict[str, Tensor] = {}
     for name in maps.layers:
@@ -154,8 +142,8 @@ def faithfulness(
             columns[f"use/{name}"] = changed(make(remake.reference))
     with uniform_attention(remake.target, remake.recipe, layers=maps.layers):
         columns["use/all"] = changed(make(remake.reference))
-    columns |= _where(remake, make, image, maps, candidates, grid)
-    columns |= _deletion(remake, make, changed, maps, candidates, grid, options)
+    columns |= _where(remake, make, image, maps, candidates, truth)
+    columns |= _deletion(remake, make, changed, maps, candidates, truth, options)
     return [
         {"index": index, "name": name, **{key: value_or_none(float(values[row])) for key, values in columns.items()}}
         for row, (index, name) in enumerate(zip(remake.indices, remake.names, strict=True))
@@ -189,48 +177,45 @@ def _where(
     image: _Images,
     maps: AttributionMaps,
     candidates: Bool[Tensor, "batch reference"],
-    grid: GridSize,
+    truth: Float[Tensor, "batch generated reference"] | None,
 ) -> dict[str, Float[Tensor, " batch"]]:
     """Whether the image changes where the attention to a whitened quarter of the garment is, by layer and for all."""
+    grid, finest = _reference_grid(maps), _finest_grid(maps)
     parts = quarters(candidates, grid)
-    others = [make(without_patches(remake.reference, parts[:, at], grid, fill="white")) for at in range(parts.shape[1])]
+    others = [make(without_patches(remake.reference, part, grid, fill="white")) for part in parts.unbind(1)]
+
+    def correlation(attention: Float[Tensor, "batch part generated"], on: GridSize) -> Float[Tensor, " batch"]:
+        changes = torch.stack([patch_change(image, other, on) for other in others], dim=1)
+        return where_correlation(attention, changes, mask_on_grid(remake.mask, on))
+
     columns: dict[str, Tensor] = {}
-    finest = max((record.generated_grid for record in maps.store.layers), key=lambda one: one.tokens)
-    shares = []
+    together = []
     for record in maps.store.layers:
-        scores = maps.scores(record.layer)
-        changes = _changes(image, others, record.generated_grid)
-        mask = mask_on_grid(remake.mask, record.generated_grid)
-        columns[f"where/{record.layer}"] = where_correlation(scores, parts, changes, mask)
-        to_parts = torch.einsum("bgr,bpr->bpg", scores, parts.to(scores))
-        shares.append(resize_maps(to_parts.reshape(*to_parts.shape[:2], *record.generated_grid), finest).flatten(2))
-    changes, mask = _changes(image, others, finest), mask_on_grid(remake.mask, finest)
-    columns["where/all"] = _mean_correlation(torch.stack(shares).mean(dim=0), changes, mask)
-    if remake.correspondence is not None and remake.worn is not None:
-        target = target_on_grid(remake.correspondence, remake.worn, finest, grid)
-        columns["where/truth"] = where_correlation(_one_hot(target, grid), parts, changes, mask)
+        attention = attention_to_parts(maps.scores(record.layer), parts)
+        columns[f"where/{record.layer}"] = correlation(attention, record.generated_grid)
+        on_grid = attention.reshape(*attention.shape[:2], *record.generated_grid)
+        together.append(resize_maps(on_grid, finest).flatten(2))
+    columns["where/all"] = correlation(torch.stack(together).mean(dim=0), finest)
+    if truth is not None:
+        columns["where/truth"] = correlation(attention_to_parts(truth, parts), finest)
     return columns
 
 
-def _changes(image: _Images, others: Sequence[_Images], grid: GridSize) -> Float[Tensor, "batch part generated"]:
-    return torch.stack([patch_change(image, other, grid) for other in others], dim=1)
-
-
-def _mean_correlation(
-    to_parts: Float[Tensor, "batch part generated"],
-    changes: Float[Tensor, "batch part generated"],
-    mask: Bool[Tensor, "batch generated"],
-) -> Float[Tensor, " batch"]:
-    values = [rank_correlation(a, b, mask) for a, b in zip(to_parts.unbind(1), changes.unbind(1), strict=True)]
-    return torch.stack(values, dim=1).nanmean(dim=1)
-
-
-def _one_hot(target: Float[Tensor, "batch generated 2"], grid: GridSize) -> Float[Tensor, "batch generated reference"]:
-    """What attention would be that looks at the truth and nowhere else; zeros where there is none."""
+def _truth(remake: Remake, maps: AttributionMaps) -> Float[Tensor, "batch generated reference"] | None:
+    """What attention on the finest grid would be that looks at the true position and nowhere else; zeros where there
+    is none, None where the data knows none."""
+    if remake.correspondence is None or remake.worn is None:
+        return None
+    grid = _reference_grid(maps)
+    target = target_on_grid(remake.correspondence, remake.worn, _finest_grid(maps), grid)
     known = target.isfinite().all(dim=-1)
     y, x = torch.where(known[..., None], target, 0.0).round().long().unbind(dim=-1)
     at = y.clamp(0, grid.height - 1) * grid.width + x.clamp(0, grid.width - 1)
     return torch.nn.functional.one_hot(at, grid.tokens) * known[..., None].float()
+
+
+def _finest_grid(maps: AttributionMaps) -> GridSize:
+    return max((record.generated_grid for record in maps.store.layers), key=lambda grid: grid.tokens)
 
 
 def _deletion(
@@ -239,19 +224,18 @@ def _deletion(
     changed: Callable[[Tensor], Tensor],
     maps: AttributionMaps,
     candidates: Bool[Tensor, "batch reference"],
-    grid: GridSize,
+    truth: Float[Tensor, "batch generated reference"] | None,
     options: FaithfulnessConfig,
 ) -> dict[str, Float[Tensor, " batch"]]:
     """The change of the image when the highest patches of a ranking go, by ranking and share, and the areas."""
+    grid = _reference_grid(maps)
     importance = maps.unified(TO_REFERENCE).values.flatten(1)
     rankings = {"top": importance, "bottom": -importance, "middle": central_importance(candidates, grid)}
     for draw in range(options.random_draws):
         seeds = [seed_for(0, "faithfulness", index, draw) for index in remake.indices]
         rankings[f"random{draw}"] = random_importance(seeds, grid.tokens)
-    if remake.correspondence is not None and remake.worn is not None:
-        finest = max((record.generated_grid for record in maps.store.layers), key=lambda one: one.tokens)
-        target = target_on_grid(remake.correspondence, remake.worn, finest, grid)
-        rankings["truth"] = _one_hot(target, grid).sum(dim=1)
+    if truth is not None:
+        rankings["truth"] = truth.sum(dim=1)
 
     def change_without(patches: Bool[Tensor, "batch reference"]) -> Tensor:
         return changed(

@@ -96,9 +96,20 @@ def quarters(garment: Bool[Tensor, "batch reference"], grid: GridSize) -> Bool[T
     return parts & garment[:, None]
 
 
+def attention_to_parts(
+    scores: Float[Tensor, "batch generated reference"], parts: Bool[Tensor, "batch part reference"]
+) -> Float[Tensor, "batch part generated"]:
+    """How much of each generated patch's attention goes to each part of the reference, in [0, 1].
+
+    >>> scores = torch.tensor([[[0.9, 0.1], [0.2, 0.8]]])
+    >>> attention_to_parts(scores, torch.tensor([[[True, False]]]))
+    tensor([[[0.9000, 0.2000]]])
+    """
+    return torch.einsum("bgr,bpr->bpg", scores, parts.to(scores))
+
+
 def where_correlation(
-    scores: Float[Tensor, "batch generated reference"],
-    parts: Bool[Tensor, "batch part reference"],
+    attention: Float[Tensor, "batch part generated"],
     changes: Float[Tensor, "batch part generated"],
     mask: Bool[Tensor, "batch generated"],
 ) -> Float[Tensor, " batch"]:
@@ -108,28 +119,22 @@ def where_correlation(
     the patch when the part is changed; mean over the parts that have a value, NaN where none has.
 
     Args:
-        scores: attention of each generated patch over the reference patches.
-        parts: those that were changed, one after the other.
+        attention: to each part (:func:`attention_to_parts`).
         changes: of each generated patch, by part (:func:`patch_change`).
 
-    >>> scores = torch.tensor([[[0.9, 0.1], [0.5, 0.5], [0.2, 0.8]]])
-    >>> changes = torch.tensor([[[0.3, 0.2, 0.1]]])  # the first part gone, the image changes most where it is seen
-    >>> where_correlation(scores, torch.tensor([[[True, False]]]), changes, torch.ones(1, 3, dtype=torch.bool))
+    >>> attention = torch.tensor([[[0.9, 0.5, 0.2]]])
+    >>> changes = torch.tensor([[[0.3, 0.2, 0.1]]])  # the part gone, the image changes most where it is looked at most
+    >>> where_correlation(attention, changes, torch.ones(1, 3, dtype=torch.bool))
     tensor([1.])
     """
-    to_part = torch.einsum("bgr,bpr->bpg", scores, parts.to(scores))
-    values = torch.stack([rank_correlation(to_part[:, p], changes[:, p], mask) for p in range(parts.shape[1])], dim=1)
-    return values.nanmean(dim=1)
+    values = [rank_correlation(*part, mask) for part in zip(attention.unbind(1), changes.unbind(1), strict=True)]
+    return torch.stack(values, dim=1).nanmean(dim=1)
 
 
 def ranked_patches(
-    importance: Float[Tensor, "batch reference"],
-    candidates: Bool[Tensor, "batch reference"],
-    share: float,
-    *,
-    lowest: bool = False,
+    importance: Float[Tensor, "batch reference"], candidates: Bool[Tensor, "batch reference"], share: float
 ) -> Bool[Tensor, "batch reference"]:
-    """The candidates with the highest (or lowest) importance: ``share`` of them, rounded, and at least one.
+    """The candidates with the highest importance: ``share`` of them, rounded, and at least one.
 
     Of equal ones the first comes first. A sample without candidates has none.
 
@@ -142,8 +147,7 @@ def ranked_patches(
     """
     if not 0 < share <= 1:
         raise ConfigError(f"The share of patches is {share}. Expected a number above 0 and up to 1, such as 0.25.")
-    order = -importance if not lowest else importance
-    order = torch.where(candidates, order, torch.inf)
+    order = torch.where(candidates, -importance, torch.inf)
     ranks = order.argsort(dim=1, stable=True).argsort(dim=1)
     count = (candidates.sum(dim=1) * share).round().clamp(min=1)
     return (ranks < count[:, None]) & candidates

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 
 from i2am_train.attention.recipe import paper_number
 from i2am_train.reporting.figures.canvas import GREY, OKABE_ITO, STYLE, new_figure
-from i2am_train.reporting.table import Cell, Heading, Row, Table
+from i2am_train.reporting.table import Cell, Heading, Row, Table, percent
 from i2am_train.results.statistics import Over, few_samples_note, mean_interval
 
 NOT_SCORES = ("index", "name")
@@ -67,10 +67,7 @@ def faithfulness_tables(results: Mapping[str, Any]) -> list[Table]:
     rankings = [name for name in _RANKINGS if f"deletion/{name}" in scores]
     deletion = Table(
         corner="Patches that go",
-        headings=(
-            Heading("Mean change"),
-            *(Heading(f"{share:.0%}".replace("%", " %"), group="Share of the garment") for share in shares),
-        ),
+        headings=(Heading("Mean change"), *(Heading(percent(share), group="Share of the garment") for share in shares)),
         rows=(
             *(
                 Row(

@@ -40,7 +40,7 @@ from i2am_train.ops.numerics import check_device
 from i2am_train.reporting.model_tables import CAUTION, TABLE_2, evaluation_scores, published_values
 from i2am_train.reporting.table import terminal
 from i2am_train.results.run_files import write_panels
-from i2am_train.runs import MANIFEST_FILE, SETTINGS_FILE, RunFolder, model_suffix, require_apart, run_of
+from i2am_train.runs import MANIFEST_FILE, SETTINGS_FILE, RunFolder, folder_beside, require_apart, run_of
 from i2am_train.tracking.scores import track_evaluation
 from i2am_train.tracking.session import arm_name, sync_advice, use_dataset, use_images, use_model
 from i2am_train.trainers import check_test_trainer, make_test_trainer, make_untrained_module
@@ -141,13 +141,7 @@ def default_output(config: EvaluateConfig) -> Path:
     name = f"evaluation-{config.evaluation.pairing}"
     if config.images is not None:
         return Path.cwd() / "runs" / f"{config.images.name}-{name}"
-    folder = checkpoint_folder(config.checkpoint or "")
-    if (folder / SETTINGS_FILE).is_file():
-        return folder / name
-    place = run_of(folder)
-    if place is not None and (place[0] / SETTINGS_FILE).is_file():
-        return place[0] / f"{name}{model_suffix(folder)}"
-    return Path.cwd() / "runs" / f"{folder.name}-{name}"
+    return folder_beside(checkpoint_folder(config.checkpoint or ""), name)
 
 
 def evaluate(config: EvaluateConfig, folder: Path) -> dict[str, Any]:

@@ -28,7 +28,7 @@ from i2am_train.ops.numerics import chosen_device
 from i2am_train.reporting.faithfulness import faithfulness_figure, faithfulness_tables, summary
 from i2am_train.reporting.figures.canvas import save_figure
 from i2am_train.reporting.table import markdown, terminal
-from i2am_train.runs import SETTINGS_FILE, RunFolder, checkpoint_label, model_suffix, run_of
+from i2am_train.runs import RunFolder, checkpoint_label, folder_beside
 
 RESULTS, PARTIAL = "faithfulness.json", "partial"
 WITHOUT_EFFECT = ("output", "device", "progress_bar", "data.workers")
@@ -37,25 +37,13 @@ WITHOUT_EFFECT = ("output", "device", "progress_bar", "data.workers")
 
 def run(config: FaithfulConfig) -> None:
     """Measure, and print the tables and where everything lies."""
-    folder = _output(config)
+    folder = config.output or folder_beside(checkpoint_folder(config.checkpoint), "faithful")
     with locked(folder):
         results = _measured(config, folder)
     console = Console(markup=False, emoji=False)
     for table in faithfulness_tables(results):
         console.print(terminal(table))
     print(f"Everything of this measurement: {folder}")
-
-
-def _output(config: FaithfulConfig) -> Path:
-    """``output``, or a folder in the run's, or one in ``runs/`` that is named after what is judged."""
-    if config.output is not None:
-        return config.output
-    folder = checkpoint_folder(config.checkpoint)
-    place = run_of(folder)
-    run = folder if place is None else place[0]
-    if (run / SETTINGS_FILE).is_file():
-        return run / f"faithful{'' if place is None else model_suffix(folder)}"
-    return Path.cwd() / "runs" / f"{checkpoint_label(folder)}-faithful"
 
 
 def _measured(config: FaithfulConfig, folder: Path) -> dict[str, Any]:

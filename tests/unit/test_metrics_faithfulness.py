@@ -6,6 +6,7 @@ from scipy.stats import spearmanr
 
 from i2am_train.errors import ConfigError
 from i2am_train.metrics.faithfulness import (
+    attention_to_parts,
     central_importance,
     curve_area,
     image_change,
@@ -39,7 +40,7 @@ def test_no_order_has_no_correlation() -> None:
     scores = torch.tensor([[[0.1, 0.0], [0.2, 0.0], [0.3, 0.0], [0.4, 0.0]]])
     parts = torch.eye(2, dtype=torch.bool)[None]
     changes = values[:, None].expand(1, 2, 4)
-    torch.testing.assert_close(where_correlation(scores, parts, changes, every), torch.ones(1))
+    torch.testing.assert_close(where_correlation(attention_to_parts(scores, parts), changes, every), torch.ones(1))
 
 
 def test_no_mask_has_no_change() -> None:
@@ -66,7 +67,7 @@ def test_ranked_patches(share: float, lowest: bool, chosen: list[int]) -> None:
     """A share of the candidates, at least one; the patch that is no candidate never."""
     importance = torch.tensor([[0.1, 0.9, 0.2, 0.8, 5.0]])
     candidates = torch.tensor([[True, True, True, True, False]])
-    found = ranked_patches(importance, candidates, share, lowest=lowest)
+    found = ranked_patches(-importance if lowest else importance, candidates, share)
     assert found[0].nonzero().flatten().tolist() == chosen
 
 
