@@ -57,10 +57,9 @@ class AttentionInputs(NamedTuple):
 _Deliver = Callable[[AttentionInputs], None]
 """Called when a site has attended."""
 _Change = Callable[[Tensor], Tensor] | None
-"""What becomes of the keys before a site attends, ``[row, token, ...]``; None: they stay."""
+"""What becomes of the keys before a site attends, ``[row, token, head, channel]``; None: they stay."""
 ChangeKeys = Callable[[SiteModule, Frame, Tensor], Tensor]
-"""Called before a site attends, with its keys ``[row, token, ...]`` (tokens are axis 1 whatever follows); what it
-returns stands in their place."""
+"""Called before a site attends, with its keys ``[row, token, head, channel]``; what it returns takes their place."""
 
 
 class _Projection:
@@ -98,7 +97,7 @@ class _ProjectionProbe:
                 (site.site.reference_projection, self._keep_reference),
             )
         )
-        self._heads = _heads(site)
+        self._heads = heads_of(site)
         self._scale = site.site.scale
         self._deliver = deliver
         self._is_open = is_open
@@ -127,7 +126,7 @@ class _ProjectionProbe:
         self._refuse_second_reference()
         keys = output.flatten(1, -2)  # IP-Adapter projects [row, image, token, channel]
         if self._change is not None:
-            keys = self._change(keys)
+            keys = self._change(self._split_heads(keys).transpose(1, 2)).flatten(2)
         self._reference = keys
         return None if self._change is None else keys.view_as(output)
 
@@ -217,7 +216,11 @@ class _SdpaProbe(TorchFunctionMode):
         is_meant = func is _SDPA and self._calls == self._meant
         if is_meant and self._change is not None:
             bound = inspect.signature(self._read).bind(*args, **kwargs).arguments
-            bound["key"] = self._change(bound["key"].transpose(1, 2)).transpose(1, 2)
+            bound["key"] = self._change(self._read(*args, **kwargs).reference.transpose(1, 2)).transpose(1, 2)
+            if bound.pop("enable_gqa", False):  # keys of their own for all heads, so values, too
+                bound["value"] = bound["value"].repeat_interleave(
+                    bound["query"].shape[1] // bound["value"].shape[1], dim=1
+                )
             args, kwargs = (), bound
         result = func(*args, **kwargs)
         if is_meant:
@@ -275,7 +278,8 @@ def _changes_scores(mask: Tensor) -> bool:
     return not bool(mask.all()) if mask.dtype == torch.bool else bool(mask.any())
 
 
-def _heads(site: SiteModule) -> int:
+def heads_of(site: SiteModule) -> int:
+    """The number of heads that the site or its module declares. Raises `CaptureError` where neither does."""
     declared = site.site.heads
     heads = declared if isinstance(declared, int) else getattr(site.module, declared, None)
     if not isinstance(heads, int):

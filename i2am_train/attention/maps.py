@@ -303,9 +303,10 @@ class AttributionMaps:
         return _patch_maps(columns, record.generated_grid, Direction.REFERENCE_TO_GENERATED, at, size)
 
     def scores(
-        self, layer: LayerId, over: Literal["reference", "generated"] = "reference"
+        self, layer: LayerId, over: Literal["reference", "generated"] = "reference", head: int | None = None
     ) -> Float[Tensor, "batch generated reference"]:
-        """Head- and step-mean scores of a layer traced with its matrices; softmax over the axis named."""
+        """Step-mean scores of a layer traced with its matrices; softmax over the axis named; of a head, or the mean of
+        all."""
         record = self.store.layer(layer)
         scores = record.scores_over_reference if over == "reference" else record.scores_over_generated
         if scores is None:
@@ -314,7 +315,16 @@ class AttributionMaps:
                 f"The score matrix of layer {record.layer} was not kept (kept: {', '.join(kept) or 'none'}). Trace "
                 f"with matrix_layers=[{record.layer!r}]."
             )
-        return scores
+        if head is None:
+            return scores
+        heads = record.head_scores_over_reference if over == "reference" else record.head_scores_over_generated
+        if heads is None or not 0 <= head < heads.shape[1]:
+            found = "the mean of its heads only" if heads is None else f"{record.heads} heads, numbered from 0"
+            raise CaptureError(
+                f"There are no scores of head {head} of layer {record.layer}: kept were {found}. Trace with "
+                "matrix_heads=True, and give one of its heads."
+            )
+        return heads[:, head]
 
     def _daam_layers(self, direction: Direction) -> tuple[LayerRecord, ...]:
         if direction is not Direction.REFERENCE_TO_GENERATED:
@@ -377,7 +387,13 @@ def _patch_maps(
 
 _NAME = "i2am-attribution-"
 _FORMAT = f"{_NAME}1"
-_OPTIONAL = ("mass", "scores_over_reference", "scores_over_generated")
+_OPTIONAL = (
+    "mass",
+    "scores_over_reference",
+    "scores_over_generated",
+    "head_scores_over_reference",
+    "head_scores_over_generated",
+)
 
 
 @dataclass(frozen=True)

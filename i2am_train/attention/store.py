@@ -20,7 +20,14 @@ from i2am_train.attention.hooks import AttentionInputs
 from i2am_train.attention.lookup import SiteModule, SitePlaces
 from i2am_train.attention.recipe import LayerId, find_layer, paper_number, similar_layer
 from i2am_train.errors import CaptureError, ConfigError
-from i2am_train.ops.attention import HeadMeanMatrices, column_means, head_mean_matrices, reference_mass
+from i2am_train.ops.attention import (
+    HeadMatrices,
+    HeadMeanMatrices,
+    column_means,
+    head_matrices,
+    head_mean_matrices,
+    reference_mass,
+)
 from i2am_train.ops.grids import ResizeMode, mask_on_grid, resize_maps
 from i2am_train.ops.numerics import rows_at_fault
 from i2am_train.types import Canvas, Direction, GridSize, LayerWeighting
@@ -32,10 +39,11 @@ class LayerRecord:
 
     ``to_generated`` and ``to_reference`` are probabilities: each sums to one over its last axis. The optional score
     matrices are means over heads and steps; ``scores_over_reference`` has rows that sum to one (who a generated token
-    looks at), ``scores_over_generated`` has columns that do (where a reference token goes). ``functional`` is False
-    where a single reference token makes queries and keys irrelevant to the picture (a softmax over one key is one
-    whatever they are). ``mass`` is the share of its attention that a generated token gives to the reference, where the
-    model's own softmax runs over both pictures; elsewhere it is one, and None here.
+    looks at), ``scores_over_generated`` has columns that do (where a reference token goes); those called ``head_...``
+    are the same of each head. ``functional`` is False where a single reference token makes queries and keys irrelevant
+    to the picture (a softmax over one key is one whatever they are). ``mass`` is the share of its attention that a
+    generated token gives to the reference, where the model's own softmax runs over both pictures; elsewhere it is one,
+    and None here.
 
     >>> record = LayerRecord("a", GridSize(2, 1), GridSize(1, 3), torch.rand(1, 4, 8, 2), torch.rand(1, 4, 8, 3))
     >>> record.heads, record.grid(Direction.GENERATED_TO_REFERENCE), record.sample(0).to_generated.shape
@@ -50,6 +58,8 @@ class LayerRecord:
     functional: bool = True
     scores_over_reference: Float[Tensor, "batch generated reference"] | None = None
     scores_over_generated: Float[Tensor, "batch generated reference"] | None = None
+    head_scores_over_reference: Float[Tensor, "batch head generated reference"] | None = None
+    head_scores_over_generated: Float[Tensor, "batch head generated reference"] | None = None
     mass: Float[Tensor, "batch step head generated"] | None = None
 
     @property
@@ -276,7 +286,7 @@ def not_finite(store: AttributionStore) -> str | None:
         at = "" if timestep is None else f" (timestep {timestep:g})"
         return f"the attention of layer {layer} in step {step + 1} of {store.steps}{at}"
     for record in store.layers:
-        for matrix in (record.scores_over_reference, record.scores_over_generated):
+        for matrix in (record.scores_over_reference, record.scores_over_generated):  # heads' are in their means
             if matrix is not None and not matrix.isfinite().all():
                 return f"the score matrix of layer {record.layer}"
     return None
@@ -293,11 +303,13 @@ class SiteRecorder:
     site: SiteModule
     byte_budget: int
     keeps_matrices: bool = False
+    keeps_heads: bool = False
+    """Of the matrices, each head's."""
     generated_mask: Bool[Tensor, "batch height width"] | None = None
     to_generated: list[Tensor] = field(default_factory=list)
     to_reference: list[Tensor] = field(default_factory=list)
     mass: list[Tensor] = field(default_factory=list)
-    matrices: HeadMeanMatrices | None = None
+    matrices: HeadMeanMatrices | HeadMatrices | None = None
     places: SitePlaces | None = None
     key_tokens: int = 0
     heads: int | None = None
@@ -331,7 +343,8 @@ class SiteRecorder:
             at = places.reference.index
             self.mass.append(reference_mass(queries, inputs.reference, at, inputs.scale, self.byte_budget))
         if self.keeps_matrices:
-            self._add(head_mean_matrices(queries, keys, inputs.scale))
+            made = head_matrices if self.keeps_heads else head_mean_matrices
+            self._add(made(queries, keys, inputs.scale))
 
     def layer_record(self, steps: Sequence[Sequence[int]]) -> LayerRecord:
         """What is kept of the site; ``steps`` are the positions of the evaluations of each sampling step.
@@ -346,9 +359,9 @@ class SiteRecorder:
                 "Set the site's generated tokens to a GridSize or 'latent'."
             )
         matrices = [None, None] if self.matrices is None else list(self.matrices)
-        over_reference, over_generated = (
-            None if total is None else (total / self.calls).float().cpu() for total in matrices
-        )
+        kept = [None if total is None else (total / self.calls).float().cpu() for total in matrices]
+        by_head = kept if self.keeps_heads else [None, None]
+        over_reference, over_generated = (one if one is None or one.ndim == 3 else one.mean(dim=1) for one in kept)
         return LayerRecord(
             layer=self.site.layer,
             generated_grid=places.generated.grid,
@@ -359,6 +372,8 @@ class SiteRecorder:
             functional=self.key_tokens > 1,
             scores_over_reference=over_reference,
             scores_over_generated=over_generated,
+            head_scores_over_reference=by_head[0],
+            head_scores_over_generated=by_head[1],
         )
 
     def summary(self) -> SiteSummary:
@@ -414,7 +429,7 @@ class SiteRecorder:
             self._weights = weights.to(queries.device)
         return self._weights
 
-    def _add(self, matrices: HeadMeanMatrices) -> None:
+    def _add(self, matrices: HeadMeanMatrices | HeadMatrices) -> None:
         if self.matrices is None:
             self.matrices = matrices
         else:

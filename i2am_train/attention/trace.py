@@ -32,6 +32,7 @@ def trace(
     *,
     layers: Sequence[LayerId] | None = None,
     matrix_layers: Sequence[LayerId] | None = (),
+    matrix_heads: bool = False,
     generated_mask: Bool[Tensor, "batch height width"] | None = None,
     byte_budget: int = DEFAULT_BYTE_BUDGET,
     via: Backend | str | None = None,
@@ -49,12 +50,12 @@ def trace(
     given (``i2am explain --recipes`` lists them). ``layers`` restricts the capture (default: all of the recipe's);
     numbers are the paper's, or the same depth of a decoder that has others (`similar_layer`). ``matrix_layers`` (None:
     all captured ones) also keep their head- and step-mean score matrices, which maps of single patches and attention
-    centres need. ``generated_mask`` (one per sample, any size, True = counts) restricts the mean that makes
-    reference-side maps to generated positions inside it, as the authors' hook does with the inpainting mask; the paper
-    averages over all. ``byte_budget`` bounds the scratch memory. ``via`` observes all sites by another backend than the
-    recipe says (`Backend`): ``"sdpa"`` reads the arguments of ``scaled_dot_product_attention``. ``rows`` says which
-    rows of each call are conditional (`Rows`), where neither sampler nor pipeline says it: a denoiser in a loop of your
-    own.
+    centres need; with ``matrix_heads`` also those of each head. ``generated_mask`` (one per sample, any size, True =
+    counts) restricts the mean that makes reference-side maps to generated positions inside it, as the authors' hook
+    does with the inpainting mask; the paper averages over all. ``byte_budget`` bounds the scratch memory. ``via``
+    observes all sites by another backend than the recipe says (`Backend`): ``"sdpa"`` reads the arguments of
+    ``scaled_dot_product_attention``. ``rows`` says which rows of each call are conditional (`Rows`), where neither
+    sampler nor pipeline says it: a denoiser in a loop of your own.
 
     The images are bit-identical with and without; all hooks are gone after the block, also when it fails. Raises
     `CaptureError` for a model that does not fit the recipe, and as soon as a call is made whose maps would not be those
@@ -68,6 +69,7 @@ def trace(
         chosen if rows is None else with_rows(chosen, rows),
         None if layers is None else tuple(layers),
         None if matrix_layers is None else tuple(matrix_layers),
+        matrix_heads,
         generated_mask,
         byte_budget,
     )
@@ -115,6 +117,7 @@ class Trace:
     recipe: Recipe
     _layers: tuple[LayerId, ...] | None
     _matrix_layers: tuple[LayerId, ...] | None
+    _matrix_heads: bool
     _generated_mask: Bool[Tensor, "batch height width"] | None
     _byte_budget: int
     _recorders: dict[SiteModule, SiteRecorder] = field(default_factory=dict)
@@ -146,7 +149,8 @@ class Trace:
             listener.attach()
             self._exit = stack.pop_all()
         self._recorders = {
-            site: SiteRecorder(site, self._byte_budget, site in with_matrices, self._generated_mask) for site in sites
+            site: SiteRecorder(site, self._byte_budget, site in with_matrices, self._matrix_heads, self._generated_mask)
+            for site in sites
         }
         return self
 

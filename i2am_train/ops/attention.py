@@ -81,6 +81,13 @@ class HeadMeanMatrices(NamedTuple):
     over_generated: Float[Tensor, "batch generated reference"]
 
 
+class HeadMatrices(NamedTuple):
+    """Both softmaxes of the same logits, by head, as whole matrices."""
+
+    over_reference: Float[Tensor, "batch head generated reference"]
+    over_generated: Float[Tensor, "batch head generated reference"]
+
+
 @torch.no_grad()
 def head_mean_matrices(
     generated: Float[Tensor, "batch head generated channel"],
@@ -106,6 +113,22 @@ def head_mean_matrices(
         over_reference += logits.softmax(dim=3).sum(dim=1)
         over_generated += logits.softmax(dim=2).sum(dim=1)
     return HeadMeanMatrices(over_reference.div_(heads), over_generated.div_(heads))
+
+
+@torch.no_grad()
+def head_matrices(
+    generated: Float[Tensor, "batch head generated channel"],
+    reference: Float[Tensor, "batch head reference channel"],
+    scale: float | None = None,
+) -> HeadMatrices:
+    """Softmax over the reference and softmax over the generated tokens of each head.
+
+    >>> matrices = head_matrices(torch.zeros(2, 3, 4, 8), torch.zeros(2, 3, 5, 8))
+    >>> round(float(matrices.over_reference[0, 2, 0, 0]), 6), float(matrices.over_generated[0, 2, 0, 0])
+    (0.2, 0.25)
+    """
+    logits = attention_logits(generated, reference, scale)
+    return HeadMatrices(logits.softmax(dim=3), logits.softmax(dim=2))
 
 
 @torch.no_grad()
