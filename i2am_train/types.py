@@ -140,19 +140,12 @@ class LossVariant(StrEnum):
     MIXED = "mixed"
     """Reward on ordered pairs plus hinge on misordered ones."""
 
-    @property
-    def sigma(self) -> float:
-        """Its own standard deviation of center weighting's Gaussians, in reference patches.
 
-        >>> LossVariant.AUTHORS_V1.sigma, LossVariant.REWARD.sigma
-        (0.5, 1.0)
-        """
-        return 0.5 if self is LossVariant.AUTHORS_V1 else 1.0
-
-
-TermName = Literal["dcml", "tv", "cwg", "supervised"]
-TERMS: tuple[TermName, ...] = get_args(TermName)
-"""Attention losses of the package; options, logs and dashboards name them in this order."""
+Need = Literal["target"]
+"""What an attention term may ask for beside scores, centres and masks: a field of ``losses.attention.Attention``.
+``target`` is the true correspondence; arms with a term that is given it are marked and not ranked."""
+TermSchedule = Literal["constant", "early", "late", "ramp"]
+"""How a term's weight goes over the run; ``losses.objective.Term`` has the formulas."""
 
 Category = Literal["upper_body", "lower_body", "dresses"]
 CATEGORIES: tuple[Category, ...] = get_args(Category)

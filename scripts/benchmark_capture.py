@@ -157,19 +157,19 @@ def tiny_case(batch: int = 4, steps: int = 4) -> Case:
 def train_case(batch: int = 8) -> Case:
     """Training steps of two copies of the tiny model."""
     from i2am_train.attention import ScoreTap
-    from i2am_train.config.training import ObjectiveConfig
+    from i2am_train.config.objective import ObjectiveConfig
     from i2am_train.losses.objective import Objective, make_objective
     from i2am_train.training.step import draw, step_losses
 
     samples = synthetic_batch(batch)
-    refined = make_objective(ObjectiveConfig(dcml=1e-3, tv=1e-3, cwg=1e-3))
+    refined = make_objective(ObjectiveConfig(terms={name: {"weight": 1e-3} for name in ("dcml", "tv", "cwg")}))
 
     def trainer(objective: Objective) -> Variant:
         model = tiny_model().train()
         model.vae.requires_grad_(False)
         model.reference_encoder.requires_grad_(False)
         optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-5)
-        tap = ScoreTap(model, layers=[objective.layer]) if objective.terms else None
+        tap = ScoreTap(model, layers=list(objective.layers)) if objective.terms else None
         if tap is not None:
             tap.attach()
         draws = draw(

@@ -41,7 +41,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
 from i2am_train.attention import ScoreTap
-from i2am_train.config.training import ObjectiveConfig
+from i2am_train.config.objective import ObjectiveConfig
 from i2am_train.data.cache import ENCODED, TOKENS, LatentCache
 from i2am_train.data.dataset import CachedDataset, TryOnDataset
 from i2am_train.data.synthetic import make_dataset
@@ -139,7 +139,7 @@ class Bench:
         self.trained = [p for p in model.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(self.trained, lr=1e-6, fused=True)
         self.scaler = torch.amp.GradScaler(enabled=self.on_gpu)
-        refined = ObjectiveConfig(layer=LAYER, dcml=1e-3, tv=1e-3, cwg=1e-3)
+        refined = ObjectiveConfig(layers=LAYER, terms={name: {"weight": 1e-3} for name in ("dcml", "tv", "cwg")})
         self.objectives = {"baseline": Objective(), "refined": make_objective(refined)}
         self.pictures = self._pictures()
         self.encoded = self._encoded()
@@ -266,7 +266,7 @@ class Bench:
             model.reference_grid,
             conditioned=~draws.dropped,
         )
-        total, _ = self.objectives["refined"](attended)
+        total, _ = self.objectives["refined"]({LAYER: attended})
         torch.autograd.backward(self.scaler.scale(loss + total))
         self.scaler.unscale_(self.optimizer)
         nn.utils.clip_grad_norm_(self.trained, 1.0)

@@ -213,6 +213,6 @@ class FiniteGuard(L.Callback):
         raise TrainingError(
             f"The {what} became {value} in step {trainer.global_step + 1}, on samples {', '.join(names[:4])}{others} "
             f"(losses logged last: {said or 'none'}). Stopped before it changed a weight; details: {file}. Look at "
-            "these samples, lower optimization.learning_rate or the weights in objective, or use "
+            "these samples, lower optimization.learning_rate or the weights in objective.terms, or use "
             "optimization.precision=32-true."
         )

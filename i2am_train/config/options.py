@@ -92,13 +92,11 @@ ImageSide = Annotated[
         lambda value: 16 <= value <= LARGEST_IMAGE and value % 16 == 0,
     ),
 ]
-Layer = Annotated[
-    int | str,
-    Rule(
-        "one of the paper's layers 1...9, or a name like up_blocks.1.attentions.1",
-        lambda layer: 1 <= layer <= 9 if isinstance(layer, int) else layer != "",
-    ),
-]
+LAYER = Rule(
+    "one of the paper's layers 1...9, or a name like up_blocks.1.attentions.1",
+    lambda layer: 1 <= layer <= 9 if isinstance(layer, int) else layer != "",
+)
+Layer = Annotated[int | str, LAYER]
 Layers = Annotated[list[Layer], Rule("null for all, or a list that is not empty", bool)]
 """Beside None."""
 PatchPosition = tuple[Natural, Natural]
@@ -174,7 +172,7 @@ class Options:
 
     def __post_init__(self) -> None:
         for name, hint in _hints(type(self)).items():
-            setattr(self, name, _convert(hint, getattr(self, name), name))
+            setattr(self, name, convert(hint, getattr(self, name), name))
         self.check()
 
     def check(self) -> None:
@@ -224,7 +222,7 @@ def build(schema: type[T], values: Mapping[str, Any], path: str = "") -> T:
         if name not in known:
             raise ConfigError(unknown_option(f"{path}{name}", option_names(schema, path)))
         if value != REQUIRED:
-            arguments[name] = _convert(_hints(schema)[name], value, f"{path}{name}")
+            arguments[name] = convert(_hints(schema)[name], value, f"{path}{name}")
     for name, item in known.items():
         if name not in arguments and _plain_default(item) == REQUIRED:
             raise ConfigError(f"{path}{name} is required and was not given. Add {path}{name}=VALUE.")
@@ -288,8 +286,8 @@ def group_of(item: Field[Any]) -> type[Any] | None:
 def unknown_option(name: str, known: Sequence[str]) -> str:
     """The message for an option that does not exist: the nearest ones, or where the list is.
 
-    >>> unknown_option("layer", ["label", "objective.layer"])
-    "There is no option 'layer'. Did you mean 'objective.layer'?"
+    >>> unknown_option("layer", ["label", "attribution.layer"])
+    "There is no option 'layer'. Did you mean 'attribution.layer'?"
     """
     # A right word without its group is as common as a typing error.
     leaf = name.rsplit(".", 1)[-1]
@@ -329,8 +327,15 @@ def _plain_default(item: Field[Any]) -> Any:
     return REQUIRED
 
 
-def _convert(hint: Any, value: Any, path: str) -> Any:
-    """The value as the type ``hint``, or a ConfigError that names ``path``."""
+def convert(hint: Any, value: Any, path: str) -> Any:
+    """The value as the type ``hint``, under its rules.
+
+    Raises:
+        ConfigError: it has another type or breaks a rule; the message names ``path``.
+
+    >>> convert(Count, 2.0, "steps")
+    2
+    """
     if hint is Any:
         return value
     if (origin := get_origin(hint)) is not None:
@@ -343,7 +348,7 @@ def _convert(hint: Any, value: Any, path: str) -> Any:
 
 
 def _convert_ruled(hints: tuple[Any, ...], value: Any, path: str) -> Any:
-    value = _convert(hints[0], value, path)
+    value = convert(hints[0], value, path)
     for rule in hints[1:]:
         if isinstance(rule, Rule) and not rule.holds(value):
             raise OptionError(path, value, rule.expected)
@@ -368,7 +373,7 @@ def _convert_union(hints: tuple[Any, ...], value: Any, path: str) -> Any:
     shape = dict if isinstance(value, Mapping) else list if isinstance(value, (list, tuple)) else None
     origins = {member: get_origin(_bare(member)) for member in members}
     alike = [m for m, o in origins.items() if (o if o in (dict, list) else None) is shape]
-    return _convert((exact or alike[-1:] or members[-1:])[0], value, path)
+    return convert((exact or alike[-1:] or members[-1:])[0], value, path)
 
 
 def _convert_list(hints: tuple[Any, ...], value: Any, path: str) -> list[Any]:
@@ -385,13 +390,13 @@ def _convert_tuple(hints: tuple[Any, ...], value: Any, path: str) -> tuple[Any, 
 
 def _convert_items(hints: Sequence[Any], values: Sequence[Any], path: str) -> list[Any]:
     pairs = zip(hints, values, strict=True)
-    return [_convert(hint, item, f"{path}[{index}]") for index, (hint, item) in enumerate(pairs)]
+    return [convert(hint, item, f"{path}[{index}]") for index, (hint, item) in enumerate(pairs)]
 
 
 def _convert_dict(hints: tuple[Any, ...], value: Any, path: str) -> dict[str, Any]:
     if not isinstance(value, Mapping):
         raise OptionError(path, value, f"a mapping, such as {path}={{name: value}}")
-    return {str(name): _convert(hints[1], item, f"{path}.{name}") for name, item in value.items()}
+    return {str(name): convert(hints[1], item, f"{path}.{name}") for name, item in value.items()}
 
 
 def _convert_literal(hints: tuple[Any, ...], value: Any, path: str) -> Any:

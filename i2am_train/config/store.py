@@ -42,6 +42,10 @@ ARM_ENDINGS = (".yaml", ".yml")
 
 ELEMENT = re.compile(r"""\s*(?P<element>"(?:\\.|[^"\\])*"|'(?:\\.|[^'\\])*'|[^,]*?)\s*,""", re.DOTALL)
 """One element of a typed list and the comma after it: quoted, or up to the next comma."""
+_WHOLE = ("layers",)
+"""Options whose mapping is one value: another one replaces it, and is not merged into it."""
+_SHORT = {"objective.terms": "weight"}
+"""Options with names of the user's own, and the key that ``option.name=value`` is short for."""
 HALF_INTERPOLATION = re.compile(r"\$\{(?![^{}]+\})")
 """A ``${`` that refers to nothing, since it is not closed."""
 
@@ -83,8 +87,8 @@ def compose(command: str, overrides: Sequence[str] = ()) -> Any:
         ConfigError: an option is unknown, missing, of another type or out of range.
         hydra.errors.HydraException: an override cannot be read or names no option.
 
-    >>> compose("train", ["experiment=refined", "seed=1"]).objective.dcml
-    0.007
+    >>> compose("train", ["experiment=refined", "objective.terms.cwg=0.02"]).objective.terms
+    {'dcml': {'weight': 0.007}, 'tv': {'weight': 0.002}, 'cwg': {'weight': 0.02}}
     """
     register_commands()
     GlobalHydra.instance().clear()
@@ -179,8 +183,8 @@ def arm_config(study: AblateConfig, arm: str, seed: int, output: Path) -> TrainC
     Raises:
         ConfigError: there is no such arm, or its file sets an option that does not exist.
 
-    >>> arm_config(AblateConfig(), "refined", seed=1, output=Path("cell")).objective.dcml
-    0.007
+    >>> arm_config(AblateConfig(), "refined", seed=1, output=Path("cell")).objective.terms["dcml"]
+    {'weight': 0.007}
     """
     shared = {group.name: plain(getattr(study, group.name)) for group in fields(TrainingGroups)}
     names = {"name": arm_name(arm), "label": _stem(arm), "init": study.init}
@@ -272,7 +276,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     Raises:
         ConfigError: it is missing, not YAML, or sets no options.
     """
-    expected = "expected options of `i2am train`, such as 'objective: {dcml: 0.1}'"
+    expected = "expected options of `i2am train`, such as 'objective: {terms: {dcml: {weight: 0.1}}}'"
     try:
         values = OmegaConf.to_container(OmegaConf.load(path), resolve=True)
     except (OSError, ValueError, RecursionError, YAMLError, OmegaConfBaseException) as error:
@@ -285,11 +289,15 @@ def _read_yaml(path: Path) -> dict[str, Any]:
 
 
 def _overlaid(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
-    """Both merged at every depth; ``above`` wins."""
+    """Both merged at every depth; ``above`` wins.
+
+    >>> _overlaid({"layers": {"2": 1.0}, "terms": {"tv": {"weight": 1}}}, {"layers": {5: 1.0}, "terms": {"cwg": {}}})
+    {'layers': {5: 1.0}, 'terms': {'tv': {'weight': 1}, 'cwg': {}}}
+    """
     merged = dict(below)
     for name, value in above.items():
         lower = merged.get(name)
-        nested = isinstance(value, Mapping) and isinstance(lower, Mapping)
+        nested = isinstance(value, Mapping) and isinstance(lower, Mapping) and name not in _WHOLE
         merged[name] = _overlaid(dict(lower or {}), value) if nested else value
     return merged
 
@@ -305,6 +313,8 @@ class _Kind(NamedTuple):
     """Lists of anything."""
     mapping: bool = False
     """Names of the user's own."""
+    whole: bool = False
+    """A mapping or something else, which Hydra would merge into what is there, or refuse beside a list."""
     entries: bool = False
     """Lists of texts and mappings, which Hydra reads: names, and import paths with keywords."""
 
@@ -324,8 +334,10 @@ def as_typed(command: str, words: Sequence[str], *, sweep: bool = False) -> list
 
     >>> as_typed("train", ["output=runs/a (1)", "data.root=köln,1", "seed=1", "name=1e5"])
     ["output='runs/a (1)'", "data.root='köln,1'", 'seed=1', "name='1e5'"]
-    >>> as_typed("train", ["objective.terms.mine.weight=0.1"])
-    ['++objective.terms.mine.weight=0.1']
+    >>> as_typed("train", ["objective.terms.cwg.sigma=2", "objective.terms.cwg=0.1"])
+    ['++objective.terms.cwg.sigma=2', '++objective.terms.cwg.weight=0.1']
+    >>> as_typed("train", ["objective.layers={2: 1.0, 5: 0.5}"])  # Hydra would merge it with those of an experiment
+    ['objective.layers=null', 'objective.layers={2: 1.0, 5: 0.5}']
     """
     kinds = {"experiment": _TEXT, **_kinds(COMMANDS[command].options)}
     groups = {"experiment", *(item.name for item in fields(COMMANDS[command].options) if group_of(item))}
@@ -334,9 +346,14 @@ def as_typed(command: str, words: Sequence[str], *, sweep: bool = False) -> list
     for word in words:
         name, equals, value = word.partition("=")
         if any(f"{name}.".startswith(f"{mapping}.") for mapping in free):
+            option = name.rpartition(".")[0]
+            if option in _SHORT and equals and not value.startswith("{"):
+                word = f"{name}.{_SHORT[option]}={value}"
             typed.append(f"++{word}")  # else Hydra wants it only for names that exist
             continue
         known = equals and name in kinds
+        if known and kinds[name].whole and value.startswith(("[", "{")):
+            typed.append(f"{name}=null")
         typed.append(f"{name}={_readable(value, kinds[name], sweep)}" if known else word)
         if known and name in groups:
             _check_group(name, value)
@@ -423,5 +440,6 @@ def _kind(hint: Any) -> _Kind:
         texts=all(element in (str, Path, str | dict[str, Any]) for element in lists) and bool(lists),
         lists=bool(lists),
         mapping=get_origin(hint) is dict,
+        whole=get_origin(hint) is not dict and any(get_origin(member) is dict for member in members),
         entries=str | dict[str, Any] in lists,
     )

@@ -297,8 +297,8 @@ def require_correspondence(root: Path) -> None:
     folder = root / Split.TRAIN / Role.CORRESPONDENCE
     if not folder.is_dir():
         raise DataError(
-            f"A term (objective.supervised, or one with truth: true) is given the true correspondence, and {root} has "
-            f"none (no folder {folder}). Use the embedded dataset, or set objective.supervised=0."
+            f"A term (supervised, or one with needs: [target]) is given the true correspondence, and {root} has none "
+            f"(no folder {folder}). Use the embedded dataset, or switch the term off: objective.terms.supervised=0."
         )
 
 

@@ -1,8 +1,9 @@
 """The attention losses (paper section 5, eqs. 15-21): functions of what one layer attended to in one training step.
 
 A term takes an :class:`Attention` and gives one unweighted value per sample, which is 0 without a gradient where the
-mask is empty. Paper and authors' code disagree in almost every constant: each is a keyword here, and :data:`VARIANTS`
-names the combinations.
+mask is empty. ``config.objective.TERMS`` is the table of terms. Their keywords are options with the types and ranges of
+the annotations (``objective.terms.cwg.sigma``). Paper and authors' code disagree in almost every constant: each is a
+keyword here, and :data:`VARIANTS` names the combinations.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from i2am_train.config.options import NotNegative, Positive
 from i2am_train.errors import CaptureError, ConfigError
 from i2am_train.ops.grids import unflatten
 from i2am_train.ops.numerics import at_least_float32
@@ -24,6 +26,9 @@ from i2am_train.types import LossVariant as V
 Norm = Literal["valid", "slots", "sum"]
 """What the sum over pairs, neighbours or patches of a sample is divided by: how many of them lie in the mask (at least
 1), the size of the tensor that the authors average over (masked zeros included), or nothing."""
+
+CwgNorm = Literal["valid", "slots", "sum", "batch"]
+"""Of :func:`cwg`, which explains ``batch``."""
 
 Force = Literal["reward", "hinge", "margin", "mixed"]
 
@@ -44,8 +49,9 @@ class Attention(NamedTuple):
     conditioned: Bool[Tensor, " batch"]
     """False for samples whose condition was dropped: they are not counted."""
     target: Float[Tensor, "batch height width 2"] | None = None
-    """True reference position of each generated patch, ``yx`` in reference patches, NaN where there is none. Only terms
-    that ask for the truth get it."""
+    """True reference position of each generated patch, ``yx`` in reference patches, NaN where there is none.
+
+    Fields from here on are optional: ``types.Need`` names them, and only terms that need one are given it."""
 
 
 def attention_centers(
@@ -114,7 +120,7 @@ def attention_on_grids(
 
 
 def dcml(
-    attention: Attention, *, force: Force = "reward", norm: Norm = "valid", margin: float = 1.0
+    attention: Attention, *, force: Force = "reward", norm: Norm = "valid", margin: NotNegative | None = None
 ) -> Float[Tensor, " batch"]:
     """Distance-centering maximisation: centres keep the order of their patches (eqs. 16-18).
 
@@ -126,17 +132,23 @@ def dcml(
         force: what a pair adds, by its gap (later centre minus earlier one). ``hinge``: ``max(0, -gap)``, misordered
             pairs only, content with a single centre for all. ``reward``: ``-max(0, gap)``, ordered pairs only, never
             content. ``margin``: ``max(0, margin * steps - gap)``. ``mixed``: ``-gap``, the sum of the first two.
-        margin: for ``margin``, in reference patches per step between generated patches; what can be met is the
-            reference grid's size over the generated one's.
+        margin: for the force ``margin`` alone, in reference patches per step between generated patches; None: 1. What
+            can be met is the reference grid's size over the generated one's.
+
+    Raises:
+        ConfigError: a margin is given and the force does not look at it.
 
     >>> centers = torch.tensor([[[[0.0, 1.0], [0.0, 0.5]], [[1.0, 0.0], [0.5, 0.5]]]])
     >>> on = Attention(torch.ones(1, 2, 2, 1, 1), centers, torch.ones(1, 2, 2).bool(), torch.ones(1).bool())
     >>> dcml(on, force="hinge"), dcml(on)  # gaps: -.5 and .5 along rows, 1 and .5 along columns
     (tensor([0.1250]), tensor([-0.5000]))
     """
+    if margin is not None and force != "margin":
+        raise ConfigError(f"dcml has margin={margin}, and force={force} has none. Leave it out, or use force=margin.")
+    step = 1.0 if margin is None else margin
     y, x = attention.centers.unbind(dim=-1)
-    x_sum, x_pairs = _over_pairs(x, attention.mask, force, margin)
-    y_sum, y_pairs = _over_pairs(y.mT, attention.mask.mT, force, margin)
+    x_sum, x_pairs = _over_pairs(x, attention.mask, force, step)
+    y_sum, y_pairs = _over_pairs(y.mT, attention.mask.mT, force, step)
     return _divided(x_sum + y_sum, norm, x_pairs + y_pairs, attention.mask[0].numel() ** 2)
 
 
@@ -163,9 +175,9 @@ def tv(attention: Attention, *, power: Literal[1, 2] = 2, norm: Norm = "valid") 
 def cwg(
     attention: Attention,
     *,
-    sigma: float = 1.0,
+    sigma: Positive = 1.0,
     power: Literal[1, 2] = 2,
-    norm: Norm | Literal["batch"] = "valid",
+    norm: CwgNorm = "valid",
     origin: int = 0,
     detach_centers: bool = False,
 ) -> Float[Tensor, " batch"]:
@@ -201,7 +213,7 @@ def cwg(
     return _divided(total, norm, patches, attention.scores[0].numel())
 
 
-def supervised(attention: Attention, *, sigma: float = 1.0) -> Float[Tensor, " batch"]:
+def supervised(attention: Attention, *, sigma: Positive = 1.0) -> Float[Tensor, " batch"]:
     """Cross-entropy (nats) from a Gaussian at the true reference position to the scores. Not in the paper.
 
     Mean over the patches in the mask that have a target. For comparison: no bound on what other terms reach. The
@@ -221,8 +233,8 @@ def supervised(attention: Attention, *, sigma: float = 1.0) -> Float[Tensor, " b
     """
     if attention.target is None:
         raise ConfigError(
-            "The attention term 'supervised' has a weight, but the data has no correspondence. "
-            "Use a dataset with a 'correspondence' folder, or set the weight to 0."
+            "The attention term 'supervised' got no correspondence. Use data with a 'correspondence' folder, or set "
+            "its weight to 0."
         )
     valid = attention.mask & attention.target.isfinite().all(dim=-1)
     target = torch.where(valid[..., None], attention.target, 0.0)
@@ -258,7 +270,7 @@ VARIANTS: dict[V, Variant] = {
     V.AUTHORS_V1: Variant(
         dcml=partial(dcml, force="reward", norm="slots"),
         tv=partial(tv, power=1, norm="slots"),
-        cwg=partial(cwg, power=1, norm="batch", sigma=V.AUTHORS_V1.sigma),
+        cwg=partial(cwg, power=1, norm="batch", sigma=0.5),
     ),
     V.AUTHORS_V2: Variant(
         dcml=partial(dcml, force="reward", norm="slots"),

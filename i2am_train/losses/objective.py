@@ -5,21 +5,25 @@ Weights of terms are applied here and nowhere else; ``training/step.py`` adds th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from difflib import get_close_matches
 from functools import partial
-from typing import Any, NamedTuple
+from importlib import import_module
+from inspect import signature
+from typing import Any, NamedTuple, get_args, get_type_hints
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from i2am_train.config.training import ObjectiveConfig
+from i2am_train.config.objective import TERMS, ObjectiveConfig, TermConfig
+from i2am_train.config.options import convert
 from i2am_train.doors import calls, resolve
 from i2am_train.errors import ConfigError
-from i2am_train.losses.attention import VARIANTS, Attention, attention_centers, attention_on_grids, supervised
+from i2am_train.losses.attention import VARIANTS, Attention, Variant, attention_centers, attention_on_grids
 from i2am_train.ops.numerics import at_least_float32
-from i2am_train.types import GridSize, PredictionType, TermName
+from i2am_train.types import GridSize, Need, PredictionType, TermSchedule
 
 
 def denoising_loss(
@@ -67,126 +71,219 @@ def snr_weights(
 
 EXPECTED = "a function of an Attention (i2am_train/losses/attention.py) that returns one value per sample"
 
+NEEDS: tuple[Need, ...] = get_args(Need)
+
 
 class Term(NamedTuple):
-    """One attention loss and its weight."""
+    """One attention loss, its weight, and when it counts."""
 
     weight: float
     function: Callable[[Attention], Float[Tensor, " batch"]]
-    truth: bool = False
-    """Whether it is given the true correspondence."""
+    needs: tuple[Need, ...] = ()
+    """The optional fields of `Attention` that it is given."""
+    schedule: TermSchedule = "constant"
+    share: float = 1.0
+    """Share of the run that the schedule speaks of."""
+    timesteps: tuple[int, int] | None = None
+    """First and end of the drawn diffusion timesteps that count; None: all."""
+
+    def weight_at(self, progress: float) -> float:
+        """The weight at a point of the run, from 0 at its first step to almost 1 at its last.
+
+        ``early``: on before ``share``, then 0. ``late``: 0 before, then on. ``ramp``: times min(1, progress / share).
+
+        >>> [Term(2.0, tv, schedule="late", share=0.5).weight_at(step / 4) for step in range(4)]
+        [0.0, 0.0, 2.0, 2.0]
+        >>> [Term(2.0, tv, schedule="ramp", share=0.5).weight_at(step / 4) for step in range(4)]
+        [0.0, 1.0, 2.0, 2.0]
+        """
+        match self.schedule:
+            case "early":
+                return self.weight if progress < self.share else 0.0
+            case "late":
+                return 0.0 if progress < self.share else self.weight
+            case "ramp":
+                return self.weight * min(1.0, progress / self.share)
+        return self.weight
 
 
 @dataclass(frozen=True, kw_only=True)
 class Objective:
-    """Weighted sum of terms of one layer's attention (eq. 22). Without a term, attention is not looked at.
+    """Weighted sum of terms over layers (eq. 22). Without a term, attention is not looked at.
+
+    ``sum over terms of weight * sum over layers of the layer's weight * the term's mean over the samples that count``.
 
     >>> on = attention_on_grids(torch.eye(4)[None], torch.ones(1, 4).bool(), GridSize(2, 2), GridSize(2, 2))
-    >>> total, terms = Objective(terms={"cwg": Term(0.5, VARIANTS["reward"].cwg)})(on)
+    >>> total, terms = Objective(terms={"cwg": Term(0.5, VARIANTS["reward"].cwg)})({2: on})
     >>> total, terms  # every patch looks at a single place
     (tensor(-0.5000), {'cwg': tensor(-1.)})
     """
 
     terms: Mapping[str, Term] = field(default_factory=dict)
     """By the name that is logged."""
-    layer: int | str = 2
-    """Number of the layer in the paper, whose own is 2 (A.5), or its name."""
+    layers: Mapping[int | str, float] = field(default_factory=lambda: {2: 1.0})
+    """Weight of each layer by its number in the paper, whose own is 2 (A.5), or its name."""
     centers: Callable[[Tensor], Tensor] = attention_centers
     """Reading of eq. 15."""
 
     @property
-    def truth(self) -> bool:
-        """Whether a term needs the true correspondence.
+    def needs(self) -> set[Need]:
+        """The optional fields of `Attention` that terms need.
 
-        >>> Objective(terms={"supervised": Term(1.0, supervised, truth=True)}).truth
-        True
+        >>> Objective(terms={"supervised": Term(1.0, supervised, needs=("target",))}).needs
+        {'target'}
         """
-        return any(term.truth for term in self.terms.values())
+        return {need for term in self.terms.values() for need in term.needs}
+
+    def counted(
+        self, conditioned: Bool[Tensor, " batch"], timesteps: Int[Tensor, " batch"] | None = None
+    ) -> Bool[Tensor, "terms batch"]:
+        """Which samples each term counts: those with a condition whose timestep lies in the term's window.
+
+        >>> objective = Objective(terms={"tv": Term(1.0, tv), "cwg": Term(1.0, cwg, timesteps=(0, 500))})
+        >>> objective.counted(torch.tensor([True, True, False]), torch.tensor([499, 500, 3]))
+        tensor([[ True,  True, False],
+                [ True, False, False]])
+        """
+        counted = [conditioned] * len(self.terms)
+        for index, term in enumerate(self.terms.values()):
+            if term.timesteps is not None:
+                assert timesteps is not None, "a term has a window of timesteps"
+                first, end = term.timesteps
+                counted[index] = conditioned & (timesteps >= first) & (timesteps < end)
+        return torch.stack(counted) if counted else conditioned.new_zeros(0, len(conditioned))
 
     def __call__(
-        self, attention: Attention, count: Float[Tensor, ""] | None = None
+        self,
+        attention: Mapping[int | str, Attention],
+        timesteps: Int[Tensor, " batch"] | None = None,
+        *,
+        counts: Float[Tensor, " terms"] | None = None,
+        progress: float = 0.0,
     ) -> tuple[Float[Tensor, ""], dict[str, Float[Tensor, ""]]]:
-        """The weighted sum with gradient, and each term's unweighted mean for the log.
+        """The weighted sum with gradient, and each term's mean for the log: without its weight, with the layers'.
 
-        Means are over the samples that have their condition. One whose mask is empty counts with the value 0, so that
-        the pull on a sample does not depend on its neighbours' masks. If every condition was dropped, the total is 0
-        with a gradient of 0.
+        Of several layers, ``<term>@<layer>`` is the mean of one, without any weight.
+
+        Means are over the samples that the term counts. One whose mask is empty counts with the value 0, so that
+        the pull on a sample does not depend on its neighbours' masks. If there is none, the mean is 0 with a gradient
+        of 0.
 
         Args:
-            count: divides the sums instead of the number of samples that count: with several processes the mean of it
-                over all, so that the mean of the processes' losses is that over all samples.
+            attention: of each layer.
+            timesteps: drawn ones, which a term with a window asks for.
+            counts: divide the sums instead of the numbers of samples that count: with several processes or batches the
+                mean of it over all, so that the mean of their losses is that over all samples.
+            progress: share of the run's optimizer steps that are done.
         """
-        if count is None:
-            count = attention.conditioned.sum()
-        divisor = count.to(attention.scores.device).clamp(min=1e-6)  # all dropped: 0 / 1e-6
-        means = {name: values.sum() / divisor for name, values in self.per_sample(attention).items()}
-        total = attention.scores.new_zeros(())
-        for name, term in self.terms.items():
-            total = total + term.weight * means[name]
-        return total, {name: mean.detach() for name, mean in means.items()}
+        one = next(iter(attention.values()))
+        if counts is None:
+            counts = self.counted(one.conditioned, timesteps).sum(dim=1)
+        divisors = counts.to(one.scores.device).clamp(min=1e-6)  # none: 0 / 1e-6
+        samples = {layer: self.per_sample(attention[layer], timesteps) for layer in self.layers}
+        total, logged = one.scores.new_zeros(()), {}
+        for index, (name, term) in enumerate(self.terms.items()):
+            means = {layer: values[name].sum() / divisors[index] for layer, values in samples.items()}
+            mean = torch.stack([self.layers[layer] * value for layer, value in means.items()]).sum()
+            if weight := term.weight_at(progress):
+                total = total + weight * mean
+            logged[name] = mean.detach()
+            if len(means) > 1:
+                logged |= {f"{name}@{layer}": value.detach() for layer, value in means.items()}
+        return total, logged
 
-    def per_sample(self, attention: Attention) -> dict[str, Float[Tensor, " batch"]]:
-        """Each term, unweighted; 0 where the condition was dropped.
+    def per_sample(
+        self, attention: Attention, timesteps: Int[Tensor, " batch"] | None = None
+    ) -> dict[str, Float[Tensor, " batch"]]:
+        """Each term of one layer, unweighted; 0 for samples that do not count.
 
         >>> scores, mask = torch.eye(4).expand(2, 4, 4), torch.ones(2, 4).bool()
         >>> on = attention_on_grids(scores, mask, *[GridSize(2, 2)] * 2, conditioned=torch.tensor([True, False]))
         >>> Objective(terms={"cwg": Term(0.5, VARIANTS["reward"].cwg)}).per_sample(on)
         {'cwg': tensor([-1., 0.])}
         """
-        blind = attention._replace(target=None)
+        counted = dict(zip(self.terms, self.counted(attention.conditioned, timesteps), strict=True))
         with torch.autocast(attention.scores.device.type, enabled=False):
-            values = {name: term.function(attention if term.truth else blind) for name, term in self.terms.items()}
-        return {name: value.where(attention.conditioned, 0.0) for name, value in values.items()}
+            values = {name: term.function(_seen(attention, term, counted[name])) for name, term in self.terms.items()}
+        return {name: value.where(counted[name], 0.0) for name, value in values.items()}
+
+
+def _seen(attention: Attention, term: Term, counted: Bool[Tensor, " batch"]) -> Attention:
+    """What a term is given: nothing that it does not need, and no sample that does not count."""
+    hidden: dict[str, Any] = dict.fromkeys(set(NEEDS) - set(term.needs))
+    seen = attention._replace(**hidden)
+    if term.timesteps is None:
+        return seen
+    return seen._replace(mask=attention.mask & counted[:, None, None], conditioned=counted)
 
 
 def make_objective(options: ObjectiveConfig) -> Objective:
-    """The objective of a training: the terms of ``objective.<term>`` and ``objective.terms`` that have a weight.
+    """The objective of a training: the terms of ``objective.terms`` that have a weight.
 
     Raises:
-        ConfigError: a term from outside cannot be imported or called, or does not give what a term gives.
+        ConfigError: a term's function cannot be imported or called, has no such keyword, or does not give what a term
+            gives.
 
-    >>> objective = make_objective(ObjectiveConfig(cwg=0.01))
-    >>> list(objective.terms), objective.layer
-    (['cwg'], 2)
+    >>> objective = make_objective(ObjectiveConfig(terms={"cwg": {"weight": 0.01}}))
+    >>> list(objective.terms), objective.layers
+    (['cwg'], {2: 1.0})
     """
     variant = VARIANTS[options.variant]
-    built_in: dict[TermName, Callable[[Attention], Tensor]] = {
-        "dcml": partial(variant.dcml, margin=options.margin),
-        "tv": variant.tv,
-        "cwg": partial(variant.cwg, sigma=options.width, detach_centers=options.detach_centers),
-        "supervised": partial(supervised, sigma=options.width),
-    }
-    terms: dict[str, Term] = {
-        name: Term(weight, built_in[name], truth=name == "supervised")
-        for name, weight in options.weights.items()
-        if weight
-    }
-    for name, entry in options.terms.items():
-        if entry["weight"]:
-            terms[name] = _outside(name, **entry)
-    return Objective(terms=terms, layer=options.layer, centers=variant.centers)
+    terms = {name: _term(name, entry, variant) for name, entry in options.active.items()}
+    return Objective(terms=terms, layers=options.layer_weights, centers=variant.centers)
 
 
-def _outside(name: str, fn: str, weight: float, truth: bool = False, **keywords: Any) -> Term:
-    """A term by its import path, tried on a small example."""
-    option = f"objective.terms.{name}.fn"
-    function = resolve(fn, option, EXPECTED, calls("attention", **keywords))
-    term = partial(function, **keywords) if keywords else function
-    if wrong := _what_is_wrong(term, truth):
-        raise ConfigError(f"{option}={fn} {wrong}. Expected {EXPECTED}.")
-    return Term(weight, term, truth)
+def _term(name: str, entry: TermConfig, variant: Variant) -> Term:
+    """A term with its keywords, tried on a small example."""
+    option = f"objective.terms.{name}"
+    needs: Sequence[Need] = entry.needs
+    if entry.fn is None:
+        built_in = TERMS[name]
+        module, _, attribute = built_in.fn.partition(":")
+        function = variant._asdict().get(name) or getattr(import_module(module), attribute)
+        needs, keywords = built_in.needs, _keywords(function, entry.keywords, option)
+        named, expected = option, "other keywords"
+    else:
+        function = resolve(entry.fn, f"{option}.fn", EXPECTED, calls("attention", **entry.keywords))
+        keywords, named, expected = entry.keywords, f"{option}.fn={entry.fn}", EXPECTED
+    if keywords:
+        function = partial(function, **keywords)
+    if wrong := _what_is_wrong(function, needs):
+        raise ConfigError(f"{named} {wrong}. Expected {expected}.")
+    return Term(entry.weight, function, tuple(needs), entry.schedule, entry.share or 1.0, entry.timesteps)
 
 
-def _what_is_wrong(term: Callable[[Attention], Any], truth: bool) -> str | None:
+def _keywords(function: Callable[..., Any], given: Mapping[str, Any], option: str) -> dict[str, Any]:
+    """Keywords of a built-in term with the types and ranges of its annotations.
+
+    Those that a term and the centres must agree on are the variant's to set.
+    """
+    plain = function.func if isinstance(function, partial) else function
+    hints = get_type_hints(plain, include_extras=True)
+    known = [name for name in signature(plain).parameters if name not in ("attention", "origin")]
+    for name in given:
+        if name not in known:
+            near = get_close_matches(name, known, n=1)
+            hint = f" Did you mean '{near[0]}'?" if near else ""
+            raise ConfigError(
+                f"{option} has no keyword '{name}'. Its own are {', '.join(known)}; those of every term are weight, "
+                f"schedule, share and timesteps.{hint}"
+            )
+    return {name: convert(hints[name], value, f"{option}.{name}") for name, value in given.items()}
+
+
+def _what_is_wrong(term: Callable[[Attention], Any], needs: Collection[Need]) -> str | None:
     """Calls a term with two samples, of which the second has an empty mask; the end of a sentence on what it gives."""
     logits = torch.linspace(0, 360, 2 * 12 * 30).sin().reshape(2, 12, 30).requires_grad_()
     mask = torch.tensor([[True], [False]]).expand(2, 12)
-    target = torch.where(mask[..., None], torch.ones(2, 12, 2), torch.nan) if truth else None
+    target = torch.where(mask[..., None], torch.ones(2, 12, 2), torch.nan) if "target" in needs else None
     attention = attention_on_grids(logits.softmax(-1), mask, GridSize(4, 3), GridSize(6, 5), target=target)
     try:
         found = term(attention)
+    except ConfigError:
+        raise
     except Exception as error:
-        hint = "" if truth else " (attention.target is None without truth: true)"
+        hint = "" if needs else " (attention.target is None without needs: [target])"
         return f"fails with {type(error).__name__}: {error}{hint}"
     if not isinstance(found, Tensor) or found.shape != (2,) or not found.is_floating_point():
         shown = f"{tuple(found.shape)} of {found.dtype}" if isinstance(found, Tensor) else found

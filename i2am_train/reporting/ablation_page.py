@@ -10,6 +10,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -29,7 +30,7 @@ from i2am_train.reporting.ablation_tables import (
 )
 from i2am_train.reporting.figures.arms import ColumnGroup, difference_plot, metric_curves, sample_figure
 from i2am_train.reporting.figures.canvas import arm_colors, save_figure
-from i2am_train.reporting.pages import Picture, Section, embedded_file, flat, making, page
+from i2am_train.reporting.pages import Picture, Section, embedded_file, making, page
 from i2am_train.reporting.table import Cell, Heading, Row, Table, html, markdown_text, minus, number
 from i2am_train.results.run_files import History, SamplePanels
 from i2am_train.results.study import ArmRun, Results, Study, arm_labels, read_study, reference_arm, uses_truth
@@ -151,8 +152,21 @@ def _making(results: Results) -> Iterator[tuple[str, str]]:
         yield "Training seeds", ", ".join(map(str, seeds))
     for arm in results["arms"]:
         if losses := arm.get("losses"):
-            own = {name: f"({flat(term)})" for name, term in losses.get("terms", {}).items()}
-            yield f"Losses of {arm_labels(results)[arm['name']]}", flat({**losses, "terms": own})
+            yield f"Losses of {arm_labels(results)[arm['name']]}", _losses(losses)
+
+
+def _losses(losses: Mapping[str, Any]) -> str:
+    """Attention losses, as options keep them, in one line.
+
+    >>> _losses({"variant": "reward", "layers": {"2": 1.0}, "terms": {"cwg": {"weight": 0.1, "sigma": 2}}})
+    'variant reward, layers 2, cwg 0.1 (sigma 2)'
+    """
+    layers = " and ".join(name if weight == 1 else f"{weight} x {name}" for name, weight in losses["layers"].items())
+    facts = [f"variant {losses['variant']}", f"layers {layers}"]
+    for name, term in losses["terms"].items():
+        more = ", ".join(f"{key} {value}" for key, value in term.items() if key != "weight")
+        facts.append(f"{name} {term['weight']}{f' ({more})' if more else ''}")
+    return ", ".join(facts)
 
 
 # ---- figures -----------------------------------------------------------------------------------

@@ -180,8 +180,8 @@ def _training(facts: ModelFacts) -> Iterator[str]:
 def _leaves(options: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     """Options by their dotted names.
 
-    >>> dict(_leaves({"name": "tiny", "objective": {"weights": {"tv": 0.1}}}))
-    {'name': 'tiny', 'objective.weights.tv': 0.1}
+    >>> dict(_leaves({"name": "tiny", "objective": {"layers": {"2": 1.0}}}))
+    {'name': 'tiny', 'objective.layers.2': 1.0}
     """
     for name, value in options.items():
         if isinstance(value, Mapping):

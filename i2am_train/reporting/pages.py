@@ -193,8 +193,8 @@ def code_state(git: Mapping[str, Any] | None) -> str:
 def flat(facts: Mapping[str, Any] | str | None) -> str:
     """One line for a mapping of any depth, or the text itself.
 
-    >>> flat({"variant": "reward", "weights": {"dcml": 0.1}, "terms": {}, "truth": False})
-    'variant reward, dcml 0.1'
+    >>> flat({"commit": "0123", "dirty": False, "machine": {"cores": 2}})
+    'commit 0123, cores 2'
     """
     if not isinstance(facts, Mapping):
         return str(facts or "")

@@ -16,6 +16,7 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
+from i2am_train.config.objective import term_needs
 from i2am_train.errors import RunFolderError
 from i2am_train.results.run_files import (
     RESULTS,
@@ -159,15 +160,11 @@ def reference_arm(results: Results) -> str | None:
 def uses_truth(arm: Mapping[str, Any]) -> bool:
     """Whether an arm is trained with the true correspondence, so that it is not ranked among arms without.
 
-    >>> uses_truth({"name": "supervised", "losses": {"weights": {"supervised": 0.1}}})
-    True
-    >>> uses_truth({"losses": {"terms": {"mine": {"fn": "my:loss", "weight": 0.1, "truth": True}}}})
+    >>> uses_truth({"name": "supervised", "losses": {"terms": {"supervised": {"weight": 0.1}}}})
     True
     """
-    losses = arm.get("losses") or {}
-    weights = {**losses, **(losses.get("weights") or {})}
-    own = (losses.get("terms") or {}).values()
-    return bool(weights.get("supervised")) or any(t.get("truth") and t["weight"] for t in own)
+    terms = (arm.get("losses") or {}).get("terms", {})
+    return any("target" in term_needs(name, entry) for name, entry in terms.items())
 
 
 def arm_labels(results: Results) -> dict[str, str]:

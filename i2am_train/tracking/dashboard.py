@@ -79,7 +79,7 @@ def sections() -> list[_DashboardSection]:
             text="Each term without its weight, and the learning rate.",
             panels=[
                 *(_curve(name, name) for name in (*LOSSES, LEARNING_RATE)),
-                # Terms of objective.terms are known to the runs alone.
+                # Terms of the user's own are known to the runs alone.
                 reports.LinePlot(title="All terms", x=STEP, metric_regex=f"^{LOSS}"),
             ],
         ),

@@ -2,8 +2,9 @@
 
 Scalars of a training run, the same in ``metrics.csv``, TensorBoard and W&B:
 
-- ``loss/total``, ``loss/denoising`` and ``loss/<term>`` for each attention term that is on (unweighted; ``types.TERMS``
-  and those of ``objective.terms``), every ``trainer.log_every_n_steps`` steps;
+- ``loss/total``, ``loss/denoising`` and ``loss/<term>`` for each term of ``objective.terms`` that has a weight (without
+  it; of several layers the weighted sum, beside ``loss/<term>@<layer>`` for each), every ``trainer.log_every_n_steps``
+  steps; ``weight/<term>``: the weight of a term with a schedule, at the same steps;
 - ``lr``: the learning rate, and ``grad_norm``: the norm of the gradient before it is clipped (not with float16), at
   the same steps;
 - ``val/<metric>``: each metric of ``metrics.registry.METRICS`` that was asked for, and IMACS at every threshold and
@@ -23,8 +24,8 @@ A run of job type "detection" has ``detect/<kind>/<method>``, the mean IoU on re
 ``detect/table`` (pictures of the first ones), whose boxes are in ``detect/boxes``.
 """
 
+from i2am_train.config.objective import TERMS
 from i2am_train.metrics.registry import METRICS
-from i2am_train.types import TERMS
 
 STEP = "trainer/global_step"
 """W&B's name of the optimiser step, as Lightning's logger writes it."""

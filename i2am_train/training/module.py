@@ -11,6 +11,7 @@ from torch import Tensor
 from i2am_train.attention.trace import ScoreTap
 from i2am_train.config.training import OptimizationConfig
 from i2am_train.data.dataset import TryOnBatch
+from i2am_train.errors import ConfigError
 from i2am_train.losses.objective import Objective
 from i2am_train.models.lora import add_adapters
 from i2am_train.models.tryon import TryOnModel
@@ -43,19 +44,19 @@ class TryOnModule(L.LightningModule):
         self.seed = seed
         self.cached = cached
         self._tap: ScoreTap | None = None
-        self._conditioned: tuple[tuple[int, list[list[int]]], Tensor] | None = None
+        self._counts: tuple[tuple[int, list[list[int]]], Tensor] | None = None
         if options.trainable == "lora":
             add_adapters(model.unet, options.lora_rank, options.adapter_alpha)
         set_trainable(model, options.trainable)
         prepare_networks(model, options)
         model.train()  # loading leaves networks in evaluation mode, where diffusers checkpoints no gradients
         if objective.terms:
-            ScoreTap(model, layers=[objective.layer])  # a layer that does not exist fails here, not hours later
+            _check_objective(objective, model)
 
     def on_train_start(self) -> None:
         """Attaches the score tap, after strategies have made their copies."""
         if self.objective.terms:
-            self._tap = ScoreTap(self.model, layers=[self.objective.layer])
+            self._tap = ScoreTap(self.model, layers=list(self.objective.layers))
             self._tap.attach()
         self._move_frozen("cpu")
 
@@ -87,7 +88,11 @@ class TryOnModule(L.LightningModule):
         self.model.reference_encoder.eval()
 
     def training_step(self, batch: TrainingBatch, batch_index: int) -> Tensor:
-        """One step's total loss; every part is logged as ``loss/<name>``, its mean over the processes."""
+        """One step's total loss; every part is logged as ``loss/<name>``, its mean over the processes.
+
+        The weight of a term with a schedule is logged as ``weight/<name>``.
+        """
+        progress = self.trainer.global_step / self.options.steps
         losses = step_losses(
             self.model,
             batch,
@@ -95,10 +100,14 @@ class TryOnModule(L.LightningModule):
             self.objective,
             self._tap,
             snr_gamma=self.options.snr_gamma,
-            conditioned=self._conditioned_per_batch(batch_index),
+            counts=self._counts_per_batch(batch_index),
+            progress=progress,
         )
         logged = {f"loss/{name}": value.detach() for name, value in losses.items()}
         self.log_dict(logged, batch_size=len(batch["name"]), sync_dist=True)
+        terms = self.objective.terms.items()
+        weights = {f"weight/{name}": term.weight_at(progress) for name, term in terms if term.schedule != "constant"}
+        self.log_dict(weights, batch_size=len(batch["name"]))
         return losses["total"]
 
     def validation_step(self, batch: TryOnBatch, batch_index: int) -> None:
@@ -142,8 +151,8 @@ class TryOnModule(L.LightningModule):
             return ".lora_" in name
         return not name.startswith(_FROZEN)
 
-    def _conditioned_per_batch(self, batch_index: int) -> Tensor | None:
-        """Mean number of samples in the step's batches whose condition is not dropped, worked out once a step.
+    def _counts_per_batch(self, batch_index: int) -> Tensor | None:
+        """Mean number of samples in the step's batches that each term counts, worked out once a step.
 
         None where the step has a single batch.
         """
@@ -159,10 +168,10 @@ class TryOnModule(L.LightningModule):
             int(trainer.num_training_batches),
         )
         step = (self.current_epoch, batches)
-        if self._conditioned is None or self._conditioned[0] != step:
-            dropped = torch.cat([self._draws(batch).dropped for batch in batches])
-            self._conditioned = step, (~dropped).sum() / len(batches)
-        return self._conditioned[1]
+        if self._counts is None or self._counts[0] != step:
+            counted = [self.objective.counted(~d.dropped, d.timesteps) for d in map(self._draws, batches)]
+            self._counts = step, torch.cat(counted, dim=1).sum(dim=1) / len(batches)
+        return self._counts[1]
 
     def _draws(self, indices: list[int]) -> Draws:
         draws = draw(
@@ -174,3 +183,22 @@ class TryOnModule(L.LightningModule):
             condition_dropout=self.options.condition_dropout,
         )
         return Draws(*(values.to(self.device) for values in draws))
+
+
+def _check_objective(objective: Objective, model: TryOnModel) -> None:
+    """Refuses what does not fit the model, before training starts.
+
+    Raises:
+        CaptureError: a layer does not exist.
+        ConfigError: a layer is named twice, or a window ends beyond the model's timesteps.
+    """
+    names = ScoreTap(model, layers=list(objective.layers)).layers
+    if len(set(names)) < len(names):
+        given = ", ".join(f"{layer} is {name}" for layer, name in zip(objective.layers, names, strict=True))
+        raise ConfigError(f"objective.layers names a layer twice ({given}). Leave one of them out.")
+    for name, term in objective.terms.items():
+        if term.timesteps is not None and term.timesteps[1] > model.schedule.length:
+            raise ConfigError(
+                f"objective.terms.{name}.timesteps={list(term.timesteps)} is not possible: expected [first, end) with "
+                f"an end of at most {model.schedule.length}, the number of the model's timesteps."
+            )

@@ -1,11 +1,12 @@
-"""What one training step draws and computes: the denoising loss plus the weighted attention losses of one layer.
+"""What one training step draws and computes: the denoising loss plus the weighted attention losses.
 
 A sample's noise depends on the run's seed, the epoch and the sample's index and on nothing else, so the numbers are the
 same on one process or several, in any batch, and after a restart.
 
-Where gradients are accumulated, attention terms are means over the samples of the whole optimizer step whose condition
-was not dropped: for several batches to be one large batch, all of them must divide by the same number. Order and
-dropped conditions are functions of (seed, epoch, sample), so it is known before the first of them is computed.
+Where gradients are accumulated, attention terms are means over the samples of the whole optimizer step that they count
+(the condition was not dropped, and the timestep lies in the term's window): for several batches to be one large batch,
+all of them must divide by the same number. Order, dropped conditions and timesteps are functions of (seed, epoch,
+sample), so it is known before the first of them is computed.
 """
 
 from typing import Any, NamedTuple
@@ -102,15 +103,17 @@ def step_losses(
     tap: ScoreTap | None,
     *,
     snr_gamma: float | None = None,
-    conditioned: Float[Tensor, ""] | None = None,
+    counts: Float[Tensor, " terms"] | None = None,
+    progress: float = 0.0,
 ) -> dict[str, Float[Tensor, ""]]:
     """Losses by name: ``denoising``, each attention term (unweighted), and ``total`` with gradient.
 
     Args:
-        tap: listens to the objective's layer; None where the objective has no term.
+        tap: listens to the objective's layers; None where the objective has no term.
         snr_gamma: Min-SNR weighting of the denoising loss; None: plain mean squared error.
-        conditioned: divides the attention terms' sums: the mean number of samples with a condition over the batches
-            whose gradients are accumulated. None: the number in this batch.
+        counts: divide the attention terms' sums: the mean number of samples that each counts over the batches whose
+            gradients are accumulated. None: the numbers in this batch.
+        progress: share of the run's optimizer steps that are done, for terms with a schedule.
 
     Raises:
         CaptureError: there are attention terms and no tap to read the attention from.
@@ -121,11 +124,12 @@ def step_losses(
     if tap is None:
         raise CaptureError(
             f"The objective has attention terms ({', '.join(objective.terms)}) and got no score tap. "
-            f"Attach ScoreTap(model, layers=[{objective.layer!r}]) before the step and hand it over."
+            f"Attach ScoreTap(model, layers={list(objective.layers)}) before the step and hand it over."
         )
-    if conditioned is None:
-        conditioned = (~draws.dropped).sum().float()
-    total, terms = objective(_attention(batch, draws, objective, tap), _mean_over_processes(conditioned))
+    if counts is None:
+        counts = objective.counted(~draws.dropped, draws.timesteps).sum(dim=1).float()
+    attention = {layer: _attention(batch, draws, objective, tap, layer) for layer in objective.layers}
+    total, terms = objective(attention, draws.timesteps, counts=_mean_over_processes(counts), progress=progress)
     return {"denoising": denoising.detach(), **terms, "total": denoising + total}
 
 
@@ -145,11 +149,11 @@ def _denoising(model: TryOnModel, batch: TrainingBatch, draws: Draws, snr_gamma:
     return denoising_loss(prediction, target, weights).mean()
 
 
-def _attention(batch: TrainingBatch, draws: Draws, objective: Objective, tap: ScoreTap) -> Attention:
-    layer, worn = objective.layer, batch["warped_garment_mask"]
+def _attention(batch: TrainingBatch, draws: Draws, objective: Objective, tap: ScoreTap, layer: int | str) -> Attention:
+    worn = batch["warped_garment_mask"]
     generated, reference = tap.generated_grid(layer), tap.reference_grid(layer)
     target = None
-    if objective.truth:
+    if "target" in objective.needs:
         target = target_on_grid(batch["correspondence"], worn, generated, reference)
     return attention_on_grids(
         tap.scores(layer),
@@ -162,11 +166,11 @@ def _attention(batch: TrainingBatch, draws: Draws, objective: Objective, tap: Sc
     )
 
 
-def _mean_over_processes(count: Float[Tensor, ""]) -> Float[Tensor, ""]:
-    """The mean of a number over all processes; collective under torch.distributed.
+def _mean_over_processes(count: Float[Tensor, " terms"]) -> Float[Tensor, " terms"]:
+    """The mean of numbers over all processes; collective under torch.distributed.
 
-    >>> _mean_over_processes(torch.tensor(3.0))
-    tensor(3.)
+    >>> _mean_over_processes(torch.tensor([3.0]))
+    tensor([3.])
     """
     mean = count.clone()
     if dist.is_available() and dist.is_initialized():

@@ -227,11 +227,10 @@ def _arm_settings(config: AblateConfig, arm: str) -> dict[str, Any]:
     if arm == BASE_ARM:
         return {"name": arm, "label": "Base", "losses": {}}
     training = arm_config(config, arm, 0, Path())
-    active = training.objective.active
     return {
         "name": arm,
         "label": training.label,
-        "losses": plain(training.objective) if active else {},
+        "losses": plain(training.objective) if training.objective.active else {},
         "steps": training.optimization.steps,
     }
 

@@ -169,7 +169,7 @@ def open_data(config: TrainConfig, model: TryOnModel, processes: int) -> TryOnDa
         I2AMError: data, cache or numbers of samples do not fit the configuration.
     """
     root = prepare_data(config.data, config.folder, config.tracking.folder)
-    if config.objective.truth:
+    if "target" in config.objective.needs:
         require_correspondence(root)
     datamodule = TryOnDataModule(
         config.data,

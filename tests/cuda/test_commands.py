@@ -60,7 +60,7 @@ SCORES = {
             marks=pytest.mark.slow,
         ),
         pytest.param(
-            ["optimization.trainable=lora", "optimization.lora_rank=2", "objective.supervised=0.1"],
+            ["optimization.trainable=lora", "optimization.lora_rank=2", "objective.terms.supervised=0.1"],
             id="lora",
             marks=pytest.mark.slow,
         ),

@@ -11,9 +11,10 @@ from torch.utils.data import default_collate
 
 from i2am_train.attention.trace import ScoreTap, trace
 from i2am_train.config.locations import experiment_names
+from i2am_train.config.objective import TERMS, ObjectiveConfig
 from i2am_train.config.options import option_names
 from i2am_train.config.store import compose
-from i2am_train.config.training import ObjectiveConfig, TrainConfig
+from i2am_train.config.training import TrainConfig
 from i2am_train.data.cache import LatentCache
 from i2am_train.data.dataset import CachedDataset, batch_on
 from i2am_train.losses.attention import attention_on_grids
@@ -36,6 +37,7 @@ from i2am_train.training.step import Draws, draw, step_losses
 from i2am_train.types import Backend, Direction, GridSize, LossVariant, SamplerName, Split
 from i2am_train.workflows.data import cache
 from tests.support.card import on_card
+from tests.support.terms import weights
 
 pytestmark = pytest.mark.long
 
@@ -87,7 +89,7 @@ def step(
     model: Any, objective: Objective, batch: Any, drawn: Draws, snr_gamma: float | None
 ) -> tuple[dict[str, Tensor], list[Tensor]]:
     model.zero_grad(set_to_none=True)
-    with ScoreTap(model, layers=[objective.layer]) as tap:
+    with ScoreTap(model, layers=list(objective.layers)) as tap:
         losses = step_losses(model, batch, drawn, objective, tap, snr_gamma=snr_gamma)
         losses["total"].backward()
     return losses, [p.grad for p in model.parameters() if p.grad is not None]
@@ -101,7 +103,7 @@ def test_a_training_step(
     """Of every arm, from pictures and from the cache: losses and gradients are on the card, with the CPU's values."""
     batch = request.getfixturevalue(kind)
     if arm == "every term":
-        options = ObjectiveConfig(dcml=1.0, tv=1.0, cwg=1.0, supervised=1.0)
+        options = ObjectiveConfig(layers=[2, 5], terms=weights(**dict.fromkeys(TERMS, 1.0)))
         objective, snr_gamma = make_objective(options), 5.0
     else:
         config = compose("train", [f"experiment={arm}"])
@@ -119,7 +121,7 @@ def test_a_training_step(
 
 @pytest.mark.parametrize("variant", LossVariant)
 def test_every_loss(machine: Any, variant: LossVariant) -> None:
-    objective = make_objective(ObjectiveConfig(variant=variant, dcml=1.0, tv=1.0, cwg=1.0, supervised=1.0))
+    objective = make_objective(ObjectiveConfig(variant=variant, terms=weights(**dict.fromkeys(TERMS, 1.0))))
     generator = torch.Generator().manual_seed(3)
     logits = torch.randn(3, GENERATED.tokens, REFERENCE.tokens, generator=generator)
     mask = torch.ones(3, GENERATED.tokens, dtype=torch.bool)
@@ -135,7 +137,7 @@ def test_every_loss(machine: Any, variant: LossVariant) -> None:
             conditioned=torch.tensor([True, False, True], device="cuda"),
             centers=objective.centers,
         )
-        total, terms = objective(attention)
+        total, terms = objective({2: attention})
         total.backward()
         assert all(map(on_card, [total, there.grad, *terms.values()]))
         assert total.item() != 0

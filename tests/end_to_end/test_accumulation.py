@@ -49,7 +49,7 @@ def gradients(options: list[str], output: Path) -> Gradients:
 def test_two_batches_of_two_are_one_of_four(training: list[str], tmp_path: Path) -> None:
     """Equal gradients in both steps, though the halves have unequally many conditions."""
     options = [
-        *training, "experiment=refined", "objective.cwg=50", "validation.samples=0", "optimization.steps=2",
+        *training, "experiment=refined", "objective.terms.cwg=50", "validation.samples=0", "optimization.steps=2",
         "optimization.condition_dropout=0.5", "optimization.learning_rate=1e-12", "seed=22",
     ]  # fmt: skip
     whole = gradients([*options, "data.batch_size=4"], tmp_path / "whole")

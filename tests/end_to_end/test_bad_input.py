@@ -78,10 +78,10 @@ CASES: list[tuple[str, str, list[str], str]] = [
     ("train", MODEL, ["optimization.steps=0"], "expected at least 1"),
     ("train", MODEL, ["optimization.precision=fp16"], "expected one of 32-true"),
     ("train", MODEL, ["optimization.lora_rank=1000000000"], "between 1 and 4096"),
-    ("train", MODEL, ["objective.cwg=nan"], "expected a finite number"),
+    ("train", MODEL, ["objective.terms.cwg=nan"], "expected a finite number"),
     ("train", MODEL, ["objective.variant=null"], "expected one of paper"),
-    ("train", MODEL, ["objective.layer="], "one of the paper's layers"),
-    ("train", MODEL, ["experiment=refined", "objective.layer=mid_block.attentions.7"], "up_blocks.1.attentions.0 (1)"),
+    ("train", MODEL, ["objective.layers="], "one of the paper's layers"),
+    ("train", MODEL, ["experiment=refined", "objective.layers=mid_block.attentions.7"], "up_blocks.1.attentions.0 (1)"),
     ("train", MODEL, ["attribution.layer=mid_block.attentions.7"], "No attention layer"),
     ("train", MODEL, ["attribution.delta=1.0"], "a number in [0, 1)"),
     ("train", MODEL, ["attribution.penalties=[1,inf]"], "penalties[1]=inf"),
@@ -196,7 +196,7 @@ CASES: list[tuple[str, str, list[str], str]] = [
         "train",
         MODEL,
         ["objective.terms.mine={fn: tests.support.terms:offset, weight: 1}"],
-        "attention.target is None without truth: true",
+        "attention.target is None without needs: [target]",
     ),
     (
         "train",
@@ -544,7 +544,7 @@ def test_bad_input(
         ("evaluate checkpoint=tiny attribution.layer=mid", "mid"),
         ("evaluate checkpoint=tiny evaluation.samples=3", "at most data.synthetic.test=2"),
         ("train evaluation.metrics=[nope]", "No metric is called 'nope'"),
-        ("train objective.dcml=0.1 objective.layer=mid", "mid"),
+        ("train objective.terms.dcml=0.1 objective.layers=mid", "mid"),
         ("train trainer.keep_best=nope", "nope"),
         ("train callbacks=[nope:It]", "nope"),
         ("train validation.samples=32", "data.synthetic.train=5 is not possible"),
@@ -568,7 +568,7 @@ def test_cheap_checks_come_before_a_dataset_is_drawn(
     small = [] if words.startswith(("evaluate", "explain")) else ["data.batch_size=2"]
     held_out = [] if "validation" in words or not small else ["validation.samples=2"]
     arm = tmp_path / "arm.yaml"
-    arm.write_text("objective: {dcml: 0.1, layer: mid}\n")
+    arm.write_text("objective: {layers: mid, terms: {dcml: {weight: 0.1}}}\n")
     used = tmp_path / "used"
     used.mkdir()
     (used / "settings.json").write_text('{"seed": 5}')

@@ -1,8 +1,15 @@
-"""Attention terms of a user, good ones and bad ones."""
+"""Attention terms of a user, good ones and bad ones; and entries of ``objective.terms`` with a weight and no more."""
+
+from typing import Any
 
 from torch import Tensor
 
 from i2am_train.losses.attention import Attention
+
+
+def weights(**terms: float) -> dict[str, dict[str, Any]]:
+    """``objective.terms`` of terms with these weights."""
+    return {name: {"weight": weight} for name, weight in terms.items()}
 
 
 def mass(attention: Attention, *, scale: float = 1.0) -> Tensor:

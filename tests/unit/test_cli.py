@@ -82,9 +82,9 @@ def test_nothing_is_left_behind(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["objective.dcmll=1"], r"no option 'objective\.dcmll'\. Did you mean 'objective\.dcml'\?"),
+        (["objective.varian=1"], r"no option 'objective\.varian'\. Did you mean 'objective\.variant'\?"),
         (["optimisation=paper"], r"no option 'optimisation'\. Did you mean 'optimization'\?"),
-        (["layer=2"], r"Did you mean 'objective\.layer' or 'attribution\.layer'\?"),
+        (["layer=2"], r"Did you mean 'attribution\.layer'\?"),
         (["experiment=refind"], r"no file conf/experiment/refind\.yaml\. .* baseline, "),
         (["seed"], r"'seed' cannot be read\. Options are written name=value"),
         (["seed=[0,1"], r"'seed=\[0,1' cannot be read"),

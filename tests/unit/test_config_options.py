@@ -75,9 +75,12 @@ def test_impossible_lists_are_named(values: dict[str, object], message: str) -> 
 
 def test_zero_is_a_value() -> None:
     """Seed 0, weight 0.0 and null are kept apart: nothing is replaced because it is falsy."""
-    config = build(TrainConfig, {"seed": 0, "objective": {"cwg": 0.0}, "optimization": {"gradient_clip": None}})
+    config = build(
+        TrainConfig,
+        {"seed": 0, "objective": {"terms": {"cwg": {"weight": 0.0}}}, "optimization": {"gradient_clip": None}},
+    )
     assert config.seed == 0
-    assert config.objective.cwg == 0.0
+    assert config.objective.terms == {"cwg": {"weight": 0.0}}
     assert config.optimization.gradient_clip is None
 
 
@@ -95,7 +98,7 @@ def test_plain_is_the_inverse_of_build(schema: type) -> None:
     ("values", "message"),
     [
         ({"objectiv": {"dcml": 1}}, r"no option 'objectiv'\. Did you mean 'objective'\?"),
-        ({"objective": {"dcmll": 1}}, r"no option 'objective\.dcmll'\. .*'objective\.dcml'"),
+        ({"objective": {"varian": 1}}, r"no option 'objective\.varian'\. .*'objective\.variant'"),
         ({"objective": 3}, r"objective=3 .* a group of options"),
         ({"seed": "one"}, r"seed=one is not possible: expected a whole number"),
         ({"seed": 1.5}, r"seed=1\.5 .* whole number"),
@@ -104,7 +107,7 @@ def test_plain_is_the_inverse_of_build(schema: type) -> None:
         ({"seed": -1}, r"seed=-1 .* at least 0"),
         ({"resume": "yes"}, r"resume=yes .* true or false"),
         ({"objective": {"variant": "rewrd"}}, r"one of paper, .*Did you mean 'reward'\?"),
-        ({"objective": {"layer": 10}}, r"objective\.layer=10 .*1\.\.\.9"),
+        ({"objective": {"layers": 10}}, r"objective\.layers=10 .*1\.\.\.9"),
         ({"attribution": {"delta": 1.0}}, r"attribution\.delta=1\.0 .* in \[0, 1\)"),
         ({"attribution": {"delta": float("nan")}}, r"attribution\.delta=nan"),
         ({"attribution": {"penalties": 3}}, r"attribution\.penalties=3 .* a list"),
@@ -191,7 +194,7 @@ def test_hints_find_the_group_of_a_word() -> None:
     """A right word without its group leads to the option; a strange word leads to --help."""
     known = option_names(TrainConfig)
     assert "'optimization.steps' or 'sampling.steps'" in unknown_option("steps", known)
-    assert "'objective.dcml'" in unknown_option("weights.dcml", known)
+    assert "'objective.variant'" in unknown_option("losses.variant", known)
     assert "--help" in unknown_option("zzzz", known)
 
 

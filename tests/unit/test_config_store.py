@@ -80,8 +80,8 @@ def test_every_experiment_belongs_to_a_command() -> None:
 
 def test_the_command_line_has_the_last_word() -> None:
     """An override beats the experiment."""
-    config = compose("train", ["experiment=refined", "objective.cwg=0.5", "seed=3"])
-    assert (config.objective.cwg, config.seed, config.name) == (0.5, 3, "refined")
+    config = compose("train", ["experiment=refined", "objective.terms.cwg=0.5", "seed=3"])
+    assert (config.objective.terms["cwg"], config.seed, config.name) == ({"weight": 0.5}, 3, "refined")
     assert config.folder == Path.cwd() / "runs" / "refined-seed3"
 
 
@@ -113,14 +113,14 @@ def test_yaml_round_trip() -> None:
 
 def test_an_arm_is_the_study_s_settings_and_its_own() -> None:
     """A cell inherits everything shared, and what its arm's file says wins over the study."""
-    study = compose("ablate", ["optimization.steps=7", "objective.dcml=0.5", "init=elsewhere"])
+    study = compose("ablate", ["optimization.steps=7", "objective.variant=mixed", "init=elsewhere"])
     refined = arm_config(study, "refined", seed=2, output=Path("cell"))
     assert refined.name == "refined"
     assert refined.seed == 2
     assert refined.init == "elsewhere"
     assert refined.optimization.steps == 7
     assert refined.objective == compose("train", ["experiment=refined"]).objective
-    assert arm_config(study, "baseline", 0, Path("cell")).objective.dcml == 0.0
+    assert arm_config(study, "baseline", 0, Path("cell")).objective.terms == {}
     for group in {item.name for item in fields(TrainingGroups)} - {"objective"}:
         assert getattr(refined, group) == getattr(study, group)
 
@@ -128,9 +128,9 @@ def test_an_arm_is_the_study_s_settings_and_its_own() -> None:
 def test_an_arm_can_be_a_file(tmp_path: Path) -> None:
     """A YAML file anywhere is an arm, named after the file unless it says otherwise."""
     file = tmp_path / "weak_cwg.yaml"
-    file.write_text("objective: {dcml: 0.007, cwg: 1e-4}\n")
+    file.write_text("objective: {terms: {dcml: {weight: 0.007}, cwg: {weight: 1e-4}}}\n")
     cell = arm_config(AblateConfig(), str(file), seed=0, output=tmp_path / "cell")
-    assert (cell.name, cell.label, cell.objective.cwg) == ("weak_cwg", "weak_cwg", 1e-4)
+    assert (cell.name, cell.label, cell.objective.terms["cwg"]["weight"]) == ("weak_cwg", "weak_cwg", 1e-4)
 
 
 def test_an_experiment_can_be_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -139,12 +139,13 @@ def test_an_experiment_can_be_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyP
     for folder, steps in (("a b", 3), ("c", 4)):
         (tmp_path / folder).mkdir()
         (tmp_path / folder / "refined.yaml").write_text(
-            f"defaults: [strong]\nobjective: {{cwg: 0.5}}\noptimization: {{steps: {steps}}}\nlabel: Mine\n"
+            "defaults: [strong]\nobjective: {terms: {cwg: {weight: 0.5}}}\n"
+            f"optimization: {{steps: {steps}}}\nlabel: Mine\n"
         )
     config = compose("train", ["experiment=a b/refined.yaml", "optimization.warmup_steps=2"])
     strong = compose("train", ["experiment=strong"])
-    assert config.objective.cwg == 0.5
-    assert config.objective.dcml == strong.objective.dcml
+    assert config.objective.terms["cwg"] == {"weight": 0.5}
+    assert config.objective.terms["dcml"] == strong.objective.terms["dcml"]
     assert (config.optimization.steps, config.optimization.warmup_steps) == (3, 2)
     assert (config.name, strong.name) == (strong.name, "strong")
     assert compose("train", ["experiment=c/refined.yaml"]).optimization.steps == 4
@@ -327,7 +328,7 @@ def test_lists_hold_names_and_mappings() -> None:
 def test_hydra_s_own_words_stay() -> None:
     """Null, interpolations, quoted texts, lists of numbers, sweeps with -m, and words that are no options."""
     words = ["output=null", "label=${name}-2", "output='a'", "seed=1", "hydra.job.name=a b", "x"]
-    words += ["attribution.layers=[1,up_blocks.1]", "optimization.betas=[0.5,0.9]", "objective.layer=2"]
+    words += ["attribution.layers=[1,up_blocks.1]", "optimization.betas=[0.5,0.9]", "objective.layers=2"]
     assert as_typed("train", words) == words
     sweep = ["data.root=a,b", "seed=0,1", "name=choice(a,b)", "data.root=a (1),b"]
     assert as_typed("train", sweep, sweep=True) == sweep

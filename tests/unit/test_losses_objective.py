@@ -3,30 +3,32 @@
 from __future__ import annotations
 
 import math
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from i2am_train.config.objective import TERMS, ObjectiveConfig
 from i2am_train.config.options import plain
-from i2am_train.config.store import arm_config, compose
-from i2am_train.config.training import ObjectiveConfig, TrainConfig
 from i2am_train.doors import allow_named
 from i2am_train.errors import ConfigError
 from i2am_train.losses.attention import VARIANTS, Attention, attention_on_grids
-from i2am_train.losses.objective import Objective, make_objective
+from i2am_train.losses.objective import NEEDS, Objective, make_objective
 from i2am_train.results.study import uses_truth
 from i2am_train.types import GridSize, LossVariant
-from tests.support.terms import mass
+from tests.support.terms import mass, weights
 
 GENERATED, REFERENCE = GridSize(4, 3), GridSize(6, 5)
 WEIGHTS = {"dcml": 0.5, "tv": 0.25, "cwg": 2.0, "supervised": 0.125}
 
 
-def weighted(**options: Any) -> Objective:
-    return make_objective(ObjectiveConfig(**options))
+def weighted(variant: LossVariant = LossVariant.REWARD, **terms: float) -> Objective:
+    return make_objective(ObjectiveConfig(variant=variant, terms=weights(**terms)))
+
+
+def of_terms(**terms: dict[str, Any]) -> Objective:
+    return make_objective(ObjectiveConfig(terms=terms))
 
 
 def on_grids(scores: Tensor, mask: Tensor, **more: Any) -> Attention:
@@ -57,7 +59,7 @@ def test_total_is_the_weighted_sum_of_means(logits: Tensor, mask: Tensor, target
     """The logged means times the weights give the total; the means carry no weight."""
     objective = weighted(**WEIGHTS)
     scores = logits.softmax(-1)
-    total, terms = objective(on_grids(scores, mask, target=target))
+    total, terms = objective({2: on_grids(scores, mask, target=target)})
     samples = objective.per_sample(on_grids(scores, mask, target=target))
     assert list(terms) == ["dcml", "tv", "cwg", "supervised"]
     expected = sum(weight * samples[name].mean() for name, weight in WEIGHTS.items())
@@ -69,13 +71,13 @@ def test_total_is_the_weighted_sum_of_means(logits: Tensor, mask: Tensor, target
 def test_a_weight_of_zero_skips_the_term(logits: Tensor, mask: Tensor) -> None:
     """A term without a weight is neither computed nor logged, so that it needs no truth either."""
     objective = weighted(dcml=0.0, tv=1.0, cwg=0.0, supervised=0.0)
-    assert not objective.truth
-    assert list(objective(on_grids(logits.softmax(-1), mask))[1]) == ["tv"]
+    assert not objective.needs
+    assert list(objective({2: on_grids(logits.softmax(-1), mask)})[1]) == ["tv"]
 
 
 def test_nothing_switched_on_is_zero(logits: Tensor, mask: Tensor) -> None:
     """The baseline arm may call the objective; it adds nothing."""
-    total, terms = Objective()(on_grids(logits.softmax(-1), mask))
+    total, terms = Objective()({2: on_grids(logits.softmax(-1), mask)})
     assert total.item() == 0.0
     assert terms == {}
 
@@ -86,12 +88,12 @@ def test_dropped_conditions_take_no_part(logits: Tensor, mask: Tensor, target: T
     objective = weighted(**WEIGHTS, variant=variant)
     kept = torch.tensor([True, False, True])
     scores = logits.softmax(-1)
-    total, _ = objective(on_grids(scores, mask, target=target, conditioned=kept))
+    total, _ = objective({2: on_grids(scores, mask, target=target, conditioned=kept)})
     total.backward()
     assert logits.grad is not None
     assert torch.equal(logits.grad[1], torch.zeros_like(logits.grad[1]))
     assert logits.grad[0].abs().sum() > 0
-    alone, _ = objective(on_grids(scores[kept], mask[kept], target=target[kept]))
+    alone, _ = objective({2: on_grids(scores[kept], mask[kept], target=target[kept])})
     torch.testing.assert_close(total, alone)
 
 
@@ -104,8 +106,8 @@ def test_several_batches_weigh_by_their_samples(logits: Tensor, mask: Tensor, va
     objective = weighted(cwg=1.0, variant=variant)
     scores = logits.softmax(-1)
     parts = [on_grids(scores[rows], mask[rows]) for rows in (slice(0, 2), slice(2, 3))]
-    whole = [objective(part)[0] for part in parts]
-    split = [objective(part, count=torch.tensor(1.5))[0] for part in parts]
+    whole = [objective({2: part})[0] for part in parts]
+    split = [objective({2: part}, counts=torch.tensor([1.5]))[0] for part in parts]
     torch.testing.assert_close(sum(split) / 2, (2 * whole[0] + whole[1]) / 3)
 
 
@@ -116,7 +118,7 @@ def test_a_dropped_sample_may_hold_nan(logits: Tensor, mask: Tensor) -> None:
     broken.requires_grad_()
     kept = torch.tensor([True, False, True])
     objective = weighted(dcml=1.0, tv=1.0, cwg=1.0)
-    total, _ = objective(on_grids(broken, mask, conditioned=kept))
+    total, _ = objective({2: on_grids(broken, mask, conditioned=kept)})
     total.backward()
     assert broken.grad is not None
     assert total.isfinite()
@@ -127,7 +129,7 @@ def test_all_conditions_dropped(logits: Tensor, mask: Tensor, target: Tensor) ->
     """Zero with a gradient of zero, so that a parallel process can still go backwards."""
     none = torch.zeros(3, dtype=torch.bool)
     objective = weighted(**WEIGHTS)
-    total, _ = objective(on_grids(logits.softmax(-1), mask, target=target, conditioned=none))
+    total, _ = objective({2: on_grids(logits.softmax(-1), mask, target=target, conditioned=none)})
     total.backward()
     assert total.item() == 0.0
     assert logits.grad is not None
@@ -140,7 +142,7 @@ def test_an_empty_mask_counts_as_zero(logits: Tensor, mask: Tensor) -> None:
     one_empty = mask.clone()
     one_empty[1] = False
     samples = objective.per_sample(on_grids(logits.softmax(-1), mask))["cwg"]
-    total, _ = objective(on_grids(logits.softmax(-1), one_empty))
+    total, _ = objective({2: on_grids(logits.softmax(-1), one_empty)})
     torch.testing.assert_close(total, (samples[0] + samples[2]) / 3)
 
 
@@ -149,22 +151,15 @@ def test_supervision_stays_inside_the_mask(logits: Tensor, mask: Tensor, target:
     objective = weighted(supervised=1.0)
     moved = target.clone()
     moved[1, :5] = 0.0
-    plain, other = (objective(on_grids(logits.softmax(-1), mask, target=given))[0] for given in (target, moved))
+    plain, other = (objective({2: on_grids(logits.softmax(-1), mask, target=given)})[0] for given in (target, moved))
     torch.testing.assert_close(other, plain)
-
-
-def test_supervision_needs_a_target(logits: Tensor, mask: Tensor) -> None:
-    """A dataset without correspondence is told what to do."""
-    objective = weighted(supervised=1.0)
-    with pytest.raises(ConfigError, match=r"no correspondence.*set the weight to 0"):
-        objective(on_grids(logits.softmax(-1), mask))
 
 
 @pytest.mark.parametrize("weight", [-1.0, float("nan"), float("inf")])
 def test_impossible_weights_are_refused(weight: float) -> None:
     """The message names the term and the value."""
-    with pytest.raises(ConfigError, match=rf"tv={weight} is not possible"):
-        ObjectiveConfig(tv=weight)
+    with pytest.raises(ConfigError, match=rf"tv\.weight={weight} is not possible"):
+        ObjectiveConfig(terms=weights(tv=weight))
 
 
 MINE = {"fn": "tests.support.terms:mass", "weight": 0.5}
@@ -177,11 +172,11 @@ def own_terms() -> None:
 
 @pytest.mark.usefixtures("own_terms")
 def test_a_term_of_ones_own(logits: Tensor, mask: Tensor) -> None:
-    """By its import path, with keywords, beside the package's; of weight 0 it is not even imported."""
+    """By its import path, with keywords, after the package's; of weight 0 it is not even imported."""
     nowhere = {"fn": "nowhere.at:all", "weight": 0.0}
-    objective = weighted(tv=1.0, terms={"mine": {**MINE, "scale": 3.0}, "off": nowhere})
+    objective = of_terms(mine={**MINE, "scale": 3.0}, off=nowhere, tv={"weight": 1.0})
     attention = on_grids(logits.softmax(-1), mask)
-    total, terms = objective(attention)
+    total, terms = objective({2: attention})
     assert list(terms) == ["tv", "mine"]
     torch.testing.assert_close(terms["mine"], 3 * mass(attention).mean().detach())
     torch.testing.assert_close(total.detach(), terms["tv"] + 0.5 * terms["mine"])
@@ -190,7 +185,7 @@ def test_a_term_of_ones_own(logits: Tensor, mask: Tensor) -> None:
 @pytest.mark.usefixtures("own_terms")
 def test_own_terms_are_held_to_the_rules(logits: Tensor, mask: Tensor) -> None:
     """Float32 under autocast, and no value or gradient of a sample whose condition was dropped, mask or no mask."""
-    objective = weighted(terms={"mine": {"fn": "tests.support.terms:product", "weight": 1.0}})
+    objective = of_terms(mine={"fn": "tests.support.terms:product", "weight": 1.0})
     kept = torch.tensor([True, False, True])
     attention = on_grids(logits.softmax(-1), mask, conditioned=kept)
     values = objective.per_sample(attention)["mine"]
@@ -206,21 +201,33 @@ def test_own_terms_are_held_to_the_rules(logits: Tensor, mask: Tensor) -> None:
 def test_only_terms_that_ask_for_the_truth_get_it(logits: Tensor, mask: Tensor, target: Tensor) -> None:
     """Arms that use it are marked, so that no term may use it quietly."""
     entry = {"fn": "tests.support.terms:offset", "weight": 1.0}
-    with pytest.raises(ConfigError, match="None without truth: true"):
-        weighted(terms={"mine": entry})
-    options = ObjectiveConfig(terms={"mine": {**entry, "truth": True}})
+    with pytest.raises(ConfigError, match=r"None without needs: \[target\]"):
+        of_terms(mine=entry)
+    options = ObjectiveConfig(terms={"mine": {**entry, "needs": ["target"]}})
     objective = make_objective(options)
-    assert options.truth
-    assert objective.truth
+    assert options.needs == objective.needs == {"target"}
     assert uses_truth({"losses": plain(options)})
-    assert objective(on_grids(logits.softmax(-1), mask, target=target))[0] > 0
-    assert not ObjectiveConfig(terms={"mine": {**entry, "weight": 0, "truth": True}}).truth
+    assert objective({2: on_grids(logits.softmax(-1), mask, target=target)})[0] > 0
+    off = ObjectiveConfig(terms={"mine": {**entry, "weight": 0, "needs": ["target"]}})
+    assert not off.needs
+    assert not uses_truth({"losses": plain(off)})
+
+
+def test_needs_are_the_optional_fields_of_an_attention() -> None:
+    """What a term may ask for is what a step may fill."""
+    assert list(NEEDS) == list(Attention._field_defaults)
+
+
+def test_every_built_in_term_is_there() -> None:
+    """Each entry of the table names a function, which makes a term with the keywords of its signature."""
+    objective = make_objective(ObjectiveConfig(terms=weights(**dict.fromkeys(TERMS, 1.0))))
+    assert list(objective.terms) == list(TERMS)
 
 
 def test_a_file_has_no_term_imported() -> None:
     """Whoever runs an experiment of somebody else allows the module first."""
     with pytest.raises(ConfigError, match=r"mine\.fn=tests\.support\.terms:mass was read from a file"):
-        weighted(terms={"mine": MINE})
+        of_terms(mine=MINE)
 
 
 def test_every_variant_has_its_preset() -> None:
@@ -229,34 +236,94 @@ def test_every_variant_has_its_preset() -> None:
 
 
 @pytest.mark.parametrize("variant", LossVariant)
-def test_a_variant_trains_with_its_own_sigma(logits: Tensor, mask: Tensor, variant: LossVariant) -> None:
-    """Unless a number is given; the settings of a training show the number that is used."""
+def test_a_variant_trains_with_its_own_keywords(logits: Tensor, mask: Tensor, variant: LossVariant) -> None:
+    """Unless a term has one of its own, which leaves the others as they are."""
     attention = on_grids(logits.detach().softmax(-1), mask)
     own = VARIANTS[variant].cwg
-    for given, used in ((None, variant.sigma), (3.0, 3.0)):
-        training = TrainConfig(objective=ObjectiveConfig(variant=variant, sigma=given, cwg=1.0))
-        assert training.objective.sigma == used
-        trained = make_objective(training.objective).terms["cwg"].function(attention)
-        assert torch.equal(trained, own(attention, sigma=used))
-    assert torch.equal(own(attention), own(attention, sigma=variant.sigma))
+    for given in ({}, {"sigma": 3.0}):
+        options = ObjectiveConfig(variant=variant, terms={"cwg": {"weight": 1.0, **given}})
+        assert torch.equal(make_objective(options).terms["cwg"].function(attention), own(attention, **given))
+    assert not torch.equal(own(attention), own(attention, sigma=3.0))
 
 
-@pytest.mark.parametrize(("sigma", "exponent"), [(None, 1.0), (1.0, 0.25)])
-def test_cwg_of_the_first_version_as_training_computes_it(sigma: float | None, exponent: float) -> None:
+@pytest.mark.parametrize(("keywords", "exponent"), [({}, 1.0), ({"sigma": 1.0}, 0.25)])
+def test_cwg_of_the_first_version_as_training_computes_it(keywords: dict[str, float], exponent: float) -> None:
     """By hand: half the mass on each of two neighbours lies 1/2 from the centre; exp(-(1/2) / (2 sigma^2))."""
     scores = torch.tensor([[[0.0, 0.5, 0.5], [0.5, 0.5, 0.0]]])
-    objective = weighted(variant=LossVariant.AUTHORS_V1, sigma=sigma, cwg=1.0)
+    entry = {"weight": 1.0, **keywords}
+    objective = make_objective(ObjectiveConfig(variant=LossVariant.AUTHORS_V1, terms={"cwg": entry}))
     everywhere = torch.ones(1, 2, dtype=torch.bool)
     attention = attention_on_grids(scores, everywhere, GridSize(1, 2), GridSize(1, 3))
     value = objective.per_sample(attention)["cwg"]
     torch.testing.assert_close(value, torch.tensor([-math.exp(-exponent)]))
 
 
-def test_an_arm_of_a_study_may_set_another_variant(tmp_path: Path) -> None:
-    """The study's own sigma is not handed to it as a number."""
-    arm = tmp_path / "arm.yaml"
-    arm.write_text("objective: {variant: authors_v1, cwg: 1.0}\n")
-    study = compose("ablate", ["objective.sigma=null"])
-    assert arm_config(study, str(arm), seed=0, output=tmp_path).objective.sigma == 0.5
-    study = compose("ablate", ["objective.sigma=2.0"])
-    assert arm_config(study, str(arm), seed=0, output=tmp_path).objective.sigma == 2.0
+# -- bad input ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("terms", "message"),
+    [
+        ({"cvg": {"weight": 1}}, r"terms\.cvg=.*expected one of dcml, tv, cwg, .*Did you mean 'cwg'\?"),
+        ({"cwg": 0.5}, r"terms\.cwg=0\.5 .*a mapping, such as terms\.cwg=\{name"),
+        ({"cwg": {"sigma": 1}}, r"terms\.cwg=.*expected a weight, too: \{weight: 0\.05\}"),
+        ({"cwg": {"weight": "much"}}, r"terms\.cwg\.weight=much .*expected a number"),
+        ({"cwg": {"weight": 1, "needs": ["target"]}}, r"terms\.cwg\.needs=.*what a built-in term needs is known"),
+        ({"cwg": {"weight": 1, "fn": "a:b"}}, r"a name that is not taken, as 'cwg' is"),
+        ({"total": {"weight": 1, "fn": "a:b"}}, r"a name that is not taken, as 'total' is"),
+        ({"mine": {"weight": 1, "fn": "a:b", "needs": ["truth"]}}, r"terms\.mine\.needs\[0\]=truth .*one of target"),
+        ({"cwg": {"weight": 1, "schedule": "early"}}, r"terms\.cwg\.share=null .*such as 0\.25"),
+        ({"cwg": {"weight": 1, "share": 0.5}}, r"terms\.cwg\.share=0\.5 .*none with schedule=constant"),
+        ({"cwg": {"weight": 1, "schedule": ["early", "ramp"], "share": 0.5}}, r"schedule=\['early', 'ramp'\] .*one of"),
+        ({"cwg": {"weight": 1, "schedule": "soon", "share": 0.5}}, r"terms\.cwg\.schedule=soon .*one of constant"),
+        ({"cwg": {"weight": 1, "schedule": "late", "share": 1.0}}, r"terms\.cwg\.share=1\.0 .*would never be on"),
+        ({"cwg": {"weight": 1, "schedule": "early", "share": 1.5}}, r"terms\.cwg\.share=1\.5 .*more than 0 and at"),
+        ({"cwg": {"weight": 1, "schedule": "ramp", "share": 0.0}}, r"terms\.cwg\.share=0\.0 .*more than 0 and at"),
+        ({"cwg": {"weight": 1, "timesteps": [500, 0]}}, r"terms\.cwg\.timesteps=\[500, 0\] .*first below end"),
+        ({"cwg": {"weight": 1, "timesteps": [5, 5]}}, r"terms\.cwg\.timesteps=\[5, 5\] .*first below end"),
+        ({"cwg": {"weight": 1, "timesteps": [-1, 5]}}, r"terms\.cwg\.timesteps\[0\]=-1 .*at least 0"),
+        ({"cwg": {"weight": 1, "timesteps": 500}}, r"terms\.cwg\.timesteps=500 .*a list of 2 values"),
+    ],
+)
+def test_terms_that_are_none(terms: dict[str, Any], message: str) -> None:
+    """Refused where options are made: before anything is loaded."""
+    with pytest.raises(ConfigError, match=message):
+        ObjectiveConfig(terms=terms)
+
+
+@pytest.mark.parametrize(
+    ("terms", "message"),
+    [
+        ({"cwg": {"weight": 1, "sigm": 2}}, r"terms\.cwg has no keyword 'sigm'\. .*sigma,.*Did you mean 'sigma'\?"),
+        ({"cwg": {"weight": 1, "origin": 1}}, r"terms\.cwg has no keyword 'origin'"),
+        ({"cwg": {"weight": 1, "sigma": 0}}, r"objective\.terms\.cwg\.sigma=0.* expected more than 0"),
+        ({"cwg": {"weight": 1, "detach_centers": 1}}, r"terms\.cwg\.detach_centers=1 .*true or false"),
+        ({"cwg": {"weight": 1, "norm": "median"}}, r"terms\.cwg\.norm=median .*one of valid, slots, sum, batch"),
+        ({"dcml": {"weight": 1, "force": "pull"}}, r"terms\.dcml\.force=pull .*one of reward, hinge"),
+        ({"dcml": {"weight": 1, "margin": 0.5}}, r"dcml has margin=0\.5, and force=reward has none"),
+        ({"supervised": {"weight": 1, "margin": 0.5}}, r"no keyword 'margin'\. Its own are sigma;"),
+    ],
+)
+def test_keywords_that_a_term_has_not(terms: dict[str, Any], message: str) -> None:
+    """Refused where the objective is made, before a model is loaded."""
+    with pytest.raises(ConfigError, match=message):
+        of_terms(**terms)
+
+
+@pytest.mark.parametrize(
+    ("layers", "message"),
+    [
+        (0, r"layers=0 .*1\.\.\.9"),
+        ([2, 10], r"layers\[1\]=10 .*1\.\.\.9"),
+        ({10: 1.0}, r"layers\.10=1\.0 .*1\.\.\.9"),
+        ([], r"layers=\[\] .*without repetition"),
+        ([2, 2], r"layers=\[2, 2\] .*without repetition"),
+        ({2: 0.0}, r"layers\.2=0\.0 .*more than 0"),
+        ({2: 1.0, 5: -1.0}, r"layers\.5=-1\.0 .*more than 0"),
+        ({2: float("nan")}, r"layers\.2=nan .*a finite number"),
+    ],
+)
+def test_layers_that_are_none(layers: Any, message: str) -> None:
+    """What a model has not is found when the module is made; these are refused without one."""
+    with pytest.raises(ConfigError, match=message):
+        ObjectiveConfig(layers=layers)

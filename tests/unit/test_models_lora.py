@@ -9,7 +9,8 @@ import torch
 from safetensors.torch import load_file
 
 from i2am_train.attention.trace import ScoreTap, trace
-from i2am_train.config.training import ObjectiveConfig, OptimizationConfig
+from i2am_train.config.objective import ObjectiveConfig
+from i2am_train.config.training import OptimizationConfig
 from i2am_train.errors import ConfigError
 from i2am_train.losses.objective import Objective, make_objective
 from i2am_train.models.lora import add_adapters, has_adapters, merged, save_adapters
@@ -18,6 +19,7 @@ from i2am_train.models.tryon import TryOnModel
 from i2am_train.training.module import TryOnModule
 from i2am_train.training.step import draw, step_losses
 from i2am_train.types import Direction, GridSize
+from tests.support.terms import weights
 
 LORA = OptimizationConfig(trainable="lora", lora_rank=3, lora_alpha=6)
 
@@ -94,7 +96,7 @@ def test_attention_losses_reach_the_adapters(
     make_small_model: Callable[..., Any], read_batch: Callable[..., Any]
 ) -> None:
     """Their gradient arrives at the adapters of the layer's projections, and at nothing but adapters."""
-    objective = make_objective(ObjectiveConfig(dcml=1.0, tv=1.0, cwg=1.0))
+    objective = make_objective(ObjectiveConfig(terms=weights(dcml=1.0, tv=1.0, cwg=1.0)))
     module = TryOnModule(make_small_model(), objective, LORA)
     model = module.model
     for name, weight in model.unet.named_parameters():

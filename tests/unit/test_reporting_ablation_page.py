@@ -16,6 +16,7 @@ from i2am_train.errors import RunFolderError
 from i2am_train.reporting.ablation_page import build_report, focus_arm, sample_table
 from i2am_train.results.run_files import read_history
 from i2am_train.results.study import compare, read_study
+from tests.support.terms import weights
 
 ARMS = ("base", "baseline", "refined", "supervised")
 GENERATED, REFERENCE = (8, 6), (16, 12)
@@ -188,8 +189,11 @@ def write_run(run, seeds=(0, 1, 2), size=(64, 48), samples=8, pictures=False):
                 "label": arm,
                 "losses": {
                     "variant": "reward",
-                    "weights": {"supervised": float(arm == ARMS[3])},
-                    "terms": {"mine": {"fn": "my_package:loss", "weight": 0.5}},
+                    "layers": {"2": 1.0, "5": 0.5},
+                    "terms": {
+                        **weights(supervised=float(arm == ARMS[3])),
+                        "mine": {"fn": "my_package:loss", "weight": 0.5, "timesteps": [0, 500]},
+                    },
                 },
             }
             for arm in ARMS
@@ -270,7 +274,10 @@ def test_page_shows_markup_in_texts_of_the_run_as_text(finished):
 def test_page_says_which_losses_an_arm_has(finished):
     # Those of the user's own, too.
     _, _, page = finished
-    assert "variant reward, supervised 0.0, mine (fn my_package:loss, weight 0.5)" in page.text
+    assert (
+        "variant reward, layers 2 and 0.5 x 5, supervised 0.0, mine 0.5 (fn my_package:loss, timesteps [0, 500])"
+        in page.text
+    )
 
 
 def test_a_report_of_labels_that_look_like_formulas(tmp_path):

@@ -22,6 +22,7 @@ from i2am_train.reporting.ablation_tables import (
 from i2am_train.reporting.figures.canvas import plain_text
 from i2am_train.reporting.table import html, latex_label, latex_text, markdown_text, number
 from i2am_train.results.statistics import Verdict, verdict
+from tests.support.terms import weights
 
 
 def entry(mean, std=0.01):
@@ -70,7 +71,8 @@ def results():
             "fid": metric("FID", False, 2, "image"),
         },
         "arms": [
-            {"name": name, "label": name, "losses": {"supervised": float(name == "supervised")}} for name in values
+            {"name": name, "label": name, "losses": {"terms": weights(supervised=float(name == "supervised"))}}
+            for name in values
         ],
         "seeds": [0, 1, 2],
         "cells": [

@@ -15,6 +15,7 @@ import pytest
 from scipy.stats import pearsonr, spearmanr
 
 from i2am_train.config.evaluation import EvaluateConfig, EvaluationConfig
+from i2am_train.config.objective import ObjectiveConfig
 from i2am_train.config.options import plain
 from i2am_train.config.store import arm_config, compose
 from i2am_train.config.training import TrainConfig
@@ -40,6 +41,7 @@ from i2am_train.runs import RunFolder
 from i2am_train.training.preflight import accumulation
 from i2am_train.types import Pairing, PublishedModel
 from i2am_train.workflows.evaluate import expected_values, print_scores
+from tests.support.terms import weights
 
 SAMPLES = 6
 SCRIPTS = Path(__file__).parents[2] / "scripts"
@@ -99,10 +101,9 @@ def make_evaluation() -> Make:
 def make_run() -> Callable[..., Path]:
     """Writes the settings of a training run, as `i2am train` does."""
 
-    def make(folder: Path, label: str, seed: int, **objective: Any) -> Path:
-        config = TrainConfig(name=label.lower(), label=label, seed=seed)
-        for name, value in objective.items():
-            setattr(config.objective, name, value)
+    def make(folder: Path, label: str, seed: int, **terms: float) -> Path:
+        objective = ObjectiveConfig(terms=weights(**terms))
+        config = TrainConfig(name=label.lower(), label=label, seed=seed, objective=objective)
         config.optimization.steps = 100
         RunFolder.open(folder, plain(config))
         return folder
@@ -471,8 +472,9 @@ def test_experiments_say_the_paper_s_hyperparameters(name: str) -> None:
         assert not config.objective.active
     else:
         assert config.expected == "refined_custom"
-        assert config.objective.weights == {"dcml": 0.01, "tv": 1e-4, "cwg": 2, "supervised": 0}
-        assert (config.objective.sigma, config.objective.layer) == (1, 2)
+        cwg = {"weight": 2.0, "sigma": 1.0, "detach_centers": False}
+        assert config.objective.terms == weights(dcml=0.01, tv=1e-4) | {"cwg": cwg}
+        assert config.objective.layer_weights == {2: 1.0}
 
 
 def test_defaults_that_an_arm_cannot_have(tmp_path: Path) -> None:

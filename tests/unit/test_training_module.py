@@ -5,16 +5,18 @@ from typing import Any
 
 import pytest
 
-from i2am_train.config.training import ObjectiveConfig, OptimizationConfig
+from i2am_train.config.objective import ObjectiveConfig
+from i2am_train.config.training import OptimizationConfig
 from i2am_train.errors import CaptureError
 from i2am_train.losses.objective import make_objective
 from i2am_train.training.module import TryOnModule
+from tests.support.terms import weights
 
 pytestmark = pytest.mark.filterwarnings("default")  # Lightning's own deprecations
 
 
 def refined(model: Any, layer: int | str = 2) -> TryOnModule:
-    objective = make_objective(ObjectiveConfig(cwg=1.0, layer=layer))
+    objective = make_objective(ObjectiveConfig(terms=weights(cwg=1.0), layers=layer))
     return TryOnModule(model, objective, OptimizationConfig())
 
 

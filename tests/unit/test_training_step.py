@@ -9,12 +9,14 @@ import torch
 from torch import Tensor
 
 from i2am_train.attention.trace import ScoreTap
-from i2am_train.config.training import ObjectiveConfig, OptimizationConfig
+from i2am_train.config.objective import ObjectiveConfig
+from i2am_train.config.training import OptimizationConfig
 from i2am_train.errors import CaptureError
 from i2am_train.losses.objective import Objective, make_objective, snr_weights
 from i2am_train.training.optimization import prepare_networks, set_trainable
 from i2am_train.training.step import Draws, draw, step_losses
 from i2am_train.types import GridSize
+from tests.support.terms import weights
 
 LATENT = GridSize(4, 3)
 
@@ -108,8 +110,8 @@ def draws(indices: list[int], dropped: list[bool]) -> Draws:
     return drawn._replace(dropped=torch.tensor(dropped))
 
 
-def refined(**weights: float) -> Objective:
-    return make_objective(ObjectiveConfig(**weights))
+def refined(**terms: float) -> Objective:
+    return make_objective(ObjectiveConfig(terms=weights(**terms)))
 
 
 def losses_of(
@@ -117,7 +119,7 @@ def losses_of(
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Losses of a step and the gradients that its total gives to the named parameters."""
     model.zero_grad(set_to_none=True)
-    with ScoreTap(model, layers=[objective.layer]) as tap:
+    with ScoreTap(model, layers=list(objective.layers)) as tap:
         losses = step_losses(model, batch, drawn, objective, tap)
         losses["total"].backward()
     gradients = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
