@@ -15,7 +15,7 @@ from lightning.pytorch.callbacks import Callback, LearningRateMonitor, TQDMProgr
 from i2am_train.callbacks.checkpoints import CHECKPOINTS_FOLDER, AtomicCheckpointIO, CheckpointCallback
 from i2am_train.callbacks.evaluation import EvaluationCallback, GenerationCallback
 from i2am_train.callbacks.interruption import FiniteGuard, InterruptionCallback, StopAfterSteps
-from i2am_train.callbacks.loggers import make_loggers
+from i2am_train.callbacks.loggers import StepSeconds, make_loggers
 from i2am_train.callbacks.weights import AveragedWeights, BestModelCallback, SnapshotCallback
 from i2am_train.config.evaluation import EvaluateConfig
 from i2am_train.config.training import OptimizationConfig, TrainConfig
@@ -236,7 +236,7 @@ def make_trainer(config: TrainConfig, folder: Path, own: Sequence[Callback] = ()
     # After all that have a state, so that it saves what they made of the step.
     callbacks.append(InterruptionCallback(folder / CHECKPOINTS_FOLDER))
     if loggers:  # after what may stop the run before a step, whose rate is logged when it is taken
-        callbacks.append(LearningRateMonitor("step"))
+        callbacks += [LearningRateMonitor("step"), StepSeconds()]
     trainer = config.trainer
     hardware = _hardware(config)
     if not config.validation.samples:

@@ -2,6 +2,7 @@
 
 import csv
 import io
+import time
 import warnings
 from collections.abc import Callable
 from functools import partial
@@ -21,7 +22,7 @@ from i2am_train.data.dataset import prepare_data
 from i2am_train.environment import first_process
 from i2am_train.files import write_text
 from i2am_train.runs import MODEL_FOLDER, RunFolder
-from i2am_train.tracking.names import TRAIN_JOB
+from i2am_train.tracking.names import STEP_SECONDS, TRAIN_JOB
 from i2am_train.tracking.session import finish_run, log_model, open_run, use_dataset
 
 
@@ -54,6 +55,32 @@ class ContinuedCSVLogger(CSVLogger):
             again.writerows(rows)
             write_text(file, text.getvalue())
             kept.unlink()
+
+
+class StepSeconds(L.Callback):
+    """Logs the seconds from the end of one optimizer step to that of the next, loading of its batches included.
+
+    The first step and one behind a validation have nothing to be measured from. On a GPU, which runs behind, a single
+    value says when the step was handed over; the median of many is the time of a step.
+    """
+
+    def __init__(self) -> None:
+        self._step = 0
+        self._ended: float | None = None
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._step = trainer.global_step
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
+        if trainer.global_step == self._step:  # gradients are still being added up
+            return
+        now = time.perf_counter()
+        if self._ended is not None:
+            pl_module.log(STEP_SECONDS, now - self._ended)
+        self._step, self._ended = trainer.global_step, now
+
+    def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._ended = None
 
 
 def _whole(row: dict[str, str | None]) -> bool:

@@ -150,6 +150,9 @@ METRICS: dict[str, MetricInfo] = {
         "KID", False, 4, "image",
         "Kernel distance of the image sets on Inception-v3, clean-fid's protocol",
         per_sample=False, needs_download=True),
+    "step_seconds": MetricInfo(
+        "Seconds a step", None, 3, "training",
+        "Median time of a training step on the machine of the run, loading included", unit="s", per_sample=False),
 }
 # fmt: on
 """The shipped metrics, and behind them those that were registered or described since."""

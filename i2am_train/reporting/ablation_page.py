@@ -28,7 +28,14 @@ from i2am_train.reporting.ablation_tables import (
     notes,
     verdict_sentences,
 )
-from i2am_train.reporting.figures.arms import ColumnGroup, difference_plot, metric_curves, sample_figure
+from i2am_train.reporting.figures.arms import (
+    ColumnGroup,
+    difference_plot,
+    metric_curves,
+    sample_figure,
+    tradeoff_metrics,
+    tradeoff_plot,
+)
 from i2am_train.reporting.figures.canvas import arm_colors, save_figure
 from i2am_train.reporting.pages import Picture, Section, embedded_file, making, page
 from i2am_train.reporting.table import Cell, Heading, Row, Table, html, markdown_text, minus, number
@@ -101,6 +108,7 @@ def _sections(study: Study) -> Iterator[Section]:
     table = html(arms, "main") if arms.headings else ""
     yield Section("Results", table, list(notes(results)), lead=lead)
     yield from _difference_sections(study)
+    yield from _tradeoff_sections(study)
     if figures := list(_panel_figures(study)):
         yield Section("Samples", pictures=figures)
     if (samples := sample_table(study)) is not None:
@@ -130,6 +138,24 @@ def _difference_sections(study: Study) -> Iterator[Section]:
     for index, (_, table) in enumerate(tables):
         section = Section(f"{title}: {table.caption}", html(table, "differences"))
         yield section if index else replace(section, pictures=[_difference_figure(study)], lead=lead)
+
+
+def _tradeoff_sections(study: Study) -> Iterator[Section]:
+    """Where the truth is known: whether better attention comes with better pictures."""
+    if not (metrics := tradeoff_metrics(study.results)):
+        return
+    figure = tradeoff_plot(study.results)
+    save_figure(figure, study.folder / "figures" / "tradeoff.png")
+    names = ", ".join(info.label for info in metrics.values())
+    picture = _block(
+        study,
+        figure,
+        "tradeoff.svg",
+        "Image quality over the error of the attention; better is to the right and up. Small points: runs; "
+        "large ones: means of arms; hollow: trained with the true correspondence.",
+        f"Scatter plots of {names} over correspondence error, a point for each run; the means are in the table above.",
+    )
+    yield Section("Attention against pictures", pictures=[picture])
 
 
 def _facts(results: Results) -> Iterator[tuple[str, str]]:

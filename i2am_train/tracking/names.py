@@ -7,6 +7,7 @@ Scalars of a training run, the same in ``metrics.csv``, TensorBoard and W&B:
   steps; ``weight/<term>``: the weight of a term with a schedule, at the same steps;
 - ``lr``: the learning rate, and ``grad_norm``: the norm of the gradient before it is clipped (not with float16), at
   the same steps;
+- ``step_seconds``: the time from the end of one optimizer step to that of the next, at the same steps;
 - ``val/<metric>``: each metric of ``metrics.registry.METRICS`` that was asked for, and IMACS at every threshold and
   penalty (``val/imacs_g@d0.4_l3``), once for each validation;
 - ``epoch``: beside losses and validation scores.
@@ -32,6 +33,7 @@ STEP = "trainer/global_step"
 EPOCH = "epoch"
 LEARNING_RATE = "lr"
 GRADIENT_NORM = "grad_norm"
+STEP_SECONDS = "step_seconds"
 LOSS, VALIDATION, EVALUATION, STUDY = "loss/", "val/", "eval/", "study/"
 DETECTION = "detect/"
 

@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from statistics import median
 from typing import Any, NamedTuple
 
 from rich.console import Console
@@ -25,9 +26,10 @@ from i2am_train.locks import locked
 from i2am_train.metrics.registry import METRICS
 from i2am_train.reporting.ablation_page import build_report
 from i2am_train.reporting.ablation_tables import as_terminal, verdict_sentences
-from i2am_train.results.run_files import read_samples
+from i2am_train.results.run_files import read_history, read_samples
 from i2am_train.results.study import compare
 from i2am_train.runs import RunFolder
+from i2am_train.tracking.names import STEP_SECONDS
 from i2am_train.tracking.scores import track_study
 from i2am_train.tracking.session import sync_advice
 from i2am_train.workflows import evaluate, train
@@ -192,11 +194,19 @@ def _run_cell(config: AblateConfig, cell: Cell, root: Path) -> dict[str, Any]:
         "arm": cell.arm,
         "seed": cell.seed,
         "folder": cell.folder,
-        "metrics": results["metrics"],
+        "metrics": {**results["metrics"], **_step_seconds(root, cell)},
         "samples": results["samples"],
         "minutes": _minutes(root / cell.folder, (time.monotonic() - started) / 60),
         "warnings": results["warnings"],
     }
+
+
+def _step_seconds(root: Path, cell: Cell) -> dict[str, float]:
+    """What a training step took, as a metric of the cell; of the base nothing, which is not trained."""
+    history = read_history(root / cell.folder / "metrics.csv", cell.arm, cell.seed)
+    if history is None or STEP_SECONDS not in history.curves:
+        return {}
+    return {STEP_SECONDS: median(history.curves[STEP_SECONDS].values.tolist())}
 
 
 def _minutes(cell: Path, now: float) -> float:

@@ -79,7 +79,7 @@ def test_three_stores_hold_the_same_scalars(run: Path, stored: Any) -> None:
     events = EventAccumulator(str(run / "tensorboard"))
     events.Reload()
     prefixes = (names.LOSS, names.VALIDATION)
-    expected = {name for name in from_csv if name.startswith(prefixes)} | {"lr", "grad_norm", "epoch"}
+    expected = {name for name in from_csv if name.startswith(prefixes)} | {"lr", "grad_norm", "step_seconds", "epoch"}
     assert set(from_csv) == expected
     assert {n for n in expected if n.startswith(names.LOSS)} == set(names.LOSSES) - {"loss/supervised"}
     assert {"val/imacs_g", "val/imacs_r", "val/pck_1", "val/ssim", "val/imacs_g@d0.4_l3"} <= expected

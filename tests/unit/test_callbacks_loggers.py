@@ -2,10 +2,11 @@
 
 import csv
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
-from i2am_train.callbacks.loggers import ContinuedCSVLogger
+from i2am_train.callbacks.loggers import ContinuedCSVLogger, StepSeconds
 
 pytestmark = pytest.mark.filterwarnings("default")  # Lightning's own deprecations
 
@@ -60,3 +61,19 @@ def test_rows_set_aside_by_a_killed_process_come_back(tmp_path: Path) -> None:
     (tmp_path / "run" / "metrics.csv").rename(tmp_path / "run" / "metrics.csv.previous")
     log(tmp_path / "run", 2, loss=0.25)
     assert [row["step"] for row in rows(tmp_path / "run")] == ["1", "2"]
+
+
+def test_a_step_is_measured_from_the_end_of_the_one_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two batches a step; the first step, and one behind a validation, have nothing to be measured from."""
+    logged: list[tuple[str, float]] = []
+    module = SimpleNamespace(log=lambda name, value: logged.append((name, value)))
+    clock = iter([2.0, 5.0, 9.0, 30.0, 37.0])  # when steps 3 to 7 end
+    monkeypatch.setattr("i2am_train.callbacks.loggers.time", SimpleNamespace(perf_counter=lambda: next(clock)))
+    timer = StepSeconds()
+    timer.on_train_start(SimpleNamespace(global_step=2), module)
+    for step in (2, 3, 3, 4, 4, 5):
+        timer.on_train_batch_end(SimpleNamespace(global_step=step), module)
+    timer.on_validation_start(SimpleNamespace(), module)
+    for step in (5, 6, 6, 7):
+        timer.on_train_batch_end(SimpleNamespace(global_step=step), module)
+    assert logged == [("step_seconds", 3.0), ("step_seconds", 4.0), ("step_seconds", 7.0)]

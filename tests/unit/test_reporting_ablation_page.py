@@ -295,7 +295,7 @@ def test_a_report_of_labels_that_look_like_formulas(tmp_path):
 def test_all_files_are_written_and_none_is_left_unfinished(finished):
     run, _, _ = finished
     written = {path.name for path in run.iterdir()} | {p.name for p in (run / "figures").iterdir()}
-    assert {"report.html", "results.md", "results.tex", "samples.png", "differences.svg"} <= written
+    assert {"report.html", "results.md", "results.tex", "samples.png", "differences.svg", "tradeoff.svg"} <= written
     assert not [name for name in written if name.startswith(".")]
 
 

@@ -9,7 +9,15 @@ import pytest
 from matplotlib.collections import LineCollection
 from PIL import Image
 
-from i2am_train.reporting.figures.arms import ColumnGroup, difference_plot, mesh, metric_curves, sample_figure
+from i2am_train.reporting.figures.arms import (
+    ColumnGroup,
+    difference_plot,
+    mesh,
+    metric_curves,
+    sample_figure,
+    tradeoff_metrics,
+    tradeoff_plot,
+)
 from i2am_train.reporting.figures.canvas import arm_colors, overlay, save_figure
 from i2am_train.reporting.figures.sheet import Panel, Section, Sheet, draw_sheet
 from i2am_train.results.run_files import Curve, History, SamplePanels
@@ -178,6 +186,58 @@ def test_difference_plot_shows_interval_mean_and_seeds_in_verdict_colours():
         assert interval.get_color() == color
         np.testing.assert_allclose(axes.collections[0].get_offsets()[:, 0], [0.5, 0.5])
     assert [axes.get_title("right") for axes in figure.axes] == ["better →", "← better"]
+
+
+def tradeoff_results(arms=("base", "baseline", "refined"), truth=()):
+    metrics = {
+        "correspondence_error": {"group": "attention", "higher_is_better": False, "label": "Error", "unit": "patches"},
+        "ssim": {"group": "image", "higher_is_better": True, "label": "SSIM"},
+        "fid": {"group": "image", "higher_is_better": False, "label": "FID"},
+    }
+    return {
+        "metrics": metrics,
+        "arms": [{"name": arm, "losses": {"weights": {"supervised": 1.0}} if arm in truth else {}} for arm in arms],
+        "cells": [
+            {
+                "arm": arm,
+                "seed": seed,
+                "metrics": {"correspondence_error": n + seed, "ssim": 0.5 * n, "fid": 10.0 * seed},
+            }
+            for n, arm in enumerate(arms)
+            for seed in (0, 1)
+        ],
+        "summary": {"base": dict.fromkeys(metrics)},
+        "paired": [],
+    }
+
+
+def test_tradeoff_has_a_point_for_each_run_and_each_arms_mean_and_better_is_right_and_up():
+    figure = tradeoff_plot(tradeoff_results(truth=("refined",)))
+    ssim, fid = figure.axes
+    runs, mean, *_ = ssim.collections[2:]  # of the second arm
+    np.testing.assert_allclose(runs.get_offsets(), [(1, 0.5), (2, 0.5)])
+    np.testing.assert_allclose(mean.get_offsets(), [(1.5, 0.5)])
+    assert [axes.xaxis.get_inverted() for axes in (ssim, fid)] == [True, True]  # a smaller error is to the right
+    assert [axes.yaxis.get_inverted() for axes in (ssim, fid)] == [False, True]
+    assert ssim.get_xlabel() == "error (patches)"
+    filled, hollow = (ssim.collections[2 * n + 1].get_facecolor()[0] for n in (1, 2))
+    assert tuple(hollow[:3]) == (1, 1, 1) != tuple(filled[:3])
+
+
+def test_arms_of_a_tradeoff_look_different_when_colours_repeat():
+    names = [f"arm{n}" for n in range(13)]
+    figure = tradeoff_plot({**tradeoff_results(names), "summary": tradeoff_results()["summary"]})
+    looks = {
+        (tuple(one.get_edgecolor()[0]), one.get_paths()[0].vertices.tobytes())
+        for one in figure.axes[0].collections[1 : 2 * len(names) : 2]
+    }
+    assert len(looks) == len(names)
+
+
+def test_a_study_without_truth_has_no_tradeoff():
+    results = tradeoff_results()
+    del results["summary"]["base"]["correspondence_error"]
+    assert tradeoff_metrics(results) == {}
 
 
 def test_arms_have_different_colours_and_the_same_in_every_subset():

@@ -1,4 +1,4 @@
-"""Arms of a study side by side: their samples, curves of training, and paired differences.
+"""Arms of a study side by side: their samples, curves of training, paired differences, attention against pictures.
 
 Of a sample: inputs, what each arm made of them, where its attention went, and whether that was right.
 
@@ -44,7 +44,7 @@ from i2am_train.reporting.figures.canvas import (
 )
 from i2am_train.results.run_files import Curve, History, SamplePanels
 from i2am_train.results.statistics import Verdict, verdict
-from i2am_train.results.study import Results, arm_labels
+from i2am_train.results.study import Results, arm_labels, uses_truth
 
 TEAR = 2.5
 """Neighbours on the person whose true positions on the garment lie further apart than this many
@@ -385,3 +385,70 @@ def _seed_differences(results: Results, arm: str, against: str, metric: str) -> 
     }
     seeds = sorted(seed for name, seed in values if name == arm and (against, seed) in values)
     return [values[arm, seed] - values[against, seed] for seed in seeds]
+
+
+# ---- trade-off -----------------------------------------------------------------------------------
+
+_MARKERS = ("o", "s", "^", "D", "v", "P")
+"""One for each round through the colours, so that up to 36 arms look different."""
+
+
+def tradeoff_metrics(results: Results) -> dict[str, MetricInfo]:
+    """The image metrics of a study whose arms can be drawn over their correspondence error; empty without that error.
+
+    >>> results = {"metrics": {"correspondence_error": {"group": "attention"}, "ssim": {"group": "image"}}}
+    >>> list(tradeoff_metrics({**results, "summary": {"ours": {"correspondence_error": {}, "ssim": {}}}}))
+    ['ssim']
+    """
+    metrics = measured_metrics(results)
+    images = {
+        name: info for name, info in metrics.items() if info.group == "image" and info.higher_is_better is not None
+    }
+    return images if _ERROR in metrics else {}
+
+
+_ERROR = "correspondence_error"
+
+
+@mpl.rc_context(STYLE)
+def tradeoff_plot(results: Results, width: float = 11.0) -> Figure:
+    """Does better attention come with better pictures? Image quality over correspondence error, one point a run.
+
+    One small plot per image metric, drawn so that right and up are better. Small points are runs, the large one is the
+    mean of an arm; hollow ones are trained with the truth. ``width`` is in inches.
+    """
+    metrics, labels = tradeoff_metrics(results), arm_labels(results)
+    arms = [arm for arm in labels if _runs(results, arm, next(iter(metrics)))]
+    truth = {arm["name"] for arm in results["arms"] if uses_truth(arm)}
+    rounds = {arm: arms.index(arm) // len(set(arm_colors(arms).values())) for arm in arms}
+    looks: dict[str, dict[str, Any]] = {
+        arm: {"marker": _MARKERS[rounds[arm] % len(_MARKERS)], "edgecolors": color, "linewidths": 0.9}
+        | {"facecolors": "white" if arm in truth else color}
+        for arm, color in arm_colors(arms).items()
+    }
+    rows = -(-len(arms) // 5)
+    figure, plots = _small_multiples(len(metrics), width, panel_height=2.6, header=0.1 + 0.2 * rows)
+    error = MetricInfo.of(_ERROR, results["metrics"][_ERROR])
+    for axes, (name, info) in zip(plots, metrics.items(), strict=True):
+        for arm in arms:
+            runs = np.array(_runs(results, arm, name)).reshape(-1, 2)
+            axes.scatter(*runs.T, s=12, alpha=0.55, **looks[arm])
+            if len(runs):
+                axes.scatter(*runs.mean(axis=0), s=58, zorder=3, **looks[arm])
+        axes.invert_xaxis()
+        if info.higher_is_better is False:
+            axes.invert_yaxis()
+        axes.margins(0.08)
+        axes.set_title(with_index(info.label), loc="left")
+        axes.set_title("better ↗", loc="right", fontsize=7.5, color=GREY)
+        axes.set_xlabel(f"{error.label.lower()} ({error.unit})" if error.unit else error.label.lower())
+    handles = [axes.scatter([], [], s=40, label=plain_text(labels[arm]), **looks[arm]) for arm in arms]
+    figure.legend(handles=handles, loc="upper left", ncols=5, fontsize=8.5, handletextpad=0.2)
+    return figure
+
+
+def _runs(results: Results, arm: str, metric: str) -> list[tuple[float, float]]:
+    """Correspondence error and the metric of each run of an arm that has both."""
+    of_arm = (cell["metrics"] for cell in results["cells"] if cell["arm"] == arm)
+    pairs = ((metrics.get(_ERROR), metrics.get(metric)) for metrics in of_arm)
+    return [(x, y) for x, y in pairs if x is not None and y is not None]
