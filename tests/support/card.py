@@ -234,6 +234,15 @@ PROPERTIES = SimpleNamespace(
     name="A card that is not there", major=9, minor=0, total_memory=80 * 2**30, multi_processor_count=132
 )
 
+_group = torch._C._group_tensors_by_device_and_dtype
+
+
+def _grouped(lists: list[list[Tensor | None]], with_indices: bool = False) -> dict[Any, Any]:
+    """What optimizers and clipping ask, in C++: tensors by their device."""
+    groups = _group(lists, with_indices)
+    return {(CARD if _marked(found[0][0][0]) else device, dtype): found for (device, dtype), found in groups.items()}
+
+
 MACHINE: dict[str, Callable[..., Any]] = {
     "is_available": lambda: True,
     "device_count": lambda: 1,
@@ -271,6 +280,7 @@ def card() -> Iterator[Rules]:
     with ExitStack() as stack:
         stream = SimpleNamespace(is_capturing=lambda: False)
         stack.enter_context(patch.object(torch.accelerator, "current_stream", lambda *_: stream))
+        stack.enter_context(patch.object(torch._C, "_group_tensors_by_device_and_dtype", _grouped))
         for name, answer in MACHINE.items():
             stack.enter_context(patch.object(torch.cuda, name, answer))
         stack.enter_context(patch.object(torch.amp.autocast_mode.autocast, "__init__", autocast_there))
