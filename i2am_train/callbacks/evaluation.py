@@ -14,7 +14,7 @@ import numpy as np
 from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
 from PIL import Image
 
-from i2am_train.config.evaluation import AttributionConfig
+from i2am_train.config.evaluation import AttributionConfig, EvaluationConfig
 from i2am_train.config.models import SamplingConfig
 from i2am_train.evaluation.evaluator import (
     EvaluationResult,
@@ -25,6 +25,7 @@ from i2am_train.evaluation.evaluator import (
     score_row,
 )
 from i2am_train.evaluation.explaining import explain_batch
+from i2am_train.evaluation.faithfulness import judged_faithfulness
 from i2am_train.reporting.figures.arms import sample_figure
 from i2am_train.reporting.figures.canvas import save_figure
 from i2am_train.results.run_files import SamplePanels, write_panels
@@ -51,6 +52,7 @@ class EvaluationCallback(L.Callback):
         self._evaluator: Evaluator | None = None
         self._panels: dict[int, SamplePanels] = {}
         self._wanted: set[int] = set()
+        self._faithful: set[int] = set()
 
     def on_validation_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if self._evaluator is None or self._evaluator.device != pl_module.device:
@@ -61,13 +63,15 @@ class EvaluationCallback(L.Callback):
         dataset = loader.dataset
         first = min(max(self.panel_samples, self.table_samples), len(dataset))
         self._wanted = {dataset.global_index(position) for position in range(first)}
+        judged = min(self.settings.faithful_samples, len(dataset))
+        self._faithful = {dataset.global_index(position) for position in range(judged)}
 
     def on_validation_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, *_: Any
     ) -> None:
         assert isinstance(pl_module, TryOnModule) and self._evaluator is not None
         with trainer.precision_plugin.forward_context():
-            made = self._evaluator.update(pl_module.model, batch)
+            made = self._evaluator.update(pl_module.model, batch, self._faithful)
         self._panels |= {one.index: one.panels() for one in made if one.index in self._wanted}
 
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -118,19 +122,23 @@ def _log_to_wandb(trainer: L.Trainer, values: Mapping[str, Any], step: int) -> N
 
 
 class GenerationCallback(L.Callback):
-    """Of ``i2am evaluate``: images, attention scores and the panels of the first ``panel_samples``, into ``samples``.
+    """Of ``i2am evaluate``: images and attention scores, of the first samples faithfulness and panels, into `samples`.
 
     Each batch is kept as soon as it is made. Several processes share the folder: each makes its own batches, and they
     wait for each other at the end.
     """
 
     def __init__(
-        self, samples: GeneratedSamples, sampling: SamplingConfig, attribution: AttributionConfig, *, panel_samples: int
+        self,
+        samples: GeneratedSamples,
+        sampling: SamplingConfig,
+        attribution: AttributionConfig,
+        evaluation: EvaluationConfig,
     ) -> None:
         self.samples = samples
         self.sampling = sampling
         self.attribution = attribution
-        self.panel_samples = panel_samples
+        self.evaluation = evaluation
 
     def on_test_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, *_: Any
@@ -138,10 +146,18 @@ class GenerationCallback(L.Callback):
         assert isinstance(pl_module, TryOnModule)
         with trainer.precision_plugin.forward_context():
             made = explain_batch(pl_module.model, batch, self.sampling, self.attribution)
+            causes = judged_faithfulness(
+                pl_module.model,
+                batch,
+                self.sampling,
+                self.attribution,
+                self.evaluation.faithfulness,
+                range(self.evaluation.faithful_samples),
+            )
         self.samples.write(
-            [score_row(one) for one in made],
+            [{**score_row(one), **causes.get(one.index, {})} for one in made],
             [one.images["generated"] for one in made],
-            [one.panels() for one in made if one.index < self.panel_samples],
+            [one.panels() for one in made if one.index < self.evaluation.panel_samples],
         )
 
     def on_test_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:

@@ -60,7 +60,7 @@ class FaithfulnessConfig(Options):
     """Whether maps tell what the model uses: the reference is changed, and the images are made again."""
 
     layers: Layers | None = None
-    """Layers that are asked; null: all."""
+    """Layers whose use is measured, at one image each; null: all."""
     shares: list[Annotated[float, Rule("more than 0 and at most 1", lambda share: 0 < share <= 1)]] = field(
         default_factory=lambda: [0.1, 0.25, 0.5]
     )
@@ -104,6 +104,10 @@ class EvaluationConfig(Options):
     """Samples per batch."""
     panel_samples: Natural = 8
     """Samples whose pictures, maps and centres are kept for the report."""
+    faithful_samples: Natural = 0
+    """First samples that are made again to tell whether attention is a cause (i2am faithful), of a
+    checkpoint; evaluation=faithful sets a few."""
+    faithfulness: FaithfulnessConfig = field(default_factory=FaithfulnessConfig)
 
 
 @dataclass(kw_only=True, slots=True)
@@ -175,6 +179,10 @@ class EvaluateConfig(Options):
             raise OptionError("devices", self.devices, "1 for finished images")
         if self.snapshots:
             raise OptionError("snapshots", self.snapshots, "false for finished images")
+        if self.evaluation.faithful_samples:
+            raise OptionError(
+                "evaluation.faithful_samples", self.evaluation.faithful_samples, "0 for finished images (no model)"
+            )
         if not self.evaluation.metrics:
             raise OptionError("evaluation.metrics", [], "at least one image metric for finished images")
 
@@ -195,7 +203,7 @@ class FaithfulConfig(FaithfulnessConfig):
     checkpoint: ModelFolder = "tiny"
     """Checkpoint folder, or run folder; tiny is the shipped one."""
     samples: Count = 16
-    """Number of held-out samples, in order; each image is made about 40 times."""
+    """Number of held-out samples, in order; each image is made about 40 times (the run says it)."""
     batch_size: Count = 16
     """Samples per batch."""
     output: Path | None = None
@@ -206,6 +214,7 @@ class FaithfulConfig(FaithfulnessConfig):
     """Show progress with the time left."""
     data: DataConfig = field(default_factory=DataConfig)
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    attribution: AttributionConfig = field(default_factory=AttributionConfig)
 
     def check(self) -> None:
         """Shares make a curve, and the embedded data has so many samples."""

@@ -40,7 +40,7 @@ from i2am_train.files import read_json, write_json, write_text, written
 from i2am_train.metrics.boxes import METHODS_OF_MAPS, Box, authors_box, box_iou, component_box, random_box, whole_box
 from i2am_train.models.paint_by_example import PaintByExample, Painted, Painting, resized
 from i2am_train.results.run_files import RESULTS, SAMPLES
-from i2am_train.results.statistics import Over, mean_interval, paired_difference
+from i2am_train.results.statistics import Over, paired_difference, sample_mean
 from i2am_train.runs import RunFolder
 from i2am_train.seeds import seed_for
 from i2am_train.tracking.session import use_bench, use_model
@@ -395,16 +395,8 @@ def mean_iou(rows: Rows, kind: str, method: str) -> dict[str, Any]:
     (0.6, 2, 1)
     """
     values = [row["iou"][kind][method] for row in rows]
-    known = [value for value in values if value is not None]
-    low, high = mean_interval(known, Over.SAMPLES, CONFIDENCE)
-    return {
-        "mean": float(np.mean(known)) if known else None,
-        "low": low,
-        "high": high,
-        "confidence": CONFIDENCE,
-        "n": len(known),
-        "left_out": len(values) - len(known),
-    }
+    found = sample_mean(values, CONFIDENCE)
+    return {**found, "left_out": len(values) - found["n"]}
 
 
 def _difference(rows: Rows, method: str, against: str) -> dict[str, Any]:

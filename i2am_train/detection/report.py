@@ -47,7 +47,7 @@ from i2am_train.reporting.table import (
     with_best,
 )
 from i2am_train.results.run_files import PANELS, RESULTS, SAMPLES, read_samples
-from i2am_train.results.statistics import few_samples_note
+from i2am_train.results.statistics import few_samples_note, sample_interval
 from i2am_train.types import GridSize
 
 SCHEMA, KIND = 1, "detection"
@@ -234,16 +234,12 @@ def _rows(results: Results, title: str, names: Sequence[str], paper: bool) -> It
 
 def _measured(score: Mapping[str, Any]) -> Cell | None:
     """A mean IoU with its interval; None where no image counts."""
-    return None if score["mean"] is None else Cell.of(score["mean"], DIGITS, interval=_interval(score))
+    return None if score["mean"] is None else Cell.of(score["mean"], DIGITS, interval=sample_interval(score))
 
 
 def _published(value: float | None) -> Cell | None:
     """A number of the paper."""
     return None if value is None else Cell.of(value, DIGITS)
-
-
-def _interval(score: Mapping[str, Any]) -> tuple[float, float] | None:
-    return None if score["low"] is None else (score["low"], score["high"])
 
 
 def threshold_table(results: Results) -> Table:
@@ -348,7 +344,7 @@ def _notes(results: Results) -> Iterator[str]:
 
 def _difference(entry: Mapping[str, Any]) -> str:
     value = number(entry["difference"], DIGITS, signed=True)
-    interval = interval_text(_interval(entry), DIGITS)
+    interval = interval_text(sample_interval(entry), DIGITS)
     return f"{label(entry['method'])} − {label(entry['against'])} {value} {interval}".rstrip()
 
 

@@ -13,7 +13,7 @@ import json
 import math
 import shutil
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self, TypeVar
@@ -24,7 +24,7 @@ import torch.distributed as dist
 from torchmetrics import MetricCollection
 
 from i2am_train.attention.trace import trace
-from i2am_train.config.evaluation import AttributionConfig, EvaluateConfig
+from i2am_train.config.evaluation import AttributionConfig, EvaluateConfig, FaithfulnessConfig
 from i2am_train.config.models import SamplingConfig
 from i2am_train.config.training import TrainConfig
 from i2am_train.data.dataset import TryOnBatch, TryOnDataset
@@ -33,6 +33,7 @@ from i2am_train.data.pictures import Image
 from i2am_train.errors import DataError
 from i2am_train.evaluation.explaining import explain_batch, value_or_none
 from i2am_train.evaluation.explanation import Explanation
+from i2am_train.evaluation.faithfulness import check_faithfulness, judged_faithfulness
 from i2am_train.evaluation.scoring import (
     ImageScores,
     ImageSet,
@@ -55,7 +56,7 @@ from i2am_train.metrics.registry import (
 )
 from i2am_train.models.tryon import TryOnModel
 from i2am_train.results.run_files import RESULTS, SAMPLES, SamplePanels, read_panels, write_panels
-from i2am_train.results.statistics import Over, mean_interval
+from i2am_train.results.statistics import sample_mean
 
 T = TypeVar("T")
 
@@ -80,6 +81,9 @@ class EvaluationSettings:
     attribution: AttributionConfig
     metrics: tuple[str, ...]
     """Image metrics by name; the attention scores are always computed."""
+    faithful_samples: int = 0
+    """First samples whose faithfulness is measured."""
+    faithfulness: FaithfulnessConfig = field(default_factory=FaithfulnessConfig)
 
     @classmethod
     def of(cls, config: TrainConfig | EvaluateConfig) -> Self:
@@ -88,8 +92,13 @@ class EvaluationSettings:
         >>> EvaluationSettings.of(EvaluateConfig(checkpoint="tiny")).metrics[:2]
         ('ssim', 'stlpips')
         """
+        first = config.validation if isinstance(config, TrainConfig) else config.evaluation
         return cls(
-            sampling=config.sampling, attribution=config.attribution, metrics=metric_names(config.evaluation.metrics)
+            sampling=config.sampling,
+            attribution=config.attribution,
+            metrics=metric_names(config.evaluation.metrics),
+            faithful_samples=first.faithful_samples,
+            faithfulness=config.evaluation.faithfulness,
         )
 
 
@@ -103,6 +112,8 @@ def check_settings(model: TryOnModel, settings: EvaluationSettings) -> None:
     attribution = settings.attribution
     with trace(model, layers=attribution.layers, matrix_layers=[attribution.layer]):
         pass
+    if settings.faithful_samples:
+        check_faithfulness(model, None, settings.faithfulness, settings.attribution)
 
 
 @dataclass(kw_only=True)
@@ -129,6 +140,8 @@ class EvaluationResult:
         >>> result.metrics, result.skipped
         ({'ssim': 0.5, 'fid': 9.0}, {'ssim': 1})
         """
+        names = dict.fromkeys(name for row in rows for name in row)
+        rows = [{name: row.get(name) for name in names} for row in rows]  # some are of the first samples alone
         columns = _score_columns(rows)
         means = {name: _mean(values) for name, values in columns.items()} | dict(set_scores)
         metrics = {name: value for name, value in means.items() if not math.isnan(value)}
@@ -200,13 +213,20 @@ class Evaluator:
         self._set_metrics.reset()
 
     @torch.no_grad()
-    def update(self, model: TryOnModel, batch: TryOnBatch) -> list[Explanation]:
-        """Samples and scores one batch, whose tensors must lie on the model's device."""
-        made = explain_batch(model, batch, self.settings.sampling, self.settings.attribution)
+    def update(self, model: TryOnModel, batch: TryOnBatch, faithful: Container[int] = ()) -> list[Explanation]:
+        """Samples and scores one batch, whose tensors must lie on the model's device.
+
+        ``faithful`` are the indices of the samples whose faithfulness is measured, as far as they are in the batch.
+        """
+        settings = self.settings
+        made = explain_batch(model, batch, settings.sampling, settings.attribution)
         images = self._image_scores(made)
+        causes = judged_faithfulness(
+            model, batch, settings.sampling, settings.attribution, settings.faithfulness, faithful
+        )
         for row, one in enumerate(made):
             scores = {name: values[row] for name, values in images.items()}
-            self.rows[one.index] = {**score_row(one), **scores}
+            self.rows[one.index] = {**score_row(one), **causes.get(one.index, {}), **scores}
         return made
 
     def _image_scores(self, made: Sequence[Explanation]) -> dict[str, list[float | None]]:
@@ -390,13 +410,12 @@ def _sample_intervals(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, 
 
     Distances between sets have none: resampling images would change the number that they are biased by.
     """
-    intervals = {}
-    for name, values in _score_columns(rows).items():
-        known = [value for value in values if value is not None]
-        low, high = mean_interval(known, Over.SAMPLES, CONFIDENCE)
-        if low is not None and high is not None:
-            intervals[name] = {"low": low, "high": high, "confidence": CONFIDENCE, "n": len(known)}
-    return intervals
+    found = {name: sample_mean(values, CONFIDENCE) for name, values in _score_columns(rows).items()}
+    return {
+        name: {key: value for key, value in entry.items() if key != "mean"}
+        for name, entry in found.items()
+        if entry["low"] is not None
+    }
 
 
 def read_results(folder: Path) -> dict[str, Any] | None:

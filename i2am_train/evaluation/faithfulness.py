@@ -6,28 +6,28 @@ can be traced can be asked: a :class:`Remake` is all that is needed of it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Callable, Container, Sequence, Set
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from i2am_train.attention.lookup import choose_sites, resolve_root, resolve_sites
+from i2am_train.attention.lookup import choose_sites, chosen_recipe, resolve_root, resolve_sites
 from i2am_train.attention.maps import AttributionMaps
 from i2am_train.attention.recipe import LayerId, Recipe
 from i2am_train.attention.trace import trace
 from i2am_train.attention.uniform import uniform_attention
-from i2am_train.config.evaluation import FaithfulnessConfig
+from i2am_train.config.evaluation import AttributionConfig, FaithfulnessConfig
 from i2am_train.config.models import SamplingConfig
-from i2am_train.data.dataset import TryOnBatch
+from i2am_train.data.dataset import TryOnBatch, batch_rows
 from i2am_train.errors import CaptureError
 from i2am_train.evaluation.explaining import sample_batch, value_or_none
 from i2am_train.evaluation.explanation import TO_REFERENCE
 from i2am_train.metrics.attention import target_on_grid
 from i2am_train.metrics.faithfulness import (
+    SAMPLE,
     attention_to_parts,
     central_importance,
     curve_area,
@@ -95,59 +95,98 @@ def remake_of(model: TryOnModel, batch: TryOnBatch, sampling: SamplingConfig) ->
 
 
 def runs_of(options: FaithfulnessConfig, layers: int) -> int:
-    """How often each image is made, where the truth is known.
+    """How often each image is made if the use of so many layers is asked, where the truth is known.
 
     >>> runs_of(FaithfulnessConfig(shares=[0.25], random_draws=2), layers=9)
     23
     """
-    original, without_choice, quarters_of_garment = 1, layers + 1, 4
+    original, without_choice, quarters_of_garment = 1, layers + (layers > 1), 4
     deletions, insertions = 4 + options.random_draws, 2
     return original + without_choice + quarters_of_garment + len(options.shares) * (deletions + insertions)
 
 
-def layers_asked(model: TryOnModel, layers: Sequence[LayerId] | None) -> list[str]:
-    """Names of a model's layers that are asked, in their order.
+def layers_asked(
+    target: Any, recipe: Recipe | None, layers: Sequence[LayerId] | None, *others: Sequence[LayerId] | None
+) -> list[str]:
+    """Names of a model's layers, in its order: those of ``layers`` and of ``others``; all where one of them is None.
 
     Raises:
         CaptureError: a layer does not exist.
     """
-    recipe = model.attention_recipe()
-    sites = resolve_sites(resolve_root(model, recipe), recipe)
-    return [site.layer for site in (sites if layers is None else choose_sites(sites, layers))]
+    chosen = chosen_recipe(target, recipe)
+    sites = resolve_sites(resolve_root(target, chosen), chosen)
+    asked = [layers, *others]
+    named = {site.layer for some in asked for site in (sites if some is None else choose_sites(sites, some))}
+    return [site.layer for site in sites if site.layer in named]
+
+
+def check_faithfulness(
+    target: Any, recipe: Recipe | None, options: FaithfulnessConfig, attribution: AttributionConfig
+) -> None:
+    """Fails as measuring would, before an image is made.
+
+    Raises:
+        CaptureError: a layer does not exist, or the model has no reference patches.
+    """
+    names = layers_asked(target, recipe, options.layers, attribution.layers)
+    chosen = chosen_recipe(target, recipe)
+    sites = resolve_sites(resolve_root(target, chosen), chosen)
+    known = [site.site.reference.grid for site in sites if site.layer in names]
+    # "latent": a grid that is known when the model runs.
+    _check_grids({None if grid is None else GridSize(*grid) for grid in known if not isinstance(grid, str)})
 
 
 def faithfulness(
-    remake: Remake, options: FaithfulnessConfig, on_run: Callable[[], None] = lambda: None
+    remake: Remake,
+    options: FaithfulnessConfig,
+    attribution: AttributionConfig | None = None,
+    on_run: Callable[[], None] = lambda: None,
 ) -> list[dict[str, Any]]:
     """A row of scores for each sample; None where it has no value (an empty mask, no truth).
 
     Args:
         remake: the batch.
-        options: layers, shares, what stands in the place of what is deleted.
+        options: layers whose use is measured, shares, what stands in the place of what is deleted.
+        attribution: of the map: layers, weighting, and whether it averages over the mask's positions only.
         on_run: called after each time that the images were made.
 
     Raises:
         CaptureError: the model has no reference patches, or a layer does not exist.
         NotFiniteError: images or attention became NaN or infinite.
     """
-    make = _counted(remake.make, on_run)
-    with trace(remake.target, remake.recipe, layers=options.layers, matrix_layers=None) as attention:
-        image = make(remake.reference)
+    attribution = attribution or AttributionConfig()
+    remake = replace(remake, make=_counted(remake.make, on_run))
+    used = layers_asked(remake.target, remake.recipe, options.layers)
+    captured = layers_asked(remake.target, remake.recipe, attribution.layers, used)
+    with trace(
+        remake.target,
+        remake.recipe,
+        layers=captured,
+        matrix_layers=None,
+        generated_mask=remake.mask if attribution.inpaint_queries else None,
+        byte_budget=attribution.byte_budget,
+    ) as attention:
+        image = remake.make(remake.reference)
     maps = attention.maps()
-    candidates, truth = garment_patches(remake.garment, _reference_grid(maps)), _truth(remake, maps)
-    changed = partial(image_change, image, mask=remake.mask)
-    columns: dict[str, Tensor] = {}
-    for name in maps.layers:
-        with uniform_attention(remake.target, remake.recipe, layers=[name]):
-            columns[f"use/{name}"] = changed(make(remake.reference))
-    with uniform_attention(remake.target, remake.recipe, layers=maps.layers):
-        columns["use/all"] = changed(make(remake.reference))
-    columns |= _where(remake, make, image, maps, candidates, truth)
-    columns |= _deletion(remake, make, changed, maps, candidates, truth, options)
+    truth = _truth(remake, maps)
+    columns = {f"use/{name}": layer_use(remake, image, [name]) for name in used}
+    if len(used) > 1:
+        columns["use/all"] = layer_use(remake, image, used)
+    columns |= {f"where/{name}": values for name, values in where(remake, image, maps, truth).items()}
+    columns |= _deletion(remake, image, maps, truth, options, attribution)
     return [
         {"index": index, "name": name, **{key: value_or_none(float(values[row])) for key, values in columns.items()}}
         for row, (index, name) in enumerate(zip(remake.indices, remake.names, strict=True))
     ]
+
+
+def layer_use(remake: Remake, image: _Images, layers: Sequence[LayerId]) -> Float[Tensor, " batch"]:
+    """How much the image changes inside the mask if these layers may not choose where they look.
+
+    ``image`` is what was made of the reference as it is.
+    """
+    with uniform_attention(remake.target, remake.recipe, layers=layers):
+        return image_change(image, remake.make(remake.reference), remake.mask)
 
 
 def _counted(make: Callable[[Tensor], Tensor], on_run: Callable[[], None]) -> Callable[[Tensor], Tensor]:
@@ -159,46 +198,61 @@ def _counted(make: Callable[[Tensor], Tensor], on_run: Callable[[], None]) -> Ca
     return made
 
 
-def _reference_grid(maps: AttributionMaps) -> GridSize:
+def reference_grid(maps: AttributionMaps) -> GridSize:
+    """The one grid of the reference's patches.
+
+    Raises:
+        CaptureError: layers differ in it, or there are too few patches to delete one after the other.
+    """
     grids = {record.reference_grid for record in maps.store.layers}
-    grid = next(iter(grids))
-    if len(grids) > 1 or grid is None or grid.tokens < 4:
-        found = ", ".join(sorted(str(one) for one in grids))
-        raise CaptureError(
-            f"The reference of this model has no patches that could be deleted one after the other (grids: {found}). "
-            "Faithfulness needs one grid of at least 4 patches, the same in all layers: choose layers=[...] of one."
-        )
+    _check_grids(grids)
+    (grid,) = grids
+    assert grid is not None, "just checked"
     return grid
 
 
-def _where(
+def _check_grids(grids: Set[GridSize | None]) -> None:
+    """Raises CaptureError unless all known grids are one, of enough patches."""
+    if len(grids) > 1 or any(grid is None or grid.tokens < 4 for grid in grids):
+        found = ", ".join(sorted("none" if one is None else str(one) for one in grids))
+        raise CaptureError(
+            f"The reference of this model has no patches that could be deleted one after the other (grids: {found}). "
+            "Faithfulness needs one grid of at least 4 patches, the same in all layers; pooled vectors and words have "
+            "no place in the picture. Choose layers=[...] and attribution.layers=[...] of one grid, or another model."
+        )
+
+
+def where(
     remake: Remake,
-    make: Callable[[Tensor], Tensor],
     image: _Images,
     maps: AttributionMaps,
-    candidates: Bool[Tensor, "batch reference"],
-    truth: Float[Tensor, "batch generated reference"] | None,
+    truth: Float[Tensor, "batch generated reference"] | None = None,
 ) -> dict[str, Float[Tensor, " batch"]]:
-    """Whether the image changes where the attention to a whitened quarter of the garment is, by layer and for all."""
-    grid, finest = _reference_grid(maps), _finest_grid(maps)
-    parts = quarters(candidates, grid)
-    others = [make(without_patches(remake.reference, part, grid, fill="white")) for part in parts.unbind(1)]
+    """Whether the image changes where the attention to a whitened quarter of the garment is, by layer.
+
+    Also of all layers together (``all``) where there are several, and of the ``truth`` where it is given. The images
+    are made four times. ``maps`` need the score matrices of their layers.
+    """
+    grid, finest = reference_grid(maps), _finest_grid(maps)
+    parts = quarters(garment_patches(remake.garment, grid), grid)
+    others = [remake.make(without_patches(remake.reference, part, grid, fill="white")) for part in parts.unbind(1)]
 
     def correlation(attention: Float[Tensor, "batch part generated"], on: GridSize) -> Float[Tensor, " batch"]:
         changes = torch.stack([patch_change(image, other, on) for other in others], dim=1)
         return where_correlation(attention, changes, mask_on_grid(remake.mask, on))
 
-    columns: dict[str, Tensor] = {}
+    found: dict[str, Tensor] = {}
     together = []
     for record in maps.store.layers:
         attention = attention_to_parts(maps.scores(record.layer), parts)
-        columns[f"where/{record.layer}"] = correlation(attention, record.generated_grid)
+        found[record.layer] = correlation(attention, record.generated_grid)
         on_grid = attention.reshape(*attention.shape[:2], *record.generated_grid)
         together.append(resize_maps(on_grid, finest).flatten(2))
-    columns["where/all"] = correlation(torch.stack(together).mean(dim=0), finest)
+    if len(together) > 1:
+        found["all"] = correlation(torch.stack(together).mean(dim=0), finest)
     if truth is not None:
-        columns["where/truth"] = correlation(attention_to_parts(truth, parts), finest)
-    return columns
+        found["truth"] = correlation(attention_to_parts(truth, parts), finest)
+    return found
 
 
 def _truth(remake: Remake, maps: AttributionMaps) -> Float[Tensor, "batch generated reference"] | None:
@@ -206,7 +260,7 @@ def _truth(remake: Remake, maps: AttributionMaps) -> Float[Tensor, "batch genera
     is none, None where the data knows none."""
     if remake.correspondence is None or remake.worn is None:
         return None
-    grid = _reference_grid(maps)
+    grid = reference_grid(maps)
     target = target_on_grid(remake.correspondence, remake.worn, _finest_grid(maps), grid)
     known = target.isfinite().all(dim=-1)
     y, x = torch.where(known[..., None], target, 0.0).round().long().unbind(dim=-1)
@@ -220,16 +274,17 @@ def _finest_grid(maps: AttributionMaps) -> GridSize:
 
 def _deletion(
     remake: Remake,
-    make: Callable[[Tensor], Tensor],
-    changed: Callable[[Tensor], Tensor],
+    image: _Images,
     maps: AttributionMaps,
-    candidates: Bool[Tensor, "batch reference"],
     truth: Float[Tensor, "batch generated reference"] | None,
     options: FaithfulnessConfig,
+    attribution: AttributionConfig,
 ) -> dict[str, Float[Tensor, " batch"]]:
     """The change of the image when the highest patches of a ranking go, by ranking and share, and the areas."""
-    grid = _reference_grid(maps)
-    importance = maps.unified(TO_REFERENCE).values.flatten(1)
+    grid = reference_grid(maps)
+    candidates = garment_patches(remake.garment, grid)
+    chosen = maps if attribution.layers is None else maps.select(attribution.layers)
+    importance = chosen.unified(TO_REFERENCE, attribution.weighting).values.flatten(1)
     rankings = {"top": importance, "bottom": -importance, "middle": central_importance(candidates, grid)}
     for draw in range(options.random_draws):
         seeds = [seed_for(0, "faithfulness", index, draw) for index in remake.indices]
@@ -238,15 +293,17 @@ def _deletion(
         rankings["truth"] = truth.sum(dim=1)
 
     def change_without(patches: Bool[Tensor, "batch reference"]) -> Tensor:
-        return changed(
-            make(without_patches(remake.reference, patches, grid, fill=options.fill, garment=remake.garment))
-        )
+        picture = without_patches(remake.reference, patches, grid, fill=options.fill, garment=remake.garment)
+        return image_change(image, remake.make(picture), remake.mask)
 
     def curve(values: Tensor, *, keep: bool = False) -> Float[Tensor, "batch share"]:
-        chosen = [ranked_patches(values, candidates, share) for share in options.shares]
-        return torch.stack([change_without(candidates & ~one if keep else one) for one in chosen], dim=1)
+        selected = [ranked_patches(values, candidates, share) for share in options.shares]
+        return torch.stack([change_without(candidates & ~one if keep else one) for one in selected], dim=1)
 
     curves = {name: curve(values) for name, values in rankings.items()}
+    if truth is not None:  # a sample without it has no ranking by it
+        known = rankings["truth"].any(dim=1, keepdim=True)
+        curves["truth"] = torch.where(known, curves["truth"], torch.nan)
     chance = [f"random{draw}" for draw in range(options.random_draws)]
     curves["random"] = torch.stack([curves.pop(name) for name in chance]).mean(dim=0)
     areas = {name: curve_area(options.shares, values) for name, values in curves.items()}
@@ -260,3 +317,33 @@ def _deletion(
             for share, kept in zip(options.shares, curve(values, keep=True).unbind(1), strict=True)
         }
     return columns
+
+
+def judged_faithfulness(
+    model: TryOnModel,
+    batch: TryOnBatch,
+    sampling: SamplingConfig,
+    attribution: AttributionConfig,
+    options: FaithfulnessConfig,
+    judged: Container[int],
+) -> dict[int, dict[str, float | None]]:
+    """Scores of those samples of a batch whose index is among the ``judged``, by index.
+
+    Beside those of :func:`faithfulness` there are the figures that tables show (``metrics.registry``): ``use`` and
+    ``where`` of the layer ``attribution.layer``, ``where_all`` of all layers together, ``deletion``.
+    """
+    chosen = [row for row, index in enumerate(batch["index"].tolist()) if index in judged]
+    if not chosen:
+        return {}
+    (layer,) = layers_asked(model, None, [attribution.layer])
+    if options.layers is not None:
+        options = replace(options, layers=[layer, *options.layers])
+    rows = faithfulness(remake_of(model, batch_rows(batch, chosen), sampling), options, attribution)
+    shown = {"use": f"use/{layer}", "where": f"where/{layer}", "where_all": "where/all", "deletion": "deletion/score"}
+    return {
+        row["index"]: {
+            **{name: row.get(column) for name, column in shown.items()},
+            **{name: value for name, value in row.items() if name not in SAMPLE},
+        }
+        for row in rows
+    }

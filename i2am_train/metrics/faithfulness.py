@@ -25,6 +25,9 @@ from i2am_train.errors import ConfigError
 from i2am_train.ops.grids import mask_on_grid, reference_coordinates
 from i2am_train.types import Fill, GridSize
 
+SAMPLE = ("index", "name")
+"""What else stands in a row of scores."""
+
 
 def image_change(
     image: Float[Tensor, "batch 3 height width"],

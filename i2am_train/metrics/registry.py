@@ -1,6 +1,7 @@
 """Every metric of the project by name: what tables and reports say of it, and how to make it.
 
-Attention metrics are computed from attention maps where those are (`metrics.attention`); here they are only described.
+Attention metrics are computed from attention maps where those are (`metrics.attention`), those of faithfulness from
+images that were made again (`metrics.faithfulness`); here they are only described.
 Image metrics are also made here, and so are those of the user's own: entries of the option ``evaluation.metrics`` that
 are import paths.
 """
@@ -46,7 +47,7 @@ class MetricInfo:
     digits: int
     """Decimal places worth printing."""
     group: str
-    """``attention`` or ``image``."""
+    """``attention``, ``faithfulness`` or ``image``."""
     description: str
     unit: str = ""
     """Empty for a plain number."""
@@ -127,6 +128,18 @@ METRICS: dict[str, MetricInfo] = {
     "attention_entropy": MetricInfo(
         "Attention entropy", None, 2, "attention",
         "Entropy of the attention over reference patches; high means scattered", unit="nats"),
+    "use": MetricInfo(
+        "Use", None, 4, "faithfulness",
+        "Change of the image inside the mask when the layer may not choose where it looks, as a share of the range"),
+    "where": MetricInfo(
+        "Where", True, 2, "faithfulness",
+        "Rank correlation of the layer's attention to a quarter of the garment with the change when it is white"),
+    "where_all": MetricInfo(
+        "Where, all layers", True, 2, "faithfulness",
+        "Rank correlation of the attention to a quarter of the garment with the change when it is white"),
+    "deletion": MetricInfo(
+        "Deletion", True, 4, "faithfulness",
+        "Change of the image when the map's highest patches go, minus that when its lowest go (area over shares)"),
     "ssim": MetricInfo(
         "SSIM", True, 4, "image",
         "Structural similarity to the real image (11x11 Gaussian window, inside only)", paired_only=True),

@@ -272,7 +272,9 @@ def _sample_note(results: Results) -> str:
     if not counts:
         return ""
     text = str(counts[0]) if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
-    return f"Each value is measured on {text} held-out samples. Bold: best as printed."
+    few = results.get("settings", {}).get("evaluation", {}).get("faithful_samples")
+    fewer = f" (faithfulness: on the first {few})" if few else ""
+    return f"Each value is measured on {text} held-out samples{fewer}. Bold: best as printed."
 
 
 def _interval_notes(results: Results) -> Iterator[str]:

@@ -10,11 +10,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from i2am_train.attention.recipe import paper_number
+from i2am_train.metrics.faithfulness import SAMPLE
 from i2am_train.reporting.figures.canvas import GREY, OKABE_ITO, STYLE, new_figure
 from i2am_train.reporting.table import Cell, Heading, Row, Table, percent
-from i2am_train.results.statistics import Over, few_samples_note, mean_interval
-
-NOT_SCORES = ("index", "name")
+from i2am_train.results.statistics import few_samples_note, sample_interval, sample_mean
 
 _RANKINGS = {
     "top": "highest in the map",
@@ -30,16 +29,11 @@ def summary(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
     """Mean and 95 % interval over the samples of each score, and how many samples have it.
 
     >>> summary([{"index": 0, "name": "a", "use/all": 0.5}, {"index": 1, "name": "b", "use/all": None}])
-    {'use/all': {'mean': 0.5, 'interval': None, 'n': 1}}
+    {'use/all': {'mean': 0.5, 'low': None, 'high': None, 'confidence': 0.95, 'n': 1}}
     """
-    scores = {}
-    for name in (key for key in rows[0] if key not in NOT_SCORES):
-        values = [row[name] for row in rows if row[name] is not None]
-        if values:
-            low, high = mean_interval(values, Over.SAMPLES)
-            interval = None if low is None else [low, high]
-            scores[name] = {"mean": sum(values) / len(values), "interval": interval, "n": len(values)}
-    return scores
+    names = dict.fromkeys(name for row in rows for name in row if name not in SAMPLE)
+    found = {name: sample_mean([row.get(name) for row in rows]) for name in names}
+    return {name: entry for name, entry in found.items() if entry["n"]}
 
 
 def faithfulness_tables(results: Mapping[str, Any]) -> list[Table]:
@@ -47,7 +41,7 @@ def faithfulness_tables(results: Mapping[str, Any]) -> list[Table]:
     scores, shares = results["scores"], results["shares"]
     note = f"Means over {len(results['samples'])} samples with their 95 % intervals (bootstrap, BCa)."
     note += few_samples_note(len(results["samples"]))
-    places = [*results["layers"], "all", *(["truth"] if "where/truth" in scores else [])]
+    places = _places(results)
     layers = Table(
         corner="Layer",
         headings=(Heading("Use"), Heading("Where", "↑")),
@@ -92,6 +86,11 @@ def faithfulness_tables(results: Mapping[str, Any]) -> list[Table]:
     return [layers, deletion]
 
 
+def _places(results: Mapping[str, Any]) -> list[str]:
+    extra = [place for place in ("all", "truth") if f"where/{place}" in results["scores"]]
+    return [*results["layers"], *extra]
+
+
 def _label(place: str) -> str:
     if place in ("all", "truth"):
         return {"all": "all layers", "truth": "true correspondence"}[place]
@@ -103,8 +102,7 @@ def _cell(scores: Mapping[str, Any], name: str, digits: int) -> Cell | None:
     if name not in scores:
         return None
     found = scores[name]
-    interval = None if found["interval"] is None else tuple(found["interval"])
-    return Cell.of(found["mean"], digits, interval=interval, n=found["n"])
+    return Cell.of(found["mean"], digits, interval=sample_interval(found), n=found["n"])
 
 
 @mpl.rc_context(STYLE)
@@ -115,7 +113,7 @@ def faithfulness_figure(results: Mapping[str, Any]) -> Figure:
     use, where, curves = figure.subplots(1, 3, width_ratios=(1, 1.15, 1.2))
     figure.subplots_adjust(left=0.06, right=0.985, top=0.88, bottom=0.2, wspace=0.28)
     _bars(use, scores, "use", results["layers"], "Use: change of the image\nwithout the layer's choice")
-    places = [*results["layers"], "all", *(["truth"] if "where/truth" in scores else [])]
+    places = _places(results)
     _bars(where, scores, "where", places, "Where: does the image change\nwhere the map says?")
     where.axhline(0, color=GREY, linewidth=0.7)
     for name, color in _COLORS.items():
@@ -134,7 +132,7 @@ def _bars(axes: Axes, scores: Mapping[str, Any], kind: str, places: Sequence[str
     colors = [OKABE_ITO[0] if place not in ("all", "truth") else GREY for place in known]
     axes.bar(range(len(known)), means, color=colors)
     for at, place in enumerate(known):
-        if (interval := scores[f"{kind}/{place}"]["interval"]) is not None:
+        if (interval := sample_interval(scores[f"{kind}/{place}"])) is not None:
             axes.plot([at, at], interval, color="#222222", linewidth=0.9)
     axes.set_xticks(range(len(known)), [str(paper_number(place) or place) for place in known])
     axes.set_xlabel("layer")

@@ -103,6 +103,7 @@ def score_tables(evaluations: Sequence[Evaluation]) -> tuple[list[Table], dict[s
         "table2": _models_table(final),
         "table3": _sweep_table(final, 0, "table3", "IMACS by threshold δ", "Table 3"),
         "table4": _sweep_table(final, 1, "table4", "IMACS by penalty λ", "Table 4"),
+        "faithfulness": _faithfulness_table(final),
     }
     missing = {name: _NEEDS[name] for name, table in tables.items() if table is None}
     return [table for table in tables.values() if table is not None], missing
@@ -112,6 +113,7 @@ _NEEDS = {
     "table2": "the evaluation of a finished model",
     "table3": "evaluations at several thresholds (i2am evaluate ... attribution=sweep)",
     "table4": "evaluations at several penalties (i2am evaluate ... attribution=sweep)",
+    "faithfulness": "evaluations that made samples again (i2am evaluate ... evaluation=faithful)",
 }
 
 
@@ -127,6 +129,20 @@ def _models_table(evaluations: Sequence[Evaluation]) -> Table | None:
     ]
     title = "Models by image metrics and IMACS"
     return _table(evaluations, columns, name="table2", title=title, source="Table 2")
+
+
+def _faithfulness_table(evaluations: Sequence[Evaluation]) -> Table | None:
+    """Models by use, where and deletion, of paired samples."""
+    names = [name for name, info in METRICS.items() if info.group == "faithfulness"]
+    columns = [_Column(name, name, METRICS[name].label, "") for name in names]
+    counts = {of["n"] for e in evaluations for name, of in e.intervals.items() if name in names and "n" in of}
+    return _table(
+        evaluations,
+        columns,
+        name="faithfulness",
+        title="Whether attention is a cause of the images",
+        notes=(f"Of the first {_listed(map(int, counts))} samples, made again with changed references.",),
+    )
 
 
 _SWEPT = re.compile(r"@d([\d.e+-]+)_l([\d.e+-]+)$")
@@ -252,7 +268,8 @@ def evaluation_scores(results: Mapping[str, Any], expected: Mapping[str, float] 
             interval = ends and (ends["low"], ends["high"])
             paper = Cell(str(expected[name])) if expected and name in expected else None
             cells = (Cell.of(value, info.digits, interval=interval), *([paper] if expected else []))
-            rows.append(Row(info.label, (*cells, Cell(info.description + good[info.higher_is_better]))))
+            fewer = f"; {ends['n']} samples" if ends and ends.get("n", results["samples"]) < results["samples"] else ""
+            rows.append(Row(info.label, (*cells, Cell(info.description + good[info.higher_is_better] + fewer))))
     return Table(
         title=f"{results['samples']} samples; intervals: 95 %, bootstrap over them",
         corner="Score",

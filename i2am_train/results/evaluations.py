@@ -26,6 +26,8 @@ _COMPARED = ("sampling", "attribution")
 """Groups of an evaluation's settings in which compared evaluations must agree."""
 _SWEPT = ("deltas", "penalties", "time_groups", "byte_budget")
 """Options of ``attribution`` that add scores or save memory and change none."""
+_FAITHFUL = "evaluation.faithfulness"
+"""How samples were made again, in the protocol of evaluations that did so."""
 _MODEL_GROUPS = ("init", "objective", "optimization")
 """What makes two training runs of different seeds runs of one model."""
 
@@ -204,6 +206,9 @@ def _protocol(results: Mapping[str, Any], manifest: Mapping[str, Any]) -> dict[s
     for group in _COMPARED:
         options = settings.get(group) or {}
         compared |= {f"{group}.{n}": v for n, v in options.items() if n not in _SWEPT}
+    judged = settings.get("evaluation", {})
+    if judged.get("faithful_samples"):
+        compared[_FAITHFUL] = {name: judged[name] for name in ("faithful_samples", "faithfulness")}
     return compared | {f"protocol.{n}": v for n, v in results.get("protocol", {}).items()}
 
 
@@ -262,6 +267,8 @@ def incomparable(evaluations: Iterable[Evaluation]) -> Iterator[str]:
     evaluations = list(evaluations)
     for evaluation in evaluations:
         for name in {name: None for e in evaluations for name in e.protocol}:
+            if name == _FAITHFUL and name not in evaluation.protocol:
+                continue  # has no score that it could falsify
             value = json.dumps(evaluation.protocol.get(name), sort_keys=True)
             by_name.setdefault(name, {}).setdefault(value, []).append(evaluation.label)
     for name, values in by_name.items():

@@ -7,9 +7,10 @@ a bootstrap over samples. An interval over samples says nothing about what anoth
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -185,6 +186,29 @@ def mean_interval(
             return _student_interval(values, confidence)
         case Over.SAMPLES:
             return _bootstrap_interval(values, confidence, resamples)
+
+
+def sample_mean(values: Sequence[float | None], confidence: float = 0.95) -> dict[str, Any]:
+    """The mean over the samples that have a value, its interval, and how many they are: the form of results' files.
+
+    >>> sample_mean([0.5, None, 0.5])
+    {'mean': 0.5, 'low': 0.5, 'high': 0.5, 'confidence': 0.95, 'n': 2}
+    >>> sample_mean([None])["mean"] is None
+    True
+    """
+    known = [value for value in values if value is not None]
+    low, high = mean_interval(known, Over.SAMPLES, confidence)
+    mean = math.fsum(known) / len(known) if known else None
+    return {"mean": mean, "low": low, "high": high, "confidence": confidence, "n": len(known)}
+
+
+def sample_interval(found: Mapping[str, Any]) -> tuple[float, float] | None:
+    """Both ends of what :func:`sample_mean` found, None where there is no interval.
+
+    >>> sample_interval(sample_mean([0.5, 0.5])), sample_interval(sample_mean([0.5]))
+    ((0.5, 0.5), None)
+    """
+    return None if found["low"] is None else (found["low"], found["high"])
 
 
 def _student_interval(values: NDArray[np.float64], confidence: float) -> tuple[float, float]:

@@ -60,14 +60,19 @@ def sections() -> list[_DashboardSection]:
     """What workspace and report show, in order.
 
     >>> [section.name for section in sections()][:3]
-    ['Attention scores', 'Image quality', 'Losses']
+    ['Attention scores', 'Whether attention is a cause', 'Image quality']
     """
-    chosen = [*_metrics("attention"), *_metrics("image")]
+    chosen = [*_metrics("attention"), *_metrics("faithfulness"), *_metrics("image")]
     return [
         _DashboardSection(
             name="Attention scores",
             text="On the validation samples. A small spread ratio is collapse, which IMACS does not see.",
             panels=[_curve(VALIDATION + name, METRICS[name].label) for name in _metrics("attention")],
+        ),
+        _DashboardSection(
+            name="Whether attention is a cause",
+            text="Of the first samples (validation.faithful_samples). A layer without use is repaired to no effect.",
+            panels=[_curve(VALIDATION + name, METRICS[name].label) for name in _metrics("faithfulness")],
         ),
         _DashboardSection(
             name="Image quality",
@@ -230,9 +235,9 @@ def _one_line(error: Exception) -> str:
 
 
 def _metrics(group: str) -> list[str]:
-    """Names of metrics that are logged with the default options."""
+    """Names of a group's metrics; of image metrics those of the default options."""
     image = EvaluationConfig().metrics
-    return [name for name, info in METRICS.items() if info.group == group and (group == "attention" or name in image)]
+    return [name for name, info in METRICS.items() if info.group == group and (group != "image" or name in image)]
 
 
 def _curve(name: str, title: str, axis: str = STEP) -> Any:

@@ -41,11 +41,12 @@ def check_best(config: TrainConfig) -> None:
     best = config.trainer.keep_best
     if best is None:
         return
-    asked = metric_names(config.evaluation.metrics)
+    asked, faithful = metric_names(config.evaluation.metrics), config.validation.faithful_samples > 0
     scores = [
         name
         for name, info in METRICS.items()
-        if info.higher_is_better is not None and (info.group == "attention" or name in asked)
+        if info.higher_is_better is not None
+        and (name in asked or info.group == "attention" or (info.group == "faithfulness" and faithful))
     ]
     for option, value, possible in (
         ("validation.samples", config.validation.samples, "2 or more"),
@@ -58,7 +59,12 @@ def check_best(config: TrainConfig) -> None:
             )
     if best not in scores:
         known = best in METRICS and METRICS[best].higher_is_better is not None
-        more = f" For {best}, add it to evaluation.metrics." if known else ""
+        add = (
+            "set validation.faithful_samples"
+            if known and METRICS[best].group == "faithfulness"
+            else "add it to evaluation.metrics"
+        )
+        more = f" For {best}, {add}." if known else ""
         raise ConfigError(
             f"trainer.keep_best={best} is no score that validation makes with a better end. Choose one of "
             f"{', '.join(scores)}.{more}"

@@ -31,6 +31,7 @@ from i2am_train.evaluation.evaluator import (
     score_generated,
     write_evaluation,
 )
+from i2am_train.evaluation.faithfulness import layers_asked, runs_of
 from i2am_train.evaluation.scoring import ScoringOptions, check_counts, check_scoring, open_folders, score_images
 from i2am_train.files import read_object
 from i2am_train.fingerprints import data_state, folder_state
@@ -264,9 +265,14 @@ def _generate(
     if not pending:
         return
     datamodule.test_batches = pending
-    callback = GenerationCallback(
-        samples, config.sampling, config.attribution, panel_samples=config.evaluation.panel_samples
-    )
+    if (judged := min(config.evaluation.faithful_samples, len(samples.names))) and first_process():
+        layers = layers_asked(model, None, config.evaluation.faithfulness.layers)
+        again = runs_of(config.evaluation.faithfulness, len(layers))
+        print(
+            f"Each of the first {judged} samples is made {again} times more, to tell whether attention is a cause: "
+            f"{judged * again} images beside the {len(samples.names)}."
+        )
+    callback = GenerationCallback(samples, config.sampling, config.attribution, config.evaluation)
     trainer = make_test_trainer(config, callback)
     trainer.test(make_untrained_module(model), datamodule, verbose=False)
 

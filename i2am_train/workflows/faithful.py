@@ -18,7 +18,7 @@ from i2am_train.data.dataset import batch_on, data_root, prepare_data
 from i2am_train.data.module import TryOnDataModule
 from i2am_train.data.needed_files import refuse_broken_pictures
 from i2am_train.environment import provenance
-from i2am_train.evaluation.faithfulness import faithfulness, layers_asked, remake_of, runs_of
+from i2am_train.evaluation.faithfulness import check_faithfulness, faithfulness, layers_asked, remake_of, runs_of
 from i2am_train.evaluation.scoring import batches
 from i2am_train.files import read_json, write_json, write_text
 from i2am_train.fingerprints import data_state
@@ -52,7 +52,9 @@ def _measured(config: FaithfulConfig, folder: Path) -> dict[str, Any]:
     data_root(config.data, folder)
     RunFolder.check(folder, settings, may_differ=WITHOUT_EFFECT)
     model = load_model(config.checkpoint, config.data).to(device).eval()
-    layers = layers_asked(model, config.layers)
+    check_faithfulness(model, None, config, config.attribution)
+    used = layers_asked(model, None, config.layers)
+    layers = layers_asked(model, None, config.attribution.layers, used)
     # May draw the embedded dataset, which takes a while.
     datamodule = TryOnDataModule(
         config.data,
@@ -67,7 +69,7 @@ def _measured(config: FaithfulConfig, folder: Path) -> dict[str, Any]:
     if opened.finished:
         return dict(read_json(folder / RESULTS))
     opened.start(seed=config.sampling.seed, data=data_state(datamodule.root))
-    images = runs_of(config, len(layers))
+    images = runs_of(config, len(used))
     print(
         f"Each of the {len(dataset)} images is made {images} times, in {config.sampling.steps} steps: "
         f"{len(dataset) * images} images on {device.type}."
@@ -85,8 +87,8 @@ def _measured(config: FaithfulConfig, folder: Path) -> dict[str, Any]:
         for part, file in zip(parts, files, strict=True):
             if not file.is_file():
                 batch = batch_on(default_collate([dataset[position] for position in part]), device)
-                rows = faithfulness(remake_of(model, batch, config.sampling), config, partial(bar.update, len(part)))
-                write_json(file, rows)
+                remake = remake_of(model, batch, config.sampling)
+                write_json(file, faithfulness(remake, config, config.attribution, partial(bar.update, len(part))))
     rows = [row for file in files for row in read_json(file)]
     results = {
         "label": checkpoint_label(model_folder(config.checkpoint)),

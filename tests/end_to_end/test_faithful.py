@@ -7,7 +7,8 @@ import pytest
 
 from i2am_train.config.store import compose
 from i2am_train.errors import CaptureError, I2AMError
-from i2am_train.workflows import faithful
+from i2am_train.reporting.report_files import plan_tables
+from i2am_train.workflows import evaluate, faithful
 
 LAYER = "up_blocks.2.attentions.1"
 
@@ -18,7 +19,15 @@ def options(overrides: list[str], small_checkpoint: Path) -> list[str]:
     return [
         *(word for word in overrides if word.startswith("data.")),
         f"checkpoint={small_checkpoint}",
-        *("samples=3", "batch_size=2", "layers=[5]", "shares=[0.5]", "random_draws=1", "sampling.steps=1"),
+        *(
+            "samples=3",
+            "batch_size=2",
+            "layers=[5]",
+            "attribution.layers=[5]",
+            "shares=[0.5]",
+            "random_draws=1",
+            "sampling.steps=1",
+        ),
         *("device=cpu", "progress_bar=false"),
     ]
 
@@ -44,7 +53,7 @@ def test_it_goes_on_and_writes_what_it_found(
         faithful.run(config)
     assert [len(names) for names in asked] == [2, 1, 1]
     printed = capsys.readouterr().out
-    assert "Each of the 3 images is made 14 times, in 1 steps: 42 images on cpu." in printed
+    assert "Each of the 3 images is made 13 times, in 1 steps: 39 images on cpu." in printed
     assert "5 (up_blocks.2.attentions.1)" in printed
     results = json.loads((tmp_path / "run" / "faithfulness.json").read_text())
     assert results["layers"] == [LAYER]
@@ -52,7 +61,8 @@ def test_it_goes_on_and_writes_what_it_found(
     use = results["scores"][f"use/{LAYER}"]
     values = [row[f"use/{LAYER}"] for row in results["samples"]]
     assert use["mean"] == pytest.approx(sum(values) / 3)
-    assert use["interval"][0] <= use["mean"] <= use["interval"][1]
+    assert use["low"] <= use["mean"] <= use["high"]
+    assert results["layers"] == [LAYER]
     written = {path.name for path in (tmp_path / "run").iterdir()}
     assert {"faithfulness.json", "faithfulness.md", "faithfulness.png"} <= written
     assert "partial" not in written
@@ -77,3 +87,49 @@ def test_what_is_refused(options: list[str], tmp_path: Path, wrong: str, message
     with pytest.raises((I2AMError, CaptureError), match=message):
         faithful.run(compose("faithful", [*words, wrong, f"output={tmp_path / 'run'}"]))
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.filterwarnings("default")  # Lightning's and torch's own deprecations
+def test_an_evaluation_says_the_same(options: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Its first samples have the figures of `i2am faithful`, the others none; tables and files have them."""
+    of_faithful = {"samples", "batch_size", "layers", "shares", "random_draws", "attribution.layers"}
+    common = [word for word in options if word.partition("=")[0] not in of_faithful]
+    judged = ["evaluation=faithful", "evaluation.samples=3", "evaluation.batch_size=2", "evaluation.faithful_samples=2"]
+    judged += [
+        "evaluation.metrics=[ssim]",
+        "evaluation.panel_samples=0",
+        "attribution.layer=5",
+        "tracking.wandb=disabled",
+    ]
+    folder = tmp_path / "evaluation"
+    evaluate.run(compose("evaluate", [*common, *judged, f"output={folder}"]))
+    printed = capsys.readouterr().out
+    assert "Each of the first 2 samples is made 13 times more" in printed
+    assert "Use" in printed
+    assert "2 samples" in printed
+    probed = [
+        "samples=2",
+        "batch_size=2",
+        "layers=[5]",
+        "shares=[0.25]",
+        "random_draws=1",
+        f"output={tmp_path / 'run'}",
+    ]
+    faithful.run(compose("faithful", [*common, *probed]))
+    expected = json.loads((tmp_path / "run" / "faithfulness.json").read_text())["samples"]
+    rows = [json.loads(line) for line in (folder / "samples.jsonl").read_text().splitlines()]
+    for row, same in zip(rows, expected, strict=False):
+        assert {name: row[name] for name in same} == same
+        assert row["use"] == same[f"use/{LAYER}"]
+        assert row["where"] == same[f"where/{LAYER}"]
+        assert row["where_all"] == same["where/all"]
+        assert row["deletion"] == same["deletion/score"]
+    assert rows[2]["use"] is None
+    assert rows[2]["ssim"] is not None
+    results = json.loads((folder / "results.json").read_text())
+    assert results["metrics"]["deletion"] == pytest.approx(sum(row["deletion"] for row in rows[:2]) / 2)
+    assert results["intervals"]["deletion"]["n"] == 2
+    assert results["skipped"]["use"] == 1
+    (table,) = [one for one in plan_tables([folder], (), mixed=False).tables if one.name == "faithfulness"]
+    assert [heading.label for heading in table.headings] == ["Use", "Where", "Where, all layers", "Deletion"]
+    assert table.rows[0].cells[0].value == results["metrics"]["use"]

@@ -6,9 +6,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from i2am_train.attention import Recipe, Site, Tokens, announce, trace, uniform_attention
-from i2am_train.config.evaluation import FaithfulnessConfig
+from i2am_train.config.evaluation import AttributionConfig, FaithfulnessConfig
 from i2am_train.errors import CaptureError
-from i2am_train.evaluation.faithfulness import Remake, faithfulness
+from i2am_train.evaluation.faithfulness import Remake, check_faithfulness, faithfulness
 from i2am_train.types import GridSize
 
 GRID = GridSize(4, 4)
@@ -94,11 +94,36 @@ def test_an_unfaithful_map_is_told_apart(plain: Tensor) -> None:
     net = Copier()
     net.idle.queries = F.one_hot(15 - COPIED, 16).float() * 200
     options = FaithfulnessConfig(layers=["idle"], shares=[0.5], fill="white", random_draws=1)
-    (row, _) = faithfulness(remake(net, plain), options)
+    (row, _) = faithfulness(remake(net, plain), options, AttributionConfig(layers=["idle"]))
     assert row["use/idle"] == 0
     assert row["deletion/top@0.5"] == 0
     assert row["deletion/score"] == pytest.approx(-0.4)
     assert row["where/idle"] is None or row["where/idle"] <= 0
+    assert not {"use/all", "where/all"} & set(row), "of one layer: the same again"
+
+
+def test_the_map_averages_over_the_mask(plain: Tensor) -> None:
+    """What the masked positions look at comes first; over all positions, none does."""
+    mask = torch.zeros(2, 16, 16, dtype=torch.bool)
+    mask[:, 8:] = True  # generated patches 8 to 15, which show the reference's 4 to 7
+    options = FaithfulnessConfig(layers=["copies"], shares=[0.25], fill="white", random_draws=1)
+    subject = remake(Copier(), plain, mask=mask)
+    (inside, _) = faithfulness(subject, options, AttributionConfig(layers=["copies"]))
+    assert inside["deletion/top@0.25"] == pytest.approx(0.8)
+    (over_all, _) = faithfulness(subject, options, AttributionConfig(layers=["copies"], inpaint_queries=False))
+    assert over_all["deletion/top@0.25"] == 0  # of equals, the first four
+
+
+def test_no_truth_has_no_ranking(plain: Tensor) -> None:
+    """A sample whose true positions are unknown has no value, and never that of some order."""
+    rows = torch.arange(16).repeat_interleave(1)[:, None].expand(16, 16) / 16
+    truth = torch.stack([rows + 1 / 32, rows.mT + 1 / 32], dim=-1).repeat(2, 1, 1, 1)
+    truth[1] = torch.nan
+    worn = torch.ones(2, 16, 16, dtype=torch.bool)
+    options = FaithfulnessConfig(layers=["copies"], shares=[0.5], random_draws=1)
+    known, unknown = faithfulness(remake(Copier(), plain, correspondence=truth, worn=worn), options)
+    assert known["deletion/truth"] is not None
+    assert {unknown[name] for name in ("deletion/truth", "deletion/truth@0.5", "where/truth")} == {None}
 
 
 @pytest.mark.parametrize("via", ["projections", "sdpa"])
@@ -172,8 +197,11 @@ def test_what_is_refused(plain: Tensor) -> None:
     single = Recipe(
         "", (Site("copies|idle", generated=Tokens(GRID), reference=Tokens(None)),), timestep=None, rows="all"
     )
+    subject = remake(Copier(), plain, recipe=single)
     with pytest.raises(CaptureError, match="no patches that could be deleted"):
-        faithfulness(remake(Copier(), plain, recipe=single), FaithfulnessConfig())
+        faithfulness(subject, FaithfulnessConfig())
+    with pytest.raises(CaptureError, match=r"no patches that could be deleted .*grids: none"):
+        check_faithfulness(subject.target, single, FaithfulnessConfig(), AttributionConfig())
     with pytest.raises(CaptureError, match=r"No attention layer is called 'else'.*copies, idle"):
         faithfulness(remake(Copier(), plain), FaithfulnessConfig(layers=["else"]))
 
