@@ -18,6 +18,7 @@ COMMANDS = {
     "ablate": "train and judge arms x seeds from one checkpoint, and compare them",
     "explain": "draw every attribution map of a sample, and a page to explore them",
     "faithful": "measure whether the attention is a cause of the image, layer by layer",
+    "diagnose": "find the layers whose attention should be repaired, and how",
     "detect": "find painted objects from attention alone, and compare with detectors on COCO",
     "report": "make the paper's tables and figures from the folders of finished commands",
     "export": "write a model as a pipeline of diffusers with a model card, for the hub",
@@ -53,6 +54,7 @@ examples:
   i2am ablate arms=[base,baseline,refined] seeds=[0,1,2]
   i2am explain checkpoint=tiny sample=17
   i2am faithful checkpoint=runs/refined-seed1 samples=64
+  i2am diagnose checkpoint=runs/baseline-seed1
   i2am detect root=data/coco pipeline=Fantasy-Studio/Paint-by-Example
   i2am report explained=[runs/explain-tiny-test17-paired]
   i2am export checkpoint=runs/refined-seed1 output=exported/refined

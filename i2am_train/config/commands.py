@@ -14,7 +14,7 @@ from textwrap import dedent, fill, indent
 from typing import Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
 
 from i2am_train.config.data import DataCacheConfig, DataCheckConfig, DataDeriveConfig, DataMakeConfig
-from i2am_train.config.evaluation import EvaluateConfig, FaithfulConfig
+from i2am_train.config.evaluation import DiagnoseConfig, EvaluateConfig, FaithfulConfig
 from i2am_train.config.explanation import DetectConfig, ExplainConfig
 from i2am_train.config.locations import conf_folder, experiment_names
 from i2am_train.config.models import ExportConfig, InitConfig
@@ -111,6 +111,17 @@ COMMANDS: dict[str, Command] = {
         i2am faithful checkpoint=runs/refined-seed0 samples=64 layers=[2,5,8] fill=blur
         """,
         first="checkpoint samples layers shares fill data.root sampling.steps device output",
+        goes_on="with the batches that are not there yet",
+    ),
+    "diagnose": Command(
+        DiagnoseConfig,
+        "faithful:diagnose",
+        """
+        i2am diagnose checkpoint=tiny
+        i2am diagnose checkpoint=runs/baseline-seed0 samples=64 heads=false
+        i2am train experiment=runs/baseline-seed0/diagnose/repair.yaml init=runs/baseline-seed0
+        """,
+        first="checkpoint samples layers heads least_use data.root sampling.steps device output",
         goes_on="with the batches that are not there yet",
     ),
     "detect": Command(

@@ -20,6 +20,7 @@ from i2am_train.config.options import (
     Options,
     Pixels,
     Rule,
+    Share,
     at_least,
     within,
 )
@@ -74,6 +75,19 @@ class FaithfulnessConfig(Options):
         """Shares make a curve."""
         if not self.shares or sorted(set(self.shares)) != self.shares:
             raise OptionError("shares", self.shares, "different numbers in ascending order, such as [0.1,0.25,0.5]")
+
+
+@dataclass(kw_only=True, slots=True)
+class DiagnosisConfig(Options):
+    """What is wrong with each layer's attention, told without knowing where it should look."""
+
+    layers: Layers | None = None
+    """Layers that are asked; null: all."""
+    heads: bool = True
+    """Ask each head, too: one more image for each head of these layers (42 in the shipped model)."""
+    least_use: Share = 0.02
+    """Change of the image inside the mask, as a share of its range, from which on a layer is worth
+    repairing."""
 
 
 UNSHARDED = Rule(
@@ -219,5 +233,31 @@ class FaithfulConfig(FaithfulnessConfig):
     def check(self) -> None:
         """Shares make a curve, and the embedded data has so many samples."""
         FaithfulnessConfig.check(self)
+        if self.data.root is None and self.samples > self.data.synthetic.test:
+            raise OptionError("samples", self.samples, f"at most data.synthetic.test={self.data.synthetic.test}")
+
+
+@dataclass(kw_only=True, slots=True)
+class DiagnoseConfig(DiagnosisConfig):
+    """Find the layers of a checkpoint that should be repaired; needs masks and no truth."""
+
+    checkpoint: ModelFolder = "tiny"
+    """Checkpoint folder, or run folder; tiny is the shipped one."""
+    samples: Count = 16
+    """Number of held-out samples, in order; each image is made once for each layer and head, and 5
+    times more (56 times with the shipped model)."""
+    batch_size: Count = 16
+    """Samples per batch."""
+    output: Path | None = None
+    """Folder for results; null: diagnose in the run folder, or beside others in runs/."""
+    device: Device = "auto"
+    """Where to compute."""
+    progress_bar: bool = True
+    """Show progress with the time left."""
+    data: DataConfig = field(default_factory=DataConfig)
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+
+    def check(self) -> None:
+        """The embedded data has so many samples."""
         if self.data.root is None and self.samples > self.data.synthetic.test:
             raise OptionError("samples", self.samples, f"at most data.synthetic.test={self.data.synthetic.test}")

@@ -171,7 +171,7 @@ def attention_scores(
     watch.check()
     warped = batch["warped_garment_mask"]
     target = target_on_grid(batch["correspondence"], warped, grid, reference_grid)
-    patches = _garment_patches(batch, grid)
+    patches = worn_patches(warped, batch["inpaint_mask"], grid)
     return {
         **_imacs_table("imacs_g", on_generated, batch["inpaint_mask"], attribution),
         **_imacs_table("imacs_r", on_reference, batch["garment_mask"], attribution),
@@ -184,11 +184,19 @@ def attention_scores(
     }
 
 
-def _garment_patches(batch: TryOnBatch, grid: GridSize) -> Bool[Tensor, "batch generated"]:
-    """Generated patches that lie on the garment: its warped mask where there is one, else the inpainted region."""
-    warped = batch["warped_garment_mask"]
-    known = warped.flatten(1).any(dim=1)[:, None, None]
-    return mask_on_grid(torch.where(known, warped, batch["inpaint_mask"]), grid)
+def worn_patches(
+    worn: Bool[Tensor, "batch height width"] | None, painted: Bool[Tensor, "batch height width"], grid: GridSize
+) -> Bool[Tensor, "batch generated"]:
+    """Generated patches that lie on the garment: where it is known to be worn, else the region that is painted.
+
+    >>> worn, painted = torch.tensor([[[True, False]], [[False, False]]]), torch.ones(2, 1, 2, dtype=torch.bool)
+    >>> worn_patches(worn, painted, GridSize(1, 2)).tolist()  # of the second sample nothing is known
+    [[True, False], [True, True]]
+    """
+    if worn is None:
+        return mask_on_grid(painted, grid)
+    known = worn.flatten(1).any(dim=1)[:, None, None]
+    return mask_on_grid(torch.where(known, worn, painted), grid)
 
 
 def _imacs_table(name: str, heat_map: Tensor, mask: Tensor, options: AttributionConfig) -> dict[str, Tensor]:

@@ -6,7 +6,7 @@ can be traced can be asked: a :class:`Remake` is all that is needed of it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Sequence, Set
+from collections.abc import Callable, Container, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -155,7 +155,7 @@ def faithfulness(
         NotFiniteError: images or attention became NaN or infinite.
     """
     attribution = attribution or AttributionConfig()
-    remake = replace(remake, make=_counted(remake.make, on_run))
+    remake = counted(remake, on_run)
     used = layers_asked(remake.target, remake.recipe, options.layers)
     captured = layers_asked(remake.target, remake.recipe, attribution.layers, used)
     with trace(
@@ -174,28 +174,37 @@ def faithfulness(
         columns["use/all"] = layer_use(remake, image, used)
     columns |= {f"where/{name}": values for name, values in where(remake, image, maps, truth).items()}
     columns |= _deletion(remake, image, maps, truth, options, attribution)
+    return sample_rows(remake, columns)
+
+
+def sample_rows(remake: Remake, columns: Mapping[str, Float[Tensor, " batch"]]) -> list[dict[str, Any]]:
+    """Columns of scores as a row for each sample, ready for JSON; None in the place of NaN."""
     return [
         {"index": index, "name": name, **{key: value_or_none(float(values[row])) for key, values in columns.items()}}
         for row, (index, name) in enumerate(zip(remake.indices, remake.names, strict=True))
     ]
 
 
-def layer_use(remake: Remake, image: _Images, layers: Sequence[LayerId]) -> Float[Tensor, " batch"]:
-    """How much the image changes inside the mask if these layers may not choose where they look.
+def layer_use(
+    remake: Remake, image: _Images, layers: Sequence[LayerId], heads: Sequence[int] | None = None
+) -> Float[Tensor, " batch"]:
+    """How much the image changes inside the mask if these layers (or heads of them) may not choose where they look.
 
     ``image`` is what was made of the reference as it is.
     """
-    with uniform_attention(remake.target, remake.recipe, layers=layers):
+    with uniform_attention(remake.target, remake.recipe, layers=layers, heads=heads):
         return image_change(image, remake.make(remake.reference), remake.mask)
 
 
-def _counted(make: Callable[[Tensor], Tensor], on_run: Callable[[], None]) -> Callable[[Tensor], Tensor]:
-    def made(reference: Tensor) -> Tensor:
-        images = make(reference)
+def counted(remake: Remake, on_run: Callable[[], None]) -> Remake:
+    """The same, with a function that is called after each time that the images were made."""
+
+    def make(reference: Tensor) -> Tensor:
+        images = remake.make(reference)
         on_run()
         return images
 
-    return made
+    return replace(remake, make=make)
 
 
 def reference_grid(maps: AttributionMaps) -> GridSize:

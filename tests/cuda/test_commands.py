@@ -22,6 +22,7 @@ from i2am_train.workflows.data import cache
 from i2am_train.workflows.evaluate import evaluate
 from i2am_train.workflows.explain import explain
 from i2am_train.workflows.explain import run as run_explain
+from i2am_train.workflows.faithful import diagnose as run_diagnose
 from i2am_train.workflows.faithful import run as run_faithful
 from i2am_train.workflows.models import export, init
 from i2am_train.workflows.train import rehearse, train
@@ -192,6 +193,19 @@ def test_faithful(machine: Any, small_checkpoint: Path, overrides: list[str], tm
         run_faithful(compose("faithful", words))
     assert seen.operations > 100
     scores = json.loads((tmp_path / "out" / "faithfulness.json").read_text())["scores"]
+    assert all(np.isfinite(score["mean"]) for score in scores.values())
+
+
+def test_diagnosis(machine: Any, small_checkpoint: Path, overrides: list[str], tmp_path: Path) -> None:
+    """Single heads are made uniform on the card."""
+    words = [
+        *(word for word in overrides if word.startswith("data.")), f"checkpoint={small_checkpoint}", "samples=2",
+        "layers=[5]", "sampling.steps=2", "device=cuda", "progress_bar=false", f"output={tmp_path / 'out'}",
+    ]  # fmt: skip
+    with machine() as seen:
+        run_diagnose(compose("diagnose", words))
+    assert seen.operations > 100
+    scores = json.loads((tmp_path / "out" / "diagnosis.json").read_text())["scores"]
     assert all(np.isfinite(score["mean"]) for score in scores.values())
 
 

@@ -319,6 +319,8 @@ CASES: list[tuple[str, str, list[str], str]] = [
     ("faithful", ASK, ["shares=[0.5,1.5]"], "more than 0 and at most 1"),
     ("faithful", ASK, ["layers=[else]"], "No attention layer is called 'else'"),
     ("faithful", ASK, ["output={data}"], "this command's own folder"),
+    ("diagnose", ASK, ["layers=[else]"], "No attention layer is called 'else'"),
+    ("diagnose", ASK, ["least_use=-1"], "least_use=-1"),
     ("detect", DETECT, ["root={empty}"], "instances_val2017.json"),
     ("detect", DETECT, ["root={images}"], "instances_val2017.json"),
     ("detect", DETECT, ["split=train2017"], "instances_train2017.json"),
