@@ -278,7 +278,7 @@ def _entries(schema: type[Any], prefix: str = "") -> dict[str, str]:
 
 def _block(title: str, names: Iterable[str], entries: Mapping[str, str]) -> str:
     lines = [entries[name] for name in names if name in entries]
-    return "\n".join([f"{title}:", *lines]) if lines else ""
+    return "\n".join([fill(f"{title}:", WIDTH), *lines]) if lines else ""
 
 
 def _choices(hint: Any) -> str:
