@@ -432,9 +432,9 @@ def tradeoff_plot(results: Results, width: float = 11.0) -> Figure:
     for axes, (name, info) in zip(plots, metrics.items(), strict=True):
         for arm in arms:
             runs = np.array(_runs(results, arm, name)).reshape(-1, 2)
-            axes.scatter(*runs.T, s=12, alpha=0.55, **looks[arm])
+            axes.scatter(runs[:, 0], runs[:, 1], s=12, alpha=0.55, **looks[arm])
             if len(runs):
-                axes.scatter(*runs.mean(axis=0), s=58, zorder=3, **looks[arm])
+                axes.scatter(runs[:, 0].mean(), runs[:, 1].mean(), s=58, zorder=3, **looks[arm])
         axes.invert_xaxis()
         if info.higher_is_better is False:
             axes.invert_yaxis()
