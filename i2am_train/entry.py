@@ -76,7 +76,7 @@ def execute(command: str, words: Sequence[str], run: Run | None = None) -> NoRet
     if DEBUG_FLAG in words:
         os.environ[DEBUG_VARIABLE] = "1"
     given = [word for word in words if word != DEBUG_FLAG]
-    with _errors_as_text(command), stopped_by_signals():
+    with as_command(command):
         sys.exit(_run_with_hydra(command, given, run or _workflow(command)))
     raise AssertionError("unreachable: sys.exit raises")
 
@@ -229,6 +229,13 @@ def _refuse_distributed_sweep(config: Any) -> None:
 
 
 # ---- signals ------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def as_command(command: str) -> Iterator[None]:
+    """Meanwhile this process ends as a command does: a signal or the user's error in one paragraph, and a status."""
+    with _errors_as_text(command), stopped_by_signals():
+        yield
 
 
 @contextmanager

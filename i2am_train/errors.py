@@ -57,6 +57,10 @@ class ProcessKilledError(I2AMError):
     """A process that reads or draws samples for the command was killed by the system."""
 
 
+class TaskFailedError(I2AMError):
+    """One of the processes that a command has its work done by ended with an error."""
+
+
 class TrainingError(I2AMError):
     """Training cannot go on: a loss or gradient that is not finite, or too little memory."""
 

@@ -276,6 +276,9 @@ class AblateConfig(TrainingGroups):
     """The arm that the others are compared with, seed by seed."""
     seeds: Annotated[list[Natural], SOME_DISTINCT] = field(default_factory=lambda: [0, 1, 2])
     """One training run per arm and seed."""
+    jobs: Count = 1
+    """Runs at the same time, each in a process of its own with its share of the CPU's threads, GPUs in
+    turn; their output goes to cells/*.log. For a GPU, or cores, that one small model does not fill."""
     confidence: BelowOne = 0.95
     """Confidence of the intervals: Student's t over seeds; with one seed a bootstrap over samples."""
     bootstrap_samples: Annotated[int, within(100, 1_000_000)] = 10_000

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import redirect_stdout
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
@@ -33,9 +36,14 @@ from i2am_train.tracking.names import STEP_SECONDS
 from i2am_train.tracking.scores import track_study
 from i2am_train.tracking.session import sync_advice
 from i2am_train.workflows import evaluate, train
+from i2am_train.workflows.side_by_side import side_by_side
 
-WITHOUT_EFFECT_ON_CELLS = (*("output", "arms", "seeds", "data.workers", "device", "trainer.progress_bar", "tracking"),)
+WITHOUT_EFFECT_ON_CELLS = (
+    *("output", "arms", "seeds", "jobs", "data.workers", "device", "trainer.progress_bar", "tracking"),
+)
 """Options that may differ when a study is asked for again: arms and seeds are added, other cells stay as they are."""
+DONE = "minutes.json"
+"""The last file of a cell that is written."""
 LOG_WIDTH = 140
 """Columns of the tables in a log file."""
 
@@ -53,8 +61,13 @@ class Cell(NamedTuple):
         >>> Cell("refined", 0).folder, Cell("base", None).folder
         ('cells/refined-seed0', 'cells/base')
         """
+        return f"cells/{self.name}"
+
+    @property
+    def name(self) -> str:
+        """How it is called in the study's output."""
         name = arm_name(self.arm)
-        return f"cells/{name if self.seed is None else f'{name}-seed{self.seed}'}"
+        return name if self.seed is None else f"{name}-seed{self.seed}"
 
 
 def run(config: AblateConfig) -> None:
@@ -95,10 +108,7 @@ def _ablate(config: AblateConfig) -> dict[str, Any]:
     arms = {arm: _arm_settings(config, arm) for arm in config.arms}
     folder = RunFolder.open(config.folder, plain(config), may_differ=WITHOUT_EFFECT_ON_CELLS)
     folder.start(data=data_state(root))
-    entries = []
-    for cell, remaining in _with_time_left(list(_cells(config))):
-        print(f"\n=== {cell.folder.removeprefix('cells/')}{remaining} ===", flush=True)
-        entries.append(_run_cell(config, cell, folder.path))
+    entries = list(_entries(config, folder.path))
     results = _results(config, folder.path, arms, entries, folder.manifest)
     tracked_before = folder.finished and _holds(folder / "results.json", entries)
     write_json(folder / "results.json", results)
@@ -166,6 +176,23 @@ def _cells(config: AblateConfig) -> Iterator[Cell]:
                 yield Cell(arm, seed)
 
 
+def _entries(config: AblateConfig, root: Path) -> Iterator[dict[str, Any]]:
+    """What comes of each cell, in their order."""
+    cells = list(_cells(config))
+    if config.jobs == 1:
+        for cell, remaining in _with_time_left(cells):
+            print(f"\n=== {cell.name}{remaining} ===", flush=True)
+            yield _run_cell(config, cell, root)
+        return
+    unfinished = [cell for cell in cells if not (root / cell.folder / DONE).is_file()]
+    quiet = replace(config, trainer=replace(config.trainer, progress_bar=False))
+    tasks = {cell.name: partial(_run_cell, quiet, cell, root) for cell in unfinished}
+    side_by_side(tasks, config.jobs, root / "cells", "ablate")
+    for cell in cells:
+        with redirect_stdout(io.StringIO()):  # that it is finished already
+            yield _run_cell(config, cell, root)
+
+
 def _with_time_left(cells: Sequence[Cell]) -> Iterator[tuple[Cell, str]]:
     started = time.monotonic()
     for position, cell in enumerate(cells):
@@ -211,7 +238,7 @@ def _step_seconds(root: Path, cell: Cell) -> dict[str, float]:
 
 def _minutes(cell: Path, now: float) -> float:
     """Minutes that the cell took when it was made, also when this run only read it."""
-    file = cell / "minutes.json"
+    file = cell / DONE
     if not file.is_file():
         write_json(file, {"minutes": round(now, 2)})
     minutes: float = read_json(file)["minutes"]

@@ -2,8 +2,10 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -130,3 +132,55 @@ def test_a_sweep_runs_as_jobs(tmp_path: Path) -> None:
     for seed in (0, 1):
         assert (tmp_path / f"drawn-{seed}" / "test_pairs.txt").is_file()
     assert list((tmp_path / "jobs").rglob("*_submitted.pkl"))
+
+
+def test_a_study_with_two_jobs_equals_one_after_the_other(training: list[str], tmp_path: Path) -> None:
+    """Equal scores of every cell; what a cell prints is in its log; asked again, nothing is run again."""
+    study = [*training, "validation=none", "optimization.steps=2", "seeds=[0,1]", "evaluation.metrics=[ssim]"]
+    study += ["arms=[base,baseline]", "device=cpu", "bootstrap_samples=200"]
+    said = run("ablate", *study, "jobs=2", f"output={tmp_path / 'two'}")
+    run("ablate", *study, f"output={tmp_path / 'one'}")
+    one, two = (json.loads((tmp_path / name / "results.json").read_text()) for name in ("one", "two"))
+    assert [cell["folder"] for cell in two["cells"]] == [cell["folder"] for cell in one["cells"]]
+    for first, second in zip(one["cells"], two["cells"], strict=True):
+        first["metrics"].pop("step_seconds", None), second["metrics"].pop("step_seconds", None)
+        assert second["metrics"] == pytest.approx(first["metrics"], nan_ok=True)
+    logs = sorted((tmp_path / "two/cells").glob("*.log"))
+    assert [log.stem for log in logs] == ["base", "baseline-seed0", "baseline-seed1"]
+    assert "weights: U-Net" in logs[1].read_text()
+    assert "weights: U-Net" not in said
+    before = [log.stat().st_mtime_ns for log in logs]
+    run("ablate", *study, "jobs=2", f"output={tmp_path / 'two'}")
+    assert [log.stat().st_mtime_ns for log in logs] == before
+
+
+def test_a_stopped_study_stops_its_jobs_which_save_and_go_on(training: list[str], tmp_path: Path) -> None:
+    """SIGTERM to the first process only, while both cells train."""
+    study = [*training, "validation=none", "seeds=[0]", "evaluation.metrics=[ssim]", "arms=[baseline,refined]"]
+    study += ["device=cpu", "bootstrap_samples=200", "jobs=2", f"output={tmp_path / 'study'}"]
+    long = [*study, "optimization.steps=5000", "data.synthetic.train=6"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "i2am_train", "ablate", *long]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment) as process:
+        curves_of = [tmp_path / f"study/cells/{arm}-seed0/metrics.csv" for arm in ("baseline", "refined")]
+        deadline = time.monotonic() + 300
+        while not all(file.is_file() for file in curves_of) and time.monotonic() < deadline:
+            time.sleep(0.5)
+        process.send_signal(signal.SIGTERM)
+        _, said = process.communicate(timeout=120)
+    assert process.returncode == 143, said
+    for arm in ("baseline", "refined"):
+        assert "training stopped after step" in (tmp_path / f"study/cells/{arm}-seed0.log").read_text()
+        assert list((tmp_path / f"study/cells/{arm}-seed0/checkpoints").glob("*.ckpt"))
+
+
+def test_a_job_that_fails_is_shown_with_its_log(training: list[str], tmp_path: Path) -> None:
+    """A weight that makes the loss infinite; the other cell is stopped."""
+    arm = tmp_path / "bad.yaml"
+    arm.write_text("# @package _global_\nname: bad\nlabel: Bad\nobjective: {terms: {dcml: {weight: 1.0e+38}}}\n")
+    study = [*training, "validation=none", "seeds=[0]", f"arms=[{arm}]", "reference=bad", "optimization.steps=3"]
+    words = ["ablate", *study, "jobs=2", "device=cpu", f"output={tmp_path / 'study'}"]
+    done = subprocess.run([sys.executable, "-m", "i2am_train", *words], capture_output=True, text=True, timeout=600)
+    assert done.returncode == 2
+    assert "bad-seed0 ended with status 2" in done.stderr
+    assert "lower optimization.learning_rate" in done.stderr
