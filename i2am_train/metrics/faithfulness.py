@@ -77,10 +77,10 @@ def _centred_ranks(
     values: Float[Tensor, "batch patch"], mask: Bool[Tensor, "batch patch"]
 ) -> Float[Tensor, "batch patch"]:
     """Ranks among the masked values, minus their mean; 0 outside. Twice the rank is a whole number: sums are exact."""
-    below = (values[:, :, None] > values[:, None, :]).to(torch.float64)
-    above = (values[:, :, None] < values[:, None, :]).to(torch.float64)
-    ranks = ((below - above) * mask[:, None, :]).sum(dim=2) / 2
-    return torch.where(mask, ranks, 0.0)
+    ordered = torch.where(mask, values, torch.inf).sort(dim=1).values
+    below, up_to = (torch.searchsorted(ordered, values.contiguous(), right=right) for right in (False, True))
+    above = mask.sum(dim=1, keepdim=True) - up_to
+    return torch.where(mask, (below - above).to(torch.float64) / 2, 0.0)
 
 
 def quarters(garment: Bool[Tensor, "batch reference"], grid: GridSize) -> Bool[Tensor, "batch 4 reference"]:

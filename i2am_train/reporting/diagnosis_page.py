@@ -94,9 +94,9 @@ def diagnosis_page(results: Results, file: str | None) -> str:
         file: text of the proposed options; None where nothing is proposed.
     """
     caption = (
-        "Layers (numbers) and their heads (dots) by how much the image depends on their choice, and by how scattered "
-        "it is. Shaded: what the rule repairs; grey: not used; dotted: chance, and the garment's own extent. Last: "
-        "attention sinks by time."
+        "Layers (numbers) and their heads (dots of the same colour) by how much the image depends on their choice, and "
+        "by how scattered it is. Shaded: what the rule repairs; grey: not used; dotted: chance, and the garment's own "
+        "extent. Last: attention sinks by time."
     )
     layers, *others = diagnosis_tables(results)
     picture = Picture(embedded_figure(diagnosis_figure(results)), caption, "Scatter plots of the first table.", 1100)
