@@ -321,7 +321,7 @@ def head_table(results: Results) -> Table:
         corner="Head",
         headings=tuple(FIGURES[name].heading for name in _known(results)),
         rows=tuple(
-            _row(results, place, place.partition("#")[2], group=_full(layer))
+            _row(results, place, f"head {place.partition('#')[2]}", group=_full(layer))
             for layer in results["layers"]
             for place in places
             if place.startswith(f"{layer}#")

@@ -1,5 +1,6 @@
 """A diagnosis of models whose answer is known: a layer that copies, one that scatters, and one that nobody hears."""
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -8,11 +9,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from i2am_train.attention import Recipe, Site, Tokens, announce
-from i2am_train.config.evaluation import DiagnosisConfig
+from i2am_train.config.evaluation import AttributionConfig, DiagnosisConfig, FaithfulnessConfig
+from i2am_train.config.models import SamplingConfig
 from i2am_train.errors import CaptureError
 from i2am_train.evaluation.diagnosis import diagnosis, images_of, layer_heads
-from i2am_train.evaluation.faithfulness import Remake
-from i2am_train.reporting.diagnosis import diagnosed, repair
+from i2am_train.evaluation.explaining import explain_batch
+from i2am_train.evaluation.faithfulness import Remake, faithfulness, remake_of
+from i2am_train.reporting.diagnosis import HEADS, diagnosed, diagnosis_tables, repair
+from i2am_train.reporting.diagnosis_page import diagnosis_page
 from i2am_train.types import GridSize
 
 GRID = GridSize(4, 3)
@@ -73,6 +77,12 @@ def remake(reference: Tensor, net: Net | None = None, **changes: Any) -> Remake:
         "correspondence": torch.stack([y, x], dim=-1).expand(count, -1, -1, -1),
     }  # fmt: skip
     return Remake(**{**given, **changes})
+
+
+def results_of(rows: list[dict[str, Any]], layers: list[str]) -> dict[str, Any]:
+    """As `i2am diagnose` writes them."""
+    found = diagnosed(rows, layers, least_use=0.02)
+    return {"label": "net", **found, "settings": {"least_use": 0.02}, "provenance": {}}
 
 
 @pytest.fixture
@@ -172,6 +182,65 @@ def test_the_proposal(reference: Tensor) -> None:
     assert options["objective"] == {
         "variant": "reward", "terms": {"dcml": {"weight": 0.1}}, "layers": {"scatters": 1.0}
     }  # fmt: skip
+
+
+def test_sinks_by_time(reference: Tensor) -> None:
+    """A layer that looks at one patch in the first of two steps and at all in turn in the second."""
+    net = single_heads()
+    of_steps = [F.one_hot(torch.full((12,), 5), 12) * 200.0, F.one_hot(OWN, 12) * 200.0]
+
+    def make(pictures: Tensor) -> Tensor:
+        colours = F.adaptive_avg_pool2d(pictures, GRID).flatten(2).mT
+        for step, queries in enumerate(of_steps):
+            net.copies.queries = queries
+            with announce(step_index=step, conditional_rows=slice(0, len(pictures))):
+                fetched = net(torch.zeros(len(pictures), 1, *GRID), colours)
+        return F.interpolate(fetched.mT.reshape(-1, 3, *GRID), (16, 12), mode="nearest")
+
+    (row, _) = diagnosis(remake(reference, net, make=make), DiagnosisConfig(layers=["copies"]))
+    assert row["sinks@0/copies"] == pytest.approx(1, abs=1e-4)
+    assert row["sinks@1/copies"] == pytest.approx(1 / 12, abs=1e-4)
+    assert row["sinks/copies"] == pytest.approx((1 + 1 / 12) / 2, abs=1e-4)
+    table = next(one for one in diagnosis_tables(results_of([row], ["copies"])) if one.name == "diagnosis_sinks")
+    assert [cell.text for cell in table.rows[0].cells if cell] == ["1.000", "0.083"]
+
+
+def test_the_try_on_model_gets_the_figures_of_other_commands(
+    make_small_model: Callable[..., Any], read_batch: Callable[..., Any]
+) -> None:
+    """Error and entropy as an evaluation measures them, use and where as `i2am faithful`."""
+    model, batch, sampling = make_small_model(), read_batch([0, 1]), SamplingConfig(steps=2)
+    subject, layer = remake_of(model, batch, sampling), "up_blocks.2.attentions.1"
+    rows = diagnosis(subject, DiagnosisConfig(layers=[5], heads=False))
+    explained = explain_batch(model, batch, sampling, AttributionConfig(layer=5, time_groups=2))
+    faithful = faithfulness(subject, FaithfulnessConfig(layers=[5], shares=[0.5], random_draws=1))
+    for row, one, judged in zip(rows, explained, faithful, strict=True):
+        assert row[f"error/{layer}"] == pytest.approx(one.scores["correspondence_error"], rel=1e-5)
+        assert row[f"entropy/{layer}"] == pytest.approx(one.scores["attention_entropy"], rel=1e-5)
+        assert row[f"use/{layer}"] == judged[f"use/{layer}"] > 0
+        assert row[f"where/{layer}"] == pytest.approx(judged[f"where/{layer}"], abs=1e-5)
+
+
+def test_tables(reference: Tensor) -> None:
+    """A row for each layer with its verdict, one for each head, and what foretells the error."""
+    options = DiagnosisConfig()
+    net = Net()
+    net.copies = Single(OWN)
+    names = ["copies", "scatters", "dead"]
+    results = results_of(diagnosis(remake(reference, net), options), names)
+    tables = {table.name: table for table in diagnosis_tables(results)}
+    assert list(tables) == ["diagnosis_layers", "diagnosis_sinks", HEADS, "diagnosis_foretold"]
+    layers, heads = tables["diagnosis_layers"], tables[HEADS]
+    verdicts = {row.label: row.cells[-1].text for row in layers.rows if row.cells[-1]}
+    assert verdicts == {"copies": "in order", "scatters": "repair", "dead": "not used, scattered"}
+    assert [heading.label for heading in layers.headings][-2:] == ["True error", "Verdict"]
+    assert [(row.group, row.label) for row in heads.rows] == [
+        ("scatters", "head 0"), ("scatters", "head 1"), ("dead", "head 0"), ("dead", "head 1")
+    ]  # fmt: skip
+    assert [heading.label for heading in tables["diagnosis_foretold"].headings] == ["over 3 layers", "over 4 heads"]
+    page = diagnosis_page(results, "layers: {scatters: 1.0}")
+    assert "<p>Repair layer scatters.</p>" in page
+    assert "layers: {scatters: 1.0}" in page
 
 
 def test_nothing_to_repair(reference: Tensor) -> None:
