@@ -4,8 +4,10 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 OLDEST := .venv-oldest
-# Two workers, each on one core: torch would otherwise start a thread per core in each of them.
+# Two workers, each on one core: torch would otherwise start a thread per core in each of them. Bytecode is kept whatever
+# the environment says: the asserts of all tests are rewritten otherwise, by every worker and in every run.
 TEST_WORKERS ?= 2
+TESTED := PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1
 
 .PHONY: help demo quick test-quick test test-long test-all test-gpu test-oldest check format notebooks install wheel clean
 .DEFAULT_GOAL := help
@@ -21,7 +23,7 @@ PURE := attention config losses metrics ops results
 NOT_QUICK := $(addprefix tests/unit/test_,attention_compiled.py attention_trace.py config_store.py metrics_image_quality.py)
 QUICK := $(filter-out $(NOT_QUICK),$(foreach name,$(PURE),$(wildcard tests/unit/test_$(name)_*.py))) $(PURE:%=i2am_train/%) \
 	tests/contracts/test_losses.py tests/golden tests/properties
-PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q
+PYTEST = $(TESTED) $(BIN)/python -m pytest -q
 IN_PARALLEL := -n $(TEST_WORKERS) --dist worksteal
 
 quick: $(STAMP)  ## within a minute: `make check`, and beside it the tests of the packages that only compute
@@ -44,7 +46,7 @@ test-gpu: $(STAMP)  ## the real commands on a CUDA device (a few minutes; skippe
 
 # The oldest packages warn of what newer ones changed: warnings are no errors there.
 test-oldest: $(OLDEST)/.installed  ## the tests of `make test` and `make test-long` with the oldest packages that pyproject.toml allows
-	@OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest -q $(IN_PARALLEL) -W default -m "not slow and not gpu"
+	@$(TESTED) $(OLDEST)/bin/python -m pytest -q $(IN_PARALLEL) -W default -m "not slow and not gpu"
 
 check: $(STAMP)  ## lint, formatting, types, direction of imports
 	@echo "ruff check";    $(BIN)/ruff check --quiet .

@@ -95,7 +95,7 @@ def _run_with_hydra(command: str, words: Sequence[str], run: Run) -> int:
     from hydra.errors import HydraException
     from omegaconf.errors import OmegaConfBaseException
 
-    from i2am_train.config.store import as_typed, register_commands, to_dataclass, with_own_experiment
+    from i2am_train.config.store import as_typed, known_to_hydra, to_dataclass, with_own_experiment
 
     typed, entered, status = sys.argv, False, 0
 
@@ -113,15 +113,15 @@ def _run_with_hydra(command: str, words: Sequence[str], run: Run) -> int:
     words = _checked(command, words)
     allow_named(words)
     sweep = any(word in MULTIRUN_FLAGS for word in words)
-    register_commands()
     # Hydra would print errors itself, with its own advice, and exit with status 1.
     os.environ["HYDRA_FULL_ERROR"] = "1"
     decorate = hydra.main(version_base="1.3", config_path=str(conf_folder()), config_name=command)
     try:
         # Hydra reads the program's words. The command itself sees those that were typed.
-        known = with_own_experiment(command, words, sweep=sweep)
-        sys.argv = [f"i2am {command}", *as_typed(command, known, sweep=sweep)]
-        decorate(task)()
+        with known_to_hydra(command):
+            known = with_own_experiment(command, words, sweep=sweep)
+            sys.argv = [f"i2am {command}", *as_typed(command, known, sweep=sweep)]
+            decorate(task)()
     except (HydraException, OmegaConfBaseException) as error:
         if entered:
             raise
@@ -324,15 +324,29 @@ def _errors_as_text(command: str) -> Iterator[None]:
     try:
         yield
     except (CommandStopped, KeyboardInterrupt) as error:  # the second from a library that handles the signal itself
-        stop = error if isinstance(error, CommandStopped) else CommandStopped(signal.SIGINT)
-        _say(_sentence(command, stop))
-        sys.exit(stop.status)
+        _end_stopped(command, error)
     except Exception as error:
         told = _as_user_error(error)
+        if told is None and (stop := _stop_behind(error)):
+            _end_stopped(command, stop)
         if told is None or os.environ.get(DEBUG_VARIABLE, "0") not in ("", "0"):
             raise
         _say(without_secrets(WORKER_TRACEBACK.sub("", str(told)).strip()))
         sys.exit(told.status)
+
+
+def _end_stopped(command: str, error: BaseException) -> NoReturn:
+    stop = error if isinstance(error, CommandStopped) else CommandStopped(signal.SIGINT)
+    _say(_sentence(command, stop))
+    sys.exit(stop.status)
+
+
+def _stop_behind(error: BaseException) -> BaseException | None:
+    """The signal amid which an error came up: libraries that are stopped half-way (OmegaConf) fail to tidy up."""
+    found = error.__context__
+    while found is not None and not isinstance(found, (CommandStopped, KeyboardInterrupt)):
+        found = found.__context__
+    return found
 
 
 def _say(text: str) -> None:

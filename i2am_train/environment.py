@@ -162,7 +162,7 @@ def first_process() -> bool:
 
 
 def ignore_interrupts(_number: int = 0) -> None:
-    """For processes that read or draw for this one: Ctrl-C reaches them, too, and this one decides when they end."""
+    """For processes that read for this one: Ctrl-C reaches them, too, and this one decides when they end."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
@@ -191,8 +191,11 @@ def wait_for(path: Path, seconds: float = 600.0) -> None:
 
 
 def quiet_libraries() -> None:
-    """Silence diffusers and transformers below errors, and `LIBRARY_REMARKS`; call before they are imported."""
-    os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+    """Silence diffusers, transformers below errors, and `LIBRARY_REMARKS`; call before they are imported.
+
+    What diffusers calls an error is one that it also raises, or a file for which it finds another.
+    """
+    os.environ.setdefault("DIFFUSERS_VERBOSITY", "critical")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     # Pillow's remarks on broken EXIF entries that nobody asked for.

@@ -18,7 +18,6 @@ from i2am_train.attention.recipe import (
     module_like,
     named_modules,
     part,
-    similar_layer,
     uncompiled,
 )
 from i2am_train.errors import CaptureError
@@ -204,13 +203,12 @@ def choose_sites(
 ) -> tuple[SiteModule, ...]:
     """The sites of the given layers, in the order given; an error that lists what there is.
 
-    Numbers are those of `similar_layer` among the ``model``'s layers (None: those of the sites).
+    Numbers count the ``model``'s layers (None: those of the sites), as `layer_numbers` does.
 
     >>> named = [SiteModule(f"up_blocks.1.attentions.{i}", "", Site(""), nn.Identity()) for i in (0, 1)]
     >>> [site.layer for site in choose_sites(named, [2])]
     ['up_blocks.1.attentions.1']
     """
     by_name = {site.layer: site for site in sites}
-    known = list(by_name) if model is None else model
-    names = [find_layer(similar_layer(layer, known), list(by_name)) for layer in layers]
+    names = [find_layer(layer, list(by_name), model or ()) for layer in layers]
     return tuple(by_name[name] for name in names)

@@ -68,47 +68,55 @@ def paper_number(name: str) -> int | None:
     return None
 
 
-def find_layer(layer: LayerId, available: Sequence[str]) -> str:
-    """The one of ``available`` that ``layer`` means; an error that lists them if it is none.
+def find_layer(layer: LayerId, available: Sequence[str], model: Sequence[str] = ()) -> str:
+    """The one of ``available`` that ``layer`` means; an error that lists them with their numbers if it is none.
+
+    ``model`` has the names of all layers, which numbers count (`layer_numbers`); () where ``available`` has them all.
 
     >>> find_layer(2, ["output_blocks.3.1", "output_blocks.4.1"])
     'output_blocks.4.1'
     """
     name = layer_name(layer)
     if isinstance(layer, int):
-        name = next((known for known in available if paper_number(known) == layer), name)
+        name = _numbered(model or available).get(layer, name)
     if name not in available:
         raise CaptureError(
-            f"No attention layer is called {name!r}. This model has: {describe_layers(available)}. "
+            f"No attention layer is called {name!r}. This model has: {describe_layers(available, model)}. "
             "Choose one of them, by name or by number."
         )
     return name
 
 
-def similar_layer(layer: LayerId, available: Sequence[str]) -> str:
-    """The one of ``available`` that ``layer`` means, also where the paper's numbers are not known.
+def _numbered(model: Sequence[str]) -> dict[int, str]:
+    """The layers that numbers mean; where several have the paper's number, the first."""
+    total, known = len(PAPER_LAYERS), {paper_number(name): name for name in reversed(model)}
+    if known.keys() != {None}:
+        return {number: name for number, name in known.items() if number is not None}
+    decoder = [name for name in model if name.startswith("up_blocks.")] or model
+    return {number: decoder[(number - 1) * len(decoder) // total] for number in range(1, total + 1)}
 
-    In a model without numbered layers a number means the layer at the same depth of the decoder: of its layers in
-    ``up_blocks``, or of all where there are none.
 
-    >>> similar_layer(2, ["mid_block.attentions.0", "up_blocks.0.attentions.0", "up_blocks.0.attentions.1"])
-    'up_blocks.0.attentions.0'
+def layer_numbers(name: str, model: Sequence[str]) -> str:
+    """The numbers that mean a layer of a model with these layers, as text; empty where only its name means it.
+
+    They are the paper's. In a model without any of the paper's layers, a number means the layer at the same depth of
+    the decoder: of its layers in ``up_blocks``, or of all where there are none.
+
+    >>> layer_numbers("blocks.1", ["blocks.0", "blocks.1"]), layer_numbers("mid", ["mid", "up_blocks.0"])
+    ('6-9', '')
     """
-    if isinstance(layer, str) or any(paper_number(name) for name in available):
-        return find_layer(layer, available)
-    layer_name(layer)  # refuses other numbers than the paper's
-    decoder = [name for name in available if name.startswith("up_blocks.")] or list(available)
-    return decoder[(layer - 1) * len(decoder) // len(PAPER_LAYERS)]
+    numbers = [number for number, known in _numbered(model).items() if known == name]
+    return "-".join(map(str, sorted({min(numbers), max(numbers)}))) if numbers else ""
 
 
-def describe_layers(names: Sequence[str]) -> str:
-    """Names with the paper's numbers, for messages.
+def describe_layers(names: Sequence[str], model: Sequence[str] = ()) -> str:
+    """Names with the numbers that mean them in the model (() for that of these layers), for messages.
 
     >>> describe_layers(["up_blocks.1.attentions.1", "mid_block.attentions.0"])
     'up_blocks.1.attentions.1 (2), mid_block.attentions.0'
     """
-    numbered = ((name, paper_number(name)) for name in names)
-    return ", ".join(name if number is None else f"{name} ({number})" for name, number in numbered)
+    numbered = ((name, layer_numbers(name, model or names)) for name in names)
+    return ", ".join(f"{name} ({numbers})" if numbers else name for name, numbers in numbered)
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from torch import Tensor
 from i2am_train.attention.frames import Frame
 from i2am_train.attention.hooks import AttentionInputs
 from i2am_train.attention.lookup import SiteModule, SitePlaces
-from i2am_train.attention.recipe import LayerId, find_layer, paper_number, similar_layer
+from i2am_train.attention.recipe import LayerId, find_layer, layer_numbers
 from i2am_train.errors import CaptureError, ConfigError
 from i2am_train.ops.attention import (
     HeadMatrices,
@@ -154,13 +154,12 @@ class AttributionStore:
         return tuple(record.layer for record in self.layers)
 
     def layer(self, layer: LayerId) -> LayerRecord:
-        """One layer by name or by number (`similar_layer`)."""
+        """One layer by name or by number (`layer_numbers`)."""
         return self.layers[self.index(layer)]
 
     def index(self, layer: LayerId) -> int:
         """Position of a layer among those captured; an error that lists them if it is none."""
-        name = similar_layer(layer, self.model or self.names)
-        return self.names.index(find_layer(name, self.names))
+        return self.names.index(find_layer(layer, self.names, self.model))
 
     def select(self, layers: Sequence[LayerId]) -> AttributionStore:
         """Only the given layers."""
@@ -376,8 +375,8 @@ class SiteRecorder:
             head_scores_over_generated=by_head[1],
         )
 
-    def summary(self) -> SiteSummary:
-        """One line about what was seen so far."""
+    def summary(self, model: Sequence[str]) -> SiteSummary:
+        """One line about what was seen so far; ``model`` has the names of all layers."""
         places = self.places
         return SiteSummary(
             layer=self.site.layer,
@@ -388,6 +387,7 @@ class SiteRecorder:
             reference_grid=None if places is None else places.reference.grid,
             calls=self.calls,
             functional=self.key_tokens != 1,
+            numbers=layer_numbers(self.site.layer, model),
         )
 
     def _places_as_before(self, places: SitePlaces) -> SitePlaces:
@@ -458,6 +458,8 @@ class SiteSummary:
     reference_grid: GridSize | None
     calls: int
     functional: bool
+    numbers: str
+    """Those that mean the layer in this model: ``2``, ``1-3``, or empty."""
 
 
 class SiteTable(tuple[SiteSummary, ...]):
@@ -477,7 +479,7 @@ class SiteTable(tuple[SiteSummary, ...]):
 def _cells(site: SiteSummary) -> tuple[str, ...]:
     values = (
         site.layer,
-        paper_number(site.layer),
+        site.numbers or None,
         site.generated_grid,
         site.heads,
         site.reference_tokens,

@@ -48,7 +48,7 @@ def trace(
 
     ``recipe`` None asks the model itself (``attention_recipe()``) or recognises a known one, whose name may also be
     given (``i2am explain --recipes`` lists them). ``layers`` restricts the capture (default: all of the recipe's);
-    numbers are the paper's, or the same depth of a decoder that has others (`similar_layer`). ``matrix_layers`` (None:
+    numbers are the paper's, or the same depth of a decoder that has others (`layer_numbers`). ``matrix_layers`` (None:
     all captured ones) also keep their head- and step-mean score matrices, which maps of single patches and attention
     centres need; with ``matrix_heads`` also those of each head. ``generated_mask`` (one per sample, any size, True =
     counts) restricts the mean that makes reference-side maps to generated positions inside it, as the authors' hook
@@ -160,8 +160,8 @@ class Trace:
 
     @property
     def sites(self) -> SiteTable:
-        """What is captured: layers, grids, heads, reference tokens and calls seen; prints as a table."""
-        return SiteTable(recorder.summary() for recorder in self._recorders.values())
+        """What is captured: layers, their numbers, grids, heads, reference tokens and calls seen; prints as a table."""
+        return SiteTable(recorder.summary(self._model) for recorder in self._recorders.values())
 
     def maps(self) -> AttributionMaps:
         """All attribution maps of the run (on the CPU). Raises `CaptureError` if a site saw no or too few calls, or

@@ -44,7 +44,9 @@ class AttributionConfig(Options):
     weighting: LayerWeighting = LayerWeighting.PAPER
     """How layers of different grids are summed: paper (plain sum) or density (balanced)."""
     layer: Layer = 2
-    """Layer of correspondence error, PCK, spread and entropy: a paper number 1...9 or a name."""
+    """Layer of correspondence error, PCK, spread and entropy, and of a patch's maps: a paper number
+    1...9 or a name. In a model without the paper's layers: that at the same depth of its decoder; a
+    name that it lacks is refused with a list of its layers and their numbers."""
     layers: Layers | None = None
     """Layers that enter the unified maps; null: all nine."""
     inpaint_queries: bool = True

@@ -11,7 +11,8 @@ what is quoted already stay Hydra's.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import fields
 from hashlib import sha256
 from pathlib import Path
@@ -35,6 +36,8 @@ from i2am_train.config.training import AblateConfig, TrainConfig, TrainingGroups
 from i2am_train.doors import allow_named
 from i2am_train.errors import ConfigError
 
+_OURS = {f"{command}{ending}" for command in COMMANDS for ending in ("_schema.yaml", ".yaml")}
+"""What Hydra's store calls our commands."""
 BASE_ARM = "base"
 """The arm that is not trained: the checkpoint that all arms start from."""
 ARM_ENDINGS = (".yaml", ".yml")
@@ -50,27 +53,34 @@ HALF_INTERPOLATION = re.compile(r"\$\{(?![^{}]+\})")
 """A ``${`` that refers to nothing, since it is not closed."""
 
 
-def register_commands() -> None:
-    """Give Hydra every command: its options with their defaults, and the files of ``conf/`` that they begin with.
+@contextmanager
+def known_to_hydra(name: str) -> Iterator[None]:
+    """Meanwhile Hydra knows a command: its options with their defaults, and the files that they begin with.
 
-    A command runs in the folder where it was called, and Hydra leaves nothing there.
+    A command runs in the folder where it was called, and Hydra leaves nothing there. It knows no other command of ours:
+    whatever it knows, it copies for every composition, which would take twice as long.
     """
-    store = ConfigStore.instance()
+    store, options = ConfigStore.instance(), COMMANDS[name].options
+    before = store.repo
+    store.repo = {known: node for known, node in before.items() if known not in _OURS}
+    store.store(name=f"{name}_schema", node=plain(options))
+    groups = [item.name for item in fields(options)]
+    files = [{group: file} for group, file in DEFAULT_FILES.items() if group in groups]
+    # Last, so that an experiment has the last word before the command line.
+    experiment = [{"experiment": None}] if name in WITH_EXPERIMENTS else []
     no_logs = [{"override hydra/job_logging": "none"}, {"override hydra/hydra_logging": "none"}]
-    for name, command in COMMANDS.items():
-        store.store(name=f"{name}_schema", node=plain(command.options))
-        groups = [item.name for item in fields(command.options)]
-        files = [{group: file} for group, file in DEFAULT_FILES.items() if group in groups]
-        # Last, so that an experiment has the last word before the command line.
-        experiment = [{"experiment": None}] if name in WITH_EXPERIMENTS else []
-        hydra = {
-            "job": {"name": name, "chdir": False},
-            "run": {"dir": "."},
-            "sweep": {"dir": "runs/sweeps", "subdir": "."},
-            "output_subdir": None,
-        }
-        defaults = [f"{name}_schema", *files, "_self_", *experiment, *no_logs]
-        store.store(name=name, node={"defaults": defaults, "hydra": hydra})
+    hydra = {
+        "job": {"name": name, "chdir": False},
+        "run": {"dir": "."},
+        "sweep": {"dir": "runs/sweeps", "subdir": "."},
+        "output_subdir": None,
+    }
+    defaults = [f"{name}_schema", *files, "_self_", *experiment, *no_logs]
+    store.store(name=name, node={"defaults": defaults, "hydra": hydra})
+    try:
+        yield
+    finally:
+        store.repo = before
 
 
 def compose(command: str, overrides: Sequence[str] = ()) -> Any:
@@ -90,12 +100,12 @@ def compose(command: str, overrides: Sequence[str] = ()) -> Any:
     >>> compose("train", ["experiment=refined", "objective.terms.cwg=0.02"]).objective.terms
     {'dcml': {'weight': 0.007}, 'tv': {'weight': 0.002}, 'cwg': {'weight': 0.02}}
     """
-    register_commands()
     GlobalHydra.instance().clear()
     allow_named(overrides)
-    words = as_typed(command, with_own_experiment(command, overrides))
-    with initialize_config_dir(version_base="1.3", config_dir=str(conf_folder())):
-        return to_dataclass(command, hydra_compose(config_name=command, overrides=words))
+    with known_to_hydra(command):
+        words = as_typed(command, with_own_experiment(command, overrides))
+        with initialize_config_dir(version_base="1.3", config_dir=str(conf_folder())):
+            return to_dataclass(command, hydra_compose(config_name=command, overrides=words))
 
 
 def with_own_experiment(command: str, words: Sequence[str], *, sweep: bool = False) -> list[str]:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypedDict, cast
@@ -31,7 +31,7 @@ from i2am_train.config.locations import dataset_folder
 from i2am_train.data.cache import LatentCache
 from i2am_train.data.layouts import DressCodeLayout, Layout, Pair, Place, VitonHDLayout, entries
 from i2am_train.data.needed_files import check_files
-from i2am_train.data.picture_files import read_colour, read_correspondence, read_native_mask
+from i2am_train.data.picture_files import read_correspondence, read_mask, read_rgb
 from i2am_train.data.pictures import Image, Mask, SampleArrays, Window, fit_mask, fit_nearest, fit_picture, window
 from i2am_train.data.poses import read_pose_picture
 from i2am_train.data.synthetic import make_dataset
@@ -134,6 +134,8 @@ class Reading:
     """Of DressCode, in this order; empty: all that exist."""
     fit: Fit = "stretch"
     """How pictures of another aspect come to the size that is asked for."""
+    options: str = field(default="data.", compare=False, repr=False)
+    """What the names of these options begin with, for messages: nothing in ``i2am data``."""
 
 
 AS_IT_LIES = Reading()
@@ -149,8 +151,8 @@ def reading_of(data: DataConfig) -> Reading:
     return Reading(data.layout, tuple(data.categories), data.fit)
 
 
-def detect_layout(root: Path) -> Literal["viton_hd", "dresscode"]:
-    """The layout of a folder, from its sub-folders.
+def detect_layout(root: Path, options: str = "data.") -> Literal["viton_hd", "dresscode"]:
+    """The layout of a folder, from its sub-folders; ``options`` is that of `Reading`.
 
     Raises:
         DataError: the folder is one category of DressCode.
@@ -160,7 +162,7 @@ def detect_layout(root: Path) -> Literal["viton_hd", "dresscode"]:
     if root.name in CATEGORIES and (root / "images").is_dir():
         raise DataError(
             f"{root} is one category of DressCode; expected the folder above it. "
-            f"Set data.root={root.parent} data.categories=[{root.name}]."
+            f"Set {options}root={root.parent} {options}categories=[{root.name}]."
         )
     return "viton_hd"
 
@@ -176,39 +178,42 @@ def split_layouts(root: Path, split: Split, reading: Reading) -> list[Layout]:
     >>> layout.folder.as_posix()
     'set/train'
     """
-    name = detect_layout(root) if reading.layout == "auto" else reading.layout
+    name = detect_layout(root, reading.options) if reading.layout == "auto" else reading.layout
     if name == "dresscode":
-        return _dresscode_layouts(root, split, reading.categories)
+        return _dresscode_layouts(root, split, reading)
     if reading.categories:
         raise DataError(
-            f"data.categories={list(reading.categories)} belongs to DressCode, and {root} is in another layout. "
-            "Leave it out, or check data.root."
+            f"{reading.options}categories={list(reading.categories)} belongs to DressCode, and {root} is in another "
+            f"layout. Leave it out, or check {reading.options}root."
         )
-    return [VitonHDLayout(root, split) if name == "viton_hd" else _own_layout(name, root, split)]
+    return [VitonHDLayout(root, split) if name == "viton_hd" else _own_layout(root, split, reading)]
 
 
-def _dresscode_layouts(root: Path, split: Split, wanted: Sequence[Category]) -> list[Layout]:
+def _dresscode_layouts(root: Path, split: Split, reading: Reading) -> list[Layout]:
     """One layout per category: the wanted ones, or all that exist."""
+    options = reading.options
     there = [name for name in CATEGORIES if (root / name).is_dir()]
-    categories = wanted or there or CATEGORIES
+    categories = reading.categories or there or CATEGORIES
     if missing := [name for name in categories if not (root / name).is_dir()]:
-        advice = f"Set data.categories=[{','.join(there)}]" if there else "Check data.root"
+        advice = f"Set {options}categories=[{','.join(there)}]" if there else f"Check {options}root"
         raise DataError(
             f"{root} has no folder {', '.join(missing)} (found: {entries(root)}); expected DressCode's folders "
-            f"{', '.join(categories)}. {advice}, or data.layout=viton_hd for the other layout."
+            f"{', '.join(categories)}. {advice}, or {options}layout=viton_hd for the other layout."
         )
     return [DressCodeLayout(root, split, category) for category in categories]
 
 
-def _own_layout(path: str, root: Path, split: Split) -> Layout:
+def _own_layout(root: Path, split: Split, reading: Reading) -> Layout:
     """The user's layout by its import path, made, and asked what it will be asked for."""
+    option = f"{reading.options}layout"
+    given = f"{option}={reading.layout}"
     found = resolve(
-        path,
-        "data.layout",
+        reading.layout,
+        option,
         "a class derived from i2am_train.data.layouts.Layout (or from one of those beside it), made by (root, split)",
         *(derives(Layout), _wrong_places, calls("root", "split")),
     )
-    layout: Layout = make(partial(found, root, split), f"data.layout={path}")
+    layout: Layout = make(partial(found, root, split), given)
     answers: list[tuple[str, type, Callable[[], Any]]] = [
         ("folder", Path, lambda: layout.folder),
         ("label", str, lambda: layout.label),
@@ -217,14 +222,14 @@ def _own_layout(path: str, root: Path, split: Split) -> Layout:
         ("advice(Role.PERSON)", str, lambda: layout.advice(Role.PERSON)),
     ]
     for name, kind, ask in answers:
-        named = f"data.layout={path}: {name}"
+        named = f"{given}: {name}"
         answer = make(ask, named)
         if not isinstance(answer, kind):
             advice = "Write @property above it" if callable(answer) else f"Write {kind.__name__}(...) around it"
-            given, expected = (f"{one.__module__}.{one.__name__}" for one in (type(answer), kind))
-            raise ConfigError(f"{named} is a {given}; expected a {expected}. {advice}.".replace("builtins.", ""))
+            found_kind, expected = (f"{one.__module__}.{one.__name__}" for one in (type(answer), kind))
+            raise ConfigError(f"{named} is a {found_kind}; expected a {expected}. {advice}.".replace("builtins.", ""))
     if wrong := calls("person")(layout.own_garment):
-        raise ConfigError(f"data.layout={path}: own_garment {wrong}. Expected a method own_garment(self, person).")
+        raise ConfigError(f"{given}: own_garment {wrong}. Expected a method own_garment(self, person).")
     return layout
 
 
@@ -381,7 +386,8 @@ class TryOnDataset(Dataset[TryOnSample]):
         epoch, position = item if isinstance(item, tuple) else (0, int(item))
         index = self.global_index(position)
         pair, layout = self.pairs[index], self.layouts[index]
-        arrays = self._read(layout, pair)
+        with layout.advises():
+            arrays = self._read(layout, pair)
         if self._augmentation is not None:
             arrays = self._augmentation(arrays, seed_for(self.seed, "augmentation", epoch, index))
         about = {"name": pair.person, "garment_name": pair.garment, "index": index, "paired": layout.worn(pair)}
@@ -391,7 +397,9 @@ class TryOnDataset(Dataset[TryOnSample]):
     def person_image(self, position: int) -> Tensor:
         """The photograph of the person at a position, alone: uint8 [3, height, width] at this dataset's size."""
         index = self.global_index(position)
-        picture = self._photograph(self.layouts[index].path(Role.PERSON, self.pairs[index].person))
+        layout = self.layouts[index]
+        with layout.advises():
+            picture = self._photograph(layout.path(Role.PERSON, self.pairs[index].person))
         return torch.from_numpy(np.ascontiguousarray(picture)).permute(2, 0, 1)
 
     def parts(self) -> list[tuple[Layout, list[Pair]]]:
@@ -404,7 +412,7 @@ class TryOnDataset(Dataset[TryOnSample]):
     def _read(self, layout: Layout, pair: Pair) -> SampleArrays:
         """All pictures of a sample at this dataset's size."""
         person, garment = pair
-        flat = read_colour(layout.path(Role.GARMENT, garment))
+        flat = read_rgb(layout.path(Role.GARMENT, garment))
         placed = window(GridSize(*flat.shape[:2]), self.size, self.fit)
         worn = layout.worn(pair)
         pose = read_pose_picture(layout.path(Role.POSE_PICTURE, person))
@@ -420,13 +428,13 @@ class TryOnDataset(Dataset[TryOnSample]):
         )
 
     def _photograph(self, path: Path) -> Image:
-        return fit_picture(read_colour(path), self.size, self.fit, _WHITE)
+        return fit_picture(read_rgb(path), self.size, self.fit, _WHITE)
 
     def _mask(self, path: Path) -> Mask:
-        return fit_mask(read_native_mask(path), self.size, self.fit)
+        return fit_mask(read_mask(path), self.size, self.fit)
 
     def _inpaint_mask(self, path: Path) -> Mask:
-        mask = read_native_mask(path)
+        mask = read_mask(path)
         if self.small_mask_rule and mask.mean() < _SMALLEST_INPAINT_SHARE:
             return np.ones(self.size, np.bool_)
         return fit_mask(mask, self.size, self.fit)

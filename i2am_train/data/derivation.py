@@ -33,7 +33,7 @@ from i2am_train.data.flat_garments import garment_mask
 from i2am_train.data.layouts import Layout, Pair, entries
 from i2am_train.data.needed_files import refuse_doubles
 from i2am_train.data.parsing import HEAD, LABEL_SETS, LabelMap, LabelSet, read_labels, usual_labels, write_labels
-from i2am_train.data.picture_files import is_there, read_colour, read_native_mask, write_picture
+from i2am_train.data.picture_files import is_there, read_mask, read_rgb, write_picture
 from i2am_train.data.pictures import Image, Mask, fit_picture, resize_mask
 from i2am_train.data.poses import (
     SIDES,
@@ -122,7 +122,7 @@ class DeriveReport:
 
 def split_lists(config: DataDeriveConfig) -> list[Layout]:
     """The splits (of each category) that have a pair list."""
-    there, _ = halves(config.root, Reading(config.layout, tuple(config.categories)))
+    there, _ = halves(config.root, Reading(config.layout, tuple(config.categories), options=""))
     return [one for one in there if one.split is Split.TRAIN or one.list_file(Pairing.PAIRED).is_file()]
 
 
@@ -260,7 +260,7 @@ class _Part:
         return refused | unreadable
 
     def _photograph(self, stem: str) -> Image:
-        return read_colour(self.layout.path(Role.PERSON, stem))
+        return read_rgb(self.layout.path(Role.PERSON, stem))
 
     def _box(self, stem: str) -> Box:
         path = self.layout.path(Role.PARSING, stem)
@@ -276,7 +276,7 @@ class _Part:
         """The mask of a flat garment."""
         files = _Files(self.layout, stem, [Role.GARMENT_MASK], self.config.overwrite)
         if files.wanted:
-            files.write(Role.GARMENT_MASK, garment_mask(read_colour(self.layout.path(Role.GARMENT, stem))))
+            files.write(Role.GARMENT_MASK, garment_mask(read_rgb(self.layout.path(Role.GARMENT, stem))))
         return files
 
     def _derive_person(self, stem: str) -> _Files:
@@ -293,7 +293,7 @@ class _Part:
         return files
 
     def _make(self, stem: str, files: _Files) -> None:
-        photograph = read_colour(self.layout.path(Role.PERSON, stem))
+        photograph = read_rgb(self.layout.path(Role.PERSON, stem))
         size = GridSize(*photograph.shape[:2])
         path = self.layout.path(Role.PARSING, stem)
         labels = read_labels(path, self.labels)
@@ -314,12 +314,12 @@ class _Part:
         """The region to paint: of a mask or an agnostic picture that is kept, else the derived one; never a mixture."""
         if Role.INPAINT_MASK in files.kept:
             path = self.layout.path(Role.INPAINT_MASK, stem)
-            mask = read_native_mask(path)
+            mask = read_mask(path)
             _same_size(path, mask.shape, GridSize(*derived.shape))
             return mask
         if Role.AGNOSTIC in files.kept:
             path = self.layout.path(Role.AGNOSTIC, stem)
-            return grey_region(read_colour(path), photograph, path)
+            return grey_region(read_rgb(path), photograph, path)
         return derived
 
     def _pose(self, stem: str, size: GridSize) -> Pose:
@@ -387,7 +387,7 @@ def _write_sheet(layout: Layout, pair: Pair, labels: LabelSet) -> None:
     garment; flat garment with its mask. What is not there is black.
     """
     person, garment = pair
-    photograph = read_colour(layout.path(Role.PERSON, person))
+    photograph = read_rgb(layout.path(Role.PERSON, person))
 
     def shown(draw: Callable[..., Image], stem: str, *roles: Role) -> Image:
         paths = [layout.path(role, stem) for role in roles]
@@ -399,9 +399,9 @@ def _write_sheet(layout: Layout, pair: Pair, labels: LabelSet) -> None:
         shown(partial(_skeleton, photograph), person, Role.KEYPOINTS),
         shown(read_pose_picture, person, Role.POSE_PICTURE),
         shown(partial(_tinted, photograph), person, Role.INPAINT_MASK),
-        shown(read_colour, person, Role.AGNOSTIC),
+        shown(read_rgb, person, Role.AGNOSTIC),
         shown(partial(_tinted, photograph), person, Role.WARPED_MASK),
-        shown(lambda flat, mask: _tinted(read_colour(flat), mask), garment, Role.GARMENT, Role.GARMENT_MASK),
+        shown(lambda flat, mask: _tinted(read_rgb(flat), mask), garment, Role.GARMENT, Role.GARMENT_MASK),
     ]
     path = layout.root / PREVIEWS / layout.label.replace(" ", "_") / f"{person}.jpg"
     write_picture(path, np.hstack([fit_picture(tile, _TILE, "pad", 255) for tile in tiles]))
@@ -409,7 +409,7 @@ def _write_sheet(layout: Layout, pair: Pair, labels: LabelSet) -> None:
 
 def _tinted(picture: Image, path: Path) -> Image:
     """A picture with a red veil over the mask of a file."""
-    inside = resize_mask(read_native_mask(path), GridSize(*picture.shape[:2]))
+    inside = resize_mask(read_mask(path), GridSize(*picture.shape[:2]))
     veil = cv2.addWeighted(picture, 0.45, np.full_like(picture, _TINT), 0.55, 0.0)
     return np.where(inside[..., None], veil, picture)
 

@@ -57,8 +57,7 @@ def check_files(layout: Layout, pairs: Sequence[Pair], pairing: Pairing) -> None
         what = ", ".join(layout.folder_names(role) for role in layout.missing)
         advice = " ".join(dict.fromkeys(layout.advice(role) for role in layout.missing))
         raise DataError(
-            f"{layout.folder} has no folder {what} (found: {entries(layout.folder)}). {advice} "
-            f"Run 'i2am data check root={layout.root}{layout.own}' for everything that is wrong with the dataset."
+            f"{layout.folder} has no folder {what} (found: {entries(layout.folder)}). {advice} {layout.find_all}"
         )
     wanted = _wanted_files(layout, pairs)
     refuse_doubles(layout, wanted)
@@ -73,7 +72,7 @@ def check_files(layout: Layout, pairs: Sequence[Pair], pairing: Pairing) -> None
             f"{layout.folder} lacks files that {layout.list_file(pairing).name} asks for: "
             f"{'; '.join(gaps.values())}. Copy them there, or take the lines of their samples out of the list. "
             f"{_own_garments(layout, gaps, pairing)}{_remedies(layout, gaps)}"
-            f"Run 'i2am data check root={layout.root}{layout.own}' for everything that is wrong with the dataset."
+            f"{layout.find_all}"
         )
 
 
@@ -154,11 +153,9 @@ def refuse_broken_pictures(datasets: Sequence[_Opened]) -> None:
     if broken:
         named = "; ".join(f"{path} {error.fault}" for path, error in broken[:NAMED])
         more = f"; and {len(broken) - NAMED} more" if len(broken) > NAMED else ""
-        own = datasets[0].parts()[0][0].own
         raise UnreadablePictureError(
             f"{len(broken)} of the {len(files)} pictures that are needed cannot be read: {named}{more}. "
-            f"{broken[0][1].advice} Run 'i2am data check root={datasets[0].root}{own}' for everything that is wrong "
-            "with the dataset."
+            f"{broken[0][1].advice} {datasets[0].parts()[0][0].find_all}"
         )
 
 

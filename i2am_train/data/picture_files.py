@@ -238,28 +238,9 @@ def is_deep(picture: PillowImage.Image) -> bool:
 # -- of a dataset ------------------------------------------------------------------------------------------------------
 
 
-def read_colour(path: Path, ground: Ground = "white") -> Image:
-    """RGB ``[H, W, 3]`` of a dataset's picture, upright, at its own size; ``ground`` shows where it is transparent."""
-    with advice_on(path):
-        return read_rgb(path, ground)
-
-
-def read_native_mask(path: Path) -> Mask:
-    """A mask of a dataset, upright and at its own size: grey value at least 128; what is transparent is outside."""
-    with advice_on(path):
-        return np.asarray(read_grey(path) >= INSIDE)
-
-
-@contextmanager
-def advice_on(path: Path) -> Iterator[None]:
-    """Adds to the error of a picture how to find all faults of the dataset that it belongs to."""
-    try:
-        yield
-    except UnreadablePictureError as error:
-        root = path.absolute().parents[2]
-        raise UnreadablePictureError(
-            f"{error} Run 'i2am data check root={root}' to list everything that is wrong with the dataset."
-        ) from error
+def read_mask(path: Path) -> Mask:
+    """A mask ``[H, W]``, upright and at its own size: grey value at least 128; what is transparent is outside."""
+    return np.asarray(read_grey(path) >= INSIDE)
 
 
 def write_picture(path: Path, picture: NDArray[Any]) -> None:
@@ -280,8 +261,7 @@ def read_correspondence(path: Path) -> NDArray[np.float32]:
     Raises:
         DataError: the file is no whole picture, or has another format.
     """
-    with advice_on(path):
-        encoded = read_encoded_correspondence(path)
+    encoded = read_encoded_correspondence(path)
     if encoded.dtype != np.uint16 or encoded.ndim != 3:
         raise DataError(
             f"{path} is {encoded.dtype} with shape {encoded.shape}; expected 16 bits and three channels (y, x, valid). "
@@ -338,7 +318,7 @@ def read_region(path: Path, option: str, picture: Image, of: str) -> Mask:
     A mask that cannot be read, has another size or no white pixel is a DataError.
     """
     with _named(path, option):
-        mask = np.asarray(read_grey(path) >= INSIDE)
+        mask = read_mask(path)
     height, width = picture.shape[:2]
     if mask.shape != (height, width):
         raise DataError(

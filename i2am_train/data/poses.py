@@ -23,7 +23,7 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from i2am_train.data.picture_files import advice_on, read_values, refuse_what_is_no_file
+from i2am_train.data.picture_files import read_values, refuse_what_is_no_file
 from i2am_train.data.pictures import Image, Mask, local_range
 from i2am_train.errors import DataError
 from i2am_train.types import GridSize
@@ -411,8 +411,7 @@ def read_parts(path: Path) -> NDArray[np.uint8]:
 
 def _values(path: Path) -> NDArray[Any]:
     """Labels ``[H, W]`` of a grey picture, checked; RGB of another, black where it is transparent."""
-    with advice_on(path):
-        values = read_values(path, palette=False)
+    values = read_values(path, palette=False)
     if values.ndim == 2 and (values.dtype != np.uint8 or values.max() > _PARTS):
         raise DataError(
             f"{path} holds values up to {values.max()}; expected DensePose's labels 0...{_PARTS}, or a picture in "

@@ -70,12 +70,15 @@ def best_detection(detections: Iterable[Detection], category: str | None = None)
     return max(candidates, key=lambda one: one.score, default=None)
 
 
-def load_detectors(entries: Sequence[str | Mapping[str, Any]], size: GridSize) -> dict[str, Detector]:
+def load_detectors(
+    entries: Sequence[str | Mapping[str, Any]], size: GridSize, device: torch.device
+) -> dict[str, Detector]:  # fmt: skip
     """The detectors of an option by the names that results give them, on the CPU.
 
     Args:
         entries: names, import paths, or mappings of an import path (``fn``) and keywords.
         size: of the picture that those of the user's own are tried on.
+        device: that they are tried on, and will be used on.
 
     Raises:
         CheckpointError: as `load_detector`.
@@ -87,8 +90,9 @@ def load_detectors(entries: Sequence[str | Mapping[str, Any]], size: GridSize) -
             detectors[entry] = load_detector(entry)
         else:
             own = _Imported.from_entry(entry, f"detectors[{index}]")
-            own.detect(np.random.default_rng(0).integers(0, 256, (*size, 3), np.uint8), 0.5)
-            detectors[own.name] = own
+            tried = own.to(device)
+            tried.detect(np.random.default_rng(0).integers(0, 256, (*size, 3), np.uint8), 0.5)
+            detectors[own.name] = tried.to(torch.device("cpu"))  # room for the pipeline
     return detectors
 
 
@@ -137,9 +141,19 @@ class _Imported:
         return cls(f"{path}({given})" if given else path, option, made)
 
     def to(self, device: torch.device) -> _Imported:
-        """The same detector elsewhere, if it can be moved."""
+        """The same detector elsewhere, if it can be moved; a method that moves it in place may return nothing."""
         move = getattr(self.detector, "to", None)
-        return self if move is None else replace(self, detector=move(device))
+        if move is None:
+            return self
+        try:
+            moved = move(device)
+        except Exception as error:
+            named = f"{self.option}={self.name}: to({device})"
+            raise ConfigError(
+                f"{named} fails: {type(error).__name__}: {error}. Choose another device, or correct it there; --debug "
+                "shows where it fails."
+            ) from error
+        return self if moved is None else replace(self, detector=moved)
 
     def detect(self, image: Image, threshold: float) -> list[Detection]:
         """As of ``Detector``."""

@@ -72,7 +72,7 @@ def run_experiment(config: DetectConfig, folder: Path, device: torch.device) -> 
     settings = plain(config) | {"bench": bench.fingerprint}
     # What takes least time comes first: a pipeline of the hub may not even be on this machine yet.
     RunFolder.check(folder, settings, may_differ=(*WITHOUT_EFFECT_ON_IMAGES, "revisions"))
-    detectors = load_detectors(config.detectors, config.size)
+    detectors = load_detectors(config.detectors, config.size, device)
     model = PaintByExample.from_pretrained(config.pipeline, device, config.dtype)
     model.check_size(config.size)
     settings |= revisions(config.pipeline)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from i2am_train.attention.lookup import resolve_root, resolve_sites
 from i2am_train.attention.maps import AttributionMaps
-from i2am_train.attention.recipe import LayerId, similar_layer
+from i2am_train.attention.recipe import LayerId, find_layer
 from i2am_train.attention.store import time_groups
 from i2am_train.attention.trace import trace
 from i2am_train.config.evaluation import AttributionConfig
@@ -238,7 +238,7 @@ def explain_picture(
     Args:
         model: loaded.
         request: what it is asked for.
-        attribution: layers by number are those of `similar_layer`.
+        attribution: layers by number are those of `layer_numbers`.
         name: of the explanation.
         reference_mask: the region that counts of the reference, as large as it.
         matrix_layers: whose score matrices are kept beside that of ``attribution.layer``; None: of every layer.
@@ -252,9 +252,9 @@ def explain_picture(
     time_groups(request.steps, attribution.time_groups)
     sites = resolve_sites(resolve_root(model.target, model.recipe), model.recipe)
     names = list(dict.fromkeys(site.layer for site in sites))
-    chosen = [similar_layer(layer, names) for layer in attribution.layers or names]
-    layer = similar_layer(attribution.layer, chosen)
-    kept = None if matrix_layers is None else [similar_layer(one, chosen) for one in matrix_layers]
+    chosen = [find_layer(layer, names) for layer in attribution.layers or names]
+    layer = find_layer(attribution.layer, chosen, names)
+    kept = None if matrix_layers is None else [find_layer(one, chosen, names) for one in matrix_layers]
     mask = None if request.mask is None else fit_mask(request.mask, request.size, model.fit)
     queries = mask if attribution.inpaint_queries else None
     with trace(

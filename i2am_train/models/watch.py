@@ -31,7 +31,7 @@ class Watch:
         self._seen: list[tuple[str, Bool[Tensor, " batch"]]] = []
         self._dtype: torch.dtype | None = None
 
-    def see(self, values: Float[Tensor, "batch *shape"], what: str) -> None:
+    def see(self, values: Float[Tensor, " batch *shape"], what: str) -> None:
         """Notes which samples of a batch are not finite in ``what``.
 
         >>> watch = Watch()

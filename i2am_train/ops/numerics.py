@@ -45,7 +45,7 @@ def to_uint8(images: Float[Tensor, "*shape"]) -> UInt8[Tensor, "*shape"]:
     return (to_unit(images) * 255).round().to(torch.uint8)
 
 
-def rows_at_fault(values: Float[Tensor, "batch *shape"]) -> Bool[Tensor, " batch"]:
+def rows_at_fault(values: Float[Tensor, " batch *shape"]) -> Bool[Tensor, " batch"]:
     """True for the samples of a batch with a value that is NaN or infinite; on the values' device, nothing is read.
 
     >>> import torch

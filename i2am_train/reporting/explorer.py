@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from i2am_train.attention.maps import AttributionMaps
-from i2am_train.attention.recipe import paper_number, similar_layer
+from i2am_train.attention.recipe import paper_number
 from i2am_train.attention.store import AttributionStore, LayerRecord, time_groups
 from i2am_train.config.evaluation import AttributionConfig
 from i2am_train.data.pictures import Image
@@ -150,7 +150,7 @@ def _without_matrices(
             "delta": options.delta,
             "penalty": options.penalty,
             "weighting": options.weighting.value,
-            "patch_layer": store.names.index(similar_layer(options.layer, store.names)),
+            "patch_layer": store.index(options.layer),
         },
         "groups": [_group(group, store) for group in groups],
         "layers": [_layer(record) for record in store.layers],
@@ -244,7 +244,7 @@ def _matrix_layers(store: AttributionStore, options: AttributionConfig, data: Js
     used = sum(_length(part) for part in (data["samples"], data["captures"])) / samples
     left = SIZE_LIMIT - _PAGE_ALLOWANCE - used
     captured = [index for index, record in enumerate(store.layers) if record.scores_over_reference is not None]
-    first = store.names.index(similar_layer(options.layer, store.names))
+    first = store.index(options.layer)
     chosen = {first}
     for index in sorted(captured, key=lambda at: (at != first, _scores(store.layers[at]))):
         left -= models * _packed_size(store.layers[index])

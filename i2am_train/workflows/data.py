@@ -60,7 +60,7 @@ def check(config: DataCheckConfig) -> int:
     if config.json is not None:
         require_apart(config.root, config.json)
         require_own_json(config.json, ("root", "ok", "findings"))
-    reading = Reading(config.layout, tuple(config.categories))
+    reading = Reading(config.layout, tuple(config.categories), options="")
     report = check_dataset(config.root, config.size, reading=reading)
     print(report.table())
     if config.json is not None:
@@ -94,7 +94,7 @@ def cache(config: DataCacheConfig) -> None:
         dtype=config.dtype, variants=config.variants, seed=config.seed, shard_samples=config.shard_samples
     )
     require_apart(config.root, config.output)
-    reading = Reading(config.layout, tuple(config.categories), config.fit)
+    reading = Reading(config.layout, tuple(config.categories), config.fit, options="")
     for split in config.splits:
         list_length(config.root, split, Pairing.PAIRED, reading)  # before a model is loaded
     model = TryOnModel.from_pretrained(model_folder(config.init)).to(device)

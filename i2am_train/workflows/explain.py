@@ -17,7 +17,7 @@ from torch.utils.data import default_collate
 
 from i2am_train.attention.known import known_models
 from i2am_train.attention.maps import patch_indices
-from i2am_train.attention.recipe import layer_name
+from i2am_train.attention.recipe import describe_layers, layer_name
 from i2am_train.attention.store import time_groups
 from i2am_train.attention.trace import trace
 from i2am_train.config.explanation import OTHER_MODELS_OPTIONS, TRYON, DetectConfig, ExplainConfig
@@ -288,6 +288,7 @@ def _of_pictures(config: ExplainConfig) -> _Made:
         about={
             "Model": f"{title}, recipe {recipe or 'of the factory'}",
             "Checkpoint": str(config.checkpoint or config.factory),
+            "Layers": describe_layers(made.maps.store.model),
         },
     )
 

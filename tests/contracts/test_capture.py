@@ -6,7 +6,7 @@ import pytest
 import torch
 from diffusers import UNet2DConditionModel
 
-from i2am_train.attention import Recipe, ScoreTap, Site, announce, diffusers_decoder, trace
+from i2am_train.attention import Recipe, ScoreTap, Site, Tokens, announce, diffusers_decoder, trace
 from i2am_train.errors import CaptureError
 from i2am_train.models.sampling import sample
 from i2am_train.types import Direction, GridSize
@@ -77,14 +77,16 @@ def compile_it(unet):
 VARIANTS = {"plain": lambda unet: unet, "lora": add_lora, "sliced": add_slicing, "compiled": compile_it}
 
 
-@pytest.fixture(params=list(VARIANTS))
-def variant(request, unet):
-    yield VARIANTS[request.param](unet)
+@pytest.fixture(scope="module", params=list(VARIANTS))
+def variant(request, shared_unet):
+    yield VARIANTS[request.param](copy.deepcopy(shared_unet))
     if request.param == "compiled":
         torch.compiler.reset()
 
 
 class TestEveryModel:
+    """Each test leaves the model as it was."""
+
     def test_image_is_bit_identical_and_all_sites_are_seen(self, variant):
         # nine layers with two maps each, and exactly the output of the untraced model
         before = run(variant)
@@ -251,6 +253,18 @@ def test_a_failed_attachment_attaches_nothing(unet):
     assert hook_count(unet) == 0
 
 
+def test_numbers_of_a_model_without_the_papers_layers_are_shown(unet):
+    # nine layers by other names: numbers count all of them, whichever are captured
+    parts = Site(r"up_blocks\.(?P<layer>\d\.attentions\.\d)\.transformer_blocks\.0\.attn2", reference=Tokens(REFERENCE))
+    with trace(unet, Recipe("", (parts,), rows="all"), layers=[2, "3.attentions.2"]) as attention:
+        run(unet)
+    assert [(site.layer, site.numbers) for site in attention.sites] == [
+        ("1.attentions.1", "2"),
+        ("3.attentions.2", "9"),
+    ]
+    assert "3.attentions.2  9 " in str(attention.sites)
+
+
 def test_rows_are_those_that_the_sampler_announces(unet):
     # the same samples as second half, first half or by function give the same maps
     sample, timestep, context = inputs(batch=2 * BATCH)
@@ -325,6 +339,7 @@ def test_pipelines_are_traced_through_their_root(unet):
         run(unet)
     assert "up_blocks.1.attentions.1" in str(attention.sites)
     assert "6x4" in str(attention.sites)
+    assert [site.numbers for site in attention.sites] == list("123456789")
 
 
 def test_a_model_may_bring_its_own_recipe(unet):

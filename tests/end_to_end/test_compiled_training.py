@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.trainings import curves, weights
+
 pytestmark = pytest.mark.slow  # two minutes: the network is traced twice
 
 SCRIPT = """

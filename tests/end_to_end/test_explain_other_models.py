@@ -273,6 +273,9 @@ def test_catvton_is_as_if_untraced_on_either_canvas(catvton: tuple[Path, Path], 
         guidance=2.5, seed=0,
     )  # fmt: skip
     attribution = AttributionConfig(time_groups=2, layers=[2, 8])
+    numbered = r"No attention layer is called 'which'.* up_blocks\.1\.attentions\.0\.transformer_blocks\.0 \(1\), "
+    with pytest.raises(CaptureError, match=numbered):
+        explain_picture(model, request, AttributionConfig(time_groups=2, layer="which"))
     made = explain_picture(model, request, attribution)
     generated = made.images["generated"]
     np.testing.assert_array_equal(generated, model.make(request))

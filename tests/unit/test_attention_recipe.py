@@ -36,6 +36,23 @@ def test_a_layer_that_the_model_lacks_is_an_error_that_lists_those_it_has():
     assert find_layer("up_blocks.1.attentions.2", PAPER_LAYERS) == PAPER_LAYERS[2]
 
 
+def test_the_numbers_of_another_model_are_listed_and_count_all_its_layers():
+    # four layers share nine numbers; of two that are captured, each keeps its own
+    model = ["down.0", "up_blocks.0.a", "up_blocks.0.b", "up_blocks.1.a", "up_blocks.1.b"]
+    captured = [model[2], model[0]]
+    assert [find_layer(number, model) for number in range(1, 10)] == [
+        *model[1:2] * 3,
+        *model[2:3] * 2,
+        *model[3:4] * 2,
+        *model[4:] * 2,
+    ]
+    assert find_layer(5, captured, model) == "up_blocks.0.b"
+    with pytest.raises(CaptureError, match=r"'which'\. This model has: up_blocks\.0\.b \(4-5\), down\.0\. Choose"):
+        find_layer("which", captured, model)
+    with pytest.raises(CaptureError, match=r"'up_blocks\.0\.a'.*up_blocks\.0\.b \(4-5\), down\.0\."):
+        find_layer(1, captured, model)
+
+
 def test_latent_tokens_are_solved_from_the_latent_not_from_a_square_root():
     places = Tokens().places(32 * 24, LATENT)
     assert (places.grid, places.index) == (GridSize(32, 24), slice(0, 768))

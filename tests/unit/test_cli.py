@@ -21,9 +21,10 @@ from torch.utils.data import DataLoader, Dataset
 
 from i2am_train import cli
 from i2am_train.config.commands import COMMANDS
+from i2am_train.config.data import DataCheckConfig
 from i2am_train.config.training import TrainConfig
 from i2am_train.entry import execute
-from i2am_train.errors import DataError
+from i2am_train.errors import CommandStopped, DataError
 
 HEAVY = ("torch", "numpy", "lightning", "diffusers", "transformers", "cv2", "matplotlib")
 
@@ -210,6 +211,21 @@ def test_a_library_may_have_taken_the_interrupt(capsys: pytest.CaptureFixture[st
     assert "goes on with the batches that are not there yet" in capsys.readouterr().err
 
 
+def test_a_signal_amid_a_library_ends_with_one_sentence(capsys: pytest.CaptureFixture[str]) -> None:
+    """Also where the library's own clean-up fails over it, as OmegaConf's does."""
+
+    def stopped(config: TrainConfig) -> None:
+        try:
+            raise CommandStopped(signal.SIGTERM)
+        except CommandStopped:
+            raise AttributeError("half-way") from None
+
+    assert run_command("evaluate", ["checkpoint=tiny"], stopped) == 143
+    said = capsys.readouterr().err
+    assert said.startswith("i2am: SIGTERM received: the command was stopped.")
+    assert said.count("\n") == 1
+
+
 @pytest.mark.parametrize(
     ("error", "paragraph"),
     [
@@ -241,10 +257,10 @@ def test_a_library_may_have_taken_the_interrupt(capsys: pytest.CaptureFixture[st
 def test_faults_of_the_machine_are_said(error: Exception, paragraph: str, capsys: pytest.CaptureFixture[str]) -> None:
     """Whoever raises them: status 2 and one paragraph."""
 
-    def fail(config: TrainConfig) -> None:
+    def fail(config: DataCheckConfig) -> None:
         raise error
 
-    assert run_command("train", [], fail) == 2
+    assert run_command("data_check", ["root=here"], fail) == 2
     said = capsys.readouterr().err
     assert said.startswith("i2am: ")
     assert said.count("\n") == 1
@@ -266,11 +282,11 @@ def test_faults_of_the_machine_are_said(error: Exception, paragraph: str, capsys
 def test_errors_of_the_system_that_may_be_the_programs_keep_their_traceback(error: OSError) -> None:
     """A file that is missing where we left it is our own fault."""
 
-    def fail(config: TrainConfig) -> None:
+    def fail(config: DataCheckConfig) -> None:
         raise error
 
     with pytest.raises(type(error)):
-        execute("train", [], fail)
+        execute("data_check", ["root=here"], fail)
 
 
 def closed(redirection: str, words: str = "--help") -> subprocess.CompletedProcess[str]:
@@ -308,33 +324,37 @@ def test_data_has_four_sub_commands(capsys: pytest.CaptureFixture[str]) -> None:
         assert capsys.readouterr().err == expected
 
 
-@pytest.mark.parametrize(
-    "words",
-    [
-        ["--help"],
-        ["train", "--help"],
-        ["data", "make", "--help"],
-        ["train", "--cfg", "job"],
-        ["evaluate", "--cfg", "job"],
-        ["ablate", "--cfg", "job"],
-        ["explain", "--cfg", "job"],
-        ["report", "--cfg", "job"],
-        ["dashboard", "--cfg", "job"],
-    ],
-    ids=" ".join,
+LIGHT = (
+    "--help",
+    "train --help",
+    "data make --help",
+    *(f"{command} --cfg job" for command in ("train", "evaluate", "ablate", "explain", "report", "dashboard")),
 )
-def test_help_and_composition_load_nothing_heavy(words: list[str]) -> None:
+LIGHT_PROGRAM = """
+import io, sys
+from contextlib import redirect_stdout
+from hydra.core.global_hydra import GlobalHydra
+from i2am_train.cli import main
+
+for words in sys.argv[2:]:
+    printed = io.StringIO()
+    with redirect_stdout(printed):
+        try:
+            main(words.split())
+        except SystemExit as stop:
+            assert not stop.code, stop.code
+    GlobalHydra.instance().clear()
+    heavy = [name for name in sys.argv[1].split() if name in sys.modules]
+    print(words, len(printed.getvalue().splitlines()) > 3, heavy)
+"""
+
+
+def test_help_and_composition_load_nothing_heavy() -> None:
     """They answer in well under a second because no numeric package is imported."""
-    program = (
-        "import sys; from i2am_train.cli import main\n"
-        f"try: main({words})\n"
-        "except SystemExit as stop: assert not stop.code, stop.code\n"
-        f"print('LOADED', [name for name in {HEAVY} if name in sys.modules])"
-    )
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False, timeout=60)
+    command = [sys.executable, "-c", LIGHT_PROGRAM, " ".join(HEAVY), *LIGHT]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
     assert done.stderr == ""
-    assert done.stdout.splitlines()[-1] == "LOADED []"
-    assert len(done.stdout.splitlines()) > 3
+    assert done.stdout.splitlines() == [f"{words} True []" for words in LIGHT]
 
 
 @pytest.mark.parametrize("command", COMMANDS)

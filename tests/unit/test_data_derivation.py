@@ -18,7 +18,7 @@ from i2am_train.data.dataset_report import check_dataset
 from i2am_train.data.derivation import DeriveReport, derive_dataset
 from i2am_train.data.flat_garments import garment_mask
 from i2am_train.data.parsing import DRESS_CODE, VITON_HD, read_labels, write_labels
-from i2am_train.data.picture_files import read_native_mask
+from i2am_train.data.picture_files import read_mask
 from i2am_train.data.poses import Joints, densepose_picture, drawn_parts, openpose_json, read_keypoints
 from i2am_train.data.synthetic import make_dataset
 from i2am_train.data.synthetic.rendering import render_annotations, render_sample
@@ -141,10 +141,10 @@ def test_a_second_run_keeps_what_is_there(photographs: Path) -> None:
     report = derived(photographs)
     assert report.made == {"agnostic-v3.2": 1}
     assert report.kept["agnostic-mask"] == 6
-    assert not read_native_mask(own).any()
+    assert not read_mask(own).any()
     report = derived(photographs, overwrite=True)
     assert report.made["agnostic-mask"] == 6
-    assert read_native_mask(own).any()
+    assert read_mask(own).any()
     assert not list(photographs.rglob("*.tmp"))
 
 
@@ -398,7 +398,7 @@ def test_masks_are_read_off_agnostic_pictures(photographs: Path) -> None:
     report = derived(photographs)
     assert report.refused == []
     assert report.kept["agnostic-v3.2"] == report.made["agnostic-mask"] == 6
-    assert min(overlap(read_native_mask(file), mask) for file, mask in regions.items()) > 0.95
+    assert min(overlap(read_mask(file), mask) for file, mask in regions.items()) > 0.95
     assert (photographs / "train/agnostic-v3.2/00001_00.jpg").read_bytes() == before
     assert check_dataset(photographs, progress=False).findings == []
 

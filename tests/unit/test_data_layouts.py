@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 
 from i2am_train.config.data import DataConfig, DataDeriveConfig
+from i2am_train.config.store import compose
 from i2am_train.data.dataset import Reading, TryOnDataset, detect_layout, split_layouts
 from i2am_train.data.dataset_report import check_dataset
 from i2am_train.data.derivation import derive_dataset
@@ -23,6 +24,7 @@ from i2am_train.data.synthetic.rendering import render_annotations, render_sampl
 from i2am_train.doors import VARIABLE
 from i2am_train.errors import ConfigError, DataError
 from i2am_train.types import CATEGORIES, GridSize, Pairing, Split
+from i2am_train.workflows import data as data_workflow
 
 SIZE = GridSize(128, 96)
 GARMENT_LABEL = {"upper_body": "upper_clothes", "lower_body": "skirt", "dresses": "dress"}
@@ -283,5 +285,29 @@ def test_the_check_says_where_files_of_ones_own_layout_were_looked_for(
     (tmp_path / "list.txt").write_text("a.jpg a.jpg\n")
     table = check_dataset(tmp_path, reading=reading, progress=False).table()
     assert f"is missing: there is no folder {tmp_path / 'persons'}. Put it there, or let `places` and" in table
-    with pytest.raises(DataError, match=rf"'i2am data check root={tmp_path} layout=of_a_stylist:Wear' for everything"):
+    with pytest.raises(DataError, match=rf"`i2am data check root={tmp_path} layout=of_a_stylist:Wear` for everything"):
         TryOnDataset(tmp_path, Split.TRAIN, Pairing.PAIRED, SIZE, reading=reading)
+
+
+def test_a_broken_picture_of_ones_own_layout_is_said_with_the_command_for_all(
+    tmp_path: Path, small_dataset: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Root and layout as the user gave them, whatever folders the layout has; and `i2am data` has no data.layout."""
+    root = tmp_path / "my set"
+    shutil.copytree(small_dataset / "train", root)
+    (root / "image").rename(root / "persons")
+    (root / "list.txt").write_text("00003_00.jpg 00003_00.jpg\n")
+    (tmp_path / "of_a_stylist.py").write_text(WEAR)
+    monkeypatch.setattr(sys, "path", [*sys.path, str(tmp_path)])
+    monkeypatch.delitem(sys.modules, "of_a_stylist", raising=False)
+    monkeypatch.setenv(VARIABLE, "of_a_stylist")
+    data = TryOnDataset(root, Split.TRAIN, Pairing.PAIRED, SIZE, reading=Reading("of_a_stylist:Wear"))
+    assert data[0]["name"] == "00003_00"
+    (root / "persons" / "00003_00.jpg").write_text("none")
+    for read in (data.__getitem__, data.person_image):
+        with pytest.raises(DataError, match=rf"`i2am data check 'root={root}' layout=of_a_stylist:Wear` for") as told:
+            read(0)
+        assert "is no picture" in str(told.value)
+    config = compose("data_check", [f"root={root}", "layout=of_a_stylist:Worn"])
+    with pytest.raises(ConfigError, match=r"^layout=of_a_stylist:Worn: of_a_stylist has no 'Worn'"):
+        data_workflow.check(config)

@@ -17,10 +17,9 @@ from PIL import Image, ImageOps
 from i2am_train.data.parsing import VITON_HD, read_labels
 from i2am_train.data.picture_files import (
     UnreadablePictureError,
-    read_colour,
     read_correspondence,
     read_grey,
-    read_native_mask,
+    read_mask,
     read_photograph,
     read_region,
     read_rgb,
@@ -78,7 +77,7 @@ def test_the_embedded_dataset_reads_as_plain_opencv_reads_it(small_dataset: Path
             assert np.array_equal(read_correspondence(path)[known], expected)
             continue
         colours = cv2.cvtColor(cv2.imread(str(path)), cv2.COLOR_BGR2RGB)
-        assert np.array_equal(read_colour(path), colours)
+        assert np.array_equal(read_rgb(path), colours)
         assert np.array_equal(read_grey(path), cv2.imread(str(path), cv2.IMREAD_GRAYSCALE)) or (
             "densepose" in path.parent.name
         )
@@ -116,7 +115,7 @@ def test_every_orientation_is_obeyed(tmp_path: Path, kind: str, orientation: int
     with Image.open(mask) as opened:
         turned = np.asarray(ImageOps.exif_transpose(opened))
     assert np.array_equal(read_values(mask, palette=True), turned)
-    assert np.array_equal(read_native_mask(mask), turned >= 128)
+    assert np.array_equal(read_mask(mask), turned >= 128)
 
 
 def transparent(mode: str) -> tuple[bytes, Any]:
@@ -147,7 +146,7 @@ def test_what_is_transparent_shows_white_and_is_outside_of_masks(tmp_path: Path,
     white = np.full((*SIZE, 4), 255, np.uint8)
     white[..., 3] = alpha
     mask = put(tmp_path / "mask.png", encoded(white, "PNG"))
-    assert np.array_equal(read_native_mask(mask), alpha > 0)
+    assert np.array_equal(read_mask(mask), alpha > 0)
     assert np.array_equal(read_region(mask, "mask", picture, "image"), alpha > 0)
 
 
@@ -278,8 +277,8 @@ def bench_sample(path: Path) -> BenchSample:
 
 
 READERS: dict[str, Callable[[Path], Any]] = {
-    "training": read_colour,
-    "masks": read_native_mask,
+    "training": read_rgb,
+    "masks": read_mask,
     "pose pictures": read_pose_picture,
     "parts": read_parts,
     "labels": lambda path: read_labels(path, VITON_HD),

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from i2am_train.data.dataset import Reading, TryOnDataset
-from i2am_train.data.picture_files import read_native_mask, write_picture
+from i2am_train.data.picture_files import read_mask, write_picture
 from i2am_train.data.pictures import fit_mask, fit_picture, window
 from i2am_train.data.synthetic import make_dataset
 from i2am_train.types import Fit, GridSize, Pairing, Split
@@ -83,7 +83,7 @@ def test_samples_of_another_aspect_keep_their_truth(tmp_path: Path, fit: Fit) ->
 def test_pictures_are_written_in_the_kind_of_their_name(tmp_path: Path, name: str) -> None:
     # Proves that a file which ends otherwise than most can be made anew in its place.
     write_picture(tmp_path / name, disc())
-    assert (read_native_mask(tmp_path / name) == disc()).all()
+    assert (read_mask(tmp_path / name) == disc()).all()
     with Image.open(tmp_path / name) as opened:
         assert opened.format == {"j": "JPEG", "p": "PNG", "w": "WEBP", "b": "BMP"}[name[2].lower()]
 

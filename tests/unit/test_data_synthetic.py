@@ -1,16 +1,24 @@
 """The embedded data: deterministic, exact, and written in the VITON-HD layout."""
 
 import json
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 
 import cv2
 import numpy as np
+import psutil
 import pytest
 
 from i2am_train.data.synthetic import FIRST_TEST_INDEX, FOLDERS, make_dataset
 from i2am_train.data.synthetic.rendering import SyntheticSample, render_sample
-from i2am_train.errors import DataError, RunFolderError
+from i2am_train.entry import stopped_by_signals
+from i2am_train.errors import CommandStopped, DataError, RunFolderError
 from i2am_train.locks import LOCK, Owner
 from i2am_train.types import GridSize
 
@@ -158,3 +166,52 @@ def test_processes_write_the_same_files(tmp_path: Path) -> None:
     for file in sorted((tmp_path / "1").rglob("*.*")):
         if file.is_file():
             assert file.read_bytes() == (tmp_path / "2" / file.relative_to(tmp_path / "1")).read_bytes()
+
+
+def helpers() -> list[psutil.Process]:
+    """The processes that draw."""
+    return [child for child in psutil.Process().children() if any("spawn_main" in word for word in child.cmdline())]
+
+
+def meanwhile(is_time: Callable[[], object], act: Callable[[], None]) -> None:
+    """Act in a thread as soon as it is time."""
+
+    def watch() -> None:
+        while not is_time():
+            time.sleep(0.001)
+        act()
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+@pytest.mark.parametrize(("number", "drawing"), [(signal.SIGINT, False), (signal.SIGTERM, True)])
+def test_a_signal_ends_all_processes_without_a_word(
+    tmp_path: Path, number: signal.Signals, drawing: bool, own_sigterm: None, capfd: pytest.CaptureFixture[str]
+) -> None:
+    # Proves that a signal to the whole group, as a terminal sends it, is this process's affair alone: while the
+    # others start and while they draw, they print no traceback, and end at once with thousands of samples to go.
+    def to_all() -> None:
+        for process in (*helpers(), psutil.Process()):
+            os.kill(process.pid, number)
+
+    meanwhile(lambda: any(tmp_path.rglob("*.jpg")) if drawing else helpers(), to_all)
+    with stopped_by_signals(), pytest.raises(CommandStopped, match=f"{number.name} received"):
+        make_dataset(tmp_path / "set", 20_000, 2, GridSize(32, 24), 0, workers=2, progress=False)
+    assert capfd.readouterr() == ("", "")
+    assert helpers() == []
+    assert not (tmp_path / "set").exists()
+
+
+def test_a_killed_process_is_said(tmp_path: Path) -> None:
+    # Proves that a process that the system kills ends the command (with `entry`'s advice), which would wait else.
+    meanwhile(lambda: any(tmp_path.rglob("*.jpg")), lambda: helpers()[0].kill())
+    with pytest.raises(BrokenProcessPool, match="a process that draws ended with status -9"):
+        make_dataset(tmp_path / "set", 20_000, 2, GridSize(32, 24), 0, workers=2, progress=False)
+    assert helpers() == []
+
+
+def test_what_a_process_cannot_write_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Proves that an error in a process that draws arrives with its file, as if it were this one's.
+    monkeypatch.setattr("i2am_train.data.synthetic.FOLDERS", ("image", "cloth"))
+    with pytest.raises(FileNotFoundError, match=r"agnostic-v3\.2/\d+_00\.jpg"):
+        make_dataset(tmp_path / "set", 70, 2, GridSize(32, 24), 0, workers=2, progress=False)

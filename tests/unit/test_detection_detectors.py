@@ -16,6 +16,7 @@ from i2am_train.metrics.boxes import Box
 from i2am_train.types import GridSize
 from tests.support.detectors import tiny_maskformer, tiny_rt_detr, tiny_yolos
 
+CPU = torch.device("cpu")
 PICTURE = np.random.default_rng(0).integers(0, 256, (60, 90, 3), np.uint8)
 
 
@@ -177,11 +178,42 @@ def own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_ones_own_takes_keywords(own: Path) -> None:
     """They stand in its name, so that two of one class are told apart; what it gives becomes plain numbers."""
     entries = ["of_a_seer:Middle", {"fn": "of_a_seer:Middle", "share": 0.25}]
-    detectors = load_detectors(entries, GridSize(64, 48))
+    detectors = load_detectors(entries, GridSize(64, 48), CPU)
     assert list(detectors) == ["of_a_seer:Middle", "of_a_seer:Middle(share=0.25)"]
     widths = [one.detect(PICTURE, 0.5)[0].box.right for one in detectors.values()]
     assert widths == [45.0, 22.5]
     assert {type(width) for width in widths} == {float}
+
+
+MOVED = """
+    device = "cpu"
+    def to(self, device):
+        self.device = str(device)
+        return self
+    def detect(self, image, threshold):
+        if self.device != "meta":
+            raise RuntimeError(f"works on a card alone, and is on {self.device}")
+        return []
+"""
+
+
+@pytest.mark.parametrize("returned", ["self", "None"])
+def test_ones_own_is_tried_where_it_will_be_used(own: Path, returned: str) -> None:
+    """One that works on one device alone passes there, makes room until it is used, and moves in place if it likes."""
+    own.write_text(OWN + MOVED.replace("return self", f"return {returned}"))
+    with pytest.raises(ConfigError, match=r"RuntimeError: works on a card alone, and is on cpu"):
+        load_detectors(["of_a_seer:Middle"], GridSize(64, 48), CPU)
+    (found,) = load_detectors(["of_a_seer:Middle"], GridSize(64, 48), torch.device("meta")).values()
+    with pytest.raises(ConfigError, match="and is on cpu"):
+        found.detect(PICTURE, 0.5)
+    assert found.to(torch.device("meta")).detect(PICTURE, 0.5) == []
+
+
+def test_ones_own_that_cannot_be_moved_is_said(own: Path) -> None:
+    """With its name, and before a pipeline is loaded."""
+    own.write_text(OWN + MOVED.replace("str(device)", "no_such_name"))
+    with pytest.raises(ConfigError, match=r"^detectors\[0\]=of_a_seer:Middle: to\(cpu\) fails: NameError"):
+        load_detectors(["of_a_seer:Middle"], GridSize(64, 48), CPU)
 
 
 @pytest.mark.parametrize(
@@ -203,4 +235,4 @@ def test_ones_own_is_tried_first(own: Path, old: str, new: str, message: str) ->
     """On a picture of the images' size, before a pipeline is loaded."""
     own.write_text(OWN.replace(old, new))
     with pytest.raises(ConfigError, match=rf"^detectors\[0\]=of_a_seer:Middle: {message}"):
-        load_detectors(["of_a_seer:Middle"], GridSize(64, 48))
+        load_detectors(["of_a_seer:Middle"], GridSize(64, 48), CPU)

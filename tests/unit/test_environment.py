@@ -1,15 +1,19 @@
-"""Passwords and tokens in addresses are neither printed nor written, and do not tell two runs apart."""
+"""What a process prints and keeps: no password, and no library's own words above an error of ours."""
 
 from __future__ import annotations
 
+import importlib.util
+import logging
+import os
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
 
 from i2am_train.config.reporting import TrackingConfig
 from i2am_train.data.cache import INDEX_FILE, LatentCache
-from i2am_train.environment import command_line, without_secrets
+from i2am_train.environment import command_line, quiet_libraries, without_secrets
 from i2am_train.errors import DataError, RunFolderError
 from i2am_train.runs import RunFolder
 from i2am_train.tracking.session import open_run
@@ -95,3 +99,23 @@ def test_weights_and_biases(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert any(b"***@host/cache" in content for content in files)
     assert not any(SECRET.encode() in content for content in files)
     assert sys.argv[1].endswith(address)
+
+
+def test_diffusers_says_nothing_above_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its logging as it is set up when it is imported: the file that it looks for in vain is in the exception."""
+    for name in [name for name in os.environ if name.endswith("_VERBOSITY")]:
+        monkeypatch.delenv(name)
+    source = importlib.util.find_spec("diffusers.utils.logging")
+    assert source is not None
+    assert source.origin is not None
+    spec = importlib.util.spec_from_file_location("diffusers.utils.logging_anew", source.origin)
+    assert spec is not None
+    assert spec.loader is not None
+    settings = importlib.util.module_from_spec(spec)
+    monkeypatch.setattr(os, "environ", dict(os.environ))
+    for name, value in (("level", logging.NOTSET), ("handlers", []), ("propagate", True)):
+        monkeypatch.setattr(logging.getLogger("diffusers"), name, value)
+    with warnings.catch_warnings():
+        quiet_libraries()
+        spec.loader.exec_module(settings)
+    assert not settings.get_logger("diffusers.for_this_test").isEnabledFor(logging.ERROR)

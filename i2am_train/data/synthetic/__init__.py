@@ -5,11 +5,17 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import signal
+import traceback
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from functools import partial
+from multiprocessing import resource_tracker
+from multiprocessing.connection import Connection, wait
+from multiprocessing.context import SpawnProcess
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import cv2
 import numpy as np
@@ -21,7 +27,6 @@ from i2am_train.data.parsing import VITON_HD, write_labels
 from i2am_train.data.picture_files import WRITING, encode_correspondence
 from i2am_train.data.poses import openpose_json
 from i2am_train.data.synthetic.rendering import SyntheticSample, render_annotations, render_sample, sample_name
-from i2am_train.environment import ignore_interrupts
 from i2am_train.errors import DataError
 from i2am_train.files import named_errors, write_text
 from i2am_train.fingerprints import DESCRIPTION_FILE
@@ -37,6 +42,9 @@ FIRST_TEST_INDEX = 50_000
 """Index of the first test sample; training samples come before it."""
 
 MAX_SAMPLES = 50_000
+
+STOPPING = (signal.SIGINT, signal.SIGTERM)
+"""What ends a command."""
 
 FOLDERS = (*PERSON_ROLES, *GARMENT_ROLES, *OPTIONAL_ROLES)
 PNG = [cv2.IMWRITE_PNG_COMPRESSION, 1]
@@ -114,16 +122,70 @@ def _write_samples(
 ) -> None:
     """Render and write, in processes where there is enough to do."""
     count = max(1, (os.cpu_count() or 1) if workers is None else workers)
-    bar = partial(tqdm, total=len(jobs), desc="drawing samples", unit="sample", disable=not progress)
-    if count == 1 or len(jobs) < 64:
-        for _ in bar(map(write, jobs)):
-            pass
+    with tqdm(total=len(jobs), desc="drawing samples", unit="sample", disable=not progress) as bar:
+        if count == 1 or len(jobs) < 64:
+            for job in jobs:
+                write(job)
+                bar.update()
+            return
+        helpers: dict[Connection, SpawnProcess] = {}
+        try:
+            # In a thread: signals are handled in the main one, and cannot leave a helper half started.
+            with ThreadPoolExecutor(1) as aside:
+                aside.submit(_start_helpers, helpers, write, [jobs[first::count] for first in range(count)]).result()
+            _count_samples(helpers, bar)
+        finally:
+            for helper in helpers.values():
+                helper.terminate()
+                helper.join()
+
+
+def _start_helpers(helpers: dict[Connection, SpawnProcess], write: Callable[..., None], shares: list[Any]) -> None:
+    """Start one process per share, and add it with the connection on which it says what it has written.
+
+    They inherit that this thread takes no signals: Ctrl-C, which a terminal sends to all, is the command's affair.
+    """
+    context = multiprocessing.get_context("spawn")  # a fork of a process with threads (torch, OpenCV) may hang
+    resource_tracker.ensure_running()  # its start would let the signals through
+    signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)
+    for share in shares:
+        receiving, sending = context.Pipe(duplex=False)
+        helper = context.Process(target=_write_share, args=(write, share, sending), daemon=True)
+        helper.start()
+        helpers[receiving] = helper
+        sending.close()
+
+
+def _count_samples(helpers: dict[Connection, SpawnProcess], bar: tqdm[Any]) -> None:
+    """Until all helpers have ended: count what they say they have written, raise what stopped them."""
+    running = dict(helpers)
+    while running:
+        for connection in cast("list[Connection]", wait(list(running))):
+            try:
+                fault = connection.recv()
+            except EOFError:
+                helper = running.pop(connection)
+                helper.join()
+                if helper.exitcode:
+                    raise BrokenProcessPool(f"a process that draws ended with status {helper.exitcode}") from None
+                continue
+            if fault is not None:
+                raise fault
+            bar.update()
+
+
+def _write_share(write: Callable[[Any], None], jobs: list[Any], said: Connection) -> None:
+    """What a helper does: for each sample it says None; or the error that ends it."""
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
+    try:
+        for job in jobs:
+            write(job)
+            said.send(None)
+    except BrokenPipeError:  # the command was killed
         return
-    # A fork of a process that already runs threads (torch, OpenCV) may hang.
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(count, context, initializer=ignore_interrupts) as pool:
-        for _ in bar(pool.map(write, jobs, chunksize=16)):
-            pass
+    except Exception as error:
+        error.add_note(traceback.format_exc())  # with --debug: it does not travel otherwise
+        said.send(error)
 
 
 def _render_and_write(root: Path, size: GridSize, seed: int, annotations: bool, job: tuple[Split, int]) -> None:

@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 
 from i2am_train.attention.maps import AttributionMaps, HeatMap
-from i2am_train.attention.recipe import LayerId, describe_layers, paper_number, similar_layer
+from i2am_train.attention.recipe import LayerId, describe_layers, find_layer, paper_number
 from i2am_train.attention.store import time_groups
 from i2am_train.data.pictures import window
 from i2am_train.errors import CaptureError
@@ -57,12 +57,12 @@ def layers_of(maps: AttributionMaps, wanted: Sequence[LayerId] | None) -> list[s
         return list(maps.layers)
     model = maps.store.model or maps.layers
     numbered = any(map(paper_number, model))
-    chosen = {one if numbered else similar_layer(one, model) for one in wanted}
+    chosen = {one if numbered else find_layer(one, model) for one in wanted}
     captured = [name for name in maps.layers if chosen & {name, paper_number(name)}]
     if not captured:
         raise CaptureError(
             f"None of the layers {', '.join(map(str, wanted))} was captured. There are "
-            f"{describe_layers(maps.layers)}. Set layers=[...] to some of them."
+            f"{describe_layers(maps.layers, model)}. Set layers=[...] to some of them."
         )
     return captured
 
