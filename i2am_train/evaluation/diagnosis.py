@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from i2am_train.attention.hooks import heads_of
-from i2am_train.attention.lookup import choose_sites, chosen_recipe, resolve_root, resolve_sites
+from i2am_train.attention.lookup import chosen_recipe, resolve_root, resolve_sites
 from i2am_train.attention.maps import AttributionMaps
 from i2am_train.attention.recipe import Recipe
 from i2am_train.attention.store import LayerRecord, time_groups
@@ -25,7 +25,7 @@ from i2am_train.attention.trace import trace
 from i2am_train.config.evaluation import DiagnosisConfig
 from i2am_train.errors import CaptureError
 from i2am_train.evaluation.explaining import worn_patches
-from i2am_train.evaluation.faithfulness import Remake, counted, layer_use, sample_rows
+from i2am_train.evaluation.faithfulness import Remake, counted, layer_use, layers_asked, sample_rows
 from i2am_train.losses.attention import attention_centers
 from i2am_train.metrics.attention import attention_entropy, correspondence_error, target_on_grid
 from i2am_train.metrics.diagnosis import concordance, extent_ratio, order_violations, round_trip, sink_mass
@@ -65,12 +65,13 @@ def layer_heads(target: Any, recipe: Recipe | None, options: DiagnosisConfig) ->
     """
     chosen = chosen_recipe(target, recipe)
     sites = resolve_sites(resolve_root(target, chosen), chosen)
-    asked = set(sites if options.layers is None else choose_sites(sites, options.layers))
+    names = layers_asked(target, recipe, options.layers)
+    asked = [site for site in sites if site.layer in names]
     for site in asked:
         grid = site.site.reference.grid
-        if grid is None or (isinstance(grid, GridSize) and grid.tokens < FEWEST_PATCHES):
+        if grid is None or (not isinstance(grid, str) and GridSize(*grid).tokens < FEWEST_PATCHES):
             raise _no_patches(site.layer, grid)
-    return {site.layer: heads_of(site) for site in sites if site in asked}
+    return {site.layer: heads_of(site) for site in asked}
 
 
 def images_of(heads: Mapping[str, int], options: DiagnosisConfig) -> int:
@@ -102,7 +103,7 @@ def diagnosis(
     with trace(
         remake.target,
         remake.recipe,
-        layers=options.layers,
+        layers=layers_asked(remake.target, remake.recipe, options.layers),
         matrix_layers=None,
         matrix_heads=options.heads,
         generated_mask=remake.mask,

@@ -167,6 +167,9 @@ def test_the_proposal(reference: Tensor) -> None:
     assert f"{out_of_order(SCATTERED):.0%}".replace("%", " %") in found["proposal"]["reason"]
     verdicts = {name: (one["used"], one["scattered"]) for name, one in found["findings"].items()}
     assert verdicts == {"copies": (True, False), "scatters": (True, True), "dead": (False, True)}
+    # Layers come once, in the model's order, however they are asked.
+    again = DiagnosisConfig(layers=["dead", "scatters", "copies", "dead"])
+    assert diagnosis(remake(reference, net), again) == rows
     # Of the others, only copies is used; a field and its permutation agree by their covariance.
     places = torch.stack([OWN // 3, OWN % 3], dim=1).float()
     places = (places + 0.5) / places.new_tensor(GRID)
