@@ -109,7 +109,10 @@ def diagnosed(rows: Sequence[Mapping[str, Any]], layers: Sequence[str], *, least
     return {
         "layers": list(layers),
         "scores": scores,
-        "findings": {name: {**one._asdict(), "proposed": one.proposed} for name, one in findings.items()},
+        "findings": {
+            name: {**one._asdict(), "proposed": one.proposed, "near": _near(scores, name, least_use)}
+            for name, one in findings.items()
+        },
         "foretold": _foretold(scores, layers),
         "proposal": {"layers": proposed, "reason": _reason(scores, findings, proposed, least_use)},
         "samples": list(rows),
@@ -121,8 +124,26 @@ def mean_of(scores: Mapping[str, Any], figure: str, place: str) -> Any:
     return scores.get(f"{figure}/{place}", {}).get("mean")
 
 
-def _rule_figures(scores: Mapping[str, Any], layer: str) -> tuple[Any, Any, Any]:
-    return tuple(mean_of(scores, figure, layer) for figure in ("use", "violations", "spread"))
+def _rule_figures(scores: Mapping[str, Any], layer: str, ends: Sequence[str] = ("mean",) * 3) -> tuple[Any, Any, Any]:
+    """What the rule asks of a layer: means, or an end of each interval (the mean where there is none)."""
+
+    def value(figure: str, end: str) -> Any:
+        found = scores.get(f"{figure}/{layer}", {})
+        return found.get("mean") if found.get(end) is None else found[end]
+
+    use, violations, spread = (
+        value(figure, end) for figure, end in zip(("use", "violations", "spread"), ends, strict=True)
+    )
+    return use, violations, spread
+
+
+def _near(scores: Mapping[str, Any], layer: str, least_use: float) -> bool:
+    """Whether the rule says something else at the other ends of the intervals."""
+    least, most = (
+        finding(*_rule_figures(scores, layer, ends), least_use=least_use).proposed
+        for ends in (("low", "low", "high"), ("high", "high", "low"))
+    )
+    return least != most
 
 
 def _reason(
@@ -265,11 +286,12 @@ def _cell(scores: Mapping[str, Any], figure: str, place: str) -> Cell | None:
 
 
 def _verdict(found: Mapping[str, Any]) -> Cell:
+    near = ", near a limit" * found["near"]
     if found["proposed"]:
-        return Cell("repair", mark=Mark.BEST)
+        return Cell(f"repair{near}", mark=Mark.BEST)
     if found["used"]:
-        return Cell("in order")
-    return Cell("not used, scattered" if found["scattered"] else "not used", mark=Mark.FAINT)
+        return Cell(f"in order{near}")
+    return Cell(f"not used{', scattered' * found['scattered']}{near}", mark=Mark.FAINT)
 
 
 def layer_table(results: Results) -> Table:
@@ -307,7 +329,7 @@ def sink_table(results: Results) -> Table:
     return Table(
         corner="Layer",
         headings=tuple(Heading(group.partition("@")[2], group="Steps, 0 the noisiest") for group in groups),
-        rows=tuple(Row(_full(name), tuple(cell(group, name) for group in groups)) for name in results["layers"]),
+        rows=tuple(Row(label(name), tuple(cell(group, name) for group in groups)) for name in results["layers"]),
         title=f"{results['label']}: sinks by time",
         name="diagnosis_sinks",
         notes=(FIGURES["sinks"].meaning.replace(", mean over steps", ""),),
@@ -367,6 +389,12 @@ def verdict_sentences(results: Results) -> Iterator[str]:
         several = "s" * (len(proposal["layers"]) > 1)
         yield f"Repair layer{several} {', '.join(map(label, proposal['layers']))}."
     yield str(proposal["reason"])
+    near = [label(name) for name in results["layers"] if results["findings"][name]["near"]]
+    if near:
+        yield (
+            f"Near a limit of the rule: {', '.join(near)}. It would decide otherwise at the other end of the 95 % "
+            "interval of a figure; more samples tell."
+        )
     best = max(
         (
             (abs(found["layers"]["rank_correlation"]), name, found["layers"])

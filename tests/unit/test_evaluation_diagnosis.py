@@ -15,7 +15,7 @@ from i2am_train.errors import CaptureError
 from i2am_train.evaluation.diagnosis import diagnosis, images_of, layer_heads
 from i2am_train.evaluation.explaining import explain_batch
 from i2am_train.evaluation.faithfulness import Remake, faithfulness, remake_of
-from i2am_train.reporting.diagnosis import HEADS, diagnosed, diagnosis_tables, repair
+from i2am_train.reporting.diagnosis import HEADS, diagnosed, diagnosis_tables, layer_table, repair, verdict_sentences
 from i2am_train.reporting.diagnosis_page import diagnosis_page
 from i2am_train.types import GridSize
 
@@ -131,7 +131,8 @@ def test_the_layer_that_scatters_is_proposed(reference: Tensor) -> None:
         assert sample["agreement/scatters"] == pytest.approx(0, abs=1e-3)
     found = diagnosed(rows, list(heads), least_use=0.02)
     assert found["findings"]["dead"] == {
-        "used": False, "scattered": True, "reasons": found["findings"]["dead"]["reasons"], "proposed": False
+        "used": False, "scattered": True, "reasons": found["findings"]["dead"]["reasons"], "proposed": False,
+        "near": False,
     }  # fmt: skip
 
 
@@ -244,6 +245,30 @@ def test_tables(reference: Tensor) -> None:
     page = diagnosis_page(results, "layers: {scatters: 1.0}")
     assert "<p>Repair layer scatters.</p>" in page
     assert "layers: {scatters: 1.0}" in page
+
+
+@pytest.mark.parametrize(
+    ("violations", "near", "verdict"),
+    [
+        ([0.3, 0.31, 0.32, 0.3], False, "repair"),
+        ([0.2, 0.35, 0.2, 0.35], True, "repair, near a limit"),
+        ([0.2, 0.29, 0.2, 0.29], True, "in order, near a limit"),
+        ([0.1, 0.12, 0.1, 0.12], False, "in order"),
+    ],
+)
+def test_verdicts_near_a_limit_are_marked(violations: list[float], near: bool, verdict: str) -> None:
+    """Where the interval over the samples holds the limit; a layer that is not used is far from it."""
+    rows = [
+        {"index": at, "name": "a", "use/l": 0.1, "violations/l": value, "use/m": 0.001, "violations/m": value}
+        for at, value in enumerate(violations)
+    ]
+    results = results_of(rows, ["l", "m"])
+    assert results["findings"]["l"]["near"] is near
+    assert not results["findings"]["m"]["near"]
+    table = layer_table(results)
+    assert next(row.cells[-1].text for row in table.rows if row.cells[-1]) == verdict
+    said = " ".join(verdict_sentences(results))
+    assert ("Near a limit of the rule: l. It would decide otherwise" in said) is near
 
 
 def test_nothing_to_repair(reference: Tensor) -> None:
