@@ -309,7 +309,7 @@ def test_references_without_patches_are_refused(grid: GridSize | None, found: st
 
 
 def test_layers_that_do_not_exist(reference: Tensor) -> None:
-    with pytest.raises(CaptureError, match=r"No attention layer is called 'else'.*copies, scatters, dead"):
+    with pytest.raises(CaptureError, match=r"No attention layer is called 'else'.*copies .*scatters .*dead"):
         layer_heads(Net(), recipe(), DiagnosisConfig(layers=["else"]))
 
 
