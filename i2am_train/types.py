@@ -141,9 +141,10 @@ class LossVariant(StrEnum):
     """Reward on ordered pairs plus hinge on misordered ones."""
 
 
-Need = Literal["target"]
-"""What an attention term may ask for beside scores, centres and masks: a field of ``losses.attention.Attention``.
-``target`` is the true correspondence; arms with a term that is given it are marked and not ranked."""
+Need = Literal["target", "matches", "log_heads", "log_mass", "slope", "pictures"]
+"""What an attention term may ask for beside scores, centres and masks: a field of ``losses.attention.Attention``, which
+says what each is. ``target`` and ``matches`` are the true correspondence; arms with a term that is given one of them
+are marked and not ranked. ``pictures`` are not in a cache of encoded data."""
 TermSchedule = Literal["constant", "early", "late", "ramp"]
 """How a term's weight goes over the run; ``losses.objective.Term`` has the formulas."""
 

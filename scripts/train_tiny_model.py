@@ -36,7 +36,8 @@ from i2am_train.environment import ignore_interrupts, machine
 from i2am_train.errors import ConfigError, I2AMError
 from i2am_train.files import free_space, written
 from i2am_train.locks import locked
-from i2am_train.losses.attention import attention_on_grids, supervised
+from i2am_train.losses.attention import attention_on_grids
+from i2am_train.losses.literature import supervised
 from i2am_train.metrics.attention import target_on_grid
 from i2am_train.models.architecture import build_model
 from i2am_train.models.pretrained import INDEX_FILE

@@ -180,6 +180,15 @@ class Tokens:
         if isinstance(self.grid, str) and self.grid != "latent":
             raise CaptureError(f"Tokens.grid is {self.grid!r}; expected a GridSize, 'latent' or None (not spatial).")
 
+    @property
+    def whole(self) -> bool:
+        """Whether they are all tokens of the sequence.
+
+        >>> Tokens(GridSize(3, 2)).whole, Tokens(GridSize(3, 2), skip=1).whole
+        (True, False)
+        """
+        return replace(self, grid=None, count=None) == Tokens(None)
+
     def places(self, length: int, latent: GridSize) -> TokenPlaces:
         """Places of the picture's tokens in a sequence of ``length`` tokens.
 

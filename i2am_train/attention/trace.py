@@ -22,7 +22,7 @@ from i2am_train.attention.maps import AttributionMaps
 from i2am_train.attention.recipe import LayerId, Recipe, Rows, replace_backend, with_rows
 from i2am_train.attention.store import AttributionStore, SiteRecorder, SiteTable, not_finite
 from i2am_train.errors import CaptureError
-from i2am_train.ops.attention import DEFAULT_BYTE_BUDGET, head_mean_scores
+from i2am_train.ops.attention import DEFAULT_BYTE_BUDGET, head_mean_scores, log_head_scores, log_reference_mass
 from i2am_train.types import Backend, Branch, GridSize
 
 
@@ -316,6 +316,21 @@ class _LastForward:
             )
         return self._scores
 
+    def log_heads(self) -> Tensor:
+        return log_head_scores(
+            self.places.generated.take(self._inputs.generated),
+            self.places.reference.take(self._inputs.reference),
+            self._inputs.scale,
+        )
+
+    def log_mass(self) -> Tensor:
+        return log_reference_mass(
+            self.places.generated.take(self._inputs.generated),
+            self._inputs.reference,
+            self.places.reference.index,
+            self._inputs.scale,
+        )
+
 
 class ScoreTap:
     """Listens to a model in training and gives the head-mean scores of chosen layers, differentiable.
@@ -371,6 +386,29 @@ class ScoreTap:
     def scores(self, layer: LayerId) -> Float[Tensor, "batch generated reference"]:
         """Softmax over the reference patches (special tokens left out before it), mean over heads, float32."""
         return self._last_forward(layer).scores()
+
+    def log_heads(self, layer: LayerId) -> Float[Tensor, "batch head generated reference"]:
+        """Logarithm of each head's scores, float32; computed anew at each call."""
+        return self._last_forward(layer).log_heads()
+
+    def log_mass(self, layer: LayerId) -> Float[Tensor, "batch generated"]:
+        """Logarithm of the share of the attention that goes to the reference patches, mean over heads, float32.
+
+        Raises:
+            CaptureError: the layer's softmax runs over nothing else, so that the share is always 1.
+        """
+        self.require_mass(layer)
+        return self._last_forward(layer).log_mass()
+
+    def require_mass(self, layer: LayerId) -> None:
+        """Raises `CaptureError` where `log_mass` would, before any forward."""
+        (site,) = choose_sites(self._sites, [layer], self._model)
+        if site.site.reference.whole and not site.site.joint:
+            raise CaptureError(
+                f"Layer {site.layer} attends to the reference's patches and to no other token, so that all of its "
+                "attention goes there, and a term of its share (mass) has nothing to change. Train a model with a "
+                "class token or joint attention, or leave the term out."
+            )
 
     def generated_grid(self, layer: LayerId) -> GridSize:
         """Grid of the layer's generated tokens in the last forward."""

@@ -6,6 +6,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from difflib import get_close_matches
+from types import MappingProxyType
 from typing import Annotated, Any, NamedTuple
 
 from i2am_train.config.options import (
@@ -30,19 +31,41 @@ class BuiltIn(NamedTuple):
     """Import path of its function, as that of a term of one's own."""
     needs: tuple[Need, ...] = ()
     """What it is given beside scores, centres and masks."""
+    needs_with: Mapping[tuple[str, Any], tuple[Need, ...]] = MappingProxyType({})
+    """What it is given, too, where a keyword has a value."""
+
+    def needs_of(self, keywords: Mapping[str, Any]) -> tuple[Need, ...]:
+        """What it is given with these keywords.
+
+        >>> TERMS["dcml"].needs_of({"force": "reward"}), TERMS["dcml"].needs_of({"force": "extent"})
+        ((), ('slope',))
+        """
+        more = [
+            need for (name, value), needs in self.needs_with.items() if keywords.get(name) == value for need in needs
+        ]
+        return (*self.needs, *more)
 
 
 TERMS: dict[str, BuiltIn] = {
-    "dcml": BuiltIn("i2am_train.losses.attention:dcml"),
-    "tv": BuiltIn("i2am_train.losses.attention:tv"),
-    "cwg": BuiltIn("i2am_train.losses.attention:cwg"),
-    "supervised": BuiltIn("i2am_train.losses.attention:supervised", needs=("target",)),
+    "dcml": BuiltIn(
+        "i2am_train.losses.paper:dcml", needs_with={("force", force): ("slope",) for force in ("capped", "extent")}
+    ),
+    "tv": BuiltIn("i2am_train.losses.paper:tv"),
+    "cwg": BuiltIn("i2am_train.losses.paper:cwg"),
+    "supervised": BuiltIn("i2am_train.losses.literature:supervised", needs=("target",)),
+    "matches": BuiltIn("i2am_train.losses.literature:matches", needs=("matches", "log_heads")),
+    "leffa": BuiltIn("i2am_train.losses.literature:leffa", needs=("log_heads", "pictures")),
+    "entropy": BuiltIn("i2am_train.losses.literature:entropy"),
+    "mass": BuiltIn("i2am_train.losses.literature:mass", needs=("log_mass",)),
+    "atv": BuiltIn("i2am_train.losses.literature:atv", needs=("log_heads",)),
 }
 """Attention losses of the package: all there is to do for a new one, beside writing it. They are computed, summed and
 logged in this order, before those of one's own."""
 
 _TAKEN = ("total", "denoising")
 """Names of other losses in the log."""
+TRUTH: frozenset[Need] = frozenset({"target", "matches"})
+"""Needs that are made of the true correspondence; arms with a term that has one are marked and not ranked."""
 _OWN = "{fn: package.module:name, weight: 0.05}"
 SHARE = Rule("more than 0 and at most 1", lambda share: 0 < share <= 1)
 
@@ -134,7 +157,7 @@ def term_needs(name: str, entry: Mapping[str, Any]) -> tuple[str, ...]:
     """
     if not entry["weight"]:
         return ()
-    return TERMS[name].needs if name in TERMS else tuple(entry.get("needs", ()))
+    return TERMS[name].needs_of(entry) if name in TERMS else tuple(entry.get("needs", ()))
 
 
 @dataclass(kw_only=True, slots=True)
@@ -148,10 +171,11 @@ class ObjectiveConfig(Options):
     a weight each, as {2: 1.0, 5: 0.5}. Every term is applied to each."""
     terms: dict[str, dict[str, Any]] = field(default_factory=dict)
     """Losses by name: dcml (order of the attention centres), tv (smoothness of their field), cwg (sharpness
-    around them), supervised (cross-entropy to the true correspondence, which only some data have; such arms are
-    marked and not ranked), or one of your own with fn. objective.terms.cwg=0.01 is short for
-    {cwg: {weight: 0.01}}; further keys: schedule (constant, early, late, ramp) with share, timesteps, and
-    keywords of the function such as sigma (i2am_train/losses/README.md)."""
+    around them), supervised and matches (cross-entropy to the true correspondence, which only some data have;
+    such arms are marked and not ranked), leffa (the warped garment against the person), entropy, mass (share of
+    the attention that goes to the reference), atv (tv of each head), or one of your own with fn.
+    objective.terms.cwg=0.01 is short for {cwg: {weight: 0.01}}; further keys: schedule (constant, early, late,
+    ramp) with share, timesteps, and keywords of the function such as sigma (i2am_train/losses/README.md)."""
 
     def check(self) -> None:
         """Layers have weights, and terms are terms.

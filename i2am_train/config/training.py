@@ -233,6 +233,12 @@ class TrainConfig(TrainingGroups):
                 self.data.synthetic.train,
                 f"at least {needed}, validation.samples and one batch of data.batch_size={self.data.batch_size}",
             )
+        if self.data.cache is not None and "pictures" in self.objective.needs:
+            raise OptionError(
+                "data.cache",
+                self.data.cache,
+                "null with a term that compares pictures (leffa): a cache holds what the encoders made of them",
+            )
         if self.trainer.sharded:
             self._check_sharded()
 

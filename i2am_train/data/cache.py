@@ -2,9 +2,9 @@
 
 A cache is a folder: ``index.json`` and shards, safetensors files of as many samples each. A row of a shard is a sample
 (or one augmented variant of it): mean and standard deviation of the VAE's posterior of person, agnostic image and
-pose, all tokens of the reference encoder before the projector, the warped garment's mask with a bit a pixel, and the
-correspondence where there is one. Masks stay at the pictures' size because the losses reduce them to the grid of
-whichever layer they train, and at a bit a pixel they are nothing beside the tokens.
+pose, all tokens of the reference encoder before the projector, the masks of the garment on the person and of the flat
+one with a bit a pixel, and the correspondence where there is one. Masks stay at the pictures' size because the losses
+reduce them to the grid of whichever layer they train, and at a bit a pixel they are nothing beside the tokens.
 
 Why not one of the usual libraries: order, noise and augmentation of a training run here are functions of
 (seed, epoch, index), and the cache must give any sample by its index, so that a run is the same with and without it,
@@ -54,13 +54,14 @@ from i2am_train.types import GridSize, Split
 _NONSENSE = (ValueError, TypeError, KeyError, AttributeError, RecursionError, ConfigError)
 """What a file that is no index raises, wherever it differs from one."""
 _SHARD_FILE = re.compile(r"(train|test)-\d+\.safetensors")
-FORMAT = 1
+FORMAT = 2
 INDEX_FILE = "index.json"
 ENCODED = ("person", "agnostic", "densepose")
 """Pictures that the VAE encodes, in the order of their noise in ``training.step``."""
 TOKENS = "encoded_garment"
 """The reference encoder's last hidden state, before the projector."""
-WARPED_MASK, CORRESPONDENCE = "warped_garment_mask", "correspondence"
+WARPED_MASK, GARMENT_MASK, CORRESPONDENCE = "warped_garment_mask", "garment_mask", "correspondence"
+MASKS = (WARPED_MASK, GARMENT_MASK)
 PAUSES = (1.0, 5.0)
 """Seconds before the second and the third attempt at a file; chosen by us. Clients may try by themselves, too."""
 ABANDONED = 3600.0
@@ -83,6 +84,7 @@ class CachedBatch(TypedDict, total=False):
     densepose_std: Float[Tensor, "batch 4 latent_height latent_width"]
     encoded_garment: Float[Tensor, "batch encoder_token width"]
     warped_garment_mask: Bool[Tensor, "batch height width"]
+    garment_mask: Bool[Tensor, "batch height width"]
     correspondence: Float[Tensor, "batch height width 2"]
 
 
@@ -216,7 +218,7 @@ class CacheIndex:
 
 
 def pack_row(values: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
-    """The tensors of a sample as they are stored: numbers in ``dtype``, the mask in bits.
+    """The tensors of a sample as they are stored: numbers in ``dtype``, masks in bits.
 
     The correspondence keeps its 32 bits: half precision would move it by more than a hundredth of a patch.
 
@@ -227,10 +229,11 @@ def pack_row(values: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tens
     packed = {
         name: value.to(dtype).contiguous().cpu()
         for name, value in values.items()
-        if name not in (WARPED_MASK, CORRESPONDENCE)
+        if name not in (*MASKS, CORRESPONDENCE)
     }
-    mask = values[WARPED_MASK].cpu().numpy()
-    packed[WARPED_MASK] = torch.from_numpy(np.packbits(mask.reshape(-1)))
+    for name in MASKS:
+        if name in values:
+            packed[name] = torch.from_numpy(np.packbits(values[name].cpu().numpy().reshape(-1)))
     if CORRESPONDENCE in values:
         packed[CORRESPONDENCE] = values[CORRESPONDENCE].float().contiguous().cpu()
     return packed
@@ -238,9 +241,10 @@ def pack_row(values: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tens
 
 def _unpack_row(values: Mapping[str, Tensor], size: GridSize) -> dict[str, Tensor]:
     """Inverse of :func:`pack_row`; numbers become float32."""
-    unpacked = {name: value.float() for name, value in values.items() if name != WARPED_MASK}
-    bits = np.unpackbits(values[WARPED_MASK].numpy(), count=size.tokens)
-    unpacked[WARPED_MASK] = torch.from_numpy(bits.astype(np.bool_)).view(*size)
+    unpacked = {name: value.float() for name, value in values.items() if name not in MASKS}
+    for name in MASKS:
+        bits = np.unpackbits(values[name].numpy(), count=size.tokens)
+        unpacked[name] = torch.from_numpy(bits.astype(np.bool_)).view(*size)
     return unpacked
 
 

@@ -315,8 +315,9 @@ def require_correspondence(root: Path) -> None:
     folder = root / Split.TRAIN / Role.CORRESPONDENCE
     if not folder.is_dir():
         raise DataError(
-            f"A term (supervised, or one with needs: [target]) is given the true correspondence, and {root} has none "
-            f"(no folder {folder}). Use the embedded dataset, or switch the term off: objective.terms.supervised=0."
+            f"A term (supervised, matches, or one with needs: [target]) is given the true correspondence, and {root} "
+            f"has none (no folder {folder}). Use the embedded dataset, or switch the term off "
+            "(objective.terms.supervised=0)."
         )
 
 

@@ -21,7 +21,8 @@ from i2am_train.config.objective import TERMS, ObjectiveConfig, TermConfig
 from i2am_train.config.options import convert
 from i2am_train.doors import calls, resolve
 from i2am_train.errors import ConfigError
-from i2am_train.losses.attention import VARIANTS, Attention, Variant, attention_centers, attention_on_grids
+from i2am_train.losses.attention import Attention, Pictures, attention_centers, attention_on_grids
+from i2am_train.losses.paper import VARIANTS, Variant
 from i2am_train.ops.numerics import at_least_float32
 from i2am_train.types import GridSize, Need, PredictionType, TermSchedule
 
@@ -92,9 +93,9 @@ class Term(NamedTuple):
 
         ``early``: on before ``share``, then 0. ``late``: 0 before, then on. ``ramp``: times min(1, progress / share).
 
-        >>> [Term(2.0, tv, schedule="late", share=0.5).weight_at(step / 4) for step in range(4)]
+        >>> [Term(2.0, VARIANTS["reward"].tv, schedule="late", share=0.5).weight_at(step / 4) for step in range(4)]
         [0.0, 0.0, 2.0, 2.0]
-        >>> [Term(2.0, tv, schedule="ramp", share=0.5).weight_at(step / 4) for step in range(4)]
+        >>> [Term(2.0, VARIANTS["reward"].tv, schedule="ramp", share=0.5).weight_at(step / 4) for step in range(4)]
         [0.0, 1.0, 2.0, 2.0]
         """
         match self.schedule:
@@ -130,8 +131,8 @@ class Objective:
     def needs(self) -> set[Need]:
         """The optional fields of `Attention` that terms need.
 
-        >>> Objective(terms={"supervised": Term(1.0, supervised, needs=("target",))}).needs
-        {'target'}
+        >>> Objective(terms={"dcml": Term(1.0, VARIANTS["reward"].dcml, needs=("slope",))}).needs
+        {'slope'}
         """
         return {need for term in self.terms.values() for need in term.needs}
 
@@ -140,7 +141,8 @@ class Objective:
     ) -> Bool[Tensor, "terms batch"]:
         """Which samples each term counts: those with a condition whose timestep lies in the term's window.
 
-        >>> objective = Objective(terms={"tv": Term(1.0, tv), "cwg": Term(1.0, cwg, timesteps=(0, 500))})
+        >>> form = VARIANTS["reward"]
+        >>> objective = Objective(terms={"tv": Term(1.0, form.tv), "cwg": Term(1.0, form.cwg, timesteps=(0, 500))})
         >>> objective.counted(torch.tensor([True, True, False]), torch.tensor([499, 500, 3]))
         tensor([[ True,  True, False],
                 [ True, False, False]])
@@ -241,7 +243,7 @@ def _term(name: str, entry: TermConfig, variant: Variant) -> Term:
         built_in = TERMS[name]
         module, _, attribute = built_in.fn.partition(":")
         function = variant._asdict().get(name) or getattr(import_module(module), attribute)
-        needs, keywords = built_in.needs, _keywords(function, entry.keywords, option)
+        needs, keywords = built_in.needs_of(entry.keywords), _keywords(function, entry.keywords, option)
         named, expected = option, "other keywords"
     else:
         function = resolve(entry.fn, f"{option}.fn", EXPECTED, calls("attention", **entry.keywords))
@@ -276,14 +278,24 @@ def _what_is_wrong(term: Callable[[Attention], Any], needs: Collection[Need]) ->
     """Calls a term with two samples, of which the second has an empty mask; the end of a sentence on what it gives."""
     logits = torch.linspace(0, 360, 2 * 12 * 30).sin().reshape(2, 12, 30).requires_grad_()
     mask = torch.tensor([[True], [False]]).expand(2, 12)
-    target = torch.where(mask[..., None], torch.ones(2, 12, 2), torch.nan) if "target" in needs else None
-    attention = attention_on_grids(logits.softmax(-1), mask, GridSize(4, 3), GridSize(6, 5), target=target)
+    heads = logits.log_softmax(dim=-1)[:, None]
+    ramp = torch.linspace(-1, 1, 8 * 6).view(8, 6).expand(2, 3, 8, 6)
+    parts: dict[Need, Any] = {
+        "target": torch.where(mask[..., None], torch.ones(2, 12, 2), torch.nan),
+        "matches": torch.eye(30)[:12].expand(2, 12, 30),
+        "log_heads": heads,
+        "log_mass": heads[:, 0, :, :5].logsumexp(dim=-1),
+        "slope": torch.ones(2, 2),
+        "pictures": Pictures(ramp.flip(2), mask[:, :1, None].expand(2, 8, 6), ramp),
+    }
+    given: dict[str, Any] = {need: parts[need] for need in needs}
+    attention = attention_on_grids(logits.softmax(-1), mask, GridSize(4, 3), GridSize(6, 5), **given)
     try:
         found = term(attention)
     except ConfigError:
         raise
     except Exception as error:
-        hint = "" if needs else " (attention.target is None without needs: [target])"
+        hint = "" if needs else " (attention.target is None without needs: [target], and so are the other needs)"
         return f"fails with {type(error).__name__}: {error}{hint}"
     if not isinstance(found, Tensor) or found.shape != (2,) or not found.is_floating_point():
         shown = f"{tuple(found.shape)} of {found.dtype}" if isinstance(found, Tensor) else found

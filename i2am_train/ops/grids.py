@@ -148,6 +148,83 @@ def mask_on_grid(mask: Bool[Tensor, "batch height width"], grid: GridSize) -> Bo
     return (share >= 0.5).flatten(1)
 
 
+def extent_ratio(
+    worn: Bool[Tensor, "batch height width"],
+    flat: Bool[Tensor, "batch flat_height flat_width"],
+    generated_grid: GridSize,
+    reference_grid: GridSize,
+) -> Float[Tensor, "batch 2"]:
+    """How many reference patches a garment extends over per generated patch, ``yx``, told by its two masks alone.
+
+    The extent of a mask along an axis is the standard deviation of its pixels' positions. If the flat garment is the
+    worn one, shifted and scaled along the axes, this is the true correspondence's slope. On the embedded data (48
+    samples, grids of 8x6 and 16x12) it is 4 % (y) and 11 % (x) above the truth in the mean: sleeves hang when they are
+    worn. Bounding boxes are 3 and 17 % off, the two pictures' sizes 32 and 19 %.
+
+    Args:
+        worn: the garment on the person, whose picture the generated grid covers.
+        flat: the garment on its own picture, which the reference grid covers.
+
+    Returns:
+        0 along an axis where a mask is empty or less than two pixels long.
+
+    >>> worn, flat = torch.zeros(1, 4, 4).bool(), torch.ones(1, 4, 4).bool()
+    >>> worn[:, :2, 1:3] = True  # half of the picture in both axes
+    >>> extent_ratio(worn, flat, GridSize(4, 4), GridSize(8, 4))  # sqrt(15 / 3) times as long in pixels
+    tensor([[4.4721, 2.2361]])
+    """
+    spreads, other = _spreads(flat), _spreads(worn)
+    cells = spreads.new_tensor(reference_grid) / spreads.new_tensor(generated_grid)
+    return torch.where(other > 0, cells * spreads / torch.where(other > 0, other, 1.0), 0.0)
+
+
+def _spreads(mask: Bool[Tensor, "batch height width"]) -> Float[Tensor, "batch 2"]:
+    """Standard deviation of a mask's pixels along each axis, as a share of the picture's length; 0 without pixels."""
+    spreads = []
+    for other in (2, 1):
+        pixels = mask.sum(dim=other).float()
+        share = pixels / pixels.sum(dim=1, keepdim=True).clamp(min=1)
+        places = (torch.arange(pixels.shape[1], device=mask.device) + 0.5) / pixels.shape[1]
+        middle = (share * places).sum(dim=1, keepdim=True)
+        spreads.append((share * (places - middle).square()).sum(dim=1).sqrt())
+    return torch.stack(spreads, dim=1)
+
+
+def matches_on_grid(
+    places: Float[Tensor, "batch height width 2"],
+    worn: Bool[Tensor, "batch height width"],
+    generated_grid: GridSize,
+    reference_grid: GridSize,
+) -> Float[Tensor, "batch generated reference"]:
+    """Share of each generated cell's matched pixels whose place on the garment lies in each reference cell.
+
+    Rows sum to 1, and are zeros for a cell without a match. A pixel belongs to the cell that its centre lies in.
+
+    Args:
+        places: of each pixel, ``yx`` in units of the flat garment's height and width; NaN where nothing is matched.
+        worn: pixels that count.
+
+    >>> known = torch.tensor([[[[0.5, 0.1], [0.5, 0.9], [0.5, 0.9], [torch.nan, torch.nan]]]])  # one row of four pixels
+    >>> matches_on_grid(known, torch.ones(1, 1, 4).bool(), GridSize(1, 2), GridSize(1, 2))[0]
+    tensor([[0.5000, 0.5000],
+            [0.0000, 1.0000]])
+    """
+    batch, height, width = worn.shape
+    found = worn & places.isfinite().all(dim=-1)
+    counted = torch.where(found[..., None], at_least_float32(places), 0.0)
+    y, x = ((counted[..., axis] * cells).long().clamp(0, cells - 1) for axis, cells in enumerate(reference_grid))
+    rows, columns = (
+        torch.div((2 * torch.arange(pixels, device=worn.device) + 1) * cells, 2 * pixels, rounding_mode="floor")
+        for pixels, cells in zip((height, width), generated_grid, strict=True)
+    )
+    generated = rows[:, None] * generated_grid.width + columns
+    pairs = generated * reference_grid.tokens + y * reference_grid.width + x
+    counts = counted.new_zeros(batch, generated_grid.tokens * reference_grid.tokens)
+    counts.scatter_add_(1, pairs.flatten(1), found.flatten(1).to(counts))
+    on_grids = counts.view(batch, generated_grid.tokens, reference_grid.tokens)
+    return on_grids / on_grids.sum(dim=2, keepdim=True).clamp(min=1)
+
+
 def normalise(
     values: Float[Tensor, "*batch height width"], *, joint_axes: int = 0, epsilon: float = 0.0
 ) -> Float[Tensor, "*batch height width"]:

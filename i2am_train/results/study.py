@@ -16,7 +16,7 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
-from i2am_train.config.objective import term_needs
+from i2am_train.config.objective import TRUTH, term_needs
 from i2am_train.errors import RunFolderError
 from i2am_train.results.run_files import (
     RESULTS,
@@ -164,7 +164,7 @@ def uses_truth(arm: Mapping[str, Any]) -> bool:
     True
     """
     terms = (arm.get("losses") or {}).get("terms", {})
-    return any("target" in term_needs(name, entry) for name, entry in terms.items())
+    return any(TRUTH.intersection(term_needs(name, entry)) for name, entry in terms.items())
 
 
 def arm_labels(results: Results) -> dict[str, str]:

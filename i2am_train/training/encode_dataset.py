@@ -23,8 +23,8 @@ from i2am_train.data.cache import (
     CORRESPONDENCE,
     ENCODED,
     INDEX_FILE,
+    MASKS,
     TOKENS,
-    WARPED_MASK,
     CacheIndex,
     CacheKey,
     CacheLayout,
@@ -178,7 +178,7 @@ class _Source:
         self.dataset = TryOnDataset(
             root, split, Pairing.PAIRED, model.image_size, reading, augment=augment, seed=layout.seed
         )
-        self.keep = [WARPED_MASK]
+        self.keep = [*MASKS]
         if any(layout.has(Role.CORRESPONDENCE) for layout in self.dataset.layouts[:1]):
             self.keep.append(CORRESPONDENCE)
 
@@ -233,7 +233,7 @@ class _Source:
 def _check_numbers(values: dict[str, Tensor], names: Sequence[str], dtype: torch.dtype) -> None:
     """Refuses what would train a model on NaN: a masked correspondence alone has no numbers in places."""
     for name, value in values.items():
-        if name in (WARPED_MASK, CORRESPONDENCE):
+        if name in (*MASKS, CORRESPONDENCE):
             continue
         if bool((bad := rows_at_fault(value.to(dtype))).any()):
             reason = "encoders give NaN or infinity"

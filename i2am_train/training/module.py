@@ -189,13 +189,18 @@ def _check_objective(objective: Objective, model: TryOnModel) -> None:
     """Refuses what does not fit the model, before training starts.
 
     Raises:
-        CaptureError: a layer does not exist.
+        CaptureError: a layer does not exist, or a term needs the share of its attention that goes to the reference and
+            all of it does.
         ConfigError: a layer is named twice, or a window ends beyond the model's timesteps.
     """
-    names = ScoreTap(model, layers=list(objective.layers)).layers
+    tap = ScoreTap(model, layers=list(objective.layers))
+    names = tap.layers
     if len(set(names)) < len(names):
         given = ", ".join(f"{layer} is {name}" for layer, name in zip(objective.layers, names, strict=True))
         raise ConfigError(f"objective.layers names a layer twice ({given}). Leave one of them out.")
+    if "log_mass" in objective.needs:
+        for layer in objective.layers:
+            tap.require_mass(layer)
     for name, term in objective.terms.items():
         if term.timesteps is not None and term.timesteps[1] > model.schedule.length:
             raise ConfigError(

@@ -9,6 +9,7 @@ all of them must divide by the same number. Order, dropped conditions and timest
 sample), so it is known before the first of them is computed.
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -20,13 +21,13 @@ from i2am_train.attention.trace import ScoreTap
 from i2am_train.data.cache import ENCODED, TOKENS, CachedBatch
 from i2am_train.data.dataset import TryOnBatch
 from i2am_train.errors import CaptureError
-from i2am_train.losses.attention import Attention, attention_on_grids
+from i2am_train.losses.attention import Attention, Pictures, attention_on_grids
 from i2am_train.losses.objective import Objective, denoising_loss, snr_weights
 from i2am_train.metrics.attention import target_on_grid
 from i2am_train.models.tryon import Moments, TryOnModel
-from i2am_train.ops.grids import mask_on_grid
+from i2am_train.ops.grids import extent_ratio, mask_on_grid, matches_on_grid
 from i2am_train.seeds import seed_for
-from i2am_train.types import GridSize
+from i2am_train.types import GridSize, Need
 
 TrainingBatch = TryOnBatch | CachedBatch
 """Pictures, or what the frozen encoders made of them (:mod:`i2am_train.data.cache`)."""
@@ -151,18 +152,25 @@ def _denoising(model: TryOnModel, batch: TrainingBatch, draws: Draws, snr_gamma:
 
 def _attention(batch: TrainingBatch, draws: Draws, objective: Objective, tap: ScoreTap, layer: int | str) -> Attention:
     worn = batch["warped_garment_mask"]
-    generated, reference = tap.generated_grid(layer), tap.reference_grid(layer)
-    target = None
-    if "target" in objective.needs:
-        target = target_on_grid(batch["correspondence"], worn, generated, reference)
+    pictures: Any = batch  # a cache has none: TrainConfig refuses terms that need them
+    generated, reference = grids = tap.generated_grid(layer), tap.reference_grid(layer)
+    parts: dict[Need, Callable[[], Any]] = {
+        "target": lambda: target_on_grid(batch["correspondence"], worn, *grids),
+        "matches": lambda: matches_on_grid(batch["correspondence"], worn, *grids),
+        "log_heads": lambda: tap.log_heads(layer),
+        "log_mass": lambda: tap.log_mass(layer),
+        "slope": lambda: extent_ratio(worn, batch["garment_mask"], *grids),
+        "pictures": lambda: Pictures(pictures["person"], worn, pictures["garment"]),
+    }
+    needed: dict[str, Any] = {need: parts[need]() for need in objective.needs}
     return attention_on_grids(
         tap.scores(layer),
         mask_on_grid(worn, generated),
         generated,
         reference,
-        target=target,
         conditioned=~draws.dropped,
         centers=objective.centers,
+        **needed,
     )
 
 

@@ -13,6 +13,7 @@ from i2am_train.callbacks.checkpoints import resume_point
 from i2am_train.callbacks.loggers import finish_tracking, record_model
 from i2am_train.config.data import data_words
 from i2am_train.config.locations import revisions
+from i2am_train.config.objective import TRUTH
 from i2am_train.config.options import plain
 from i2am_train.config.store import to_yaml
 from i2am_train.config.training import WITHOUT_EFFECT_ON_WEIGHTS, TrainConfig
@@ -169,7 +170,7 @@ def open_data(config: TrainConfig, model: TryOnModel, processes: int) -> TryOnDa
         I2AMError: data, cache or numbers of samples do not fit the configuration.
     """
     root = prepare_data(config.data, config.folder, config.tracking.folder)
-    if "target" in config.objective.needs:
+    if TRUTH & config.objective.needs:
         require_correspondence(root)
     datamodule = TryOnDataModule(
         config.data,

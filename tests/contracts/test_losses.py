@@ -1,49 +1,63 @@
-"""Every variant of every attention loss meets the same demands; a new term is one more entry."""
+"""Every form of every attention loss meets the same demands; a new term is one more entry."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from itertools import product
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from i2am_train.losses.attention import VARIANTS, Attention, attention_on_grids, supervised
+from i2am_train.losses.attention import Attention
+from i2am_train.losses.literature import atv, entropy, leffa, mass, matches, supervised
+from i2am_train.losses.paper import VARIANTS, dcml
 from i2am_train.types import GridSize, LossVariant
+from tests.support.attentions import whole_attention
 
 GENERATED, REFERENCE = GridSize(4, 3), GridSize(7, 5)
 SAMPLES = 3
 Term = Callable[[Tensor, Tensor, LossVariant], Tensor]
 
 
-def attention(scores: Tensor, mask: Tensor, variant: LossVariant) -> Attention:
-    target = torch.full((*mask.shape, 2), 2.25)
-    centers = VARIANTS[variant].centers
-    return attention_on_grids(scores, mask, GENERATED, REFERENCE, target=target, centers=centers)
+def of(scores: Tensor, mask: Tensor, variant: LossVariant = LossVariant.REWARD) -> Attention:
+    return whole_attention(scores, mask, GENERATED, REFERENCE, centers=VARIANTS[variant].centers)
 
 
 def dcml_of(scores: Tensor, mask: Tensor, variant: LossVariant) -> Tensor:
-    return VARIANTS[variant].dcml(attention(scores, mask, variant))
+    return VARIANTS[variant].dcml(of(scores, mask, variant))
 
 
 def tv_of(scores: Tensor, mask: Tensor, variant: LossVariant) -> Tensor:
-    return VARIANTS[variant].tv(attention(scores, mask, variant))
+    return VARIANTS[variant].tv(of(scores, mask, variant))
 
 
 def cwg_of(scores: Tensor, mask: Tensor, variant: LossVariant) -> Tensor:
-    return VARIANTS[variant].cwg(attention(scores, mask, variant))
+    return VARIANTS[variant].cwg(of(scores, mask, variant))
 
 
-def supervised_of(scores: Tensor, mask: Tensor, variant: LossVariant) -> Tensor:
-    return supervised(attention(scores, mask, variant))
+def without_variants(function: Callable[..., Tensor], **keywords: Any) -> Term:
+    return lambda scores, mask, variant: function(of(scores, mask), **keywords)
 
 
 TERMS: dict[str, Term] = {"dcml": dcml_of, "tv": tv_of, "cwg": cwg_of}
+OTHERS: dict[str, Term] = {
+    "dcml-capped": without_variants(dcml, force="capped"),
+    "dcml-extent": without_variants(dcml, force="extent", margin=0.8),
+    "supervised": without_variants(supervised),
+    "matches": without_variants(matches),
+    "matches-mean": without_variants(matches, per_head=False, sigma=1.0),
+    "leffa": without_variants(leffa),
+    "entropy": without_variants(entropy),
+    "mass": without_variants(mass),
+    "atv": without_variants(atv),
+}
 CASES = [
     *(pytest.param(TERMS[t], v, id=f"{t}-{v}") for t, v in product(TERMS, LossVariant)),
-    pytest.param(supervised_of, LossVariant.HINGE, id="supervised"),
+    *(pytest.param(term, LossVariant.REWARD, id=name) for name, term in OTHERS.items()),
 ]
+OF_PAIRS = (dcml_of, tv_of, OTHERS["dcml-capped"], OTHERS["dcml-extent"], OTHERS["atv"])
 every_loss = pytest.mark.parametrize(("term", "variant"), CASES)
 
 
@@ -109,7 +123,7 @@ def test_a_single_patch_has_no_pairs(term: Term, variant: LossVariant, logits: T
     single[:, 4] = True
     value = term(logits.softmax(-1), single, variant)
     assert value.isfinite().all()
-    if term in (dcml_of, tv_of):
+    if term in OF_PAIRS:
         assert value.tolist() == [0.0] * SAMPLES
 
 

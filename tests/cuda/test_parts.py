@@ -17,7 +17,6 @@ from i2am_train.config.store import compose
 from i2am_train.config.training import TrainConfig
 from i2am_train.data.cache import LatentCache
 from i2am_train.data.dataset import CachedDataset, batch_on
-from i2am_train.losses.attention import attention_on_grids
 from i2am_train.losses.objective import Objective, make_objective
 from i2am_train.metrics.attention import (
     alignment,
@@ -36,6 +35,7 @@ from i2am_train.training.optimization import set_trainable
 from i2am_train.training.step import Draws, draw, step_losses
 from i2am_train.types import Backend, Direction, GridSize, LossVariant, SamplerName, Split
 from i2am_train.workflows.data import cache
+from tests.support.attentions import whole_attention
 from tests.support.card import on_card
 from tests.support.terms import weights
 
@@ -101,9 +101,14 @@ def test_a_training_step(
     machine: Any, model: Any, model_there: Any, kind: str, arm: str, request: pytest.FixtureRequest
 ) -> None:
     """Of every arm, from pictures and from the cache: losses and gradients are on the card, with the CPU's values."""
+    if arm == "leffa" and kind == "encoded":
+        pytest.skip("it compares pictures, which a cache does not hold")
     batch = request.getfixturevalue(kind)
     if arm == "every term":
-        options = ObjectiveConfig(layers=[2, 5], terms=weights(**dict.fromkeys(TERMS, 1.0)))
+        fitting = TERMS.keys() - {"mass", *(["leffa"] if kind == "encoded" else [])}
+        terms = weights(**dict.fromkeys(fitting, 1.0))
+        terms["dcml"]["force"] = "extent"
+        options = ObjectiveConfig(layers=[2, 5], terms=terms)
         objective, snr_gamma = make_objective(options), 5.0
     else:
         config = compose("train", [f"experiment={arm}"])
@@ -125,15 +130,13 @@ def test_every_loss(machine: Any, variant: LossVariant) -> None:
     generator = torch.Generator().manual_seed(3)
     logits = torch.randn(3, GENERATED.tokens, REFERENCE.tokens, generator=generator)
     mask = torch.ones(3, GENERATED.tokens, dtype=torch.bool)
-    target = torch.full((3, GENERATED.tokens, 2), 2.25)
     with machine():
         there = logits.to("cuda").requires_grad_()
-        attention = attention_on_grids(
+        attention = whole_attention(
             there.softmax(dim=-1),
             mask.to("cuda"),
             GENERATED,
             REFERENCE,
-            target=target.to("cuda"),
             conditioned=torch.tensor([True, False, True], device="cuda"),
             centers=objective.centers,
         )

@@ -80,6 +80,10 @@ CASES: list[tuple[str, str, list[str], str]] = [
     ("train", MODEL, ["optimization.lora_rank=1000000000"], "between 1 and 4096"),
     ("train", MODEL, ["objective.terms.cwg=nan"], "expected a finite number"),
     ("train", MODEL, ["objective.variant=null"], "expected one of paper"),
+    ("train", MODEL, ["objective.terms.mass=1"], "attends to the reference's patches and to no other token"),
+    ("train", MODEL, ["objective.terms.leffa=1", "data.cache=/nowhere"], "null with a term that compares pictures"),
+    ("train", MODEL, ["objective.terms.dcml=1", "objective.terms.dcml.force=exten"], "expected one of reward, hinge"),
+    ("train", MODEL, ["objective.terms.cwg=1", "objective.terms.cwg.entropy_floor=2"], "a number between 0.0 and 1.0"),
     ("train", MODEL, ["objective.layers="], "one of the paper's layers"),
     ("train", MODEL, ["experiment=refined", "objective.layers=mid_block.attentions.7"], "up_blocks.1.attentions.0 (1)"),
     ("train", MODEL, ["attribution.layer=mid_block.attentions.7"], "No attention layer"),
@@ -475,7 +479,7 @@ def _cache_index() -> str:
     key = dict.fromkeys(("vae", "reference_encoder", "garment_input", "data", "reading"), "x")
     shard = {"file": "train-000000.safetensors", "first": 0, "samples": 2, "bytes": 9, "sha256": ""}
     layout = {"dtype": "float32", "variants": 0, "seed": 0, "shard_samples": 128}
-    index = {"format": 1, "key": key | {"image_size": "64x48"}, "layout": layout}
+    index = {"format": 2, "key": key | {"image_size": "64x48"}, "layout": layout}
     shards = {"train": [shard | {"crc32": [0, 0]}]}
     return json.dumps(index | {"samples": {"train": 2}, "shards": shards})
 

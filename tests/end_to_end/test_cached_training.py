@@ -17,7 +17,7 @@ from i2am_train.workflows.train import train
 
 pytestmark = pytest.mark.filterwarnings("default")  # Lightning's and torch's own deprecations
 REFINED = (
-    "experiment=refined", "objective.terms.supervised=0.1", "validation.samples=0", "optimization.steps=3",
+    "experiment=extent", "objective.terms.supervised=0.1", "validation.samples=0", "optimization.steps=3",
 )  # fmt: skip
 
 

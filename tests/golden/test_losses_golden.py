@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from i2am_train.losses.attention import VARIANTS, Attention, attention_on_grids, cwg
+from i2am_train.losses.attention import Attention, attention_on_grids
+from i2am_train.losses.paper import VARIANTS, cwg
 from i2am_train.types import GridSize
 from i2am_train.types import LossVariant as V
 

@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from i2am_train.losses.attention import VARIANTS, attention_on_grids
+from i2am_train.losses.attention import attention_on_grids
+from i2am_train.losses.paper import VARIANTS
 from i2am_train.types import GridSize, LossVariant
 
 GENERATED, REFERENCE = GridSize(3, 4), GridSize(5, 2)

@@ -7,7 +7,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from i2am_train.losses.attention import VARIANTS, attention_centers, attention_on_grids, supervised
+from i2am_train.losses.attention import attention_centers, attention_on_grids
+from i2am_train.losses.literature import supervised
+from i2am_train.losses.paper import VARIANTS
 from i2am_train.types import GridSize, LossVariant
 
 FEW = settings(max_examples=12, deadline=None)

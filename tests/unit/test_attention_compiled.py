@@ -40,9 +40,10 @@ def step():
     with ScoreTap(unet, RECIPE, layers=[LAYER]) as tap:
         prediction = unet(*inputs).sample
         scores = tap.scores(LAYER)
-        (prediction.square().mean() + scores.square().sum()).backward()
+        heads = tap.log_heads(LAYER)
+        (prediction.square().mean() + scores.square().sum() + heads.exp().square().sum()).backward()
     gradients = {n: p.grad.clone() for n, p in unet.named_parameters() if p.grad is not None}
-    return {"prediction": prediction.detach(), "scores": scores.detach(), **gradients}
+    return {"prediction": prediction.detach(), "scores": scores.detach(), "heads": heads.detach(), **gradients}
 
 
 def apart(one, other):

@@ -231,7 +231,7 @@ def test_a_full_disk_is_noticed_before_anything_is_written(
 ) -> None:
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=2**18))
-    with pytest.raises(DataError, match=r"and the cache takes 0\.\d MiB \(20 rows\)"):
+    with pytest.raises(DataError, match=r"and the cache takes 1\.\d MiB \(20 rows\)"):
         make_cache(model, small_dataset, tmp_path / "cache")
     assert not (tmp_path / "cache").exists()
 
@@ -314,7 +314,7 @@ def altered(**changes: Any) -> Callable[[dict[str, Any]], object]:
 @pytest.mark.parametrize(
     ("alter", "message"),
     [
-        (altered(format=2), "format 2, expected 1"),
+        (altered(format=1), "format 1, expected 2"),
         (lambda index: index.pop("key"), "no 'key'"),
         (lambda index: index["key"].pop("vae"), r"key\.vae is required"),
         (altered(key=[]), "no attribute"),

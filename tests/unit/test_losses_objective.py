@@ -13,8 +13,9 @@ from i2am_train.config.objective import TERMS, ObjectiveConfig
 from i2am_train.config.options import plain
 from i2am_train.doors import allow_named
 from i2am_train.errors import ConfigError
-from i2am_train.losses.attention import VARIANTS, Attention, attention_on_grids
+from i2am_train.losses.attention import Attention, attention_on_grids
 from i2am_train.losses.objective import NEEDS, Objective, make_objective
+from i2am_train.losses.paper import VARIANTS
 from i2am_train.results.study import uses_truth
 from i2am_train.types import GridSize, LossVariant
 from tests.support.terms import mass, weights

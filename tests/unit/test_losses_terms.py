@@ -9,8 +9,10 @@ import torch
 from torch import Tensor
 
 from i2am_train.errors import CaptureError
-from i2am_train.losses.attention import VARIANTS, Attention, attention_on_grids, cwg, dcml, supervised, tv
+from i2am_train.losses.attention import Attention, attention_on_grids
+from i2am_train.losses.literature import supervised
 from i2am_train.losses.objective import denoising_loss, snr_weights
+from i2am_train.losses.paper import VARIANTS, cwg, dcml, tv
 from i2am_train.ops.grids import aligned_coordinates, reference_coordinates
 from i2am_train.types import GridSize, PredictionType
 from i2am_train.types import LossVariant as V

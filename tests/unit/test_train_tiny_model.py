@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from i2am_train.attention.trace import ScoreTap
 from i2am_train.errors import CheckpointError, ConfigError, TrainingError
-from i2am_train.losses.attention import attention_on_grids, supervised
+from i2am_train.losses.attention import attention_on_grids
+from i2am_train.losses.literature import supervised
 from i2am_train.models.tryon import Conditions, TryOnModel
 from i2am_train.types import GridSize
 from tests.support.tiny_training import encoded_data, options, script

@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Callable
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -12,10 +13,15 @@ from i2am_train.attention.trace import ScoreTap
 from i2am_train.config.objective import ObjectiveConfig
 from i2am_train.config.training import OptimizationConfig
 from i2am_train.errors import CaptureError
-from i2am_train.losses.objective import Objective, make_objective, snr_weights
+from i2am_train.losses.attention import Attention, attention_centers
+from i2am_train.losses.objective import NEEDS, Objective, Term, make_objective, snr_weights
+from i2am_train.ops.attention import log_reference_mass as log_mass
+from i2am_train.ops.attention import reference_mass
+from i2am_train.ops.grids import extent_ratio
+from i2am_train.training.module import TryOnModule
 from i2am_train.training.optimization import prepare_networks, set_trainable
 from i2am_train.training.step import Draws, draw, step_losses
-from i2am_train.types import GridSize
+from i2am_train.types import GridSize, Need
 from tests.support.terms import weights
 
 LATENT = GridSize(4, 3)
@@ -135,6 +141,67 @@ def test_total_is_denoising_plus_weighted_terms(model: Any, batch: Any) -> None:
     assert not any(value.requires_grad for name, value in losses.items() if name != "total")
     assert losses["cwg"] != 0
     assert losses["supervised"] > 0
+
+
+def seen_by_a_term(model: Any, batch: Any, needs: tuple[Need, ...]) -> Attention:
+    """What a step hands to a term."""
+    seen: list[Attention] = []
+
+    def look(attention: Attention) -> Tensor:
+        seen.append(attention)
+        return attention.centers.sum(dim=(1, 2, 3))
+
+    losses_of(model, Objective(terms={"look": Term(1.0, look, needs)}), batch, draws(SAMPLES, [False, False, True]))
+    return seen[0]
+
+
+def test_terms_get_what_they_need(make_small_model: Callable[..., Any], batch: Any) -> None:
+    """Heads, mass, matches, slope and pictures of the batch; the softmax of this model has a class token, too."""
+    model = make_small_model(class_token=True)
+    set_trainable(model, "all")
+    inputs: list[Any] = []
+    with patch(
+        "i2am_train.attention.trace.log_reference_mass", lambda *given: inputs.append(given) or log_mass(*given)
+    ):
+        on = seen_by_a_term(model, batch, NEEDS)
+    assert on.target is not None
+    assert on.matches is not None
+    assert on.log_heads is not None
+    assert on.log_mass is not None
+    assert on.pictures is not None
+    assert on.log_heads.shape[1] == 4
+    torch.testing.assert_close(on.log_heads.exp().mean(dim=1), on.scores)
+    ((generated, keys, places, scale),) = inputs
+    share = reference_mass(generated, keys, places, scale).mean(dim=1).reshape(on.mask.shape)
+    assert (share < 0.999).all()
+    torch.testing.assert_close(on.log_mass[:2].exp(), share[:2])
+    assert not on.log_mass[2].any()
+    known = on.target.isfinite().all(dim=-1)
+    torch.testing.assert_close(on.matches.sum(dim=(3, 4))[known], torch.ones(int(known.sum())))
+    mean = attention_centers(on.matches)[known]
+    assert (mean - on.target[known]).abs().max() < 0.51  # a cell's middle stands for all of it
+    grids = GridSize(*on.scores.shape[1:3]), GridSize(*on.scores.shape[3:])
+    assert torch.equal(on.slope, extent_ratio(batch["warped_garment_mask"], batch["garment_mask"], *grids))
+    assert torch.equal(on.pictures.person, batch["person"])
+    assert torch.equal(on.pictures.garment, batch["garment"])
+    assert torch.equal(on.pictures.worn[:2], batch["warped_garment_mask"][:2])
+    assert not on.pictures.worn[2].any()
+
+
+def test_terms_get_nothing_else(model: Any, batch: Any) -> None:
+    """The optional parts are neither made nor given where no term asks for them."""
+    with patch.object(ScoreTap, "log_heads", side_effect=AssertionError), patch.object(ScoreTap, "log_mass"):
+        on = seen_by_a_term(model, {**batch, "garment_mask": None}, ())
+    assert not [name for name in NEEDS if getattr(on, name) is not None]
+
+
+def test_the_share_of_the_reference_needs_other_tokens(model: Any, batch: Any) -> None:
+    """All attention of this model goes to the reference: `mass` is an error, and so it is before training."""
+    objective = make_objective(ObjectiveConfig(terms={"mass": {"weight": 1.0}}))
+    with pytest.raises(CaptureError, match=r"attends to the reference's patches and to no other token"):
+        losses_of(model, objective, batch, draws(SAMPLES, [False] * 3))
+    with pytest.raises(CaptureError, match=r"attends to the reference's patches and to no other token"):
+        TryOnModule(model, objective, OptimizationConfig())
 
 
 def test_the_baseline_needs_no_tap(model: Any, batch: Any) -> None:
