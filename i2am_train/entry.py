@@ -28,6 +28,7 @@ from typing import Any, NoReturn
 
 from i2am_train.config.commands import COMMANDS, command_help
 from i2am_train.config.locations import conf_folder
+from i2am_train.config.objective import TERMS
 from i2am_train.config.options import option_names, shortened, unknown_option
 from i2am_train.doors import allow_named
 from i2am_train.environment import first_process, quiet_libraries, without_secrets
@@ -155,7 +156,7 @@ def _readable(error: Exception, command: str) -> str:
         name = match["file"].removesuffix(".yaml")
         return f"There is no file conf/{name}.yaml. {match['group']} can be {choices}{own}."
     if isinstance(error, OverrideParseException):
-        word = str(error.override)
+        word = str(error.override).removeprefix("++")  # which as_typed set
         name, equals, _ = word.partition("=")
         if equals and PLAIN_NAME.fullmatch(name) and name not in _known_options(command):
             return unknown_option(name, _known_options(command))
@@ -168,7 +169,8 @@ def _readable(error: Exception, command: str) -> str:
 
 
 def _known_options(command: str) -> list[str]:
-    return ["experiment", *option_names(COMMANDS[command].options)]
+    names = ["experiment", *option_names(COMMANDS[command].options)]
+    return names + [f"objective.terms.{term}" for term in TERMS if "objective.terms" in names]
 
 
 def _checked(command: str, words: Sequence[str]) -> list[str]:

@@ -109,6 +109,9 @@ class TermConfig(Options):
             raise OptionError("timesteps", list(self.timesteps), "[first, end) with first below end, such as [0, 500]")
 
 
+_OF_EVERY_TERM = {item.name for item in fields(TermConfig)} - {"keywords"}
+
+
 def term_config(name: str, entry: Any) -> TermConfig:
     """An entry of ``objective.terms``, checked; whether its function can be imported and called is found out later.
 
@@ -143,9 +146,8 @@ def term_config(name: str, entry: Any) -> TermConfig:
         raise OptionError(option, entry, f"a weight, too: {{{given}weight: 0.05}}")
     if "needs" in entry and not own:
         raise OptionError(f"{option}.needs", entry["needs"], "nothing: what a built-in term needs is known")
-    common = {item.name for item in fields(TermConfig)} - {"keywords"}
-    values = {key: value for key, value in entry.items() if key in common}
-    keywords = {key: value for key, value in entry.items() if key not in common}
+    values = {key: value for key, value in entry.items() if key in _OF_EVERY_TERM}
+    keywords = {key: value for key, value in entry.items() if key not in _OF_EVERY_TERM}
     return build(TermConfig, {**values, "keywords": keywords}, f"{option}.")
 
 
@@ -190,7 +192,7 @@ class ObjectiveConfig(Options):
         self.layers = _weights_of(self.layers)
         for name, entry in self.terms.items():
             term = term_config(name, entry)
-            self.terms[name] = {key: plain(getattr(term, key, value)) for key, value in entry.items()}
+            self.terms[name] = {k: plain(getattr(term, k)) if k in _OF_EVERY_TERM else v for k, v in entry.items()}
 
     @property
     def layer_weights(self) -> dict[int | str, float]:

@@ -291,7 +291,8 @@ def unknown_option(name: str, known: Sequence[str]) -> str:
     """
     # A right word without its group is as common as a typing error.
     leaf = name.rsplit(".", 1)[-1]
-    near = [option for option in known if option.rsplit(".", 1)[-1] == leaf]
+    near = get_close_matches(name, known, n=1, cutoff=0.9) if "." in name else []
+    near = near or [option for option in known if option.rsplit(".", 1)[-1] == leaf]
     near = near or get_close_matches(name, known, n=1, cutoff=0.6)
     if not near:
         leaves = {option.rsplit(".", 1)[-1]: option for option in reversed(known)}

@@ -141,6 +141,9 @@ class Objective:
     ) -> Bool[Tensor, "terms batch"]:
         """Which samples each term counts: those with a condition whose timestep lies in the term's window.
 
+        Raises:
+            ConfigError: a term has a window, and there are no timesteps.
+
         >>> form = VARIANTS["reward"]
         >>> objective = Objective(terms={"tv": Term(1.0, form.tv), "cwg": Term(1.0, form.cwg, timesteps=(0, 500))})
         >>> objective.counted(torch.tensor([True, True, False]), torch.tensor([499, 500, 3]))
@@ -148,9 +151,10 @@ class Objective:
                 [ True, False, False]])
         """
         counted = [conditioned] * len(self.terms)
-        for index, term in enumerate(self.terms.values()):
+        for index, (name, term) in enumerate(self.terms.items()):
             if term.timesteps is not None:
-                assert timesteps is not None, "a term has a window of timesteps"
+                if timesteps is None:
+                    raise ConfigError(f"The term '{name}' has a window of timesteps, and the step handed over none.")
                 first, end = term.timesteps
                 counted[index] = conditioned & (timesteps >= first) & (timesteps < end)
         return torch.stack(counted) if counted else conditioned.new_zeros(0, len(conditioned))

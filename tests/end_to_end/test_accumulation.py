@@ -16,18 +16,19 @@ pytestmark = pytest.mark.filterwarnings("default")  # Lightning's and torch's ow
 
 
 class Gradients(L.Callback):
-    """Keeps the gradient of each optimizer step, and which conditions were dropped in its batches."""
+    """Keeps the gradient of each optimizer step, and how many samples of each of its batches the terms count."""
 
     def __init__(self) -> None:
         self.steps: list[dict[str, Tensor]] = []
-        self.dropped: list[list[bool]] = []
+        self.counted: list[list[int]] = []
 
     def on_train_batch_start(self, trainer: Any, module: Any, batch: Any, _: int) -> None:
         numbers = draw(
             module.seed, module.current_epoch, batch["index"].tolist(), latent=module.model.latent_size,
             timesteps=1000, condition_dropout=module.options.condition_dropout,
         )  # fmt: skip
-        self.dropped.append(numbers.dropped.tolist())
+        counted = module.objective.counted(~numbers.dropped, numbers.timesteps)
+        self.counted.append(counted.sum(dim=1).tolist())
 
     def on_before_optimizer_step(self, trainer: Any, module: Any, optimizer: Any) -> None:
         gradients = module.named_parameters()
@@ -47,14 +48,15 @@ def gradients(options: list[str], output: Path) -> Gradients:
 
 
 def test_two_batches_of_two_are_one_of_four(training: list[str], tmp_path: Path) -> None:
-    """Equal gradients in both steps, though the halves have unequally many conditions."""
+    """Equal gradients in both steps, though the halves have unequally many conditions, and of timesteps that count."""
     options = [
-        *training, "experiment=refined", "objective.terms.cwg=50", "validation.samples=0", "optimization.steps=2",
-        "optimization.condition_dropout=0.5", "optimization.learning_rate=1e-12", "seed=22",
+        *training, "experiment=refined", "objective.terms.cwg=50", "objective.terms.tv=50",
+        "objective.terms.cwg.timesteps=[0,500]", "objective.layers=[2,5]", "validation.samples=0",
+        "optimization.steps=2", "optimization.condition_dropout=0.5", "optimization.learning_rate=1e-12", "seed=22",
     ]  # fmt: skip
     whole = gradients([*options, "data.batch_size=4"], tmp_path / "whole")
     parts = gradients([*options, "data.batch_size=2", "optimization.accumulate=2"], tmp_path / "parts")
-    assert [sum(dropped) for dropped in parts.dropped] == [0, 1, 0, 1]
+    assert parts.counted == [[2, 2, 1], [1, 1, 0], [2, 2, 2], [1, 1, 0]]
     assert len(whole.steps) == len(parts.steps) == 2
     for one, other in zip(whole.steps, parts.steps, strict=True):
         assert one.keys() == other.keys()

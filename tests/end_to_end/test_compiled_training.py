@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.trainings import curves, weights
+from tests.support.trainings import SCHEDULED, curves, weights
 
 pytestmark = pytest.mark.slow  # two minutes: the network is traced twice
 
@@ -61,7 +61,8 @@ def test_a_compiled_run_is_the_eager_one(training: list[str], tmp_path: Path) ->
     One graph in each of the two attempts: validation, which listens to the attention, neither runs nor makes one.
     """
     options = [
-        *training, "experiment=refined", "data.batch_size=4", "optimization.steps=8", "optimization.ema_decay=0.9",
+        *training, "experiment=refined", *SCHEDULED, "data.batch_size=4", "optimization.steps=8",
+        "optimization.ema_decay=0.9",
         "optimization.gradient_checkpointing=true", "trainer.checkpoint_every_n_steps=1", "tracking.tensorboard=false",
     ]  # fmt: skip
     done = subprocess.run(

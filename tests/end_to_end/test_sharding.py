@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from i2am_train.config.store import compose
 from i2am_train.models.tryon import TryOnModel
 from i2am_train.workflows.train import train
-from tests.support.trainings import curves
+from tests.support.trainings import SCHEDULED, curves
 
 pytestmark = [
     pytest.mark.long,
@@ -58,7 +58,7 @@ def common(training: list[str]) -> list[str]:
     """
     return [
         *training, "validation.samples=5", "evaluation.batch_size=2", "tracking.tensorboard=false",
-        "experiment=refined", "optimization.gradient_clip=0.5", "optimization.condition_dropout=0.5",
+        "experiment=refined", *SCHEDULED, "optimization.gradient_clip=0.5", "optimization.condition_dropout=0.5",
         "optimization.global_batch=4", "optimization.warmup_steps=0",
         "trainer.checkpoint_every_n_steps=2", "trainer.keep_checkpoints=2",
         "trainer.snapshot_every_n_steps=3", "trainer.keep_best=ssim", "optimization.ema_decay=0.9",

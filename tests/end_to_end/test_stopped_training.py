@@ -28,7 +28,7 @@ from i2am_train.evaluation.evaluator import GeneratedSamples
 from i2am_train.workflows import train as workflow
 from i2am_train.workflows.train import train
 from tests.support.commands import Command, exit_status
-from tests.support.trainings import curves, same_weights, weights
+from tests.support.trainings import SCHEDULED, curves, same_weights, weights
 
 pytestmark = [
     pytest.mark.long,
@@ -74,7 +74,7 @@ class Run(Command):
 def options(training: list[str]) -> list[str]:
     """A refined run with everything that has a state: averages, accumulation, readers, a checkpoint at every step."""
     return [
-        *training, *LONG, "experiment=refined", "optimization.ema_decay=0.9", "data.batch_size=2",
+        *training, *LONG, "experiment=refined", *SCHEDULED, "optimization.ema_decay=0.9", "data.batch_size=2",
         "optimization.global_batch=4", "data.workers=2", "data.augment=true", "trainer.checkpoint_every_n_steps=1",
     ]  # fmt: skip
 

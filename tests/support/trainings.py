@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from i2am_train.tracking.names import STEP_SECONDS
 from i2am_train.workflows import train as workflow
 
 
@@ -26,12 +27,16 @@ def same_weights(one: Path, other: Path) -> bool:
 
 
 def curves(run: Path) -> list[dict[str, float]]:
-    """What a run logged, moment by moment: the lines of ``metrics.csv``, numbers alone; none before the first."""
+    """What a run logged, moment by moment: the lines of ``metrics.csv``, numbers alone; none before the first.
+
+    Without the time that a step took, which is another in every run.
+    """
     file = run / "metrics.csv"
     if not file.is_file():
         return []
     with file.open(newline="") as lines:
-        return [{name: float(value) for name, value in row.items() if value} for row in csv.DictReader(lines)]
+        rows = [{name: float(value) for name, value in row.items() if value} for row in csv.DictReader(lines)]
+    return [{name: value for name, value in row.items() if name != STEP_SECONDS} for row in rows]
 
 
 class Stop(L.Callback):
@@ -56,3 +61,12 @@ def going_down(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         patch.setattr(workflow, "make_trainer", make_stopping)
         with pytest.raises(RuntimeError, match="went down"):
             yield
+
+
+SCHEDULED = [
+    "objective.layers={2: 1.0, 5: 0.5}",
+    "objective.terms.dcml.schedule=early", "objective.terms.dcml.share=0.5",
+    "objective.terms.tv.schedule=ramp", "objective.terms.tv.share=0.75",
+    "objective.terms.cwg.timesteps=[0,500]",
+]  # fmt: skip
+"""For ``experiment=refined``: two layers, terms whose weight changes, and one that counts some samples only."""

@@ -86,6 +86,8 @@ def test_nothing_is_left_behind(tmp_path: Path) -> None:
         (["objective.varian=1"], r"no option 'objective\.varian'\. Did you mean 'objective\.variant'\?"),
         (["optimisation=paper"], r"no option 'optimisation'\. Did you mean 'optimization'\?"),
         (["layer=2"], r"Did you mean 'attribution\.layer'\?"),
+        (["objective.layer=2"], r"no option 'objective\.layer'\. Did you mean 'objective\.layers'\?"),
+        (["objective.cwg=0.1"], r"no option 'objective\.cwg'\. Did you mean 'objective\.terms\.cwg'\?"),
         (["experiment=refind"], r"no file conf/experiment/refind\.yaml\. .* baseline, "),
         (["seed"], r"'seed' cannot be read\. Options are written name=value"),
         (["seed=[0,1"], r"'seed=\[0,1' cannot be read"),

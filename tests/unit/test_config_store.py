@@ -85,6 +85,64 @@ def test_the_command_line_has_the_last_word() -> None:
     assert config.folder == Path.cwd() / "runs" / "refined-seed3"
 
 
+@pytest.mark.parametrize(
+    ("experiment", "words", "terms"),
+    [
+        ("baseline", ["objective.terms.cwg=.01"], {"cwg": {"weight": 0.01}}),
+        ("baseline", ["objective.terms.cwg.weight=.01"], {"cwg": {"weight": 0.01}}),
+        ("baseline", ["objective.terms.cwg={weight: .01}"], {"cwg": {"weight": 0.01}}),
+        ("baseline", ["objective.terms={cwg: {weight: .01}}"], {"cwg": {"weight": 0.01}}),
+        ("supervised", ["objective.terms.supervised=1e-3"], {"supervised": {"weight": 0.001}}),
+        (
+            "supervised",
+            ["objective.terms.cwg=1", "objective.terms.cwg.timesteps=[0,500]", "objective.terms.cwg.sigma=2"],
+            {"supervised": {"weight": 0.03}, "cwg": {"weight": 1.0, "timesteps": [0, 500], "sigma": 2}},
+        ),
+        ("supervised", ["~objective.terms.supervised"], {}),
+    ],
+)
+def test_terms_on_the_command_line(experiment: str, words: list[str], terms: dict[str, Any]) -> None:
+    """As a user would write them, whether the experiment has the term or not."""
+    assert compose("train", [f"experiment={experiment}", *words]).objective.terms == terms
+
+
+def test_another_weight_keeps_a_term_s_keywords() -> None:
+    """The number stands for the weight and not for the whole term."""
+    cwg = compose("train", ["experiment=paper_refined", "objective.terms.cwg=3"]).objective.terms["cwg"]
+    assert cwg == {"weight": 3.0, "sigma": 1.0, "detach_centers": False}
+    with pytest.raises(ConfigError, match=r"objective\.terms\.cwg=3 .*such as objective\.terms\.cwg=\{name: value"):
+        compose("train", ["experiment=paper_refined", "objective.terms={cwg: 3}"])
+
+
+@pytest.mark.parametrize(
+    ("word", "layers"),
+    [
+        ("5", {5: 1.0}),
+        ("[2,5]", {2: 1.0, 5: 1.0}),
+        ("{2: 1.0, 5: 0.5}", {2: 1.0, 5: 0.5}),
+        ("{5: 0.5}", {5: 0.5}),
+        ("up_blocks.2.attentions.1", {"up_blocks.2.attentions.1": 1.0}),
+        ("{up_blocks.2.attentions.1: 2}", {"up_blocks.2.attentions.1": 2.0}),
+    ],
+)
+@pytest.mark.parametrize("experiment", ["refined", "paper_refined"])
+def test_layers_on_the_command_line(experiment: str, word: str, layers: dict[int | str, float]) -> None:
+    """They replace those of the experiment, whatever the form of either."""
+    words = [f"experiment={experiment}", f"objective.layers={word}"]
+    assert compose("train", words).objective.layer_weights == layers
+
+
+def test_an_arm_s_layers_replace_the_study_s(tmp_path: Path) -> None:
+    """They are one value, and not options that are merged; an arm without any has the study's."""
+    study = compose("ablate", ["objective.layers={2: 1.0, 5: 0.5}"])
+    arm = tmp_path / "arm.yaml"
+    arm.write_text("defaults: [refined]\nobjective: {layers: {4: 2}}\n")
+    found = {name: arm_config(study, name, 0, Path("cell")).objective for name in (str(arm), "refined")}
+    assert found[str(arm)].layer_weights == {4: 2.0}
+    assert found["refined"].layer_weights == {2: 1.0, 5: 0.5}
+    assert found["refined"].terms == found[str(arm)].terms
+
+
 @pytest.mark.parametrize("override", ["objective.dcmll=1", "experiment=refind", "seed=[0"])
 def test_hydra_refuses_what_it_cannot_place(override: str) -> None:
     """Unknown options, unknown files and unreadable values stop composition."""

@@ -163,6 +163,101 @@ def test_impossible_weights_are_refused(weight: float) -> None:
         ObjectiveConfig(terms=weights(tv=weight))
 
 
+# -- layers, schedules, timesteps -----------------------------------------------------------------------------------
+
+
+def test_several_layers_are_a_weighted_sum(logits: Tensor, mask: Tensor) -> None:
+    """Every term on every layer, on grids of their own; logged together and one by one."""
+    finer = torch.randn(3, 8 * 6, 12, generator=torch.Generator().manual_seed(2)).softmax(-1)
+    attention = {
+        2: on_grids(logits.softmax(-1), mask),
+        "fine": attention_on_grids(finer, torch.ones(3, 48).bool(), GridSize(8, 6), GridSize(4, 3)),
+    }
+    options = ObjectiveConfig(layers={"2": 1.0, "fine": 0.25}, terms=weights(tv=0.5, cwg=2.0))
+    objective = make_objective(options)
+    total, logged = objective(attention)
+    means = {
+        layer: {name: values.mean() for name, values in objective.per_sample(on).items()}
+        for layer, on in attention.items()
+    }
+    assert list(logged) == ["tv", "tv@2", "tv@fine", "cwg", "cwg@2", "cwg@fine"]
+    for name in ("tv", "cwg"):
+        assert logged[f"{name}@2"] == means[2][name]
+        assert logged[f"{name}@fine"] == means["fine"][name]
+        torch.testing.assert_close(logged[name], means[2][name] + 0.25 * means["fine"][name])
+    torch.testing.assert_close(total, 0.5 * logged["tv"] + 2.0 * logged["cwg"])
+
+
+@pytest.mark.parametrize(
+    ("schedule", "weights_of_steps"),
+    [
+        ({}, [2, 2, 2, 2, 2, 2, 2, 2]),
+        ({"schedule": "early", "share": 0.25}, [2, 2, 0, 0, 0, 0, 0, 0]),
+        ({"schedule": "late", "share": 0.25}, [0, 0, 2, 2, 2, 2, 2, 2]),
+        ({"schedule": "ramp", "share": 0.25}, [0, 1, 2, 2, 2, 2, 2, 2]),
+        ({"schedule": "ramp", "share": 1.0}, [0, 0.25, 0.5, 0.75, 1, 1.25, 1.5, 1.75]),
+    ],
+)
+def test_a_schedule_changes_the_weight_and_not_the_log(
+    logits: Tensor, mask: Tensor, schedule: dict[str, Any], weights_of_steps: list[float]
+) -> None:
+    """Over a run of eight steps; where a term is off, its logits get no gradient."""
+    objective = of_terms(cwg={"weight": 2.0, **schedule})
+    attention = {2: on_grids(logits.softmax(-1), mask)}
+    alone = objective.per_sample(attention[2])["cwg"].mean().detach()
+    for step, weight in enumerate(weights_of_steps):
+        total, logged = objective(attention, progress=step / 8)
+        assert objective.terms["cwg"].weight_at(step / 8) == weight
+        torch.testing.assert_close(total.detach(), weight * alone)
+        assert logged["cwg"] == alone
+        assert total.requires_grad == (weight > 0)
+
+
+@pytest.mark.parametrize("variant", [LossVariant.REWARD, LossVariant.AUTHORS_V1])
+def test_a_window_of_timesteps_counts_its_samples_alone(logits: Tensor, mask: Tensor, variant: LossVariant) -> None:
+    """As a batch of those samples; the others get no gradient of the term. Other terms count all.
+
+    The authors' first CWG divides by the masks of its whole batch, and so by those of the samples that count.
+    """
+    entries = {"tv": {"weight": 1.0}, "cwg": {"weight": 1.0, "timesteps": [10, 500]}}
+    objective = make_objective(ObjectiveConfig(variant=variant, terms=entries))
+    scores, timesteps = logits.softmax(-1), torch.tensor([10, 500, 499])
+    _, logged = objective({2: on_grids(scores, mask)}, timesteps)
+    inside = [0, 2]
+    _, alone = objective({2: on_grids(scores[inside], mask[inside])}, timesteps[inside])
+    _, everyone = objective({2: on_grids(scores, mask)}, torch.full((3,), 100))
+    torch.testing.assert_close(logged["cwg"], alone["cwg"])
+    assert logged["tv"] == everyone["tv"]
+    objective.per_sample(on_grids(scores, mask), timesteps)["cwg"].sum().backward()
+    assert logits.grad is not None
+    assert (logits.grad.abs().sum(dim=(1, 2)) > 0).tolist() == [True, False, True]
+
+
+def test_a_window_without_a_sample_adds_nothing(logits: Tensor, mask: Tensor) -> None:
+    """Zero, with a gradient of zero, and not 0 / 0."""
+    objective = of_terms(cwg={"weight": 1.0, "timesteps": [0, 10]})
+    total, logged = objective({2: on_grids(logits.softmax(-1), mask)}, torch.tensor([10, 11, 999]))
+    total.backward()
+    assert total == logged["cwg"] == 0
+    assert logits.grad is not None
+    assert not logits.grad.any()
+
+
+def test_windows_have_divisors_of_their_own(logits: Tensor, mask: Tensor) -> None:
+    """Two batches of 2 and 1 that divide by their mean counts are one batch of 3, term by term."""
+    objective = of_terms(tv={"weight": 1.0}, cwg={"weight": 3.0, "timesteps": [0, 500]})
+    scores, timesteps = logits.softmax(-1), torch.tensor([3, 700, 4])
+    counts = torch.tensor([1.5, 1.0])
+    whole, _ = objective({2: on_grids(scores, mask)}, timesteps)
+    parts = [
+        objective({2: on_grids(scores[rows], mask[rows])}, timesteps[rows], counts=counts)[0]
+        for rows in (slice(0, 2), slice(2, 3))
+    ]
+    torch.testing.assert_close(torch.stack(parts).mean(), whole)
+
+
+# -- terms of one's own, and of the package -------------------------------------------------------------------------
+
 MINE = {"fn": "tests.support.terms:mass", "weight": 0.5}
 
 

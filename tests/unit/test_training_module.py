@@ -7,16 +7,16 @@ import pytest
 
 from i2am_train.config.objective import ObjectiveConfig
 from i2am_train.config.training import OptimizationConfig
-from i2am_train.errors import CaptureError
+from i2am_train.errors import CaptureError, ConfigError
 from i2am_train.losses.objective import make_objective
 from i2am_train.training.module import TryOnModule
-from tests.support.terms import weights
 
 pytestmark = pytest.mark.filterwarnings("default")  # Lightning's own deprecations
 
 
-def refined(model: Any, layer: int | str = 2) -> TryOnModule:
-    objective = make_objective(ObjectiveConfig(terms=weights(cwg=1.0), layers=layer))
+def refined(model: Any, layers: Any = 2, **entry: Any) -> TryOnModule:
+    terms = {"cwg": {"weight": 1.0, **entry}}
+    objective = make_objective(ObjectiveConfig(terms=terms, layers=layers))
     return TryOnModule(model, objective, OptimizationConfig())
 
 
@@ -64,4 +64,17 @@ def test_the_tap_comes_and_goes(make_small_model: Callable[..., Any]) -> None:
 def test_a_layer_that_does_not_exist(make_small_model: Callable[..., Any]) -> None:
     """It fails when the module is made, not at the first step."""
     with pytest.raises(CaptureError, match=r"No attention layer is called 'up_blocks\.7'"):
-        refined(make_small_model(), layer="up_blocks.7")
+        refined(make_small_model(), layers="up_blocks.7")
+
+
+def test_a_layer_twice(make_small_model: Callable[..., Any]) -> None:
+    """By its number and by its name."""
+    with pytest.raises(ConfigError, match=r"layers names a layer twice \(2 is up_blocks\.1\.attentions\.1, up_blocks"):
+        refined(make_small_model(), layers=[2, "up_blocks.1.attentions.1"])
+
+
+def test_a_window_beyond_the_model_s_timesteps(make_small_model: Callable[..., Any]) -> None:
+    """The number of timesteps is the scheduler's."""
+    refined(make_small_model(), timesteps=[500, 1000])
+    with pytest.raises(ConfigError, match=r"terms\.cwg\.timesteps=\[500, 1001\] .* end of at most 1000"):
+        refined(make_small_model(), timesteps=[500, 1001])
