@@ -156,6 +156,12 @@ LayoutName = Literal["auto", "viton_hd", "dresscode"]
 Fill = Literal["white", "mean", "blur"]
 """What stands in the place of a deleted patch of the reference: white, the mean colour of the garment, or the blurred
 picture."""
+FaithfulnessControl = Literal["random", "middle", "truth", "gradient", "gradient_attention"]
+"""A ranking of reference patches that a map's is compared with: by chance; the nearest to the garment's middle first;
+those that the true correspondence shows most, where it is known; those that the denoiser is most sensitive to
+(`evaluation.remaking.token_sensitivity`), and its sensitivity times the map."""
+PerceptualNetwork = Literal["stlpips", "lpips"]
+"""A learned distance of pictures; the weights of the first come with a package."""
 Fit = Literal["stretch", "pad", "crop"]
 """How a picture of another aspect comes to the size that is asked for."""
 PoseSource = Literal["auto", "keypoints", "densepose", "none"]

@@ -26,6 +26,7 @@ from i2am_train.evaluation.evaluator import (
 )
 from i2am_train.evaluation.explaining import explain_batch
 from i2am_train.evaluation.faithfulness import judged_faithfulness
+from i2am_train.reporting.faithfulness import faithfulness_figure, measured
 from i2am_train.reporting.figures.arms import sample_figure
 from i2am_train.reporting.figures.canvas import save_figure
 from i2am_train.results.run_files import SamplePanels, write_panels
@@ -87,24 +88,29 @@ class EvaluationCallback(L.Callback):
         step = trainer.global_step - 1  # Lightning's, counted from 0, as for the scores
         if drawn := panels[: self.panel_samples]:
             self._draw(trainer, drawn, step)
+        shares = self.settings.faithfulness.shares
+        if self._faithful:
+            found = measured("validation", result.rows, shares)
+            path = save_figure(faithfulness_figure(found), self._folder(trainer) / "faithfulness.png", dpi=110)
+            _log_picture(trainer, "faithfulness", path, step)
         tabled = panels[: self.table_samples]
         if tabled and any(isinstance(one, WandbLogger) for one in trainer.loggers):
             table = sample_table(result.rows, tabled, epoch=trainer.current_epoch, step=step)
             _log_to_wandb(trainer, {TABLE: table}, step)
 
+    def _folder(self, trainer: L.Trainer) -> Path:
+        return self.folder / f"epoch-{trainer.current_epoch:04d}"
+
     def _draw(self, trainer: L.Trainer, panels: Sequence[SamplePanels], step: int) -> None:
-        folder = self.folder / f"epoch-{trainer.current_epoch:04d}"
+        folder = self._folder(trainer)
         write_panels(folder, panels)
         path = save_figure(sample_figure({"model": panels}), folder / "panel.png", dpi=110)
         rows = np.stack([np.hstack([one.garment, one.person, one.generated]) for one in panels])
+        _log_picture(trainer, "attribution", path, step)
         for logger in trainer.loggers:
             if isinstance(logger, WandbLogger):
-                logger.log_image("val/attribution", [str(path)], step=step)
                 logger.log_image("val/samples", list(rows), step=step, caption=[one.name for one in panels])
             elif isinstance(logger, TensorBoardLogger):
-                with Image.open(path) as picture:
-                    pixels = np.asarray(picture.convert("RGB"))
-                logger.experiment.add_image("val/attribution", pixels, step, dataformats="HWC")
                 logger.experiment.add_images("val/samples", rows, step, dataformats="NHWC")
         delta = self.settings.attribution.delta
         overlays = {
@@ -112,6 +118,16 @@ class EvaluationCallback(L.Callback):
             ATTRIBUTION_REFERENCE: reference_overlays(panels, delta),
         }
         _log_to_wandb(trainer, overlays, step)
+
+
+def _log_picture(trainer: L.Trainer, name: str, path: Path, step: int) -> None:
+    for logger in trainer.loggers:
+        if isinstance(logger, WandbLogger):
+            logger.log_image(VALIDATION + name, [str(path)], step=step)
+        elif isinstance(logger, TensorBoardLogger):
+            with Image.open(path) as picture:
+                pixels = np.asarray(picture.convert("RGB"))
+            logger.experiment.add_image(VALIDATION + name, pixels, step, dataformats="HWC")
 
 
 def _log_to_wandb(trainer: L.Trainer, values: Mapping[str, Any], step: int) -> None:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args
 
 from i2am_train.config.data import DataConfig
 from i2am_train.config.models import SamplingConfig
 from i2am_train.config.options import (
+    DISTINCT,
     BelowOne,
     Count,
     Layer,
@@ -18,6 +19,7 @@ from i2am_train.config.options import (
     NotNegative,
     OptionError,
     Options,
+    PatchPosition,
     Pixels,
     Rule,
     Share,
@@ -26,7 +28,17 @@ from i2am_train.config.options import (
 )
 from i2am_train.config.reporting import TrackingConfig
 from i2am_train.errors import ConfigError
-from i2am_train.types import Device, Fill, LayerWeighting, Pairing, Precision, PublishedModel
+from i2am_train.types import (
+    Device,
+    Direction,
+    FaithfulnessControl,
+    Fill,
+    LayerWeighting,
+    Pairing,
+    PerceptualNetwork,
+    Precision,
+    PublishedModel,
+)
 
 
 @dataclass(kw_only=True, slots=True)
@@ -70,13 +82,34 @@ class FaithfulnessConfig(Options):
     """Shares of the garment's patches that are replaced, above 0 and up to 1, ascending."""
     fill: Fill = "mean"
     """What stands in their place; mean is the garment's mean colour."""
+    controls: Annotated[list[FaithfulnessControl], DISTINCT] = field(
+        default_factory=lambda: list(get_args(FaithfulnessControl))
+    )
+    """Rankings that the map's is compared with, beside its own from the lowest: random, middle (of the
+    garment), truth (where it is known), gradient, gradient_attention."""
     random_draws: Count = 3
-    """Random rankings that the map's is compared with."""
+    """Random rankings, whose mean is taken."""
+    perceptual: PerceptualNetwork | None = "stlpips"
+    """Learned distance of the images, beside the mean absolute difference; null: none."""
+    head: Natural | None = None
+    """Head whose map is judged, from 0; null: all."""
+    time_group: Natural | None = None
+    """Of attribution.time_groups groups of steps, the one whose map is judged, 0 the noisiest; null: all."""
+    direction: Direction = Direction.GENERATED_TO_REFERENCE
+    """generated_to_reference: what the positions in the mask look at. reference_to_generated: which
+    share of a reference patch goes into the mask (all heads and steps)."""
+    generated_patches: Natural | list[PatchPosition] = 0
+    """Generated patches that are asked alone (where patch i looks goes, and the change is measured at
+    i): cells [y,x] of attribution.layer's grid, or how many, spread over the mask; 0: none."""
 
     def check(self) -> None:
         """Shares make a curve."""
         if not self.shares or sorted(set(self.shares)) != self.shares:
             raise OptionError("shares", self.shares, "different numbers in ascending order, such as [0.1,0.25,0.5]")
+        if self.direction is Direction.REFERENCE_TO_GENERATED:
+            for name in ("head", "time_group"):
+                if (given := getattr(self, name)) is not None:
+                    raise OptionError(name, given, f"null with direction={self.direction}, which is kept of all")
 
 
 @dataclass(kw_only=True, slots=True)
@@ -219,7 +252,7 @@ class FaithfulConfig(FaithfulnessConfig):
     checkpoint: ModelFolder = "tiny"
     """Checkpoint folder, or run folder; tiny is the shipped one."""
     samples: Count = 16
-    """Number of held-out samples, in order; each image is made about 40 times (the run says it)."""
+    """Number of held-out samples, in order; each image is made about 50 times (the run says it)."""
     batch_size: Count = 16
     """Samples per batch."""
     output: Path | None = None

@@ -126,8 +126,8 @@ class ValidationConfig(Options):
     panel_samples: Natural = 4
     """Samples that are drawn with their attribution maps."""
     faithful_samples: Natural = 0
-    """First samples that are made again, each about 40 times, to tell whether attention is a cause
-    (evaluation.faithfulness says how; layers=[2], shares=[0.25] and random_draws=1 make it 13)."""
+    """First samples that are made again, each about 50 times, to tell whether attention is a cause
+    (evaluation.faithfulness says how; evaluation=faithful makes it 11)."""
 
 
 @dataclass(kw_only=True, slots=True)

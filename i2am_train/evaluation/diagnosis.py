@@ -1,7 +1,7 @@
 """What is wrong with each layer and head of a model, measured: columns of figures by sample.
 
 The figures stand in :mod:`i2am_train.metrics.diagnosis`, `faithfulness` and `attention`; none needs to know where the
-attention should look. A model is asked through a :class:`~i2am_train.evaluation.faithfulness.Remake`. A *place* is a
+attention should look. A model is asked through a :class:`~i2am_train.evaluation.remaking.Remake`. A *place* is a
 layer's name, or ``name#head``; a column is called ``figure/place``.
 """
 
@@ -25,7 +25,8 @@ from i2am_train.attention.trace import trace
 from i2am_train.config.evaluation import DiagnosisConfig
 from i2am_train.errors import CaptureError
 from i2am_train.evaluation.explaining import worn_patches
-from i2am_train.evaluation.faithfulness import Remake, counted, layer_use, layers_asked, sample_rows
+from i2am_train.evaluation.faithfulness import layer_use, layers_asked
+from i2am_train.evaluation.remaking import Remake, counted, sample_rows
 from i2am_train.losses.attention import attention_centers
 from i2am_train.metrics.attention import attention_entropy, correspondence_error, target_on_grid
 from i2am_train.metrics.diagnosis import concordance, extent_ratio, order_violations, round_trip, sink_mass

@@ -113,7 +113,7 @@ def check_settings(model: TryOnModel, settings: EvaluationSettings) -> None:
     with trace(model, layers=attribution.layers, matrix_layers=[attribution.layer]):
         pass
     if settings.faithful_samples:
-        check_faithfulness(model, None, settings.faithfulness, settings.attribution)
+        check_faithfulness(model, None, settings.faithfulness, settings.attribution, settings.sampling.steps)
 
 
 @dataclass(kw_only=True)

@@ -7,24 +7,28 @@ can be traced can be asked: a :class:`Remake` is all that is needed of it.
 from __future__ import annotations
 
 from collections.abc import Callable, Container, Mapping, Sequence, Set
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
+from torch.nn import functional as F
 
+from i2am_train.attention.hooks import heads_of
 from i2am_train.attention.lookup import choose_sites, chosen_recipe, resolve_root, resolve_sites
-from i2am_train.attention.maps import AttributionMaps
+from i2am_train.attention.maps import AttributionMaps, patch_indices
 from i2am_train.attention.recipe import LayerId, Recipe
+from i2am_train.attention.store import Rollup, time_groups
 from i2am_train.attention.trace import trace
 from i2am_train.attention.uniform import uniform_attention
 from i2am_train.config.evaluation import AttributionConfig, FaithfulnessConfig
 from i2am_train.config.models import SamplingConfig
+from i2am_train.config.options import OptionError
 from i2am_train.data.dataset import TryOnBatch, batch_rows
 from i2am_train.errors import CaptureError
-from i2am_train.evaluation.explaining import sample_batch, value_or_none
 from i2am_train.evaluation.explanation import TO_REFERENCE
+from i2am_train.evaluation.remaking import Remake, counted, remake_of, sample_rows
 from i2am_train.metrics.attention import target_on_grid
 from i2am_train.metrics.faithfulness import (
     SAMPLE,
@@ -40,69 +44,30 @@ from i2am_train.metrics.faithfulness import (
     where_correlation,
     without_patches,
 )
+from i2am_train.metrics.registry import image_pair_score
 from i2am_train.models.tryon import TryOnModel
-from i2am_train.ops.grids import mask_on_grid, resize_maps
-from i2am_train.ops.numerics import to_unit
+from i2am_train.ops.grids import mask_on_grid, resize_maps, spread_patches
 from i2am_train.seeds import seed_for
-from i2am_train.types import GridSize
+from i2am_train.types import Backend, Direction, GridSize, PerceptualNetwork
 
 _Images = Float[Tensor, "batch 3 height width"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Remake:
-    """A batch of images that can be made again from the same noise. Tensors are on the CPU, pictures in [0, 1]."""
-
-    target: Any
-    """The model, as `trace` takes it."""
-    recipe: Recipe | None
-    """None: the model's own."""
-    names: Sequence[str]
-    indices: Sequence[int]
-    """Of the samples; random rankings are drawn by them."""
-    reference: Float[Tensor, "batch 3 height width"]
-    garment: Bool[Tensor, "batch height width"]
-    """What counts of the reference."""
-    mask: Bool[Tensor, "batch height width"]
-    """Where the generated image is compared."""
-    make: Callable[[Tensor], Tensor]
-    """Images of other reference pictures; the same images for the same pictures."""
-    correspondence: Float[Tensor, "batch height width 2"] | None = None
-    """The true reference position of each pixel of the generated image, where the data knows it."""
-    worn: Bool[Tensor, "batch height width"] | None = None
-    """Where the generated image shows the garment, where the data knows it."""
-
-
-def remake_of(model: TryOnModel, batch: TryOnBatch, sampling: SamplingConfig) -> Remake:
-    """A try-on batch, whose tensors lie on the model's device."""
-
-    def make(reference: Tensor) -> Tensor:
-        garment = reference.to(model.device) * 2 - 1
-        return to_unit(sample_batch(model, {**batch, "garment": garment}, sampling)).cpu()
-
-    return Remake(
-        target=model,
-        recipe=None,
-        names=batch["name"],
-        indices=[int(index) for index in batch["index"]],
-        reference=to_unit(batch["garment"]).cpu(),
-        garment=batch["garment_mask"].cpu(),
-        mask=batch["inpaint_mask"].cpu(),
-        make=make,
-        correspondence=batch["correspondence"].cpu(),
-        worn=batch["warped_garment_mask"].cpu(),
-    )
+_SENSITIVE = frozenset(("gradient", "gradient_attention"))
 
 
 def runs_of(options: FaithfulnessConfig, layers: int) -> int:
     """How often each image is made if the use of so many layers is asked, where the truth is known.
 
-    >>> runs_of(FaithfulnessConfig(shares=[0.25], random_draws=2), layers=9)
-    23
+    >>> runs_of(FaithfulnessConfig(shares=[0.25], random_draws=2, controls=["random"]), layers=9)
+    21
     """
     original, without_choice, quarters_of_garment = 1, layers + (layers > 1), 4
-    deletions, insertions = 4 + options.random_draws, 2
-    return original + without_choice + quarters_of_garment + len(options.shares) * (deletions + insertions)
+    controls = set(options.controls)
+    chance = options.random_draws if "random" in controls else 0
+    curves = 2 + chance + len(controls - {"random"}) + 1 + (chance > 0)  # deletions, and insertions
+    chosen = options.generated_patches
+    patches = chosen if isinstance(chosen, int) else len(chosen)
+    sensitivity = not controls.isdisjoint(_SENSITIVE)
+    return original + without_choice + quarters_of_garment + sensitivity + len(options.shares) * (curves + 3 * patches)
 
 
 def layers_asked(
@@ -121,19 +86,34 @@ def layers_asked(
 
 
 def check_faithfulness(
-    target: Any, recipe: Recipe | None, options: FaithfulnessConfig, attribution: AttributionConfig
+    target: Any, recipe: Recipe | None, options: FaithfulnessConfig, attribution: AttributionConfig, steps: int
 ) -> None:
     """Fails as measuring would, before an image is made.
 
     Raises:
         CaptureError: a layer does not exist, or the model has no reference patches.
+        ConfigError: there is no such head or group of steps.
+        WeightsMissingError: the perceptual network is not on this machine.
     """
+    if options.generated_patches:
+        layers_asked(target, recipe, [attribution.layer])
     names = layers_asked(target, recipe, options.layers, attribution.layers)
     chosen = chosen_recipe(target, recipe)
     sites = resolve_sites(resolve_root(target, chosen), chosen)
     known = [site.site.reference.grid for site in sites if site.layer in names]
     # "latent": a grid that is known when the model runs.
     _check_grids({None if grid is None else GridSize(*grid) for grid in known if not isinstance(grid, str)})
+    if options.perceptual is not None:
+        image_pair_score(options.perceptual)
+    groups = time_groups(steps, attribution.time_groups) if options.time_group is not None else ()
+    if options.time_group is not None and options.time_group >= len(groups):
+        raise OptionError("time_group", options.time_group, f"less than attribution.time_groups={len(groups)}")
+    if options.head is not None:
+        of_map = layers_asked(target, recipe, attribution.layers)
+        counts = {heads_of(site) for site in sites if site.layer in of_map and site.site.via is Backend.PROJECTIONS}
+        if len(counts) > 1 or options.head >= min(counts, default=options.head + 1):
+            found = " or ".join(map(str, sorted(counts)))
+            raise OptionError("head", options.head, f"less than {found}, the heads of each of the map's layers (equal)")
 
 
 def faithfulness(
@@ -157,7 +137,8 @@ def faithfulness(
     attribution = attribution or AttributionConfig()
     remake = counted(remake, on_run)
     used = layers_asked(remake.target, remake.recipe, options.layers)
-    captured = layers_asked(remake.target, remake.recipe, attribution.layers, used)
+    alone = [attribution.layer] if options.generated_patches else []
+    captured = layers_asked(remake.target, remake.recipe, attribution.layers, used, alone)
     with trace(
         remake.target,
         remake.recipe,
@@ -173,16 +154,11 @@ def faithfulness(
     if len(used) > 1:
         columns["use/all"] = layer_use(remake, image, used)
     columns |= {f"where/{name}": values for name, values in where(remake, image, maps, truth).items()}
-    columns |= _deletion(remake, image, maps, truth, options, attribution)
+    importance = map_importance(maps, remake.mask, options, attribution)
+    columns |= _deletion(remake, image, importance, reference_grid(maps), truth, options)
+    if options.generated_patches:
+        columns |= patch_deletion(remake, image, maps, attribution.layer, options)
     return sample_rows(remake, columns)
-
-
-def sample_rows(remake: Remake, columns: Mapping[str, Float[Tensor, " batch"]]) -> list[dict[str, Any]]:
-    """Columns of scores as a row for each sample, ready for JSON; None in the place of NaN."""
-    return [
-        {"index": index, "name": name, **{key: value_or_none(float(values[row])) for key, values in columns.items()}}
-        for row, (index, name) in enumerate(zip(remake.indices, remake.names, strict=True))
-    ]
 
 
 def layer_use(
@@ -196,38 +172,25 @@ def layer_use(
         return image_change(image, remake.make(remake.reference), remake.mask)
 
 
-def counted(remake: Remake, on_run: Callable[[], None]) -> Remake:
-    """The same, with a function that is called after each time that the images were made."""
-
-    def make(reference: Tensor) -> Tensor:
-        images = remake.make(reference)
-        on_run()
-        return images
-
-    return replace(remake, make=make)
-
-
 def reference_grid(maps: AttributionMaps) -> GridSize:
-    """The one grid of the reference's patches.
+    """The finest grid of the reference's patches among the layers: patches are deleted on it.
 
     Raises:
-        CaptureError: layers differ in it, or there are too few patches to delete one after the other.
+        CaptureError: a layer has no such grid, or too few patches to delete one after the other.
     """
     grids = {record.reference_grid for record in maps.store.layers}
     _check_grids(grids)
-    (grid,) = grids
-    assert grid is not None, "just checked"
-    return grid
+    return max((grid for grid in grids if grid is not None), key=lambda grid: grid.tokens)
 
 
 def _check_grids(grids: Set[GridSize | None]) -> None:
-    """Raises CaptureError unless all known grids are one, of enough patches."""
-    if len(grids) > 1 or any(grid is None or grid.tokens < 4 for grid in grids):
+    """Raises CaptureError unless all grids are known, and of enough patches."""
+    if any(grid is None or grid.tokens < 4 for grid in grids):
         found = ", ".join(sorted("none" if one is None else str(one) for one in grids))
         raise CaptureError(
             f"The reference of this model has no patches that could be deleted one after the other (grids: {found}). "
-            "Faithfulness needs one grid of at least 4 patches, the same in all layers; pooled vectors and words have "
-            "no place in the picture. Choose layers=[...] and attribution.layers=[...] of one grid, or another model."
+            "Faithfulness needs a grid of at least 4 patches in each layer; a pooled vector and words have no place in "
+            "the picture. Choose layers=[...] and attribution.layers=[...] that have one, or another model."
         )
 
 
@@ -246,6 +209,13 @@ def where(
     parts = quarters(garment_patches(remake.garment, grid), grid)
     others = [remake.make(without_patches(remake.reference, part, grid, fill="white")) for part in parts.unbind(1)]
 
+    def parts_on(other: GridSize) -> Bool[Tensor, "batch part reference"]:
+        if other == grid:
+            return parts
+        cells = parts.reshape(*parts.shape[:2], *grid).float()
+        whitened = F.interpolate(cells, remake.reference.shape[-2:], mode="nearest-exact").bool()
+        return torch.stack([mask_on_grid(part, other) for part in whitened.unbind(1)], dim=1)
+
     def correlation(attention: Float[Tensor, "batch part generated"], on: GridSize) -> Float[Tensor, " batch"]:
         changes = torch.stack([patch_change(image, other, on) for other in others], dim=1)
         return where_correlation(attention, changes, mask_on_grid(remake.mask, on))
@@ -253,7 +223,7 @@ def where(
     found: dict[str, Tensor] = {}
     together = []
     for record in maps.store.layers:
-        attention = attention_to_parts(maps.scores(record.layer), parts)
+        attention = attention_to_parts(maps.scores(record.layer), parts_on(record.grid(TO_REFERENCE)))
         found[record.layer] = correlation(attention, record.generated_grid)
         on_grid = attention.reshape(*attention.shape[:2], *record.generated_grid)
         together.append(resize_maps(on_grid, finest).flatten(2))
@@ -274,58 +244,187 @@ def _truth(remake: Remake, maps: AttributionMaps) -> Float[Tensor, "batch genera
     known = target.isfinite().all(dim=-1)
     y, x = torch.where(known[..., None], target, 0.0).round().long().unbind(dim=-1)
     at = y.clamp(0, grid.height - 1) * grid.width + x.clamp(0, grid.width - 1)
-    return torch.nn.functional.one_hot(at, grid.tokens) * known[..., None].float()
+    return F.one_hot(at, grid.tokens) * known[..., None].float()
 
 
 def _finest_grid(maps: AttributionMaps) -> GridSize:
     return max((record.generated_grid for record in maps.store.layers), key=lambda grid: grid.tokens)
 
 
+def map_importance(
+    maps: AttributionMaps,
+    mask: Bool[Tensor, "batch height width"],
+    options: FaithfulnessConfig,
+    attribution: AttributionConfig,
+) -> Float[Tensor, "batch reference"]:
+    """The map that is judged: a number for each reference patch, as the options choose layers, head, steps, direction.
+
+    Towards the generated image (softmax over its positions) a patch's number is the share that goes into the mask,
+    mean over the layers.
+
+    Raises:
+        ConfigError: there is no such head or group of steps.
+    """
+    chosen, grid = maps if attribution.layers is None else maps.select(attribution.layers), reference_grid(maps)
+    if options.direction is Direction.REFERENCE_TO_GENERATED:
+        shares = [
+            torch.einsum(
+                "bg,bgr->br",
+                mask_on_grid(mask, record.generated_grid).float(),
+                chosen.scores(record.layer, over="generated"),
+            )
+            for record in chosen.store.layers
+        ]
+        grids = [record.grid(TO_REFERENCE) for record in chosen.store.layers]
+        on_grids = [resize_maps(one.reshape(-1, *own), grid) for one, own in zip(shares, grids, strict=True)]
+        return torch.stack(on_grids).mean(dim=0).flatten(1)
+    groups = None if options.time_group is None else attribution.time_groups
+    rollup = Rollup(TO_REFERENCE, attribution.weighting)
+    values = rollup.combine(chosen.store.layers, grid, groups=groups, heads=options.head is not None)
+    return values[:, options.time_group or 0, options.head or 0].flatten(1)
+
+
+_Measure = Callable[[Tensor], dict[str, Float[Tensor, " batch"]]]
+"""Of the images of a changed reference: their changes, by the end of the kind's name."""
+
+
 def _deletion(
     remake: Remake,
     image: _Images,
-    maps: AttributionMaps,
+    importance: Float[Tensor, "batch reference"],
+    grid: GridSize,
     truth: Float[Tensor, "batch generated reference"] | None,
     options: FaithfulnessConfig,
-    attribution: AttributionConfig,
 ) -> dict[str, Float[Tensor, " batch"]]:
     """The change of the image when the highest patches of a ranking go, by ranking and share, and the areas."""
-    grid = reference_grid(maps)
     candidates = garment_patches(remake.garment, grid)
-    chosen = maps if attribution.layers is None else maps.select(attribution.layers)
-    importance = chosen.unified(TO_REFERENCE, attribution.weighting).values.flatten(1)
-    rankings = {"top": importance, "bottom": -importance, "middle": central_importance(candidates, grid)}
-    for draw in range(options.random_draws):
-        seeds = [seed_for(0, "faithfulness", index, draw) for index in remake.indices]
-        rankings[f"random{draw}"] = random_importance(seeds, grid.tokens)
-    if truth is not None:
-        rankings["truth"] = truth.sum(dim=1)
+    rankings, chance = _rankings(remake, importance, grid, truth, options), list[str]()
+    if "random" in options.controls:
+        for draw in range(options.random_draws):
+            seeds = [seed_for(0, "faithfulness", index, draw) for index in remake.indices]
+            rankings[f"random{draw}"] = random_importance(seeds, grid.tokens)
+            chance.append(f"random{draw}")
 
-    def change_without(patches: Bool[Tensor, "batch reference"]) -> Tensor:
-        picture = without_patches(remake.reference, patches, grid, fill=options.fill, garment=remake.garment)
-        return image_change(image, remake.make(picture), remake.mask)
+    def measured(patches: Bool[Tensor, "batch reference"]) -> dict[str, Float[Tensor, " batch"]]:
+        other = remake.make(_without(remake, patches, grid, options))
+        found = {"": image_change(image, other, remake.mask)}
+        if options.perceptual is not None:
+            found[f"_{options.perceptual}"] = perceptual_change(image, other, remake.mask, options.perceptual)
+        return found
 
-    def curve(values: Tensor, *, keep: bool = False) -> Float[Tensor, "batch share"]:
+    def curves_of(values: Tensor, *, keep: bool = False) -> dict[str, Float[Tensor, "batch share"]]:
         selected = [ranked_patches(values, candidates, share) for share in options.shares]
-        return torch.stack([change_without(candidates & ~one if keep else one) for one in selected], dim=1)
+        found = [measured(candidates & ~one if keep else one) for one in selected]
+        return {end: torch.stack([one[end] for one in found], dim=1) for end in found[0]}
 
-    curves = {name: curve(values) for name, values in rankings.items()}
-    if truth is not None:  # a sample without it has no ranking by it
+    curves = {name: curves_of(values) for name, values in rankings.items()}
+    if "truth" in curves:  # a sample without it has no ranking by it
         known = rankings["truth"].any(dim=1, keepdim=True)
-        curves["truth"] = torch.where(known, curves["truth"], torch.nan)
-    chance = [f"random{draw}" for draw in range(options.random_draws)]
-    curves["random"] = torch.stack([curves.pop(name) for name in chance]).mean(dim=0)
-    areas = {name: curve_area(options.shares, values) for name, values in curves.items()}
-    columns = {f"deletion/{name}": area for name, area in areas.items()}
-    columns["deletion/score"] = areas["top"] - areas["bottom"]
-    for at, share in enumerate(options.shares):
-        columns |= {f"deletion/{name}@{share:g}": values[:, at] for name, values in curves.items()}
-    for name, values in (("top", rankings["top"]), ("random", rankings[chance[0]])):
-        columns |= {
-            f"insertion/{name}@{share:g}": kept
-            for share, kept in zip(options.shares, curve(values, keep=True).unbind(1), strict=True)
-        }
+        curves["truth"] = {end: torch.where(known, values, torch.nan) for end, values in curves["truth"].items()}
+    kept = {name: curves_of(rankings[name], keep=True) for name in ("top", *chance[:1])}
+    if chance:
+        drawn = [curves.pop(name) for name in chance]
+        curves["random"] = {end: torch.stack([one[end] for one in drawn]).mean(dim=0) for end in drawn[0]}
+        kept["random"] = kept.pop(chance[0])
+    columns: dict[str, Tensor] = {}
+    for end in curves["top"]:
+        columns |= _columns(f"deletion{end}", {name: of[end] for name, of in curves.items()}, options.shares)
+        columns |= _columns(f"insertion{end}", {name: of[end] for name, of in kept.items()}, options.shares)
     return columns
+
+
+def _columns(
+    kind: str, curves: Mapping[str, Float[Tensor, "batch share"]], shares: Sequence[float]
+) -> dict[str, Float[Tensor, " batch"]]:
+    """Areas, the score where there are both ends of a map, and the points of curves."""
+    areas = {name: curve_area(shares, values) for name, values in curves.items()}
+    columns = {f"{kind}/{name}": area for name, area in areas.items()} if "bottom" in areas else {}
+    if "bottom" in areas:
+        columns[f"{kind}/score"] = areas["top"] - areas["bottom"]
+    for at, share in enumerate(shares):
+        columns |= {f"{kind}/{name}@{share:g}": values[:, at] for name, values in curves.items()}
+    return columns
+
+
+def _rankings(
+    remake: Remake,
+    importance: Float[Tensor, "batch reference"],
+    grid: GridSize,
+    truth: Float[Tensor, "batch generated reference"] | None,
+    options: FaithfulnessConfig,
+) -> dict[str, Float[Tensor, "batch reference"]]:
+    """The map's, its reverse, and the controls that know something."""
+    controls = options.controls
+    rankings = {"top": importance, "bottom": -importance}
+    if "middle" in controls:
+        rankings["middle"] = central_importance(garment_patches(remake.garment, grid), grid)
+    if "truth" in controls and truth is not None:
+        rankings["truth"] = truth.sum(dim=1)
+    if remake.sensitivity is not None and not _SENSITIVE.isdisjoint(controls):
+        sensitivity = remake.sensitivity()
+        rankings |= {
+            name: values
+            for name, values in (("gradient", sensitivity), ("gradient_attention", sensitivity * importance))
+            if name in controls
+        }
+    return rankings
+
+
+def _without(
+    remake: Remake, patches: Bool[Tensor, "batch reference"], grid: GridSize, options: FaithfulnessConfig
+) -> _Images:
+    return without_patches(remake.reference, patches, grid, fill=options.fill, garment=remake.garment)
+
+
+def perceptual_change(
+    image: _Images, other: _Images, mask: Bool[Tensor, "batch height width"], network: PerceptualNetwork
+) -> Float[Tensor, " batch"]:
+    """Learned distance of two images that differ inside a mask only; NaN where the mask is empty.
+
+    The mean is over the whole image, so that values of different masks do not compare.
+    """
+    pasted = torch.where(mask[:, None], other, image)
+    pair = [(one * 255).round().clamp(0, 255).to(torch.uint8) for one in (image, pasted)]
+    return torch.where(mask.flatten(1).any(dim=1), image_pair_score(network)(*pair), torch.nan)
+
+
+def patch_deletion(
+    remake: Remake, image: _Images, maps: AttributionMaps, layer: LayerId, options: FaithfulnessConfig
+) -> dict[str, Float[Tensor, " batch"]]:
+    """The change at a generated patch when what it looks at goes: mean over the patches that are asked alone.
+
+    Beside the highest of its attention in ``layer`` go, in their turn, its lowest, and random ones. A sample whose mask
+    holds no cell of the layer's grid has no value, unless positions are given.
+    """
+    record, scores = maps.store.layer(layer), maps.scores(layer)
+    grid, reference = record.generated_grid, record.grid(TO_REFERENCE)
+    candidates = garment_patches(remake.garment, reference)
+    asked = options.generated_patches
+    if isinstance(asked, int):
+        inside = mask_on_grid(remake.mask, grid)
+        places = [patch_indices(spread_patches(one, grid, asked), grid) if one.any() else [] for one in inside]
+    else:
+        places = [patch_indices(asked, grid)] * len(image)
+    most = max(map(len, places))
+    seeds = [seed_for(0, "faithfulness", index, 0) for index in remake.indices]
+    chance = random_importance(seeds, reference.tokens)
+    rows = torch.arange(len(image))
+    found: dict[str, list[Tensor]] = {"top": [], "bottom": [], "random": []}
+    for number in range(most):
+        # A sample with fewer patches is made along with the others, and left out of the mean.
+        at = torch.tensor([of[number] if number < len(of) else 0 for of in places])
+        known = torch.tensor([number < len(of) for of in places])
+        looks = scores[rows, at]
+        for name, values in (("top", looks), ("bottom", -looks), ("random", chance)):
+            points = []
+            for share in options.shares:
+                gone = ranked_patches(values, candidates, share)
+                other = remake.make(_without(remake, gone, reference, options))
+                points.append(torch.where(known, patch_change(image, other, grid)[rows, at], torch.nan))
+            found[name].append(torch.stack(points, dim=1))
+    if not most:
+        return {}
+    return _columns("patch", {name: torch.stack(of).nanmean(dim=0) for name, of in found.items()}, options.shares)
 
 
 def judged_faithfulness(
@@ -349,6 +448,7 @@ def judged_faithfulness(
         options = replace(options, layers=[layer, *options.layers])
     rows = faithfulness(remake_of(model, batch_rows(batch, chosen), sampling), options, attribution)
     shown = {"use": f"use/{layer}", "where": f"where/{layer}", "where_all": "where/all", "deletion": "deletion/score"}
+    shown["deletion_perceptual"] = f"deletion_{options.perceptual}/score"
     return {
         row["index"]: {
             **{name: row.get(column) for name, column in shown.items()},

@@ -140,6 +140,9 @@ METRICS: dict[str, MetricInfo] = {
     "deletion": MetricInfo(
         "Deletion", True, 4, "faithfulness",
         "Change of the image when the map's highest patches go, minus that when its lowest go (area over shares)"),
+    "deletion_perceptual": MetricInfo(
+        "Deletion, perceptual", True, 4, "faithfulness",
+        "The same with a learned distance of the images (evaluation.faithfulness.perceptual)"),
     "ssim": MetricInfo(
         "SSIM", True, 4, "image",
         "Structural similarity to the real image (11x11 Gaussian window, inside only)", paired_only=True),

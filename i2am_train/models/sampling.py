@@ -22,8 +22,10 @@ class SamplingStep(NamedTuple):
 
     step_index: int
     timestep: int
+    noisy: Latents
+    """The latent that the model was asked about."""
     clean: Latents
-    """The clean latent that the model predicts at this step."""
+    """The clean latent that it predicts at this step."""
 
 
 def _initial_noise(model: TryOnModel, seeds: Sequence[int]) -> Latents:
@@ -68,10 +70,11 @@ def sample(
     for step_index, timestep in enumerate(solver.timesteps):
         at = torch.full((len(latents),), timestep, device=latents.device)
         prediction = _predict(model, latents, at, conditions, guidance, step_index)
-        latents, clean = solver.step(step_index, prediction, latents)
+        noisy = latents
+        latents, clean = solver.step(step_index, prediction, noisy)
         watch.see_step(steps, step_index, timestep, latents)
         if on_step is not None:
-            on_step(SamplingStep(step_index, timestep, clean))
+            on_step(SamplingStep(step_index, timestep, noisy, clean))
     watch.check()
     return model.decode_latents(latents, names)
 

@@ -112,8 +112,10 @@ def _halvings(latent: GridSize) -> list[GridSize]:
     return grids
 
 
-def spread_patches(mask: Bool[Tensor, " generated"], grid: GridSize) -> list[tuple[int, int]]:
-    """A few of the masked cells (of all, if there are none) that lie far from each other.
+def spread_patches(
+    mask: Bool[Tensor, " generated"], grid: GridSize, count: int = PATCHES_SHOWN
+) -> list[tuple[int, int]]:
+    """``count`` of the masked cells (of all, if there are none) that lie far from each other.
 
     The one nearest to their middle, then again and again the one farthest from those chosen.
 
@@ -126,7 +128,7 @@ def spread_patches(mask: Bool[Tensor, " generated"], grid: GridSize) -> list[tup
     distance = torch.linalg.vector_norm(places - places.mean(dim=0), dim=-1)
     chosen = [int(distance.argmin())]
     nearest = torch.full_like(distance, torch.inf)
-    while len(chosen) < min(PATCHES_SHOWN, len(cells)):
+    while len(chosen) < min(count, len(cells)):
         step = torch.linalg.vector_norm(places - places[chosen[-1]], dim=-1)
         nearest = torch.minimum(nearest, step)
         chosen.append(int(nearest.argmax()))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import matplotlib as mpl
@@ -10,9 +11,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from i2am_train.attention.recipe import paper_number
+from i2am_train.files import write_text
 from i2am_train.metrics.faithfulness import SAMPLE
-from i2am_train.reporting.figures.canvas import GREY, OKABE_ITO, STYLE, new_figure
-from i2am_train.reporting.table import Cell, Heading, Row, Table, percent
+from i2am_train.reporting.figures.canvas import GREY, OKABE_ITO, STYLE, new_figure, save_figure
+from i2am_train.reporting.table import Cell, Heading, Row, Table, markdown, percent
 from i2am_train.results.statistics import few_samples_note, sample_interval, sample_mean
 
 _RANKINGS = {
@@ -20,9 +22,26 @@ _RANKINGS = {
     "bottom": "lowest in the map",
     "random": "random",
     "middle": "nearest to the middle",
+    "gradient": "highest gradient",
+    "gradient_attention": "highest gradient x attention",
     "truth": "most shown, by the truth",
 }
-_COLORS = dict(zip(_RANKINGS, (OKABE_ITO[1], OKABE_ITO[0], GREY, OKABE_ITO[4], OKABE_ITO[2]), strict=True))
+_COLORS = dict(
+    zip(_RANKINGS, (*(OKABE_ITO[at] for at in (1, 0)), GREY, *(OKABE_ITO[at] for at in (4, 5, 3, 2))), strict=True)
+)
+_KINDS = {
+    "deletion": "Deletion: change of the image when these patches of the garment go",
+    "insertion": "Insertion: change of the image when all but these patches go",
+    "patch": "Single patches: change at a generated patch when these go of what it looks at",
+}
+"""By the beginning of a score's name; a learned distance has its own after an underscore."""
+_READING = {
+    "deletion": "A faithful map changes the image more by its highest patches than by random and by its lowest ones, "
+    "and more than a ranking that knows no model (the garment's middle).",
+    "insertion": "A faithful map changes the image less than a random ranking does: what it ranks highest is enough.",
+    "patch": "If the attention of a patch is a cause, the image changes there most when what it looks at goes.",
+}
+_SCORES = ("use/", "where/", *_KINDS)
 
 
 def summary(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
@@ -36,9 +55,27 @@ def summary(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
     return {name: entry for name, entry in found.items() if entry["n"]}
 
 
+def measured(label: str, rows: Sequence[Mapping[str, Any]], shares: Sequence[float]) -> dict[str, Any]:
+    """What tables and figure are made of: the samples that were made again, their means, and the layers.
+
+    >>> rows = [{"index": 0, "name": "a", "ssim": 0.5, "where/up": 0.25}, {"index": 1, "name": "b", "ssim": 0.5}]
+    >>> found = measured("tiny", rows, [0.25])
+    >>> found["layers"], list(found["scores"]), len(found["samples"])
+    (['up'], ['where/up'], 1)
+    """
+    samples = []
+    for row in rows:
+        scores = {name: value for name, value in row.items() if "/" in name and name.startswith(_SCORES)}
+        if any(value is not None for value in scores.values()):
+            samples.append({**{name: row[name] for name in SAMPLE}, **scores})
+    places = [name.removeprefix("where/") for name in rows[0] if name.startswith("where/")]
+    layers = [place for place in places if place not in ("all", "truth")]
+    return {"label": label, "layers": layers, "shares": list(shares), "scores": summary(samples), "samples": samples}
+
+
 def faithfulness_tables(results: Mapping[str, Any]) -> list[Table]:
-    """Layers by use and place, and rankings by what their deletion changes."""
-    scores, shares = results["scores"], results["shares"]
+    """Layers by use and place, and rankings by what changes when their patches go, or stay alone."""
+    scores = results["scores"]
     note = f"Means over {len(results['samples'])} samples with their 95 % intervals (bootstrap, BCa)."
     note += few_samples_note(len(results["samples"]))
     places = _places(results)
@@ -58,37 +95,54 @@ def faithfulness_tables(results: Mapping[str, Any]) -> list[Table]:
             note,
         ),
     )
-    rankings = [name for name in _RANKINGS if f"deletion/{name}" in scores]
-    deletion = Table(
-        corner="Patches that go",
-        headings=(Heading("Mean change"), *(Heading(percent(share), group="Share of the garment") for share in shares)),
-        rows=(
-            *(
-                Row(
-                    _RANKINGS[name],
-                    (
-                        _cell(scores, f"deletion/{name}", 4),
-                        *(_cell(scores, f"deletion/{name}@{share:g}", 4) for share in shares),
-                    ),
-                )
-                for name in rankings
-            ),
-            Row("highest minus lowest", (_cell(scores, "deletion/score", 4), *(None for _ in shares))),
+    return [layers, *(_curve_table(results, kind, note) for kind in _kinds(scores))]
+
+
+def _kinds(scores: Mapping[str, Any]) -> list[str]:
+    """Those that were measured, a learned distance behind the mean absolute difference."""
+    found = dict.fromkeys(name.partition("/")[0] for name in scores)
+    return [kind for begin in _KINDS for kind in found if kind.partition("_")[0] == begin]
+
+
+def _curve_table(results: Mapping[str, Any], kind: str, note: str) -> Table:
+    """Rankings by what the images change, at each share and over all."""
+    scores, shares = results["scores"], results["shares"]
+    begin, _, distance = kind.partition("_")
+    known = [name for name in _RANKINGS if f"{kind}/{name}@{shares[0]:g}" in scores]
+    # Of what stays there is no point at which nothing changes, and so no area.
+    ends = [*([""] if f"{kind}/score" in scores else []), *(f"@{share:g}" for share in shares)]
+    rows = [Row(_RANKINGS[name], tuple(_cell(scores, f"{kind}/{name}{end}", 4) for end in ends)) for name in known]
+    if f"{kind}/score" in scores:
+        rows.append(Row("highest minus lowest", (_cell(scores, f"{kind}/score", 4), *(None for _ in shares))))
+    return Table(
+        corner="Patches that stay" if begin == "insertion" else "Patches that go",
+        headings=(
+            *([Heading("Mean change")] if "" in ends else []),
+            *(Heading(percent(share), group="Share of the garment") for share in shares),
         ),
-        title=f"{results['label']}: change of the image when patches of the garment go",
-        name="faithfulness_deletion",
+        rows=tuple(rows),
+        title=f"{results['label']}: {_KINDS[begin]}{f' ({distance})' if distance else ''}",
+        name=f"faithfulness_{kind}",
         notes=(
-            "The map is the unified one on the reference. A faithful map changes the image more by its highest patches "
-            "than by random and by its lowest ones, and more than a map that knows no model (the garment's middle).",
+            _READING[begin],
+            "Change: a learned distance of the images, which differ inside the mask only."
+            if distance
+            else "Change: mean absolute difference inside the mask, as a share of the range.",
             note,
         ),
     )
-    return [layers, deletion]
 
 
 def _places(results: Mapping[str, Any]) -> list[str]:
     extra = [place for place in ("all", "truth") if f"where/{place}" in results["scores"]]
     return [*results["layers"], *extra]
+
+
+def write_shown(results: Mapping[str, Any], folder: Path) -> None:
+    """Writes tables (``faithfulness.md``) and figure (``faithfulness.png``) into a folder."""
+    text = "\n\n".join(markdown(table) for table in faithfulness_tables(results))
+    write_text(folder / "faithfulness.md", text + "\n")
+    save_figure(faithfulness_figure(results), folder / "faithfulness.png")
 
 
 def _label(place: str) -> str:
@@ -107,22 +161,25 @@ def _cell(scores: Mapping[str, Any], name: str, digits: int) -> Cell | None:
 
 @mpl.rc_context(STYLE)
 def faithfulness_figure(results: Mapping[str, Any]) -> Figure:
-    """Use and place as bars by layer, and the curves of deletion."""
+    """Use and place as bars by layer, and the curves of deletion and insertion."""
     scores = results["scores"]
-    figure = new_figure(10.0, 3.2)
-    use, where, curves = figure.subplots(1, 3, width_ratios=(1, 1.15, 1.2))
-    figure.subplots_adjust(left=0.06, right=0.985, top=0.88, bottom=0.2, wspace=0.28)
+    figure = new_figure(13.0, 3.2)
+    use, where, *curves = figure.subplots(1, 4, width_ratios=(1, 1.15, 1.2, 1.2))
+    figure.subplots_adjust(left=0.045, right=0.855, top=0.86, bottom=0.2, wspace=0.28)
     _bars(use, scores, "use", results["layers"], "Use: change of the image\nwithout the layer's choice")
-    places = _places(results)
-    _bars(where, scores, "where", places, "Where: does the image change\nwhere the map says?")
+    _bars(where, scores, "where", _places(results), "Where: does the image change\nwhere the map says?")
     where.axhline(0, color=GREY, linewidth=0.7)
-    for name, color in _COLORS.items():
-        if f"deletion/{name}" in scores:
-            values = [0.0, *(scores[f"deletion/{name}@{share:g}"]["mean"] for share in results["shares"])]
-            curves.plot([0.0, *results["shares"]], values, color=color, marker="o", markersize=3, label=_RANKINGS[name])
-    curves.set_title("Deletion: change of the image", loc="left")
-    curves.set_xlabel("share of the garment's patches that go")
-    curves.legend(fontsize=7, loc="lower right")
+    for axes, kind, change in zip(curves, ("deletion", "insertion"), ("go", "stay alone"), strict=True):
+        for name, color in _COLORS.items():
+            known = [share for share in results["shares"] if f"{kind}/{name}@{share:g}" in scores]
+            values = [scores[f"{kind}/{name}@{share:g}"]["mean"] for share in known]
+            if kind == "deletion" and known:  # of nothing, nothing; of all, insertion has no point at 0
+                known, values = [0.0, *known], [0.0, *values]
+            if known:
+                axes.plot(known, values, color=color, marker="o", markersize=3, label=_RANKINGS[name])
+        axes.set_title(f"{kind.capitalize()}: change of the image\nwhen patches {change}", loc="left")
+        axes.set_xlabel("share of the garment's patches")
+    figure.legend(*curves[0].get_legend_handles_labels(), fontsize=7, loc="center right")
     return figure
 
 

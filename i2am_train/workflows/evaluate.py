@@ -38,10 +38,19 @@ from i2am_train.fingerprints import data_state, folder_state
 from i2am_train.locks import locked
 from i2am_train.models.tryon import TryOnModel, load_model, model_folder
 from i2am_train.ops.numerics import check_device
+from i2am_train.reporting.faithfulness import measured, write_shown
 from i2am_train.reporting.model_tables import CAUTION, TABLE_2, evaluation_scores, published_values
 from i2am_train.reporting.table import terminal
 from i2am_train.results.run_files import write_panels
-from i2am_train.runs import MANIFEST_FILE, SETTINGS_FILE, RunFolder, folder_beside, require_apart, run_of
+from i2am_train.runs import (
+    MANIFEST_FILE,
+    SETTINGS_FILE,
+    RunFolder,
+    checkpoint_label,
+    folder_beside,
+    require_apart,
+    run_of,
+)
 from i2am_train.tracking.scores import track_evaluation
 from i2am_train.tracking.session import arm_name, sync_advice, use_dataset, use_images, use_model
 from i2am_train.trainers import check_test_trainer, make_test_trainer, make_untrained_module
@@ -238,6 +247,9 @@ def _evaluate_checkpoint(config: EvaluateConfig, checkpoint: str, folder: Path) 
     panels = samples.panels()
     if panels:
         write_panels(folder, panels)
+    if config.evaluation.faithful_samples:
+        label = checkpoint_label(model_folder(checkpoint))
+        write_shown(measured(label, result.rows, config.evaluation.faithfulness.shares), folder)
     write_evaluation(folder, result, settings)
     track_evaluation(
         config.tracking,

@@ -26,14 +26,8 @@ from i2am_train.data.module import TryOnDataModule
 from i2am_train.data.needed_files import refuse_broken_pictures
 from i2am_train.environment import provenance
 from i2am_train.evaluation.diagnosis import diagnosis, images_of, layer_heads
-from i2am_train.evaluation.faithfulness import (
-    Remake,
-    check_faithfulness,
-    faithfulness,
-    layers_asked,
-    remake_of,
-    runs_of,
-)
+from i2am_train.evaluation.faithfulness import check_faithfulness, faithfulness, layers_asked, runs_of
+from i2am_train.evaluation.remaking import Remake, remake_of
 from i2am_train.evaluation.scoring import batches
 from i2am_train.files import read_json, write_json, write_text
 from i2am_train.fingerprints import data_state
@@ -51,7 +45,7 @@ from i2am_train.reporting.diagnosis import (
     verdict_sentences,
 )
 from i2am_train.reporting.diagnosis_page import diagnosis_figure, diagnosis_page
-from i2am_train.reporting.faithfulness import faithfulness_figure, faithfulness_tables, summary
+from i2am_train.reporting.faithfulness import faithfulness_tables, measured, write_shown
 from i2am_train.reporting.figures.canvas import save_figure
 from i2am_train.reporting.table import Table, markdown, terminal
 from i2am_train.runs import RunFolder, checkpoint_label, folder_beside
@@ -91,22 +85,16 @@ def run(config: FaithfulConfig) -> None:
 
 
 def _faithful(config: FaithfulConfig, model: TryOnModel) -> _Measurement:
-    check_faithfulness(model, None, config, config.attribution)
-    used = layers_asked(model, None, config.layers)
-    layers = layers_asked(model, None, config.attribution.layers, used)
+    check_faithfulness(model, None, config, config.attribution, config.sampling.steps)
 
     def rows(remake: Remake, on_run: Callable[[], None]) -> _Rows:
         return faithfulness(remake, config, config.attribution, on_run)
 
-    def write(results: dict[str, Any], folder: Path) -> None:
-        _write_tables(folder / "faithfulness.md", faithfulness_tables(results))
-        save_figure(faithfulness_figure(results), folder / "faithfulness.png")
-
     return _Measurement(
-        images=runs_of(config, len(used)),
+        images=runs_of(config, len(layers_asked(model, None, config.layers))),
         rows=rows,
-        results=lambda rows: {"layers": layers, "shares": config.shares, "scores": summary(rows), "samples": rows},
-        write=write,
+        results=lambda rows: measured("", rows, config.shares),
+        write=write_shown,
     )
 
 
@@ -198,8 +186,8 @@ def _made_or_read(
                 remake = remake_of(model, batch, config.sampling)
                 write_json(kept, measurement.rows(remake, partial(bar.update, len(part))))
     results = {
-        "label": checkpoint_label(model_folder(config.checkpoint)),
         **measurement.results([row for kept in files for row in read_json(kept)]),
+        "label": checkpoint_label(model_folder(config.checkpoint)),
         "settings": settings,
         "provenance": provenance(),
     }

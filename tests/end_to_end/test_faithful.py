@@ -19,15 +19,8 @@ def options(overrides: list[str], small_checkpoint: Path) -> list[str]:
     return [
         *(word for word in overrides if word.startswith("data.")),
         f"checkpoint={small_checkpoint}",
-        *(
-            "samples=3",
-            "batch_size=2",
-            "layers=[5]",
-            "attribution.layers=[5]",
-            "shares=[0.5]",
-            "random_draws=1",
-            "sampling.steps=1",
-        ),
+        *("samples=3", "batch_size=2", "layers=[5]", "attribution.layers=[5]", "shares=[0.5]", "random_draws=1"),
+        *("controls=[random,gradient]", "sampling.steps=1"),
         *("device=cpu", "progress_bar=false"),
     ]
 
@@ -61,6 +54,7 @@ def test_it_goes_on_and_writes_what_it_found(
     use = results["scores"][f"use/{LAYER}"]
     values = [row[f"use/{LAYER}"] for row in results["samples"]]
     assert use["mean"] == pytest.approx(sum(values) / 3)
+    assert {"deletion/gradient", "deletion_stlpips/score", "insertion/top@0.5"} <= results["scores"].keys()
     assert use["low"] <= use["mean"] <= use["high"]
     assert results["layers"] == [LAYER]
     written = {path.name for path in (tmp_path / "run").iterdir()}
@@ -92,29 +86,18 @@ def test_what_is_refused(options: list[str], tmp_path: Path, wrong: str, message
 @pytest.mark.filterwarnings("default")  # Lightning's and torch's own deprecations
 def test_an_evaluation_says_the_same(options: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Its first samples have the figures of `i2am faithful`, the others none; tables and files have them."""
-    of_faithful = {"samples", "batch_size", "layers", "shares", "random_draws", "attribution.layers"}
+    of_faithful = {"samples", "batch_size", "layers", "shares", "controls", "random_draws", "attribution.layers"}
     common = [word for word in options if word.partition("=")[0] not in of_faithful]
     judged = ["evaluation=faithful", "evaluation.samples=3", "evaluation.batch_size=2", "evaluation.faithful_samples=2"]
-    judged += [
-        "evaluation.metrics=[ssim]",
-        "evaluation.panel_samples=0",
-        "attribution.layer=5",
-        "tracking.wandb=disabled",
-    ]
+    judged += ["evaluation.metrics=[ssim]", "evaluation.panel_samples=0", "attribution.layer=5", "tracking=files"]
     folder = tmp_path / "evaluation"
     evaluate.run(compose("evaluate", [*common, *judged, f"output={folder}"]))
     printed = capsys.readouterr().out
-    assert "Each of the first 2 samples is made 13 times more" in printed
+    assert "Each of the first 2 samples is made 11 times more" in printed
     assert "Use" in printed
     assert "2 samples" in printed
-    probed = [
-        "samples=2",
-        "batch_size=2",
-        "layers=[5]",
-        "shares=[0.25]",
-        "random_draws=1",
-        f"output={tmp_path / 'run'}",
-    ]
+    probed = ["samples=2", "batch_size=2", "layers=[5]", "shares=[0.25]", "controls=[random]", "random_draws=1"]
+    probed.append(f"output={tmp_path / 'run'}")
     faithful.run(compose("faithful", [*common, *probed]))
     expected = json.loads((tmp_path / "run" / "faithfulness.json").read_text())["samples"]
     rows = [json.loads(line) for line in (folder / "samples.jsonl").read_text().splitlines()]
@@ -131,5 +114,11 @@ def test_an_evaluation_says_the_same(options: list[str], tmp_path: Path, capsys:
     assert results["intervals"]["deletion"]["n"] == 2
     assert results["skipped"]["use"] == 1
     (table,) = [one for one in plan_tables([folder], (), mixed=False).tables if one.name == "faithfulness"]
-    assert [heading.label for heading in table.headings] == ["Use", "Where", "Where, all layers", "Deletion"]
+    assert [heading.label for heading in table.headings] == [
+        "Use",
+        "Where",
+        "Where, all layers",
+        "Deletion",
+        "Deletion, perceptual",
+    ]
     assert table.rows[0].cells[0].value == results["metrics"]["use"]

@@ -11,7 +11,7 @@ from i2am_train.config.evaluation import DiagnosisConfig
 from i2am_train.doors import allow_named
 from i2am_train.errors import CaptureError
 from i2am_train.evaluation.diagnosis import diagnosis, images_of, layer_heads
-from i2am_train.evaluation.faithfulness import Remake
+from i2am_train.evaluation.remaking import Remake
 from i2am_train.models.loaders import loader_of
 from i2am_train.models.traceable import Request, Source, TraceableModel
 from i2am_train.reporting.diagnosis import diagnosed

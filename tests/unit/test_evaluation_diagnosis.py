@@ -14,7 +14,8 @@ from i2am_train.config.models import SamplingConfig
 from i2am_train.errors import CaptureError
 from i2am_train.evaluation.diagnosis import diagnosis, images_of, layer_heads
 from i2am_train.evaluation.explaining import explain_batch
-from i2am_train.evaluation.faithfulness import Remake, faithfulness, remake_of
+from i2am_train.evaluation.faithfulness import faithfulness
+from i2am_train.evaluation.remaking import Remake, remake_of
 from i2am_train.reporting.diagnosis import HEADS, diagnosed, diagnosis_tables, layer_table, repair, verdict_sentences
 from i2am_train.reporting.diagnosis_page import diagnosis_page
 from i2am_train.types import GridSize

@@ -1,14 +1,27 @@
 """Faithfulness of models whose answer is known: what is copied from where, and what a layer is worth."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from i2am_train.attention import Recipe, Site, Tokens, announce, trace, uniform_attention
+from i2am_train.attention.maps import AttributionMaps
+from i2am_train.attention.store import AttributionStore, LayerRecord
 from i2am_train.config.evaluation import AttributionConfig, FaithfulnessConfig
-from i2am_train.errors import CaptureError
-from i2am_train.evaluation.faithfulness import Remake, check_faithfulness, faithfulness
+from i2am_train.config.models import SamplingConfig
+from i2am_train.errors import CaptureError, ConfigError
+from i2am_train.evaluation.faithfulness import (
+    check_faithfulness,
+    faithfulness,
+    map_importance,
+    perceptual_change,
+    runs_of,
+)
+from i2am_train.evaluation.remaking import Remake, token_sensitivity
+from i2am_train.metrics.registry import image_pair_score
 from i2am_train.types import GridSize
 
 GRID = GridSize(4, 4)
@@ -69,6 +82,11 @@ def remake(net: Copier, reference: Tensor, **changes: object) -> Remake:
     return Remake(**{**given, **changes})  # type: ignore[arg-type]
 
 
+def asked(**options: Any) -> FaithfulnessConfig:
+    """Options for images of 16x16, which are too small for a perceptual network."""
+    return FaithfulnessConfig(**{"perceptual": None, "controls": ["random"], **options})
+
+
 @pytest.fixture
 def plain() -> Tensor:
     """Two garments of one colour each: a white patch is a change of .8 and of .5 wherever it is shown."""
@@ -77,7 +95,7 @@ def plain() -> Tensor:
 
 def test_a_faithful_map(plain: Tensor) -> None:
     """Its top half is all that is shown, its lower half nothing; where it says is where the image changes."""
-    options = FaithfulnessConfig(shares=[0.25, 0.5], fill="white", random_draws=4)
+    options = asked(shares=[0.25, 0.5], fill="white", random_draws=4)
     rows = faithfulness(remake(Copier(), plain), options)
     for row, change in zip(rows, (0.8, 0.5), strict=True):
         assert row["deletion/top@0.5"] == pytest.approx(change)
@@ -93,7 +111,7 @@ def test_an_unfaithful_map_is_told_apart(plain: Tensor) -> None:
     """Asked of the layer whose reading is thrown away, with a map that points at the patches that are not used."""
     net = Copier()
     net.idle.queries = F.one_hot(15 - COPIED, 16).float() * 200
-    options = FaithfulnessConfig(layers=["idle"], shares=[0.5], fill="white", random_draws=1)
+    options = asked(layers=["idle"], shares=[0.5], fill="white", random_draws=1)
     (row, _) = faithfulness(remake(net, plain), options, AttributionConfig(layers=["idle"]))
     assert row["use/idle"] == 0
     assert row["deletion/top@0.5"] == 0
@@ -106,7 +124,7 @@ def test_the_map_averages_over_the_mask(plain: Tensor) -> None:
     """What the masked positions look at comes first; over all positions, none does."""
     mask = torch.zeros(2, 16, 16, dtype=torch.bool)
     mask[:, 8:] = True  # generated patches 8 to 15, which show the reference's 4 to 7
-    options = FaithfulnessConfig(layers=["copies"], shares=[0.25], fill="white", random_draws=1)
+    options = asked(layers=["copies"], shares=[0.25], fill="white", random_draws=1)
     subject = remake(Copier(), plain, mask=mask)
     (inside, _) = faithfulness(subject, options, AttributionConfig(layers=["copies"]))
     assert inside["deletion/top@0.25"] == pytest.approx(0.8)
@@ -120,7 +138,7 @@ def test_no_truth_has_no_ranking(plain: Tensor) -> None:
     truth = torch.stack([rows + 1 / 32, rows.mT + 1 / 32], dim=-1).repeat(2, 1, 1, 1)
     truth[1] = torch.nan
     worn = torch.ones(2, 16, 16, dtype=torch.bool)
-    options = FaithfulnessConfig(layers=["copies"], shares=[0.5], random_draws=1)
+    options = asked(layers=["copies"], shares=[0.5], controls=["truth"])
     known, unknown = faithfulness(remake(Copier(), plain, correspondence=truth, worn=worn), options)
     assert known["deletion/truth"] is not None
     assert {unknown[name] for name in ("deletion/truth", "deletion/truth@0.5", "where/truth")} == {None}
@@ -132,7 +150,7 @@ def test_use(via: str) -> None:
     reference = torch.rand(2, 3, 4, 4, generator=torch.Generator().manual_seed(0)).repeat_interleave(4, 2)
     reference = reference.repeat_interleave(4, 3)
     subject = remake(Copier(kernel=via == "sdpa"), reference, recipe=recipe(via))
-    rows = faithfulness(subject, FaithfulnessConfig(shares=[0.5], random_draws=1))
+    rows = faithfulness(subject, asked(shares=[0.5], random_draws=1))
     colours = F.adaptive_avg_pool2d(reference, (4, 4)).flatten(2)
     expected = (colours[:, :, COPIED] - colours.mean(dim=2, keepdim=True)).abs().mean(dim=(1, 2))
     for row, change in zip(rows, expected, strict=True):
@@ -199,16 +217,136 @@ def test_what_is_refused(plain: Tensor) -> None:
     )
     subject = remake(Copier(), plain, recipe=single)
     with pytest.raises(CaptureError, match="no patches that could be deleted"):
-        faithfulness(subject, FaithfulnessConfig())
+        faithfulness(subject, asked())
     with pytest.raises(CaptureError, match=r"no patches that could be deleted .*grids: none"):
-        check_faithfulness(subject.target, single, FaithfulnessConfig(), AttributionConfig())
+        check_faithfulness(subject.target, single, asked(), AttributionConfig(), 1)
     with pytest.raises(CaptureError, match=r"No attention layer is called 'else'.*copies, idle"):
-        faithfulness(remake(Copier(), plain), FaithfulnessConfig(layers=["else"]))
+        faithfulness(remake(Copier(), plain), asked(layers=["else"]))
 
 
 def test_random_draws_are_the_samples_own(plain: Tensor) -> None:
     """A sample's row is the same alone and in a batch."""
-    options = FaithfulnessConfig(shares=[0.5], random_draws=2)
+    options = asked(shares=[0.5], random_draws=2)
     subject = remake(Copier(), plain)
     alone = remake(Copier(), plain[1:], indices=[1])
     assert faithfulness(subject, options)[1] == faithfulness(alone, options)[0]
+
+
+@pytest.mark.parametrize(("points_at", "expected"), [(slice(0, 8), 0.8), (slice(8, 16), 0.0)])
+def test_gradient_controls(plain: Tensor, points_at: slice, expected: float) -> None:
+    """They are rankings like the map's; times the map, what the map does not see comes last, whatever its gradient."""
+    sensitivity = torch.full((2, 16), 0.1)
+    sensitivity[:, points_at] = 1.0
+    subject = remake(Copier(), plain, sensitivity=lambda: sensitivity)
+    options = asked(shares=[0.5], fill="white", controls=["gradient", "gradient_attention"])
+    made = []
+    (row, _) = faithfulness(subject, options, AttributionConfig(layers=["copies"]), lambda: made.append(1))
+    assert row["deletion/gradient@0.5"] == pytest.approx(expected)
+    assert row["deletion/gradient_attention@0.5"] == pytest.approx(0.8)
+    assert "deletion/random" not in row
+    assert len(made) == runs_of(options, layers=2)
+
+
+def test_single_patches(plain: Tensor) -> None:
+    """Where patch i looks is all of it: without that patch it is white, without any other it stays."""
+    one = {"shares": [1 / 16], "fill": "white"}
+    (chosen, _) = faithfulness(remake(Copier(), plain), asked(generated_patches=[(0, 3), (2, 1)], **one),
+                               AttributionConfig(layer="copies"))  # fmt: skip
+    assert chosen["patch/top@0.0625"] == pytest.approx(0.8)
+    assert chosen["patch/bottom@0.0625"] == 0
+    assert chosen["patch/score"] == pytest.approx(0.4)  # under a straight line from 0
+    (idle, _) = faithfulness(
+        remake(Copier(), plain), asked(generated_patches=3, **one), AttributionConfig(layer="idle")
+    )
+    assert idle["patch/top@0.0625"] == 0, "patch i looks elsewhere in this layer than it is made of"
+    empty = torch.zeros(2, 16, 16, dtype=torch.bool)
+    empty[1] = True
+    options = asked(generated_patches=2, **one)
+    none, some = faithfulness(remake(Copier(), plain, mask=empty), options, AttributionConfig(layer="copies"))
+    assert none["patch/top"] is None
+    assert some["patch/top@0.0625"] == pytest.approx(0.5)
+
+
+def test_the_map_is_any(plain: Tensor) -> None:
+    """A head, a group of steps and both directions against sums in loops."""
+    draw = torch.Generator().manual_seed(0)
+    grids = {"a": (GridSize(2, 3), GridSize(4, 4)), "b": (GridSize(4, 3), GridSize(4, 4))}
+    records = []
+    for name, (generated, reference) in grids.items():
+        to_reference = torch.rand(2, 4, 3, reference.tokens, generator=draw)
+        over_generated = torch.rand(2, generated.tokens, reference.tokens, generator=draw).softmax(dim=1)
+        even = torch.ones(2, 4, 3, generated.tokens)
+        records.append(
+            LayerRecord(name, generated, reference, even, to_reference, True, over_generated, over_generated)
+        )
+    maps = AttributionMaps(AttributionStore(tuple(records), (None,) * 4))
+    mask = torch.rand(2, 8, 6, generator=draw) > 0.4
+    options, attribution = FaithfulnessConfig(head=2, time_group=1), AttributionConfig(time_groups=2)
+    expected = sum(record.to_reference[:, 2:4, 2].mean(dim=1) for record in records) / 2
+    torch.testing.assert_close(map_importance(maps, mask, options, attribution), expected)
+    only = map_importance(maps, mask, FaithfulnessConfig(), AttributionConfig(layers=["b"]))
+    torch.testing.assert_close(only, records[1].to_reference.mean(dim=(1, 2)))
+    fed = map_importance(maps, mask, FaithfulnessConfig(direction="reference_to_generated"), AttributionConfig())
+    slow = torch.zeros(2, 16)
+    for record in records:
+        cell = 8 // record.generated_grid.height, 6 // record.generated_grid.width
+        for sample in range(2):
+            for at in range(record.generated_grid.tokens):
+                y, x = divmod(at, record.generated_grid.width)
+                part = mask[sample, y * cell[0] : (y + 1) * cell[0], x * cell[1] : (x + 1) * cell[1]]
+                if part.float().mean() >= 0.5:
+                    slow[sample] += record.scores_over_generated[sample, at] / 2
+    torch.testing.assert_close(fed, slow)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"head": 1}, r"head=1 is not possible: expected less than 1"),
+        ({"time_group": 2}, r"time_group=2 is not possible: expected less than attribution.time_groups=2"),
+        ({"head": 0, "direction": "reference_to_generated"}, "head=0 is not possible: expected null with direction"),
+        ({"controls": ["random", "random"]}, "names nothing twice"),
+    ],
+)
+def test_maps_that_do_not_exist(plain: Tensor, options: dict[str, Any], message: str) -> None:
+    """Refused before an image is made."""
+    with pytest.raises(ConfigError, match=message):
+        check_faithfulness(Copier(), recipe(), asked(**options), AttributionConfig(time_groups=2), 4)
+
+
+def test_perceptual_change_is_of_the_mask() -> None:
+    """That of the pair whose other half is pasted outside, so that only the mask counts; an empty one has no value."""
+    draw = torch.Generator().manual_seed(0)
+    image, other = torch.rand(2, 3, 40, 32, generator=draw), torch.rand(2, 3, 40, 32, generator=draw)
+    mask = torch.zeros(2, 40, 32, dtype=torch.bool)
+    mask[0, 5:30, 4:20] = True
+    found = perceptual_change(image, other, mask, "stlpips")
+    pasted = image.clone()
+    pasted[0, :, 5:30, 4:20] = other[0, :, 5:30, 4:20]
+    as_bytes = ((one * 255).round().to(torch.uint8) for one in (image, pasted))
+    assert found[0] == image_pair_score("stlpips")(*as_bytes)[0]
+    assert found[0] > 0.01
+    assert found[1].isnan()
+
+
+def test_sensitivity_is_the_norm_of_the_jacobian(make_small_model, read_batch, monkeypatch) -> None:  # type: ignore[no-untyped-def]
+    """Of a denoiser whose prediction at cell j is w_j times a channel of token j: |w_j| inside the mask, 0 outside."""
+    model, batch = make_small_model().eval(), read_batch([0, 1])
+    tokens = model.reference_grid.tokens
+    weight = torch.linspace(0.5, 2, tokens)
+    batch["inpaint_mask"] = torch.zeros_like(batch["inpaint_mask"])
+    batch["inpaint_mask"][0] = True
+    asked_at = []
+
+    def denoise(noisy: Tensor, timesteps: Tensor, conditions) -> Tensor:  # type: ignore[no-untyped-def]
+        asked_at.append(int(timesteps[0]))
+        made = torch.zeros_like(noisy).flatten(2)
+        made[:, 1, :tokens] = conditions.tokens[..., 3] * weight
+        return made.reshape(noisy.shape)
+
+    monkeypatch.setattr(model, "denoise", denoise)
+    assert model.latent_size.tokens >= tokens
+    found = token_sensitivity(model, batch, SamplingConfig(steps=3, guidance=2.0))
+    torch.testing.assert_close(found, torch.stack([weight, torch.zeros(tokens)]))
+    assert asked_at[::2] == asked_at[1::2], "each step's own time"
+    assert len(set(asked_at)) == 3

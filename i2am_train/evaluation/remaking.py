@@ -1,0 +1,133 @@
+"""Images that are made again from the same noise, of a changed reference: what faithfulness asks of a model.
+
+Any model that can be traced can be asked: a :class:`Remake` is all that is needed of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from i2am_train.attention.recipe import Recipe
+from i2am_train.config.models import SamplingConfig
+from i2am_train.data.dataset import TryOnBatch
+from i2am_train.evaluation.explaining import sample_batch, value_or_none
+from i2am_train.models.sampling import SamplingStep
+from i2am_train.models.tryon import Conditions, TryOnModel
+from i2am_train.ops.grids import mask_on_grid
+from i2am_train.ops.numerics import to_unit
+from i2am_train.seeds import seed_for
+
+
+@dataclass(frozen=True, kw_only=True)
+class Remake:
+    """A batch of images that can be made again from the same noise. Tensors are on the CPU, pictures in [0, 1]."""
+
+    target: Any
+    """The model, as `trace` takes it."""
+    recipe: Recipe | None
+    """None: the model's own."""
+    names: Sequence[str]
+    indices: Sequence[int]
+    """Of the samples; random rankings are drawn by them."""
+    reference: Float[Tensor, "batch 3 height width"]
+    garment: Bool[Tensor, "batch height width"]
+    """What counts of the reference."""
+    mask: Bool[Tensor, "batch height width"]
+    """Where the generated image is compared."""
+    make: Callable[[Tensor], Tensor]
+    """Images of other reference pictures; the same images for the same pictures."""
+    sensitivity: Callable[[], Float[Tensor, "batch reference"]] | None = None
+    """How much the denoiser's prediction inside the mask depends on each reference patch, where gradients reach it."""
+    correspondence: Float[Tensor, "batch height width 2"] | None = None
+    """The true reference position of each pixel of the generated image, where the data knows it."""
+    worn: Bool[Tensor, "batch height width"] | None = None
+    """Where the generated image shows the garment, where the data knows it."""
+
+
+def remake_of(model: TryOnModel, batch: TryOnBatch, sampling: SamplingConfig) -> Remake:
+    """A try-on batch, whose tensors lie on the model's device."""
+
+    def make(reference: Tensor) -> Tensor:
+        garment = reference.to(model.device) * 2 - 1
+        return to_unit(sample_batch(model, {**batch, "garment": garment}, sampling)).cpu()
+
+    def sensitivity() -> Tensor:
+        return token_sensitivity(model, batch, sampling)
+
+    return Remake(
+        target=model,
+        recipe=None,
+        names=batch["name"],
+        indices=[int(index) for index in batch["index"]],
+        reference=to_unit(batch["garment"]).cpu(),
+        garment=batch["garment_mask"].cpu(),
+        mask=batch["inpaint_mask"].cpu(),
+        make=make,
+        sensitivity=sensitivity,
+        correspondence=batch["correspondence"].cpu(),
+        worn=batch["warped_garment_mask"].cpu(),
+    )
+
+
+def counted(remake: Remake, on_run: Callable[[], None]) -> Remake:
+    """The same, with a function that is called after each time that the images were made, or asked for gradients."""
+
+    def calls(made: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def call(*reference: Tensor) -> Tensor:
+            found = made(*reference)
+            on_run()
+            return found
+
+        return call
+
+    return replace(remake, make=calls(remake.make), sensitivity=remake.sensitivity and calls(remake.sensitivity))
+
+
+def sample_rows(remake: Remake, columns: Mapping[str, Float[Tensor, " batch"]]) -> list[dict[str, Any]]:
+    """Columns of scores as a row for each sample, ready for JSON; None in the place of NaN."""
+    return [
+        {"index": index, "name": name, **{key: value_or_none(float(values[row])) for key, values in columns.items()}}
+        for row, (index, name) in enumerate(zip(remake.indices, remake.names, strict=True))
+    ]
+
+
+def token_sensitivity(
+    model: TryOnModel, batch: TryOnBatch, sampling: SamplingConfig
+) -> Float[Tensor, "batch reference"]:
+    """How much the denoiser's predictions inside the inpainting mask depend on each token of the reference.
+
+    Root mean square over the sampling steps of ``|| d<v, prediction> / d token ||``, where ``v`` is +1 or -1 by chance
+    (of the sample's own stream) at each latent inside the mask: the mean square over ``v`` is the squared Frobenius
+    norm of the Jacobian (Hutchinson 1990), so that derivatives of opposite sign do not cancel as in a plain sum. The
+    tokens are those that the U-Net attends to; of guidance the conditional half, the other does not see them.
+
+    One sampling run, and one backward pass per step, with the memory of a training step of this batch without its
+    optimizer.
+    """
+    with torch.no_grad():
+        agnostic, pose = model.encode_latents(batch["agnostic"]), model.encode_latents(batch["densepose"])
+        tokens = model.encode_reference(batch["garment"])
+    inside = mask_on_grid(batch["inpaint_mask"], model.latent_size).reshape(-1, 1, *model.latent_size)
+    squares = torch.zeros(tokens.shape[:2], device=tokens.device)
+
+    def look(step: SamplingStep) -> None:
+        seeds = [seed_for(sampling.seed, "sensitivity", int(index), step.step_index) for index in batch["index"]]
+        signs = [
+            torch.randint(0, 2, step.noisy.shape[1:], generator=torch.Generator().manual_seed(seed)) for seed in seeds
+        ]
+        probe = (torch.stack(signs) * 2 - 1).to(step.noisy) * inside
+        at = torch.full((len(step.noisy),), step.timestep, device=step.noisy.device)
+        with torch.enable_grad():
+            asked = tokens.detach().requires_grad_()
+            prediction = model.denoise(step.noisy, at, Conditions(agnostic, pose, asked))
+            (gradient,) = torch.autograd.grad((prediction.float() * probe).sum(), asked)
+        squares.add_(gradient.float().square().sum(dim=-1))
+
+    sample_batch(model, batch, sampling, look)
+    return (squares / sampling.steps).sqrt()[:, model.special_tokens :].cpu()
