@@ -55,7 +55,8 @@ def test_defaults_are_the_schema_s(command: str) -> None:
 def test_every_file_of_a_group_composes(group: str, name: str) -> None:
     """No file in conf/ names an option that does not exist, and each of its values arrives."""
     config = plain(compose("train", [f"{group}={name}"]))
-    said = OmegaConf.to_container(OmegaConf.load(conf_folder() / group / f"{name}.yaml"))
+    file = OmegaConf.load(conf_folder() / group / f"{name}.yaml")
+    said = OmegaConf.to_container(OmegaConf.create(config | {group: file})[group], resolve=True)  # ${...} of the others
     assert isinstance(said, dict)
     arrived = leaves(config[group])
     for option, value in leaves(said).items():

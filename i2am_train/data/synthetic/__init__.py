@@ -136,7 +136,8 @@ def _write_samples(
             _count_samples(helpers, bar)
         finally:
             for helper in helpers.values():
-                helper.terminate()
+                helper.kill()  # what is half written lies in a folder that is begun anew
+            for helper in helpers.values():
                 helper.join()
 
 
