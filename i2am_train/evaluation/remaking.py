@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
@@ -16,12 +17,17 @@ from torch import Tensor
 from i2am_train.attention.recipe import Recipe
 from i2am_train.config.models import SamplingConfig
 from i2am_train.data.dataset import TryOnBatch
+from i2am_train.data.pictures import Image, Mask, fit_mask, fit_picture
+from i2am_train.errors import ConfigError
 from i2am_train.evaluation.explaining import sample_batch, value_or_none
+from i2am_train.evaluation.explanation import FITS, WHITE
 from i2am_train.models.sampling import SamplingStep
+from i2am_train.models.traceable import Request, TraceableModel
 from i2am_train.models.tryon import Conditions, TryOnModel
 from i2am_train.ops.grids import mask_on_grid
 from i2am_train.ops.numerics import to_unit
 from i2am_train.seeds import seed_for
+from i2am_train.types import Canvas, GridSize
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,6 +79,61 @@ def remake_of(model: TryOnModel, batch: TryOnBatch, sampling: SamplingConfig) ->
         correspondence=batch["correspondence"].cpu(),
         worn=batch["warped_garment_mask"].cpu(),
     )
+
+
+def remake_of_picture(
+    model: TraceableModel, request: Request, *, reference_mask: Mask | None = None, name: str = "picture"
+) -> Remake:
+    """A picture of another person's model, as a batch of one.
+
+    The reference is fitted to the model's canvas beforehand, so that patches are where the grid says.
+
+    Args:
+        model: loaded.
+        request: what it is asked for, with the region that is painted.
+        reference_mask: what counts of the reference, as large as it; None: all of it.
+
+    Raises:
+        ConfigError: the size does not fit the model, or nothing is painted.
+    """
+    model.check_size(request.size)
+    if request.mask is None or not request.mask.any():
+        raise ConfigError(
+            "Images are compared inside the region that is painted, and this request has no mask, or an empty one. "
+            "Give image and mask."
+        )
+    size, fit = _canvas(model, request), FITS[model.recipe.canvas]
+    counts = np.ones(request.reference.shape[:2], np.bool_) if reference_mask is None else reference_mask
+
+    def make(reference: Tensor) -> Tensor:
+        picture = (reference[0].permute(1, 2, 0) * 255).round().to(torch.uint8).numpy()
+        return _unit(model.make(replace(request, reference=picture)))
+
+    return Remake(
+        target=model.target,
+        recipe=model.recipe,
+        names=[name],
+        indices=[0],
+        reference=_unit(fit_picture(request.reference, size, fit, WHITE)),
+        garment=torch.from_numpy(fit_mask(counts, size, fit))[None],
+        mask=torch.from_numpy(fit_mask(request.mask, request.size, model.fit))[None],
+        make=make,
+    )
+
+
+def _canvas(model: TraceableModel, request: Request) -> GridSize:
+    """A size of the proportions that the reference's grid covers: the picture's own, the grid's, or the result's."""
+    if model.recipe.canvas is Canvas.STRETCH:
+        return GridSize(*request.reference.shape[:2])
+    grid = model.recipe.sites[0].reference.grid
+    if grid is None or isinstance(grid, str):
+        return request.size
+    factor = max(request.size) / max(grid)
+    return GridSize(round(grid[0] * factor), round(grid[1] * factor))
+
+
+def _unit(picture: Image) -> Float[Tensor, "1 3 height width"]:
+    return torch.tensor(picture).permute(2, 0, 1)[None] / 255
 
 
 def counted(remake: Remake, on_run: Callable[[], None]) -> Remake:
