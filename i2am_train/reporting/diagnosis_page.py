@@ -13,6 +13,7 @@ from i2am_train.metrics.diagnosis import MOST_VIOLATIONS
 from i2am_train.reporting.diagnosis import TERMS_NOTE, Results, diagnosis_tables, label, mean_of, verdict_sentences
 from i2am_train.reporting.figures.canvas import GREY, OKABE_ITO, STYLE, new_figure
 from i2am_train.reporting.pages import Picture, Section, embedded_figure, making, page
+from i2am_train.reporting.table import minus
 
 
 @mpl.rc_context(STYLE)
@@ -115,7 +116,7 @@ def diagnosis_page(results: Results, file: str | None) -> str:
         sections,
         kind="diagnosis of attention",
         facts=[(str(len(results["samples"])), "samples"), (str(len(results["layers"])), "layers")],
-        verdicts=list(verdict_sentences(results)),
+        verdicts=[minus(sentence) for sentence in verdict_sentences(results)],
     )
 
 

@@ -220,7 +220,7 @@ def test_what_is_refused(plain: Tensor) -> None:
         faithfulness(subject, asked())
     with pytest.raises(CaptureError, match=r"no patches that could be deleted .*grids: none"):
         check_faithfulness(subject.target, single, asked(), AttributionConfig(), 1)
-    with pytest.raises(CaptureError, match=r"No attention layer is called 'else'.*copies, idle"):
+    with pytest.raises(CaptureError, match=r"No attention layer is called 'else'.*copies .*idle"):
         faithfulness(remake(Copier(), plain), asked(layers=["else"]))
 
 
