@@ -34,7 +34,8 @@ def print_recipes() -> None:
     console.print()
     console.print(
         "By folder: i2am explain model=NAME checkpoint=FOLDER image=... mask=... reference=...\n"
-        "By your code: i2am explain model=factory factory=package.module:function reference=..."
+        "By your code: i2am explain model=factory factory=package.module:function reference=...\n"
+        "Layers have names and numbers: attribution.layer=which, an unknown one, lists those of the loaded model."
     )
 
 
