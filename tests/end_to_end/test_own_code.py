@@ -28,7 +28,7 @@ pytestmark = [
 PACKAGE = "code_of_a_user"
 FILES = {
     f"{PACKAGE}/losses.py": '''
-def mass(attention, *, scale=1.0):
+def peak(attention, *, scale=1.0):
     """Mean largest score of the garment's patches."""
     largest = attention.scores.flatten(3).amax(dim=-1).where(attention.mask, 0.0)
     return scale * largest.sum(dim=(1, 2)) / attention.mask.sum(dim=(1, 2)).clamp(min=1)
@@ -43,7 +43,7 @@ brightness.label, brightness.higher_is_better = "Brightness", False
     "mine.yaml": f"""
 defaults: [refined]
 label: Mine
-objective: {{terms: {{mass: {{fn: "{PACKAGE}.losses:mass", scale: 2.0, weight: 0.05}}}}}}
+objective: {{terms: {{peak: {{fn: "{PACKAGE}.losses:peak", scale: 2.0, weight: 0.05}}}}}}
 """,
 }
 METRICS = f"evaluation.metrics=[ssim,{PACKAGE}.metrics:brightness]"
@@ -106,7 +106,7 @@ def run(study: dict[str, Any], folder: Path) -> Path:
 
 def test_the_loss_is_there_before_and_after(run: Path) -> None:
     """Every step of both parts of the run has the term, and the run knows that it went on."""
-    assert len([row for row in curves(run) if "loss/mass" in row]) == 4
+    assert len([row for row in curves(run) if "loss/peak" in row]) == 4
     assert len(read_json(run / "manifest.json")["resumed"]) == 1
 
 
@@ -120,7 +120,7 @@ def test_the_study_compares_by_the_metric(study: dict[str, Any]) -> None:
 
 def test_it_goes_on_only_where_the_loss_is_allowed(study: dict[str, Any], options: list[str]) -> None:
     """The file of an arm does not import it, whatever is finished already; the user does."""
-    message = rf"objective\.terms\.mass\.fn=.*read from a file.*{VARIABLE}={PACKAGE} in front"
+    message = rf"objective\.terms\.peak\.fn=.*read from a file.*{VARIABLE}={PACKAGE} in front"
     with pytest.raises(ConfigError, match=message):
         ablate(compose("ablate", options))
     assert imported() == set()

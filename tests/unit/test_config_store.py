@@ -219,7 +219,7 @@ def test_an_experiment_can_be_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 def test_an_unknown_arm_lists_the_arms() -> None:
     """A misspelled arm says which there are."""
-    with pytest.raises(ConfigError, match=r"no arm 'refind' .*base, baseline.*refined"):
+    with pytest.raises(ConfigError, match=r"no arm 'refind' .*base, .*baseline, .*refined"):
         arm_config(AblateConfig(), "refind", seed=0, output=Path("cell"))
 
 
