@@ -26,17 +26,17 @@ def same_weights(one: Path, other: Path) -> bool:
     return first.keys() == second.keys() and all(torch.equal(value, second[name]) for name, value in first.items())
 
 
-def curves(run: Path) -> list[dict[str, float]]:
+def curves(run: Path, *, timed: bool = False) -> list[dict[str, float]]:
     """What a run logged, moment by moment: the lines of ``metrics.csv``, numbers alone; none before the first.
 
-    Without the time that a step took, which is another in every run.
+    The time that a step took is another in every run, and left out unless ``timed``.
     """
     file = run / "metrics.csv"
     if not file.is_file():
         return []
     with file.open(newline="") as lines:
         rows = [{name: float(value) for name, value in row.items() if value} for row in csv.DictReader(lines)]
-    return [{name: value for name, value in row.items() if name != STEP_SECONDS} for row in rows]
+    return [{name: value for name, value in row.items() if timed or name != STEP_SECONDS} for row in rows]
 
 
 class Stop(L.Callback):

@@ -14,6 +14,7 @@ from i2am_train.config.objective import TERMS
 from i2am_train.config.store import compose
 from i2am_train.files import read_json
 from i2am_train.fingerprints import data_state
+from i2am_train.metrics.registry import METRICS
 from i2am_train.results.run_files import read_panels, read_samples
 from i2am_train.tracking import names
 from i2am_train.tracking.dashboard import dashboard_json
@@ -67,7 +68,7 @@ def judged(evaluation: Path, read_runs: Callable[[Path], list[Any]]) -> Any:
 def csv_scalars(run: Path) -> dict[str, dict[int, float]]:
     """Values by step of every column."""
     found: dict[str, dict[int, float]] = {}
-    for row in curves(run):
+    for row in curves(run, timed=True):
         step = int(row.pop("step"))
         for name, value in row.items():
             found.setdefault(name, {})[step] = value
@@ -217,10 +218,11 @@ def test_lineage(run: Path, stored: Any, judged: Any, small_dataset: Path) -> No
 
 
 def test_the_dashboard_shows_what_is_logged(stored: Any, judged: Any, shown: Callable[[Any], set[str]]) -> None:
-    """Everything but the terms and image metrics that these runs left out, an ablation's tables, and detection."""
+    """Everything but the terms and metrics that these runs left out, an ablation's tables, and detection."""
     logged = {key for one in (stored, judged) for row in one.history for key in row}
     logged |= {key.rsplit("/", 1)[0] for key in logged}  # pictures and tables have several keys
-    metrics = ("stlpips", "fd_efficientnet_lite0", "kd_efficientnet_lite0")
+    faithfulness = (name for name, info in METRICS.items() if info.group == "faithfulness")
+    metrics = ("stlpips", "fd_efficientnet_lite0", "kd_efficientnet_lite0", *faithfulness)
     left_out = {f"{prefix}{name}" for prefix in ("val/", "eval/") for name in metrics}
     left_out |= {f"{names.LOSS}{name}" for name in TERMS if name not in ("dcml", "tv", "cwg")}
     left_out |= {names.STUDY_ARMS, names.STUDY_DIFFERENCES}
