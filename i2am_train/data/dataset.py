@@ -30,7 +30,7 @@ from i2am_train.config.data import DataConfig
 from i2am_train.config.locations import dataset_folder
 from i2am_train.data.cache import LatentCache
 from i2am_train.data.layouts import DressCodeLayout, Layout, Pair, Place, VitonHDLayout, entries
-from i2am_train.data.needed_files import check_files
+from i2am_train.data.needed_files import advises, check_files
 from i2am_train.data.picture_files import read_correspondence, read_mask, read_rgb
 from i2am_train.data.pictures import Image, Mask, SampleArrays, Window, fit_mask, fit_nearest, fit_picture, window
 from i2am_train.data.poses import read_pose_picture
@@ -387,7 +387,7 @@ class TryOnDataset(Dataset[TryOnSample]):
         epoch, position = item if isinstance(item, tuple) else (0, int(item))
         index = self.global_index(position)
         pair, layout = self.pairs[index], self.layouts[index]
-        with layout.advises():
+        with advises(layout):
             arrays = self._read(layout, pair)
         if self._augmentation is not None:
             arrays = self._augmentation(arrays, seed_for(self.seed, "augmentation", epoch, index))
@@ -399,7 +399,7 @@ class TryOnDataset(Dataset[TryOnSample]):
         """The photograph of the person at a position, alone: uint8 [3, height, width] at this dataset's size."""
         index = self.global_index(position)
         layout = self.layouts[index]
-        with layout.advises():
+        with advises(layout):
             picture = self._photograph(layout.path(Role.PERSON, self.pairs[index].person))
         return torch.from_numpy(np.ascontiguousarray(picture)).permute(2, 0, 1)
 

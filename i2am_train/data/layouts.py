@@ -12,13 +12,10 @@ import os
 import re
 import unicodedata
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from shlex import quote
 from typing import ClassVar, NamedTuple
 
-from i2am_train.data.picture_files import UnreadablePictureError
 from i2am_train.errors import DataError
 from i2am_train.locks import LOCK
 from i2am_train.types import Category, Pairing, Role, Split
@@ -78,24 +75,6 @@ class Layout(ABC):
         self._found: dict[str, Place] = {}
         self._names: dict[Path, frozenset[str]] = {}
         self._unusual: dict[Path, dict[str, list[str]]] = {}
-
-    @contextmanager
-    def advises(self) -> Iterator[None]:
-        """Adds to the error of a picture how to find all faults of the dataset that it belongs to."""
-        try:
-            yield
-        except UnreadablePictureError as error:
-            raise UnreadablePictureError(f"{error} {self.find_all}") from error
-
-    @property
-    def find_all(self) -> str:
-        """How to find all faults of the dataset, a sentence.
-
-        >>> VitonHDLayout(Path("my set"), Split.TEST).find_all
-        "Run `i2am data check 'root=my set'` for everything that is wrong with the dataset."
-        """
-        command = f"i2am data check {quote(f'root={self.root}')}{self.own}"
-        return f"Run `{command}` for everything that is wrong with the dataset."
 
     @property
     @abstractmethod

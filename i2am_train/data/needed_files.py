@@ -11,6 +11,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
+from shlex import quote
 from typing import Protocol
 
 from tqdm import tqdm
@@ -42,6 +43,27 @@ class _Opened(Protocol):
         """Each layout with the samples that are read of it."""
 
 
+@contextmanager
+def advises(layout: Layout) -> Iterator[None]:
+    """Adds to the error of a picture how to find all faults of the dataset that it belongs to."""
+    try:
+        yield
+    except UnreadablePictureError as error:
+        raise UnreadablePictureError(f"{error} {find_all(layout)}") from error
+
+
+def find_all(layout: Layout) -> str:
+    """How to find all faults of a dataset, a sentence.
+
+    >>> from i2am_train.data.layouts import VitonHDLayout
+    >>> from i2am_train.types import Split
+    >>> find_all(VitonHDLayout(Path("my set"), Split.TEST))
+    "Run `i2am data check 'root=my set'` for everything that is wrong with the dataset."
+    """
+    command = f"i2am data check {quote(f'root={layout.root}')}{layout.own}"
+    return f"Run `{command}` for everything that is wrong with the dataset."
+
+
 def check_files(layout: Layout, pairs: Sequence[Pair], pairing: Pairing) -> None:
     """Refuse samples that could not be read to the end.
 
@@ -57,7 +79,7 @@ def check_files(layout: Layout, pairs: Sequence[Pair], pairing: Pairing) -> None
         what = ", ".join(layout.folder_names(role) for role in layout.missing)
         advice = " ".join(dict.fromkeys(layout.advice(role) for role in layout.missing))
         raise DataError(
-            f"{layout.folder} has no folder {what} (found: {entries(layout.folder)}). {advice} {layout.find_all}"
+            f"{layout.folder} has no folder {what} (found: {entries(layout.folder)}). {advice} {find_all(layout)}"
         )
     wanted = _wanted_files(layout, pairs)
     refuse_doubles(layout, wanted)
@@ -72,7 +94,7 @@ def check_files(layout: Layout, pairs: Sequence[Pair], pairing: Pairing) -> None
             f"{layout.folder} lacks files that {layout.list_file(pairing).name} asks for: "
             f"{'; '.join(gaps.values())}. Copy them there, or take the lines of their samples out of the list. "
             f"{_own_garments(layout, gaps, pairing)}{_remedies(layout, gaps)}"
-            f"{layout.find_all}"
+            f"{find_all(layout)}"
         )
 
 
@@ -155,7 +177,7 @@ def refuse_broken_pictures(datasets: Sequence[_Opened]) -> None:
         more = f"; and {len(broken) - NAMED} more" if len(broken) > NAMED else ""
         raise UnreadablePictureError(
             f"{len(broken)} of the {len(files)} pictures that are needed cannot be read: {named}{more}. "
-            f"{broken[0][1].advice} {datasets[0].parts()[0][0].find_all}"
+            f"{broken[0][1].advice} {find_all(datasets[0].parts()[0][0])}"
         )
 
 
