@@ -14,8 +14,8 @@ from textwrap import dedent, fill, indent
 from typing import Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
 
 from i2am_train.config.data import DataCacheConfig, DataCheckConfig, DataDeriveConfig, DataMakeConfig
-from i2am_train.config.evaluation import DiagnoseConfig, EvaluateConfig, FaithfulConfig
-from i2am_train.config.explanation import DetectConfig, ExplainConfig
+from i2am_train.config.evaluation import DiagnoseConfig, EvaluateConfig
+from i2am_train.config.explanation import DetectConfig, ExplainConfig, FaithfulConfig
 from i2am_train.config.locations import conf_folder, experiment_names
 from i2am_train.config.models import ExportConfig, InitConfig
 from i2am_train.config.options import REQUIRED, group_of, plain
@@ -109,8 +109,9 @@ COMMANDS: dict[str, Command] = {
         """
         i2am faithful checkpoint=tiny
         i2am faithful checkpoint=runs/refined-seed0 samples=64 layers=[2,5,8] fill=blur
+        i2am faithful model=catvton checkpoint=PATH adapter=FILE image=FILE mask=FILE reference=FILE
         """,
-        first="checkpoint samples layers shares fill data.root sampling.steps device output",
+        first="checkpoint samples layers shares fill data.root model image reference output",
         goes_on="with the batches that are not there yet",
     ),
     "diagnose": Command(

@@ -246,33 +246,6 @@ class EvaluateConfig(Options):
 
 
 @dataclass(kw_only=True, slots=True)
-class FaithfulConfig(FaithfulnessConfig):
-    """Measure whether a checkpoint's attention is a cause of its images; needs masks and no truth."""
-
-    checkpoint: ModelFolder = "tiny"
-    """Checkpoint folder, or run folder; tiny is the shipped one."""
-    samples: Count = 16
-    """Number of held-out samples, in order; each image is made about 50 times (the run says it)."""
-    batch_size: Count = 16
-    """Samples per batch."""
-    output: Path | None = None
-    """Folder for results; null: faithful in the run folder, or beside others in runs/."""
-    device: Device = "auto"
-    """Where to compute."""
-    progress_bar: bool = True
-    """Show progress with the time left."""
-    data: DataConfig = field(default_factory=DataConfig)
-    sampling: SamplingConfig = field(default_factory=SamplingConfig)
-    attribution: AttributionConfig = field(default_factory=AttributionConfig)
-
-    def check(self) -> None:
-        """Shares make a curve, and the embedded data has so many samples."""
-        FaithfulnessConfig.check(self)
-        if self.data.root is None and self.samples > self.data.synthetic.test:
-            raise OptionError("samples", self.samples, f"at most data.synthetic.test={self.data.synthetic.test}")
-
-
-@dataclass(kw_only=True, slots=True)
 class DiagnoseConfig(DiagnosisConfig):
     """Find the layers of a checkpoint that should be repaired; needs masks and no truth."""
 

@@ -1,4 +1,4 @@
-"""Options of the commands that show what attention tells: ``i2am explain`` and ``i2am detect``."""
+"""Options of the commands that show what attention tells: ``i2am explain``, ``faithful`` and ``detect``."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from i2am_train.config.data import DataConfig
-from i2am_train.config.evaluation import AttributionConfig
+from i2am_train.config.evaluation import AttributionConfig, FaithfulnessConfig
+from i2am_train.config.locations import SHIPPED_CHECKPOINT
 from i2am_train.config.models import SamplingConfig
 from i2am_train.config.options import (
     DISTINCT,
@@ -98,23 +99,14 @@ class RecipeConfig(Options):
         return {name: value for name, value in values.items() if value is not None}
 
 
-@dataclass(kw_only=True, slots=True)
-class ExplainConfig(Options):
-    """Draw every attribution map of a sample, and make a page to explore them."""
+@dataclass(kw_only=True)
+class PictureOptions(Options):
+    """Whose model is asked; other people's by files."""
 
-    checkpoint: ModelFolder | Annotated[list[ModelFolder], SEVERAL] | None = None
-    """Checkpoint folder, or run folder; tiny is the shipped one. Several stand side by side on the
-    page: [tiny,runs/refined-seed0]. Other models: a folder of diffusers, or a name on the hub."""
     model: str = TRYON
     """tryon: ours, on a sample of a dataset. Others are asked by files (image, mask, reference):
     paint_by_example, ip_adapter, ip_adapter_plus, ip_adapter_full_face, catvton; factory: any
     pipeline that your own code makes. `i2am explain --recipes` lists what is known of each."""
-    sample: Natural | Annotated[list[Natural], SEVERAL] = 0
-    """Index of the sample in the pair list, from 0; or several: [3,17]."""
-    split: Split = Split.TEST
-    """Half of the dataset that the index counts in."""
-    pairing: Pairing = Pairing.PAIRED
-    """paired: the garment that the person wears; unpaired: another one."""
     image: Path | None = None
     """Other models: picture to fill in."""
     mask: Path | None = None
@@ -134,6 +126,67 @@ class ExplainConfig(Options):
     recipe: str | None = None
     """model=factory: name of the recipe where the pipeline is not recognised by its modules, or the
     import path of your own (i2am_train/EXTENDING.md)."""
+    recipe_options: RecipeConfig = field(default_factory=RecipeConfig)
+
+    @property
+    def checkpoints(self) -> list[str]:
+        """The checkpoints, one or several; none where a factory needs none.
+
+        >>> ExplainConfig(checkpoint="tiny").checkpoints, ExplainConfig(model="factory", factory="a:b").checkpoints
+        (['tiny'], [])
+        """
+        checkpoint = getattr(self, "checkpoint", None)
+        if checkpoint is None:
+            return []
+        return checkpoint if isinstance(checkpoint, list) else [checkpoint]
+
+    @property
+    def picture(self) -> str:
+        """What is asked of another model: the names of image and reference, without their endings.
+
+        >>> ExplainConfig(checkpoint="x", model="catvton", image="a/me.png", reference="shirt.jpg").picture
+        'me-shirt'
+        """
+        return "-".join(path.stem for path in (self.image, self.reference) if path is not None)
+
+    @property
+    def of_picture(self) -> str:
+        """The model and the picture, in the name of a folder.
+
+        >>> ExplainConfig(model="factory", factory="mine:build", reference="shirt.jpg").of_picture
+        'mine-shirt'
+        """
+        model = self.model if self.model != FACTORY else str(self.factory).partition(":")[0]
+        return f"{model}-{self.picture}"
+
+    def check_model(self) -> None:
+        """Refuses options of one way of asking with the other."""
+        if self.factory is not None and self.model == TRYON:
+            raise ConfigError(f"factory={self.factory} is given, and model={self.model}. Add model=factory.")
+        if not self.checkpoints and self.model != FACTORY:
+            raise ConfigError("checkpoint is required and was not given. Add checkpoint=VALUE.")
+        given = [name for name in OTHER_MODELS_OPTIONS if getattr(self, name) not in (None, "")]
+        given += [f"recipe_options.{name}" for name in self.recipe_options.given]
+        if self.model == TRYON and given:
+            raise ConfigError(
+                f"{given[0]}=... is for other people's models, and model=tryon reads samples of a "
+                "dataset. Set model=NAME (`i2am explain --recipes` lists them), or leave it out."
+            )
+
+
+@dataclass(kw_only=True, slots=True)
+class ExplainConfig(PictureOptions):
+    """Draw every attribution map of a sample, and make a page to explore them."""
+
+    checkpoint: ModelFolder | Annotated[list[ModelFolder], SEVERAL] | None = None
+    """Checkpoint folder, or run folder; tiny is the shipped one. Several stand side by side on the
+    page: [tiny,runs/refined-seed0]. Other models: a folder of diffusers, or a name on the hub."""
+    sample: Natural | Annotated[list[Natural], SEVERAL] = 0
+    """Index of the sample in the pair list, from 0; or several: [3,17]."""
+    split: Split = Split.TEST
+    """Half of the dataset that the index counts in."""
+    pairing: Pairing = Pairing.PAIRED
+    """paired: the garment that the person wears; unpaired: another one."""
     output: Path | None = None
     """Folder for page, pictures and archives (several explanations: a folder in it for each); null:
     runs/explain-<checkpoint>-<split><sample>-<pairing>, or runs/explain-<model>-<image>-<reference>."""
@@ -146,17 +199,13 @@ class ExplainConfig(Options):
     null: all (5 MB per sample at 128x96, 100 MB at 512x384)."""
     device: Device = "auto"
     """Where to compute."""
-    recipe_options: RecipeConfig = field(default_factory=RecipeConfig)
     data: DataConfig = field(default_factory=DataConfig)
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     attribution: AttributionConfig = field(default_factory=AttributionConfig)
 
     def check(self) -> None:
         """Options of one way of asking are refused with the other."""
-        if self.factory is not None and self.model == TRYON:
-            raise ConfigError(f"factory={self.factory} is given, and model={self.model}. Add model=factory.")
-        if self.checkpoint is None and self.model != FACTORY:
-            raise ConfigError("checkpoint is required and was not given. Add checkpoint=VALUE.")
+        self.check_model()
         if self.attribution.time_groups > self.sampling.steps:
             raise OptionError(
                 "attribution.time_groups", self.attribution.time_groups, f"at most sampling.steps={self.sampling.steps}"
@@ -164,29 +213,11 @@ class ExplainConfig(Options):
         drawn = getattr(self.data.synthetic, self.split)
         if self.model == TRYON and self.data.root is None and max(self.samples) >= drawn:
             raise OptionError("sample", self.sample, f"less than data.synthetic.{self.split}={drawn}, counted from 0")
-        given = [name for name in OTHER_MODELS_OPTIONS if getattr(self, name) not in (None, "")]
-        given += [f"recipe_options.{name}" for name in self.recipe_options.given]
-        if self.model == TRYON and given:
-            raise ConfigError(
-                f"{given[0]}=... is for other people's models, and model=tryon reads samples of a "
-                "dataset. Set model=NAME (`i2am explain --recipes` lists them), or leave it out."
-            )
         if self.model != TRYON and self.sample != 0:
             raise ConfigError(
                 f"sample={self.sample} counts samples of a dataset, and model={self.model} is "
                 "asked by files. Give image=, mask= and reference= instead."
             )
-
-    @property
-    def checkpoints(self) -> list[str]:
-        """The checkpoints, one or several; none where a factory needs none.
-
-        >>> ExplainConfig(checkpoint="tiny").checkpoints, ExplainConfig(model="factory", factory="a:b").checkpoints
-        (['tiny'], [])
-        """
-        if self.checkpoint is None:
-            return []
-        return self.checkpoint if isinstance(self.checkpoint, list) else [self.checkpoint]
 
     @property
     def samples(self) -> list[int]:
@@ -196,15 +227,6 @@ class ExplainConfig(Options):
         ([3], [3, 17])
         """
         return self.sample if isinstance(self.sample, list) else [self.sample]
-
-    @property
-    def picture(self) -> str:
-        """What is explained of another model: the names of image and reference, without their endings.
-
-        >>> ExplainConfig(checkpoint="x", model="catvton", image="a/me.png", reference="shirt.jpg").picture
-        'me-shirt'
-        """
-        return "-".join(path.stem for path in (self.image, self.reference) if path is not None)
 
     @property
     def folder(self) -> Path:
@@ -220,9 +242,40 @@ class ExplainConfig(Options):
             samples = "+".join(map(str, self.samples))
             name = f"{checkpoints}-{self.split}{samples}-{self.pairing}"
         else:
-            model = self.model if self.model != FACTORY else str(self.factory).partition(":")[0]
-            name = f"{model}-{self.picture}"
+            name = self.of_picture
         return Path.cwd() / "runs" / f"explain-{name}"
+
+
+@dataclass(kw_only=True, slots=True)
+class FaithfulConfig(FaithfulnessConfig, PictureOptions):
+    """Measure whether a checkpoint's attention is a cause of its images; needs masks and no truth."""
+
+    checkpoint: ModelFolder | None = None
+    """Checkpoint folder, or run folder; null: tiny, the shipped one. Other models: a folder of diffusers,
+    or a name on the hub."""
+    samples: Count = 16
+    """Number of held-out samples, in order; each image is made about 50 times (the run says it)."""
+    batch_size: Count = 16
+    """Samples per batch."""
+    output: Path | None = None
+    """Folder for results; null: faithful in the run folder, or beside others in runs/ (other models:
+    runs/faithful-<model>-<image>-<reference>)."""
+    device: Device = "auto"
+    """Where to compute."""
+    progress_bar: bool = True
+    """Show progress with the time left."""
+    data: DataConfig = field(default_factory=DataConfig)
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    attribution: AttributionConfig = field(default_factory=AttributionConfig)
+
+    def check(self) -> None:
+        """Shares make a curve, and the embedded data has so many samples."""
+        FaithfulnessConfig.check(self)
+        if self.model == TRYON and self.checkpoint is None:
+            self.checkpoint = SHIPPED_CHECKPOINT
+        self.check_model()
+        if self.model == TRYON and self.data.root is None and self.samples > self.data.synthetic.test:
+            raise OptionError("samples", self.samples, f"at most data.synthetic.test={self.data.synthetic.test}")
 
 
 @dataclass(kw_only=True, slots=True)

@@ -281,11 +281,9 @@ def map_importance(
     groups = None if options.time_group is None else attribution.time_groups
     rollup = Rollup(TO_REFERENCE, attribution.weighting)
     values = rollup.combine(chosen.store.layers, grid, groups=groups, heads=options.head is not None)
+    if options.head is not None and options.head >= values.shape[2]:  # where heads are known by the calls alone
+        raise OptionError("head", options.head, f"less than {values.shape[2]}, the heads of each of the map's layers")
     return values[:, options.time_group or 0, options.head or 0].flatten(1)
-
-
-_Measure = Callable[[Tensor], dict[str, Float[Tensor, " batch"]]]
-"""Of the images of a changed reference: their changes, by the end of the kind's name."""
 
 
 def _deletion(

@@ -136,6 +136,21 @@ def _unit(picture: Image) -> Float[Tensor, "1 3 height width"]:
     return torch.tensor(picture).permute(2, 0, 1)[None] / 255
 
 
+def refuse_chance(remake: Remake) -> None:
+    """Makes the images twice.
+
+    Raises:
+        ConfigError: they differ, so that a change could not be told from chance.
+    """
+    first, again = remake.make(remake.reference), remake.make(remake.reference)
+    if not torch.equal(first, again):
+        raise ConfigError(
+            f"The same picture, made twice from the same seed, differs (by {(first - again).abs().mean():.2g} of the "
+            "range on average), so that the effect of a change cannot be told from chance. Let the pipeline draw all "
+            "its random numbers from the seed that it is given."
+        )
+
+
 def counted(remake: Remake, on_run: Callable[[], None]) -> Remake:
     """The same, with a function that is called after each time that the images were made, or asked for gradients."""
 

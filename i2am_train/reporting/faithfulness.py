@@ -14,9 +14,11 @@ from i2am_train.attention.recipe import paper_number
 from i2am_train.files import write_text
 from i2am_train.metrics.faithfulness import SAMPLE
 from i2am_train.reporting.figures.canvas import GREY, OKABE_ITO, STYLE, new_figure, save_figure
-from i2am_train.reporting.table import Cell, Heading, Row, Table, markdown, percent
+from i2am_train.reporting.table import Cell, Heading, Row, Table, markdown, number, percent
 from i2am_train.results.statistics import few_samples_note, sample_interval, sample_mean
 
+RESULTS = "faithfulness.json"
+"""File of a measurement, in its folder."""
 _RANKINGS = {
     "top": "highest in the map",
     "bottom": "lowest in the map",
@@ -136,6 +138,23 @@ def _curve_table(results: Mapping[str, Any], kind: str, note: str) -> Table:
 def _places(results: Mapping[str, Any]) -> list[str]:
     extra = [place for place in ("all", "truth") if f"where/{place}" in results["scores"]]
     return [*results["layers"], *extra]
+
+
+def sample_sentence(row: Mapping[str, Any], layer: str) -> str:
+    """The figures of one sample in words, those that have a value.
+
+    >>> row = {"use/up": 0.00042, "where/up": None, "where/all": 0.551, "deletion/score": 0.0123}
+    >>> sample_sentence(row, "up")
+    'use of up 0.0004, where (all layers) 0.55, deletion, highest minus lowest patches 0.0123'
+    """
+    named = {
+        f"use/{layer}": (f"use of {layer}", 4),
+        f"where/{layer}": (f"where of {layer}", 2),
+        "where/all": ("where (all layers)", 2),
+        "deletion/score": ("deletion, highest minus lowest patches", 4),
+    }
+    known = [(words, number(row[name], digits)) for name, (words, digits) in named.items() if row.get(name) is not None]
+    return ", ".join(f"{words} {value}" for words, value in known)
 
 
 def write_shown(results: Mapping[str, Any], folder: Path) -> None:

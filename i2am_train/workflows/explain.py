@@ -20,8 +20,8 @@ from i2am_train.attention.maps import patch_indices
 from i2am_train.attention.recipe import describe_layers, layer_name
 from i2am_train.attention.store import time_groups
 from i2am_train.attention.trace import trace
-from i2am_train.config.explanation import OTHER_MODELS_OPTIONS, TRYON, DetectConfig, ExplainConfig
-from i2am_train.config.locations import revisions
+from i2am_train.config.explanation import OTHER_MODELS_OPTIONS, TRYON, DetectConfig, ExplainConfig, FaithfulConfig
+from i2am_train.config.locations import checkpoint_folder, revisions
 from i2am_train.config.options import plain
 from i2am_train.data.dataset import TryOnDataset, TryOnSample, batch_on, list_length, prepare_data, reading_of
 from i2am_train.data.picture_files import read_photograph, read_region
@@ -31,7 +31,7 @@ from i2am_train.detection.report import tables_of
 from i2am_train.errors import ConfigError, DataError
 from i2am_train.evaluation.explaining import explain_batch, explain_picture, to_pictures
 from i2am_train.evaluation.explanation import TO_GENERATED, TO_REFERENCE, CleanImage, Explanation, write_explanation
-from i2am_train.files import file_fingerprint, write_text
+from i2am_train.files import entries_of, file_fingerprint, read_object, write_text
 from i2am_train.fingerprints import data_state
 from i2am_train.locks import locked
 from i2am_train.models.loaders import loader_of
@@ -41,13 +41,14 @@ from i2am_train.models.tryon import TryOnModel, load_model, model_folder
 from i2am_train.ops.grids import mask_on_grid, spread_patches
 from i2am_train.ops.numerics import chosen_device
 from i2am_train.reporting.explorer import PAGE, explorer_data, explorer_page
+from i2am_train.reporting.faithfulness import RESULTS, sample_sentence
 from i2am_train.reporting.figures.canvas import save_figure
 from i2am_train.reporting.figures.paper import figures_of
 from i2am_train.reporting.pages import flat, provenance_rows
 from i2am_train.reporting.table import terminal
-from i2am_train.runs import RunFolder, checkpoint_label
+from i2am_train.runs import RunFolder, checkpoint_label, folder_beside
 from i2am_train.tracking.session import sync_advice
-from i2am_train.types import GridSize
+from i2am_train.types import GridSize, Pairing, Split
 
 KEPT = ("images", "masks")
 """Folders of the explanation's own pictures, beside those that are drawn."""
@@ -161,8 +162,39 @@ def _of_samples(config: ExplainConfig) -> _Made:
             name: [_of_sample(config, model.eval().to(device), sample, folders[name], data) for sample in samples]
             for name, model in models.items()
         },
-        about={"Checkpoints": ", ".join(config.checkpoints)},
+        about={"Checkpoints": ", ".join(config.checkpoints), **known_causes(config, names, data)},
     )
+
+
+def known_causes(config: ExplainConfig, checkpoints: Mapping[str, str], data: str) -> dict[str, str]:
+    """What `i2am faithful` found of these very samples, where it lies beside their checkpoints, as the page says it.
+
+    Args:
+        config: samples, sampling, sizes.
+        checkpoints: by their name on the page.
+        data: fingerprint of the dataset.
+    """
+    if config.split is not Split.TEST or config.pairing is not Pairing.PAIRED:
+        return {}
+    said = []
+    for name, checkpoint in checkpoints.items():
+        folder = folder_beside(checkpoint_folder(checkpoint), "faithful")
+        if not (folder / RESULTS).is_file() or RunFolder(folder, resumed=False).manifest.get("data") != data:
+            continue
+        with entries_of(folder / RESULTS):
+            found = read_object(folder / RESULTS)
+            settings, asked = found["settings"], plain(config)
+            alike = settings["sampling"] == asked["sampling"] and all(
+                settings["data"][side] == asked["data"][side] for side in ("height", "width")
+            )
+            rows = {row["index"]: row for row in found["samples"]} if alike else {}
+        layer = layer_name(config.attribution.layer)
+        said += [
+            f"{name}, sample {index}: {sample_sentence(rows[index], layer)} ({folder})"
+            for index in config.samples
+            if index in rows
+        ]
+    return {"Whether attention is a cause": "; ".join(said)} if said else {}
 
 
 def _check_attribution(config: ExplainConfig, model: TryOnModel) -> None:
@@ -256,18 +288,9 @@ def _of_pictures(config: ExplainConfig) -> _Made:
     # Before it is made, when a model of the hub may not be there yet.
     RunFolder.check(config.folder, plain(config), may_differ=(*MAY_DIFFER, "revisions"))
     loader = loader_of(config.model)
-    _check_options(config, loader)
-    request, reference_mask = _request(config, loader)
-    source = Source(
-        model=config.model,
-        checkpoint=config.checkpoints[0] if config.checkpoints else None,
-        adapter=config.adapter,
-        factory=config.factory,
-        recipe=config.recipe,
-        options=config.recipe_options.given,
-        guided=config.sampling.guidance > NO_GUIDANCE,
-        device=chosen_device(config.device),
-    )
+    check_options(config, loader)
+    request, reference_mask = picture_request(config, loader)
+    source = source_of(config)
     made = explain_picture(
         loader.load(source),
         request,
@@ -293,7 +316,7 @@ def _of_pictures(config: ExplainConfig) -> _Made:
     )
 
 
-def _check_options(config: ExplainConfig, loader: Loader) -> None:
+def check_options(config: ExplainConfig | FaithfulConfig, loader: Loader) -> None:
     """Refuses what the model lacks, and what it would silently pass over.
 
     Raises:
@@ -327,7 +350,21 @@ def _check_options(config: ExplainConfig, loader: Loader) -> None:
         )
 
 
-def _request(config: ExplainConfig, loader: Loader) -> tuple[Request, Mask | None]:
+def source_of(config: ExplainConfig | FaithfulConfig) -> Source:
+    """Where the model comes from."""
+    return Source(
+        model=config.model,
+        checkpoint=config.checkpoints[0] if config.checkpoints else None,
+        adapter=config.adapter,
+        factory=config.factory,
+        recipe=config.recipe,
+        options=config.recipe_options.given,
+        guided=config.sampling.guidance > NO_GUIDANCE,
+        device=chosen_device(config.device),
+    )
+
+
+def picture_request(config: ExplainConfig | FaithfulConfig, loader: Loader) -> tuple[Request, Mask | None]:
     """What the model is asked for, and the region that counts of the reference."""
     assert config.reference is not None
     reference = read_photograph(config.reference, "reference")

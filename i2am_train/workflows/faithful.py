@@ -17,8 +17,9 @@ from rich.console import Console
 from torch.utils.data import default_collate
 from tqdm import tqdm
 
-from i2am_train.config.evaluation import DiagnoseConfig, FaithfulConfig
-from i2am_train.config.locations import checkpoint_folder
+from i2am_train.config.evaluation import DiagnoseConfig
+from i2am_train.config.explanation import TRYON, FaithfulConfig
+from i2am_train.config.locations import checkpoint_folder, revisions
 from i2am_train.config.options import plain
 from i2am_train.config.store import arm_values
 from i2am_train.data.dataset import batch_on, data_root, prepare_data
@@ -27,11 +28,12 @@ from i2am_train.data.needed_files import refuse_broken_pictures
 from i2am_train.environment import provenance
 from i2am_train.evaluation.diagnosis import diagnosis, images_of, layer_heads
 from i2am_train.evaluation.faithfulness import check_faithfulness, faithfulness, layers_asked, runs_of
-from i2am_train.evaluation.remaking import Remake, remake_of
+from i2am_train.evaluation.remaking import Remake, counted, refuse_chance, remake_of, remake_of_picture
 from i2am_train.evaluation.scoring import batches
 from i2am_train.files import read_json, write_json, write_text
 from i2am_train.fingerprints import data_state
 from i2am_train.locks import locked
+from i2am_train.models.loaders import loader_of
 from i2am_train.models.tryon import TryOnModel, load_model, model_folder
 from i2am_train.ops.numerics import chosen_device
 from i2am_train.reporting.diagnosis import (
@@ -45,10 +47,11 @@ from i2am_train.reporting.diagnosis import (
     verdict_sentences,
 )
 from i2am_train.reporting.diagnosis_page import diagnosis_figure, diagnosis_page
-from i2am_train.reporting.faithfulness import faithfulness_tables, measured, write_shown
+from i2am_train.reporting.faithfulness import RESULTS, faithfulness_tables, measured, write_shown
 from i2am_train.reporting.figures.canvas import save_figure
 from i2am_train.reporting.table import Table, markdown, terminal
 from i2am_train.runs import RunFolder, checkpoint_label, folder_beside
+from i2am_train.workflows.explain import check_options, picture_request, source_of
 
 WIDTH = 110
 """Characters of the tables where the terminal has fewer."""
@@ -78,8 +81,13 @@ class _Measurement:
 
 def run(config: FaithfulConfig) -> None:
     """Measure, and print the tables and where everything lies."""
-    folder = config.output or folder_beside(checkpoint_folder(config.checkpoint), "faithful")
-    results = _measured(config, folder, "faithfulness.json", partial(_faithful, config))
+    if config.model == TRYON:
+        folder = config.output or folder_beside(checkpoint_folder(config.checkpoint or ""), "faithful")
+        results = _measured(config, folder, RESULTS, partial(_faithful, config))
+    else:
+        folder = config.output or Path.cwd() / "runs" / f"faithful-{config.of_picture}"
+        with locked(folder):
+            results = _of_picture(config, folder)
     _print(faithfulness_tables(results))
     print(f"Everything of this measurement: {folder}")
 
@@ -96,6 +104,42 @@ def _faithful(config: FaithfulConfig, model: TryOnModel) -> _Measurement:
         results=lambda rows: measured("", rows, config.shares),
         write=write_shown,
     )
+
+
+def _of_picture(config: FaithfulConfig, folder: Path) -> dict[str, Any]:
+    """The results of one picture by another person's model; read where they are finished."""
+    settings = plain(config) | revisions(*config.checkpoints)
+    RunFolder.check(folder, settings, may_differ=WITHOUT_EFFECT)
+    loader = loader_of(config.model)
+    check_options(config, loader)
+    request, reference_mask = picture_request(config, loader)
+    model = loader.load(source_of(config))
+    check_faithfulness(model.target, model.recipe, config, config.attribution, config.sampling.steps)
+    remake = remake_of_picture(model, request, name=config.picture, reference_mask=reference_mask)
+    used = layers_asked(model.target, model.recipe, config.layers)
+    opened = RunFolder.open(folder, settings, may_differ=WITHOUT_EFFECT)
+    if opened.finished:
+        return dict(read_json(folder / RESULTS))
+    most = 2 + runs_of(config, len(used))
+    print(f"The picture is made up to {most} times, in {config.sampling.steps} steps, on {config.device}.")
+    if reference_mask is None:
+        print("Without reference_mask= all of the reference counts.")
+    if left_out := sorted({"gradient", "gradient_attention", "truth"} & set(config.controls)):
+        print(f"Left out of the controls, without gradients and truth: {', '.join(left_out)}.")
+    with tqdm(total=most, unit="image", desc="making images", disable=not config.progress_bar) as bar:
+        refuse_chance(counted(remake, bar.update))
+        opened.start(seed=config.sampling.seed)
+        rows = faithfulness(remake, config, config.attribution, bar.update)
+    results = {
+        **measured("", rows, config.shares),
+        "label": config.of_picture,
+        "settings": settings,
+        "provenance": provenance(),
+    }
+    write_shown(results, folder)
+    write_json(folder / RESULTS, results)
+    opened.finish()
+    return results
 
 
 def diagnose(config: DiagnoseConfig) -> None:
@@ -147,10 +191,10 @@ def _made_or_read(
     config: FaithfulConfig | DiagnoseConfig, folder: Path, file: str, measure: Callable[[TryOnModel], _Measurement]
 ) -> dict[str, Any]:
     device = chosen_device(config.device)
-    settings = plain(config) | {"checkpoint": str(model_folder(config.checkpoint))}
+    settings = plain(config) | {"checkpoint": str(model_folder(config.checkpoint or ""))}
     data_root(config.data, folder)
     RunFolder.check(folder, settings, may_differ=WITHOUT_EFFECT)
-    model = load_model(config.checkpoint, config.data).to(device).eval()
+    model = load_model(config.checkpoint or "", config.data).to(device).eval()
     measurement = measure(model)
     # May draw the embedded dataset, which takes a while.
     datamodule = TryOnDataModule(
@@ -187,7 +231,7 @@ def _made_or_read(
                 write_json(kept, measurement.rows(remake, partial(bar.update, len(part))))
     results = {
         **measurement.results([row for kept in files for row in read_json(kept)]),
-        "label": checkpoint_label(model_folder(config.checkpoint)),
+        "label": checkpoint_label(model_folder(config.checkpoint or "")),
         "settings": settings,
         "provenance": provenance(),
     }

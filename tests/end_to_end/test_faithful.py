@@ -1,12 +1,16 @@
 """``i2am faithful`` on a small model: its files, a stop after one batch, and what it refuses."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
+from PIL import Image, ImageDraw
 
+from i2am_train.attention.recipe import paper_number
 from i2am_train.config.store import compose
-from i2am_train.errors import CaptureError, I2AMError
+from i2am_train.errors import CaptureError, ConfigError, I2AMError
 from i2am_train.reporting.report_files import plan_tables
 from i2am_train.workflows import evaluate, faithful
 
@@ -122,3 +126,82 @@ def test_an_evaluation_says_the_same(options: list[str], tmp_path: Path, capsys:
         "Deletion, perceptual",
     ]
     assert table.rows[0].cells[0].value == results["metrics"]["use"]
+
+
+@pytest.fixture
+def pictures(tmp_path: Path) -> list[str]:
+    """A person, the region to fill in, a garment of another aspect and its own region, for StableVITON's shape."""
+    drawn = {
+        "image": ("RGB", (60, 80), "#c9d6df", [((18, 22, 44, 58), "#884444")]),
+        "mask": ("L", (60, 80), 0, [((16, 20, 46, 60), 255)]),
+        "reference": ("RGB", (90, 70), "white", [((30, 10, 60, 60), "#2a7f62"), ((40, 20, 50, 30), "#ff5f4a")]),
+        "reference_mask": ("L", (90, 70), 0, [((30, 10, 60, 60), 255)]),
+    }
+    words = ["model=factory", "factory=tests.support.stableviton_like:build", "size=[64,48]", "sampling.steps=2"]
+    for name, (mode, size, back, shapes) in drawn.items():
+        picture = Image.new(mode, size, back)
+        for box, colour in shapes:
+            ImageDraw.Draw(picture).rectangle(box, fill=colour)
+        picture.save(tmp_path / f"{name}.png")
+        words.append(f"{name}={tmp_path / name}.png")
+    words += ["layers=[5]", "attribution.layers=[5]", "shares=[0.5]", "random_draws=1", "progress_bar=false"]
+    return [*words, f"output={tmp_path / 'run'}"]
+
+
+def test_other_peoples_models(pictures: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """By their recipe: all that needs neither gradient nor truth; a second call reads what the first found."""
+    config = compose("faithful", pictures)
+    faithful.run(config)
+    printed = capsys.readouterr().out
+    assert "Left out of the controls, without gradients and truth: gradient, gradient_attention, truth." in printed
+    assert "Without " not in printed
+    results = json.loads((tmp_path / "run" / "faithfulness.json").read_text())
+    (layer,), (row,) = results["layers"], results["samples"]
+    assert paper_number(layer) == 5
+    assert row[f"use/{layer}"] > 0
+    assert row["deletion/top@0.5"] > 0
+    assert {"deletion/middle", "deletion/random", "deletion_stlpips/score"} <= row.keys()
+    assert not {"deletion/gradient", "deletion/truth", "where/truth"} & row.keys()
+    faithful.run(config)
+    assert "is made up to" not in capsys.readouterr().out
+
+
+def test_regions(pictures: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Without one of the reference all of it counts, and it is said; without one to compare in, nothing is made.
+
+    Layers with reference grids of their own are asked together.
+    """
+    words = [word for word in pictures if not word.startswith(("reference_mask=", "attribution"))]
+    faithful.run(compose("faithful", [*words, "controls=[]"]))
+    assert "Without reference_mask= all of the reference counts." in capsys.readouterr().out
+    words = [word for word in words if not word.startswith(("image=", "mask=", "output="))]
+    with pytest.raises(ConfigError, match="this request has no mask"):
+        faithful.run(compose("faithful", [*words, f"output={tmp_path / 'other'}"]))
+    assert not (tmp_path / "other").exists()
+
+
+def test_chance_is_refused(pictures: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A pipeline whose pictures differ at the same seed would make every change an effect."""
+    remade = faithful.remake_of_picture
+
+    def by_chance(*args, **kwargs):  # type: ignore[no-untyped-def]
+        return replace(remade(*args, **kwargs), make=lambda pictures: torch.rand(1, 3, 64, 48))
+
+    monkeypatch.setattr(faithful, "remake_of_picture", by_chance)
+    with pytest.raises(ConfigError, match="made twice from the same seed, differs"):
+        faithful.run(compose("faithful", pictures))
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["model=factory"], "model=factory needs factory=, reference="),
+        (["model=catvton"], "checkpoint is required"),
+        (["reference=a.png"], "reference=... is for other people's models"),
+    ],
+)
+def test_whose_model(words: list[str], message: str, tmp_path: Path) -> None:
+    """Options of one way of asking are refused with the other, and missing ones are named."""
+    with pytest.raises(ConfigError, match=message):
+        faithful.run(compose("faithful", [*words, f"output={tmp_path / 'run'}"]))
+    assert not (tmp_path / "run").exists()

@@ -224,6 +224,17 @@ def test_what_is_refused(plain: Tensor) -> None:
         faithfulness(remake(Copier(), plain), asked(layers=["else"]))
 
 
+def test_attention_that_is_no_number(plain: Tensor) -> None:
+    """Refused, with the layer; and a head that only the call could show not to be there, too."""
+    net = Copier()
+    net.idle.queries = torch.full((16, 16), torch.nan)
+    with pytest.raises(CaptureError, match="not finite numbers, first seen in the attention of layer idle"):
+        faithfulness(remake(net, plain), asked())
+    kernel = remake(Copier(kernel=True), plain, recipe=recipe("sdpa"))
+    with pytest.raises(ConfigError, match="head=1 is not possible: expected less than 1"):
+        faithfulness(kernel, asked(head=1))
+
+
 def test_random_draws_are_the_samples_own(plain: Tensor) -> None:
     """A sample's row is the same alone and in a batch."""
     options = asked(shares=[0.5], random_draws=2)
