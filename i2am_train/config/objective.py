@@ -193,6 +193,10 @@ class ObjectiveConfig(Options):
         for name, entry in self.terms.items():
             term = term_config(name, entry)
             self.terms[name] = {k: plain(getattr(term, k)) if k in _OF_EVERY_TERM else v for k, v in entry.items()}
+        if self.variant is LossVariant.PAPER and "slope" in self.needs:
+            raise OptionError(
+                "variant", self.variant, "one whose centres are in reference patches, for a force that has an extent"
+            )
 
     @property
     def layer_weights(self) -> dict[int | str, float]:

@@ -387,6 +387,15 @@ def test_terms_that_are_none(terms: dict[str, Any], message: str) -> None:
         ObjectiveConfig(terms=terms)
 
 
+@pytest.mark.parametrize("force", ["capped", "extent"])
+def test_the_extent_is_in_reference_patches(force: str) -> None:
+    """Centres that are divided by the number of patches, as eq. 15 is printed, cannot be compared with it."""
+    terms = {"dcml": {"weight": 1, "force": force}}
+    assert make_objective(ObjectiveConfig(variant=LossVariant.HINGE, terms=terms)).needs == {"slope"}
+    with pytest.raises(ConfigError, match=r"variant=paper .*whose centres are in reference patches"):
+        ObjectiveConfig(variant=LossVariant.PAPER, terms=terms)
+
+
 @pytest.mark.parametrize(
     ("terms", "message"),
     [
