@@ -231,9 +231,8 @@ def pack_row(values: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tens
         for name, value in values.items()
         if name not in (*MASKS, CORRESPONDENCE)
     }
-    for name in MASKS:
-        if name in values:
-            packed[name] = torch.from_numpy(np.packbits(values[name].cpu().numpy().reshape(-1)))
+    for name in (mask for mask in MASKS if mask in values):
+        packed[name] = torch.from_numpy(np.packbits(values[name].cpu().numpy().reshape(-1)))
     if CORRESPONDENCE in values:
         packed[CORRESPONDENCE] = values[CORRESPONDENCE].float().contiguous().cpu()
     return packed

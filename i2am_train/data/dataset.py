@@ -107,19 +107,6 @@ def batch_on(batch: TryOnBatch, device: torch.device | str) -> TryOnBatch:
     return cast(TryOnBatch, moved)
 
 
-def batch_rows(batch: TryOnBatch, rows: Sequence[int]) -> TryOnBatch:
-    """A batch of some of the samples, by their position in it.
-
-    >>> batch_rows({"name": ["a", "b"], "index": torch.tensor([3, 8])}, [1])
-    {'name': ['b'], 'index': tensor([8])}
-    """
-    chosen: Mapping[str, Any] = {
-        name: value[list(rows)] if isinstance(value, Tensor) else [value[row] for row in rows]  # type: ignore[index]
-        for name, value in batch.items()
-    }
-    return cast(TryOnBatch, chosen)
-
-
 # -- which layout a folder has, and what its lists hold ----------------------------------------------------------------
 
 

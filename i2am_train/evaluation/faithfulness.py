@@ -25,10 +25,10 @@ from i2am_train.attention.uniform import uniform_attention
 from i2am_train.config.evaluation import AttributionConfig, FaithfulnessConfig
 from i2am_train.config.models import SamplingConfig
 from i2am_train.config.options import OptionError
-from i2am_train.data.dataset import TryOnBatch, batch_rows
+from i2am_train.data.dataset import TryOnBatch
 from i2am_train.errors import CaptureError
 from i2am_train.evaluation.explanation import TO_REFERENCE
-from i2am_train.evaluation.remaking import Remake, counted, remake_of, sample_rows
+from i2am_train.evaluation.remaking import Remake, batch_rows, counted, remake_of, sample_rows
 from i2am_train.metrics.attention import target_on_grid
 from i2am_train.metrics.faithfulness import (
     SAMPLE,

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -54,6 +54,19 @@ class Remake:
     """The true reference position of each pixel of the generated image, where the data knows it."""
     worn: Bool[Tensor, "batch height width"] | None = None
     """Where the generated image shows the garment, where the data knows it."""
+
+
+def batch_rows(batch: TryOnBatch, rows: Sequence[int]) -> TryOnBatch:
+    """A batch of some of the samples, by their position in it.
+
+    >>> batch_rows({"name": ["a", "b"], "index": torch.tensor([3, 8])}, [1])
+    {'name': ['b'], 'index': tensor([8])}
+    """
+    chosen: Mapping[str, Any] = {
+        name: value[list(rows)] if isinstance(value, Tensor) else [value[row] for row in rows]  # type: ignore[index]
+        for name, value in batch.items()
+    }
+    return cast(TryOnBatch, chosen)
 
 
 def remake_of(model: TryOnModel, batch: TryOnBatch, sampling: SamplingConfig) -> Remake:

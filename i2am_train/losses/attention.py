@@ -60,7 +60,7 @@ class Attention(NamedTuple):
     goes to other tokens of the same softmax. Mean over heads."""
     slope: Float[Tensor, "batch 2"] | None = None
     """Reference patches per generated patch, ``yx``, over which the garment extends on the two grids
-    (:func:`~i2am_train.ops.grids.extent_ratio`)."""
+    (:func:`~i2am_train.ops.grids.garment_slope`)."""
     pictures: Pictures | None = None
 
 

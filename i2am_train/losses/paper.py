@@ -46,7 +46,7 @@ def dcml(
             distance from there, ``abs(enough - gap)``, which also pulls together what lies too far apart. ``enough`` is
             the gap of the garment itself, ``margin * slope * steps``; ``slope`` is by axis its extent in reference
             patches over that in generated patches, which the two masks tell without the truth
-            (:func:`~i2am_train.ops.grids.extent_ratio`). These two forms are ours.
+            (:func:`~i2am_train.ops.grids.garment_slope`). These two forms are ours.
         margin: for the force ``margin`` in reference patches per step between generated patches; what can be met is
             the reference grid's size over the generated one's. For ``capped`` and ``extent`` a share of the garment's
             own extent. None: 1. Other forces have none.

@@ -150,7 +150,7 @@ def mask_on_grid(mask: Bool[Tensor, "batch height width"], grid: GridSize) -> Bo
     return (share >= 0.5).flatten(1)
 
 
-def extent_ratio(
+def garment_slope(
     worn: Bool[Tensor, "batch height width"],
     flat: Bool[Tensor, "batch flat_height flat_width"],
     generated_grid: GridSize,
@@ -172,7 +172,7 @@ def extent_ratio(
 
     >>> worn, flat = torch.zeros(1, 4, 4).bool(), torch.ones(1, 4, 4).bool()
     >>> worn[:, :2, 1:3] = True  # half of the picture in both axes
-    >>> extent_ratio(worn, flat, GridSize(4, 4), GridSize(8, 4))  # sqrt(15 / 3) times as long in pixels
+    >>> garment_slope(worn, flat, GridSize(4, 4), GridSize(8, 4))  # sqrt(15 / 3) times as long in pixels
     tensor([[4.4721, 2.2361]])
     """
     spreads, other = _spreads(flat), _spreads(worn)

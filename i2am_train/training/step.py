@@ -25,7 +25,7 @@ from i2am_train.losses.attention import Attention, Pictures, attention_on_grids
 from i2am_train.losses.objective import Objective, denoising_loss, snr_weights
 from i2am_train.metrics.attention import target_on_grid
 from i2am_train.models.tryon import Moments, TryOnModel
-from i2am_train.ops.grids import extent_ratio, mask_on_grid, matches_on_grid
+from i2am_train.ops.grids import garment_slope, mask_on_grid, matches_on_grid
 from i2am_train.seeds import seed_for
 from i2am_train.types import GridSize, Need
 
@@ -159,7 +159,7 @@ def _attention(batch: TrainingBatch, draws: Draws, objective: Objective, tap: Sc
         "matches": lambda: matches_on_grid(batch["correspondence"], worn, *grids),
         "log_heads": lambda: tap.log_heads(layer),
         "log_mass": lambda: tap.log_mass(layer),
-        "slope": lambda: extent_ratio(worn, batch["garment_mask"], *grids),
+        "slope": lambda: garment_slope(worn, batch["garment_mask"], *grids),
         "pictures": lambda: Pictures(pictures["person"], worn, pictures["garment"]),
     }
     needed: dict[str, Any] = {need: parts[need]() for need in objective.needs}

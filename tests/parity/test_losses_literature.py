@@ -14,7 +14,7 @@ from i2am_train.losses.attention import Attention, Pictures, attention_on_grids
 from i2am_train.losses.literature import atv, entropy, leffa, mass, matches, supervised
 from i2am_train.losses.paper import cwg, dcml
 from i2am_train.ops.attention import log_head_scores, log_reference_mass
-from i2am_train.ops.grids import extent_ratio, mask_on_grid, matches_on_grid
+from i2am_train.ops.grids import garment_slope, mask_on_grid, matches_on_grid
 from i2am_train.types import GridSize
 
 GENERATED, REFERENCE = GridSize(3, 4), GridSize(5, 2)
@@ -51,7 +51,7 @@ def on() -> Attention:
         log_heads=logarithms,
         log_mass=log_reference_mass(GENERATED_TOKENS, KEYS, slice(SPECIAL, None)),
         matches=matches_on_grid(PLACES, WORN, GENERATED, REFERENCE),
-        slope=extent_ratio(WORN, FLAT, GENERATED, REFERENCE),
+        slope=garment_slope(WORN, FLAT, GENERATED, REFERENCE),
         pictures=Pictures(PERSONS, WORN, GARMENTS),
     )
 

@@ -17,7 +17,7 @@ from i2am_train.losses.literature import atv, entropy, leffa, mass, matches
 from i2am_train.losses.paper import cwg, dcml, tv
 from i2am_train.metrics.attention import attention_entropy, correspondence_error, spread_ratio, target_on_grid
 from i2am_train.ops.attention import head_mean_scores, log_head_scores, log_reference_mass, reference_mass
-from i2am_train.ops.grids import extent_ratio, mask_on_grid, matches_on_grid
+from i2am_train.ops.grids import garment_slope, mask_on_grid, matches_on_grid
 from i2am_train.types import GridSize
 from tests.support.attentions import whole_attention
 
@@ -279,7 +279,7 @@ def descended(term: Term, steps: int, noise: float = 0.1) -> tuple[Attention, Te
     logits = noise * torch.randn(1, generated.tokens, reference.tokens, generator=torch.Generator().manual_seed(8))
     logits.requires_grad_()
     target = target_on_grid(places, worn, generated, reference)
-    slope = extent_ratio(worn, flat, generated, reference)
+    slope = garment_slope(worn, flat, generated, reference)
     mask = mask_on_grid(worn, generated)
     for _ in range(steps):
         on = attention_on_grids(logits.softmax(-1), mask, generated, reference, slope=slope)
@@ -294,7 +294,7 @@ def test_the_extents_slope_is_that_of_the_truth() -> None:
     worn, flat, places = dressed()
     target = target_on_grid(places, worn, *GRIDS).unflatten(1, GRIDS[0])[0]
     true = torch.stack([(target[3, 2] - target[2, 2])[0], (target[3, 2] - target[3, 1])[1]])
-    torch.testing.assert_close(extent_ratio(worn, flat, *GRIDS)[0], true, rtol=1e-3, atol=0.0)
+    torch.testing.assert_close(garment_slope(worn, flat, *GRIDS)[0], true, rtol=1e-3, atol=0.0)
     assert true.tolist() == pytest.approx([80 / 64 * 2, 48 / 32 * 2])
 
 
@@ -303,7 +303,7 @@ def test_masks_without_an_extent() -> None:
     worn, flat, _ = dressed()
     nothing = torch.zeros_like(worn)
     for one, other in ((worn, nothing), (nothing, flat), (nothing, nothing)):
-        assert extent_ratio(one, other, *GRIDS).tolist() == [[0.0, 0.0]]
+        assert garment_slope(one, other, *GRIDS).tolist() == [[0.0, 0.0]]
 
 
 def test_the_extent_ends_at_the_garments_own() -> None:
@@ -327,7 +327,7 @@ def test_a_share_of_the_extent() -> None:
     worn, flat, places = dressed()
     target = target_on_grid(places, worn, *GRIDS)
     scores = torch.full((1, GRIDS[0].tokens, GRIDS[1].tokens), 1 / GRIDS[1].tokens)
-    slope = extent_ratio(worn, flat, *GRIDS)
+    slope = garment_slope(worn, flat, *GRIDS)
     on = attention_on_grids(scores, mask_on_grid(worn, GRIDS[0]), *GRIDS, slope=slope)
     for share in (1.0, 0.5, 1.5):
         there = on._replace(centers=(share * target).nan_to_num().unflatten(1, GRIDS[0]))
