@@ -224,7 +224,7 @@ def test_truth_is_required_where_it_is_taught(copy: Path) -> None:
     # Proves that the supervised loss cannot silently be zero on a dataset without correspondence.
     require_correspondence(copy)
     shutil.rmtree(copy / "train" / "correspondence")
-    with pytest.raises(DataError, match=r"has none.*switch the term off: objective\.terms\.supervised=0"):
+    with pytest.raises(DataError, match=r"has none.*switch the term off \(objective\.terms\.supervised=0"):
         require_correspondence(copy)
 
 
