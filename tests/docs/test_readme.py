@@ -42,9 +42,15 @@ def commands() -> list[tuple[str, str]]:
 
 
 @pytest.mark.parametrize("command", dict.fromkeys(line for _, line in commands()))
-def test_commands_compose(command: str) -> None:
-    """Every `i2am` line names options that exist, with legal values."""
+def test_commands_compose(command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every `i2am` line names options that exist, with legal values; a file of the reader's is one of `diagnose`."""
     _, name, *overrides = shlex.split(command.replace("...", "SOMETHING"))
+    monkeypatch.chdir(tmp_path)
+    for file in (word.removeprefix("experiment=") for word in overrides if re.match("experiment=.*yaml", word)):
+        Path(file).parent.mkdir(parents=True)
+        Path(file).write_text(
+            "name: repair\nlabel: Repair\nobjective: {layers: {5: 1.0}, terms: {tv: {weight: 0.002}}}\n"
+        )
     if name == "data":
         name = f"data_{overrides.pop(0)}"
     compose(name, overrides)
