@@ -51,11 +51,16 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 @pytest.fixture
-def own_sigterm() -> Iterator[None]:
-    """The handlers of SIGTERM that the product sets, for tests that send it to themselves."""
+def own_signals() -> Iterator[None]:
+    """The handlers that the product sets, for tests that send signals to themselves.
+
+    SIGINT is ignored where the tests were started in the background, which the product would respect.
+    """
+    interrupt = signal.signal(signal.SIGINT, signal.default_int_handler)
     UNTOUCHED.remove(signal.SIGTERM)
     yield
     UNTOUCHED.add(signal.SIGTERM)
+    signal.signal(signal.SIGINT, interrupt)
 
 
 @pytest.fixture(autouse=True)

@@ -208,7 +208,7 @@ def test_a_killed_reader_is_said(
     assert said.startswith("i2am: A process that helps this one was killed")
 
 
-@pytest.mark.usefixtures("own_sigterm")
+@pytest.mark.usefixtures("own_signals")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_an_evaluation_that_is_told_to_stop_says_what_continues(
     overrides: list[str], small_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,

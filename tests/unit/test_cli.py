@@ -182,7 +182,7 @@ def test_a_fault_of_the_program_keeps_its_traceback() -> None:
         execute("train", [], fail)
 
 
-@pytest.mark.usefixtures("own_sigterm")
+@pytest.mark.usefixtures("own_signals")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_ends_a_command_with_a_sentence(number: signal.Signals, capsys: pytest.CaptureFixture[str]) -> None:
     """What was received, and what continues; nothing that handles errors on the way swallows it."""

@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import suppress
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 
@@ -170,7 +171,11 @@ def test_processes_write_the_same_files(tmp_path: Path) -> None:
 
 def helpers() -> list[psutil.Process]:
     """The processes that draw."""
-    return [child for child in psutil.Process().children() if any("spawn_main" in word for word in child.cmdline())]
+    found = []
+    for child in psutil.Process().children():
+        with suppress(psutil.Error):  # it ends at this moment
+            found += [child] * any("spawn_main" in word for word in child.cmdline())
+    return found
 
 
 def meanwhile(is_time: Callable[[], object], act: Callable[[], None]) -> None:
@@ -186,7 +191,7 @@ def meanwhile(is_time: Callable[[], object], act: Callable[[], None]) -> None:
 
 @pytest.mark.parametrize(("number", "drawing"), [(signal.SIGINT, False), (signal.SIGTERM, True)])
 def test_a_signal_ends_all_processes_without_a_word(
-    tmp_path: Path, number: signal.Signals, drawing: bool, own_sigterm: None, capfd: pytest.CaptureFixture[str]
+    tmp_path: Path, number: signal.Signals, drawing: bool, own_signals: None, capfd: pytest.CaptureFixture[str]
 ) -> None:
     # Proves that a signal to the whole group, as a terminal sends it, is this process's affair alone: while the
     # others start and while they draw, they print no traceback, and end at once with thousands of samples to go.

@@ -196,7 +196,9 @@ def tradeoff_results(arms=("base", "baseline", "refined"), truth=()):
     }
     return {
         "metrics": metrics,
-        "arms": [{"name": arm, "losses": {"weights": {"supervised": 1.0}} if arm in truth else {}} for arm in arms],
+        "arms": [
+            {"name": arm, "losses": {"terms": {"supervised": {"weight": 1.0}}} if arm in truth else {}} for arm in arms
+        ],
         "cells": [
             {
                 "arm": arm,

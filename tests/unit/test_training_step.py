@@ -17,7 +17,7 @@ from i2am_train.losses.attention import Attention, attention_centers
 from i2am_train.losses.objective import NEEDS, Objective, Term, make_objective, snr_weights
 from i2am_train.ops.attention import log_reference_mass as log_mass
 from i2am_train.ops.attention import reference_mass
-from i2am_train.ops.grids import extent_ratio
+from i2am_train.ops.grids import garment_slope
 from i2am_train.training.module import TryOnModule
 from i2am_train.training.optimization import prepare_networks, set_trainable
 from i2am_train.training.step import Draws, draw, step_losses
@@ -181,7 +181,7 @@ def test_terms_get_what_they_need(make_small_model: Callable[..., Any], batch: A
     mean = attention_centers(on.matches)[known]
     assert (mean - on.target[known]).abs().max() < 0.51  # a cell's middle stands for all of it
     grids = GridSize(*on.scores.shape[1:3]), GridSize(*on.scores.shape[3:])
-    assert torch.equal(on.slope, extent_ratio(batch["warped_garment_mask"], batch["garment_mask"], *grids))
+    assert torch.equal(on.slope, garment_slope(batch["warped_garment_mask"], batch["garment_mask"], *grids))
     assert torch.equal(on.pictures.person, batch["person"])
     assert torch.equal(on.pictures.garment, batch["garment"])
     assert torch.equal(on.pictures.worn[:2], batch["warped_garment_mask"][:2])

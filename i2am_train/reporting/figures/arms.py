@@ -396,7 +396,7 @@ _MARKERS = ("o", "s", "^", "D", "v", "P")
 def tradeoff_metrics(results: Results) -> dict[str, MetricInfo]:
     """The image metrics of a study whose arms can be drawn over their correspondence error; empty without that error.
 
-    >>> results = {"metrics": {"correspondence_error": {"group": "attention"}, "ssim": {"group": "image"}}}
+    >>> results = {"metrics": {"ssim": {"group": "image", "higher_is_better": True}, "correspondence_error": {}}}
     >>> list(tradeoff_metrics({**results, "summary": {"ours": {"correspondence_error": {}, "ssim": {}}}}))
     ['ssim']
     """
