@@ -12,9 +12,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor
-from torch.nn import functional as F
 
 from i2am_train.attention.hooks import heads_of
 from i2am_train.attention.lookup import chosen_recipe, resolve_root, resolve_sites
@@ -25,20 +24,13 @@ from i2am_train.attention.trace import trace
 from i2am_train.config.evaluation import DiagnosisConfig
 from i2am_train.errors import CaptureError
 from i2am_train.evaluation.explaining import worn_patches
-from i2am_train.evaluation.faithfulness import layer_use, layers_asked
+from i2am_train.evaluation.faithfulness import WhiteQuarters, layer_use, layers_asked, reference_grid
 from i2am_train.evaluation.remaking import Remake, counted, sample_rows
 from i2am_train.losses.attention import attention_centers
 from i2am_train.metrics.attention import attention_entropy, correspondence_error, target_on_grid
 from i2am_train.metrics.diagnosis import concordance, extent_ratio, order_violations, round_trip, sink_mass
-from i2am_train.metrics.faithfulness import (
-    attention_to_parts,
-    garment_patches,
-    patch_change,
-    quarters,
-    where_correlation,
-    without_patches,
-)
-from i2am_train.ops.grids import mask_on_grid, resize_maps, unflatten
+from i2am_train.metrics.faithfulness import attention_to_parts, garment_patches
+from i2am_train.ops.grids import resize_maps, unflatten
 from i2am_train.types import GridSize
 
 FEWEST_PATCHES = 4
@@ -118,9 +110,9 @@ def diagnosis(
         )
         for place in places
     }
-    changes = _changes(remake, image, maps)
+    whitened = WhiteQuarters.made(remake, image, reference_grid(maps))
     for place in places:
-        columns |= {f"{figure}/{place.name}": values for figure, values in _figures(place, remake, changes).items()}
+        columns |= {f"{figure}/{place.name}": values for figure, values in _figures(place, remake, whitened).items()}
     columns |= _agreement(places, columns, remake)
     columns |= _sinks(maps, places)
     return sample_rows(remake, columns)
@@ -180,44 +172,13 @@ def _no_patches(layer: str, grid: object) -> CaptureError:
     )
 
 
-@dataclass(frozen=True, eq=False)
-class _Changes:
-    """What became of the image when a quarter of the garment was white."""
-
-    image: Float[Tensor, "batch 3 height width"]
-    others: list[Tensor]
-    parts: Bool[Tensor, "batch part height width"]
-    """The quarters, in pixels of the reference."""
-
-    def on(self, grid: GridSize) -> Float[Tensor, "batch part generated"]:
-        return torch.stack([patch_change(self.image, other, grid) for other in self.others], dim=1)
-
-    def parts_on(self, grid: GridSize) -> Bool[Tensor, "batch part reference"]:
-        return torch.stack([mask_on_grid(part, grid) for part in self.parts.unbind(1)], dim=1)
-
-
-def _changes(remake: Remake, image: Tensor, maps: AttributionMaps) -> _Changes:
-    """Quarters of the finest reference grid, white one after the other."""
-    grids = [record.reference_grid for record in maps.store.layers if record.reference_grid is not None]
-    grid = max(grids, key=lambda one: one.tokens)
-    parts = quarters(garment_patches(remake.garment, grid), grid)
-    others = [remake.make(without_patches(remake.reference, part, grid, fill="white")) for part in parts.unbind(1)]
-    size = remake.reference.shape[-2:]
-    pixels = F.interpolate(_on_grid(parts, grid).float(), size, mode="nearest-exact")
-    return _Changes(image, others, pixels.bool())
-
-
-def _figures(place: _Place, remake: Remake, changes: _Changes) -> _Columns:
+def _figures(place: _Place, remake: Remake, whitened: WhiteQuarters) -> _Columns:
     """All that needs no further image."""
     generated, reference = place.layer.generated_grid, place.reference_grid
     worn = worn_patches(remake.worn, remake.mask, generated)
     centers, scores = place.centers, place.over_reference
     found = {
-        "where": where_correlation(
-            attention_to_parts(scores, changes.parts_on(reference)),
-            changes.on(generated),
-            mask_on_grid(remake.mask, generated),
-        ),
+        "where": whitened.correlation(attention_to_parts(scores, whitened.parts_on(reference)), generated),
         "violations": order_violations(centers, worn, generated),
         "spread": extent_ratio(centers, worn, garment_patches(remake.garment, reference), reference),
         "entropy": attention_entropy(scores, worn),

@@ -7,8 +7,8 @@ can be traced can be asked: a :class:`Remake` is all that is needed of it.
 from __future__ import annotations
 
 from collections.abc import Callable, Container, Mapping, Sequence, Set
-from dataclasses import replace
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, Self
 
 import torch
 from jaxtyping import Bool, Float
@@ -194,6 +194,40 @@ def _check_grids(grids: Set[GridSize | None]) -> None:
         )
 
 
+@dataclass(frozen=True, eq=False)
+class WhiteQuarters:
+    """What becomes of the images when a quarter of the garment is white, one quarter after the other."""
+
+    remake: Remake
+    image: _Images
+    """Of the reference as it is."""
+    grid: GridSize
+    """Of the reference patches that make up the quarters."""
+    parts: Bool[Tensor, "batch part reference"]
+    others: Sequence[_Images]
+    """Of the reference without each part."""
+
+    @classmethod
+    def made(cls, remake: Remake, image: _Images, grid: GridSize) -> Self:
+        """Makes the images four times."""
+        parts = quarters(garment_patches(remake.garment, grid), grid)
+        without = [without_patches(remake.reference, part, grid, fill="white") for part in parts.unbind(1)]
+        return cls(remake, image, grid, parts, [remake.make(one) for one in without])
+
+    def parts_on(self, grid: GridSize) -> Bool[Tensor, "batch part reference"]:
+        """The quarters on another grid of the reference."""
+        if grid == self.grid:
+            return self.parts
+        cells = self.parts.reshape(*self.parts.shape[:2], *self.grid).float()
+        pixels = F.interpolate(cells, self.remake.reference.shape[-2:], mode="nearest-exact").bool()
+        return torch.stack([mask_on_grid(part, grid) for part in pixels.unbind(1)], dim=1)
+
+    def correlation(self, attention: Float[Tensor, "batch part generated"], grid: GridSize) -> Float[Tensor, " batch"]:
+        """Of the attention that goes to each quarter, on a grid of the generated image, with the image's change."""
+        changes = torch.stack([patch_change(self.image, other, grid) for other in self.others], dim=1)
+        return where_correlation(attention, changes, mask_on_grid(self.remake.mask, grid))
+
+
 def where(
     remake: Remake,
     image: _Images,
@@ -205,32 +239,19 @@ def where(
     Also of all layers together (``all``) where there are several, and of the ``truth`` where it is given. The images
     are made four times. ``maps`` need the score matrices of their layers.
     """
-    grid, finest = reference_grid(maps), _finest_grid(maps)
-    parts = quarters(garment_patches(remake.garment, grid), grid)
-    others = [remake.make(without_patches(remake.reference, part, grid, fill="white")) for part in parts.unbind(1)]
-
-    def parts_on(other: GridSize) -> Bool[Tensor, "batch part reference"]:
-        if other == grid:
-            return parts
-        cells = parts.reshape(*parts.shape[:2], *grid).float()
-        whitened = F.interpolate(cells, remake.reference.shape[-2:], mode="nearest-exact").bool()
-        return torch.stack([mask_on_grid(part, other) for part in whitened.unbind(1)], dim=1)
-
-    def correlation(attention: Float[Tensor, "batch part generated"], on: GridSize) -> Float[Tensor, " batch"]:
-        changes = torch.stack([patch_change(image, other, on) for other in others], dim=1)
-        return where_correlation(attention, changes, mask_on_grid(remake.mask, on))
-
+    finest = _finest_grid(maps)
+    whitened = WhiteQuarters.made(remake, image, reference_grid(maps))
     found: dict[str, Tensor] = {}
     together = []
     for record in maps.store.layers:
-        attention = attention_to_parts(maps.scores(record.layer), parts_on(record.grid(TO_REFERENCE)))
-        found[record.layer] = correlation(attention, record.generated_grid)
+        attention = attention_to_parts(maps.scores(record.layer), whitened.parts_on(record.grid(TO_REFERENCE)))
+        found[record.layer] = whitened.correlation(attention, record.generated_grid)
         on_grid = attention.reshape(*attention.shape[:2], *record.generated_grid)
         together.append(resize_maps(on_grid, finest).flatten(2))
     if len(together) > 1:
-        found["all"] = correlation(torch.stack(together).mean(dim=0), finest)
+        found["all"] = whitened.correlation(torch.stack(together).mean(dim=0), finest)
     if truth is not None:
-        found["truth"] = correlation(attention_to_parts(truth, parts), finest)
+        found["truth"] = whitened.correlation(attention_to_parts(truth, whitened.parts), finest)
     return found
 
 
