@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from inspect import getattr_static, signature
 from pathlib import Path
@@ -25,7 +26,8 @@ from i2am_train.errors import ConfigError
 from i2am_train.evaluation.evaluator import EvaluationSettings
 from i2am_train.losses.objective import Objective, make_objective
 from i2am_train.metrics.registry import metric_info
-from i2am_train.models.tryon import TryOnModel, load_model
+from i2am_train.models.by_name import by_number, load_model
+from i2am_train.models.tryon import TryOnModel
 from i2am_train.ops.numerics import check_device
 from i2am_train.runs import BEST_FOLDER, SNAPSHOTS_FOLDER
 from i2am_train.training.module import TryOnModule
@@ -292,10 +294,12 @@ def make_untrained_module(model: TryOnModel) -> TryOnModule:
 
 
 def make_module(config: TrainConfig) -> TryOnModule:
-    """The model of ``init`` with its objective."""
+    """The model of ``init`` with its objective; what it trains becomes the layer that the model is judged at."""
     objective = make_objective(config.objective)
     model = load_model(config.init, config.data)
     if config.optimization.from_scratch:
         model.redraw_denoiser()
+    if objective.terms:
+        model.config = replace(model.config, layer=by_number(config.objective.first_layer))
     kind = ShardedTryOnModule if config.trainer.sharded else TryOnModule
     return kind(model, objective, config.optimization, config.seed, cached=config.data.cache is not None)

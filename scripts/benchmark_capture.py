@@ -162,7 +162,8 @@ def train_case(batch: int = 8) -> Case:
     from i2am_train.training.step import draw, step_losses
 
     samples = synthetic_batch(batch)
-    refined = make_objective(ObjectiveConfig(terms={name: {"weight": 1e-3} for name in ("dcml", "tv", "cwg")}))
+    terms = {name: {"weight": 1e-3} for name in ("dcml", "tv", "cwg")}
+    refined = make_objective(ObjectiveConfig(layers=2, terms=terms))
 
     def trainer(objective: Objective) -> Variant:
         model = tiny_model().train()

@@ -40,6 +40,9 @@ from i2am_train.types import (
     PublishedModel,
 )
 
+JUDGED = "attribution.layer"
+"""In ``faithfulness.layers``: the layer that this option names."""
+
 
 @dataclass(kw_only=True, slots=True)
 class AttributionConfig(Options):
@@ -55,10 +58,12 @@ class AttributionConfig(Options):
     """More penalties, likewise; the scores of every delta and lambda are called imacs_g@d0.4_l3."""
     weighting: LayerWeighting = LayerWeighting.PAPER
     """How layers of different grids are summed: paper (plain sum) or density (balanced)."""
-    layer: Layer = 2
+    layer: Layer | None = None
     """Layer of correspondence error, PCK, spread and entropy, and of a patch's maps: a paper number
-    1...9 or a name. In a model without the paper's layers: that at the same depth of its decoder; a
-    name that it lacks is refused with a list of its layers and their numbers."""
+    1...9 or a name; null: the one that is trained, else the model's own (layer in its
+    model_index.json, 2 unless it was trained at another), of other people's models 2. In a model
+    without the paper's layers a number means that at the same depth of its decoder; a name that it
+    lacks is refused with a list of its layers and their numbers."""
     layers: Layers | None = None
     """Layers that enter the unified maps; null: all nine."""
     inpaint_queries: bool = True
@@ -69,13 +74,30 @@ class AttributionConfig(Options):
     byte_budget: Annotated[int, at_least(2**16)] = 64 * 2**20
     """Memory that capture may use for intermediate results, in bytes."""
 
+    @property
+    def judged_layer(self) -> int | str:
+        """``layer``, once a command has put one in the place of null.
+
+        Raises:
+            ConfigError: it is null.
+
+        >>> AttributionConfig(layer=5).judged_layer
+        5
+        """
+        if self.layer is None:
+            raise ConfigError(
+                "attribution.layer=null stands for the model's own layer, and no model was asked for it. Set it to a "
+                "layer, such as 2, the paper's; commands ask models.by_name.with_layers."
+            )
+        return self.layer
+
 
 @dataclass(kw_only=True, slots=True)
 class FaithfulnessConfig(Options):
     """Whether maps tell what the model uses: the reference is changed, and the images are made again."""
 
     layers: Layers | None = None
-    """Layers whose use is measured, at one image each; null: all."""
+    """Layers whose use is measured, at one image each; null: all. The word attribution.layer means that one."""
     shares: list[Annotated[float, Rule("more than 0 and at most 1", lambda share: 0 < share <= 1)]] = field(
         default_factory=lambda: [0.1, 0.25, 0.5]
     )

@@ -21,6 +21,7 @@ from i2am_train.config.options import (
     build,
     plain,
 )
+from i2am_train.errors import ConfigError
 from i2am_train.types import LossVariant, Need, TermSchedule
 
 
@@ -168,9 +169,10 @@ class ObjectiveConfig(Options):
 
     variant: LossVariant = LossVariant.REWARD
     """Form of dcml, tv and cwg: keywords that a term's own go before; i2am_train/types.py says what each does."""
-    layers: Layer | list[Layer] | dict[str, Positive] = 2
+    layers: Layer | list[Layer] | dict[str, Positive] | None = None
     """Layers that are trained: paper numbers 1...9 or names like up_blocks.1.attentions.1, as [2, 5], or with
-    a weight each, as {2: 1.0, 5: 0.5}. Every term is applied to each."""
+    a weight each, as {2: 1.0, 5: 0.5}; null: the layer of init (2, the paper's, unless it was trained at
+    another). Every term is applied to each. The first of the greatest weight becomes the trained model's own."""
     terms: dict[str, dict[str, Any]] = field(default_factory=dict)
     """Losses by name: dcml (order of the attention centres), tv (smoothness of their field), cwg (sharpness
     around them), supervised and matches (cross-entropy to the true correspondence, which only some data have;
@@ -189,7 +191,8 @@ class ObjectiveConfig(Options):
             ...
         i2am_train.config.options.OptionError: terms.cwg=... is not possible: expected a name that is not taken, ...
         """
-        self.layers = _weights_of(self.layers)
+        if self.layers is not None:
+            self.layers = _weights_of(self.layers)
         for name, entry in self.terms.items():
             term = term_config(name, entry)
             self.terms[name] = {k: plain(getattr(term, k)) if k in _OF_EVERY_TERM else v for k, v in entry.items()}
@@ -200,12 +203,30 @@ class ObjectiveConfig(Options):
 
     @property
     def layer_weights(self) -> dict[int | str, float]:
-        """Weight by layer, paper numbers as numbers.
+        """Weight by layer, paper numbers as numbers, once a command has put a layer in the place of null.
+
+        Raises:
+            ConfigError: it is null.
 
         >>> ObjectiveConfig(layers={2: 1, "up_blocks.2.attentions.1": 0.5}).layer_weights
         {2: 1.0, 'up_blocks.2.attentions.1': 0.5}
         """
+        if self.layers is None:
+            raise ConfigError(
+                "objective.layers=null stands for the layer of the model in init, and no model was asked for it. Set "
+                "layers, such as 2, the paper's; commands ask models.by_name.with_layers."
+            )
         return {_layer(name): weight for name, weight in _weights_of(self.layers).items()}
+
+    @property
+    def first_layer(self) -> int | str:
+        """The layer of the greatest weight, of several the first: the one that a trained model is judged at.
+
+        >>> ObjectiveConfig(layers={2: 0.5, 5: 1.0, 6: 1.0}).first_layer
+        5
+        """
+        weights = self.layer_weights
+        return max(weights, key=lambda layer: weights[layer])
 
     @property
     def active(self) -> dict[str, TermConfig]:

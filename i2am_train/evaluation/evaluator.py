@@ -110,7 +110,7 @@ def check_settings(model: TryOnModel, settings: EvaluationSettings) -> None:
     """
     check_imported(Evaluator(settings, model.device).pair_scores, model.image_size)
     attribution = settings.attribution
-    with trace(model, layers=attribution.layers, matrix_layers=[attribution.layer]):
+    with trace(model, layers=attribution.layers, matrix_layers=[attribution.judged_layer]):
         pass
     if settings.faithful_samples:
         check_faithfulness(model, None, settings.faithfulness, settings.attribution, settings.sampling.steps)

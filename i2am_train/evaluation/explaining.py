@@ -73,7 +73,7 @@ def explain_batch(
     with trace(
         model,
         layers=attribution.layers,
-        matrix_layers=None if matrix_layers is None else [attribution.layer, *matrix_layers],
+        matrix_layers=None if matrix_layers is None else [attribution.judged_layer, *matrix_layers],
         generated_mask=batch["inpaint_mask"] if attribution.inpaint_queries else None,
         byte_budget=attribution.byte_budget,
     ) as attention:
@@ -123,7 +123,7 @@ def _of_samples(
             masks={key: stack[row] for key, stack in masks.items()},
             correspondence=truth[row] if np.isfinite(truth[row]).any() else None,
             maps=AttributionMaps(maps.store.sample(row)),
-            layer=maps.store.layer(attribution.layer).layer,
+            layer=maps.store.layer(attribution.judged_layer).layer,
             scores={key: value_or_none(float(column[row])) for key, column in scores.items()},
             delta=attribution.delta,
             weighting=attribution.weighting,
@@ -155,7 +155,7 @@ def attention_scores(
     Raises:
         NotFiniteError: the attention itself is NaN or infinite.
     """
-    record, weights = maps.store.layer(attribution.layer), maps.scores(attribution.layer)
+    record, weights = maps.store.layer(attribution.judged_layer), maps.scores(attribution.judged_layer)
     grid, reference_grid = record.generated_grid, record.grid(TO_REFERENCE)
     centers = attention_centers(weights.reshape(*weights.shape[:2], *reference_grid))
     size = GridSize(*batch["inpaint_mask"].shape[-2:])
@@ -253,7 +253,7 @@ def explain_picture(
     sites = resolve_sites(resolve_root(model.target, model.recipe), model.recipe)
     names = list(dict.fromkeys(site.layer for site in sites))
     chosen = [find_layer(layer, names) for layer in attribution.layers or names]
-    layer = find_layer(attribution.layer, chosen, names)
+    layer = find_layer(attribution.judged_layer, chosen, names)
     kept = None if matrix_layers is None else [find_layer(one, chosen, names) for one in matrix_layers]
     mask = None if request.mask is None else fit_mask(request.mask, request.size, model.fit)
     queries = mask if attribution.inpaint_queries else None

@@ -96,7 +96,7 @@ def check_faithfulness(
         WeightsMissingError: the perceptual network is not on this machine.
     """
     if options.generated_patches:
-        layers_asked(target, recipe, [attribution.layer])
+        layers_asked(target, recipe, [attribution.judged_layer])
     names = layers_asked(target, recipe, options.layers, attribution.layers)
     chosen = chosen_recipe(target, recipe)
     sites = resolve_sites(resolve_root(target, chosen), chosen)
@@ -137,7 +137,7 @@ def faithfulness(
     attribution = attribution or AttributionConfig()
     remake = counted(remake, on_run)
     used = layers_asked(remake.target, remake.recipe, options.layers)
-    alone = [attribution.layer] if options.generated_patches else []
+    alone = [attribution.judged_layer] if options.generated_patches else []
     captured = layers_asked(remake.target, remake.recipe, attribution.layers, used, alone)
     with trace(
         remake.target,
@@ -157,7 +157,7 @@ def faithfulness(
     importance = map_importance(maps, remake.mask, options, attribution)
     columns |= _deletion(remake, image, importance, reference_grid(maps), truth, options)
     if options.generated_patches:
-        columns |= patch_deletion(remake, image, maps, attribution.layer, options)
+        columns |= patch_deletion(remake, image, maps, attribution.judged_layer, options)
     return sample_rows(remake, columns)
 
 
@@ -462,7 +462,7 @@ def judged_faithfulness(
     chosen = [row for row, index in enumerate(batch["index"].tolist()) if index in judged]
     if not chosen:
         return {}
-    (layer,) = layers_asked(model, None, [attribution.layer])
+    (layer,) = layers_asked(model, None, [attribution.judged_layer])
     if options.layers is not None:
         options = replace(options, layers=[layer, *options.layers])
     rows = faithfulness(remake_of(model, batch_rows(batch, chosen), sampling), options, attribution)

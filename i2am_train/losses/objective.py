@@ -227,10 +227,10 @@ def make_objective(options: ObjectiveConfig) -> Objective:
     """The objective of a training: the terms of ``objective.terms`` that have a weight.
 
     Raises:
-        ConfigError: a term's function cannot be imported or called, has no such keyword, or does not give what a term
-            gives.
+        ConfigError: ``layers`` is null, or a term's function cannot be imported or called, has no such keyword, or does
+            not give what a term gives.
 
-    >>> objective = make_objective(ObjectiveConfig(terms={"cwg": {"weight": 0.01}}))
+    >>> objective = make_objective(ObjectiveConfig(layers=2, terms={"cwg": {"weight": 0.01}}))
     >>> list(objective.terms), objective.layers
     (['cwg'], {2: 1.0})
     """

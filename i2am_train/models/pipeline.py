@@ -45,6 +45,7 @@ class TryOnPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin):
         class_token: bool = False,
         reference_mean: list = [0.485, 0.456, 0.406],  # type: ignore[type-arg]  # noqa: B006
         reference_std: list = [0.229, 0.224, 0.225],  # type: ignore[type-arg]  # noqa: B006
+        layer: int | str = 2,
         noise_schedule: dict | None = None,  # type: ignore[type-arg]
     ) -> None:
         super().__init__()
@@ -59,6 +60,7 @@ class TryOnPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin):
             class_token=class_token,
             reference_mean=list(reference_mean),
             reference_std=list(reference_std),
+            layer=layer,
             noise_schedule=noise_schedule,
         )
         schedule = dict(scheduler.config) if noise_schedule is None else noise_schedule

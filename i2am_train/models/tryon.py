@@ -23,11 +23,10 @@ from transformers import PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from i2am_train.attention.known import diffusers_decoder
-from i2am_train.attention.recipe import Recipe
-from i2am_train.config.data import DataConfig
-from i2am_train.config.locations import checkpoint_folder
-from i2am_train.config.options import Count, Positive, Rule, build
-from i2am_train.errors import CheckpointError, ConfigError
+from i2am_train.attention.lookup import resolve_root, resolve_sites
+from i2am_train.attention.recipe import Recipe, find_layer
+from i2am_train.config.options import Count, Layer, Positive, Rule, build
+from i2am_train.errors import CaptureError, CheckpointError, ConfigError
 from i2am_train.files import free_space
 from i2am_train.locks import staged
 from i2am_train.models.diffusion import NoiseSchedule
@@ -35,7 +34,6 @@ from i2am_train.models.lora import copy_adapters, merged
 from i2am_train.models.pretrained import INDEX_FILE, load_encoder, load_network, load_part, reading
 from i2am_train.models.projector import ReferenceProjector
 from i2am_train.models.watch import Watch
-from i2am_train.runs import MODEL_FOLDER, SETTINGS_FILE
 from i2am_train.types import GridSize
 from i2am_train.weight_files import check_numbers, read_description
 
@@ -53,6 +51,8 @@ Latents = Float[Tensor, "batch 4 latent_height latent_width"]
 EncoderTokens = Float[Tensor, "batch encoder_token encoder_width"]
 ContextTokens = Float[Tensor, "batch token context"]
 
+PAPER_LAYER = 2
+"""The layer that the paper's losses repair (A.5), by its number."""
 IMAGENET_MEAN = [0.485, 0.456, 0.406]
 IMAGENET_STD = [0.229, 0.224, 0.225]
 
@@ -67,7 +67,8 @@ class TryOnConfig:
     ``height`` and ``width`` are those of the images; ``reference_height`` and ``reference_width`` those that the
     garment is resized to for the encoder (518x392 for DINOv2 at 37x28 patches). ``class_token`` keeps the encoder's
     class token in front of the patches. ``reference_mean`` and ``reference_std`` normalise the garment from [0, 1];
-    the authors' code feeds [-1, 1], which is mean 0.5 and std 0.5.
+    the authors' code feeds [-1, 1], which is mean 0.5 and std 0.5. ``layer``, a number of the paper's or a name, is the
+    one whose attention is repaired and judged where options name none; the paper's is 2 (A.5).
     """
 
     height: Count
@@ -77,6 +78,7 @@ class TryOnConfig:
     class_token: bool = False
     reference_mean: Annotated[list[float], _THREE] = field(default_factory=lambda: list(IMAGENET_MEAN))
     reference_std: Annotated[list[Positive], _THREE] = field(default_factory=lambda: list(IMAGENET_STD))
+    layer: Layer = PAPER_LAYER
 
 
 class Conditions(NamedTuple):
@@ -340,7 +342,7 @@ class TryOnModel(nn.Module):
         networks do not fit each other.
         """
         folder = Path(folder)
-        config = _read_index(folder)
+        config = read_index(folder)
         networks = (
             load_network(UNet2DConditionModel, str(folder), "unet"),
             load_network(AutoencoderKL, str(folder), "vae"),
@@ -370,6 +372,14 @@ def _check_fit(model: TryOnModel, folder: Path) -> None:
             f"The networks in '{folder}' do not fit each other: {'; '.join(wrong)}. They come from different models, "
             f"or {INDEX_FILE} was changed. Make the model with 'i2am init', which fits foreign networks together."
         )
+    recipe = model.attention_recipe()
+    try:
+        find_layer(model.config.layer, [site.layer for site in resolve_sites(resolve_root(model, recipe), recipe)])
+    except CaptureError as error:
+        raise CheckpointError(
+            f"'{folder / INDEX_FILE}' says layer={model.config.layer}, which is the layer to repair and to judge: "
+            f"{error} Set layer in that file to it."
+        ) from error
 
 
 def _foreign_files(folder: Path) -> list[str]:
@@ -384,7 +394,12 @@ def _foreign_files(folder: Path) -> list[str]:
     return sorted({entry.name for entry in folder.iterdir()} - ours)
 
 
-def _read_index(folder: Path) -> TryOnConfig:
+def read_index(folder: Path) -> TryOnConfig:
+    """What the folder's index says; nothing else is opened.
+
+    Raises:
+        CheckpointError: the folder lacks the index or a network's folder, or the index is not of a try-on model.
+    """
     index_file = folder / INDEX_FILE
     if not index_file.is_file():
         found = ", ".join(sorted(path.name for path in folder.iterdir())) if folder.is_dir() else ""
@@ -408,33 +423,3 @@ def _read_index(folder: Path) -> TryOnConfig:
         raise CheckpointError(
             f"'{index_file}' is not a try-on model's index: {error} Export the model again."
         ) from error
-
-
-# -- by its name in an option ---------------------------------------------------------------------------------------
-
-
-def model_folder(name: str) -> Path:
-    """The model's folder that ``init`` or ``checkpoint`` means: shipped, a model's own, or a finished run's."""
-    folder = checkpoint_folder(name)
-    inside = folder / MODEL_FOLDER
-    if not (folder / INDEX_FILE).is_file() and (folder / SETTINGS_FILE).is_file():
-        if not (inside / INDEX_FILE).is_file():
-            raise CheckpointError(
-                f"The run in {folder} is not finished: it has no {MODEL_FOLDER}/. "
-                "Give its training command again to finish it."
-            )
-        return inside
-    return folder
-
-
-def load_model(name: str, data: DataConfig) -> TryOnModel:
-    """The checkpoint's model, checked to be of the images' size."""
-    folder = model_folder(name)
-    model = TryOnModel.from_pretrained(folder)
-    if model.image_size != data.size:
-        raise CheckpointError(
-            f"The model in {folder} was made for images of {model.image_size}, and the data is set to "
-            f"{data.size}. Set data.height={model.image_size.height} data.width={model.image_size.width}, "
-            "or choose another checkpoint."
-        )
-    return model

@@ -150,7 +150,7 @@ def _without_matrices(
             "delta": options.delta,
             "penalty": options.penalty,
             "weighting": options.weighting.value,
-            "patch_layer": store.index(options.layer),
+            "patch_layer": store.index(options.judged_layer),
         },
         "groups": [_group(group, store) for group in groups],
         "layers": [_layer(record) for record in store.layers],
@@ -244,7 +244,7 @@ def _matrix_layers(store: AttributionStore, options: AttributionConfig, data: Js
     used = sum(_length(part) for part in (data["samples"], data["captures"])) / samples
     left = SIZE_LIMIT - _PAGE_ALLOWANCE - used
     captured = [index for index, record in enumerate(store.layers) if record.scores_over_reference is not None]
-    first = store.index(options.layer)
+    first = store.index(options.judged_layer)
     chosen = {first}
     for index in sorted(captured, key=lambda at: (at != first, _scores(store.layers[at]))):
         left -= models * _packed_size(store.layers[index])

@@ -253,13 +253,15 @@ def evaluation_scores(results: Mapping[str, Any], expected: Mapping[str, float] 
     """The scores of one evaluation, with the paper's beside them if given.
 
     Args:
-        results: ``metrics`` and ``intervals`` by name, number of ``samples``.
+        results: ``metrics`` and ``intervals`` by name, number of ``samples``, and ``settings`` if known.
         expected: what the paper reports, by metric.
 
     >>> table = evaluation_scores({"samples": 8, "metrics": {"ssim": 0.8}, "intervals": {}}, {"ssim": 0.8396})
     >>> [cell.text for cell in table.rows[0].cells[:2]]
     ['0.8000', '0.8396']
     """
+    layer = results.get("settings", {}).get("attribution", {}).get("layer")
+    where = "" if layer is None else f"; correspondence error, PCK, spread and entropy of layer {layer}"
     good = {True: " (higher is better)", False: " (lower is better)", None: ""}
     rows = []
     for name, info in METRICS.items():
@@ -271,7 +273,7 @@ def evaluation_scores(results: Mapping[str, Any], expected: Mapping[str, float] 
             fewer = f"; {ends['n']} samples" if ends and ends.get("n", results["samples"]) < results["samples"] else ""
             rows.append(Row(info.label, (*cells, Cell(info.description + good[info.higher_is_better] + fewer))))
     return Table(
-        title=f"{results['samples']} samples; intervals: 95 %, bootstrap over them",
+        title=f"{results['samples']} samples; intervals: 95 %, bootstrap over them{where}",
         corner="Score",
         headings=(Heading("Value"), *([Heading("Paper")] if expected else []), Heading("Meaning", words=True)),
         rows=tuple(rows),

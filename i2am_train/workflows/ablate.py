@@ -19,7 +19,7 @@ from i2am_train.callbacks.weights import snapshot_folders
 from i2am_train.config.evaluation import EvaluateConfig
 from i2am_train.config.options import plain
 from i2am_train.config.store import BASE_ARM, arm_config, arm_name
-from i2am_train.config.training import AblateConfig
+from i2am_train.config.training import AblateConfig, TrainConfig
 from i2am_train.data.dataset import data_root, prepare_data
 from i2am_train.data.needed_files import noted_in
 from i2am_train.errors import ConfigError
@@ -27,6 +27,7 @@ from i2am_train.files import read_json, write_json
 from i2am_train.fingerprints import data_state
 from i2am_train.locks import locked
 from i2am_train.metrics.registry import METRICS
+from i2am_train.models.by_name import with_layers
 from i2am_train.reporting.ablation_page import build_report
 from i2am_train.reporting.ablation_tables import as_terminal, verdict_sentences
 from i2am_train.results.run_files import read_history, read_samples
@@ -97,7 +98,7 @@ def ablate(config: AblateConfig) -> dict[str, Any]:
             writes it.
     """
     with locked(config.folder), noted_in(config.folder):
-        return _ablate(config)
+        return _ablate(with_layers(config))
 
 
 def _ablate(config: AblateConfig) -> dict[str, Any]:
@@ -144,7 +145,7 @@ def _check(config: AblateConfig) -> None:
             "cells with 'i2am train', which can use several processes."
         )
     trained = [arm for arm in config.arms if arm != BASE_ARM]
-    cells = {arm: arm_config(config, arm, 0, config.folder) for arm in trained}
+    cells = {arm: _training(config, arm, 0, config.folder) for arm in trained}
     _check_different("names", {arm: arm_name(arm) for arm in config.arms})
     _check_different("labels", {arm: _arm_settings(config, arm)["label"] for arm in config.arms})
     judged = _evaluation(config, config.init)
@@ -209,7 +210,7 @@ def _run_cell(config: AblateConfig, cell: Cell, root: Path) -> dict[str, Any]:
     config = tracked(config, arm_name(cell.arm), *seed)
     checkpoint = config.init
     if cell.seed is not None:
-        training = arm_config(config, cell.arm, cell.seed, root / cell.folder)
+        training = _training(config, cell.arm, cell.seed, root / cell.folder)
         checkpoint = str(train.train(training))
     judged = _evaluation(config, checkpoint)
     evaluation = root / cell.folder / "evaluation"
@@ -245,6 +246,10 @@ def _minutes(cell: Path, now: float) -> float:
     return minutes
 
 
+def _training(config: AblateConfig, arm: str, seed: int, output: Path) -> TrainConfig:
+    return with_layers(arm_config(config, arm, seed, output))
+
+
 def _evaluation(config: AblateConfig, checkpoint: str) -> EvaluateConfig:
     return EvaluateConfig(
         checkpoint=checkpoint,
@@ -263,7 +268,7 @@ def _arm_settings(config: AblateConfig, arm: str) -> dict[str, Any]:
     """Entry of an arm in ``results.json``; reading it here checks the arm's file before anything is run."""
     if arm == BASE_ARM:
         return {"name": arm, "label": "Base", "losses": {}}
-    training = arm_config(config, arm, 0, Path())
+    training = _training(config, arm, 0, Path())
     return {
         "name": arm,
         "label": training.label,

@@ -27,7 +27,8 @@ from i2am_train.files import require_own_json, write_json, write_text
 from i2am_train.fingerprints import DERIVED_REPORT, is_of_dataset
 from i2am_train.locks import locked
 from i2am_train.models.annotators import HumanParser, ViTPoseEstimator
-from i2am_train.models.tryon import TryOnModel, model_folder
+from i2am_train.models.by_name import model_folder
+from i2am_train.models.tryon import TryOnModel
 from i2am_train.ops.numerics import chosen_device
 from i2am_train.runs import require_apart
 from i2am_train.training.encode_dataset import make_cache

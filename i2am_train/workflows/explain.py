@@ -34,10 +34,11 @@ from i2am_train.evaluation.explanation import TO_GENERATED, TO_REFERENCE, CleanI
 from i2am_train.files import entries_of, file_fingerprint, read_object, write_text
 from i2am_train.fingerprints import data_state
 from i2am_train.locks import locked
+from i2am_train.models.by_name import load_model, model_folder, with_layers
 from i2am_train.models.loaders import loader_of
 from i2am_train.models.sampling import SamplingStep
 from i2am_train.models.traceable import NO_GUIDANCE, Loader, Request, Source
-from i2am_train.models.tryon import TryOnModel, load_model, model_folder
+from i2am_train.models.tryon import TryOnModel
 from i2am_train.ops.grids import mask_on_grid, spread_patches
 from i2am_train.ops.numerics import chosen_device
 from i2am_train.reporting.explorer import PAGE, explorer_data, explorer_page
@@ -88,6 +89,7 @@ def explain(config: ExplainConfig) -> Path:
     Raises:
         I2AMError: device, checkpoint, data, sample, pictures, layer or patch do not fit; nothing is written then.
     """
+    config = with_layers(config)
     made = _of_samples(config) if config.model == TRYON else _of_pictures(config)
     several = sum(map(len, made.models.values())) > 1
     explanations = {
@@ -188,7 +190,7 @@ def known_causes(config: ExplainConfig, checkpoints: Mapping[str, str], data: st
                 settings["data"][side] == asked["data"][side] for side in ("height", "width")
             )
             rows = {row["index"]: row for row in found["samples"]} if alike else {}
-        layer = layer_name(config.attribution.layer)
+        layer = layer_name(config.attribution.judged_layer)
         said += [
             f"{name}, sample {index}: {sample_sentence(rows[index], layer)} ({folder})"
             for index in config.samples
@@ -205,10 +207,11 @@ def _check_attribution(config: ExplainConfig, model: TryOnModel) -> None:
         ConfigError: a patch lies outside its grid.
     """
     attribution = config.attribution
-    with trace(model, layers=attribution.layers, matrix_layers=[attribution.layer, *(config.matrix_layers or ())]):
+    matrix_layers = [attribution.judged_layer, *(config.matrix_layers or ())]
+    with trace(model, layers=attribution.layers, matrix_layers=matrix_layers):
         pass
     patch_indices(config.reference_patches, model.reference_grid)
-    if block := re.fullmatch(r"up_blocks\.(\d+)\..*", layer_name(attribution.layer)):
+    if block := re.fullmatch(r"up_blocks\.(\d+)\..*", layer_name(attribution.judged_layer)):
         # Each block of the decoder has twice the grid of the one before it; the last one's is the latents'.
         halvings = len(model.unet.up_blocks) - 1 - int(block[1])
         height, width = (-(-side // 2**halvings) for side in model.latent_size)

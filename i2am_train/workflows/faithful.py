@@ -33,8 +33,9 @@ from i2am_train.evaluation.scoring import batches
 from i2am_train.files import read_json, write_json, write_text
 from i2am_train.fingerprints import data_state
 from i2am_train.locks import locked
+from i2am_train.models.by_name import load_model, model_folder, with_layers
 from i2am_train.models.loaders import loader_of
-from i2am_train.models.tryon import TryOnModel, load_model, model_folder
+from i2am_train.models.tryon import TryOnModel
 from i2am_train.ops.numerics import chosen_device
 from i2am_train.reporting.diagnosis import (
     HEADS,
@@ -81,6 +82,7 @@ class _Measurement:
 
 def run(config: FaithfulConfig) -> None:
     """Measure, and print the tables and where everything lies."""
+    config = with_layers(config)
     if config.model == TRYON:
         folder = config.output or folder_beside(checkpoint_folder(config.checkpoint or ""), "faithful")
         results = _measured(config, folder, RESULTS, partial(_faithful, config))

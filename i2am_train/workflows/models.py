@@ -17,10 +17,11 @@ from i2am_train.config.models import ExportConfig, InitConfig
 from i2am_train.errors import RunFolderError
 from i2am_train.files import require_own_json, write_json
 from i2am_train.models.assembly import assemble
+from i2am_train.models.by_name import model_folder
 from i2am_train.models.exported import check_free, export_pipeline
 from i2am_train.models.paint_by_example import read_pipeline, write_pipeline
 from i2am_train.models.single_file import KeyMismatchError, KeyReport
-from i2am_train.models.tryon import TryOnModel, model_folder
+from i2am_train.models.tryon import TryOnModel
 from i2am_train.reporting.model_card import ModelFacts, model_card
 
 DCI_VTON_REMARK = """

@@ -24,6 +24,7 @@ from i2am_train.environment import first_process, wait_for, without_secrets
 from i2am_train.evaluation.evaluator import EvaluationSettings, check_settings
 from i2am_train.fingerprints import data_state
 from i2am_train.locks import locked
+from i2am_train.models.by_name import with_layers
 from i2am_train.models.lora import ADAPTER_FOLDER, has_adapters, save_adapters
 from i2am_train.models.tryon import TryOnModel
 from i2am_train.reporting.model_tables import published_row
@@ -77,7 +78,7 @@ def train(config: TrainConfig) -> Path:
         I2AMError: data, checkpoint, layer or run folder do not fit the configuration, or another process writes it.
     """
     with locked(config.folder), noted_in(config.folder):
-        return _train(config)
+        return _train(with_layers(config))
 
 
 def _train(config: TrainConfig) -> Path:
@@ -124,6 +125,7 @@ def _train(config: TrainConfig) -> Path:
 
 def rehearse(config: TrainConfig) -> None:
     """Print the configuration, then what a few steps of it cost, and what the whole will."""
+    config = with_layers(config)
     module, datamodule = prepare(config)
     measured = measure_steps(config, module, datamodule)
     if not first_process():

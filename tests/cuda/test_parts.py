@@ -30,6 +30,7 @@ from i2am_train.metrics.attention import (
 )
 from i2am_train.metrics.boxes import authors_box, component_box
 from i2am_train.metrics.registry import available_image_metrics, image_metric, image_pair_score, metric_info
+from i2am_train.models.by_name import with_layers
 from i2am_train.models.sampling import sample
 from i2am_train.training.optimization import set_trainable
 from i2am_train.training.step import Draws, draw, step_losses
@@ -111,7 +112,7 @@ def test_a_training_step(
         options = ObjectiveConfig(layers=[2, 5], terms=terms)
         objective, snr_gamma = make_objective(options), 5.0
     else:
-        config = compose("train", [f"experiment={arm}"])
+        config = with_layers(compose("train", [f"experiment={arm}"]))
         objective, snr_gamma = make_objective(config.objective), config.optimization.snr_gamma
     with machine():
         moved = Draws(*(values.to("cuda") for values in draws()))
@@ -126,7 +127,7 @@ def test_a_training_step(
 
 @pytest.mark.parametrize("variant", LossVariant)
 def test_every_loss(machine: Any, variant: LossVariant) -> None:
-    objective = make_objective(ObjectiveConfig(variant=variant, terms=weights(**dict.fromkeys(TERMS, 1.0))))
+    objective = make_objective(ObjectiveConfig(layers=2, variant=variant, terms=weights(**dict.fromkeys(TERMS, 1.0))))
     generator = torch.Generator().manual_seed(3)
     logits = torch.randn(3, GENERATED.tokens, REFERENCE.tokens, generator=generator)
     mask = torch.ones(3, GENERATED.tokens, dtype=torch.bool)

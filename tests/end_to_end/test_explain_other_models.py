@@ -272,7 +272,7 @@ def test_catvton_is_as_if_untraced_on_either_canvas(catvton: tuple[Path, Path], 
         reference=picture[::-1, :20], image=picture, mask=mask, size=GridSize(64, 48), steps=2,
         guidance=2.5, seed=0,
     )  # fmt: skip
-    attribution = AttributionConfig(time_groups=2, layers=[2, 8])
+    attribution = AttributionConfig(layer=2, time_groups=2, layers=[2, 8])
     numbered = r"No attention layer is called 'which'.* up_blocks\.1\.attentions\.0\.transformer_blocks\.0 \(1\), "
     with pytest.raises(CaptureError, match=numbered):
         explain_picture(model, request, AttributionConfig(time_groups=2, layer="which"))

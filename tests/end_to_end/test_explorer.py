@@ -108,7 +108,7 @@ def file(
         ]
         for name, made in zip(("baseline", "refined"), captures, strict=True)
     }
-    data = explorer_data(models, AttributionConfig(time_groups=GROUPS))
+    data = explorer_data(models, AttributionConfig(layer=2, time_groups=GROUPS))
     path = tmp_path_factory.mktemp("explorer") / "explorer.html"
     path.write_text(explorer_page(data, {"Command": "i2am explain"}), encoding="utf-8")
     return path

@@ -48,7 +48,9 @@ SAMPLES = [0, 2, 3, 5]
 
 
 def settings(*metrics: str, **attribution: Any) -> EvaluationSettings:
-    return EvaluationSettings(sampling=SAMPLING, attribution=AttributionConfig(**attribution), metrics=metrics)
+    return EvaluationSettings(
+        sampling=SAMPLING, attribution=AttributionConfig(**{"layer": 2, **attribution}), metrics=metrics
+    )
 
 
 def evaluated(model: Any, *batches: Any, metrics: tuple[str, ...] = ("ssim",)) -> EvaluationResult:
@@ -103,7 +105,7 @@ def test_every_delta_and_lambda_from_one_pass(model: Any, read_batch: Callable[.
     """A sweep gives what single settings give, every column is affine in lambda, and the main score stays its own."""
     batch = read_batch([1, 4, 5])
     deltas, penalties = [0.1, 0.4, 0.7], [0.0, 2.0, 7.0]
-    sweep = AttributionConfig(deltas=deltas, penalties=penalties)
+    sweep = AttributionConfig(layer=2, deltas=deltas, penalties=penalties)
     with trace(model, matrix_layers=[2]) as attention:
         sampled(model, batch, [1, 4, 5])
     maps = attention.maps()
@@ -112,7 +114,7 @@ def test_every_delta_and_lambda_from_one_pass(model: Any, read_batch: Callable[.
         assert torch.equal(scores[name], scores[f"{name}@d0.4_l3"])
         for delta in deltas:
             for penalty in penalties:
-                one = AttributionConfig(delta=delta, penalty=penalty, penalties=[])
+                one = AttributionConfig(layer=2, delta=delta, penalty=penalty, penalties=[])
                 single = attention_scores(maps, batch, one)[name]
                 assert torch.equal(scores[f"{name}@d{delta:g}_l{penalty:g}"], single)
             zero, two, seven = (scores[f"{name}@d{delta:g}_l{penalty:g}"] for penalty in penalties)
@@ -219,7 +221,7 @@ def test_reset_forgets(model: Any, read_batch: Callable[..., Any]) -> None:
 def test_every_sample_is_explained_by_itself(model: Any, read_batch: Callable[..., Any]) -> None:
     """Its own pictures, masks, truth, maps and scores; and the panels that are kept of it."""
     batch = read_batch([1, 4, 5])
-    made = explain_batch(model, batch, SAMPLING, AttributionConfig())
+    made = explain_batch(model, batch, SAMPLING, AttributionConfig(layer=2))
     scores = [[one.scores[name] for one in made] for name in ("imacs_g", "pck_1", "center_spread")]
     assert all(len(set(values)) == 3 for values in (scores[0], scores[2]))
     one = made[1]

@@ -219,7 +219,7 @@ def test_what_is_refused(plain: Tensor) -> None:
     with pytest.raises(CaptureError, match="no patches that could be deleted"):
         faithfulness(subject, asked())
     with pytest.raises(CaptureError, match=r"no patches that could be deleted .*grids: none"):
-        check_faithfulness(subject.target, single, asked(), AttributionConfig(), 1)
+        check_faithfulness(subject.target, single, asked(), AttributionConfig(layer=2), 1)
     with pytest.raises(CaptureError, match=r"No attention layer is called 'else'.*copies .*idle"):
         faithfulness(remake(Copier(), plain), asked(layers=["else"]))
 
@@ -297,7 +297,7 @@ def test_the_map_is_any(plain: Tensor) -> None:
     torch.testing.assert_close(map_importance(maps, mask, options, attribution), expected)
     only = map_importance(maps, mask, FaithfulnessConfig(), AttributionConfig(layers=["b"]))
     torch.testing.assert_close(only, records[1].to_reference.mean(dim=(1, 2)))
-    fed = map_importance(maps, mask, FaithfulnessConfig(direction="reference_to_generated"), AttributionConfig())
+    fed = map_importance(maps, mask, FaithfulnessConfig(direction="reference_to_generated"), AttributionConfig(layer=2))
     slow = torch.zeros(2, 16)
     for record in records:
         cell = 8 // record.generated_grid.height, 6 // record.generated_grid.width

@@ -25,11 +25,11 @@ WEIGHTS = {"dcml": 0.5, "tv": 0.25, "cwg": 2.0, "supervised": 0.125}
 
 
 def weighted(variant: LossVariant = LossVariant.REWARD, **terms: float) -> Objective:
-    return make_objective(ObjectiveConfig(variant=variant, terms=weights(**terms)))
+    return make_objective(ObjectiveConfig(layers=2, variant=variant, terms=weights(**terms)))
 
 
 def of_terms(**terms: dict[str, Any]) -> Objective:
-    return make_objective(ObjectiveConfig(terms=terms))
+    return make_objective(ObjectiveConfig(layers=2, terms=terms))
 
 
 def on_grids(scores: Tensor, mask: Tensor, **more: Any) -> Attention:
@@ -220,7 +220,7 @@ def test_a_window_of_timesteps_counts_its_samples_alone(logits: Tensor, mask: Te
     The authors' first CWG divides by the masks of its whole batch, and so by those of the samples that count.
     """
     entries = {"tv": {"weight": 1.0}, "cwg": {"weight": 1.0, "timesteps": [10, 500]}}
-    objective = make_objective(ObjectiveConfig(variant=variant, terms=entries))
+    objective = make_objective(ObjectiveConfig(layers=2, variant=variant, terms=entries))
     scores, timesteps = logits.softmax(-1), torch.tensor([10, 500, 499])
     _, logged = objective({2: on_grids(scores, mask)}, timesteps)
     inside = [0, 2]
@@ -299,7 +299,7 @@ def test_only_terms_that_ask_for_the_truth_get_it(logits: Tensor, mask: Tensor, 
     entry = {"fn": "tests.support.terms:offset", "weight": 1.0}
     with pytest.raises(ConfigError, match=r"None without needs: \[target\]"):
         of_terms(mine=entry)
-    options = ObjectiveConfig(terms={"mine": {**entry, "needs": ["target"]}})
+    options = ObjectiveConfig(layers=2, terms={"mine": {**entry, "needs": ["target"]}})
     objective = make_objective(options)
     assert options.needs == objective.needs == {"target"}
     assert uses_truth({"losses": plain(options)})
@@ -316,7 +316,7 @@ def test_needs_are_the_optional_fields_of_an_attention() -> None:
 
 def test_every_built_in_term_is_there() -> None:
     """Each entry of the table names a function, which makes a term with the keywords of its signature."""
-    objective = make_objective(ObjectiveConfig(terms=weights(**dict.fromkeys(TERMS, 1.0))))
+    objective = make_objective(ObjectiveConfig(layers=2, terms=weights(**dict.fromkeys(TERMS, 1.0))))
     assert list(objective.terms) == list(TERMS)
 
 
@@ -337,7 +337,7 @@ def test_a_variant_trains_with_its_own_keywords(logits: Tensor, mask: Tensor, va
     attention = on_grids(logits.detach().softmax(-1), mask)
     own = VARIANTS[variant].cwg
     for given in ({}, {"sigma": 3.0}):
-        options = ObjectiveConfig(variant=variant, terms={"cwg": {"weight": 1.0, **given}})
+        options = ObjectiveConfig(layers=2, variant=variant, terms={"cwg": {"weight": 1.0, **given}})
         assert torch.equal(make_objective(options).terms["cwg"].function(attention), own(attention, **given))
     assert not torch.equal(own(attention), own(attention, sigma=3.0))
 
@@ -347,7 +347,7 @@ def test_cwg_of_the_first_version_as_training_computes_it(keywords: dict[str, fl
     """By hand: half the mass on each of two neighbours lies 1/2 from the centre; exp(-(1/2) / (2 sigma^2))."""
     scores = torch.tensor([[[0.0, 0.5, 0.5], [0.5, 0.5, 0.0]]])
     entry = {"weight": 1.0, **keywords}
-    objective = make_objective(ObjectiveConfig(variant=LossVariant.AUTHORS_V1, terms={"cwg": entry}))
+    objective = make_objective(ObjectiveConfig(layers=2, variant=LossVariant.AUTHORS_V1, terms={"cwg": entry}))
     everywhere = torch.ones(1, 2, dtype=torch.bool)
     attention = attention_on_grids(scores, everywhere, GridSize(1, 2), GridSize(1, 3))
     value = objective.per_sample(attention)["cwg"]
@@ -391,7 +391,7 @@ def test_terms_that_are_none(terms: dict[str, Any], message: str) -> None:
 def test_the_extent_is_in_reference_patches(force: str) -> None:
     """Centres that are divided by the number of patches, as eq. 15 is printed, cannot be compared with it."""
     terms = {"dcml": {"weight": 1, "force": force}}
-    assert make_objective(ObjectiveConfig(variant=LossVariant.HINGE, terms=terms)).needs == {"slope"}
+    assert make_objective(ObjectiveConfig(layers=2, variant=LossVariant.HINGE, terms=terms)).needs == {"slope"}
     with pytest.raises(ConfigError, match=r"variant=paper .*whose centres are in reference patches"):
         ObjectiveConfig(variant=LossVariant.PAPER, terms=terms)
 

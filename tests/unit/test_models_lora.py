@@ -96,7 +96,7 @@ def test_attention_losses_reach_the_adapters(
     make_small_model: Callable[..., Any], read_batch: Callable[..., Any]
 ) -> None:
     """Their gradient arrives at the adapters of the layer's projections, and at nothing but adapters."""
-    objective = make_objective(ObjectiveConfig(terms=weights(dcml=1.0, tv=1.0, cwg=1.0)))
+    objective = make_objective(ObjectiveConfig(layers=2, terms=weights(dcml=1.0, tv=1.0, cwg=1.0)))
     module = TryOnModule(make_small_model(), objective, LORA)
     model = module.model
     for name, weight in model.unet.named_parameters():

@@ -30,7 +30,7 @@ from i2am_train.types import GridSize
 from tests.conftest import SMALL
 
 ONE_STEP = SamplingConfig(steps=2, guidance=1.0)
-SMALL_SETS = EvaluationSettings(sampling=ONE_STEP, attribution=AttributionConfig(), metrics=("ssim", "stlpips"))
+SMALL_SETS = EvaluationSettings(sampling=ONE_STEP, attribution=AttributionConfig(layer=2), metrics=("ssim", "stlpips"))
 
 
 @pytest.fixture(scope="session")
@@ -110,7 +110,7 @@ def test_attention_that_is_no_number(make_small_model: Any, batch: Any) -> None:
     layer = model.unet.get_submodule("up_blocks.1.attentions.1.transformer_blocks.0.attn2")
     overflowing(layer.to_k, call=0, row=0)
     with pytest.raises(I2AMError, match=r"NaN|not finite|no number"):
-        explain_batch(model, batch, ONE_STEP, AttributionConfig())
+        explain_batch(model, batch, ONE_STEP, AttributionConfig(layer=2))
 
 
 def test_a_score_without_value_is_no_fault(make_small_model: Any, batch: Any) -> None:

@@ -117,7 +117,7 @@ def draws(indices: list[int], dropped: list[bool]) -> Draws:
 
 
 def refined(**terms: float) -> Objective:
-    return make_objective(ObjectiveConfig(terms=weights(**terms)))
+    return make_objective(ObjectiveConfig(layers=2, terms=weights(**terms)))
 
 
 def losses_of(
@@ -197,7 +197,7 @@ def test_terms_get_nothing_else(model: Any, batch: Any) -> None:
 
 def test_the_share_of_the_reference_needs_other_tokens(model: Any, batch: Any) -> None:
     """All attention of this model goes to the reference: `mass` is an error, and so it is before training."""
-    objective = make_objective(ObjectiveConfig(terms={"mass": {"weight": 1.0}}))
+    objective = make_objective(ObjectiveConfig(layers=2, terms={"mass": {"weight": 1.0}}))
     with pytest.raises(CaptureError, match=r"attends to the reference's patches and to no other token"):
         losses_of(model, objective, batch, draws(SAMPLES, [False] * 3))
     with pytest.raises(CaptureError, match=r"attends to the reference's patches and to no other token"):

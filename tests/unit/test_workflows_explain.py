@@ -48,7 +48,7 @@ def test_known_causes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: 
     row = {"index": 0, "name": "a", "use/up_blocks.1.attentions.1": 0.0004, "deletion/score": -0.01}
     write_json(folder / "faithfulness.json", {"settings": settings, "samples": [row]})
     write_json(folder / "manifest.json", {"data": "d0"})
-    config = ExplainConfig(**{"checkpoint": "tiny", "attribution": {"time_groups": 2}, **changes})
+    config = ExplainConfig(**{"checkpoint": "tiny", "attribution": {"layer": 2, "time_groups": 2}, **changes})
     found = known_causes(config, {"tiny": "tiny"}, "d0")
     figures = "use of up_blocks.1.attentions.1 0.0004, deletion, highest minus lowest patches -0.0100"
     expected = f"tiny, sample 0: {figures} ({folder})"
