@@ -30,7 +30,7 @@ from i2am_train.results.run_files import (
 )
 from i2am_train.results.statistics import Over, PairedDifference, paired_difference
 
-SCHEMA = 1
+SCHEMA = 2
 """The version of ``results.json`` that this module reads."""
 
 Results: TypeAlias = Mapping[str, Any]
@@ -102,7 +102,10 @@ def read_results(path: Path) -> dict[str, Any]:
     results = _read_json(path)
     if not isinstance(results, dict) or results.get("schema") != SCHEMA:
         found = results.get("schema") if isinstance(results, dict) else type(results).__name__
-        raise RunFolderError(f"{path} has schema {found!r}; this version reads schema {SCHEMA}.")
+        raise RunFolderError(
+            f"{path} has schema {found!r}; this version reads schema {SCHEMA}. Report it with the version that wrote "
+            "it, or run 'i2am ablate' again with another output folder."
+        )
     absent = [key for key in ("metrics", "arms", "cells") if key not in results]
     if absent:
         raise RunFolderError(f"{path} lacks {', '.join(absent)}; run 'i2am ablate' again.")

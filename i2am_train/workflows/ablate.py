@@ -31,7 +31,7 @@ from i2am_train.models.by_name import with_layers
 from i2am_train.reporting.ablation_page import build_report
 from i2am_train.reporting.ablation_tables import as_terminal, verdict_sentences
 from i2am_train.results.run_files import read_history, read_samples
-from i2am_train.results.study import compare
+from i2am_train.results.study import SCHEMA, compare
 from i2am_train.runs import RunFolder
 from i2am_train.tracking.names import STEP_SECONDS
 from i2am_train.tracking.scores import track_study
@@ -299,7 +299,8 @@ def _results(
         resamples=config.bootstrap_samples,
     )
     return {
-        **{name: manifest[name] for name in ("schema", "command", "git", "machine", "versions")},
+        "schema": SCHEMA,
+        **{name: manifest[name] for name in ("command", "git", "machine", "versions")},
         "kind": "ablation",
         "name": config.name,
         "data": manifest["data"],

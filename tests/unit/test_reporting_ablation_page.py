@@ -15,7 +15,7 @@ from safetensors.numpy import save_file
 from i2am_train.errors import RunFolderError
 from i2am_train.reporting.ablation_page import build_report, focus_arm, sample_table
 from i2am_train.results.run_files import read_history
-from i2am_train.results.study import compare, read_study
+from i2am_train.results.study import SCHEMA, compare, read_study
 from tests.support.terms import weights
 
 ARMS = ("base", "baseline", "refined", "supervised")
@@ -164,7 +164,7 @@ def write_run(run, seeds=(0, 1, 2), size=(64, 48), samples=8, pictures=False):
     cells = [write_cell(run, "base", None, size, samples, pictures)]
     cells += [write_cell(run, arm, s, size, samples, pictures) for arm in ARMS[1:] for s in seeds]
     results = {
-        "schema": 1,
+        "schema": SCHEMA,
         "kind": "ablation",
         "command": "i2am ablate 'seeds=[0,1,2]' name=<demo>",
         "git": {"commit": "0123abcd", "dirty": False},
@@ -410,8 +410,8 @@ def test_history_keeps_the_later_row_of_a_resumed_step(tmp_path):
     [
         (None, "has no results.json"),
         ("{", "not readable JSON"),
-        ('{"schema": 2}', "has schema 2; this version reads schema 1"),
-        ('{"schema": 1, "arms": []}', "lacks metrics, cells"),
+        ('{"schema": 1}', "has schema 1; this version reads schema 2"),
+        ('{"schema": 2, "arms": []}', "lacks metrics, cells"),
     ],
 )
 def test_folder_that_is_no_run_is_refused_in_a_sentence(tmp_path: Path, text, match):

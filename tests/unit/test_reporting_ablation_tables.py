@@ -22,6 +22,7 @@ from i2am_train.reporting.ablation_tables import (
 from i2am_train.reporting.figures.canvas import plain_text
 from i2am_train.reporting.table import html, latex_label, latex_text, markdown_text, number
 from i2am_train.results.statistics import Verdict, verdict
+from i2am_train.results.study import SCHEMA
 from tests.support.terms import weights
 
 
@@ -59,7 +60,7 @@ def results():
     }
     names = ("imacs_g", "ssim", "correspondence_error", "center_spread")
     return {
-        "schema": 1,
+        "schema": SCHEMA,
         "command": "i2am ablate seeds=[0,1,2]",
         "minutes": 12.4,
         "machine": {"cpu": "Xeon", "cores": 2, "gpu": None},
