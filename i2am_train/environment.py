@@ -122,11 +122,20 @@ def machine() -> dict[str, Any]:
     torch = sys.modules.get("torch")
     return {
         "cpu": _processor(),
-        "cores": len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count(),
+        "cores": usable_cores(),
         "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
         "gpu": str(torch.cuda.get_device_name()) if torch is not None and torch.cuda.is_available() else None,
         "system": platform.platform(terse=True),
     }
+
+
+def usable_cores() -> int:
+    """Cores that this process may use; all of the machine's where the system does not tell.
+
+    >>> usable_cores() > 0
+    True
+    """
+    return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
 
 
 def _processor() -> str:

@@ -24,7 +24,7 @@ from i2am_train.attention.trace import trace
 from i2am_train.config.evaluation import DiagnosisConfig
 from i2am_train.errors import CaptureError
 from i2am_train.evaluation.explaining import worn_patches
-from i2am_train.evaluation.faithfulness import WhiteQuarters, layer_use, layers_asked, reference_grid
+from i2am_train.evaluation.faithfulness import FEWEST_PATCHES, WhiteQuarters, layer_use, layers_asked, reference_grid
 from i2am_train.evaluation.remaking import Remake, counted, sample_rows
 from i2am_train.losses.attention import attention_centers
 from i2am_train.metrics.attention import attention_entropy, correspondence_error, target_on_grid
@@ -33,8 +33,6 @@ from i2am_train.metrics.faithfulness import attention_to_parts, garment_patches
 from i2am_train.ops.grids import resize_maps, unflatten
 from i2am_train.types import GridSize
 
-FEWEST_PATCHES = 4
-"""Of the reference: fewer have no order and no quarters."""
 TIME_GROUPS = 5
 """Runs of sampling steps that sinks are told by; fewer where there are fewer steps."""
 

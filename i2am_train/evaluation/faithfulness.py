@@ -50,6 +50,8 @@ from i2am_train.ops.grids import mask_on_grid, resize_maps, spread_patches
 from i2am_train.seeds import seed_for
 from i2am_train.types import Backend, Direction, GridSize, PerceptualNetwork
 
+FEWEST_PATCHES = 4
+"""Of the reference: fewer have no order and no quarters."""
 _Images = Float[Tensor, "batch 3 height width"]
 _SENSITIVE = frozenset(("gradient", "gradient_attention"))
 
@@ -185,12 +187,13 @@ def reference_grid(maps: AttributionMaps) -> GridSize:
 
 def _check_grids(grids: Set[GridSize | None]) -> None:
     """Raises CaptureError unless all grids are known, and of enough patches."""
-    if any(grid is None or grid.tokens < 4 for grid in grids):
+    if any(grid is None or grid.tokens < FEWEST_PATCHES for grid in grids):
         found = ", ".join(sorted("none" if one is None else str(one) for one in grids))
         raise CaptureError(
             f"The reference of this model has no patches that could be deleted one after the other (grids: {found}). "
-            "Faithfulness needs a grid of at least 4 patches in each layer; a pooled vector and words have no place in "
-            "the picture. Choose layers=[...] and attribution.layers=[...] that have one, or another model."
+            f"Faithfulness needs a grid of at least {FEWEST_PATCHES} patches in each layer; a pooled vector and words "
+            "have no place in the picture. Choose layers=[...] and attribution.layers=[...] that have one, or another "
+            "model."
         )
 
 

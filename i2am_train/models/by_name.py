@@ -4,7 +4,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-from i2am_train.attention.recipe import PAPER_LAYERS, LayerId
+from i2am_train.attention.recipe import LayerId, paper_number
 from i2am_train.config.data import DataConfig
 from i2am_train.config.evaluation import JUDGED, EvaluateConfig
 from i2am_train.config.explanation import TRYON, ExplainConfig, FaithfulConfig
@@ -51,7 +51,7 @@ def by_number(layer: LayerId) -> LayerId:
     >>> by_number("up_blocks.1.attentions.1"), by_number(5), by_number("mid_block.attentions.0")
     (2, 5, 'mid_block.attentions.0')
     """
-    return PAPER_LAYERS.index(layer) + 1 if isinstance(layer, str) and layer in PAPER_LAYERS else layer
+    return layer if isinstance(layer, int) else paper_number(layer) or layer
 
 
 def with_layers(config: _Judging) -> _Judging:

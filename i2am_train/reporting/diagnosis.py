@@ -15,7 +15,7 @@ import yaml
 from i2am_train.attention.recipe import paper_number
 from i2am_train.metrics.attention import MINIMUM_SPREAD_RATIO, SHARP_ENTROPY
 from i2am_train.metrics.diagnosis import MOST_VIOLATIONS, Finding, finding
-from i2am_train.reporting.faithfulness import summary
+from i2am_train.reporting.faithfulness import numbered_layer, summary
 from i2am_train.reporting.table import Cell, Heading, Mark, Row, Table, number
 from i2am_train.results.statistics import correlation, few_samples_note
 
@@ -312,11 +312,6 @@ def layer_table(results: Results) -> Table:
     )
 
 
-def _full(name: str) -> str:
-    number_of = paper_number(name)
-    return name if number_of is None else f"{number_of} ({name})"
-
-
 def sink_table(results: Results) -> Table:
     """Sinks by layer and time."""
     scores = results["scores"]
@@ -343,7 +338,7 @@ def head_table(results: Results) -> Table:
         corner="Head",
         headings=tuple(FIGURES[name].heading for name in _known(results)),
         rows=tuple(
-            _row(results, place, f"head {place.partition('#')[2]}", group=_full(layer))
+            _row(results, place, f"head {place.partition('#')[2]}", group=numbered_layer(layer))
             for layer in results["layers"]
             for place in places
             if place.startswith(f"{layer}#")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -159,16 +159,27 @@ def sample_sentence(row: Mapping[str, Any], layer: str) -> str:
 
 def write_shown(results: Mapping[str, Any], folder: Path) -> None:
     """Writes tables (``faithfulness.md``) and figure (``faithfulness.png``) into a folder."""
-    text = "\n\n".join(markdown(table) for table in faithfulness_tables(results))
-    write_text(folder / "faithfulness.md", text + "\n")
+    write_tables(folder / "faithfulness.md", faithfulness_tables(results))
     save_figure(faithfulness_figure(results), folder / "faithfulness.png")
 
 
+def write_tables(path: Path, tables: Iterable[Table]) -> None:
+    """Writes tables below each other as Markdown."""
+    write_text(path, "\n\n".join(map(markdown, tables)) + "\n")
+
+
 def _label(place: str) -> str:
-    if place in ("all", "truth"):
-        return {"all": "all layers", "truth": "true correspondence"}[place]
-    number = paper_number(place)
-    return place if number is None else f"{number} ({place})"
+    return {"all": "all layers", "truth": "true correspondence"}.get(place) or numbered_layer(place)
+
+
+def numbered_layer(name: str) -> str:
+    """A layer by the paper's number, where it has one, and its name.
+
+    >>> numbered_layer("up_blocks.2.attentions.1"), numbered_layer("mid_block.attentions.0")
+    ('5 (up_blocks.2.attentions.1)', 'mid_block.attentions.0')
+    """
+    number = paper_number(name)
+    return name if number is None else f"{number} ({name})"
 
 
 def _cell(scores: Mapping[str, Any], name: str, digits: int) -> Cell | None:

@@ -48,9 +48,9 @@ from i2am_train.reporting.diagnosis import (
     verdict_sentences,
 )
 from i2am_train.reporting.diagnosis_page import diagnosis_figure, diagnosis_page
-from i2am_train.reporting.faithfulness import RESULTS, faithfulness_tables, measured, write_shown
+from i2am_train.reporting.faithfulness import RESULTS, faithfulness_tables, measured, write_shown, write_tables
 from i2am_train.reporting.figures.canvas import save_figure
-from i2am_train.reporting.table import Table, markdown, terminal
+from i2am_train.reporting.table import Table, terminal
 from i2am_train.runs import RunFolder, checkpoint_label, folder_beside
 from i2am_train.workflows.explain import check_options, picture_request, source_of
 
@@ -164,7 +164,7 @@ def _diagnosed(config: DiagnoseConfig, model: TryOnModel) -> _Measurement:
         return diagnosis(remake, config, on_run)
 
     def write(results: dict[str, Any], folder: Path) -> None:
-        _write_tables(folder / "diagnosis.md", diagnosis_tables(results))
+        write_tables(folder / "diagnosis.md", diagnosis_tables(results))
         save_figure(diagnosis_figure(results), folder / "diagnosis.png")
         proposed = repair(results, objective)
         file = None if proposed is None else repair_file(results, proposed)
@@ -242,10 +242,6 @@ def _made_or_read(
     opened.finish()
     shutil.rmtree(folder / PARTIAL)
     return results
-
-
-def _write_tables(path: Path, tables: Iterable[Table]) -> None:
-    write_text(path, "\n\n".join(map(markdown, tables)) + "\n")
 
 
 def _print(tables: Iterable[Table]) -> None:

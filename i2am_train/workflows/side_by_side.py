@@ -17,6 +17,7 @@ import torch
 from tqdm import tqdm
 
 from i2am_train.entry import as_command
+from i2am_train.environment import usable_cores
 from i2am_train.errors import TaskFailedError
 
 LAST_LINES = 12
@@ -79,7 +80,7 @@ def _devices() -> list[str | None]:
 
 def _start(work: Callable[[], None], at_once: int, device: str | None) -> BaseProcess:
     process = multiprocessing.get_context("spawn").Process(target=work)
-    threads = str(max(1, len(os.sched_getaffinity(0)) // at_once))
+    threads = str(max(1, usable_cores() // at_once))
     share = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", threads)}
     if device is not None:
         share["CUDA_VISIBLE_DEVICES"] = device

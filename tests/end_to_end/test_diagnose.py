@@ -9,6 +9,7 @@ import yaml
 from i2am_train.config.store import compose
 from i2am_train.errors import CaptureError, I2AMError
 from i2am_train.workflows import faithful
+from tests.support.remakes import stopped_in_second_batch
 
 LAYER, OTHER = "up_blocks.2.attentions.1", "up_blocks.1.attentions.1"
 
@@ -27,16 +28,7 @@ def test_a_model_that_is_not_trained(
     options: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """It goes on after a stop, and finds nothing to repair."""
-    measure = faithful.diagnosis
-    asked: list[list[str]] = []
-
-    def measured(remake, *others):  # type: ignore[no-untyped-def]
-        asked.append(list(remake.names))
-        if len(asked) == 2:
-            raise KeyboardInterrupt("stop")
-        return measure(remake, *others)
-
-    monkeypatch.setattr(faithful, "diagnosis", measured)
+    asked = stopped_in_second_batch(monkeypatch, "diagnosis")
     folder = tmp_path / "run"
     config = compose("diagnose", [*options, f"output={folder}"])
     with pytest.raises(KeyboardInterrupt, match="stop"):

@@ -13,6 +13,7 @@ from i2am_train.config.store import compose
 from i2am_train.errors import CaptureError, ConfigError, I2AMError
 from i2am_train.reporting.report_files import plan_tables
 from i2am_train.workflows import evaluate, faithful
+from tests.support.remakes import stopped_in_second_batch
 
 LAYER = "up_blocks.2.attentions.1"
 
@@ -33,16 +34,7 @@ def test_it_goes_on_and_writes_what_it_found(
     options: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """A run that is stopped after its first batch makes the second only; a finished one makes nothing."""
-    measure = faithful.faithfulness
-    asked: list[list[str]] = []
-
-    def measured(remake, *others):  # type: ignore[no-untyped-def]
-        asked.append(list(remake.names))
-        if len(asked) == 2:
-            raise KeyboardInterrupt("stop")
-        return measure(remake, *others)
-
-    monkeypatch.setattr(faithful, "faithfulness", measured)
+    asked = stopped_in_second_batch(monkeypatch, "faithfulness")
     config = compose("faithful", [*options, f"output={tmp_path / 'run'}"])
     with pytest.raises(KeyboardInterrupt, match="stop"):
         faithful.run(config)
