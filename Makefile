@@ -32,7 +32,7 @@ quick: $(STAMP)  ## within a minute: `make check`, and beside it the tests of th
 test-quick: $(STAMP)
 	@$(PYTEST) $(QUICK) -m "not long and not slow and not gpu"
 
-test: $(STAMP)  ## all tests but long runs of whole commands (about 8 minutes on two cores)
+test: $(STAMP)  ## all tests but long runs of whole commands (6 minutes on two cores)
 	@$(PYTEST) $(IN_PARALLEL) -m "not long and not slow and not gpu"
 
 test-long: $(STAMP)  ## those long runs
