@@ -155,14 +155,16 @@ class Layout(ABC):
 
     def _look(self, role: Role) -> Place | None:
         """The first place of a role whose folder exists, with the ending that its files have."""
+        spellings: dict[str, list[Place]] = {}
         for place in self.places[role]:
-            if names := self._in_folder(place.folder):
-                spellings = [other for other in self.places[role] if other.folder == place.folder]
-                exact = (p for p in spellings if any(name.endswith(p.ending) for name in names))
-                alike = (p for p in spellings if any(_ends_like(name, p.ending) for name in names))
-                return next(exact, next(alike, place))
-            if (self.folder / place.folder).is_dir():
-                return place
+            spellings.setdefault(place.folder, []).append(place)
+        for folder, places in spellings.items():  # a folder once: another thread may be making it
+            if names := self._in_folder(folder):
+                exact = (p for p in places if any(name.endswith(p.ending) for name in names))
+                alike = (p for p in places if any(_ends_like(name, p.ending) for name in names))
+                return next(exact, next(alike, places[0]))
+            if (self.folder / folder).is_dir():
+                return places[0]
         return None
 
     def names(self, role: Role) -> frozenset[str]:

@@ -17,13 +17,14 @@ from i2am_train.config.store import compose
 from i2am_train.data.dataset import Reading, TryOnDataset, detect_layout, split_layouts
 from i2am_train.data.dataset_report import check_dataset
 from i2am_train.data.derivation import derive_dataset
+from i2am_train.data.layouts import VitonHDLayout
 from i2am_train.data.module import TryOnDataModule
 from i2am_train.data.parsing import DRESS_CODE, VITON_HD
 from i2am_train.data.poses import densepose_picture, drawn_parts
 from i2am_train.data.synthetic.rendering import render_annotations, render_sample
 from i2am_train.doors import VARIABLE
 from i2am_train.errors import ConfigError, DataError
-from i2am_train.types import CATEGORIES, GridSize, Pairing, Split
+from i2am_train.types import CATEGORIES, GridSize, Pairing, Role, Split
 from i2am_train.workflows import data as data_workflow
 
 SIZE = GridSize(128, 96)
@@ -311,3 +312,24 @@ def test_a_broken_picture_of_ones_own_layout_is_said_with_the_command_for_all(
     config = compose("data_check", [f"root={root}", "layout=of_a_stylist:Worn"])
     with pytest.raises(ConfigError, match=r"^layout=of_a_stylist:Worn: of_a_stylist has no 'Worn'"):
         data_workflow.check(config)
+
+
+def test_a_folder_that_another_thread_makes_meanwhile_keeps_the_usual_names(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The folder appears, still empty, between two looks: `i2am data derive` then named some masks otherwise."""
+    layout = VitonHDLayout(tmp_path, Split.TEST)
+    folder = tmp_path / "test" / "agnostic-mask"
+    looked, is_dir = [], Path.is_dir
+
+    def made_after_two_looks(path: Path) -> bool:
+        found = is_dir(path)
+        if path == folder:
+            looked.append(found)
+            if len(looked) == 2:
+                folder.mkdir(parents=True)
+        return found
+
+    monkeypatch.setattr(Path, "is_dir", made_after_two_looks)
+    names = [layout.path(Role.INPAINT_MASK, "00017_00").name for _ in range(3)]
+    assert (names, any(looked)) == (["00017_00_mask.png"] * 3, True)
