@@ -186,6 +186,7 @@ def sample_rows(remake: Remake, columns: Mapping[str, Float[Tensor, " batch"]]) 
     ]
 
 
+@torch.inference_mode(False)  # Lightning's evaluation loops turn it on, and nothing in it has a gradient
 def token_sensitivity(
     model: TryOnModel, batch: TryOnBatch, sampling: SamplingConfig
 ) -> Float[Tensor, "batch reference"]:

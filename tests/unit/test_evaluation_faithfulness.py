@@ -361,3 +361,14 @@ def test_sensitivity_is_the_norm_of_the_jacobian(make_small_model, read_batch, m
     torch.testing.assert_close(found, torch.stack([weight, torch.zeros(tokens)]))
     assert asked_at[::2] == asked_at[1::2], "each step's own time"
     assert len(set(asked_at)) == 3
+
+
+def test_sensitivity_in_the_inference_mode_of_lightning(make_small_model, read_batch) -> None:  # type: ignore[no-untyped-def]
+    """An evaluation measures its controls within `trainer.test`, whose tensors are made in inference mode, too."""
+    model, batch, options = make_small_model().eval(), read_batch([0, 1]), SamplingConfig(steps=2, guidance=2.0)
+    with torch.inference_mode():
+        moved = {key: value.clone() if isinstance(value, Tensor) else value for key, value in batch.items()}
+        found = token_sensitivity(model, moved, options)
+    assert moved["garment"].is_inference()
+    torch.testing.assert_close(found, token_sensitivity(model, batch, options), rtol=0, atol=0)
+    assert found.min() > 0
