@@ -301,7 +301,12 @@ def _scope(over: Over, fewest: int) -> str:
 
 def _provenance_note(results: Results) -> str:
     command, minutes, machine = (results.get(name) for name in ("command", "minutes", "machine"))
-    made = ("" if minutes is None else f"{minutes:.0f} minutes", f"on {describe_machine(machine)}" if machine else "")
+    jobs = results.get("settings", {}).get("jobs", 1)
+    of_runs = f" of runs, {jobs} at a time," if jobs > 1 else ""
+    made = (
+        "" if minutes is None else f"{minutes:.0f} minutes{of_runs}",
+        f"on {describe_machine(machine)}" if machine else "",
+    )
     parts = (f"Command: {command}" if command else "", " ".join(filter(None, made)))
     return "".join(f"{part}. " for part in parts if part).rstrip()
 

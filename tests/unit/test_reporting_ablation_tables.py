@@ -171,6 +171,7 @@ def test_notes_tell_seeds_samples_intervals_machine_and_command(results):
         "12 minutes on Xeon, 2 cores",
     ):
         assert part in text
+    assert "12 minutes of runs, 2 at a time, on Xeon" in " ".join(notes({**results, "settings": {"jobs": 2}}))
 
 
 def test_warnings_are_said_once_with_their_seeds(results):
