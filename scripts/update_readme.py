@@ -1,10 +1,10 @@
 """Puts committed results and the support table into the documents: ``python scripts/update_readme.py``.
 
-``data/results/study.json`` and ``trajectory.json`` are the ``results.json`` of ``i2am ablate experiment=study`` and
-``experiment=trajectory``, whose differences are worked out anew; ``benchmark.json`` is the last line of
-``scripts/benchmark_capture.py``, ``layers.json`` is of ``scripts/layer_effect.py``, ``trajectory_checkpoints.json`` of
-``scripts/keep_checkpoints.py``; the support table is the registry of recipes; the packages are those
-of ``pyproject.toml``. The text between the markers
+``data/results/{losses,sweep,long,trajectory}.json`` are the ``results.json`` of ``i2am ablate`` with the experiment of
+that name, whose differences are worked out anew; ``diagnosis.json`` is of ``i2am diagnose checkpoint=tiny``, without
+samples and heads; ``benchmark.json`` is the last line of ``scripts/benchmark_capture.py``,
+``trajectory_checkpoints.json`` of ``scripts/keep_checkpoints.py``; the support table is the registry of recipes; the
+packages are those of ``pyproject.toml``. The text between the markers
 ``<!-- name -->`` and ``<!-- /name -->`` is replaced; a test checks that the documents are what this script makes.
 """
 
@@ -12,15 +12,18 @@ import ast
 import json
 import re
 import tomllib
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
 from i2am_train.attention.known import KNOWN_MODELS
 from i2am_train.reporting.ablation_tables import as_markdown
+from i2am_train.reporting.diagnosis import layer_table
+from i2am_train.reporting.figures.arms import tradeoff_plot
 from i2am_train.reporting.figures.canvas import save_figure
 from i2am_train.reporting.model_tables import correlation_figure, correlation_table
 from i2am_train.reporting.pages import describe_machine
-from i2am_train.reporting.table import markdown, markdown_lines
+from i2am_train.reporting.table import markdown, markdown_lines, markdown_rows
 from i2am_train.results.evaluations import Evaluation
 from i2am_train.results.study import recompared
 from i2am_train.types import Pairing
@@ -28,24 +31,24 @@ from i2am_train.types import Pairing
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "data" / "results"
 
-STUDIES = ("study.json", "trajectory.json")
+COMPARED: dict[str, tuple[str, ...]] = {"losses": ("refined",), "trajectory": ("reward",), "sweep": (), "long": ()}
+"""The studies, and the arms whose differences are shown: with one seed none can be tested."""
 DOCUMENTS = (
     *("README.md", "data/README.md"),
     *("i2am_train/README.md", "i2am_train/attention/README.md"),
-    *(f"data/results/{name}.md" for name in ("study", "trajectory", "correlation")),
+    *(f"data/results/{name}.md" for name in ("losses", "trajectory", "correlation")),
 )
-SHOWN = ("IMACS_g", "IMACS_r", "Correspondence error", "SSIM", "ST-LPIPS")
-"""Scores of the README's table, which has to fit a screen; ``data/results/study.md`` has all."""
-FIGURE = ROOT / "data" / "figures" / "correlation.png"
+SHOWN = ("Correspondence error", "Spread ratio", "Use", "Where ", "Deletion ", "SSIM")
+"""Scores of the README's table, which has to fit a screen; ``data/results/losses.md`` has all."""
+FIGURES = ROOT / "data" / "figures"
 
 
 def rendered(document: str) -> str:
     """The document with every marked part renewed."""
     for name, text in (
-        ("arms", arms((RESULTS / "study.json").read_text())),
-        ("study", study((RESULTS / "study.json").read_text())),
-        ("trajectory", study((RESULTS / "trajectory.json").read_text())),
-        ("layers", layers((RESULTS / "layers.json").read_text())),
+        ("arms", arms_shown((RESULTS / "losses.json").read_text())),
+        *((name, study((RESULTS / f"{name}.json").read_text(), arms)) for name, arms in COMPARED.items()),
+        ("layers", layers((RESULTS / "diagnosis.json").read_text())),
         ("correlation", correlation((RESULTS / "trajectory_checkpoints.json").read_text())),
         ("benchmark", benchmark((RESULTS / "benchmark.json").read_text())),
         ("recipes", recipes()),
@@ -56,14 +59,14 @@ def rendered(document: str) -> str:
     return document
 
 
-def study(text: str) -> str:
-    """Tables and notes of an ablation, as its own ``results.md`` has them, for the arm that it is about."""
-    return as_markdown(json.loads(text), compared=["refined"]).strip()
+def study(text: str, arms: Collection[str]) -> str:
+    """Tables and notes of an ablation, as its own ``results.md`` has them, with the differences of some arms."""
+    return as_markdown(json.loads(text), compared=arms).strip()
 
 
-def arms(text: str) -> str:
+def arms_shown(text: str) -> str:
     """The first of these tables, with the scores that are shown."""
-    rows = [line.split(" | ") for line in study(text).split("\n\n")[0].splitlines()]
+    rows = [line.split(" | ") for line in study(text, ()).split("\n\n")[0].splitlines()]
     kept = [0, *(n for n, name in enumerate(rows[0]) if name.startswith(SHOWN))]
     return "\n".join(" | ".join(row[n] for n in kept) + " |" for row in rows)
 
@@ -74,19 +77,15 @@ def renewed(text: str) -> str:
 
 
 def layers(text: str) -> str:
-    """What uniform attention of each layer changes in the picture, and how it was measured."""
+    """The diagnosis of the shipped model by layer, and how it was measured."""
     result: dict[str, Any] = json.loads(text)
-    numbers = list(result["mean"])
-    rows = [
-        ["Change of the pixels, mean", *(f"{result['mean'][n]:.4f}" for n in numbers)],
-        ["Largest of a sample", *(f"{result['largest'][n]:.4f}" for n in numbers)],
-    ]
+    asked = result["settings"]
     note = (
-        f"`{result['command']}`: {result['samples']} held-out samples, {result['steps']} steps, guidance "
-        f"{result['guidance']:g}; {describe_machine(result['machine'])}."
+        f"`{result['provenance']['command']}`: {asked['samples']} held-out samples, "
+        f"{asked['sampling']['steps']} steps, guidance {asked['sampling']['guidance']:g}; "
+        f"{describe_machine(result['provenance']['machine'])}."
     )
-    header = ["Attention made uniform: layer", *numbers]
-    return f"{markdown_lines(header, rows, range(1, len(header)))}\n\n{note}"
+    return f"{markdown_rows(layer_table(result)).strip()}\n\n{note}"
 
 
 def checkpoints(text: str) -> tuple[Evaluation, ...]:
@@ -147,12 +146,13 @@ def benchmark(text: str) -> str:
 
 
 def main() -> None:
-    for study_file in (RESULTS / name for name in STUDIES):
+    for study_file in (RESULTS / f"{name}.json" for name in COMPARED):
         study_file.write_text(renewed(study_file.read_text()))
     kept = (RESULTS / "trajectory_checkpoints.json").read_text()
     figure = correlation_figure(checkpoints(kept))
     assert figure is not None
-    save_figure(figure, FIGURE, dpi=200)
+    save_figure(figure, FIGURES / "correlation.png", dpi=200)
+    save_figure(tradeoff_plot(json.loads((RESULTS / "losses.json").read_text())), FIGURES / "losses.png", dpi=150)
     for document in (ROOT / name for name in DOCUMENTS):
         document.write_text(rendered(document.read_text()))
 

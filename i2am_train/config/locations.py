@@ -83,7 +83,7 @@ def experiment_names(options: Collection[str]) -> list[str]:
     """Names of the files in ``conf/experiment`` that set only the given top-level options.
 
     >>> experiment_names(["name", "label", "objective"])[:3]
-    ['atv', 'baseline', 'cwg']
+    ['atv', 'baseline', 'capped']
     """
     names = []
     for path in sorted((conf_folder() / "experiment").glob("*.yaml")):

@@ -97,7 +97,7 @@ def compose(command: str, overrides: Sequence[str] = ()) -> Any:
         ConfigError: an option is unknown, missing, of another type or out of range.
         hydra.errors.HydraException: an override cannot be read or names no option.
 
-    >>> compose("train", ["experiment=refined", "objective.terms.cwg=0.02"]).objective.terms
+    >>> compose("train", ["experiment=reward", "objective.terms.cwg=0.02"]).objective.terms
     {'dcml': {'weight': 0.007}, 'tv': {'weight': 0.002}, 'cwg': {'weight': 0.02}}
     """
     GlobalHydra.instance().clear()
@@ -194,7 +194,7 @@ def arm_config(study: AblateConfig, arm: str, seed: int, output: Path) -> TrainC
         ConfigError: there is no such arm, or its file sets an option that does not exist.
 
     >>> arm_config(AblateConfig(), "refined", seed=1, output=Path("cell")).objective.terms["dcml"]
-    {'weight': 0.007}
+    {'weight': 0.02, 'force': 'extent'}
     """
     shared = {group.name: plain(getattr(study, group.name)) for group in fields(TrainingGroups)}
     names = {"name": arm_name(arm), "label": _stem(arm), "init": study.init}

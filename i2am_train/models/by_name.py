@@ -68,7 +68,7 @@ def with_layers(config: _Judging) -> _Judging:
 
     >>> found = with_layers(TrainConfig(init="tiny"))
     >>> found.objective.layers, found.attribution.layer
-    ({'2': 1.0}, 2)
+    ({'6': 1.0}, 6)
     """
     changes: dict[str, Any] = {}
     if isinstance(config, TrainConfig | AblateConfig):

@@ -144,10 +144,10 @@ def test_tables_are_generated(name: str) -> None:
     assert UPDATE["rendered"](text) == text
 
 
-@pytest.mark.parametrize("name", UPDATE["STUDIES"])
+@pytest.mark.parametrize("name", UPDATE["COMPARED"])
 def test_differences_are_those_of_the_cells(name: str) -> None:
     """The committed results hold the intervals that this version makes of their cells."""
-    text = (RESULTS / name).read_text()
+    text = (RESULTS / f"{name}.json").read_text()
     renewed, kept = leaves(json.loads(UPDATE["renewed"](text))), leaves(json.loads(text))
     numbers = {path for path, value in kept.items() if isinstance(value, float)}
     assert {path: renewed.pop(path) for path in numbers} == pytest.approx(
@@ -171,7 +171,8 @@ def test_kept_checkpoints_have_the_ends_of_the_committed_study() -> None:
     assert [row for row in kept if not row["snapshot"]] == ends
 
 
-SAID_IN = {"study": "README.md", "trajectory": "data/results/trajectory.md"}
+SAID_IN = {"losses": "README.md", "trajectory": "data/results/trajectory.md"}
+ARM = {"losses": "refined", "trajectory": "reward"}
 
 
 def short(value: float, digits: int) -> str:
@@ -182,8 +183,9 @@ def short(value: float, digits: int) -> str:
 @pytest.mark.parametrize(
     ("study", "metric", "digits", "start"),
     [
-        ("study", "imacs_g", 3, "IMACS_g +0.232 "),
-        ("study", "imacs_r", 3, "IMACS_r +0.017 "),
+        ("losses", "correspondence_error", 2, "correspondence error -.97 "),
+        ("losses", "where", 2, "(where +.44 "),
+        ("losses", "ssim", 3, "SSIM -.003 "),
         ("trajectory", "stlpips", 3, "ST-LPIPS is better, -.016 "),
         ("trajectory", "ssim", 3, "SSIM +.009 "),
         ("trajectory", "kd_efficientnet_lite0", 3, "KD -.015 "),
@@ -191,29 +193,44 @@ def short(value: float, digits: int) -> str:
     ],
 )
 def test_sentences_have_the_numbers_of_the_results(study: str, metric: str, digits: int, start: str) -> None:
-    """Difference and interval of the refined arm, as `results.json` has them."""
+    """Difference and interval of the arm in question, as `results.json` has them."""
     results = json.loads((RESULTS / f"{study}.json").read_text())
-    (found,) = (p for p in results["paired"] if (p["arm"], p["metric"]) == ("refined", metric))
+    (found,) = (p for p in results["paired"] if (p["arm"], p["metric"]) == (ARM[study], metric))
     said = " ".join(TEXTS[SAID_IN[study]].split())
-    printed = (lambda value: f"{value:.3f}") if study == "study" else (lambda v: short(v, digits))
-    assert f"{start}[{printed(found['low'])}, {printed(found['high'])}]" in said
-    assert printed(abs(found["difference"])) in start
+    assert f"{start}[{short(found['low'], digits)}, {short(found['high'], digits)}]" in said
+    assert short(abs(found["difference"]), digits) in start
 
 
-def test_sentences_claim_what_the_intervals_show() -> None:
-    """From scratch ST-LPIPS alone differs among image scores; in the study SSIM alone does not."""
-    for study, metrics in (
-        ("trajectory", {"stlpips"}),
-        ("study", {"stlpips", "fd_efficientnet_lite0", "kd_efficientnet_lite0"}),
-    ):
-        results = json.loads((RESULTS / f"{study}.json").read_text())
-        image = {name for name, of in results["metrics"].items() if of["group"] == "image"}
-        shown = {
-            entry["metric"]
-            for entry in results["paired"]
-            if entry["arm"] == "refined" and entry["low"] * entry["high"] > 0
-        }
-        assert shown & image == metrics
+def test_from_scratch_one_image_score_differs() -> None:
+    """ST-LPIPS alone, as the text says."""
+    results = json.loads((RESULTS / "trajectory.json").read_text())
+    image = {name for name, of in results["metrics"].items() if of["group"] == "image"}
+    shown = {
+        entry["metric"] for entry in results["paired"] if entry["arm"] == "reward" and entry["low"] * entry["high"] > 0
+    }
+    assert shown & image == {"stlpips"}
+
+
+def means(study: str, arm: str) -> dict[str, float]:
+    """Of an arm over its seeds, by metric."""
+    summary = json.loads((RESULTS / f"{study}.json").read_text())["summary"][arm]
+    return {name: value["mean"] for name, value in summary.items()}
+
+
+def test_the_default_does_not_overshoot() -> None:
+    """Not worse in 1,300 steps than in 300, neither too far apart nor one-hot, and as telling as the baseline's."""
+    short_run, long_run = means("sweep", "refined"), means("long", "refined")
+    assert long_run["correspondence_error"] <= short_run["correspondence_error"]
+    for found, study in ((short_run, "sweep"), (long_run, "long")):
+        assert 0.8 <= found["spread_ratio"] <= 1.2
+        assert found["attention_entropy"] > means("sweep", "supervised")["attention_entropy"] / 2
+        assert found["where"] > means(study, "baseline")["where"]
+        assert found["where_all"] > means(study, "baseline")["where_all"]
+    assert long_run["deletion"] >= means("long", "baseline")["deletion"]
+    paired = json.loads((RESULTS / "losses.json").read_text())["paired"]
+    (deletion,) = (one for one in paired if (one["arm"], one["metric"]) == ("refined", "deletion"))
+    assert deletion["low"] < 0 < deletion["high"], "no difference shown over five seeds"
+    assert means("losses", "base")["use"] >= 0.02
 
 
 def test_the_correlations_in_the_text_are_the_tables() -> None:

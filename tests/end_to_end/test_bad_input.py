@@ -570,7 +570,7 @@ def test_bad_input(
         ("ablate evaluation.metrics=[nope]", "No metric is called 'nope'"),
         ("explain checkpoint=tiny sample=2", "less than data.synthetic.test=2"),
         ("explain checkpoint=tiny attribution.layer=mid", "No attention layer is called 'mid'"),
-        ("explain checkpoint=tiny generated_patches=[[8,0]]", "Patch (8, 0) lies outside the grid of 8x6"),
+        ("explain checkpoint=tiny generated_patches=[[16,0]]", "Patch (16, 0) lies outside the grid of 16x12"),
         ("explain checkpoint=tiny reference_patches=[[0,12]]", "Patch (0, 12) lies outside the grid of 16x12"),
         ("evaluate checkpoint=tiny evaluation.kernel_subset_size=3", "subsets of 3 images, and there are 2 generated"),
         ("ablate evaluation.kernel_subset_size=3", "subsets of 3 images, and there are 2 generated"),

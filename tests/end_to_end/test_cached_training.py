@@ -18,7 +18,7 @@ from tests.support.trainings import curves
 
 pytestmark = pytest.mark.filterwarnings("default")  # Lightning's and torch's own deprecations
 REFINED = (
-    "experiment=extent", "objective.terms.supervised=0.1", "validation.samples=0", "optimization.steps=3",
+    "experiment=refined", "objective.terms.supervised=0.1", "validation.samples=0", "optimization.steps=3",
 )  # fmt: skip
 
 

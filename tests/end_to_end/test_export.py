@@ -242,7 +242,7 @@ def test_the_card_of_a_run(training: list[str], overrides: list[str], tmp_path: 
         f"| SSIM ↑ | {results['metrics']['ssim']:.4f} | [{low:.4f}, {high:.4f}] |",
         manifest["data"],
         manifest["git"]["commit"],
-        "| `objective.terms.cwg.weight` | 0.01 |",
+        "| `objective.terms.cwg.weight` | 0.03 |",
         "| `optimization.steps` | 4 |",
         "6 held-out samples",
         "64x48",

@@ -82,7 +82,8 @@ def test_every_experiment_belongs_to_a_command() -> None:
 def test_the_command_line_has_the_last_word() -> None:
     """An override beats the experiment."""
     config = compose("train", ["experiment=refined", "objective.terms.cwg=0.5", "seed=3"])
-    assert (config.objective.terms["cwg"], config.seed, config.name) == ({"weight": 0.5}, 3, "refined")
+    assert config.objective.terms["cwg"] == {"weight": 0.5, "entropy_floor": 0.4}
+    assert (config.seed, config.name) == (3, "refined")
     assert config.folder == Path.cwd() / "runs" / "refined-seed3"
 
 
@@ -203,7 +204,7 @@ def test_an_experiment_can_be_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyP
         )
     config = compose("train", ["experiment=a b/refined.yaml", "optimization.warmup_steps=2"])
     strong = compose("train", ["experiment=strong"])
-    assert config.objective.terms["cwg"] == {"weight": 0.5}
+    assert config.objective.terms["cwg"] == {"weight": 0.5, "entropy_floor": 0.2}
     assert config.objective.terms["dcml"] == strong.objective.terms["dcml"]
     assert (config.optimization.steps, config.optimization.warmup_steps) == (3, 2)
     assert (config.name, strong.name) == (strong.name, "strong")

@@ -107,7 +107,7 @@ def test_models_of_others_are_judged_at_the_papers() -> None:
 def test_checkpoints_of_different_layers(at: Callable[[Any], str]) -> None:
     """One page shows one layer, and which is not guessed."""
     folder = at(5)
-    with pytest.raises(ConfigError, match=rf"\({folder} at layer 5, tiny at layer 2\).* Set attribution\.layer"):
+    with pytest.raises(ConfigError, match=rf"\({folder} at layer 5, tiny at layer 6\).* Set attribution\.layer"):
         with_layers(ExplainConfig(checkpoint=[folder, "tiny"]))
 
 
