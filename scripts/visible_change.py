@@ -5,7 +5,7 @@ one of its arms (``refined``). All held-out samples are compared, none is picked
 
 - How far do the pixels of a picture move, as a share of their range (mean absolute difference), by the losses (the arm
   against the reference arm at the same seed), and by chance (the reference arm at two seeds)? Where the first is not
-  above the second, a person cannot tell the losses from another seed.
+  above the second, the losses show no more than another seed does.
 - In how many samples is the distance to the real picture (ST-LPIPS) smaller in every seed, and in how many larger? By
   chance it is one in ``2 ** seeds`` each.
 
