@@ -12,6 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 
 from tests.support.card import card
+from tests.support.host_waits import host_waits
 
 Operation = Callable[[Callable[..., Tensor], Callable[..., Tensor]], Any]
 
@@ -136,3 +137,48 @@ def test_arrays_are_made_of_tensors_on_the_cpu_only() -> None:
             with pytest.raises(TypeError, match="can't convert cuda:0"):
                 make()
         assert there.cpu().numpy().tolist() == there.tolist() == [1, 1, 1]
+
+
+WAITS: dict[str, tuple[Callable[[Tensor, Tensor], Any], str | None]] = {
+    # of a tensor there and a mask there: what the host does, and the wait that it is (None: it does not wait)
+    "number": (lambda t, m: float(t.sum()), "aten._local_scalar_dense.default"),
+    "item": (lambda t, m: t[0].item(), "aten._local_scalar_dense.default"),
+    "condition": (lambda t, m: bool(m.all()), "aten._local_scalar_dense.default"),
+    "index of an element": (lambda t, m: [1, 2, 3, 4][m.sum()], "aten._local_scalar_dense.default"),
+    "list": (lambda t, m: t.tolist(), "Tensor.tolist"),
+    "places": (lambda t, m: m.nonzero(), "aten.nonzero.default"),
+    "by mask": (lambda t, m: t[m], "aten.index.Tensor"),
+    "picked": (lambda t, m: t.masked_select(m), "aten.masked_select.default"),
+    "write by mask": (lambda t, m: written(t, m, t[:1]), "aten.index_put_.default"),
+    "same": (lambda t, m: t.equal(t + 1), "aten.equal.default"),
+    "repeated": (lambda t, m: t.repeat_interleave(m.long()), "aten.repeat_interleave.Tensor"),
+    "down": (lambda t, m: t.cpu(), "copy from the card"),
+    "down by name": (lambda t, m: t.to("cpu"), "copy from the card"),
+    "down by copy": (lambda t, m: torch.zeros(3).copy_(t), "aten.copy_.default"),
+    "up": (lambda t, m: torch.zeros(3).to("cuda"), "copy to the card"),
+    "up by copy": (lambda t, m: t.copy_(torch.zeros(3)), "aten.copy_.default"),
+    "numbers": (lambda t, m: torch.tensor([1.0, 2.0], device="cuda"), "copy to the card by tensor"),
+    "numbers like": (lambda t, m: t.new_tensor([1.0, 2.0]), "copy to the card by new_tensor"),
+    "asked for": (lambda t, m: torch.cuda.synchronize(), "torch.cuda.synchronize"),
+    "up, not waiting": (lambda t, m: torch.zeros(3).to("cuda", non_blocking=True), None),
+    "up by copy, not waiting": (lambda t, m: t.copy_(torch.zeros(3), non_blocking=True), None),
+    "made there": (lambda t, m: torch.full((3,), 2.0, device="cuda") + torch.arange(3, device=t.device), None),
+    "filled by mask": (lambda t, m: t.masked_fill(m, 0.0), None),
+    "written number by mask": (lambda t, m: written(t, m, torch.tensor(0.0)), None),
+    "shape": (lambda t, m: (len(t), t.shape, t.device, t.to("cuda") is t), None),
+    "computed": (lambda t, m: (t @ t, t.where(m, 1.0), t[m.long()], t.double()), None),
+    "on the CPU": (lambda t, m: float(torch.ones(3).sum()) + len(torch.ones(3)[torch.ones(3) > 0]), None),
+}
+
+
+@pytest.mark.parametrize("name", WAITS)
+def test_waits_of_the_host(name: str) -> None:
+    """Each is found, with the line that asked; what does not wait is not found."""
+    act, expected = WAITS[name]
+    with card():
+        there = torch.ones(3, device="cuda")
+        mask = there > 0
+        with host_waits() as waits:
+            act(there, mask)
+    assert [wait.operation for wait in waits] == ([] if expected is None else [expected])
+    assert all(wait.file == __file__ for wait in waits)

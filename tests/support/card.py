@@ -42,6 +42,10 @@ CPU_NUMBERS = {aten.fill.Tensor, aten.fill_.Tensor, aten.masked_fill.Tensor, ate
 """Take a tensor of one number from the CPU, as pointwise operations and those of lists do."""
 
 
+def waiting(operation: str) -> None:
+    """Called where the host would wait for the card and no operation tells; `tests.support.host_waits` listens."""
+
+
 def on_card(value: object) -> bool:
     """Whether a tensor is on the card, or said to be."""
     return isinstance(value, Tensor) and (value.is_cuda or _marked(value))
@@ -87,15 +91,24 @@ class _Move(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        waiting("copy of a gradient")
         return _mark(gradient.clone(), not ctx.where), None
 
 
-def _moved(tensor: Tensor, device: Any) -> Tensor:
+def _moved(tensor: Tensor, device: Any, asynchronous: bool = False) -> Tensor:
     """The tensor on a device; itself if it is there."""
     where = _is_card(device)
     if torch.device(device).type not in ("cpu", "cuda") or _marked(tensor) == where:
         return tensor
+    if not asynchronous:
+        waiting("copy to the card" if where else "copy from the card")
     return _Move.apply(tensor, where)
+
+
+def _read(tensor: Tensor) -> Any:
+    if _marked(tensor):
+        waiting("Tensor.tolist")
+    return tensor.tolist()
 
 
 def _to(tensor: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -103,14 +116,20 @@ def _to(tensor: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         like, *rest = args
         return _to(tensor, CARD if _marked(like) else like.device, like.dtype, *rest, **kwargs)
     copy = kwargs.pop("copy", False)
-    device, dtype, _, memory_format = torch._C._nn._parse_to(*args, **kwargs)
+    device, dtype, asynchronous, memory_format = torch._C._nn._parse_to(*args, **kwargs)
     options = {} if memory_format is None else {"memory_format": memory_format}
     elsewhere = device is not None and device.type not in ("cpu", "cuda")  # meta
     before = _marked(tensor)
     made = tensor.to(device if elsewhere else CPU, dtype or tensor.dtype, copy=copy, **options)
     if device is None or elsewhere:
         return _mark(made, before) if made is not tensor else made
-    return _moved(_mark(made, before) if made is not tensor else made, device)
+    return _moved(_mark(made, before) if made is not tensor else made, device, asynchronous)
+
+
+def _made_of_numbers(tensor: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    if _marked(tensor):
+        waiting("copy to the card by new_tensor")
+    return _mark(tensor.new_tensor(*args, **kwargs), _marked(tensor))
 
 
 def _array(tensor: Tensor, method: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -132,14 +151,18 @@ ANSWERS: dict[Any, Callable[..., Any]] = {
     Tensor.get_device: lambda t: 0 if _marked(t) else t.get_device(),
     Tensor.to: _to,
     Tensor.cpu: lambda t, **_: _moved(t, CPU),
-    Tensor.cuda: lambda t, *_, **__: _moved(t, CARD),
+    Tensor.cuda: lambda t, _=None, non_blocking=False, **__: _moved(t, CARD, non_blocking),
+    Tensor.tolist: _read,
     Tensor.pin_memory: lambda t, *_: t,
     Tensor.numpy: lambda t, *args, **kwargs: _array(t, Tensor.numpy, *args, **kwargs),
     Tensor.__array__: lambda t, *args, **kwargs: _array(t, Tensor.__array__, *args, **kwargs),
-    Tensor.new_tensor: lambda t, *args, **kwargs: _mark(t.new_tensor(*args, **kwargs), _marked(t)),
+    Tensor.new_tensor: _made_of_numbers,
     Tensor.__deepcopy__: lambda t, memo: _mark(t.__deepcopy__(memo), _marked(t)),
 }
 """What is not simply computed."""
+
+FROM_PYTHON = {torch.tensor, torch.as_tensor, torch.asarray}
+"""Make a tensor of numbers that Python has, which are copied."""
 
 
 class _Devices(TorchFunctionMode):
@@ -170,6 +193,8 @@ class _Devices(TorchFunctionMode):
         if isinstance(source, Tensor):
             del kwargs["device"]
             return _moved(func(*args, **kwargs), device)
+        if func in FROM_PYTHON and _is_card(device):
+            waiting(f"copy to the card by {func.__name__}")
         with self.rules.within(None):
             made = func(*args, **kwargs | {"device": CPU})
         return _mark(made, _is_card(device))
