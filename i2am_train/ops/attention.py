@@ -7,34 +7,31 @@ reference tokens in the columns. An attribution map is the mean of one softmax o
 - ``to_generated[n] = mean_m softmax_n(logits)[n, m]``: where the reference goes to, one value per generated token;
 - ``to_reference[m] = mean_n softmax_m(logits)[n, m]``: where the generated tokens look, one value per reference token.
 
-Both softmaxes share their numerators. `column_means` therefore takes one product and one exponential per logit and gets
-all four sums (rows, columns, and both weighted ones) from small matrix products while a block is still in the cache.
-That is about eight times faster than two softmaxes. Heads whose logits do not fit the plain float32 exponential are
-recognised by their sums and computed again with the usual subtraction of the maximum.
+`column_means` has both about eight times faster than two softmaxes: on a CPU block by block
+(`i2am_train.ops.column_blocks`), on a CUDA device by two Triton kernels (`i2am_train.ops.column_kernels`). Where these
+cannot be used, one line says why, and the device works block by block, too.
 """
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass
+import warnings
+from types import ModuleType
 from typing import NamedTuple
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from i2am_train.ops import column_blocks
+from i2am_train.ops.column_blocks import CACHE_BLOCK_BYTES, slices
 from i2am_train.ops.numerics import at_least_float32
 
 DEFAULT_BYTE_BUDGET = 64 * 2**20
 """Scratch memory that `column_means` may use, in bytes. Chosen by us: the aim of issue 2 for a whole capture."""
 
-_CACHE_BLOCK_BYTES = 2**20
-"""Exponentials worked on at a time on a CPU. Chosen by us: of 1/4 to 4 MiB the fastest with 2 MiB of L2 per core, for
-matrices of 48 x 192 to 3072 x 1036."""
-
-_SMALLEST_SUM, _LARGEST_SUM = 1e-20, 1e30
-"""Sums of exponentials within these bounds lost nothing to float32 underflow (1.2e-38) or overflow (3.4e38)."""
+_KERNEL_TYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 class ColumnMeans(NamedTuple):
@@ -139,7 +136,7 @@ def head_mean_matrices(
     dtype = torch.promote_types(generated.dtype, torch.float32)
     over_reference = generated.new_zeros(batch, rows, columns, dtype=dtype)
     over_generated = torch.zeros_like(over_reference)
-    for group in _slices(heads, max(1, _CACHE_BLOCK_BYTES // over_reference.nbytes)):
+    for group in slices(heads, max(1, CACHE_BLOCK_BYTES // over_reference.nbytes)):
         logits = attention_logits(generated[:, group], reference[:, group], scale)
         over_reference += logits.softmax(dim=3).sum(dim=1)
         over_generated += logits.softmax(dim=2).sum(dim=1)
@@ -165,7 +162,7 @@ def head_matrices(
 @torch.no_grad()
 def column_means(
     generated: Float[Tensor, "batch head generated channel"],
-    reference: Float[Tensor, "batch head reference channel"],
+    reference: Float[Tensor, "batch key_head reference channel"],
     scale: float | None = None,
     *,
     generated_weights: Float[Tensor, "batch generated"] | None = None,
@@ -176,28 +173,25 @@ def column_means(
     ``generated_weights`` (one non-negative number per generated token) weighs the mean that makes ``to_reference``,
     e.g. a mask of the region of interest; without it every generated token counts the same. All weights zero give
     zeros. Float32 arithmetic whatever the inputs (float64 stays float64); never more scratch than ``byte_budget`` as
-    long as a single row of logits fits it.
+    long as a single row of logits fits it. There may be fewer heads of keys than of queries, each for a run of equally
+    many (grouped queries). Nothing waits for a CUDA device.
 
     >>> means = column_means(torch.zeros(2, 3, 4, 8), torch.zeros(2, 3, 5, 8))
     >>> means.to_generated[0, 0].tolist(), round(float(means.to_reference[1, 2, 0]), 6)
     ([0.25, 0.25, 0.25, 0.25], 0.2)
     """
-    batch, heads, rows, channels = generated.shape
-    columns = reference.shape[2]
-    scale = channels**-0.5 if scale is None else scale
-    flat_generated = at_least_float32(generated).reshape(batch * heads, rows, channels)
-    flat_reference = at_least_float32(reference).reshape(batch * heads, columns, channels)
-    weights = _row_weights(generated_weights, flat_generated, heads)
-    work = _Work.plan(flat_generated, columns, byte_budget)
-    with torch.autocast(generated.device.type, enabled=False):
-        to_generated, to_reference = _all_heads(flat_generated, flat_reference, scale, weights, work)
-    return ColumnMeans(to_generated.view(batch, heads, rows), to_reference.view(batch, heads, columns))
+    scale = generated.shape[3] ** -0.5 if scale is None else scale
+    shares = None if generated_weights is None else _shares(generated_weights)
+    if (kernels := _kernels_for(generated, reference)) is not None:
+        return ColumnMeans(*kernels.column_means(generated, reference, scale, shares))
+    keys = keys_per_head(reference, generated.shape[1])
+    return ColumnMeans(*column_blocks.column_means(generated, keys, scale, shares, byte_budget))
 
 
 @torch.no_grad()
 def reference_mass(
     generated: Float[Tensor, "batch head generated channel"],
-    keys: Float[Tensor, "batch head token channel"],
+    keys: Float[Tensor, "batch key_head token channel"],
     reference: slice | Int[Tensor, " reference"],
     scale: float | None = None,
     byte_budget: int = DEFAULT_BYTE_BUDGET,
@@ -205,193 +199,96 @@ def reference_mass(
     """Share of its attention that each generated token gives to the ``reference`` among all ``keys``.
 
     ``exp(LSE_reference - LSE_all)`` of the logits, in [0, 1]; for models whose softmax runs over the keys of both
-    pictures. Works on blocks of rows within ``byte_budget``.
+    pictures. Works on blocks of rows within ``byte_budget``; heads may share keys as in `column_means`.
 
     >>> keys = torch.zeros(2, 3, 6, 8)
     >>> round(float(reference_mass(torch.zeros(2, 3, 4, 8), keys, slice(2, 6))[1, 2, 3]), 6)
     0.666667
     """
-    batch, heads, rows, _ = generated.shape
+    batch, heads, rows, channels = generated.shape
+    if (kernels := _kernels_for(generated, keys)) is not None:
+        factor = channels**-0.5 if scale is None else scale
+        among: Tensor = kernels.row_logsumexp(generated, keys[:, :, reference], factor)
+        return (among - kernels.row_logsumexp(generated, keys, factor)).exp_()
+    keys = keys_per_head(keys, heads)
     row_bytes = 2 * 4 * batch * heads * keys.shape[2]  # the logits, and at most as many picked ones
     shares = []
-    for block in _slices(rows, max(1, byte_budget // row_bytes)):
+    for block in slices(rows, max(1, byte_budget // row_bytes)):
         logits = attention_logits(generated[:, :, block], keys, scale)
         shares.append(torch.exp(logits[..., reference].logsumexp(dim=3) - logits.logsumexp(dim=3)))
     return torch.cat(shares, dim=2)
 
 
-def _row_weights(weights: Tensor | None, generated: Tensor, heads: int) -> Tensor:
-    """Weights of the generated tokens that sum to one (or are all zero), one row per flattened head."""
-    count, rows, _ = generated.shape
-    if weights is None:
-        return generated.new_full((1, 1), 1 / rows).expand(count, rows)
+def keys_per_head(keys: Float[Tensor, "batch key_head token channel"], heads: int) -> Tensor:
+    """Keys of their own for all heads of queries: each repeated for the run of heads that share it; itself if none do.
+
+    >>> keys_per_head(torch.tensor([1.0, 2.0]).view(1, 2, 1, 1), 4).flatten().tolist()
+    [1.0, 1.0, 2.0, 2.0]
+    """
+    return keys if keys.shape[1] == heads else keys.repeat_interleave(heads // keys.shape[1], dim=1)
+
+
+def _kernels_for(generated: Tensor, keys: Tensor) -> ModuleType | None:
+    """The module of kernels if they can take these inputs; None on the CPU, and with a line that says why elsewhere."""
+    if not generated.is_cuda:
+        return None
+    kernels = _triton_kernels()
+    if kernels is None:
+        return None
+    channels, dtype = generated.shape[3], generated.dtype
+    if channels > kernels.LARGEST_HEAD:
+        return _slower(f"heads of {channels} channels: it takes up to {kernels.LARGEST_HEAD}")
+    if dtype not in _KERNEL_TYPES or keys.dtype != dtype:
+        return _slower(f"queries in {dtype} and keys in {keys.dtype}, which it does not take")
+    return kernels if _fits_card(generated.device, dtype, channels) else None
+
+
+@functools.cache
+def _triton_kernels() -> ModuleType | None:
+    try:
+        from i2am_train.ops import column_kernels  # Triton comes with torch for CUDA alone, and takes a second
+    except ImportError as error:
+        return _slower(f"all layers: Triton cannot be imported ({error})")
+    return column_kernels
+
+
+@functools.cache
+def _fits_card(device: torch.device, dtype: torch.dtype, channels: int) -> bool:
+    """Whether the kernels compile for a device and compute what they should: tried once, on a small attention of whole
+    tiles and a rest. Waits for the device."""
+    kernels = _triton_kernels()
+    assert kernels is not None, "asked after Triton was found"
+    heads, rows, columns = 2, 70, 133
+    generator = torch.Generator().manual_seed(0)
+    generated, reference = (
+        torch.randn(1, count, heads, channels, generator=generator).to(dtype).transpose(1, 2)
+        for count in (rows, columns)
+    )
+    shares = torch.arange(rows)[None] / (rows * (rows - 1) / 2)
+    expected = column_blocks.column_means(generated, reference, channels**-0.5, shares, DEFAULT_BYTE_BUDGET)
+    try:
+        on_device = (values.to(device) for values in (generated, reference))
+        found = kernels.column_means(*on_device, channels**-0.5, shares.to(device))
+        found = [values.cpu() for values in found]
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # whatever the compiler and the driver of a card that we do not know say
+        reason = f"Triton cannot make it there ({type(error).__name__}: {error})"
+    else:
+        if all(torch.allclose(one, other, rtol=1e-3, atol=0) for one, other in zip(found, expected, strict=True)):
+            return True
+        reason = "what Triton makes there gives wrong results"
+    _slower(f"heads of {channels} channels in {dtype} on {torch.cuda.get_device_name(device)}: {reason}")
+    return False
+
+
+@functools.cache
+def _slower(what: str) -> None:
+    """Says once that the device computes in the way of the CPU."""
+    warnings.warn(f"Attention maps are made without the fused kernel, so more slowly, for {what}.", stacklevel=2)
+
+
+def _shares(weights: Tensor) -> Tensor:
+    """Weights that sum to one in each sample, or stay all zero."""
     total = weights.sum(dim=1, keepdim=True)
-    shares = (weights / total.where(total > 0, 1)).to(generated.dtype)
-    return shares.unsqueeze(1).expand(-1, heads, -1).reshape(count, rows)
-
-
-@dataclass(frozen=True)
-class _Work:
-    """How many heads and rows are worked on at a time; whether exponentials are kept for the second sum."""
-
-    heads: int
-    rows: int
-    keeps_exponentials: bool
-
-    @classmethod
-    def plan(cls, generated: Tensor, columns: int, byte_budget: int) -> _Work:
-        count, rows, _ = generated.shape
-        row_bytes = columns * generated.element_size()
-        head_bytes = rows * row_bytes
-        on_cpu = generated.device.type == "cpu"
-        block_bytes = min(byte_budget, _CACHE_BLOCK_BYTES) if on_cpu else byte_budget
-        groups = math.ceil(count / max(1, block_bytes // head_bytes))
-        return cls(
-            heads=math.ceil(count / groups),  # groups of one size: no small rest
-            rows=min(rows, max(1, block_bytes // row_bytes)),
-            keeps_exponentials=head_bytes <= byte_budget,
-        )
-
-
-def _slices(total: int, size: int) -> Iterator[slice]:
-    for start in range(0, total, size):
-        yield slice(start, min(start + size, total))
-
-
-def _all_heads(
-    generated: Tensor, reference: Tensor, scale: float, weights: Tensor, work: _Work
-) -> tuple[Tensor, Tensor]:
-    count, rows, _ = generated.shape
-    columns = reference.shape[1]
-    scratch_rows = rows if work.keeps_exponentials else work.rows
-    scratch = generated.new_empty(work.heads * scratch_rows * columns)
-    sums = _Sums.empty(generated, columns)
-    for heads in _slices(count, work.heads):
-        group = _Group(generated[heads], reference[heads].mT, scale, scratch, work)
-        group.direct(weights[heads], sums.of(heads))
-    to_generated, to_reference = sums.to_generated, sums.to_reference.contiguous()
-    for head in sums.out_of_bounds():
-        single = _Group(generated[head, None], reference[head, None].mT, scale, scratch, work)
-        to_generated[head], to_reference[head] = single.stabilised(weights[head, None])
-    return to_generated, to_reference
-
-
-class _Sums(NamedTuple):
-    """What plain exponentials ``E`` are summed to, per head."""
-
-    row: Tensor  # head generated
-    to_generated: Tensor  # head generated
-    over_rows: Tensor  # head 2 reference: weighed by `row_factors`
-    row_factors: Tensor  # head 2 generated: weight / row sum, and one
-
-    @classmethod
-    def empty(cls, generated: Tensor, columns: int) -> _Sums:
-        count, rows, _ = generated.shape
-        return cls(
-            generated.new_empty(count, rows),
-            generated.new_empty(count, rows),
-            generated.new_zeros(count, 2, columns),
-            generated.new_ones(count, 2, rows),
-        )
-
-    def of(self, heads: slice) -> _Sums:
-        return _Sums(*(values[heads] for values in self))
-
-    @property
-    def to_reference(self) -> Tensor:
-        return self.over_rows[:, 0]
-
-    @property
-    def column(self) -> Tensor:
-        return self.over_rows[:, 1]
-
-    def out_of_bounds(self) -> list[int]:
-        """Heads with a sum that is not finite or near the ends of float32; rare, so that all are looked at together
-        first."""
-        sums = torch.cat((self.row, self.column), dim=1)
-        if _in_bounds(*sums.aminmax()):
-            return []
-        return (~_in_bounds(*sums.aminmax(dim=1))).nonzero().flatten().tolist()
-
-
-@dataclass(frozen=True)
-class _Group:
-    """A few heads whose logits are made block by block in a shared scratch buffer."""
-
-    generated: Tensor  # head generated channel
-    reference: Tensor  # head channel reference
-    scale: float
-    scratch: Tensor
-    work: _Work
-
-    def direct(self, weights: Tensor, sums: _Sums) -> None:
-        """Column means from plain exponentials, into `sums`.
-
-        With ``E = exp(logits)``, ``to_reference = sum_n w[n] / row_sum[n] * E[n]`` and the column sums are two rows of
-        one small product per block, ``to_generated = E @ (1 / column_sum) / M`` is a second sweep over ``E``.
-        """
-        for rows in self._row_blocks():
-            block = self._exponentials(rows)
-            row, factors = sums.row[:, rows], sums.row_factors[:, :, rows]
-            torch.sum(block, dim=2, out=row)
-            torch.div(weights[:, rows], row, out=factors[:, 0])
-            sums.over_rows.baddbmm_(factors, block)
-        inverse = (sums.column * self.reference.shape[2]).reciprocal_().unsqueeze(2)
-        to_generated = sums.to_generated.unsqueeze(2)
-        for rows in self._row_blocks(again=True):
-            block = self._exponentials(rows, again=True)
-            torch.bmm(block, inverse, out=to_generated[:, rows])
-
-    def stabilised(self, weights: Tensor) -> tuple[Tensor, Tensor]:
-        """Column means with the maximum of every row and column subtracted: any logits, two exponentials each."""
-        columns = self.reference.shape[2]
-        to_reference = self.generated.new_zeros(self.reference.shape[0], columns)
-        column_lse: Tensor | None = None
-        for rows in self._row_blocks(chunked=True):
-            logits = self._logits(rows)
-            block_lse = logits.logsumexp(dim=1)
-            column_lse = block_lse if column_lse is None else torch.logaddexp(column_lse, block_lse)
-            scores = logits.softmax(dim=2)
-            to_reference += torch.bmm(weights[:, None, rows], scores).squeeze(1)
-        assert column_lse is not None, "an attention has at least one generated token"
-        to_generated = self.generated.new_empty(self.generated.shape[:2])
-        for rows in self._row_blocks(chunked=True):
-            scores = self._logits(rows).sub_(column_lse.unsqueeze(1)).exp_()
-            to_generated[:, rows] = scores.mean(dim=2)
-        return to_generated, to_reference
-
-    def _row_blocks(self, *, again: bool = False, chunked: bool = False) -> Iterator[slice]:
-        """Row ranges of the blocks; a second sweep over kept exponentials is one single block."""
-        total = self.generated.shape[1]
-        whole = again and self.work.keeps_exponentials and not chunked
-        return _slices(total, total if whole else self.work.rows)
-
-    def _exponentials(self, rows: slice, *, again: bool = False) -> Tensor:
-        block = self._block(rows)
-        if again and self.work.keeps_exponentials:
-            return block
-        return self._product(rows, block).exp_()
-
-    def _logits(self, rows: slice) -> Tensor:
-        return self._product(rows, self._block(rows))
-
-    def _block(self, rows: slice) -> Tensor:
-        """The scratch of these rows: their own place if exponentials are kept, else the shared start."""
-        count, columns = self.reference.shape[0], self.reference.shape[2]
-        held = self.generated.shape[1] if self.work.keeps_exponentials else self.work.rows
-        matrix = self.scratch[: count * held * columns].view(count, held, columns)
-        return matrix[:, rows] if self.work.keeps_exponentials else matrix[:, : rows.stop - rows.start]
-
-    def _product(self, rows: slice, out: Tensor) -> Tensor:
-        if out.shape[0] == 1:  # a strided single matrix product is faster than a batch of one
-            generated, reference, single = self.generated[0, rows], self.reference[0], out[0]
-            torch.addmm(single, generated, reference, beta=0, alpha=self.scale, out=single)
-        else:
-            generated = self.generated[:, rows]
-            torch.baddbmm(out, generated, self.reference, beta=0, alpha=self.scale, out=out)
-        return out
-
-
-def _in_bounds(low: Tensor, high: Tensor) -> Tensor:
-    """Whether all between the smallest and the largest sum can be trusted (False for NaN)."""
-    return (low > _SMALLEST_SUM) & (high < _LARGEST_SUM)
+    return weights / total.where(total > 0, 1)

@@ -24,6 +24,8 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from tests.support.launches import launches
+
 CARD, CPU = torch.device("cuda:0"), torch.device("cpu")
 
 aten = torch.ops.aten
@@ -303,6 +305,7 @@ def card() -> Iterator[Rules]:
 
     rules = Rules()
     with ExitStack() as stack:
+        stack.enter_context(launches())
         stream = SimpleNamespace(is_capturing=lambda: False)
         stack.enter_context(patch.object(torch.accelerator, "current_stream", lambda *_: stream))
         stack.enter_context(patch.object(torch._C, "_group_tensors_by_device_and_dtype", _grouped))

@@ -148,7 +148,7 @@ def test_scores_carry_the_gradient_of_the_softmax():
 @pytest.mark.parametrize("cache_block", [2**20, 1])
 def test_matrices_are_head_means_of_both_softmaxes(cache_block, monkeypatch):
     # all heads at once, and one at a time
-    monkeypatch.setattr("i2am_train.ops.attention._CACHE_BLOCK_BYTES", cache_block)
+    monkeypatch.setattr("i2am_train.ops.attention.CACHE_BLOCK_BYTES", cache_block)
     generated, reference = random_tokens(dtype=torch.float64)
     matrices = head_mean_matrices(generated, reference)
     logits = attention_logits(generated, reference)
