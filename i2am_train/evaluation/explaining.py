@@ -36,9 +36,9 @@ from i2am_train.metrics.attention import (
     spread_ratio,
     target_on_grid,
 )
-from i2am_train.models.sampling import SamplingStep, sample
+from i2am_train.models.sampling import SamplingStep, encoded_conditions, sample_conditioned
 from i2am_train.models.traceable import Request, TraceableModel
-from i2am_train.models.tryon import TryOnModel
+from i2am_train.models.tryon import Conditions, TryOnModel
 from i2am_train.models.watch import Watch
 from i2am_train.ops.grids import mask_on_grid, threshold
 from i2am_train.ops.numerics import to_uint8
@@ -86,13 +86,17 @@ def sample_batch(
     batch: TryOnBatch,
     sampling: SamplingConfig,
     on_step: Callable[[SamplingStep], None] | None = None,
+    conditions: Conditions | None = None,
 ) -> Float[Tensor, "batch 3 height width"]:
-    """Images of a batch in [-1, 1]; each sample's noise is drawn from its own seed."""
-    return sample(
+    """Images of a batch in [-1, 1]; each sample's noise is drawn from its own seed.
+
+    ``conditions``, where they are given, stand in for the pictures that they were encoded from.
+    """
+    if conditions is None:
+        conditions = encoded_conditions(model, batch["garment"], batch["agnostic"], batch["densepose"])
+    return sample_conditioned(
         model,
-        batch["garment"],
-        batch["agnostic"],
-        batch["densepose"],
+        conditions,
         seeds=[seed_for(sampling.seed, "sampling", int(index)) for index in batch["index"]],
         steps=sampling.steps,
         guidance=sampling.guidance,

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any, cast
 
 import numpy as np
@@ -21,7 +22,7 @@ from i2am_train.data.pictures import Image, Mask, fit_mask, fit_picture
 from i2am_train.errors import ConfigError
 from i2am_train.evaluation.explaining import sample_batch, value_or_none
 from i2am_train.evaluation.explanation import FITS, WHITE
-from i2am_train.models.sampling import SamplingStep
+from i2am_train.models.sampling import SamplingStep, encoded_conditions
 from i2am_train.models.traceable import Request, TraceableModel
 from i2am_train.models.tryon import Conditions, TryOnModel
 from i2am_train.ops.grids import mask_on_grid
@@ -70,11 +71,18 @@ def batch_rows(batch: TryOnBatch, rows: Sequence[int]) -> TryOnBatch:
 
 
 def remake_of(model: TryOnModel, batch: TryOnBatch, sampling: SamplingConfig) -> Remake:
-    """A try-on batch, whose tensors lie on the model's device."""
+    """A try-on batch, whose tensors lie on the model's device. What does not change is encoded once."""
+
+    @cache
+    def encoded() -> Conditions:
+        return encoded_conditions(model, batch["garment"], batch["agnostic"], batch["densepose"])
 
     def make(reference: Tensor) -> Tensor:
-        garment = reference.to(model.device) * 2 - 1
-        return to_unit(sample_batch(model, {**batch, "garment": garment}, sampling)).cpu()
+        garment, conditions = reference.to(model.device) * 2 - 1, encoded()
+        if not torch.equal(garment, batch["garment"]):
+            with torch.no_grad():
+                conditions = conditions._replace(tokens=model.encode_reference(garment))
+        return to_unit(sample_batch(model, batch, sampling, conditions=conditions)).cpu()
 
     def sensitivity() -> Tensor:
         return token_sensitivity(model, batch, sampling)
@@ -200,11 +208,9 @@ def token_sensitivity(
     One sampling run, and one backward pass per step, with the memory of a training step of this batch without its
     optimizer.
     """
-    with torch.no_grad():
-        agnostic, pose = model.encode_latents(batch["agnostic"]), model.encode_latents(batch["densepose"])
-        tokens = model.encode_reference(batch["garment"])
+    conditions = encoded_conditions(model, batch["garment"], batch["agnostic"], batch["densepose"])
     inside = mask_on_grid(batch["inpaint_mask"], model.latent_size).reshape(-1, 1, *model.latent_size)
-    squares = torch.zeros(tokens.shape[:2], device=tokens.device)
+    squares = torch.zeros(conditions.tokens.shape[:2], device=conditions.tokens.device)
 
     def look(step: SamplingStep) -> None:
         seeds = [seed_for(sampling.seed, "sensitivity", int(index), step.step_index) for index in batch["index"]]
@@ -214,10 +220,10 @@ def token_sensitivity(
         probe = (torch.stack(signs) * 2 - 1).to(step.noisy) * inside
         at = torch.full((len(step.noisy),), step.timestep, device=step.noisy.device)
         with torch.enable_grad():
-            asked = tokens.detach().requires_grad_()
-            prediction = model.denoise(step.noisy, at, Conditions(agnostic, pose, asked))
+            asked = conditions.tokens.detach().requires_grad_()
+            prediction = model.denoise(step.noisy, at, conditions._replace(tokens=asked))
             (gradient,) = torch.autograd.grad((prediction.float() * probe).sum(), asked)
         squares.add_(gradient.float().square().sum(dim=-1))
 
-    sample_batch(model, batch, sampling, look)
+    sample_batch(model, batch, sampling, look, conditions)
     return (squares / sampling.steps).sqrt()[:, model.special_tokens :].cpu()

@@ -58,9 +58,31 @@ def sample(
     Raises:
         NotFiniteError: a network gave NaN or infinity; the message names the step and the samples.
     """
-    conditions = Conditions(
-        model.encode_latents(agnostic), model.encode_latents(densepose), model.encode_reference(garment)
+    conditions = encoded_conditions(model, garment, agnostic, densepose)
+    return sample_conditioned(
+        model, conditions, seeds=seeds, steps=steps, guidance=guidance, sampler=sampler, names=names, on_step=on_step
     )
+
+
+@torch.no_grad()
+def encoded_conditions(model: TryOnModel, garment: Images, agnostic: Images, densepose: Images) -> Conditions:
+    """What the denoiser is told of these pictures, which are in [-1, 1]."""
+    return Conditions(model.encode_latents(agnostic), model.encode_latents(densepose), model.encode_reference(garment))
+
+
+@torch.no_grad()
+def sample_conditioned(
+    model: TryOnModel,
+    conditions: Conditions,
+    *,
+    seeds: Sequence[int],
+    steps: int,
+    guidance: float,
+    sampler: SamplerName,
+    names: Sequence[str] | None = None,
+    on_step: Callable[[SamplingStep], None] | None = None,
+) -> Images:
+    """As :func:`sample`, of inputs that are encoded already."""
     watch = Watch(names)
     watch.see(conditions.agnostic, "The VAE's latents of the agnostic image")
     watch.see(conditions.pose, "The VAE's latents of the DensePose image")

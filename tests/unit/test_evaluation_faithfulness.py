@@ -1,5 +1,6 @@
 """Faithfulness of models whose answer is known: what is copied from where, and what a layer is worth."""
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -20,8 +21,11 @@ from i2am_train.evaluation.faithfulness import (
     perceptual_change,
     runs_of,
 )
-from i2am_train.evaluation.remaking import Remake, token_sensitivity
+from i2am_train.evaluation.remaking import Remake, remake_of, token_sensitivity
 from i2am_train.metrics.registry import image_pair_score
+from i2am_train.models import sampling
+from i2am_train.ops.numerics import to_unit
+from i2am_train.seeds import seed_for
 from i2am_train.types import GridSize
 
 GRID = GridSize(4, 4)
@@ -338,6 +342,33 @@ def test_perceptual_change_is_of_the_mask() -> None:
     assert found[0] == image_pair_score("stlpips")(*as_bytes)[0]
     assert found[0] > 0.01
     assert found[1].isnan()
+
+
+def test_what_does_not_change_is_encoded_once(make_small_model, read_batch, monkeypatch) -> None:  # type: ignore[no-untyped-def]
+    """Images made again are bit by bit those of a sampling of their own; of the person nothing is encoded anew."""
+    model, batch, options = make_small_model().eval(), read_batch([0, 1]), SamplingConfig(steps=2, guidance=2.0)
+
+    def sampled(garment: Tensor) -> Tensor:
+        seeds = [seed_for(0, "sampling", index) for index in (0, 1)]
+        made = sampling.sample(
+            model, garment, batch["agnostic"], batch["densepose"], seeds=seeds, steps=2, guidance=2.0
+        )
+        return to_unit(made)
+
+    grey = (batch["garment"] + 1) / 4
+    expected = [sampled(batch["garment"]), sampled(grey * 2 - 1), sampled(batch["garment"])]
+    encoded: list[str] = []
+
+    def counting(name: str, encode: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+        return lambda pictures: encoded.append(name) or encode(pictures)  # type: ignore[func-returns-value]
+
+    for name in ("encode_latents", "encode_reference"):
+        monkeypatch.setattr(model, name, counting(name, getattr(model, name)))
+    remake = remake_of(model, batch, options)
+    found = [remake.make(one) for one in (remake.reference, grey, remake.reference)]
+    assert all(map(torch.equal, found, expected))
+    assert not torch.equal(found[0], found[1])
+    assert encoded == ["encode_latents", "encode_latents", "encode_reference", "encode_reference"]
 
 
 def test_sensitivity_is_the_norm_of_the_jacobian(make_small_model, read_batch, monkeypatch) -> None:  # type: ignore[no-untyped-def]
