@@ -1,11 +1,12 @@
 """The dashboard of a project, in code: a workspace of live charts and a report to read, from one list of sections.
 
-Panels refer to what the other modules of this package log, by the names in ``names``.
+Panels refer to what the other modules of this package log, by the names in ``names``. A saved dashboard has those of
+what the runs have logged by then.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any, TypeVar
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple, TypeVar
 
 import wandb
 import wandb_workspaces.reports.v2 as reports
@@ -45,23 +46,49 @@ _TITLE = "i2am_train"
 T = TypeVar("T")
 
 
+class _Panel(NamedTuple):
+    """A panel, and the name under which is logged what it shows."""
+
+    shows: str | None
+    """None: of whatever there is."""
+    panel: Any
+
+
 @dataclass(frozen=True, kw_only=True)
 class _DashboardSection:
     """Panels under one heading, and what the report says above them."""
 
     name: str
     text: str
-    panels: Sequence[Any]
+    panels: Sequence[_Panel]
     by_arm: bool = False
     """Runs of one arm count together in the report."""
 
 
-def sections() -> list[_DashboardSection]:
+def sections(logged: Collection[str] | None = None) -> list[_DashboardSection]:
     """What workspace and report show, in order.
+
+    Args:
+        logged: names of what the runs have logged; other panels, and sections without any, are left out. None: not
+            known; all panels, but single terms of attention losses, which share one.
 
     >>> [section.name for section in sections()][:3]
     ['Attention scores', 'Whether attention is a cause', 'Image quality']
+    >>> [panel.shows for section in sections({"loss/tv", "lr"}) for panel in section.panels]
+    ['loss/tv', 'lr', None]
     """
+    if logged is None:
+        return _all_sections(LOSSES[:2])
+    terms = sorted(name for name in logged if name.startswith(LOSS) and "@" not in name and name not in LOSSES)
+    found = []
+    for section in _all_sections((*LOSSES, *terms)):
+        kept = [one for one in section.panels if one.shows is None or one.shows in logged]
+        if any(one.shows for one in kept):
+            found.append(replace(section, panels=kept))
+    return found
+
+
+def _all_sections(losses: Sequence[str]) -> list[_DashboardSection]:
     chosen = [*_metrics("attention"), *_metrics("faithfulness"), *_metrics("image")]
     return [
         _DashboardSection(
@@ -83,9 +110,9 @@ def sections() -> list[_DashboardSection]:
             name="Losses",
             text="Each term without its weight, and the learning rate.",
             panels=[
-                *(_curve(name, name) for name in (*LOSSES, LEARNING_RATE)),
-                # Terms of the user's own are known to the runs alone.
-                reports.LinePlot(title="All terms", x=STEP, metric_regex=f"^{LOSS}"),
+                *(_curve(name, name) for name in (*losses, LEARNING_RATE)),
+                # Whatever terms there are, of several layers also those of each.
+                _Panel(None, reports.LinePlot(title="All terms", x=STEP, metric_regex=f"^{LOSS}")),
             ],
         ),
         _DashboardSection(
@@ -98,7 +125,7 @@ def sections() -> list[_DashboardSection]:
                 _media("Attribution on generated images", VALIDATION + ATTRIBUTION_GENERATED),
                 _media("Attribution on garments", VALIDATION + ATTRIBUTION_REFERENCE),
                 _media("Both directions and centres", VALIDATION + ATTRIBUTION),
-                reports.WeavePanelSummaryTable(table_name=VALIDATION + TABLE),
+                _table(VALIDATION + TABLE),
             ],
         ),
         _DashboardSection(
@@ -106,10 +133,10 @@ def sections() -> list[_DashboardSection]:
             text="Held-out samples, mean over the seeds of each arm; bars span the standard deviation.",
             panels=[
                 *(_bars(EVALUATION + name, METRICS[name].label) for name in chosen),
-                reports.WeavePanelSummaryTable(table_name=STUDY_ARMS),
-                reports.WeavePanelSummaryTable(table_name=STUDY_DIFFERENCES),
-                reports.WeavePanelSummaryTable(table_name=EVALUATION + TABLE),
-                reports.RunComparer(diff_only="split"),
+                _table(STUDY_ARMS),
+                _table(STUDY_DIFFERENCES),
+                _table(EVALUATION + TABLE),
+                _Panel(None, reports.RunComparer(diff_only="split")),
             ],
             by_arm=True,
         ),
@@ -129,22 +156,23 @@ def sections() -> list[_DashboardSection]:
                     for name in METHODS_OF_MAPS
                 ),
                 _media("Boxes on painted images", DETECTION_BOXES),
-                reports.WeavePanelSummaryTable(table_name=DETECTION_METHODS),
-                reports.WeavePanelSummaryTable(table_name=DETECTION_THRESHOLDS),
-                reports.WeavePanelSummaryTable(table_name=DETECTION_TABLE),
+                _table(DETECTION_METHODS),
+                _table(DETECTION_THRESHOLDS),
+                _table(DETECTION_TABLE),
             ],
         ),
     ]
 
 
-def _make_workspace(entity: str, project: str, group: str | None) -> Any:
-    """The workspace, not saved: all sections over the runs of a project or of one group."""
+def _make_workspace(entity: str, project: str, group: str | None, shown: Sequence[_DashboardSection]) -> Any:
+    """The workspace, not saved: sections over the runs of a project or of one group."""
     return workspaces.Workspace(
         entity=entity,
         project=project,
         name=_title(group),
         sections=[
-            workspaces.Section(name=section.name, panels=list(section.panels), is_open=True) for section in sections()
+            workspaces.Section(name=section.name, panels=[one.panel for one in section.panels], is_open=True)
+            for section in shown
         ],
         settings=workspaces.WorkspaceSettings(x_axis=STEP),
         runset_settings=workspaces.RunsetSettings(
@@ -154,10 +182,10 @@ def _make_workspace(entity: str, project: str, group: str | None) -> Any:
     )
 
 
-def _make_report(entity: str, project: str, group: str | None) -> Any:
+def _make_report(entity: str, project: str, group: str | None, shown: Sequence[_DashboardSection]) -> Any:
     """The report, not saved. With a nameless entity it is made without asking the server for the project's number."""
     blocks: list[Any] = []
-    for section in sections():
+    for section in shown:
         runs = reports.Runset(
             entity=entity,
             project=project,
@@ -168,7 +196,7 @@ def _make_report(entity: str, project: str, group: str | None) -> Any:
         blocks += [
             reports.H2(section.name),
             reports.P(section.text),
-            reports.PanelGrid(runsets=[runs], panels=list(section.panels)),
+            reports.PanelGrid(runsets=[runs], panels=[one.panel for one in section.panels]),
         ]
     return reports.Report(
         entity=entity,
@@ -181,15 +209,15 @@ def _make_report(entity: str, project: str, group: str | None) -> Any:
 
 
 def dashboard_json(project: str, group: str | None) -> dict[str, Any]:
-    """Both as W&B's own specifications, made without network.
+    """Both as W&B's own specifications, made without network, so that it is not known what the runs have logged.
 
     >>> list(dashboard_json("demo", group=None))
     ['project', 'group', 'workspace', 'report']
     """
     # The only way to see them without saving; their public methods all talk to the server.
     parts = {
-        "workspace": _make_workspace("", project, group)._to_model(),
-        "report": _make_report("", project, group)._to_model(),
+        "workspace": _make_workspace("", project, group, sections())._to_model(),
+        "report": _make_report("", project, group, sections())._to_model(),
     }
     return {
         "project": project,
@@ -199,7 +227,7 @@ def dashboard_json(project: str, group: str | None) -> dict[str, Any]:
 
 
 def save_dashboard(entity: str | None, project: str, group: str | None) -> tuple[str, str]:
-    """Make both in W&B, anew at each call; their addresses.
+    """Make both in W&B, anew at each call, of what the runs have logged; their addresses.
 
     Raises:
         TrackingError: not logged in, or the server cannot be reached or refuses.
@@ -208,10 +236,16 @@ def save_dashboard(entity: str | None, project: str, group: str | None) -> tuple
     owner = entity or _asked(lambda: api.default_entity)
     if not owner:
         raise TrackingError("Weights & Biases knows no default entity for this login. Give entity=USER_OR_TEAM.")
-    # The report first: it fails where there is no such project.
-    report = _asked(lambda: _make_report(owner, project, group).save())
-    workspace = _asked(lambda: _make_workspace(owner, project, group).save())
+    shown = sections(_asked(lambda: _logged(api, f"{owner}/{project}", group)))
+    report = _asked(lambda: _make_report(owner, project, group, shown).save())
+    workspace = _asked(lambda: _make_workspace(owner, project, group, shown).save())
     return str(workspace.url), str(report.url)
+
+
+def _logged(api: Any, project: str, group: str | None) -> set[str] | None:
+    """Names of all that the runs of a project or a group have logged; None where there are none yet."""
+    runs = api.runs(project, filters={} if group is None else {"group": group}, lazy=False)
+    return {name for run in runs for name in run.summary_metrics} or None
 
 
 def _asked(ask: Callable[[], T]) -> T:
@@ -223,7 +257,7 @@ def _asked(ask: Callable[[], T]) -> T:
             f"Weights & Biases cannot be used now: {_one_line(error)} Run 'wandb login' and check the network (and "
             "WANDB_BASE_URL for a server of your own), or write the definition to a file with output=dashboard.json."
         ) from error
-    except ValueError as error:  # of wandb_workspaces, where the server knows no such project
+    except ValueError as error:  # where the server knows no such project
         raise TrackingError(
             f"Weights & Biases refuses the dashboard: {_one_line(error)} A project appears with the first run that is "
             "sent to it: give project=NAME, or send a run with 'wandb sync'."
@@ -231,7 +265,8 @@ def _asked(ask: Callable[[], T]) -> T:
 
 
 def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())
+    text = " ".join(str(error).split())
+    return text if text.endswith(".") else f"{text}."
 
 
 def _metrics(group: str) -> list[str]:
@@ -240,18 +275,21 @@ def _metrics(group: str) -> list[str]:
     return [name for name, info in METRICS.items() if info.group == group and (group != "image" or name in image)]
 
 
-def _curve(name: str, title: str, axis: str = STEP) -> Any:
-    return reports.LinePlot(title=title, x=axis, y=[name], max_runs_to_show=20)
+def _curve(name: str, title: str, axis: str = STEP) -> _Panel:
+    return _Panel(name, reports.LinePlot(title=title, x=axis, y=[name], max_runs_to_show=20))
 
 
-def _bars(name: str, title: str) -> Any:
-    return reports.BarPlot(
-        title=title, metrics=[name], groupby=f"config.{ARM}", groupby_aggfunc="mean", groupby_rangefunc="stddev"
-    )
+def _bars(name: str, title: str) -> _Panel:
+    over_runs = {"groupby": f"config.{ARM}", "groupby_aggfunc": "mean", "groupby_rangefunc": "stddev"}
+    return _Panel(name, reports.BarPlot(title=title, metrics=[name], **over_runs))
 
 
-def _media(title: str, name: str) -> Any:
-    return reports.MediaBrowser(title=title, media_keys=[name], num_columns=4)
+def _media(title: str, name: str) -> _Panel:
+    return _Panel(name, reports.MediaBrowser(title=title, media_keys=[name], num_columns=4))
+
+
+def _table(name: str) -> _Panel:
+    return _Panel(name, reports.WeavePanelSummaryTable(table_name=name))
 
 
 def _filters(group: str | None) -> Any:

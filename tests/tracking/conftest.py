@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import re
 import struct
 import threading
 import time
@@ -220,7 +221,7 @@ class StandIn:
     def posted(self, path: str, body: bytes) -> Any:
         if path.startswith("/graphql"):
             query = json.loads(body)
-            name = query.get("operationName") or query["query"].split("(")[0].split()[1]
+            name = query.get("operationName") or re.search(r"(?:query|mutation)\s+(\w+)", query["query"])[1]  # type: ignore[index]
             self.operations.append(name)
             variables = query.get("variables") or {}
             answer = getattr(self, f"on_{name}", None)
@@ -259,6 +260,27 @@ class StandIn:
         ]  # fmt: skip
         page = {"hasNextPage": False, "endCursor": None}
         return {"models": {"pageInfo": page, "edges": [{"node": node} for node in nodes]}}
+
+    def on_Runs(self, v: Any) -> Any:
+        group = json.loads(v["filters"]).get("group")
+        found = {
+            name: run
+            for name, run in self.runs.items()
+            if run["project"] == v["project"] and group in (None, run.get("groupName"))
+        }
+        if v["project"] not in {run["project"] for run in self.runs.values()}:
+            return {"project": None}
+        nodes = [
+            {"id": name, "name": name, "projectId": "1", "tags": [], "config": "{}", "state": "finished",
+             "summaryMetrics": json.dumps(run["summary"]), "systemMetrics": "{}",
+             "user": {"name": USER, "username": USER}}
+            for name, run in found.items()
+        ]  # fmt: skip
+        # One run a page, so that a client has to turn it.
+        at = 0 if v.get("cursor") is None else int(v["cursor"]) + 1
+        page = {"endCursor": str(at), "hasNextPage": at + 1 < len(nodes)}
+        edges = [{"node": node, "cursor": str(at)} for node in nodes[at : at + 1]]
+        return {"project": {"runCount": len(nodes), "runs": {"edges": edges, "pageInfo": page}}}
 
     def on_upsertView(self, v: Any) -> Any:
         answer = self.on_UpsertView2(v)

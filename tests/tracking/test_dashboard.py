@@ -44,13 +44,14 @@ def test_the_definition_is_a_file(
 
 
 def test_panels_show_what_is_documented(shown: Shown, panels: Panels) -> None:
-    """Every loss, score of attention or faithfulness and default image metric has its curve, and nothing else has."""
+    """Every score of attention or faithfulness and default image metric has its curve, and nothing else has; of losses
+    those that every run has."""
     found = shown(dashboard.dashboard_json("p", None))
     scalars = {name for name in found if name.split("/")[-1] in METRICS}
     groups = ("attention", "faithfulness", "image")
     default = {name for name, info in METRICS.items() if info.group in groups and not info.needs_download}
     assert scalars == {names.VALIDATION + n for n in default} | {names.EVALUATION + n for n in default}
-    others = {*names.LOSSES, names.LEARNING_RATE, names.STUDY_ARMS, names.STUDY_DIFFERENCES}
+    others = {*names.LOSSES[:2], names.LEARNING_RATE, names.STUDY_ARMS, names.STUDY_DIFFERENCES}
     others |= {names.VALIDATION + n for n in (names.ATTRIBUTION, names.ATTRIBUTION_GENERATED)}
     others |= {"val/attribution_reference", "val/table", "eval/table"}
     detection = {name for name in found if name.startswith(names.DETECTION)}
@@ -71,8 +72,8 @@ def test_bars_are_grouped_by_arm(panels: Panels) -> None:
 
 
 def test_saving(wandb_server: Any, capsys: pytest.CaptureFixture[str], shown: Shown) -> None:
-    """Report and workspace arrive as they are defined, and their addresses are printed."""
-    wandb_server.runs["x"] = {"project": "there"}
+    """Report and workspace arrive as they are defined, and their addresses are printed, before anything is logged."""
+    wandb_server.runs["x"] = {"project": "there", "groupName": "study", "summary": {}}
     run(compose("dashboard", ["project=there", "group=study"]))
     report, workspace = wandb_server.views
     assert (report["type"], workspace["type"]) == ("runs", "project-view")
@@ -85,9 +86,30 @@ def test_saving(wandb_server: Any, capsys: pytest.CaptureFixture[str], shown: Sh
     assert f"Report:    {wandb_server.url}/tester/there/reports/" in printed
 
 
+def test_panels_of_what_is_logged(wandb_server: Any, shown: Shown, panels: Panels) -> None:
+    """Those of the group's runs together: terms that are on, one's own too; no empty panel, no empty section."""
+    of_runs = [
+        ("study", ["loss/total", "loss/denoising", "loss/tv", "loss/mine", "loss/mine@2", "lr", "step_seconds"]),
+        ("study", ["loss/total", "loss/denoising", "lr", "val/ssim", "val/table", "_step"]),
+        ("other", ["loss/cwg", "eval/ssim"]),
+    ]
+    for number, (group, logged) in enumerate(of_runs):
+        record = {"project": "there", "groupName": group, "summary": dict.fromkeys(logged, 1.0)}
+        wandb_server.runs[str(number)] = record
+    run(compose("dashboard", ["project=there", "group=study"]))
+    report, workspace = wandb_server.views
+    expected = {"loss/total", "loss/denoising", "loss/tv", "loss/mine", "lr", "val/ssim", "val/table"}
+    assert shown(report["spec"]) == shown(workspace["spec"]) == expected
+    assert len(list(panels(workspace["spec"]))) == len(expected) + 1  # all terms
+    sections = workspace["spec"]["section"]["panelBankConfig"]["sections"]
+    assert [section["name"] for section in sections] == ["Image quality", "Losses", "Attribution and samples"]
+    run(compose("dashboard", ["project=there"]))
+    assert shown(wandb_server.views[-1]["spec"]) == expected | {"loss/cwg", "eval/ssim"}
+
+
 def test_what_a_user_can_put_right(wandb_server: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """No such project, no server, no login: each says what to do, and nothing is saved."""
-    with pytest.raises(TrackingError, match=r"not found.*give project=NAME"):
+    with pytest.raises(TrackingError, match=r"not find project nowhere\. .*give project=NAME"):
         run(compose("dashboard", ["project=nowhere"]))
     assert wandb_server.views == []
     wandb.teardown()
