@@ -22,9 +22,11 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
+from i2am_train.attention.recipe import layer_name
 from i2am_train.metrics.attention import imacs_column
 from i2am_train.metrics.registry import METRICS, MetricInfo, own_metrics
 from i2am_train.reporting.ablation_tables import TRUTH_MARK, TRUTH_NOTE
+from i2am_train.reporting.faithfulness import numbered_layer
 from i2am_train.reporting.figures.canvas import GREY, OKABE_ITO, STYLE, new_figure, plain_text, with_index
 from i2am_train.reporting.table import Cell, Heading, Row, Table, minus, number, with_best
 from i2am_train.results.evaluations import Evaluation
@@ -141,8 +143,18 @@ def _faithfulness_table(evaluations: Sequence[Evaluation]) -> Table | None:
         columns,
         name="faithfulness",
         title="Whether attention is a cause of the images",
-        notes=(f"Of the first {_listed(map(int, counts))} samples, made again with changed references.",),
+        notes=(
+            f"Of the first {_listed(map(int, counts))} samples, made again with changed references."
+            f"{_judged_layer(evaluations)}",
+        ),
     )
+
+
+def _judged_layer(evaluations: Sequence[Evaluation]) -> str:
+    """Which layer's attention the columns judge that are of one layer."""
+    layers = [(e.settings.get("attribution") or {}).get("layer") for e in evaluations if "use" in e.metrics]
+    named = " or ".join(sorted({numbered_layer(layer_name(layer)) for layer in layers if layer is not None}))
+    return f" Use and where (but for all layers) judge the attention of layer {named}." if named else ""
 
 
 _SWEPT = re.compile(r"@d([\d.e+-]+)_l([\d.e+-]+)$")

@@ -7,6 +7,7 @@ import json
 import re
 import runpy
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
 
@@ -249,6 +250,24 @@ def test_table_2_has_means_intervals_and_ranks(study: Path) -> None:
     assert start.interval is None
     assert start.rank == 0  # 80 against 79 and 78
     assert any("3 training seeds" in note for note in table.notes)
+
+
+def test_faithfulness_names_the_layer_that_it_judges(tmp_path: Path, make_evaluation: Make) -> None:
+    """By number and name, whichever the settings have; with mixed=true, each; nothing where it was not measured."""
+    layers = (6, "up_blocks.2.attentions.2", 2, 3)
+    folders = [make_evaluation(tmp_path / str(n), f"/models/{n}", attribution__layer=of) for n, of in enumerate(layers)]
+    *measured, other = read_evaluations(folders, mixed=True)
+    measured = [replace(one, metrics={**one.metrics, "use": 0.03, "where": 0.2}) for one in measured]
+    notes = []
+    for chosen in ([measured[0], other], measured[:2], measured):
+        tables, _ = score_tables(chosen)
+        (table,) = (table for table in tables if table.name == "faithfulness")
+        notes.append(table.notes[0].partition("judge the attention of layer ")[2])
+    assert notes == [
+        "6 (up_blocks.2.attentions.2).",
+        "6 (up_blocks.2.attentions.2).",
+        "2 (up_blocks.1.attentions.1) or 6 (up_blocks.2.attentions.2).",
+    ]
 
 
 def test_tables_3_and_4_sweep_one_of_the_two(study: Path) -> None:
