@@ -66,9 +66,10 @@ def study(text: str, arms: Collection[str]) -> str:
 
 def arms_shown(text: str) -> str:
     """The first of these tables, with the scores that are shown."""
-    rows = [line.split(" | ") for line in study(text, ()).split("\n\n")[0].splitlines()]
+    lines = study(text, ()).split("\n\n")[0].splitlines()
+    rows = [line.removeprefix("| ").removesuffix(" |").split(" | ") for line in lines]
     kept = [0, *(n for n, name in enumerate(rows[0]) if name.startswith(SHOWN))]
-    return "\n".join(" | ".join(row[n] for n in kept) + " |" for row in rows)
+    return "\n".join(f"| {' | '.join(row[n] for n in kept)} |" for row in rows)
 
 
 def renewed(text: str) -> str:

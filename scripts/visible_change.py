@@ -37,18 +37,25 @@ GAIN = 4
 """How much brighter the difference is drawn."""
 
 
-def pictures(run: ArmRun) -> dict[str, NDArray[np.float64]]:
-    """Generated pictures by name, in 0..1."""
+Pictures = dict[str, NDArray[np.float64]]
+"""Generated pictures by name, in 0..1."""
+
+
+def pictures(run: ArmRun) -> Pictures:
+    """Those of a run."""
     files = sorted((run.folder / "evaluation" / "images").glob("*.png"))
     return {file.stem: read_rgb(file) / 255 for file in files}
 
 
-def changes(study: Study, arm: str, reference: str) -> dict[str, Any]:
-    """By sample: movement of pixels by the losses and by chance, and the difference of ST-LPIPS in each seed."""
-    runs = {name: study.of_arm(name) for name in (arm, reference)}
-    made = {name: [pictures(run) for run in runs[name]] for name in runs}
-    scores = {name: [{row["name"]: row["stlpips"] for row in run.samples} for run in runs[name]] for name in runs}
-    seeds = range(len(runs[reference]))
+def changes(study: Study, made: dict[str, list[Pictures]], arm: str, reference: str) -> dict[str, Any]:
+    """By sample: movement of pixels by the losses and by chance, and the difference of ST-LPIPS in each seed.
+
+    ``made`` are the pictures of both arms, seed by seed.
+    """
+    scores = {
+        name: [{row["name"]: row["stlpips"] for row in run.samples} for run in study.of_arm(name)] for name in made
+    }
+    seeds = range(len(made[reference]))
     rows = {}
     for sample in made[reference][0]:
         of_arm, of_reference = ([one[sample] for one in made[name]] for name in (arm, reference))
@@ -79,15 +86,16 @@ def summary(rows: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def draw(study: Study, rows: dict[str, Any], arm: str, reference: str, data: Path) -> None:
+def draw(
+    study: Study, made: dict[str, list[Pictures]], rows: dict[str, Any], arm: str, reference: str, data: Path
+) -> None:
     """The samples whose distance falls most, of those where it falls in every seed, else of all."""
     order = sorted(rows, key=lambda name: (max(rows[name]["stlpips"]) >= 0, np.mean(rows[name]["stlpips"])))
     layout, labels = VitonHDLayout(data, Split.TEST), arm_labels(study.results)
-    first = {name: pictures(study.of_arm(name)[0]) for name in (arm, reference)}
     figure = new_figure(8.0, 2.1 * SHOWN + 0.3)
     top, height = 1 - 0.3 / figure.get_figheight(), 2.1 / figure.get_figheight()
     for row, name in enumerate(order[:SHOWN]):
-        before, after = first[reference][name], first[arm][name]
+        before, after = made[reference][0][name], made[arm][0][name]
         columns = {
             "garment": read_rgb(layout.path(Role.GARMENT, name)) / 255,
             "real": read_rgb(layout.path(Role.PERSON, name)) / 255,
@@ -108,10 +116,11 @@ def main() -> None:
     study, arm = read_study(folder), str(rest[0]) if rest else "refined"
     reference = reference_arm(study.results)
     assert reference is not None, "the study names no reference arm"
-    rows = changes(study, arm, reference)
+    made = {name: [pictures(run) for run in study.of_arm(name)] for name in (arm, reference)}
+    rows = changes(study, made, arm, reference)
     found = {"study": study.results["command"], "arm": arm, **summary(rows), "by_sample": rows}
     RESULT.write_text(json.dumps(found, indent=1) + "\n")
-    draw(study, rows, arm, reference, data)
+    draw(study, made, rows, arm, reference, data)
     print(json.dumps({name: value for name, value in found.items() if name != "by_sample"}, indent=1))
 
 

@@ -15,6 +15,7 @@ from diffusers import StableDiffusionInpaintPipeline
 from PIL import Image
 
 from i2am_train.config.store import compose
+from i2am_train.metrics.registry import METRICS
 from i2am_train.models.ip_adapter import load_ip_adapter
 from i2am_train.models.traceable import Source
 from tests.support.pipelines import tiny_ip_adapter
@@ -142,6 +143,15 @@ def test_tables_are_generated(name: str) -> None:
     text = (ROOT / name).read_text()
     assert "<!-- " in text
     assert UPDATE["rendered"](text) == text
+
+
+def test_the_last_column_can_be_shown() -> None:
+    """A table of chosen columns ends each line once, whichever they are."""
+    results = {"arms": [{"name": "ours"}], "cells": [], "paired": [], "command": "i2am ablate"}
+    scores = {name: {"mean": 0.5, "n": 1} for name in ("stlpips", "ssim")}
+    metrics = {name: METRICS[name].as_json() for name in scores}
+    text = json.dumps({**results, "metrics": metrics, "summary": {"ours": scores}})
+    assert UPDATE["arms_shown"](text).splitlines() == ["| Arm | SSIM ↑ |", "| --- | ---: |", "| ours | 0.5000 |"]
 
 
 @pytest.mark.parametrize("name", UPDATE["COMPARED"])

@@ -31,7 +31,9 @@ def study(folder: Path, gains: list[list[float]]) -> Study:
 
 def test_change_by_losses_and_by_chance(tmp_path: Path) -> None:
     """Of two samples one gains in both seeds, the other in one."""
-    rows = SCRIPT["changes"](study(tmp_path, [[0.1, 0.1], [0.2, -0.1]]), "refined", "baseline")
+    made = study(tmp_path, [[0.1, 0.1], [0.2, -0.1]])
+    read = {arm: [SCRIPT["pictures"](run) for run in made.of_arm(arm)] for arm in ("refined", "baseline")}
+    rows = SCRIPT["changes"](made, read, "refined", "baseline")
     found = SCRIPT["summary"](rows)
     assert found["change_by_losses"] == pytest.approx(5 / 255)
     assert found["change_by_seed"] == pytest.approx(20 / 255)
