@@ -22,7 +22,8 @@ from i2am_train.attention.maps import AttributionMaps
 from i2am_train.attention.recipe import LayerId, Recipe, Rows, replace_backend, with_rows
 from i2am_train.attention.store import AttributionStore, SiteRecorder, SiteTable, not_finite
 from i2am_train.errors import CaptureError
-from i2am_train.ops.attention import DEFAULT_BYTE_BUDGET, head_mean_scores, log_head_scores, log_reference_mass
+from i2am_train.ops.attention import DEFAULT_BYTE_BUDGET
+from i2am_train.ops.rows import head_mean_scores, log_reference_mass
 from i2am_train.types import Backend, Branch, GridSize
 
 
@@ -307,21 +308,17 @@ class _LastForward:
         self._inputs = inputs
         self._scores: Tensor | None = None
 
-    def scores(self) -> Tensor:
-        if self._scores is None:
-            self._scores = head_mean_scores(
-                self.places.generated.take(self._inputs.generated),
-                self.places.reference.take(self._inputs.reference),
-                self._inputs.scale,
-            )
-        return self._scores
-
-    def log_heads(self) -> Tensor:
-        return log_head_scores(
+    def tokens(self) -> AttentionInputs:
+        return AttentionInputs(
             self.places.generated.take(self._inputs.generated),
             self.places.reference.take(self._inputs.reference),
             self._inputs.scale,
         )
+
+    def scores(self) -> Tensor:
+        if self._scores is None:
+            self._scores = head_mean_scores(*self.tokens())
+        return self._scores
 
     def log_mass(self) -> Tensor:
         return log_reference_mass(
@@ -346,7 +343,7 @@ class ScoreTap:
     diffusers uses: the recomputation in backward is not listened to, and the gradient arrives (tested). So it does from
     a model under `torch.compile` that guards hooks (`torch._dynamo.config.skip_nnmodule_hook_guards = False`): the
     layer's projections are outputs of the compiled graph. Scores are float32 whatever autocast says, and are computed
-    only when asked for.
+    only when asked for. Losses of a large layer do without: :func:`~i2am_train.losses.attention.attention_of_tokens`.
     """
 
     def __init__(self, target: Any, recipe: Recipe | str | None = None, layers: Sequence[LayerId] = (2,)) -> None:
@@ -387,9 +384,9 @@ class ScoreTap:
         """Softmax over the reference patches (special tokens left out before it), mean over heads, float32."""
         return self._last_forward(layer).scores()
 
-    def log_heads(self, layer: LayerId) -> Float[Tensor, "batch head generated reference"]:
-        """Logarithm of each head's scores, float32; computed anew at each call."""
-        return self._last_forward(layer).log_heads()
+    def tokens(self, layer: LayerId) -> AttentionInputs:
+        """The queries and keys of the patches, of which scores are computed, in the model's precision."""
+        return self._last_forward(layer).tokens()
 
     def log_mass(self, layer: LayerId) -> Float[Tensor, "batch generated"]:
         """Logarithm of the share of the attention that goes to the reference patches, mean over heads, float32.

@@ -56,10 +56,14 @@ def supervised(attention: Attention, *, sigma: Positive = 1.0) -> Float[Tensor, 
         )
     valid = attention.mask & attention.target.isfinite().all(dim=-1)
     target = torch.where(valid[..., None], attention.target, 0.0)
-    squared = squared_distances(target, attention.scores, origin=0)
-    goal = torch.softmax(-squared.flatten(3) / (2 * sigma**2), dim=-1)
-    logarithms = attention.scores.flatten(3).clamp(min=SCORE_FLOOR).log()
-    return mean_inside(-(goal * logarithms).sum(dim=-1), valid)
+
+    def surprise(scores: Tensor, target: Tensor) -> Tensor:
+        squared = squared_distances(target, scores, origin=0)
+        goal = torch.softmax(-squared.flatten(-2) / (2 * sigma**2), dim=-1)
+        logarithms = scores.flatten(-2).clamp(min=SCORE_FLOOR).log()
+        return -(goal * logarithms).sum(dim=-1)
+
+    return mean_inside(attention.by_patch(surprise, target), valid)
 
 
 def matches(attention: Attention, *, per_head: bool = True, sigma: NotNegative = 0.5) -> Float[Tensor, " batch"]:
@@ -80,17 +84,19 @@ def matches(attention: Attention, *, per_head: bool = True, sigma: NotNegative =
     >>> matches(on, sigma=0.0)  # log 2
     tensor([0.6931])
     """
-    found = needed(attention, "matches", "matches")
-    goal = _blurred(_blurred(found, sigma, axis=3), sigma, axis=4)
-    goal = goal / goal.sum(dim=(3, 4), keepdim=True).clamp(min=torch.finfo(goal.dtype).tiny)
-    if per_head:
-        goal, scores = goal[:, None], needed(attention, "log_heads", "matches").exp()
-    else:
-        scores = attention.scores
-    surprise = -(goal * (scores + SCORE_FLOOR).log()).sum(dim=(-2, -1))
-    if per_head:
-        surprise = surprise.mean(dim=1)
-    return mean_inside(surprise, attention.mask & (found.sum(dim=(3, 4)) > 0))
+
+    def surprise(found: Tensor, scores: Tensor) -> Tensor:
+        goal = _blurred(_blurred(found, sigma, axis=-2), sigma, axis=-1)
+        goal = goal / goal.sum(dim=(-2, -1), keepdim=True).clamp(min=torch.finfo(goal.dtype).tiny)
+        if per_head:
+            goal, scores = goal[:, None], scores.exp()
+        each = -(goal * (scores + SCORE_FLOOR).log()).sum(dim=(-2, -1))
+        if per_head:
+            each = each.mean(dim=1)
+        return torch.stack((each, found.sum(dim=(-2, -1))), dim=-1)
+
+    each, share = attention.by_patch(surprise, of=("matches", "log_heads" if per_head else "scores")).unbind(dim=-1)
+    return mean_inside(each, attention.mask & (share > 0))
 
 
 def _blurred(values: Tensor, sigma: float, axis: int) -> Tensor:
@@ -143,12 +149,16 @@ def leffa(attention: Attention, *, tau: Positive = 2.0) -> Float[Tensor, " batch
             "The attention term 'leffa' needs pictures, which this Attention does not have: a cache of encoded data "
             "holds none. Train from the pictures (data.cache=null), or leave the term out."
         )
-    heads = needed(attention, "log_heads", "leffa")
-    softened = (heads.flatten(4) / tau).softmax(dim=-1).mean(dim=1)
-    centers = attention_centers(softened.reshape(attention.scores.shape)).movedim(3, 1)
+    grid = attention.reference_grid
+
+    def softened_centers(heads: Tensor) -> Tensor:
+        softened = (heads.flatten(-2) / tau).softmax(dim=-1).mean(dim=1)
+        return attention_centers(torch.unflatten(softened, -1, grid))
+
+    centers = attention.by_patch(softened_centers, of=("log_heads",)).movedim(3, 1)
     height, width = pictures.worn.shape[1:]
     flow = resize_maps(centers, GridSize(height, width))
-    pixels = flow.new_tensor(pictures.garment.shape[2:]) / flow.new_tensor(heads.shape[4:])
+    pixels = flow.new_tensor(pictures.garment.shape[2:]) / flow.new_tensor(grid)
     places = (flow + 0.5) * pixels[:, None, None] - 0.5
     difference = _sampled(pictures.garment.to(places), places) - pictures.person.to(places)
     return mean_inside(difference.square().mean(dim=1), pictures.worn)
@@ -193,7 +203,7 @@ def entropy(attention: Attention, *, floor: Share = 0.0) -> Float[Tensor, " batc
     >>> entropy(on), entropy(on, floor=0.6)
     (tensor([0.7500]), tensor([0.8000]))
     """
-    return mean_inside(score_entropy(attention.scores).clamp(min=floor), attention.mask)
+    return mean_inside(attention.by_patch(score_entropy).clamp(min=floor), attention.mask)
 
 
 def mass(attention: Attention) -> Float[Tensor, " batch"]:
@@ -228,7 +238,11 @@ def atv(attention: Attention, *, norm: Norm = "valid") -> Float[Tensor, " batch"
     >>> atv(on._replace(log_heads=heads.log()))
     tensor([1.])
     """
-    centers = attention_centers(needed(attention, "log_heads", "atv").exp())
+
+    def centers_of_heads(heads: Tensor) -> Tensor:
+        return attention_centers(heads.exp()).movedim(1, -2)
+
+    centers = attention.by_patch(centers_of_heads, of=("log_heads",)).movedim(-2, 1)
     heads = centers.shape[1]
     each = variation(centers.flatten(0, 1), attention.mask.repeat_interleave(heads, dim=0), 1, norm)
     return each.view(-1, heads).mean(dim=1)

@@ -17,11 +17,12 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from i2am_train.attention.hooks import AttentionInputs
 from i2am_train.config.objective import TERMS, ObjectiveConfig, TermConfig
 from i2am_train.config.options import convert
 from i2am_train.doors import calls, resolve
 from i2am_train.errors import ConfigError
-from i2am_train.losses.attention import Attention, Pictures, attention_centers, attention_on_grids
+from i2am_train.losses.attention import Attention, Pictures, attention_centers, attention_of_tokens
 from i2am_train.losses.paper import VARIANTS, Variant
 from i2am_train.ops.numerics import at_least_float32
 from i2am_train.types import GridSize, Need, PredictionType, TermSchedule
@@ -114,6 +115,7 @@ class Objective:
 
     ``sum over terms of weight * sum over layers of the layer's weight * the term's mean over the samples that count``.
 
+    >>> from i2am_train.losses.attention import attention_on_grids
     >>> on = attention_on_grids(torch.eye(4)[None], torch.ones(1, 4).bool(), GridSize(2, 2), GridSize(2, 2))
     >>> total, terms = Objective(terms={"cwg": Term(0.5, VARIANTS["reward"].cwg)})({2: on})
     >>> total, terms  # every patch looks at a single place
@@ -185,9 +187,9 @@ class Objective:
         one = next(iter(attention.values()))
         if counts is None:
             counts = self.counted(one.conditioned, timesteps).sum(dim=1)
-        divisors = counts.to(one.scores.device).clamp(min=1e-6)  # none: 0 / 1e-6
+        divisors = counts.to(one.centers.device).clamp(min=1e-6)  # none: 0 / 1e-6
         samples = {layer: self.per_sample(attention[layer], timesteps) for layer in self.layers}
-        total, logged = one.scores.new_zeros(()), {}
+        total, logged = one.centers.new_zeros(()), {}
         for index, (name, term) in enumerate(self.terms.items()):
             means = {layer: values[name].sum() / divisors[index] for layer, values in samples.items()}
             mean = torch.stack([self.layers[layer] * value for layer, value in means.items()]).sum()
@@ -203,13 +205,14 @@ class Objective:
     ) -> dict[str, Float[Tensor, " batch"]]:
         """Each term of one layer, unweighted; 0 for samples that do not count.
 
+        >>> from i2am_train.losses.attention import attention_on_grids
         >>> scores, mask = torch.eye(4).expand(2, 4, 4), torch.ones(2, 4).bool()
         >>> on = attention_on_grids(scores, mask, *[GridSize(2, 2)] * 2, conditioned=torch.tensor([True, False]))
         >>> Objective(terms={"cwg": Term(0.5, VARIANTS["reward"].cwg)}).per_sample(on)
         {'cwg': tensor([-1., 0.])}
         """
         counted = dict(zip(self.terms, self.counted(attention.conditioned, timesteps), strict=True))
-        with torch.autocast(attention.scores.device.type, enabled=False):
+        with torch.autocast(attention.centers.device.type, enabled=False):
             values = {name: term.function(_seen(attention, term, counted[name])) for name, term in self.terms.items()}
         return {name: value.where(counted[name], 0.0) for name, value in values.items()}
 
@@ -281,35 +284,61 @@ def _keywords(function: Callable[..., Any], given: Mapping[str, Any], option: st
 def _what_is_wrong(term: Callable[[Attention], Any], needs: Collection[Need]) -> str | None:
     """Calls a term with two samples, of which the second has an empty mask; the end of a sentence on what it gives."""
     logits = torch.linspace(0, 360, 2 * 12 * 30).sin().reshape(2, 12, 30).requires_grad_()
-    mask = torch.tensor([[True], [False]]).expand(2, 12)
-    heads = logits.log_softmax(dim=-1)[:, None]
-    ramp = torch.linspace(-1, 1, 8 * 6).view(8, 6).expand(2, 3, 8, 6)
-    parts: dict[Need, Any] = {
-        "target": torch.where(mask[..., None], torch.ones(2, 12, 2), torch.nan),
-        "matches": torch.eye(30)[:12].expand(2, 12, 30),
-        "log_heads": heads,
-        "log_mass": heads[:, 0, :, :5].logsumexp(dim=-1),
-        "slope": torch.ones(2, 2),
-        "pictures": Pictures(ramp.flip(2), mask[:, :1, None].expand(2, 8, 6), ramp),
-    }
-    given: dict[str, Any] = {need: parts[need] for need in needs}
-    attention = attention_on_grids(logits.softmax(-1), mask, GridSize(4, 3), GridSize(6, 5), **given)
-    try:
-        found = term(attention)
-    except ConfigError:
-        raise
-    except Exception as error:
-        hint = "" if needs else " (attention.target is None without needs: [target], and so are the other needs)"
-        return f"fails with {type(error).__name__}: {error}{hint}"
+    whole, in_blocks = _small_examples(logits, needs)
+    hint = "" if needs else " (attention.target is None without needs: [target], and so are the other needs)"
+    found = _tried(term, whole)
+    if isinstance(found, str):
+        return f"fails with {found}{hint}"
     if not isinstance(found, Tensor) or found.shape != (2,) or not found.is_floating_point():
         shown = f"{tuple(found.shape)} of {found.dtype}" if isinstance(found, Tensor) else found
         return f"returns {shown} for a batch of 2 samples and not one number for each"
     if not found.requires_grad:
         return "returns values without a gradient"
-    (gradient,) = torch.autograd.grad(found.sum(), logits)
+    (gradient,) = torch.autograd.grad(found.sum(), logits, retain_graph=True)
     if not (found.isfinite().all() and gradient.isfinite().all()):
         return (
             f"returns {found.tolist()} for a sample with a mask and one with an empty mask, or a gradient that is not "
             "finite (a mean over the mask divides by mask.sum().clamp(min=1))"
         )
+    again = _tried(term, in_blocks)
+    if isinstance(again, str):
+        return f"fails where by_patch hands it a block of patches, as for a large layer, with {again}"
+    if not torch.allclose(again, found, rtol=1e-3, atol=1e-5) and torch.equal(_tried(term, whole), found):
+        return (
+            f"returns {found.tolist()}, and {again.tolist()} where by_patch hands it blocks of patches, as for a large "
+            "layer (what is handed to by_patch must treat every patch alone)"
+        )
     return None
+
+
+def _small_examples(logits: Float[Tensor, "2 12 30"], needs: Collection[Need]) -> tuple[Attention, Attention]:
+    """Attention of these logits, and the same without its matrices."""
+    mask = torch.tensor([[True], [False]]).expand(2, 12)
+    heads = logits.log_softmax(dim=-1)[:, None]
+    ramp = torch.linspace(-1, 1, 8 * 6).view(8, 6).expand(2, 3, 8, 6)
+    matched = torch.eye(30)[:12].expand(2, 12, 30)
+    parts: dict[Need, Any] = {
+        "target": torch.where(mask[..., None], torch.ones(2, 12, 2), torch.nan),
+        "matches": lambda rows: matched[:, rows],
+        "log_heads": True,
+        "log_mass": heads[:, 0, :, :5].logsumexp(dim=-1),
+        "slope": torch.ones(2, 2),
+        "pictures": Pictures(ramp.flip(2), mask[:, :1, None].expand(2, 8, 6), ramp),
+    }
+    given: dict[str, Any] = {need: parts[need] for need in needs}
+    tokens = AttentionInputs(logits[:, None], torch.eye(30).expand(2, 1, 30, 30), 1.0)
+    whole, in_blocks = (
+        attention_of_tokens(tokens, mask, GridSize(4, 3), GridSize(6, 5), block_bytes=size, **given)
+        for size in (None, 5 * 2 * 30 * 4)  # five patches
+    )
+    return whole, in_blocks
+
+
+def _tried(term: Callable[[Attention], Any], attention: Attention) -> Any:
+    """What a term gives, or the text of its error; options that are not possible are one of their own."""
+    try:
+        return term(attention)
+    except ConfigError:
+        raise
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"

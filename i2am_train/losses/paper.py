@@ -137,17 +137,22 @@ def cwg(
     tensor([-0.9412])
     """
     centers = attention.centers.detach() if detach_centers else attention.centers
-    distance = squared_distances(centers, attention.scores, origin)
-    if power == 1:
-        distance = _safe_sqrt(distance)
-    near = (torch.exp(-distance / (2 * sigma**2)) * attention.scores).sum(dim=(-2, -1))
-    if entropy_floor:
-        near = torch.where(score_entropy(attention.scores.detach()) < entropy_floor, near.detach(), near)
+
+    def near_centers(scores: Tensor, centers: Tensor) -> Tensor:
+        distance = squared_distances(centers, scores, origin)
+        if power == 1:
+            distance = _safe_sqrt(distance)
+        near = (torch.exp(-distance / (2 * sigma**2)) * scores).sum(dim=(-2, -1))
+        if entropy_floor:
+            near = torch.where(score_entropy(scores.detach()) < entropy_floor, near.detach(), near)
+        return near
+
+    near = attention.by_patch(near_centers, centers)
     total = -torch.where(attention.mask, near, 0.0).flatten(1).sum(dim=1)
     if norm == "batch":
         return total * attention.conditioned.sum() / attention.mask.sum().clamp(min=1)
     patches = attention.mask.flatten(1).sum(dim=1)
-    return _divided(total, norm, patches, attention.scores[0].numel())
+    return _divided(total, norm, patches, attention.mask[0].numel() * attention.reference_grid.tokens)
 
 
 class Variant(NamedTuple):

@@ -15,7 +15,6 @@ cannot be used, one line says why, and the device works block by block, too.
 from __future__ import annotations
 
 import functools
-import math
 import warnings
 from types import ModuleType
 from typing import NamedTuple
@@ -54,52 +53,6 @@ def attention_logits(
     factor = generated.shape[-1] ** -0.5 if scale is None else scale
     with torch.autocast(generated.device.type, enabled=False):
         return (at_least_float32(generated) * factor) @ at_least_float32(reference).mT
-
-
-def head_mean_scores(
-    generated: Float[Tensor, "batch head generated channel"],
-    reference: Float[Tensor, "batch head reference channel"],
-    scale: float | None = None,
-) -> Float[Tensor, "batch generated reference"]:
-    """Softmax over the reference, averaged over heads, with gradient: what the losses are functions of.
-
-    Every row sums to one. Leave special tokens out of ``reference`` beforehand: the softmax is over what is given.
-
-    >>> head_mean_scores(torch.zeros(2, 4, 6, 8), torch.zeros(2, 4, 5, 8))[1, 3]
-    tensor([0.2000, 0.2000, 0.2000, 0.2000, 0.2000])
-    """
-    return attention_logits(generated, reference, scale).softmax(dim=-1).mean(dim=1)
-
-
-def log_head_scores(
-    generated: Float[Tensor, "batch head generated channel"],
-    reference: Float[Tensor, "batch head reference channel"],
-    scale: float | None = None,
-) -> Float[Tensor, "batch head generated reference"]:
-    """Logarithm of each head's softmax over the reference, with gradient; their exponentials' mean is
-    :func:`head_mean_scores`. Finite for any finite logits. Keeps the matrices of all heads.
-
-    >>> log_head_scores(torch.zeros(2, 4, 6, 8), torch.zeros(2, 4, 5, 8))[1, 3, 0].exp()
-    tensor([0.2000, 0.2000, 0.2000, 0.2000, 0.2000])
-    """
-    return attention_logits(generated, reference, scale).log_softmax(dim=-1)
-
-
-def log_reference_mass(
-    generated: Float[Tensor, "batch head generated channel"],
-    keys: Float[Tensor, "batch head token channel"],
-    reference: slice | Int[Tensor, " reference"],
-    scale: float | None = None,
-) -> Float[Tensor, "batch generated"]:
-    """Logarithm of the head mean of :func:`reference_mass`, with gradient; at most 0, and finite for any finite logits.
-
-    >>> keys = torch.zeros(2, 3, 6, 8)
-    >>> log_reference_mass(torch.zeros(2, 3, 4, 8), keys, slice(2, 6))[1].exp()
-    tensor([0.6667, 0.6667, 0.6667, 0.6667])
-    """
-    logits = attention_logits(generated, keys, scale)
-    shares = logits[..., reference].logsumexp(dim=3) - logits.logsumexp(dim=3)
-    return (shares.logsumexp(dim=1) - math.log(shares.shape[1])).clamp(max=0)  # rounding alone leads above it
 
 
 class HeadMeanMatrices(NamedTuple):

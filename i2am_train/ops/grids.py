@@ -197,6 +197,7 @@ def matches_on_grid(
     worn: Bool[Tensor, "batch height width"],
     generated_grid: GridSize,
     reference_grid: GridSize,
+    cells: slice = slice(None),
 ) -> Float[Tensor, "batch generated reference"]:
     """Share of each generated cell's matched pixels whose place on the garment lies in each reference cell.
 
@@ -205,6 +206,7 @@ def matches_on_grid(
     Args:
         places: of each pixel, ``yx`` in units of the flat garment's height and width; NaN where nothing is matched.
         worn: pixels that count.
+        cells: of the generated grid, neighbours in row-major order.
 
     >>> known = torch.tensor([[[[0.5, 0.1], [0.5, 0.9], [0.5, 0.9], [torch.nan, torch.nan]]]])  # one row of four pixels
     >>> matches_on_grid(known, torch.ones(1, 1, 4).bool(), GridSize(1, 2), GridSize(1, 2))[0]
@@ -214,16 +216,18 @@ def matches_on_grid(
     batch, height, width = worn.shape
     found = worn & places.isfinite().all(dim=-1)
     counted = torch.where(found[..., None], at_least_float32(places), 0.0)
-    y, x = ((counted[..., axis] * cells).long().clamp(0, cells - 1) for axis, cells in enumerate(reference_grid))
+    y, x = ((counted[..., axis] * side).long().clamp(0, side - 1) for axis, side in enumerate(reference_grid))
     rows, columns = (
-        torch.div((2 * torch.arange(pixels, device=worn.device) + 1) * cells, 2 * pixels, rounding_mode="floor")
-        for pixels, cells in zip((height, width), generated_grid, strict=True)
+        torch.div((2 * torch.arange(pixels, device=worn.device) + 1) * side, 2 * pixels, rounding_mode="floor")
+        for pixels, side in zip((height, width), generated_grid, strict=True)
     )
-    generated = rows[:, None] * generated_grid.width + columns
-    pairs = generated * reference_grid.tokens + y * reference_grid.width + x
-    counts = counted.new_zeros(batch, generated_grid.tokens * reference_grid.tokens)
+    chosen = range(generated_grid.tokens)[cells]
+    generated = rows[:, None] * generated_grid.width + columns - chosen.start
+    found = found & (generated >= 0) & (generated < len(chosen))
+    pairs = generated.clamp(0, len(chosen) - 1) * reference_grid.tokens + y * reference_grid.width + x
+    counts = counted.new_zeros(batch, len(chosen) * reference_grid.tokens)
     counts.scatter_add_(1, pairs.flatten(1), found.flatten(1).to(counts))
-    on_grids = counts.view(batch, generated_grid.tokens, reference_grid.tokens)
+    on_grids = counts.view(batch, len(chosen), reference_grid.tokens)
     return on_grids / on_grids.sum(dim=2, keepdim=True).clamp(min=1)
 
 

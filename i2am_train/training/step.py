@@ -10,6 +10,7 @@ sample), so it is known before the first of them is computed.
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -21,7 +22,7 @@ from i2am_train.attention.trace import ScoreTap
 from i2am_train.data.cache import ENCODED, TOKENS, CachedBatch
 from i2am_train.data.dataset import TryOnBatch
 from i2am_train.errors import CaptureError
-from i2am_train.losses.attention import Attention, Pictures, attention_on_grids
+from i2am_train.losses.attention import Attention, Pictures, attention_of_tokens
 from i2am_train.losses.objective import Objective, denoising_loss, snr_weights
 from i2am_train.metrics.attention import target_on_grid
 from i2am_train.models.tryon import Moments, TryOnModel
@@ -156,15 +157,15 @@ def _attention(batch: TrainingBatch, draws: Draws, objective: Objective, tap: Sc
     generated, reference = grids = tap.generated_grid(layer), tap.reference_grid(layer)
     parts: dict[Need, Callable[[], Any]] = {
         "target": lambda: target_on_grid(batch["correspondence"], worn, *grids),
-        "matches": lambda: matches_on_grid(batch["correspondence"], worn, *grids),
-        "log_heads": lambda: tap.log_heads(layer),
+        "matches": lambda: partial(matches_on_grid, batch["correspondence"], worn, *grids),
+        "log_heads": lambda: True,
         "log_mass": lambda: tap.log_mass(layer),
         "slope": lambda: garment_slope(worn, batch["garment_mask"], *grids),
         "pictures": lambda: Pictures(pictures["person"], worn, pictures["garment"]),
     }
     needed: dict[str, Any] = {need: parts[need]() for need in objective.needs}
-    return attention_on_grids(
-        tap.scores(layer),
+    return attention_of_tokens(
+        tap.tokens(layer),
         mask_on_grid(worn, generated),
         generated,
         reference,

@@ -32,6 +32,7 @@ from i2am_train.metrics.boxes import authors_box, component_box
 from i2am_train.metrics.registry import available_image_metrics, image_metric, image_pair_score, metric_info
 from i2am_train.models.by_name import with_layers
 from i2am_train.models.sampling import sample
+from i2am_train.ops import rows
 from i2am_train.training.optimization import set_trainable
 from i2am_train.training.step import Draws, draw, step_losses
 from i2am_train.types import Backend, Direction, GridSize, LossVariant, SamplerName, Split
@@ -97,15 +98,27 @@ def step(
 
 
 @pytest.mark.parametrize("kind", ["read", "encoded"])
-@pytest.mark.parametrize("arm", [*ARMS, "every term"])
+@pytest.mark.parametrize("arm", [*ARMS, "every term", "every term in blocks"])
 def test_a_training_step(
-    machine: Any, model: Any, model_there: Any, kind: str, arm: str, request: pytest.FixtureRequest
+    machine: Any,
+    model: Any,
+    model_there: Any,
+    kind: str,
+    arm: str,
+    request: pytest.FixtureRequest,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Of every arm, from pictures and from the cache: losses and gradients are on the card, with the CPU's values."""
+    """Of every arm, from pictures and from the cache: losses and gradients are on the card, with the CPU's values.
+
+    Also where the matrices of scores are not kept.
+    """
     if arm == "leffa" and kind == "encoded":
         pytest.skip("it compares pictures, which a cache does not hold")
     batch = request.getfixturevalue(kind)
-    if arm == "every term":
+    if arm == "every term in blocks":
+        monkeypatch.setattr(rows, "MATRIX_BYTES", 0)
+        monkeypatch.setattr(rows, "BLOCK_BYTES", 2**13)
+    if arm.startswith("every term"):
         fitting = TERMS.keys() - {"mass", *(["leffa"] if kind == "encoded" else [])}
         terms = weights(**dict.fromkeys(fitting, 1.0))
         terms["dcml"]["force"] = "extent"
@@ -119,7 +132,8 @@ def test_a_training_step(
         losses, gradients = step(model_there, objective, batch_on(batch, "cuda"), moved, snr_gamma)
         assert all(map(on_card, [*losses.values(), *gradients]))
     assert len(gradients) > 100
-    if arm == "every term":
+    if arm.startswith("every term"):
+        monkeypatch.undo()
         expected, _ = step(model, objective, batch, draws(), snr_gamma)
         for name, value in expected.items():
             torch.testing.assert_close(losses[name].cpu(), value, rtol=1e-2, atol=1e-3)  # TF32

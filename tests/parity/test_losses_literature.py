@@ -13,8 +13,8 @@ from torch import Tensor
 from i2am_train.losses.attention import Attention, Pictures, attention_on_grids
 from i2am_train.losses.literature import atv, entropy, leffa, mass, matches, supervised
 from i2am_train.losses.paper import cwg, dcml
-from i2am_train.ops.attention import log_head_scores, log_reference_mass
 from i2am_train.ops.grids import garment_slope, mask_on_grid, matches_on_grid
+from i2am_train.ops.rows import log_head_scores, log_reference_mass
 from i2am_train.types import GridSize
 
 GENERATED, REFERENCE = GridSize(3, 4), GridSize(5, 2)

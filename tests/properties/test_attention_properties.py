@@ -7,8 +7,9 @@ from hypothesis import strategies as st
 from torch.testing import assert_close
 
 from i2am_train.attention import AttributionMaps, AttributionStore, LayerRecord
-from i2am_train.ops.attention import column_means, head_mean_scores
+from i2am_train.ops.attention import column_means
 from i2am_train.ops.grids import normalise
+from i2am_train.ops.rows import head_mean_scores
 from i2am_train.types import Direction, GridSize
 
 few = settings(max_examples=30, deadline=None)

@@ -45,5 +45,17 @@ def empty_mean(attention: Attention) -> Tensor:
     return mass(attention) / attention.mask.flatten(1).sum(dim=1)
 
 
+def compared(attention: Attention) -> Tensor:
+    """Hands a function to `by_patch` that looks at several patches."""
+    peaks = attention.by_patch(lambda scores: scores.amax(dim=(-2, -1)) / scores.amax())
+    return peaks.where(attention.mask, 0.0).flatten(1).sum(dim=1)
+
+
+def four_axes(attention: Attention) -> Tensor:
+    """Hands a function to `by_patch` that takes patches to have two axes."""
+    peaks = attention.by_patch(lambda scores: scores.amax(dim=(3, 4)))
+    return peaks.where(attention.mask, 0.0).flatten(1).sum(dim=1)
+
+
 def two_of_them(attention: Attention, other: Attention) -> Tensor:
     return mass(attention) + mass(other)

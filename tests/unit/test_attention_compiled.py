@@ -16,6 +16,7 @@ import torch
 from diffusers import UNet2DConditionModel
 from i2am_train.attention import ScoreTap, diffusers_decoder, trace
 from i2am_train.models.lora import add_adapters
+from i2am_train.ops.rows import log_head_scores
 from i2am_train.training.optimization import compiled_graphs, guard_hooks
 from i2am_train.types import GridSize
 
@@ -40,7 +41,7 @@ def step():
     with ScoreTap(unet, RECIPE, layers=[LAYER]) as tap:
         prediction = unet(*inputs).sample
         scores = tap.scores(LAYER)
-        heads = tap.log_heads(LAYER)
+        heads = log_head_scores(*tap.tokens(LAYER))
         (prediction.square().mean() + scores.square().sum() + heads.exp().square().sum()).backward()
     gradients = {n: p.grad.clone() for n, p in unet.named_parameters() if p.grad is not None}
     return {"prediction": prediction.detach(), "scores": scores.detach(), "heads": heads.detach(), **gradients}

@@ -16,8 +16,9 @@ from i2am_train.losses.attention import Attention, Pictures, attention_on_grids
 from i2am_train.losses.literature import atv, entropy, leffa, mass, matches
 from i2am_train.losses.paper import cwg, dcml, tv
 from i2am_train.metrics.attention import attention_entropy, correspondence_error, spread_ratio, target_on_grid
-from i2am_train.ops.attention import head_mean_scores, log_head_scores, log_reference_mass, reference_mass
+from i2am_train.ops.attention import reference_mass
 from i2am_train.ops.grids import garment_slope, mask_on_grid, matches_on_grid
+from i2am_train.ops.rows import head_mean_scores, log_head_scores, log_reference_mass
 from i2am_train.types import GridSize
 from tests.support.attentions import whole_attention
 

@@ -309,6 +309,20 @@ def test_only_terms_that_ask_for_the_truth_get_it(logits: Tensor, mask: Tensor, 
     assert not uses_truth({"losses": plain(off)})
 
 
+@pytest.mark.usefixtures("own_terms")
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("compared", r"returns \[.*\], and \[.*\] where by_patch hands it blocks .*must treat every patch alone"),
+        ("four_axes", r"fails where by_patch hands it a block of patches, as for a large layer, with IndexError"),
+    ],
+)
+def test_what_would_be_wrong_in_blocks_is_found_before(name: str, message: str) -> None:
+    """A large layer's term is called with blocks of patches, which the small example tries."""
+    with pytest.raises(ConfigError, match=message):
+        of_terms(mine={"fn": f"tests.support.terms:{name}", "weight": 1.0})
+
+
 def test_needs_are_the_optional_fields_of_an_attention() -> None:
     """What a term may ask for is what a step may fill."""
     assert list(NEEDS) == list(Attention._field_defaults)

@@ -5,7 +5,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from i2am_train.ops.attention import attention_logits, column_means, head_mean_matrices, head_mean_scores
+from i2am_train.ops.attention import attention_logits, column_means, head_mean_matrices
+from i2am_train.ops.rows import head_mean_scores
 
 BATCH, HEADS, GENERATED, REFERENCE, CHANNELS = 2, 3, 35, 22, 8
 

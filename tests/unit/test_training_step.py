@@ -10,14 +10,15 @@ import torch
 from torch import Tensor
 
 from i2am_train.attention.trace import ScoreTap
-from i2am_train.config.objective import ObjectiveConfig
+from i2am_train.config.objective import TERMS, ObjectiveConfig
 from i2am_train.config.training import OptimizationConfig
 from i2am_train.errors import CaptureError
 from i2am_train.losses.attention import Attention, attention_centers
 from i2am_train.losses.objective import NEEDS, Objective, Term, make_objective, snr_weights
-from i2am_train.ops.attention import log_reference_mass as log_mass
+from i2am_train.ops import rows
 from i2am_train.ops.attention import reference_mass
 from i2am_train.ops.grids import garment_slope
+from i2am_train.ops.rows import log_reference_mass as log_mass
 from i2am_train.training.module import TryOnModule
 from i2am_train.training.optimization import prepare_networks, set_trainable
 from i2am_train.training.step import Draws, draw, step_losses
@@ -190,7 +191,10 @@ def test_terms_get_what_they_need(make_small_model: Callable[..., Any], batch: A
 
 def test_terms_get_nothing_else(model: Any, batch: Any) -> None:
     """The optional parts are neither made nor given where no term asks for them."""
-    with patch.object(ScoreTap, "log_heads", side_effect=AssertionError), patch.object(ScoreTap, "log_mass"):
+    with (
+        patch("i2am_train.losses.attention.log_head_scores", side_effect=AssertionError),
+        patch.object(ScoreTap, "log_mass"),
+    ):
         on = seen_by_a_term(model, {**batch, "garment_mask": None}, ())
     assert not [name for name in NEEDS if getattr(on, name) is not None]
 
@@ -248,6 +252,27 @@ def test_channels_last_changes_the_layout_and_no_number(model: Any, batch: Any) 
     assert seen[0].is_contiguous(memory_format=torch.channels_last)
     torch.testing.assert_close(others, losses, rtol=1e-4, atol=1e-6)
     torch.testing.assert_close(found, gradients, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_without_the_matrix_a_step_is_the_same(
+    make_small_model: Callable[..., Any], batch: Any, checkpointing: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With every term, on two layers, and with the networks' own gradient checkpointing."""
+    model = make_small_model(class_token=True)
+    set_trainable(model, "all")
+    model.train()
+    terms = weights(**dict.fromkeys(TERMS, 1.0))
+    objective, drawn = make_objective(ObjectiveConfig(layers=[2, 5], terms=terms)), draws(SAMPLES, [False, True, False])
+    losses, gradients = losses_of(model, objective, batch, drawn)
+    if checkpointing:
+        model.unet.enable_gradient_checkpointing()
+    monkeypatch.setattr(rows, "MATRIX_BYTES", 0)
+    monkeypatch.setattr(rows, "BLOCK_BYTES", 2**14)
+    others, found = losses_of(model, objective, batch, drawn)
+    torch.testing.assert_close(others, losses, rtol=1e-5, atol=1e-6)
+    for name, gradient in gradients.items():
+        assert (found[name] - gradient).abs().max() <= 1e-4 * gradient.abs().max(), name
 
 
 def test_dropped_conditions_get_no_attention_gradient(model: Any, batch: Any) -> None:
