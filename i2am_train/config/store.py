@@ -45,6 +45,8 @@ ARM_ENDINGS = (".yaml", ".yml")
 
 ELEMENT = re.compile(r"""\s*(?P<element>"(?:\\.|[^"\\])*"|'(?:\\.|[^'\\])*'|[^,]*?)\s*,""", re.DOTALL)
 """One element of a typed list and the comma after it: quoted, or up to the next comma."""
+_SELF = "_self_"
+"""Hydra's entry under ``defaults`` for what the file itself sets; it comes last where it is not there."""
 _WHOLE = ("layers",)
 """Options whose mapping is one value: another one replaces it, and is not merged into it."""
 _SHORT = {"objective.terms": "weight"}
@@ -246,10 +248,12 @@ def arm_values(arm: str, readers: Sequence[Path] = ()) -> dict[str, Any]:
     entries = values.pop("defaults", None) or []
     if not isinstance(entries, list):
         raise _impossible_default(entries, path)
-    below: dict[str, Any] = {}
+    if _SELF not in entries:
+        entries.append(_SELF)
+    merged: dict[str, Any] = {}
     for entry in entries:
-        below = _overlaid(below, _default(entry, path, readers))
-    return _overlaid(below, values)
+        merged = _overlaid(merged, values if entry == _SELF else _default(entry, path, readers))
+    return merged
 
 
 def _missing(kind: str, name: str, path: Path, known: Sequence[str], command: str) -> ConfigError:

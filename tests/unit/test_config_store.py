@@ -145,6 +145,15 @@ def test_an_arm_s_layers_replace_the_study_s(tmp_path: Path) -> None:
     assert found["refined"].terms == found[str(arm)].terms
 
 
+@pytest.mark.parametrize(("entries", "steps"), [("FILE", 4), ("FILE, _self_", 4), ("_self_, FILE", 3)])
+def test_an_arm_says_where_its_own_options_come(tmp_path: Path, entries: str, steps: int) -> None:
+    """As in Hydra's own files: last, unless _self_ stands elsewhere among the defaults."""
+    below, arm = tmp_path / "below.yaml", tmp_path / "arm.yaml"
+    below.write_text("optimization: {steps: 3, warmup_steps: 2}\n")
+    arm.write_text(f"defaults: [{entries.replace('FILE', repr(str(below)))}]\noptimization: {{steps: 4}}\n")
+    assert arm_values(str(arm)) == {"optimization": {"steps": steps, "warmup_steps": 2}}
+
+
 @pytest.mark.parametrize("override", ["objective.dcmll=1", "experiment=refind", "seed=[0"])
 def test_hydra_refuses_what_it_cannot_place(override: str) -> None:
     """Unknown options, unknown files and unreadable values stop composition."""
