@@ -13,7 +13,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import fields
+from dataclasses import fields, replace
 from hashlib import sha256
 from pathlib import Path
 from typing import Any, NamedTuple, get_args, get_origin, get_type_hints
@@ -45,6 +45,8 @@ ARM_ENDINGS = (".yaml", ".yml")
 
 ELEMENT = re.compile(r"""\s*(?P<element>"(?:\\.|[^"\\])*"|'(?:\\.|[^'\\])*'|[^,]*?)\s*,""", re.DOTALL)
 """One element of a typed list and the comma after it: quoted, or up to the next comma."""
+_TIMES = re.compile(r"(?P<file>.+)\*(?P<factor>\d+(\.\d+)?|\.\d+)")
+"""An arm with other weights: a file's name or path, and the factor of the weights of its terms."""
 _SELF = "_self_"
 """Hydra's entry under ``defaults`` for what the file itself sets; it comes last where it is not there."""
 _WHOLE = ("layers",)
@@ -188,36 +190,63 @@ def arm_config(study: AblateConfig, arm: str, seed: int, output: Path) -> TrainC
 
     Args:
         study: the ablation.
-        arm: name of a file in ``conf/experiment`` or path of such a file.
+        arm: name of a file in ``conf/experiment`` or path of such a file; with ``*FACTOR`` behind it, the weights of
+            its terms are that many times as large.
         seed: training seed of the cell.
         output: run folder of the cell.
 
     Raises:
-        ConfigError: there is no such arm, or its file sets an option that does not exist.
+        ConfigError: there is no such arm, its file sets an option that does not exist, or it has no term to multiply.
 
     >>> arm_config(AblateConfig(), "refined", seed=1, output=Path("cell")).objective.terms["dcml"]
     {'weight': 0.02, 'force': 'extent'}
+    >>> arm_config(AblateConfig(), "refined*3", seed=1, output=Path("cell")).objective.terms["dcml"]
+    {'weight': 0.06, 'force': 'extent'}
     """
     shared = {group.name: plain(getattr(study, group.name)) for group in fields(TrainingGroups)}
-    names = {"name": arm_name(arm), "label": _stem(arm), "init": study.init}
-    own = arm_values(arm)
+    file, factor = _file_and_factor(arm)
+    names = {"name": arm_name(file), "label": _stem(file), "init": study.init}
+    own = arm_values(file)
     for option in ("seed", "output", "dry_run"):
         if option in own:
             raise ConfigError(f"The arm '{arm}' sets {option}, which is the study's to set. Take it out of the file.")
     try:
         values = _overlaid({**names, **shared}, own)
-        return build(TrainConfig, {**values, "seed": seed, "output": output})
+        config = build(TrainConfig, {**values, "seed": seed, "output": output})
     except ConfigError as error:
         raise ConfigError(f"The arm '{arm}' is not possible: {error}") from error
+    return config if factor is None else _multiplied(config, arm, factor)
+
+
+def _file_and_factor(arm: str) -> tuple[str, float | None]:
+    found = _TIMES.fullmatch(arm)
+    return (arm, None) if found is None else (found["file"], float(found["factor"]))
+
+
+def _multiplied(config: TrainConfig, arm: str, factor: float) -> TrainConfig:
+    """An arm whose terms have ``factor`` times their weight, and a name and a label that say so."""
+    terms = {
+        name: {**entry, "weight": float(f"{entry['weight'] * factor:.12g}")}
+        for name, entry in config.objective.terms.items()
+    }
+    if not any(entry["weight"] for entry in terms.values()):
+        raise ConfigError(
+            f"The arm '{arm}' is not possible: *{factor:g} multiplies the weights of its terms, and none is left "
+            "that is not 0. Take an arm that has terms, and a factor above 0."
+        )
+    objective = replace(config.objective, terms=terms)
+    return replace(config, name=arm_name(arm), label=f"{config.label} x {factor:g}", objective=objective)
 
 
 def arm_name(arm: str) -> str:
     """An arm's short name, which names folders: that of its file, without signs that a name cannot have.
 
-    >>> arm_name("refined"), arm_name("arms/my arm (2).yaml")
-    ('refined', 'my-arm-(2)')
+    >>> arm_name("refined*3"), arm_name("arms/my arm (2).yaml")
+    ('refined-x3', 'my-arm-(2)')
     """
-    return re.sub(r"[\s/\\]+", "-", _stem(arm)).lstrip(".-") or "arm"
+    file, factor = _file_and_factor(arm)
+    name = re.sub(r"[\s/\\]+", "-", _stem(file)).lstrip(".-") or "arm"
+    return name if factor is None else f"{name}-x{factor:g}"
 
 
 def _stem(arm: str) -> str:

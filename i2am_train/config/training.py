@@ -277,7 +277,8 @@ class AblateConfig(TrainingGroups):
     output: Path | None = None
     """Folder of the study; null: runs/<name>. Finished cells in it are kept and skipped."""
     arms: Annotated[list[str], SOME_DISTINCT] = field(default_factory=lambda: ["base", "baseline", "refined"])
-    """Names of files in conf/experiment, or paths of such files; base is the checkpoint itself."""
+    """Names of files in conf/experiment, or paths of such files; base is the checkpoint itself. refined*3
+    is refined with three times the weights of its terms."""
     reference: str = "baseline"
     """The arm that the others are compared with, seed by seed."""
     seeds: Annotated[list[Natural], SOME_DISTINCT] = field(default_factory=lambda: [0, 1, 2])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -200,6 +200,58 @@ def test_an_arm_can_be_a_file(tmp_path: Path) -> None:
     file.write_text("objective: {terms: {dcml: {weight: 0.007}, cwg: {weight: 1e-4}}}\n")
     cell = arm_config(AblateConfig(), str(file), seed=0, output=tmp_path / "cell")
     assert (cell.name, cell.label, cell.objective.terms["cwg"]["weight"]) == ("weak_cwg", "weak_cwg", 1e-4)
+
+
+def test_an_arm_with_other_weights(tmp_path: Path) -> None:
+    """The weights of all its terms and nothing else, a name and a label of its own; of a file of any name, too."""
+    study = compose("ablate", ["arms=[baseline,leffa,leffa*0.3,leffa*3]"])
+    assert study.arms[2:] == ["leffa*0.3", "leffa*3"]
+    leffa, low, high = (arm_config(study, arm, 0, Path("cell")) for arm in study.arms[1:])
+    assert leffa.objective.terms["leffa"] == {"weight": 0.1, "timesteps": [0, 500]}
+    assert low.objective.terms["leffa"] == {"weight": 0.03, "timesteps": [0, 500]}
+    assert high.objective.terms["leffa"] == {"weight": 0.3, "timesteps": [0, 500]}
+    assert (low.name, low.label) == ("leffa-x0.3", "Leffa x 0.3")
+    assert replace(low, name=leffa.name, label=leffa.label, objective=leffa.objective) == leffa
+    file = tmp_path / "a*2.yaml"
+    file.write_text("objective: {terms: {tv: {weight: 0.5}, cwg: {weight: 1, schedule: early, share: 0.5}}}\n")
+    own = arm_config(study, f"{file}*2", 0, Path("cell"))
+    assert own.objective.terms["tv"] == {"weight": 1.0}
+    assert own.objective.terms["cwg"] == {"weight": 2.0, "schedule": "early", "share": 0.5}
+    assert (own.name, own.label) == ("a*2-x2", "a*2 x 2")
+    assert arm_config(study, str(file), 0, Path("cell")).objective.terms["tv"] == {"weight": 0.5}
+
+
+@pytest.mark.parametrize(
+    ("arm", "message"),
+    [
+        ("baseline*3", r"'baseline\*3' is not possible: \*3 multiplies the weights of its terms"),
+        ("leffa*0", r"a factor above 0"),
+        ("base*2", r"no arm 'base' "),
+        ("leffa*", r"no arm 'leffa\*'"),
+        ("leffa*-1", r"no arm 'leffa\*-1'"),
+    ],
+)
+def test_weights_that_cannot_be_multiplied(arm: str, message: str) -> None:
+    """Nothing to multiply, a factor that switches all off, and what is no factor."""
+    with pytest.raises(ConfigError, match=message):
+        arm_config(AblateConfig(), arm, seed=0, output=Path("cell"))
+
+
+def test_the_other_terms_are_swept_at_three_weights_each() -> None:
+    """On the seed of the sweep, for as many steps."""
+    sweep, others = (compose("ablate", [f"experiment={name}"]) for name in ("sweep", "sweep_others"))
+    assert replace(others, name=sweep.name, arms=sweep.arms) == sweep
+    swept: dict[str, list[float]] = {}
+    for arm in others.arms:
+        for term, entry in arm_config(others, arm, 100, Path("cell")).objective.terms.items():
+            swept.setdefault(term, []).append(entry["weight"])
+    assert swept == {
+        "leffa": [0.03, 0.1, 0.3],
+        "matches": [0.009, 0.03, 0.09],
+        "entropy": [0.015, 0.05, 0.15],
+        "atv": [0.0015, 0.005, 0.015],
+        "supervised": [0.009, 0.03, 0.09],
+    }
 
 
 def test_an_experiment_can_be_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
