@@ -82,6 +82,13 @@ def execute(command: str, words: Sequence[str], run: Run | None = None) -> NoRet
     raise AssertionError("unreachable: sys.exit raises")
 
 
+def _leave_the_other_processes() -> None:
+    """Ends what a distributed run began: NCCL's threads may keep a process alive that has finished."""
+    distributed = sys.modules.get("torch.distributed")
+    if distributed is not None and distributed.is_available() and distributed.is_initialized():
+        distributed.destroy_process_group()
+
+
 # ---- options ------------------------------------------------------------------------------------------------------
 
 
@@ -110,6 +117,7 @@ def _run_with_hydra(command: str, words: Sequence[str], run: Run) -> int:
             quiet_libraries()
             sys.argv = typed  # Lightning starts the other processes of a distributed run with these
             status = run(config) or 0
+            _leave_the_other_processes()
 
     words = _checked(command, words)
     allow_named(words)

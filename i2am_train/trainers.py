@@ -206,7 +206,9 @@ def make_trainer(config: TrainConfig, folder: Path, own: Sequence[Callback] = ()
         CheckpointCallback(
             folder / CHECKPOINTS_FOLDER, config.trainer.checkpoint_every_n_steps, config.trainer.keep_checkpoints
         ),
-        FiniteGuard(folder, gradients=config.optimization.precision != "16-mixed"),
+        FiniteGuard(
+            folder, gradients=config.optimization.precision != "16-mixed", every=config.trainer.log_every_n_steps
+        ),
     ]
     loggers = make_loggers(config, folder)
     if config.validation.samples:

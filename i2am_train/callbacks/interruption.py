@@ -12,20 +12,23 @@ import os
 import signal
 import subprocess
 import threading
+from collections import deque
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import lightning as L
 import torch
+import torch.distributed as dist
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
-from torch.nn.utils import get_total_norm
+from torch.distributed.tensor import DTensor
 
 from i2am_train.callbacks.checkpoints import CHECKPOINTS_FOLDER
 from i2am_train.errors import CommandStopped, TrainingError, TrainingInterruptedError
 from i2am_train.files import write_json
 from i2am_train.tracking.names import GRADIENT_NORM, LOSS
+from i2am_train.training.module import TryOnModule
 from i2am_train.training.sharding import whole
 
 _WAITED_FOR = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
@@ -46,12 +49,15 @@ class InterruptionCallback(L.Callback):
         self._step = 0
         self._saved = False
         self._requeue = False
+        self._group: Any = None
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._process = os.getpid()
         self._received = None
         self._saved = False
         self._step = trainer.global_step
+        if trainer.world_size > 1 and dist.get_backend() != "gloo":
+            self._group = dist.new_group(backend="gloo")  # asked in every step: not over the GPUs, which would wait
         if threading.current_thread() is not threading.main_thread():  # the others cannot
             return
         for number in _WAITED_FOR:
@@ -85,12 +91,20 @@ class InterruptionCallback(L.Callback):
     def _save_if_told(self, trainer: L.Trainer) -> None:
         self._step = trainer.global_step
         # One process may have been told earlier than another; all save and stop at the same step.
-        if not _any(trainer, self._received is not None):
+        if not self._any(trainer, self._received is not None):
             return
         trainer.save_checkpoint(self.folder / f"{_STEM}-{self._step:06d}.ckpt")
         self._saved = True
-        asked = _any(trainer, self._received == signal.SIGUSR1)
+        asked = self._any(trainer, self._received == signal.SIGUSR1)
         self._requeue = asked and trainer.is_global_zero
+
+    def _any(self, trainer: L.Trainer, value: bool) -> bool:
+        """Whether it is so in any of the processes."""
+        if trainer.world_size == 1:
+            return value
+        told = torch.tensor(int(value))
+        dist.all_reduce(told, dist.ReduceOp.MAX, group=self._group)
+        return bool(told)
 
     def _stop(self) -> None:
         if self._requeue:
@@ -115,11 +129,6 @@ class InterruptionCallback(L.Callback):
         for number, original in self._originals.items():
             signal.signal(number, original)
         self._originals.clear()
-
-
-def _any(trainer: L.Trainer, value: bool) -> bool:
-    """Whether it is so in any of the processes."""
-    return trainer.strategy.reduce_boolean_decision(value, all=False)
 
 
 def requeue() -> None:
@@ -155,51 +164,119 @@ class StopAfterSteps(L.Callback):
 
 
 class FiniteGuard(L.Callback):
-    """Looks at every loss before its gradient is computed, and at every gradient before it is applied.
+    """Looks at every loss and every gradient before it is applied, and stops the training at the first that is not
+    finite; ``checkpoints/not-finite.ckpt`` keeps the weights from before the fault. Also logs ``grad_norm``, the norm
+    of the gradient before clipping.
 
-    So the weights that ``checkpoints/not-finite.ckpt`` keeps are those before the fault. Also logs ``grad_norm``, the
-    norm of the gradient before clipping. With float16 the loss scale makes gradients overflow now and then, which
-    PyTorch's scaler handles: there only losses are looked at.
+    A CPU looks at once. On a GPU that would be a wait in every step: there the verdict stays on the device, where the
+    fused optimizer obeys it (``found_inf``), so that from the fault on no step changes a weight; the host looks every
+    ``every`` steps, before a validation, before anything is saved and at the end. Where weights are sharded or the
+    optimizer is not fused, it looks at once.
+
+    With float16 the loss scale makes gradients overflow now and then, which PyTorch's scaler handles: there only losses
+    are looked at.
     """
 
-    def __init__(self, folder: Path, *, gradients: bool) -> None:
+    def __init__(self, folder: Path, *, gradients: bool, every: int = 1) -> None:
         self.folder = folder
         self.gradients = gradients
-        self._batch: Any = None
+        self.every = every
+        self._loss: Tensor | None = None
+        """Of this step: the sum of its batches' losses, which is finite where all of them are."""
+        self._fault: Tensor | None = None
+        """Of the first step at fault: its number, loss and gradient norm, on the device; its number is -1 without."""
+        self._steps: deque[tuple[int, list[str], float]] = deque(maxlen=every)
+        """Number, samples and learning rate of the steps that the host has not looked at."""
+        self._names: list[str] = []
 
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        self._batch = batch
+        if self._loss is None:
+            self._names = []
+        self._names += batch["name"]
 
     def on_before_backward(self, trainer: L.Trainer, pl_module: L.LightningModule, loss: Tensor) -> None:
-        if not bool(torch.isfinite(loss)):
-            self._stop(trainer, "loss", float(loss.detach()), {})
+        self._loss = loss.detach() if self._loss is None else self._loss + loss.detach()
+        if not self._waits_later(trainer) and not bool(torch.isfinite(loss)):
+            self._stop(trainer, "loss", float(loss.detach()), self._step(trainer))
 
     def on_before_optimizer_step(
         self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: torch.optim.Optimizer
     ) -> None:
-        if not self.gradients:
-            return
-        gradients = {
-            name: parameter.grad for name, parameter in pl_module.named_parameters() if parameter.grad is not None
-        }
-        norm = float(whole(get_total_norm(list(gradients.values()))))
-        pl_module.log(GRADIENT_NORM, norm)
-        if not math.isfinite(norm):
-            at_fault = [name for name, g in gradients.items() if not bool(whole(g).isfinite().all())]
-            self._stop(trainer, "gradient", norm, {"parameters": at_fault})
+        assert isinstance(pl_module, TryOnModule)
+        assert self._loss is not None, "a step has a loss"
+        loss, self._loss = self._loss, None
+        norm = torch.zeros_like(loss)
+        if self.gradients:
+            norm = whole(pl_module.gradient_norm())
+            pl_module.log(GRADIENT_NORM, norm)
+        if self._waits_later(trainer):
+            self._note(trainer, optimizer, loss, norm)
+        elif not bool(norm.isfinite()):
+            at_fault = [
+                name for name, p in pl_module.named_parameters() if p.grad is not None and not _all_finite(p.grad)
+            ]
+            self._stop(trainer, "gradient", float(norm), self._step(trainer), parameters=at_fault)
 
-    def _stop(self, trainer: L.Trainer, what: str, value: float, facts: dict[str, Any]) -> None:
+    def _waits_later(self, trainer: L.Trainer) -> bool:
+        optimizer = trainer.optimizers[0]
+        weights = optimizer.param_groups[0]["params"]
+        fused = bool(optimizer.defaults.get("fused"))
+        # Without a scaler's own verdict: float16's optimizers are not fused, and its scaler leaves such steps out.
+        protected = fused or not self.gradients
+        return self.every > 1 and protected and weights[0].is_cuda and not isinstance(weights[0], DTensor)
+
+    def _step(self, trainer: L.Trainer) -> tuple[int, list[str], float]:
+        return trainer.global_step, list(self._names), trainer.optimizers[0].param_groups[0]["lr"]
+
+    def _note(self, trainer: L.Trainer, optimizer: torch.optim.Optimizer, loss: Tensor, norm: Tensor) -> None:
+        """Keeps the first fault on the device, and any later step from changing weights."""
+        step = torch.full_like(loss, trainer.global_step)
+        nothing = torch.full_like(loss, -1.0)
+        at_fault = ~(loss.isfinite() & norm.isfinite())
+        now = torch.stack([torch.where(at_fault, step, nothing), loss, norm])
+        self._fault = now if self._fault is None else torch.where(self._fault[0] >= 0, self._fault, now)
+        if self.gradients:
+            optimizer.found_inf = (self._fault[0] >= 0).float()  # type: ignore[attr-defined]
+        self._steps.append(self._step(trainer))
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
+        if len(self._steps) == self.every:
+            self._look(trainer)
+
+    def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._look(trainer)
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._look(trainer)
+
+    def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        self._look(trainer)
+
+    def _look(self, trainer: L.Trainer) -> None:
+        """Waits for the device."""
+        if self._fault is None:
+            return
+        (number, loss, norm), steps = self._fault.tolist(), {step[0]: step for step in self._steps}
+        self._fault = None
+        self._steps.clear()
+        if number >= 0:
+            what, value = ("gradient", norm) if math.isfinite(loss) else ("loss", loss)
+            self._stop(trainer, what, value, steps[int(number)])
+
+    def _stop(
+        self, trainer: L.Trainer, what: str, value: float, step: tuple[int, list[str], float], **facts: Any
+    ) -> None:
+        number, names, rate = step
         logged = {name: float(v) for name, v in trainer.callback_metrics.items() if v.numel() == 1}
-        names = list(self._batch["name"])
         diagnosis = {
             "what": what,
             "value": str(value),
-            "step": trainer.global_step,
+            "step": number,
             "epoch": trainer.current_epoch,
             "samples": names,
-            "learning_rate": trainer.optimizers[0].param_groups[0]["lr"],
+            "learning_rate": rate,
             "logged": {name: str(number) for name, number in logged.items()},
             **facts,
         }
@@ -211,8 +288,12 @@ class FiniteGuard(L.Callback):
         said = ", ".join(f"{name} {number:g}" for name, number in terms.items())
         others = " and others" if len(names) > 4 else ""
         raise TrainingError(
-            f"The {what} became {value} in step {trainer.global_step + 1}, on samples {', '.join(names[:4])}{others} "
+            f"The {what} became {value} in step {number + 1}, on samples {', '.join(names[:4])}{others} "
             f"(losses logged last: {said or 'none'}). Stopped before it changed a weight; details: {file}. Look at "
             "these samples, lower optimization.learning_rate or the weights in objective.terms, or use "
             "optimization.precision=32-true."
         )
+
+
+def _all_finite(gradient: Tensor) -> bool:
+    return bool(whole(gradient).isfinite().all())

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
+import torch
 from lightning.fabric.loggers.logger import rank_zero_experiment
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger, WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
@@ -76,7 +77,8 @@ class StepSeconds(L.Callback):
             return
         now = time.perf_counter()
         if self._ended is not None:
-            pl_module.log(STEP_SECONDS, now - self._ended)
+            # A plain number would be copied to the GPU, and waited for.
+            pl_module.log(STEP_SECONDS, torch.tensor(now - self._ended))
         self._step, self._ended = trainer.global_step, now
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:

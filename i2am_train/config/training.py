@@ -75,8 +75,8 @@ class OptimizationConfig(Options):
     channels_last: bool = False
     """Memory layout of the convolutions; faster on GPUs with bf16-mixed."""
     compile: bool = False
-    """Compile the U-Net with torch.compile, attention losses included: minutes at the start (dry_run=true
-    says how many) and a faster step; needs a C++ compiler on a CPU. Validation stays uncompiled."""
+    """Compile the U-Net's transformer blocks with torch.compile: a minute or so at the start (dry_run=true
+    says how much) and a faster step; needs a C++ compiler on a CPU. Validation stays uncompiled."""
     trainable: Trainable = "all"
     """Which weights of the U-Net train: v1 (the authors' first code: decoder, output, first convolution
     and the encoder's cross-attention), v2 (their later one: all but the time embedding),

@@ -239,8 +239,8 @@ def pack_row(values: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tens
 
 
 def _unpack_row(values: Mapping[str, Tensor], size: GridSize) -> dict[str, Tensor]:
-    """Inverse of :func:`pack_row`; numbers become float32."""
-    unpacked = {name: value.float() for name, value in values.items() if name not in MASKS}
+    """Inverse of :func:`pack_row`; numbers keep the type that they are stored in."""
+    unpacked = {name: value for name, value in values.items() if name not in MASKS}
     for name in MASKS:
         bits = np.unpackbits(values[name].numpy(), count=size.tokens)
         unpacked[name] = torch.from_numpy(bits.astype(np.bool_)).view(*size)

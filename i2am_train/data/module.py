@@ -20,6 +20,7 @@ from typing import Any, cast
 
 import lightning as L
 import torch
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 from torchdata.stateful_dataloader import StatefulDataLoader
 
@@ -186,6 +187,15 @@ class TryOnDataModule(L.LightningDataModule):
             # They would otherwise draw a seed from the global stream, and so change what training draws next.
             "generator": torch.Generator().manual_seed(self.seed),
         }
+
+    def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
+        """All but the samples' indices: Python reads them, and would wait for the device."""
+        index = batch["index"]
+        moved = super().transfer_batch_to_device({**batch, "index": None}, device, dataloader_idx)
+        for name, value in moved.items():
+            if isinstance(value, Tensor) and value.dtype == torch.float16:  # of a cache; here and not before, since
+                moved[name] = value.float()  # half as many bytes are read, collated and copied
+        return {**moved, "index": index}
 
     # -- the trainer that this belongs to ------------------------------------------------------------------------------
 

@@ -25,7 +25,7 @@ from i2am_train.losses.attention import (
     squared_distances,
 )
 from i2am_train.losses.paper import Norm, variation
-from i2am_train.ops.grids import resize_maps
+from i2am_train.ops.grids import resize_maps, scaled
 from i2am_train.types import GridSize
 
 # -- towards a known correspondence --------------------------------------------------------------------------------
@@ -158,8 +158,8 @@ def leffa(attention: Attention, *, tau: Positive = 2.0) -> Float[Tensor, " batch
     centers = attention.by_patch(softened_centers, of=("log_heads",)).movedim(3, 1)
     height, width = pictures.worn.shape[1:]
     flow = resize_maps(centers, GridSize(height, width))
-    pixels = flow.new_tensor(pictures.garment.shape[2:]) / flow.new_tensor(grid)
-    places = (flow + 0.5) * pixels[:, None, None] - 0.5
+    pixels = [length / cells for length, cells in zip(pictures.garment.shape[2:], grid, strict=True)]
+    places = (scaled((flow + 0.5).movedim(1, -1), *pixels) - 0.5).movedim(-1, 1)
     difference = _sampled(pictures.garment.to(places), places) - pictures.person.to(places)
     return mean_inside(difference.square().mean(dim=1), pictures.worn)
 

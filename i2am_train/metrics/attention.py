@@ -24,7 +24,7 @@ from torch.nn import functional as F
 
 from i2am_train.attention.maps import AttributionMaps
 from i2am_train.errors import ConfigError, DataError
-from i2am_train.ops.grids import aligned_coordinates, mask_on_grid, reference_coordinates
+from i2am_train.ops.grids import aligned_coordinates, mask_on_grid, reference_coordinates, scaled
 from i2am_train.ops.numerics import at_least_float32
 from i2am_train.types import Direction, GridSize
 
@@ -148,8 +148,7 @@ def target_on_grid(
     size = (generated_grid.height, generated_grid.width)
     pixels = torch.where(known.bool(), positions.movedim(-1, 1), 0.0)
     mean = F.adaptive_avg_pool2d(pixels, size) / F.adaptive_avg_pool2d(known, size)
-    patches = mean.new_tensor(reference_grid)
-    target = mean.flatten(2).mT * patches - 0.5
+    target = scaled(mean.flatten(2).mT, *map(float, reference_grid)) - 0.5
     return torch.where(mask_on_grid(warped_mask, generated_grid)[..., None], target, torch.nan)
 
 

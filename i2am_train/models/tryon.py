@@ -6,6 +6,7 @@ garment's patch tokens; nothing else tells it about the garment. A folder in dif
     model_index.json  unet/  vae/  reference_encoder/  projector/  scheduler/
 """
 
+import copy
 import inspect
 import json
 from collections.abc import Mapping, Sequence
@@ -169,9 +170,9 @@ class TryOnModel(nn.Module):
         return self.sample_latents(self.encode_moments(images), noise)
 
     def encode_moments(self, images: Images) -> Moments:
-        """The VAE's posterior of images in [-1, 1], unscaled."""
-        posterior = self.vae.encode(images).latent_dist
-        return Moments(posterior.mean, posterior.std)
+        """The VAE's posterior of images in [-1, 1], unscaled, in the images' number format."""
+        posterior = self.vae.encode(images.to(self.vae.dtype)).latent_dist
+        return Moments(posterior.mean.to(images.dtype), posterior.std.to(images.dtype))
 
     def sample_latents(self, moments: Moments, noise: Latents | None = None) -> Latents:
         """Scaled latents of a posterior: its mean, or a sample of it when noise is given."""
@@ -212,8 +213,9 @@ class TryOnModel(nn.Module):
         any_size = "interpolate_pos_encoding"
         taken = inspect.signature(self.reference_encoder.forward).parameters
         options = {any_size: True} if any_size in taken else {}
+        pixels = pixels.to(self.reference_encoder.dtype)
         tokens: Tensor = self.reference_encoder(pixel_values=pixels, **options).last_hidden_state
-        return tokens
+        return tokens.to(garment.dtype)
 
     def project_reference(self, tokens: EncoderTokens, dropped: Bool[Tensor, " batch"] | None = None) -> ContextTokens:
         """Context tokens from the encoder's: what is trained of the way from garment to U-Net.
@@ -254,17 +256,13 @@ class TryOnModel(nn.Module):
         timesteps: Int[Tensor, " batch"],
         agnostic: Latents,
         pose: Latents,
-        garment: Images | None,
+        encoded_garment: EncoderTokens,
         dropped: Bool[Tensor, " batch"],
-        encoded_garment: EncoderTokens | None = None,
     ) -> Latents:
         """One training evaluation: everything that is trained runs inside this call, as DDP and FSDP need.
 
-        ``encoded_garment``, the result of :meth:`encode_garment`, stands in for the garment where it is given.
+        ``encoded_garment`` is the result of :meth:`encode_garment`, and agnostic and pose are latents.
         """
-        if encoded_garment is None:
-            assert garment is not None
-            encoded_garment = self.encode_garment(garment)
         tokens = self.project_reference(encoded_garment, dropped)
         return self.denoise(noisy, timesteps, Conditions(agnostic, pose, tokens))
 
@@ -290,6 +288,14 @@ class TryOnModel(nn.Module):
             network.load_state_dict(values, assign=True)
         scheduler = self.schedule.scheduler
         return type(self)(self.config, unet, self.vae, self.reference_encoder, projector, scheduler)
+
+    def with_encoders(self, dtype: torch.dtype) -> Self:
+        """This model with copies of VAE and reference encoder in another number format; the rest is shared."""
+        # Not diffusers' own ``to``, which warns where nothing is lost.
+        vae, encoder = (nn.Module.to(copy.deepcopy(each), dtype) for each in (self.vae, self.reference_encoder))
+        made = type(self)(self.config, self.unet, vae, encoder, self.projector, self.schedule.scheduler)
+        made.reference_mean, made.reference_std = self.reference_mean, self.reference_std  # where the networks are
+        return made
 
     # -- files ------------------------------------------------------------------------------------------------
 

@@ -162,7 +162,8 @@ def reference_mass(
     if (kernels := _kernels_for(generated, keys)) is not None:
         factor = channels**-0.5 if scale is None else scale
         among: Tensor = kernels.row_logsumexp(generated, keys[:, :, reference], factor)
-        return (among - kernels.row_logsumexp(generated, keys, factor)).exp_()
+        share: Tensor = (among - kernels.row_logsumexp(generated, keys, factor)).exp_()
+        return share
     keys = keys_per_head(keys, heads)
     row_bytes = 2 * 4 * batch * heads * keys.shape[2]  # the logits, and at most as many picked ones
     shares = []

@@ -60,6 +60,15 @@ def reference_coordinates(
     return torch.cartesian_prod(rows, columns).reshape(grid.tokens, 2)
 
 
+def scaled(points: Float[Tensor, "*cells 2"], vertical: float, horizontal: float) -> Float[Tensor, "*cells 2"]:
+    """Each axis of ``yx`` times its factor. A tensor of the factors would have to be copied to a GPU, and waited for.
+
+    >>> scaled(torch.ones(1, 2), 2.0, 0.5)
+    tensor([[2.0000, 0.5000]])
+    """
+    return torch.stack((points[..., 0] * vertical, points[..., 1] * horizontal), dim=-1)
+
+
 def aligned_coordinates(
     generated_grid: GridSize,
     reference_grid: GridSize,
@@ -76,10 +85,8 @@ def aligned_coordinates(
     [[0.5, 0.5], [0.5, 2.5]]
     """
     cells = reference_coordinates(generated_grid, dtype=dtype, device=device)
-    ratio = cells.new_tensor(
-        [reference_grid.height / generated_grid.height, reference_grid.width / generated_grid.width]
-    )
-    return (cells + 0.5) * ratio - 0.5
+    ratios = reference_grid.height / generated_grid.height, reference_grid.width / generated_grid.width
+    return scaled(cells + 0.5, *ratios) - 0.5
 
 
 def solve_grid(tokens: int, latent: GridSize) -> GridSize:
@@ -176,8 +183,8 @@ def garment_slope(
     tensor([[4.4721, 2.2361]])
     """
     spreads, other = _spreads(flat), _spreads(worn)
-    cells = spreads.new_tensor(reference_grid) / spreads.new_tensor(generated_grid)
-    return torch.where(other > 0, cells * spreads / torch.where(other > 0, other, 1.0), 0.0)
+    cells = scaled(spreads, reference_grid.height / generated_grid.height, reference_grid.width / generated_grid.width)
+    return torch.where(other > 0, cells / torch.where(other > 0, other, 1.0), 0.0)
 
 
 def _spreads(mask: Bool[Tensor, "batch height width"]) -> Float[Tensor, "batch 2"]:

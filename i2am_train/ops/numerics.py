@@ -56,6 +56,18 @@ def rows_at_fault(values: Float[Tensor, " batch *shape"]) -> Bool[Tensor, " batc
     return ~ends.isfinite().all(dim=1)
 
 
+def to_device(values: Tensor, device: torch.device) -> Tensor:
+    """A tensor of the CPU on a device; the host goes on while a GPU copies it.
+
+    >>> to_device(torch.ones(2), torch.device("cpu"))
+    tensor([1., 1.])
+    """
+    if device.type != "cuda":
+        return values.to(device)
+    # Only from pinned memory is a copy the GPU's own work; torch keeps that memory until it is done.
+    return values.pin_memory().to(device, non_blocking=True)
+
+
 def check_device(name: Device) -> None:
     """Raises `ConfigError` where a command could not compute on ``device``.
 

@@ -24,7 +24,6 @@ from i2am_train.data.cache import (
     ENCODED,
     INDEX_FILE,
     MASKS,
-    TOKENS,
     CacheIndex,
     CacheKey,
     CacheLayout,
@@ -51,6 +50,7 @@ from i2am_train.locks import LOCK
 from i2am_train.models.tryon import TryOnModel
 from i2am_train.ops.numerics import rows_at_fault
 from i2am_train.runs import require_apart
+from i2am_train.training.step import encode_pictures
 from i2am_train.types import Pairing, Role, Split
 
 _DECODER = ("decoder.", "post_quant_conv.")
@@ -223,11 +223,8 @@ class _Source:
     def _encode(self, batch: TryOnBatch) -> dict[str, Tensor]:
         device = self.model.device
         values: dict[str, Tensor] = {name: batch[name] for name in self.keep}  # type: ignore[literal-required]
-        for name in ENCODED:
-            moments = self.model.encode_moments(batch[name].to(device))  # type: ignore[literal-required]
-            values |= {f"{name}_mean": moments.mean, f"{name}_std": moments.std}
-        values[TOKENS] = self.model.encode_garment(batch["garment"].to(device))
-        return values
+        pictures = {name: batch[name].to(device) for name in (*ENCODED, "garment")}  # type: ignore[literal-required]
+        return values | encode_pictures(self.model, pictures)
 
 
 def _check_numbers(values: dict[str, Tensor], names: Sequence[str], dtype: torch.dtype) -> None:

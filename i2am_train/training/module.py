@@ -7,6 +7,8 @@ import torch
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+from torch.optim import Optimizer
 
 from i2am_train.attention.trace import ScoreTap
 from i2am_train.config.training import OptimizationConfig
@@ -15,6 +17,7 @@ from i2am_train.errors import ConfigError
 from i2am_train.losses.objective import Objective
 from i2am_train.models.lora import add_adapters
 from i2am_train.models.tryon import TryOnModel
+from i2am_train.ops.numerics import to_device
 from i2am_train.training.optimization import make_optimizer, make_schedule, prepare_networks, set_trainable
 from i2am_train.training.step import Draws, TrainingBatch, batches_of_step, draw, step_losses
 
@@ -44,6 +47,8 @@ class TryOnModule(L.LightningModule):
         self.seed = seed
         self.cached = cached
         self._tap: ScoreTap | None = None
+        self._gradient_norm: Tensor | None = None
+        self._encoders: list[TryOnModel] = []  # in a list, so that they are no part of the module
         self._counts: tuple[tuple[int, list[list[int]]], Tensor] | None = None
         if options.trainable == "lora":
             add_adapters(model.unet, options.lora_rank, options.adapter_alpha)
@@ -58,6 +63,10 @@ class TryOnModule(L.LightningModule):
         if self.objective.terms:
             self._tap = ScoreTap(self.model, layers=list(self.objective.layers))
             self._tap.attach()
+        # In float32, autocast would round the frozen networks' weights again in every step, and compute their norms in
+        # float32. (Not float16, in which Stable Diffusion's VAE overflows.)
+        if not self.cached and self.device.type == "cuda" and self.options.precision == "bf16-mixed":
+            self._encoders = [self.model.with_encoders(torch.bfloat16)]
         self._move_frozen("cpu")
 
     def on_validation_start(self) -> None:
@@ -68,16 +77,17 @@ class TryOnModule(L.LightningModule):
         self._move_frozen("cpu")
 
     def _move_frozen(self, device: torch.device | str) -> None:
-        """Training from a cache needs no frozen network on the GPU.
+        """Training from a cache, or with copies of them, needs no frozen network on the GPU.
 
         Not with DDP, whose networks must stay together.
         """
-        if self.cached and not isinstance(self.trainer.strategy, DDPStrategy):
+        if (self.cached or self._encoders) and not isinstance(self.trainer.strategy, DDPStrategy):
             self.model.vae.to(device)
             self.model.reference_encoder.to(device)
 
     def teardown(self, stage: str) -> None:
         """Detaches the score tap. Lightning leaves this out after an error; whoever calls ``fit`` then does it."""
+        self._encoders.clear()
         if self._tap is not None:
             self._tap.close()
             self._tap = None
@@ -96,19 +106,44 @@ class TryOnModule(L.LightningModule):
         losses = step_losses(
             self.model,
             batch,
-            self._draws([int(index) for index in batch["index"]]),
+            self._draws(batch["index"].tolist()),
             self.objective,
             self._tap,
             snr_gamma=self.options.snr_gamma,
             counts=self._counts_per_batch(batch_index),
             progress=progress,
+            encoders=self._encoders[0] if self._encoders else None,
         )
         logged = {f"loss/{name}": value.detach() for name, value in losses.items()}
         self.log_dict(logged, batch_size=len(batch["name"]), sync_dist=True)
         terms = self.objective.terms.items()
-        weights = {f"weight/{name}": term.weight_at(progress) for name, term in terms if term.schedule != "constant"}
+        # As tensors of the CPU: Lightning would copy plain numbers to the device, and wait for it.
+        weights = {
+            f"weight/{name}": torch.tensor(term.weight_at(progress))
+            for name, term in terms
+            if term.schedule != "constant"
+        }
         self.log_dict(weights, batch_size=len(batch["name"]))
         return losses["total"]
+
+    def gradient_norm(self) -> Tensor:
+        """Norm of this step's gradients before clipping, on their device; worked out once a step, without a wait."""
+        if self._gradient_norm is None:
+            self._gradient_norm = get_total_norm([p.grad for p in self.parameters() if p.grad is not None])
+        return self._gradient_norm
+
+    def configure_gradient_clipping(
+        self, optimizer: Optimizer, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None
+    ) -> None:
+        """By the norm, which has been worked out already.
+
+        Not Lightning's: it refuses fused optimizers in all mixed precisions, while only float16 has a loss scale that
+        they would undo after the clipping.
+        """
+        if gradient_clip_val:
+            trained = [parameter for parameter in self.parameters() if parameter.grad is not None]
+            clip_grads_with_norm_(trained, gradient_clip_val, self.gradient_norm())
+        self._gradient_norm = None
 
     def validation_step(self, batch: TryOnBatch, batch_index: int) -> None:
         """Nothing: the evaluation callback does the work."""
@@ -182,7 +217,7 @@ class TryOnModule(L.LightningModule):
             timesteps=self.model.schedule.length,
             condition_dropout=self.options.condition_dropout,
         )
-        return Draws(*(values.to(self.device) for values in draws))
+        return Draws(*(to_device(values, self.device) for values in draws))
 
 
 def _check_objective(objective: Objective, model: TryOnModel) -> None:

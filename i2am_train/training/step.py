@@ -9,7 +9,8 @@ all of them must divide by the same number. Order, dropped conditions and timest
 sample), so it is known before the first of them is computed.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -32,6 +33,9 @@ from i2am_train.types import GridSize, Need
 
 TrainingBatch = TryOnBatch | CachedBatch
 """Pictures, or what the frozen encoders made of them (:mod:`i2am_train.data.cache`)."""
+
+ENCODED_AT_ONCE = 16
+"""Samples. Chosen by us: the largest tensor of SD1.5's VAE at 512x384 is then 1.6 GB in float32."""
 
 # -- random numbers -------------------------------------------------------------------------------------------------
 
@@ -94,6 +98,26 @@ def batches_of_step(
     return [order[start : start + batch_size] for start in starts]
 
 
+# -- frozen networks ------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()  # no inference mode, whose tensors cannot be kept for a gradient
+def encode_pictures(model: TryOnModel, pictures: Mapping[str, Any]) -> dict[str, Tensor]:
+    """What VAE and reference encoder make of a batch's pictures, as a cache holds it (``CachedBatch``).
+
+    ``ENCODED_AT_ONCE`` samples at a time, in the networks' own number format where that is half precision.
+    """
+    device = model.device.type
+    own = torch.autocast(device, enabled=False) if model.vae.dtype == torch.bfloat16 else nullcontext()
+    with own:
+        values: dict[str, Tensor] = {}
+        for name in ENCODED:
+            moments = [model.encode_moments(part) for part in pictures[name].split(ENCODED_AT_ONCE)]
+            values[f"{name}_mean"], values[f"{name}_std"] = map(torch.cat, zip(*moments, strict=True))
+        tokens = [model.encode_garment(part) for part in pictures["garment"].split(ENCODED_AT_ONCE)]
+    return values | {TOKENS: torch.cat(tokens)}
+
+
 # -- losses ---------------------------------------------------------------------------------------------------------
 
 
@@ -107,6 +131,7 @@ def step_losses(
     snr_gamma: float | None = None,
     counts: Float[Tensor, " terms"] | None = None,
     progress: float = 0.0,
+    encoders: TryOnModel | None = None,
 ) -> dict[str, Float[Tensor, ""]]:
     """Losses by name: ``denoising``, each attention term (unweighted), and ``total`` with gradient.
 
@@ -116,10 +141,14 @@ def step_losses(
         counts: divide the attention terms' sums: the mean number of samples that each counts over the batches whose
             gradients are accumulated. None: the numbers in this batch.
         progress: share of the run's optimizer steps that are done, for terms with a schedule.
+        encoders: the model whose frozen networks encode pictures; None: ``model`` itself.
 
     Raises:
         CaptureError: there are attention terms and no tap to read the attention from.
     """
+    if TOKENS not in batch:
+        values: Any = {**batch, **encode_pictures(encoders or model, batch)}
+        batch = values
     denoising = _denoising(model, batch, draws, snr_gamma)
     if not objective.terms:
         return {"denoising": denoising.detach(), "total": denoising}
@@ -135,17 +164,14 @@ def step_losses(
     return {"denoising": denoising.detach(), **terms, "total": denoising + total}
 
 
-def _denoising(model: TryOnModel, batch: TrainingBatch, draws: Draws, snr_gamma: float | None) -> Float[Tensor, ""]:
-    with torch.no_grad():
-        person, agnostic, pose = (
-            model.sample_latents(_moments(model, batch, name), draws.posterior[:, position])
-            for position, name in enumerate(ENCODED)
-        )
+def _denoising(model: TryOnModel, batch: Any, draws: Draws, snr_gamma: float | None) -> Float[Tensor, ""]:
+    person, agnostic, pose = (
+        model.sample_latents(Moments(batch[f"{name}_mean"], batch[f"{name}_std"]), draws.posterior[:, position])
+        for position, name in enumerate(ENCODED)
+    )
     schedule = model.schedule
     noisy = schedule.noised(person, draws.noise, draws.timesteps)
-    prediction = model(
-        noisy, draws.timesteps, agnostic, pose, batch.get("garment"), draws.dropped, batch.get(TOKENS)
-    )  # fmt: skip
+    prediction = model(noisy, draws.timesteps, agnostic, pose, batch[TOKENS], draws.dropped)
     weights = snr_weights(schedule.signal.square(), draws.timesteps, schedule.prediction_type, snr_gamma)
     target = schedule.target(person, draws.noise, draws.timesteps)
     return denoising_loss(prediction, target, weights).mean()
@@ -186,10 +212,3 @@ def _mean_over_processes(count: Float[Tensor, " terms"]) -> Float[Tensor, " term
         dist.all_reduce(mean)
         mean /= dist.get_world_size()
     return mean
-
-
-def _moments(model: TryOnModel, batch: Any, name: str) -> Moments:
-    """A picture's posterior: as it was cached, or from the encoder."""
-    if TOKENS in batch:
-        return Moments(batch[f"{name}_mean"], batch[f"{name}_std"])
-    return model.encode_moments(batch[name])

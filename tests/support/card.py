@@ -122,7 +122,9 @@ def _to(tensor: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     options = {} if memory_format is None else {"memory_format": memory_format}
     elsewhere = device is not None and device.type not in ("cpu", "cuda")  # meta
     before = _marked(tensor)
-    made = tensor.to(device if elsewhere else CPU, dtype or tensor.dtype, copy=copy, **options)
+    # Without the device where the storage stays: a change of the type alone is no copy between devices.
+    where = {"device": device} if elsewhere else {}
+    made = tensor.to(dtype=dtype or tensor.dtype, copy=copy, **where, **options)
     if device is None or elsewhere:
         return _mark(made, before) if made is not tensor else made
     return _moved(_mark(made, before) if made is not tensor else made, device, asynchronous)
@@ -282,6 +284,7 @@ MACHINE: dict[str, Callable[..., Any]] = {
     "is_bf16_supported": lambda *_, **__: True,
     "is_current_stream_capturing": lambda: False,
     "synchronize": _nothing,
+    "set_sync_debug_mode": _nothing,
     "empty_cache": _nothing,
     "max_memory_allocated": lambda *_: 0,
     "memory_allocated": lambda *_: 0,

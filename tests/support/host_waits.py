@@ -83,9 +83,11 @@ def _waits(func: Any, args: Any, kwargs: dict[str, Any]) -> bool:
     if func is aten.copy_.default:
         asynchronous = args[2] if len(args) > 2 else kwargs.get("non_blocking", False)
         return on_card(args[0]) != on_card(args[1]) and not asynchronous
-    if func is aten._to_copy.default and kwargs.get("device") is not None:  # of a real card
-        there = torch.device(kwargs["device"]).type == "cuda"
-        return on_card(args[0]) != there and not kwargs.get("non_blocking", False)
+    if (
+        func is aten._to_copy.default and kwargs.get("device") is not None
+    ):  # of a real card; `card` tells of the other's
+        moves = "cuda" in (args[0].device.type, kwargs["device"].type) and args[0].device.type != kwargs["device"].type
+        return moves and not kwargs.get("non_blocking", False)
     return False
 
 
