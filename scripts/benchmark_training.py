@@ -22,7 +22,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import copy
 import json
 import os
 import shutil
@@ -42,7 +41,7 @@ from torch.utils.data import DataLoader
 
 from i2am_train.attention import ScoreTap
 from i2am_train.config.objective import ObjectiveConfig
-from i2am_train.data.cache import ENCODED, TOKENS, LatentCache
+from i2am_train.data.cache import ENCODED, LatentCache
 from i2am_train.data.dataset import CachedDataset, TryOnDataset
 from i2am_train.data.synthetic import make_dataset
 from i2am_train.losses.attention import attention_on_grids
@@ -53,7 +52,8 @@ from i2am_train.models.tryon import TryOnConfig, TryOnModel
 from i2am_train.ops.grids import mask_on_grid
 from i2am_train.reporting.table import markdown_lines
 from i2am_train.training.encode_dataset import make_cache
-from i2am_train.training.step import Draws, draw, step_losses
+from i2am_train.training.optimization import guard_hooks
+from i2am_train.training.step import Draws, draw, encode_pictures, step_losses
 from i2am_train.types import GridSize, Pairing, Split
 
 SIZES = {"small": GridSize(128, 96), "true": GridSize(512, 384)}
@@ -141,11 +141,17 @@ class Bench:
         self.scaler = torch.amp.GradScaler(enabled=self.on_gpu)
         refined = ObjectiveConfig(layers=LAYER, terms={name: {"weight": 1e-3} for name in ("dcml", "tv", "cwg")})
         self.objectives = {"baseline": Objective(), "refined": make_objective(refined)}
+        self.half: TryOnModel | None = None
+        self.compiled: dict[Any, Any] = {}
+        self.resize(batch)
+
+    def resize(self, batch: int) -> None:
+        """Inputs of another batch size."""
+        self.batch = batch
+        self.place_frozen(self.device)
         self.pictures = self._pictures()
         self.encoded = self._encoded()
         self.draws = Draws(*(values.to(self.device) for values in self._drawn()))
-        self.half: tuple[nn.Module, ...] | None = None
-        self.compiled: Any = None
 
     def _pictures(self) -> dict[str, Any]:
         """Noise in the shape of a batch; garments cover the middle of the person."""
@@ -156,13 +162,10 @@ class Bench:
         names = (*ENCODED, "garment")
         return dict(zip(names, noise, strict=True)) | {"warped_garment_mask": mask}
 
-    @torch.no_grad()
     def _encoded(self) -> dict[str, Any]:
-        values = {"warped_garment_mask": self.pictures["warped_garment_mask"]}
-        for name in ENCODED:
-            moments = self.model.encode_moments(self.pictures[name])
-            values |= {f"{name}_mean": moments.mean, f"{name}_std": moments.std}
-        return values | {TOKENS: self.model.encode_garment(self.pictures["garment"])}
+        return {"warped_garment_mask": self.pictures["warped_garment_mask"]} | encode_pictures(
+            self.model, self.pictures
+        )
 
     def _drawn(self) -> Draws:
         return draw(
@@ -183,24 +186,21 @@ class Bench:
 
     def prepare(self, variant: str) -> None:
         """What is there before a step of the variant and not part of it."""
-        parked = "cached" in variant or variant in ("authors", "diffusers")
-        self.place_frozen("cpu" if parked else self.device)
-        if variant == "diffusers" and self.half is None:
-            # On a CPU the copies would be the same networks again.
-            self.half = (
-                tuple(copy.deepcopy(n).to(self.device, torch.bfloat16) for n in self.frozen)
-                if self.on_gpu
-                else self.frozen
-            )
-        elif variant != "diffusers" and self.on_gpu:
+        in_half = self.on_gpu and variant in ("baseline", "refined", "diffusers")
+        if in_half and self.half is None:
+            self.place_frozen(self.device)
+            self.half = self.model.with_encoders(torch.bfloat16)
+        elif not in_half:
             self.half = None
-        impl = None
-        if variant.endswith("compiled"):
-            if self.compiled is None:
-                self.model.unet.compile()
-                self.compiled = self.model.unet._compiled_call_impl
-            impl = self.compiled
-        self.model.unet._compiled_call_impl = impl
+        parked = "cached" in variant or variant == "authors" or in_half
+        self.place_frozen("cpu" if parked else self.device)
+        if variant.endswith("compiled") and not self.compiled:
+            guard_hooks()
+            self.model.unet.compile_repeated_blocks(dynamic=False)
+            blocks = (block for block in self.model.unet.modules() if block._compiled_call_impl)
+            self.compiled = {block: block._compiled_call_impl for block in blocks}
+        for block, compiled in self.compiled.items():
+            block._compiled_call_impl = compiled if variant.endswith("compiled") else None
 
     def step(self, variant: str) -> None:
         """One step of a variant."""
@@ -218,7 +218,7 @@ class Bench:
         tap = ScoreTap(self.model, layers=[LAYER]) if objective.terms else None
         with tap or contextlib.nullcontext():
             with self.autocast(torch.bfloat16):
-                total = step_losses(self.model, batch, self.draws, objective, tap)["total"]
+                total = step_losses(self.model, batch, self.draws, objective, tap, encoders=self.half)["total"]
             torch.autograd.backward(total)
         self._descend()
 
@@ -255,7 +255,7 @@ class Bench:
         target = model.schedule.target(latents[0], draws.noise, draws.timesteps)
         grid = GridSize(*(side // 4 for side in model.latent_size))
         with self._written_out() as attention, self.autocast(torch.float16):
-            prediction = model(noisy, draws.timesteps, *latents[1:], None, draws.dropped, tokens)
+            prediction = model(noisy, draws.timesteps, *latents[1:], tokens, draws.dropped)
             loss = F.mse_loss(prediction.float(), target)
         assert attention.scores is not None
         scores = attention.scores.float()[..., model.special_tokens :]
@@ -277,8 +277,8 @@ class Bench:
     def diffusers_step(self) -> None:
         """As in diffusers' training examples, with our conditions."""
         model, draws, pictures = self.model, self.draws, self.pictures
-        assert self.half is not None
-        vae, encoder = self.half
+        encoders = self.half or model
+        vae, encoder = encoders.vae, encoders.reference_encoder
         dtype = torch.bfloat16 if self.on_gpu else torch.float32
         with torch.no_grad():
             latents = [
@@ -293,7 +293,7 @@ class Bench:
         noisy = model.schedule.noised(latents[0], noise, steps)
         target = model.schedule.target(latents[0], noise, steps)
         with self.autocast(torch.bfloat16):
-            prediction = model(noisy, steps, *latents[1:], None, draws.dropped, tokens)
+            prediction = model(noisy, steps, *latents[1:], tokens, draws.dropped)
             loss = F.mse_loss(prediction.float(), target.float())
         torch.autograd.backward(loss)
         self._descend()
