@@ -10,6 +10,7 @@ from types import FunctionType
 from typing import Any
 
 import lightning as L
+import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Callback, LearningRateMonitor, TQDMProgressBar
 
@@ -81,9 +82,16 @@ def check_test_trainer(config: EvaluateConfig) -> None:
 
 def _try_trainer(hardware: dict[str, Any], options: str, advice: str) -> L.Trainer:
     try:
-        return L.Trainer(**hardware, logger=False, enable_checkpointing=False, enable_progress_bar=False)
+        tried = L.Trainer(**hardware, logger=False, enable_checkpointing=False, enable_progress_bar=False)
     except (ImportError, MisconfigurationException, TypeError, ValueError) as error:
         raise ConfigError(f"Lightning refuses {options}: {' '.join(str(error).split())} {advice}") from error
+    on_gpu, half = tried.strategy.root_device.type == "cuda", str(hardware["precision"]).startswith("bf16")
+    if on_gpu and half and not torch.cuda.is_bf16_supported(including_emulation=False):
+        raise ConfigError(
+            f"{options} is not possible: {torch.cuda.get_device_name()} has no bfloat16. Set the precision to 32-true, "
+            "or to 16-mixed, which has a loss scale."
+        )
+    return tried
 
 
 def _hardware(config: TrainConfig) -> dict[str, Any]:

@@ -6,6 +6,7 @@ The card that is not there counts the waits (`tests.support.host_waits`).
 import json
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import lightning as L
 import pytest
@@ -13,7 +14,7 @@ import torch
 
 from i2am_train import trainers
 from i2am_train.config.store import compose
-from i2am_train.errors import TrainingError
+from i2am_train.errors import ConfigError, TrainingError
 from i2am_train.workflows import train as workflow
 from tests.support.card import card
 from tests.support.host_waits import HostWait, host_waits
@@ -104,3 +105,11 @@ def test_a_fault_is_kept_on_the_card_and_no_later_step_changes_a_weight(
     train_on_card([*options, f"output={tmp_path / 'sound'}"], monkeypatch, keep := Keep())
     for name, value in kept.items():
         assert torch.equal(value.cpu(), keep.weights[name].cpu()), name
+
+
+def test_a_card_without_bfloat16_is_named_before_anything_is_written(training: list[str], tmp_path: Path) -> None:
+    options = [*training, "optimization.precision=bf16-mixed", f"output={tmp_path / 'run'}"]
+    lacks = pytest.raises(ConfigError, match=r"precision=bf16-mixed is not possible: A card .* no bfloat16")
+    with card(), patch.object(torch.cuda, "is_bf16_supported", lambda *_, **__: False), lacks:
+        workflow.train(compose("train", options))
+    assert not (tmp_path / "run").exists()
