@@ -143,10 +143,10 @@ def test_eight_bits_without_bitsandbytes(monkeypatch: pytest.MonkeyPatch) -> Non
 
 @pytest.mark.parametrize(
     ("precision", "clip", "fused"),
-    [("32-true", 1.0, True), ("bf16-mixed", None, True), ("bf16-mixed", 1.0, False), ("16-mixed", 1.0, False)],
+    [("32-true", 1.0, True), ("bf16-mixed", None, True), ("bf16-mixed", 1.0, True), ("16-mixed", 1.0, False)],
 )
 def test_options_reach_the_optimizer(precision: Any, clip: float | None, fused: bool) -> None:
-    """Rate, betas and decay arrive; fused only where Lightning does not refuse to clip gradients then."""
+    """Rate, betas and decay arrive; fused but where a loss scale is undone after the clipping."""
     options = OptimizationConfig(
         precision=precision, gradient_clip=clip, learning_rate=0.5, betas=(0.8, 0.7), weight_decay=0.25
     )
