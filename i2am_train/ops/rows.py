@@ -28,8 +28,8 @@ reference patches of 8 heads, the layer that the paper refines, have 6 MiB; 64x4
 that a sample is computed alike in every batch."""
 
 BLOCK_BYTES = 64 * 2**20
-"""Size of a block's logits, all samples and heads together; backward needs some five times as much. Chosen by us: on a
-CPU 2 to 64 MiB take the same time, and a GPU has less to start."""
+"""Size of a block's logits, all samples and heads together; backward needs three times as much. Chosen by us: on a
+CPU 2 to 16 MiB took the same time within its noise, and a GPU has less to start the larger they are."""
 
 
 def keeps_matrix(
