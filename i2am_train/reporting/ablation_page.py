@@ -173,7 +173,9 @@ def _facts(results: Results) -> Iterator[tuple[str, str]]:
 def _making(results: Results) -> Iterator[tuple[str, str]]:
     """What else is known of how the run was made, as pairs of term and text."""
     if results.get("minutes") is not None:
-        yield "Duration", f"{results['minutes']:.1f} minutes in all"
+        wall = results.get("wall_minutes")
+        by_clock = "" if wall is None else f", {wall:.1f} minutes by the clock"
+        yield "Duration", f"{results['minutes']:.1f} minutes in all{by_clock}"
     if seeds := sorted({c["seed"] for c in results["cells"] if c["seed"] is not None}):
         yield "Training seeds", ", ".join(map(str, seeds))
     for arm in results["arms"]:

@@ -302,7 +302,9 @@ def _scope(over: Over, fewest: int) -> str:
 def _provenance_note(results: Results) -> str:
     command, minutes, machine = (results.get(name) for name in ("command", "minutes", "machine"))
     jobs = results.get("settings", {}).get("jobs", 1)
-    of_runs = f" of runs, {jobs} at a time," if jobs > 1 else ""
+    wall = results.get("wall_minutes")
+    by_clock = "" if wall is None else f" ({wall:.0f} minutes by the clock)"
+    of_runs = f" of runs, {jobs} at a time{by_clock}," if jobs > 1 else ""
     made = (
         "" if minutes is None else f"{minutes:.0f} minutes{of_runs}",
         f"on {describe_machine(machine)}" if machine else "",

@@ -214,7 +214,7 @@ def track_study(tracking: TrackingConfig, folder: Path, results: Mapping[str, An
     disabled."""
     if tracking.wandb == "disabled":
         return
-    named = ("command", "git", "machine", "versions", "data", "started", "minutes")
+    named = ("command", "git", "machine", "versions", "data", "started", "minutes", "wall_minutes")
     config = {**results["settings"], "provenance": {name: results[name] for name in named}}
     run = open_run(tracking, folder, name=results["name"], job_type=STUDY_JOB, arm=STUDY_JOB, config=config)
     try:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import io
+import math
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import redirect_stdout
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext, redirect_stdout
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -45,6 +46,9 @@ WITHOUT_EFFECT_ON_CELLS = (
 """Options that may differ when a study is asked for again: arms and seeds are added, other cells stay as they are."""
 DONE = "minutes.json"
 """The last file of a cell that is written."""
+TIMES = "times.json"
+"""When a cell, or the study, was worked on: beginning and end of each time, in seconds since 1970. A process that is
+killed leaves out its last time."""
 LOG_WIDTH = 140
 """Columns of the tables in a log file."""
 
@@ -109,7 +113,9 @@ def _ablate(config: AblateConfig) -> dict[str, Any]:
     arms = {arm: _arm_settings(config, arm) for arm in config.arms}
     folder = RunFolder.open(config.folder, plain(config), may_differ=WITHOUT_EFFECT_ON_CELLS)
     folder.start(data=data_state(root))
-    entries = list(_entries(config, folder.path))
+    finished = all((folder / cell.folder / DONE).is_file() for cell in _cells(config))
+    with nullcontext() if finished else _timed(folder.path):
+        entries = list(_entries(config, folder.path))
     results = _results(config, folder.path, arms, entries, folder.manifest)
     tracked_before = folder.finished and _holds(folder / "results.json", entries)
     write_json(folder / "results.json", results)
@@ -205,7 +211,64 @@ def _with_time_left(cells: Sequence[Cell]) -> Iterator[tuple[Cell, str]]:
 
 
 def _run_cell(config: AblateConfig, cell: Cell, root: Path) -> dict[str, Any]:
-    started = time.monotonic()
+    """What comes of a cell, which is made as far as it is not there yet."""
+    folder = root / cell.folder
+    with nullcontext() if (folder / DONE).is_file() else _timed(folder):
+        results = _made_or_read(config, cell, root)
+    if not (folder / DONE).is_file():
+        seconds = sum(end - beginning for beginning, end in read_json(folder / TIMES))
+        write_json(folder / DONE, {"minutes": round(seconds / 60, 2)})
+    return {
+        "arm": cell.arm,
+        "seed": cell.seed,
+        "folder": cell.folder,
+        "metrics": {**results["metrics"], **_step_seconds(root, cell)},
+        "samples": results["samples"],
+        "minutes": read_json(folder / DONE)["minutes"],
+        "warnings": results["warnings"],
+    }
+
+
+@contextmanager
+def _timed(folder: Path) -> Iterator[None]:
+    """Adds a time to those that a folder was worked on, also where it is stopped on the way."""
+    beginning = time.time()
+    try:
+        yield
+    finally:
+        if folder.is_dir():  # else nothing was begun
+            file = folder / TIMES
+            before = read_json(file) if file.is_file() else []
+            write_json(file, [*before, [round(beginning, 1), round(time.time(), 1)]])
+
+
+def covered_seconds(times: Iterable[Sequence[float]]) -> float:
+    """How long at least one of several times lasted, each given by beginning and end.
+
+    >>> covered_seconds([(20, 30), (0, 5), (2, 9), (3, 4)])
+    19.0
+    """
+    total, reached = 0.0, -math.inf
+    for beginning, end in sorted(times):
+        total += max(0.0, end - max(beginning, reached))
+        reached = max(reached, end)
+    return total
+
+
+def _wall_minutes(study: Path, cells: Iterable[Path]) -> float | None:
+    """How long the study was worked on by the clock, on any of its cells, processes that begin included.
+
+    Those of the cells stand in where the first process was killed. None where a cell is of a version that did not say.
+    """
+    files = [cell / TIMES for cell in cells]
+    if not all(file.is_file() for file in files):
+        return None
+    files += [study / TIMES] if (study / TIMES).is_file() else []
+    return round(covered_seconds(one for file in files for one in read_json(file)) / 60, 1)
+
+
+def _made_or_read(config: AblateConfig, cell: Cell, root: Path) -> dict[str, Any]:
+    """The evaluation of a cell, after its training and with its snapshots."""
     seed = [] if cell.seed is None else [f"seed{cell.seed}"]
     config = tracked(config, arm_name(cell.arm), *seed)
     checkpoint = config.init
@@ -218,15 +281,7 @@ def _run_cell(config: AblateConfig, cell: Cell, root: Path) -> dict[str, Any]:
     for snapshot in snapshot_folders(root / cell.folder):
         one = evaluate.of_snapshot(judged, snapshot, evaluation)
         evaluate.evaluate(one, evaluate.default_output(one))
-    return {
-        "arm": cell.arm,
-        "seed": cell.seed,
-        "folder": cell.folder,
-        "metrics": {**results["metrics"], **_step_seconds(root, cell)},
-        "samples": results["samples"],
-        "minutes": _minutes(root / cell.folder, (time.monotonic() - started) / 60),
-        "warnings": results["warnings"],
-    }
+    return results
 
 
 def _step_seconds(root: Path, cell: Cell) -> dict[str, float]:
@@ -235,15 +290,6 @@ def _step_seconds(root: Path, cell: Cell) -> dict[str, float]:
     if history is None or STEP_SECONDS not in history.curves:
         return {}
     return {STEP_SECONDS: median(history.curves[STEP_SECONDS].values.tolist())}
-
-
-def _minutes(cell: Path, now: float) -> float:
-    """Minutes that the cell took when it was made, also when this run only read it."""
-    file = cell / DONE
-    if not file.is_file():
-        write_json(file, {"minutes": round(now, 2)})
-    minutes: float = read_json(file)["minutes"]
-    return minutes
 
 
 def _training(config: AblateConfig, arm: str, seed: int, output: Path) -> TrainConfig:
@@ -306,6 +352,7 @@ def _results(
         "data": manifest["data"],
         "started": manifest["started"],
         "minutes": round(sum(entry["minutes"] for entry in entries), 1),
+        "wall_minutes": _wall_minutes(root, (root / entry["folder"] for entry in entries)),
         "settings": manifest["settings"],
         "metrics": metrics,
         "arms": list(arms.values()),

@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from i2am_train.results.run_files import read_panels
+from i2am_train.workflows.ablate import TIMES
 from tests.support.trainings import SCHEDULED, curves
 
 pytestmark = pytest.mark.long
@@ -146,6 +147,8 @@ def test_a_study_with_two_jobs_equals_one_after_the_other(training: list[str], t
     for first, second in zip(one["cells"], two["cells"], strict=True):
         first["metrics"].pop("step_seconds", None), second["metrics"].pop("step_seconds", None)
         assert second["metrics"] == pytest.approx(first["metrics"], nan_ok=True)
+    for study, longest in ((one, sum), (two, max)):  # of what runs at the same time, the longest; rounded
+        assert study["wall_minutes"] >= longest(cell["minutes"] for cell in study["cells"]) - 0.1
     logs = sorted((tmp_path / "two/cells").glob("*.log"))
     assert [log.stem for log in logs] == ["base", "baseline-seed0", "baseline-seed1"]
     assert "weights: U-Net" in logs[1].read_text()
@@ -173,6 +176,8 @@ def test_a_stopped_study_stops_its_jobs_which_save_and_go_on(training: list[str]
     for arm in ("baseline", "refined"):
         assert "training stopped after step" in (tmp_path / f"study/cells/{arm}-seed0.log").read_text()
         assert list((tmp_path / f"study/cells/{arm}-seed0/checkpoints").glob("*.ckpt"))
+        ((beginning, end),) = json.loads((tmp_path / f"study/cells/{arm}-seed0/{TIMES}").read_text())
+        assert 0 < end - beginning < 420
 
 
 def test_a_job_that_fails_is_shown_with_its_log(training: list[str], tmp_path: Path) -> None:

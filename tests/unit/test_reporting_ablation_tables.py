@@ -171,7 +171,10 @@ def test_notes_tell_seeds_samples_intervals_machine_and_command(results):
         "12 minutes on Xeon, 2 cores",
     ):
         assert part in text
-    assert "12 minutes of runs, 2 at a time, on Xeon" in " ".join(notes({**results, "settings": {"jobs": 2}}))
+    at_once = {**results, "settings": {"jobs": 2}}
+    assert "12 minutes of runs, 2 at a time, on Xeon" in " ".join(notes(at_once))
+    known = " ".join(notes({**at_once, "wall_minutes": 6.6}))
+    assert "12 minutes of runs, 2 at a time (7 minutes by the clock), on Xeon" in known
 
 
 def test_warnings_are_said_once_with_their_seeds(results):
