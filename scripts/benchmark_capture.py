@@ -15,7 +15,12 @@ is measured in fresh processes, one per variant, as the peak of the resident set
 plain variant. ``softmax`` is the named rival: the same hooks, with the two softmaxes of each layer
 as one writes them first. ``captured sdpa`` is the second backend; its numbers are in the JSON.
 
+``--kernels`` measures the column means alone instead, for layers of SD1.5 and a square one: the
+Triton kernels, torch's operations on blocks, and the two softmaxes, in bfloat16 on a CUDA device and
+in float32 on a CPU, which has no kernel. One line of JSON for each shape, as soon as it is known.
+
     python scripts/benchmark_capture.py --runs 7
+    python scripts/benchmark_capture.py --kernels
 """
 
 from __future__ import annotations
@@ -67,7 +72,7 @@ def two_softmaxes(generated: Tensor, reference: Tensor, scale: float | None = No
 @contextmanager
 def traced_with_softmaxes(target: object, recipe: Any = None) -> Iterator[None]:
     """`trace` with the rival's reduction."""
-    with patch("i2am_train.attention.store.column_means", two_softmaxes), trace(target, recipe):
+    with patch("i2am_train.attention.recorder.column_means", two_softmaxes), trace(target, recipe):
         yield
 
 
@@ -205,6 +210,47 @@ CASES: dict[str, Callable[[], Case]] = {
 }
 
 
+KERNEL_SHAPES = {
+    # heads, generated tokens, reference tokens, channels of a head
+    "192x1036": (8, 192, 1036, 160),
+    "768x1036": (8, 768, 1036, 80),
+    "3072x1036": (8, 3072, 1036, 40),
+    "4096x4096": (8, 4096, 4096, 64),
+}
+
+
+def measure_kernels(name: str, runs: int, batch: int = 1) -> dict[str, Any]:
+    """Milliseconds and peak memory of each way to the two column means of one layer; medians."""
+    from i2am_train.ops import attention, column_blocks
+
+    on_card = torch.cuda.is_available()
+    device, dtype = ("cuda", torch.bfloat16) if on_card else ("cpu", torch.float32)
+    heads, rows, columns, channels = KERNEL_SHAPES[name]
+    generated, reference = (
+        torch.randn(batch, tokens, heads, channels, device=device, dtype=dtype).transpose(1, 2)
+        for tokens in (rows, columns)
+    )
+    scale, budget = channels**-0.5, attention.DEFAULT_BYTE_BUDGET
+    ways: dict[str, Variant] = {
+        "blocks": lambda: column_blocks.column_means(generated, reference, scale, None, budget),
+        "softmax": lambda: two_softmaxes(generated, reference, scale),
+    }
+    if on_card and (kernels := attention._kernels_for(generated, reference)) is not None:
+        ways["kernel"] = lambda: kernels.column_means(generated, reference, scale, None)
+    wall, _ = time_case(Case(ways, "softmax", "blocks"), runs)
+    result: dict[str, Any] = {"case": f"column_means_{name}", "device": device, "dtype": str(dtype), "runs": runs}
+    for way in ways:
+        result[f"{way}_ms"] = round(statistics.median(wall[way]) * 1000, 3)
+        if on_card:
+            before = torch.cuda.memory_allocated()
+            torch.cuda.reset_peak_memory_stats()
+            ways[way]()
+            result[f"{way}_mib"] = round((torch.cuda.max_memory_allocated() - before) / 2**20, 1)
+    if "kernel" in ways:
+        result["kernel_over_blocks"] = ratio(wall["kernel"], wall["blocks"])
+    return result
+
+
 Seconds = dict[str, list[float]]
 
 
@@ -217,6 +263,8 @@ def time_case(case: Case, runs: int) -> tuple[Seconds, Seconds]:
         for name in names if run % 2 else reversed(names):
             start, cpu_start = time.perf_counter(), time.process_time()
             case.variants[name]()
+            if torch.cuda.is_initialized():
+                torch.cuda.synchronize()
             if run >= 0:
                 wall[name].append(time.perf_counter() - start)
                 cpu[name].append(time.process_time() - cpu_start)
@@ -284,11 +332,19 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=7, help="timed runs per variant")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--only", nargs="+", choices=CASES, default=list(CASES))
+    parser.add_argument(
+        "--kernels", action="store_true", help="the column means alone, one line of JSON for each shape"
+    )
+    parser.add_argument("--shapes", nargs="+", choices=KERNEL_SHAPES, default=list(KERNEL_SHAPES))
     parser.add_argument("--peak", nargs=2, metavar=("CASE", "VARIANT"), help=argparse.SUPPRESS)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     if options.peak:
         print_peak(*options.peak)
+        return
+    if options.kernels:
+        for name in options.shapes:
+            print(json.dumps(measure_kernels(name, options.runs)), flush=True)
         return
     print(f"{options.threads} threads, torch {torch.__version__}; aims: ratio 1.05, extra 64 MiB")
     results = {}

@@ -206,22 +206,26 @@ class Frame:
     caller: Caller = Caller()
     branch: Branch | None = None
 
-    def read_timestep(self) -> float | None:
+    def read_timestep(self) -> float | Tensor | None:
         """The scheduler's number as a float (the first row's if there is one per row), or None.
+
+        A number that an accelerator holds stays there, as a copy of one element: to read it would wait.
 
         >>> Frame(0, 981, GridSize(8, 6), batch=2).read_timestep()
         981.0
         """
         if isinstance(self.timestep, Tensor):
-            is_number = self.timestep.numel() and not self._is_embedded
-            return float(self.timestep.flatten()[0]) if is_number else None
+            if self._is_embedded or not self.timestep.numel():
+                return None
+            first = self.timestep.detach().flatten()[:1]
+            return float(first) if first.device.type == "cpu" else first.clone()
         return None if self.timestep is None else float(self.timestep)
 
     def time_embedding(self) -> Tensor | None:
-        """The first row's embedding of the time, where the model is given one in a number's place."""
+        """A copy of the first row's embedding of the time, where the model is given one in a number's place."""
         if not isinstance(self.timestep, Tensor) or not self._is_embedded:
             return None
-        return self.timestep[0].detach()
+        return self.timestep[0].detach().clone()
 
     def with_caller(self, branch: Callable[[], Branch | None]) -> Frame:
         """The frame with who made the call and the half of guidance that it is; an announced one needs neither."""

@@ -1,21 +1,15 @@
-"""Hooks: what each attention module attends with, handed over one denoiser evaluation at a time.
+"""Hooks: what one attention module attends with.
 
 Modules are observed, not replaced: the model keeps its kernel and the output stays bit-identical. A *probe* watches one
-module by either backend, and delivers `AttentionInputs`, so that nothing behind it knows which one it was. `Listener`
-opens and closes a *frame* by hooks of the root; what happens outside a frame (another network that shares the module,
-the recomputation of a gradient checkpoint) is dropped.
+module by either backend, and delivers `AttentionInputs`, so that nothing behind it knows which one it was.
 """
 
 from __future__ import annotations
 
 import inspect
-import sys
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import AbstractContextManager, ExitStack, nullcontext
-from dataclasses import dataclass, field
-from functools import partial
+from collections.abc import Callable, Iterable
+from contextlib import ExitStack
 from typing import Any, NamedTuple
-from weakref import WeakKeyDictionary
 
 import torch
 from jaxtyping import Float
@@ -24,11 +18,11 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
 
-from i2am_train.attention.frames import Frame, announced_evaluation
+from i2am_train.attention.frames import Frame
 from i2am_train.attention.lookup import SiteModule
-from i2am_train.attention.recipe import LatentSize, Recipe
 from i2am_train.errors import CaptureError
-from i2am_train.types import Backend, GridSize
+from i2am_train.ops.attention import keys_per_head
+from i2am_train.types import Backend
 
 _SDPA = F.scaled_dot_product_attention
 """Torch's own function, also when somebody wraps it later."""
@@ -40,8 +34,8 @@ class AttentionInputs(NamedTuple):
 
     generated: Float[Tensor, "row head generated channel"]
     """The queries."""
-    reference: Float[Tensor, "row head reference channel"]
-    """The keys."""
+    reference: Float[Tensor, "row key_head reference channel"]
+    """The keys; of fewer heads where a run of heads shares them."""
     scale: float | None
     """None: ``channel ** -0.5``."""
 
@@ -53,9 +47,15 @@ class AttentionInputs(NamedTuple):
         """
         return AttentionInputs(self.generated[rows], self.reference[rows], self.scale)
 
+    def per_head(self) -> AttentionInputs:
+        """With keys of their own for all heads of queries: a copy where heads share them."""
+        return self._replace(reference=keys_per_head(self.reference, self.generated.shape[1]))
 
-_Deliver = Callable[[AttentionInputs], None]
+
+Deliver = Callable[[AttentionInputs], None]
 """Called when a site has attended."""
+Refuse = Callable[["Tensor | bool", CaptureError], None]
+"""Called with what makes maps wrong if it is true, and the error that says so."""
 _Change = Callable[[Tensor], Tensor] | None
 """What becomes of the keys before a site attends, ``[row, token, head, channel]``; None: they stay."""
 ChangeKeys = Callable[[SiteModule, Frame, Tensor], Tensor]
@@ -85,7 +85,7 @@ class _Projection:
 class _ProjectionProbe:
     """Keeps the outputs of both projections until their module has run."""
 
-    def __init__(self, site: SiteModule, deliver: _Deliver, is_open: Callable[[], bool], change: _Change) -> None:
+    def __init__(self, site: SiteModule, deliver: Deliver, is_open: Callable[[], bool], change: _Change) -> None:
         _refuse_unseen_tokens(site)
         self._change = change
         self._layer = site.layer
@@ -171,9 +171,11 @@ class _SdpaProbe(TorchFunctionMode):
     The mode is on only inside the module's forward, so that the rest of the model and the sampler pay nothing.
     """
 
-    def __init__(self, site: SiteModule, deliver: _Deliver, is_open: Callable[[], bool], change: _Change) -> None:
+    def __init__(
+        self, site: SiteModule, deliver: Deliver, is_open: Callable[[], bool], change: _Change, refuse: Refuse
+    ) -> None:
         super().__init__()
-        self._change = change
+        self._change, self._refuse = change, refuse
         self._site = site
         self._deliver = deliver
         self._is_open = is_open
@@ -216,11 +218,10 @@ class _SdpaProbe(TorchFunctionMode):
         is_meant = func is _SDPA and self._calls == self._meant
         if is_meant and self._change is not None:
             bound = inspect.signature(self._read).bind(*args, **kwargs).arguments
-            bound["key"] = self._change(self._read(*args, **kwargs).reference.transpose(1, 2)).transpose(1, 2)
+            keys = self._read(*args, **kwargs).per_head().reference
+            bound["key"] = self._change(keys.transpose(1, 2)).transpose(1, 2)
             if bound.pop("enable_gqa", False):  # keys of their own for all heads, so values, too
-                bound["value"] = bound["value"].repeat_interleave(
-                    bound["query"].shape[1] // bound["value"].shape[1], dim=1
-                )
+                bound["value"] = keys_per_head(bound["value"], bound["query"].shape[1])
             args, kwargs = (), bound
         result = func(*args, **kwargs)
         if is_meant:
@@ -242,9 +243,8 @@ class _SdpaProbe(TorchFunctionMode):
     ) -> AttentionInputs:
         """The call's queries and keys. Dropout is left out: a map is of the whole scores."""
         self._refuse_other_scores(query, attn_mask, is_causal)
-        if enable_gqa:
-            key = key.repeat_interleave(query.shape[1] // key.shape[1], dim=1)
-        return AttentionInputs(query, key.expand(*query.shape[:2], -1, -1), scale)
+        heads = key.shape[1] if enable_gqa else query.shape[1]
+        return AttentionInputs(query, key.expand(len(query), heads, -1, -1), scale)
 
     def _refuse_other_scores(self, query: Tensor, attn_mask: Tensor | None, is_causal: bool) -> None:
         layer = self._site.layer
@@ -253,29 +253,33 @@ class _SdpaProbe(TorchFunctionMode):
                 f"Layer {layer} attends with queries of shape {list(query.shape)}; expected "
                 "[row, head, token, channel]. Observe this site by its projections."
             )
-        if is_causal or (attn_mask is not None and _changes_scores(attn_mask)):
+        if is_causal or attn_mask is not None:
             kind = "causally" if is_causal else "under a mask"
-            raise CaptureError(
+            error = CaptureError(
                 f"Layer {layer} attends {kind}, and maps of the scores without it would not be what the model saw. "
                 "Call the model without an attention mask, or leave this layer out of the recipe."
             )
+            self._refuse(is_causal or changes_scores(attn_mask), error)
 
 
-_Probe = _ProjectionProbe | _SdpaProbe
+Probe = _ProjectionProbe | _SdpaProbe
 """Observes one module: ``attach`` registers its hooks, ``follow`` hooks what has been put in the place of a hooked
 module since (an adapter's wrapper), and ``clear`` drops what is left of an evaluation, also one that failed."""
 
 
-def _probe(site: SiteModule, deliver: _Deliver, is_open: Callable[[], bool], change: _Change) -> _Probe:
+def make_probe(
+    site: SiteModule, deliver: Deliver, is_open: Callable[[], bool], change: _Change, refuse: Refuse
+) -> Probe:
     """The probe that the site asks for. ``is_open`` tells whether an evaluation is under way; what happens outside one
     is not observed. Raises `CaptureError` if the module does not fit."""
-    kind = _SdpaProbe if site.site.via is Backend.SDPA else _ProjectionProbe
-    return kind(site, deliver, is_open, change)
+    if site.site.via is Backend.SDPA:
+        return _SdpaProbe(site, deliver, is_open, change, refuse)
+    return _ProjectionProbe(site, deliver, is_open, change)
 
 
-def _changes_scores(mask: Tensor) -> bool:
-    """Whether a mask (boolean: True is let through, else added to the logits) does anything."""
-    return not bool(mask.all()) if mask.dtype == torch.bool else bool(mask.any())
+def changes_scores(mask: Tensor) -> Tensor:
+    """Whether a mask (boolean: True is let through, else added to the logits) does anything; not read."""
+    return ~mask.all() if mask.dtype == torch.bool else mask.any()
 
 
 def heads_of(site: SiteModule) -> int:
@@ -310,34 +314,6 @@ def _refuse_unseen_tokens(site: SiteModule) -> None:
         )
 
 
-def _refuse_masks(site: SiteModule, is_open: Callable[[], bool]) -> RemovableHandle:
-    """Refuse calls of a module in which a mask keeps tokens from the reference: the maps would give them a share that
-    they do not have."""
-    names = list(inspect.signature(site.module.forward).parameters)
-    places = {name: names.index(name) if name in names else sys.maxsize for name in site.site.masks}
-
-    def look(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if not is_open():
-            return
-        for name, place in places.items():
-            mask = args[place] if place < len(args) else kwargs.get(name)
-            if mask is not None and _masks_anything(mask):
-                raise CaptureError(
-                    f"Layer {site.layer} attends under a mask ({name}), and maps of the scores without it would not be "
-                    "what the model saw. Call the model without it (drop the tokens that it hides), or leave this "
-                    "layer out of the recipe."
-                )
-
-    return site.module.register_forward_pre_hook(look, with_kwargs=True)
-
-
-def _masks_anything(mask: Any) -> bool:
-    """Whether a mask does anything; one for each region of the picture (a list) always does."""
-    if isinstance(mask, Tensor):
-        return _changes_scores(mask)
-    return any(one is not None for one in mask)
-
-
 def _parent(site: SiteModule, path: str) -> nn.Module:
     """The module that holds a projection, which must be there."""
     try:
@@ -349,142 +325,3 @@ def _parent(site: SiteModule, path: str) -> nn.Module:
             f"Layer {site.layer}: {type(site.module).__name__} has no submodule '{path}' (it has: {children}). Set the "
             "site's projections to submodules whose outputs are the projected tokens."
         ) from None
-
-
-def _forward_signature(root: nn.Module) -> inspect.Signature:
-    """Of the root's forward; of its class's where a tool has put a function of ``*args`` before it."""
-    signature = inspect.signature(root.forward)
-    kinds = {parameter.kind for parameter in signature.parameters.values()}
-    if "forward" in vars(root) and inspect.Parameter.VAR_POSITIONAL in kinds:
-        return inspect.signature(partial(type(root).forward, root))
-    return signature
-
-
-_OnAttention = Callable[[SiteModule, Frame, AttentionInputs], None]
-"""Called once per site and frame with what it attends with, all rows of the batch."""
-
-
-_ATTACHED: WeakKeyDictionary[nn.Module, set[str]] = WeakKeyDictionary()
-"""Which kinds of listeners a root has, so that a second one of the same kind is refused."""
-
-
-@dataclass(eq=False)
-class Listener:
-    """The hooks of one trace or tap. ``attach`` and ``detach`` are inverses; a frame never outlives its forward. Raises
-    `CaptureError` for a site that its backend cannot observe."""
-
-    root: nn.Module
-    recipe: Recipe
-    sites: Sequence[SiteModule]
-    on_attention: _OnAttention
-    kind: str
-    on_open: Callable[[Frame], None]
-    change_keys: ChangeKeys | None = None
-    """None: nothing is changed."""
-    _handles: list[RemovableHandle] = field(default_factory=list)
-    _frame: Frame | None = None
-    _calls: int = 0
-    _probes: list[_Probe] = field(init=False)
-
-    def __post_init__(self) -> None:
-        self._probes = [
-            _probe(site, partial(self._deliver, site), self._is_open, self.change_keys and partial(self._changed, site))
-            for site in self.sites
-        ]
-
-    def attach(self) -> None:
-        """Register all hooks; refuses a root that already has a listener of this kind."""
-        kinds = _ATTACHED.setdefault(self.root, set())
-        if self.kind in kinds:
-            raise CaptureError(
-                f"This {type(self.root).__name__} already has a {self.kind} attached. "
-                "Leave the first one's block (or close it) before starting another."
-            )
-        signature = _forward_signature(self.root)
-        self._check_timestep(signature)
-        kinds.add(self.kind)
-
-        def open_frame(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            self._open(signature.bind_partial(*args, **kwargs).arguments)
-
-        self._handles = [
-            self.root.register_forward_pre_hook(open_frame, with_kwargs=True),
-            self.root.register_forward_hook(self._close, always_call=True),
-        ]
-        for site, each in zip(self.sites, self._probes, strict=True):
-            self._handles.append(_refuse_masks(site, self._is_open))
-            self._handles += each.attach()
-
-    def _check_timestep(self, signature: inspect.Signature) -> None:
-        """Refuse a name that the recipe gives and the forward has not; the default need not be there."""
-        name, there = self.recipe.timestep, signature.parameters
-        by_name = any(parameter.kind is parameter.VAR_KEYWORD for parameter in there.values())
-        if name not in (None, Recipe.timestep, *there) and not by_name:
-            raise CaptureError(
-                f"{type(self.root).__name__} has no argument '{name}', the recipe's timestep (its forward has: "
-                f"{', '.join(there)}). Set the recipe's timestep to one of them, or to None."
-            )
-
-    def detach(self) -> None:
-        """Remove every hook; harmless when there is none."""
-        for handle in self._handles:
-            handle.remove()
-        if self._handles:
-            _ATTACHED.get(self.root, set()).discard(self.kind)
-        self._handles = []
-        self._close()
-
-    def _open(self, arguments: dict[str, Any]) -> None:
-        if torch._C._current_graph_task_id() != -1:  # a checkpoint around the root runs it again in backward
-            return
-        size = self._latent_size(arguments)
-        timestep = arguments.get(self.recipe.timestep) if self.recipe.timestep else None
-        self._frame = Frame(
-            call=self._calls, timestep=timestep, latent=size.grid, batch=size.rows, announced=announced_evaluation()
-        )
-        self._calls += 1
-        for each in self._probes:
-            self._handles += each.follow()
-        self.on_open(self._frame)
-
-    def _latent_size(self, arguments: dict[str, Any]) -> LatentSize:
-        if callable(self.recipe.latent):
-            return self.recipe.latent(arguments)
-        latent = arguments.get(self.recipe.latent)
-        if not isinstance(latent, Tensor) or latent.ndim != 4:
-            given = ", ".join(arguments) or "none"
-            replaced = "; its forward was replaced" if "forward" in vars(self.root) else ""
-            raise CaptureError(
-                f"{type(self.root).__name__} was called without a picture '{self.recipe.latent}' "
-                f"of shape [batch, channel, height, width] (arguments: {given}{replaced}). Set the "
-                "recipe's latent to its name, or to a function of the arguments if tokens are packed."
-            )
-        return LatentSize(latent.shape[0], GridSize(*latent.shape[-2:]))
-
-    def _close(self, *_: Any) -> None:
-        self._frame = None
-        for each in self._probes:
-            each.clear()
-
-    def _is_open(self) -> bool:
-        return self._frame is not None
-
-    def _deliver(self, site: SiteModule, inputs: AttentionInputs) -> None:
-        if self._frame is not None:
-            self.on_attention(site, self._frame, inputs)
-
-    def _changed(self, site: SiteModule, keys: Tensor) -> Tensor:
-        assert self._frame is not None, "probes ask inside a frame"
-        assert self.change_keys is not None, "else no probe asks"
-        return self.change_keys(site, self._frame, keys)
-
-
-def eager_while_listening() -> AbstractContextManager[object]:
-    """Keeps compiled functions from running: hooks added after a compilation are silently ignored.
-
-    Free when nothing was compiled: the compiler is not even imported then.
-    """
-    if "torch._dynamo" not in sys.modules:
-        return nullcontext()
-    stance: AbstractContextManager[object] = torch.compiler.set_stance("force_eager")
-    return stance

@@ -136,6 +136,10 @@ class TokenPlaces:
         """
         return tokens[..., self.index, :]
 
+    def on(self, device: torch.device) -> TokenPlaces:
+        """The same places, with their index where the tokens are: one that is elsewhere is copied at each `take`."""
+        return self if isinstance(self.index, slice) else replace(self, index=self.index.to(device, non_blocking=True))
+
 
 def _cells(first: float | int, last: float | int, side: int, grid: GridSize) -> tuple[int, int]:
     """Bounds of a part of a grid's side, which must not cut through a cell."""
@@ -238,8 +242,10 @@ class Tokens:
         top, bottom, left, right = self.crop
         rows = slice(*_cells(top, bottom, grid.height, grid))
         columns = slice(*_cells(left, right, grid.width, grid))
-        cells = torch.arange(grid.tokens).view(grid)[rows, columns]
-        return TokenPlaces(start + cells.flatten(), cells.numel(), GridSize(*cells.shape))
+        cells = start + torch.arange(grid.tokens).view(grid)[rows, columns]
+        whole = slice(int(cells[0, 0]), int(cells[-1, -1]) + 1)  # rows lie one behind the other
+        index = whole if (left, right) == (0, 1) else cells.flatten()
+        return TokenPlaces(index, cells.numel(), GridSize(*cells.shape))
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from types import FrameType
 from typing import Any
@@ -15,12 +15,15 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
+from i2am_train.attention.evaluations import Evaluation, check_order, group_steps, read_evaluations
 from i2am_train.attention.frames import Frame, hear_branches
-from i2am_train.attention.hooks import AttentionInputs, Listener, eager_while_listening
+from i2am_train.attention.hooks import AttentionInputs
+from i2am_train.attention.listener import Listener, eager_while_listening
 from i2am_train.attention.lookup import SiteModule, SitePlaces, choose_sites, chosen_recipe, resolve_root, resolve_sites
 from i2am_train.attention.maps import AttributionMaps
 from i2am_train.attention.recipe import LayerId, Recipe, Rows, replace_backend, with_rows
-from i2am_train.attention.store import AttributionStore, SiteRecorder, SiteTable, not_finite
+from i2am_train.attention.recorder import SiteRecorder, SiteTable, on_cpu
+from i2am_train.attention.store import AttributionStore, not_finite
 from i2am_train.errors import CaptureError
 from i2am_train.ops.attention import DEFAULT_BYTE_BUDGET
 from i2am_train.ops.rows import head_mean_scores, log_reference_mass
@@ -76,40 +79,6 @@ def trace(
     )
 
 
-@dataclass(frozen=True)
-class _Evaluation:
-    """When a recorded evaluation took place."""
-
-    step_index: int | None
-    timestep: float | None
-    run: FrameType | None
-    embedding: Tensor | None
-    """Of the time, where the model is told no number."""
-
-    def begins_run_after(self, before: Sequence[_Evaluation]) -> bool:
-        """Whether this cannot belong to the sampling run that others made.
-
-        A run goes from noise to picture. Samplers of higher order evaluate a timestep twice, but never the first; a
-        pipeline that is seen to go on may do as it likes.
-        """
-        last = before[-1]
-        if self.step_index is not None and last.step_index is not None:
-            return self.step_index < last.step_index
-        if self.run is not None and self.run is last.run:
-            return False
-        if self.timestep is None or last.timestep is None:
-            first = before[0].embedding
-            return self.embedding is not None and first is not None and self.embedding.equal(first)
-        again = self.timestep == last.timestep and (self.run is not None or len(before) == 1)
-        return self.timestep > last.timestep or again
-
-    def is_step_of(self, other: _Evaluation) -> bool:
-        """Whether both belong to one sampling step (samplers of higher order evaluate a step twice)."""
-        if self.step_index is not None or other.step_index is not None:
-            return self.step_index == other.step_index
-        return self.timestep is not None and self.timestep == other.timestep
-
-
 @dataclass(eq=False)
 class Trace:
     """A capture, made by `trace`; a context manager for one use."""
@@ -123,13 +92,18 @@ class Trace:
     _byte_budget: int
     _recorders: dict[SiteModule, SiteRecorder] = field(default_factory=dict)
     _run_order: list[SiteRecorder] = field(default_factory=list)
-    _evaluations: list[_Evaluation] = field(default_factory=list)
+    _calls: list[Evaluation] = field(default_factory=list)
+    """All calls of the denoiser; those that were recorded are `_evaluations`."""
+    _checked: int = 0
+    _runs: int = 0
+    _run: FrameType | None = None
     _rows: slice | None = None
     _batch: int | None = None
     _model: tuple[str, ...] = ()
     _partial: str | None = None
     _branch: Callable[[], Branch | None] = field(default=lambda: None)
     _exit: ExitStack = field(default_factory=ExitStack)
+    _listener: Listener | None = None
 
     def __enter__(self) -> Trace:
         if self._recorders:
@@ -142,7 +116,7 @@ class Trace:
         matrix_layers = self._matrix_layers
         with_matrices = set(sites if matrix_layers is None else choose_sites(sites, matrix_layers, self._model))
         opened = partial(self._open, root)
-        listener = Listener(root, self.recipe, sites, self._record, "trace", opened)
+        listener = self._listener = Listener(root, self.recipe, sites, self._record, "trace", opened, late=True)
         with ExitStack() as stack:
             stack.enter_context(eager_while_listening())
             self._branch = stack.enter_context(hear_branches(root))
@@ -157,7 +131,7 @@ class Trace:
 
     def __exit__(self, *_: object) -> None:
         self._exit.close()
-        self._evaluations = [replace(each, run=None) for each in self._evaluations]
+        self._run = None
 
     @property
     def sites(self) -> SiteTable:
@@ -166,12 +140,20 @@ class Trace:
 
     def maps(self) -> AttributionMaps:
         """All attribution maps of the run (on the CPU). Raises `CaptureError` if a site saw no or too few calls, or
-        attended with queries or keys that are not finite."""
+        attended with queries or keys that are not finite.
+
+        What an accelerator holds leaves it here: maps, timesteps, and what could not be checked before without waiting.
+        """
+        self._calls = read_evaluations(self._calls)
+        self._check_order()
+        if self._listener is not None:
+            self._listener.settle()
         self._check_complete()
-        steps = _group_steps(self._evaluations)
+        evaluations = self._evaluations
+        steps = group_steps(evaluations)
         store = AttributionStore(
-            layers=tuple(recorder.layer_record(steps) for recorder in self._run_order),
-            timesteps=tuple(self._evaluations[step[0]].timestep for step in steps),
+            layers=on_cpu([recorder.layer_record(steps) for recorder in self._run_order]),
+            timesteps=tuple(evaluations[step[0]].number for step in steps),
             recipe=self.recipe.name,
             partial=self._partial,
             canvas=self.recipe.canvas,
@@ -185,44 +167,39 @@ class Trace:
             )
         return AttributionMaps(store)
 
+    @property
+    def _evaluations(self) -> list[Evaluation]:
+        return [each for each in self._calls if each.recorded]
+
     def _open(self, root: nn.Module, frame: Frame) -> None:
         self._partial = self.recipe.partial_in(root)
         frame = frame.with_caller(self._branch)
         _refuse_crops(frame)
         self._rows = self.recipe.conditional_rows(frame)
-        evaluation = _Evaluation(frame.step_index, frame.read_timestep(), frame.caller.run, frame.time_embedding())
-        if self._rows is None:
-            self._check_skipped(frame, evaluation)
-            return
-        self._check_batch(len(range(*self._rows.indices(frame.batch))))
-        self._check_not_tiled(evaluation)
-        if self._evaluations and evaluation.begins_run_after(self._evaluations):
-            raise CaptureError(
-                f"A second sampling run began inside one trace ({_moment(evaluation)} after "
-                f"{_moment(self._evaluations[-1])}), or unconditional calls are taken for "
-                "conditional ones. Use one trace per run; a sampler of your own that goes back in "
-                "time announces its steps (i2am_train.attention.announce)."
+        recorded = self._rows is not None
+        if self._rows is not None:
+            self._check_batch(len(range(*self._rows.indices(frame.batch))))
+        run = frame.caller.run
+        if run is not None and run is not self._run:
+            self._run, self._runs = run, self._runs + 1
+        named = frame.announced is not None or frame.branch is not None
+        self._calls.append(
+            Evaluation(
+                frame.step_index,
+                frame.read_timestep(),
+                0 if run is None else self._runs,
+                frame.time_embedding(),
+                recorded,
+                named,
             )
-        self._evaluations.append(evaluation)
+        )
+        if not any(each.waits for each in self._calls[self._checked :]):
+            self._check_order()
 
-    def _check_skipped(self, frame: Frame, evaluation: _Evaluation) -> None:
-        """A call that is skipped because each step makes two must be the second of its step."""
-        if self.recipe.rows != "first_call" or frame.announced or frame.branch:
-            return
-        if self._evaluations and not evaluation.is_step_of(self._evaluations[-1]):
-            raise CaptureError(
-                f"The recipe '{self.recipe.name}' expects two calls in each step under guidance, and the model was "
-                f"called once at {_moment(self._evaluations[-1])}. Without guidance set guided=False."
-            )
-
-    def _check_not_tiled(self, evaluation: _Evaluation) -> None:
-        before = self._evaluations[-1] if self._evaluations else None
-        if self.recipe.once_per_step and before is not None and evaluation.is_step_of(before):
-            raise CaptureError(
-                f"The model was called twice at timestep {evaluation.timestep}: {self.recipe.name} "
-                "cuts large pictures into tiles, and maps of tiles are not maps of the picture. "
-                "Switch tiling off (raise the size of its tiles), or explain a smaller picture."
-            )
+    def _check_order(self) -> None:
+        """Of the calls that were not looked at before."""
+        check_order(self._calls, self.recipe, since=self._checked)
+        self._checked = len(self._calls)
 
     def _check_batch(self, batch: int) -> None:
         if batch == 0 or (self._batch is not None and batch != self._batch):
@@ -259,13 +236,6 @@ class Trace:
             )
 
 
-def _moment(evaluation: _Evaluation) -> str:
-    """When an evaluation was, for messages."""
-    if evaluation.step_index is not None:
-        return f"step {evaluation.step_index}"
-    return "a step" if evaluation.timestep is None else f"timestep {evaluation.timestep:g}"
-
-
 def _refuse_crops(frame: Frame) -> None:
     if frame.caller.crops:
         raise CaptureError(
@@ -287,17 +257,6 @@ def _refuse_blind(recorders: Sequence[SiteRecorder]) -> None:
             "(attention slices, xformers, einsum). Choose the model's default attention processor, correct the site's "
             f"sdpa_call, or observe the projections (via='{Backend.PROJECTIONS}')."
         )
-
-
-def _group_steps(evaluations: Sequence[_Evaluation]) -> list[list[int]]:
-    """Positions of the evaluations of each sampling step."""
-    steps: list[list[int]] = []
-    for position, evaluation in enumerate(evaluations):
-        if steps and evaluation.is_step_of(evaluations[steps[-1][-1]]):
-            steps[-1].append(position)
-        else:
-            steps.append([position])
-    return steps
 
 
 class _LastForward:
@@ -440,4 +399,4 @@ class ScoreTap:
     def _keep(self, site: SiteModule, frame: Frame, inputs: AttentionInputs) -> None:
         if not torch.is_grad_enabled():
             return
-        self._last[site.layer] = _LastForward(site, frame, inputs)
+        self._last[site.layer] = _LastForward(site, frame, inputs.per_head())

@@ -148,6 +148,7 @@ WAITS: dict[str, tuple[Callable[[Tensor, Tensor], Any], str | None]] = {
     "list": (lambda t, m: t.tolist(), "Tensor.tolist"),
     "places": (lambda t, m: m.nonzero(), "aten.nonzero.default"),
     "by mask": (lambda t, m: t[m], "aten.index.Tensor"),
+    "by index of the CPU": (lambda t, m: t[torch.tensor([0, 2])], "aten.index.Tensor"),
     "picked": (lambda t, m: t.masked_select(m), "aten.masked_select.default"),
     "write by mask": (lambda t, m: written(t, m, t[:1]), "aten.index_put_.default"),
     "same": (lambda t, m: t.equal(t + 1), "aten.equal.default"),

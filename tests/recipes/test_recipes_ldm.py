@@ -8,7 +8,8 @@ from torch import Tensor, nn
 
 from i2am_train.attention import detect_recipe, named_recipe, trace
 from i2am_train.attention.frames import Frame
-from i2am_train.attention.hooks import AttentionInputs, Listener
+from i2am_train.attention.hooks import AttentionInputs
+from i2am_train.attention.listener import Listener
 from i2am_train.attention.lookup import SiteModule, resolve_root, resolve_sites
 from i2am_train.attention.recipe import paper_number
 from i2am_train.errors import CaptureError

@@ -77,7 +77,8 @@ def _waits(func: Any, args: Any, kwargs: dict[str, Any]) -> bool:
     if func in CPU_INDICES | CPU_INDICES_AND_VALUE:
         by_mask = any(index is not None and index.dtype in (torch.bool, torch.uint8) for index in args[1])
         filled = func in CPU_INDICES_AND_VALUE and args[2].numel() == 1 and not on_card(args[2])  # masked_fill
-        return on_card(args[0]) and by_mask and not filled
+        from_cpu = any(index is not None and not on_card(index) for index in args[1])
+        return on_card(args[0]) and ((by_mask and not filled) or from_cpu)
     if func is aten.repeat_interleave.Tensor:
         return on_card(args[0]) and kwargs.get("output_size") is None
     if func is aten.copy_.default:

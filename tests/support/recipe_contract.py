@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from i2am_train.attention import AttributionMaps, Recipe, Trace, named_recipe, trace
-from i2am_train.attention.store import SiteTable
+from i2am_train.attention.recorder import SiteTable
 from i2am_train.types import Direction, GridSize
 
 STEPS = 2
