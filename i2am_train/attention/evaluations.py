@@ -6,7 +6,7 @@ it is looked at when the maps are asked for.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -71,7 +71,7 @@ def read_evaluations(evaluations: Sequence[Evaluation]) -> list[Evaluation]:
     held = [each.timestep for each in evaluations if isinstance(each.timestep, Tensor)]
     numbers = iter(torch.cat(held).tolist() if held else [])
     embedded = [each.embedding for each in evaluations if each.embedding is not None]
-    rows = iter(torch.stack(embedded).cpu() if embedded else [])
+    rows: Iterator[Tensor] = iter(torch.stack(embedded).cpu() if embedded else [])
     return [
         replace(
             each,

@@ -259,7 +259,7 @@ class _SdpaProbe(TorchFunctionMode):
                 f"Layer {layer} attends {kind}, and maps of the scores without it would not be what the model saw. "
                 "Call the model without an attention mask, or leave this layer out of the recipe."
             )
-            self._refuse(is_causal or changes_scores(attn_mask), error)
+            self._refuse(is_causal or (attn_mask is not None and changes_scores(attn_mask)), error)
 
 
 Probe = _ProjectionProbe | _SdpaProbe

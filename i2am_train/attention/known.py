@@ -165,7 +165,7 @@ def catvton(guided: bool | None = None, side_by_side: bool = False) -> Recipe:
     """CatVTON: one canvas, person above garment; ``side_by_side``: left and right.
 
     >>> catvton().sites[0].reference.places(8, GridSize(4, 2))
-    TokenPlaces(index=tensor([4, 5, 6, 7]), count=4, grid=GridSize(height=2, width=2))
+    TokenPlaces(index=slice(4, 8, None), count=4, grid=GridSize(height=2, width=2))
     """
     person, garment = (0.0, 0.5, 0.0, 1.0), (0.5, 1.0, 0.0, 1.0)
     if side_by_side:

@@ -243,7 +243,7 @@ class Tokens:
         rows = slice(*_cells(top, bottom, grid.height, grid))
         columns = slice(*_cells(left, right, grid.width, grid))
         cells = start + torch.arange(grid.tokens).view(grid)[rows, columns]
-        whole = slice(int(cells[0, 0]), int(cells[-1, -1]) + 1)  # rows lie one behind the other
+        whole = slice(start + rows.start * grid.width, start + rows.stop * grid.width)  # rows lie one behind the other
         index = whole if (left, right) == (0, 1) else cells.flatten()
         return TokenPlaces(index, cells.numel(), GridSize(*cells.shape))
 

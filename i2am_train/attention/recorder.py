@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float
@@ -192,14 +193,16 @@ def on_cpu(records: Sequence[LayerRecord]) -> tuple[LayerRecord, ...]:
     names = ("to_generated", "to_reference", "mass")
     if all(record.to_generated.device.type == "cpu" for record in records):
         return tuple(records)
-    there = [{name: vector for name in names if (vector := getattr(record, name)) is not None} for record in records]
+    there: list[dict[str, Any]] = [
+        {name: vector for name in names if (vector := getattr(record, name)) is not None} for record in records
+    ]
     vectors = [vector for each in there for vector in each.values()]
     sizes = [vector.numel() for vector in vectors]
-    here = iter(torch.cat([vector.flatten() for vector in vectors]).cpu().split(sizes))
-    return tuple(
-        replace(record, **{name: next(here).clone().view_as(vector) for name, vector in each.items()})
-        for record, each in zip(records, there, strict=True)
-    )
+    here = iter(torch.cat([vector.flatten() for vector in vectors]).cpu().split_with_sizes(sizes))
+    moved: list[dict[str, Any]] = [
+        {name: next(here).clone().view_as(vector) for name, vector in each.items()} for each in there
+    ]
+    return tuple(replace(record, **each) for record, each in zip(records, moved, strict=True))
 
 
 @dataclass(frozen=True)
