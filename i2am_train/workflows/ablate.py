@@ -249,7 +249,7 @@ def covered_seconds(times: Iterable[Sequence[float]]) -> float:
     19.0
     """
     total, reached = 0.0, -math.inf
-    for beginning, end in sorted(times):
+    for beginning, end in sorted(map(tuple, times)):
         total += max(0.0, end - max(beginning, reached))
         reached = max(reached, end)
     return total
