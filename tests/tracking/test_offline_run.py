@@ -10,7 +10,6 @@ import pytest
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from i2am_train.config.objective import TERMS
 from i2am_train.config.store import compose
 from i2am_train.files import read_json
 from i2am_train.fingerprints import data_state
@@ -218,13 +217,12 @@ def test_lineage(run: Path, stored: Any, judged: Any, small_dataset: Path) -> No
 
 
 def test_the_dashboard_shows_what_is_logged(stored: Any, judged: Any, shown: Callable[[Any], set[str]]) -> None:
-    """Everything but the terms and metrics that these runs left out, an ablation's tables, and detection."""
+    """Everything but the metrics that these runs left out, an ablation's tables, and detection."""
     logged = {key for one in (stored, judged) for row in one.history for key in row}
     logged |= {key.rsplit("/", 1)[0] for key in logged}  # pictures and tables have several keys
     faithfulness = (name for name, info in METRICS.items() if info.group == "faithfulness")
     metrics = ("stlpips", "fd_efficientnet_lite0", "kd_efficientnet_lite0", *faithfulness)
     left_out = {f"{prefix}{name}" for prefix in ("val/", "eval/") for name in metrics}
-    left_out |= {f"{names.LOSS}{name}" for name in TERMS if name not in ("dcml", "tv", "cwg")}
     left_out |= {names.STUDY_ARMS, names.STUDY_DIFFERENCES}
     absent = shown(dashboard_json("unit", None)) - logged
     assert {name for name in absent if not name.startswith(names.DETECTION)} == left_out
