@@ -200,7 +200,7 @@ def on_cpu(records: Sequence[LayerRecord]) -> tuple[LayerRecord, ...]:
     sizes = [vector.numel() for vector in vectors]
     here = iter(torch.cat([vector.flatten() for vector in vectors]).cpu().split_with_sizes(sizes))
     moved: list[dict[str, Any]] = [
-        {name: next(here).clone().view_as(vector) for name, vector in each.items()} for each in there
+        {name: next(here).clone().view(vector.shape) for name, vector in each.items()} for each in there
     ]
     return tuple(replace(record, **each) for record, each in zip(records, moved, strict=True))
 
