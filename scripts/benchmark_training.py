@@ -131,7 +131,8 @@ class Bench:
         torch.manual_seed(0)
         self.device, self.batch = torch.device(device), batch
         self.on_gpu = self.device.type == "cuda"
-        model = build_model(SIZES["small"]) if shape == "small" else true_model()
+        with self.device:  # a GPU draws two billion weights in a second
+            model = build_model(SIZES["small"]) if shape == "small" else true_model()
         self.model = model.to(self.device).train()
         self.frozen = (model.vae.eval(), model.reference_encoder.eval())
         for network in self.frozen:

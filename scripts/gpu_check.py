@@ -59,8 +59,7 @@ class Check:
 
     def __init__(self, options: argparse.Namespace) -> None:
         self.options = options
-        with torch.device(options.device):  # a GPU draws two billion weights in a second
-            self.bench = Bench(options.shape, options.device, options.batch)
+        self.bench = Bench(options.shape, options.device, options.batch)
         self.on_gpu = self.bench.on_gpu
 
     def wait(self) -> None:

@@ -147,8 +147,8 @@ def test_a_study_with_two_jobs_equals_one_after_the_other(training: list[str], t
     for first, second in zip(one["cells"], two["cells"], strict=True):
         first["metrics"].pop("step_seconds", None), second["metrics"].pop("step_seconds", None)
         assert second["metrics"] == pytest.approx(first["metrics"], nan_ok=True)
-    for study, longest in ((one, sum), (two, max)):  # of what runs at the same time, the longest; rounded
-        assert study["wall_minutes"] >= longest(cell["minutes"] for cell in study["cells"]) - 0.1
+    for results, longest in ((one, sum), (two, max)):  # of what runs at the same time, the longest; rounded
+        assert results["wall_minutes"] >= longest(cell["minutes"] for cell in results["cells"]) - 0.1
     logs = sorted((tmp_path / "two/cells").glob("*.log"))
     assert [log.stem for log in logs] == ["base", "baseline-seed0", "baseline-seed1"]
     assert "weights: U-Net" in logs[1].read_text()
