@@ -27,19 +27,17 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
 import torch
+from process_memory import printed_by, resident
 from torch import Tensor
 
 from i2am_train.attention import diffusers_decoder, trace
@@ -273,18 +271,13 @@ def time_case(case: Case, runs: int) -> tuple[Seconds, Seconds]:
 
 def peak_of(case: str, variant: str, threads: int) -> float:
     """Peak resident memory of a fresh process that runs one variant once, in MiB."""
-    command = [sys.executable, __file__, "--peak", case, variant, "--threads", str(threads)]
-    environment = os.environ | GIVE_BACK_FREED_MEMORY
-    done = subprocess.run(command, check=True, capture_output=True, text=True, env=environment)
-    return float(done.stdout.split()[-1])
+    return printed_by(__file__, ["--peak", case, variant, "--threads", str(threads)], GIVE_BACK_FREED_MEMORY)
 
 
 def print_peak(case: str, variant: str) -> None:
-    """The other side of `peak_of`. Not ru_maxrss, which a child inherits from its larger parent."""
+    """The other side of `peak_of`."""
     CASES[case]().variants[variant]()
-    status = Path("/proc/self/status").read_text()
-    (line,) = (line for line in status.splitlines() if line.startswith("VmHWM"))
-    print(int(line.split()[1]) / 1024)
+    print(resident())
 
 
 def ratio(measured: list[float], plain: list[float]) -> float:

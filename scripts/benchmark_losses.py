@@ -19,7 +19,6 @@ import gc
 import json
 import os
 import statistics
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -27,6 +26,7 @@ from typing import Any, NamedTuple
 from unittest.mock import patch
 
 import torch
+from process_memory import printed_by, resident
 
 from i2am_train.attention.hooks import AttentionInputs
 from i2am_train.config.store import compose
@@ -104,9 +104,7 @@ class Bench:
 
 def peak_of_process(name: str, variant: str, threads: int) -> float:
     """Most memory of a step in a fresh process, in MiB."""
-    words = [sys.executable, __file__, "--peak", name, variant, "--threads", str(threads)]
-    done = subprocess.run(words, check=True, capture_output=True, text=True)
-    return float(done.stdout.split()[-1])
+    return printed_by(__file__, ["--peak", name, variant, "--threads", str(threads)])
 
 
 def print_peak(name: str, variant: str) -> None:
@@ -117,14 +115,7 @@ def print_peak(name: str, variant: str) -> None:
     Path("/proc/self/clear_refs").write_text("5")  # the peak is from now on
     before = resident("VmRSS")
     bench.step(variant)
-    print(resident("VmHWM") - before)
-
-
-def resident(name: str) -> float:
-    """A line of the process's status, in MiB."""
-    status = Path("/proc/self/status").read_text()
-    (line,) = (line for line in status.splitlines() if line.startswith(name))
-    return int(line.split()[1]) / 1024
+    print(resident() - before)
 
 
 def measure(name: str, options: argparse.Namespace) -> dict[str, Any]:

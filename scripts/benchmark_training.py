@@ -26,7 +26,6 @@ import json
 import os
 import shutil
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -35,6 +34,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from process_memory import printed_by, resident
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
@@ -339,10 +339,8 @@ def no_compiler(device: str) -> str | None:
 
 def peak_of_process(options: argparse.Namespace, variant: str) -> float:
     """Peak resident memory of a fresh process that takes two steps of one variant, in MiB."""
-    words = [sys.executable, __file__, "--shape", options.shape, "--batch", str(options.batch)]
-    more = ["--threads", str(options.threads), "--peak", variant]
-    done = subprocess.run([*words, *more], check=True, capture_output=True, text=True)
-    return float(done.stdout.split()[-1])
+    words = ["--shape", options.shape, "--batch", str(options.batch), "--threads", str(options.threads)]
+    return printed_by(__file__, [*words, "--peak", variant])
 
 
 def print_peak(options: argparse.Namespace) -> None:
@@ -350,9 +348,7 @@ def print_peak(options: argparse.Namespace) -> None:
     bench = Bench(options.shape, "cpu", options.batch)
     for _ in range(2):
         bench.seconds(options.peak)
-    status = Path("/proc/self/status").read_text()
-    (line,) = (line for line in status.splitlines() if line.startswith("VmHWM"))
-    print(int(line.split()[1]) / 1024)
+    print(resident())
 
 
 def loader_rates(options: argparse.Namespace, model: TryOnModel) -> dict[str, float]:

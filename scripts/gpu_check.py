@@ -25,7 +25,7 @@ import tempfile
 import time
 import traceback
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -100,10 +100,15 @@ class Check:
                 work()
         finally:
             torch.cuda.set_sync_debug_mode("default")
-        found = [one for one in seen if "synchroniz" in str(one.message)]
-        for one in found:
-            say(f"waits: {one.filename}:{one.lineno}")
-        return len(found)
+        return waits_among(seen)
+
+
+def waits_among(seen: Sequence[warnings.WarningMessage]) -> int:
+    """How many warnings are those of CUDA's debug mode; their places are said."""
+    found = [f"{one.filename}:{one.lineno}" for one in seen if "synchroniz" in str(one.message)]
+    for place in sorted(set(found)):
+        say(f"waits: {place}")
+    return len(found)
 
 
 # -- the loop ------------------------------------------------------------------------------------------------------
@@ -267,10 +272,7 @@ def waits(check: Check) -> Figures:
     with warnings.catch_warnings(record=True) as seen:
         warnings.simplefilter("always")
         trained(check, "refined", 9, Watch())
-    found = [one for one in seen if "synchroniz" in str(one.message)]
-    for place in sorted({f"{one.filename}:{one.lineno}" for one in found}):
-        say(f"waits: {place}")
-    yield "host waits in five steps of the training loop", len(found), "0"
+    yield "host waits in five steps of the training loop", waits_among(seen), "0"
 
 
 # -- arithmetic ----------------------------------------------------------------------------------------------------

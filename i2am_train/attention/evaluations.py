@@ -96,31 +96,37 @@ def check_order(calls: Sequence[Evaluation], recipe: Recipe, *, since: int = 0) 
     ...
     i2am_train.errors.CaptureError: A second sampling run began inside one trace (timestep 981 after timestep 961), ...
     """
-    for place in range(since, len(calls)):
-        evaluation, before = calls[place], [each for each in calls[:place] if each.recorded]
-        if not before:
-            continue
-        same_step = evaluation.is_step_of(before[-1])
-        if not evaluation.recorded:
-            if recipe.rows == "first_call" and not evaluation.named and not same_step:
-                raise CaptureError(
-                    f"The recipe '{recipe.name}' expects two calls in each step under guidance, and the model was "
-                    f"called once at {_moment(before[-1])}. Without guidance set guided=False."
-                )
-            continue
-        if recipe.once_per_step and same_step:
+    before = [each for each in calls[:since] if each.recorded]
+    for evaluation in calls[since:]:
+        if before:
+            _check_next(evaluation, before, recipe)
+        if evaluation.recorded:
+            before.append(evaluation)
+
+
+def _check_next(evaluation: Evaluation, before: Sequence[Evaluation], recipe: Recipe) -> None:
+    """Refuses a call that does not go on from those that were recorded before."""
+    same_step = evaluation.is_step_of(before[-1])
+    if not evaluation.recorded:
+        if recipe.rows == "first_call" and not evaluation.named and not same_step:
             raise CaptureError(
-                f"The model was called twice at timestep {evaluation.number}: {recipe.name} "
-                "cuts large pictures into tiles, and maps of tiles are not maps of the picture. "
-                "Switch tiling off (raise the size of its tiles), or explain a smaller picture."
+                f"The recipe '{recipe.name}' expects two calls in each step under guidance, and the model was "
+                f"called once at {_moment(before[-1])}. Without guidance set guided=False."
             )
-        if evaluation.begins_run_after(before):
-            raise CaptureError(
-                f"A second sampling run began inside one trace ({_moment(evaluation)} after "
-                f"{_moment(before[-1])}), or unconditional calls are taken for "
-                "conditional ones. Use one trace per run; a sampler of your own that goes back in "
-                "time announces its steps (i2am_train.attention.announce)."
-            )
+        return
+    if recipe.once_per_step and same_step:
+        raise CaptureError(
+            f"The model was called twice at timestep {evaluation.number}: {recipe.name} "
+            "cuts large pictures into tiles, and maps of tiles are not maps of the picture. "
+            "Switch tiling off (raise the size of its tiles), or explain a smaller picture."
+        )
+    if evaluation.begins_run_after(before):
+        raise CaptureError(
+            f"A second sampling run began inside one trace ({_moment(evaluation)} after "
+            f"{_moment(before[-1])}), or unconditional calls are taken for "
+            "conditional ones. Use one trace per run; a sampler of your own that goes back in "
+            "time announces its steps (i2am_train.attention.announce)."
+        )
 
 
 def _moment(evaluation: Evaluation) -> str:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from i2am_train.attention.frames import Caller, Frame
 from i2am_train.errors import CaptureError
 from i2am_train.ops.grids import solve_grid
+from i2am_train.ops.numerics import to_device
 from i2am_train.types import Backend, Branch, Canvas, GridSize
 
 LayerId: TypeAlias = int | str
@@ -130,15 +131,14 @@ class TokenPlaces:
     def take(self, tokens: Tensor) -> Tensor:
         """The chosen tokens of ``[..., token, channel]``.
 
-        >>> Tokens(None, skip=1).places(3, GridSize(8, 8)).take(torch.tensor([[5.0], [6.0], [7.0]]))
-        tensor([[6.],
-                [7.]])
+        >>> Tokens(None, skip=1).places(3, GridSize(8, 8)).take(torch.tensor([[5.0], [6.0], [7.0]])).tolist()
+        [[6.0], [7.0]]
         """
         return tokens[..., self.index, :]
 
     def on(self, device: torch.device) -> TokenPlaces:
         """The same places, with their index where the tokens are: one that is elsewhere is copied at each `take`."""
-        return self if isinstance(self.index, slice) else replace(self, index=self.index.to(device, non_blocking=True))
+        return self if isinstance(self.index, slice) else replace(self, index=to_device(self.index, device))
 
 
 def _cells(first: float | int, last: float | int, side: int, grid: GridSize) -> tuple[int, int]:

@@ -26,6 +26,7 @@ from i2am_train.ops.attention import (
     reference_mass,
 )
 from i2am_train.ops.grids import mask_on_grid
+from i2am_train.ops.numerics import to_device
 from i2am_train.types import GridSize
 
 
@@ -168,7 +169,7 @@ class SiteRecorder:
                     f"generated_mask has {weights.shape[0]} samples, but the model was called with "
                     f"{queries.shape[0]} conditional rows. Give one mask per sample."
                 )
-            self._weights = weights.to(queries.device, non_blocking=True)
+            self._weights = to_device(weights, queries.device)
         return self._weights
 
     def _add(self, matrices: HeadMeanMatrices | HeadMatrices) -> None:

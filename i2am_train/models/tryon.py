@@ -120,7 +120,7 @@ class TryOnModel(nn.Module):
         self.projector = projector
         self.schedule = NoiseSchedule(scheduler)
         for name in ("mean", "std"):
-            values = torch.tensor(getattr(config, f"reference_{name}"))[:, None, None]
+            values = torch.tensor(getattr(config, f"reference_{name}"), device=unet.device)[:, None, None]
             self.register_buffer(f"reference_{name}", values, persistent=False)
 
     # -- sizes ------------------------------------------------------------------------------------------------
@@ -293,9 +293,7 @@ class TryOnModel(nn.Module):
         """This model with copies of VAE and reference encoder in another number format; the rest is shared."""
         # Not diffusers' own ``to``, which warns where nothing is lost.
         vae, encoder = (nn.Module.to(copy.deepcopy(each), dtype) for each in (self.vae, self.reference_encoder))
-        made = type(self)(self.config, self.unet, vae, encoder, self.projector, self.schedule.scheduler)
-        made.reference_mean, made.reference_std = self.reference_mean, self.reference_std  # where the networks are
-        return made
+        return type(self)(self.config, self.unet, vae, encoder, self.projector, self.schedule.scheduler)
 
     # -- files ------------------------------------------------------------------------------------------------
 

@@ -57,12 +57,12 @@ def rows_at_fault(values: Float[Tensor, " batch *shape"]) -> Bool[Tensor, " batc
 
 
 def to_device(values: Tensor, device: torch.device) -> Tensor:
-    """A tensor of the CPU on a device; the host goes on while a GPU copies it.
+    """A tensor on a device; the host goes on while a GPU copies what was on the CPU.
 
     >>> to_device(torch.ones(2), torch.device("cpu"))
     tensor([1., 1.])
     """
-    if device.type != "cuda":
+    if device.type != "cuda" or values.is_cuda:
         return values.to(device)
     # Only from pinned memory is a copy the GPU's own work; torch keeps that memory until it is done.
     return values.pin_memory().to(device, non_blocking=True)

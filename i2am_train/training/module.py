@@ -141,8 +141,7 @@ class TryOnModule(L.LightningModule):
         they would undo after the clipping.
         """
         if gradient_clip_val:
-            trained = [parameter for parameter in self.parameters() if parameter.grad is not None]
-            clip_grads_with_norm_(trained, gradient_clip_val, self.gradient_norm())
+            clip_grads_with_norm_(self.parameters(), gradient_clip_val, self.gradient_norm())
         self._gradient_norm = None
 
     def validation_step(self, batch: TryOnBatch, batch_index: int) -> None:

@@ -1,4 +1,4 @@
-"""Attention with all its optional parts, made of scores and a mask alone."""
+"""Queries and keys that are drawn; attention with all its optional parts, made of scores and a mask alone."""
 
 from __future__ import annotations
 
@@ -13,6 +13,21 @@ from i2am_train.types import GridSize
 
 PIXELS = 4
 """Sides of a patch of the generated grid."""
+
+
+def drawn_tokens(
+    samples: int, heads: int, counts: tuple[int, int], channels: int, spread: float, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """Queries and keys with a gradient, the same numbers in every type."""
+    generator = torch.Generator().manual_seed(0)
+    queries, keys = (
+        torch.randn(samples, heads, count, channels, generator=generator, dtype=torch.float64)
+        .mul(spread)
+        .to(dtype)
+        .requires_grad_()
+        for count in counts
+    )
+    return queries, keys
 
 
 def whole_attention(

@@ -20,6 +20,7 @@ from i2am_train.losses.paper import VARIANTS, cwg, dcml, tv
 from i2am_train.ops.grids import matches_on_grid
 from i2am_train.ops.rows import log_reference_mass
 from i2am_train.types import GridSize
+from tests.support.attentions import drawn_tokens
 from tests.support.live_bytes import LiveBytes
 
 GENERATED, REFERENCE = GridSize(5, 4), GridSize(7, 3)
@@ -53,17 +54,7 @@ TERMS: dict[str, Callable[[Attention], Tensor]] = {
 
 
 def queries_and_keys(dtype: torch.dtype, generated: int = GENERATED.tokens, reference: int = REFERENCE.tokens) -> Any:
-    generator = torch.Generator().manual_seed(0)
-    return AttentionInputs(
-        *(
-            torch.randn(SAMPLES, HEADS, count, CHANNELS, generator=generator, dtype=torch.float64)
-            .mul(1.5)
-            .to(dtype)
-            .requires_grad_()
-            for count in (generated, reference)
-        ),
-        None,
-    )
+    return AttentionInputs(*drawn_tokens(SAMPLES, HEADS, (generated, reference), CHANNELS, 1.5, dtype), None)
 
 
 def attended(tokens: AttentionInputs, block_bytes: int | None, **changes: Any) -> Attention:

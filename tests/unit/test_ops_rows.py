@@ -11,6 +11,7 @@ from torch import Tensor
 from i2am_train.ops import rows
 from i2am_train.ops.attention import attention_logits
 from i2am_train.ops.rows import head_mean_scores, keeps_matrix, log_reference_mass, map_rows
+from tests.support.attentions import drawn_tokens
 from tests.support.live_bytes import LiveBytes
 
 SAMPLES, HEADS, ROWS, TOKENS, CHANNELS = 2, 3, 11, 7, 5
@@ -18,14 +19,7 @@ ROW_BYTES = SAMPLES * HEADS * TOKENS * 8
 
 
 def tokens(dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(0)
-    return tuple(
-        torch.randn(SAMPLES, HEADS, count, CHANNELS, generator=generator, dtype=torch.float64)
-        .mul(2)
-        .to(dtype)
-        .requires_grad_()
-        for count in (ROWS, TOKENS)
-    )  # type: ignore[return-value]
+    return drawn_tokens(SAMPLES, HEADS, (ROWS, TOKENS), CHANNELS, 2, dtype)
 
 
 def sharpness(logits: Tensor, _: slice) -> Tensor:
