@@ -10,7 +10,6 @@ from types import FunctionType
 from typing import Any
 
 import lightning as L
-import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Callback, LearningRateMonitor, TQDMProgressBar
 
@@ -29,7 +28,7 @@ from i2am_train.losses.objective import Objective, make_objective
 from i2am_train.metrics.registry import metric_info
 from i2am_train.models.by_name import by_number, load_model
 from i2am_train.models.tryon import TryOnModel
-from i2am_train.ops.numerics import check_device
+from i2am_train.ops.numerics import check_bfloat16, check_device, chosen_precision
 from i2am_train.runs import BEST_FOLDER, SNAPSHOTS_FOLDER
 from i2am_train.training.module import TryOnModule
 from i2am_train.training.optimization import eight_bit_adamw
@@ -62,6 +61,9 @@ def check_trainer(config: TrainConfig) -> int:
         f"trainer.strategy={trainer.strategy}, optimization.precision={config.optimization.precision}",
         "trainer.accelerator=auto takes what this machine has.",
     )
+    if config.optimization.precision == "bf16-mixed":
+        check_bfloat16(tried.strategy.root_device, "optimization.precision=bf16-mixed")
+    chosen_precision(config.sampling.precision, tried.strategy.root_device)
     accumulation(config, tried.world_size)
     return tried.world_size
 
@@ -75,7 +77,7 @@ def check_test_trainer(config: EvaluateConfig) -> None:
     check_device(config.device)
     _try_trainer(
         _test_hardware(config),
-        f"device={config.device}, devices={config.devices}, strategy={config.strategy}, precision={config.precision}",
+        f"device={config.device}, devices={config.devices}, strategy={config.strategy}",
         "device=auto devices=1 strategy=auto takes what this machine has.",
     )
 
@@ -85,12 +87,6 @@ def _try_trainer(hardware: dict[str, Any], options: str, advice: str) -> L.Train
         tried = L.Trainer(**hardware, logger=False, enable_checkpointing=False, enable_progress_bar=False)
     except (ImportError, MisconfigurationException, TypeError, ValueError) as error:
         raise ConfigError(f"Lightning refuses {options}: {' '.join(str(error).split())} {advice}") from error
-    on_gpu, half = tried.strategy.root_device.type == "cuda", str(hardware["precision"]).startswith("bf16")
-    if on_gpu and half and not torch.cuda.is_bf16_supported(including_emulation=False):
-        raise ConfigError(
-            f"{options} is not possible: {torch.cuda.get_device_name()} has no bfloat16. Set the precision to 32-true, "
-            "or to 16-mixed, which has a loss scale."
-        )
     return tried
 
 
@@ -106,7 +102,6 @@ def _hardware(config: TrainConfig) -> dict[str, Any]:
         "num_nodes": trainer.num_nodes,
         "precision": config.optimization.precision,
         "limit_train_batches": trainer.limit_train_batches,
-        "limit_val_batches": trainer.limit_val_batches,
     }
 
 
@@ -121,7 +116,8 @@ def measure_steps(config: TrainConfig, module: TryOnModule, datamodule: TryOnDat
     """Takes a few steps of a training run and writes nothing."""
     timer = StepTimer()
     trainer = L.Trainer(
-        **_hardware(config) | {"limit_val_batches": 0},
+        **_hardware(config),
+        limit_val_batches=0,
         max_epochs=-1,
         gradient_clip_val=config.optimization.gradient_clip,
         callbacks=[timer],
@@ -250,11 +246,9 @@ def make_trainer(config: TrainConfig, folder: Path, own: Sequence[Callback] = ()
     if loggers:  # after what may stop the run before a step, whose rate is logged when it is taken
         callbacks += [LearningRateMonitor("step"), StepSeconds()]
     trainer = config.trainer
-    hardware = _hardware(config)
-    if not config.validation.samples:
-        hardware["limit_val_batches"] = 0
     made = L.Trainer(
-        **hardware,
+        **_hardware(config),
+        limit_val_batches=None if config.validation.samples else 0,
         max_epochs=-1,  # StopAfterSteps ends it
         gradient_clip_val=config.optimization.gradient_clip,
         check_val_every_n_epoch=config.validation.every_epochs,
@@ -274,12 +268,7 @@ def make_trainer(config: TrainConfig, folder: Path, own: Sequence[Callback] = ()
 
 
 def _test_hardware(config: EvaluateConfig) -> dict[str, Any]:
-    return {
-        "accelerator": config.device,
-        "devices": config.devices,
-        "strategy": config.strategy,
-        "precision": config.precision,
-    }
+    return {"accelerator": config.device, "devices": config.devices, "strategy": config.strategy}
 
 
 def make_test_trainer(config: EvaluateConfig, callback: GenerationCallback) -> L.Trainer:

@@ -172,6 +172,8 @@ Trainable = Literal["all", "v1", "v2", "cross_attention", "lora"]
 OptimizerName = Literal["adamw", "adamw8bit"]
 Precision = Literal["32-true", "bf16-mixed", "16-mixed"]
 """Arithmetic of the denoiser, in Lightning's words."""
+SamplingPrecision = Literal["auto", "32-true", "bf16-mixed", "16-mixed"]
+"""Likewise where images are made; auto: bf16-mixed on a GPU that has bfloat16, else 32-true."""
 WeightType = Literal["float32", "float16", "bfloat16"]
 """Numbers that weights are stored as; the names are torch's."""
 Device = Literal["auto", "cpu", "cuda"]

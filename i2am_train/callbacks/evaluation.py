@@ -71,8 +71,7 @@ class EvaluationCallback(L.Callback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, *_: Any
     ) -> None:
         assert isinstance(pl_module, TryOnModule) and self._evaluator is not None
-        with trainer.precision_plugin.forward_context():
-            made = self._evaluator.update(pl_module.model, batch, self._faithful)
+        made = self._evaluator.update(pl_module.model, batch, self._faithful)
         self._panels |= {one.index: one.panels() for one in made if one.index in self._wanted}
 
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -160,16 +159,15 @@ class GenerationCallback(L.Callback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, *_: Any
     ) -> None:
         assert isinstance(pl_module, TryOnModule)
-        with trainer.precision_plugin.forward_context():
-            made = explain_batch(pl_module.model, batch, self.sampling, self.attribution)
-            causes = judged_faithfulness(
-                pl_module.model,
-                batch,
-                self.sampling,
-                self.attribution,
-                self.evaluation.faithfulness,
-                range(self.evaluation.faithful_samples),
-            )
+        made = explain_batch(pl_module.model, batch, self.sampling, self.attribution)
+        causes = judged_faithfulness(
+            pl_module.model,
+            batch,
+            self.sampling,
+            self.attribution,
+            self.evaluation.faithfulness,
+            range(self.evaluation.faithful_samples),
+        )
         self.samples.write(
             [{**score_row(one), **causes.get(one.index, {})} for one in made],
             [one.images["generated"] for one in made],

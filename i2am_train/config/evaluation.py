@@ -36,7 +36,6 @@ from i2am_train.types import (
     LayerWeighting,
     Pairing,
     PerceptualNetwork,
-    Precision,
     PublishedModel,
 )
 
@@ -206,8 +205,6 @@ class EvaluateConfig(Options):
     """Devices that generate images (processes), or auto; scores do not depend on their number."""
     strategy: Annotated[str, UNSHARDED] = "auto"
     """Lightning's strategy where there are several devices: auto, ddp, ..."""
-    precision: Precision = "32-true"
-    """Arithmetic of the denoiser (bf16-mixed on a GPU; on a CPU float32 is faster)."""
     progress_bar: bool = True
     """Show progress with the time left."""
     expected: PublishedModel | None = None

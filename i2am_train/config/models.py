@@ -18,7 +18,7 @@ from i2am_train.config.options import (
     within,
 )
 from i2am_train.errors import ConfigError
-from i2am_train.types import Normalisation, PredictionType, SamplerName, WeightType
+from i2am_train.types import Normalisation, PredictionType, SamplerName, SamplingPrecision, WeightType
 
 SOURCES = ("unet", "custom", "paint_by_example", "dci_vton")
 """Options of ``InitConfig`` that say what to start from."""
@@ -36,6 +36,9 @@ class SamplingConfig(Options):
     """Scale of classifier-free guidance; 1 is none."""
     seed: Natural = 0
     """Seed of the initial noise; every sample has its own stream, whatever the batch."""
+    precision: SamplingPrecision = "auto"
+    """Arithmetic of the denoiser: 32-true, bf16-mixed or 16-mixed; auto: bf16-mixed on a GPU that has
+    bfloat16, else 32-true. VAE and reference encoder compute in float32."""
 
 
 @dataclass(kw_only=True, slots=True)

@@ -157,8 +157,6 @@ class TrainerConfig(Options):
     snapshots/step-000100, ...; null: only the finished model is kept."""
     limit_train_batches: Annotated[int | float, NOT_ZERO] | None = None
     """Batches (whole number) or share of batches (fraction) per epoch; null: all."""
-    limit_val_batches: int | float | None = None
-    """The same for validation."""
     deterministic: bool = False
     """Use deterministic algorithms only (slower on a GPU)."""
     progress_bar: bool = True

@@ -101,6 +101,7 @@ def sample_batch(
         steps=sampling.steps,
         guidance=sampling.guidance,
         sampler=sampling.sampler,
+        precision=sampling.precision,
         names=batch["name"],
         on_step=on_step,
     )

@@ -6,16 +6,18 @@ from typing import Any, TypeVar
 
 from i2am_train.attention.recipe import LayerId, paper_number
 from i2am_train.config.data import DataConfig
-from i2am_train.config.evaluation import JUDGED, EvaluateConfig
+from i2am_train.config.evaluation import JUDGED, DiagnoseConfig, EvaluateConfig
 from i2am_train.config.explanation import TRYON, ExplainConfig, FaithfulConfig
 from i2am_train.config.locations import checkpoint_folder
 from i2am_train.config.training import AblateConfig, TrainConfig
 from i2am_train.errors import CheckpointError, ConfigError
 from i2am_train.models.pretrained import INDEX_FILE
 from i2am_train.models.tryon import PAPER_LAYER, TryOnModel, read_index
+from i2am_train.ops.numerics import chosen_device, chosen_precision
 from i2am_train.runs import MODEL_FOLDER, SETTINGS_FILE
 
 _Judging = TypeVar("_Judging", bound=TrainConfig | AblateConfig | EvaluateConfig | ExplainConfig | FaithfulConfig)
+_Sampling = TypeVar("_Sampling", bound=AblateConfig | EvaluateConfig | ExplainConfig | FaithfulConfig | DiagnoseConfig)
 
 
 def model_folder(name: str) -> Path:
@@ -92,6 +94,19 @@ def with_layers(config: _Judging) -> _Judging:
         again = replace(again, layers=_with_judged(again.layers, attribution.judged_layer))
         changes["evaluation"] = replace(config.evaluation, faithfulness=again)
     return replace(config, **changes)
+
+
+def with_precision(config: _Sampling) -> _Sampling:
+    """The options with what the denoiser computes in on this machine in the place of ``sampling.precision=auto``.
+
+    Raises:
+        ConfigError: there is no such device, or the card has no bfloat16.
+
+    >>> with_precision(EvaluateConfig(checkpoint="tiny", device="cpu")).sampling.precision
+    '32-true'
+    """
+    precision = chosen_precision(config.sampling.precision, chosen_device(config.device))
+    return replace(config, sampling=replace(config.sampling, precision=precision))
 
 
 def _own_layer(name: str) -> LayerId:

@@ -236,6 +236,8 @@ def _load_network(
     files = before or _weight_files(place, subfolder)
     check_floating(files, network, shown, unused=info.get("unexpected_keys", ()))
     check_network(network, shown)
+    if of_diffusers and place.folder is not None:
+        network.register_to_config(_name_or_path="")  # a saved copy would name this machine's folder
     return network
 
 

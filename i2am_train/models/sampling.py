@@ -5,6 +5,7 @@ The sampler owns time: around each evaluation it announces the step and the cond
 """
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
 import torch
@@ -14,7 +15,8 @@ from i2am_train.attention.frames import announce
 from i2am_train.models.diffusion import guided, make_solver
 from i2am_train.models.tryon import Conditions, Images, Latents, TryOnModel
 from i2am_train.models.watch import Watch
-from i2am_train.types import SamplerName
+from i2am_train.ops.numerics import chosen_precision
+from i2am_train.types import SamplerName, SamplingPrecision
 
 
 class SamplingStep(NamedTuple):
@@ -26,6 +28,13 @@ class SamplingStep(NamedTuple):
     """The latent that the model was asked about."""
     clean: Latents
     """The clean latent that it predicts at this step."""
+
+
+def _arithmetic(precision: SamplingPrecision | None, device: torch.device) -> AbstractContextManager[object]:
+    if precision is None:
+        return nullcontext()
+    half = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}.get(chosen_precision(precision, device))
+    return torch.autocast(device.type, half, enabled=half is not None)
 
 
 def _initial_noise(model: TryOnModel, seeds: Sequence[int]) -> Latents:
@@ -46,21 +55,32 @@ def sample(
     steps: int = 50,
     guidance: float = 5.0,
     sampler: SamplerName = "ddim",
+    precision: SamplingPrecision | None = None,
     names: Sequence[str] | None = None,
     on_step: Callable[[SamplingStep], None] | None = None,
 ) -> Images:
     """Images in [-1, 1] of the persons in the garments; all inputs are in [-1, 1].
 
     ``steps``, ``guidance`` and ``sampler`` default to the paper's. With guidance 1 the unconditional half is not
-    computed. Every sampler evaluates the network once per step, which ``trace`` hears of. ``names`` of the samples are
+    computed. Every sampler evaluates the network once per step, which ``trace`` hears of. ``precision`` is the
+    denoiser's; None: that of its weights, or of the ``torch.autocast`` around the call. ``names`` of the samples are
     for messages.
 
     Raises:
+        ConfigError: the card has no bfloat16, which ``precision`` asks for.
         NotFiniteError: a network gave NaN or infinity; the message names the step and the samples.
     """
     conditions = encoded_conditions(model, garment, agnostic, densepose)
     return sample_conditioned(
-        model, conditions, seeds=seeds, steps=steps, guidance=guidance, sampler=sampler, names=names, on_step=on_step
+        model,
+        conditions,
+        seeds=seeds,
+        steps=steps,
+        guidance=guidance,
+        sampler=sampler,
+        precision=precision,
+        names=names,
+        on_step=on_step,
     )
 
 
@@ -79,6 +99,7 @@ def sample_conditioned(
     steps: int,
     guidance: float,
     sampler: SamplerName,
+    precision: SamplingPrecision | None = None,
     names: Sequence[str] | None = None,
     on_step: Callable[[SamplingStep], None] | None = None,
 ) -> Images:
@@ -87,16 +108,19 @@ def sample_conditioned(
     watch.see(conditions.agnostic, "The VAE's latents of the agnostic image")
     watch.see(conditions.pose, "The VAE's latents of the DensePose image")
     watch.see(conditions.tokens, "The reference encoder's tokens of the garment")
+    # An autocast around the call may have encoded them in another type than the denoiser computes in.
+    conditions = Conditions(*(part.to(model.unet.dtype) for part in conditions))
     latents = _initial_noise(model, seeds)
     solver = make_solver(sampler, model.schedule, steps)
-    for step_index, timestep in enumerate(solver.timesteps):
-        at = torch.full((len(latents),), timestep, device=latents.device)
-        prediction = _predict(model, latents, at, conditions, guidance, step_index)
-        noisy = latents
-        latents, clean = solver.step(step_index, prediction, noisy)
-        watch.see_step(steps, step_index, timestep, latents)
-        if on_step is not None:
-            on_step(SamplingStep(step_index, timestep, noisy, clean))
+    with _arithmetic(precision, latents.device):  # around all steps: autocast keeps the weights that it rounded
+        for step_index, timestep in enumerate(solver.timesteps):
+            at = torch.full((len(latents),), timestep, device=latents.device)
+            prediction = _predict(model, latents, at, conditions, guidance, step_index)
+            noisy = latents
+            latents, clean = solver.step(step_index, prediction, noisy)
+            watch.see_step(steps, step_index, timestep, latents)
+            if on_step is not None:
+                on_step(SamplingStep(step_index, timestep, noisy, clean))
     watch.check()
     return model.decode_latents(latents, names)
 

@@ -28,8 +28,7 @@ class Watch:
 
     def __init__(self, names: Sequence[str] | None = None) -> None:
         self._names = names
-        self._seen: list[tuple[str, Bool[Tensor, " batch"]]] = []
-        self._dtype: torch.dtype | None = None
+        self._seen: list[tuple[str, Bool[Tensor, " batch"], torch.dtype]] = []
 
     def see(self, values: Float[Tensor, " batch *shape"], what: str) -> None:
         """Notes which samples of a batch are not finite in ``what``.
@@ -38,9 +37,7 @@ class Watch:
         >>> watch.see(torch.ones(3, 4), "The latents")
         >>> watch.check()  # says nothing of numbers
         """
-        if self._dtype is None:
-            self._dtype = _computing_dtype(values)
-        self._seen.append((what, rows_at_fault(values)))
+        self._seen.append((what, rows_at_fault(values), _computing_dtype(values)))
 
     def see_step(self, steps: int, index: int, timestep: Any, latents: Tensor) -> None:
         """Notes which samples are not finite after one of a sampler's steps.
@@ -84,15 +81,16 @@ class Watch:
         """
         if not self._seen:
             return
-        faults = torch.stack([rows for _, rows in self._seen]).cpu()
+        faults = torch.stack([rows for _, rows, _ in self._seen]).cpu()
         at_fault = faults.any(dim=1)
         if not at_fault.any():
             return
         first = int(at_fault.int().argmax())
         rows = faults[first].nonzero().flatten().tolist()
+        what, _, dtype = self._seen[first]
         raise NotFiniteError(
-            f"{self._seen[first][0]} became NaN or infinite for {self._of(rows)}, so nothing that follows can be drawn "
-            f"or scored. {advice(self._dtype or torch.float32)}"
+            f"{what} became NaN or infinite for {self._of(rows)}, so nothing that follows can be drawn or scored. "
+            f"{advice(dtype)}"
         )
 
     def _of(self, rows: list[int]) -> str:
@@ -120,6 +118,6 @@ def advice(dtype: torch.dtype) -> str:
         )
     return (
         f"The networks compute in {name}, whose largest number is 65,504. Compute in float32, or in bfloat16 where the "
-        "machine has it: precision=32-true of 'i2am evaluate', optimization.precision=32-true of 'i2am train', "
-        "dtype=float32 elsewhere."
+        "machine has it: sampling.precision=32-true where images are made, optimization.precision=32-true of "
+        "'i2am train', dtype=float32 elsewhere."
     )

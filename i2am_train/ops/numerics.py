@@ -11,7 +11,7 @@ from jaxtyping import Bool, Float, UInt8
 from torch import Tensor
 
 from i2am_train.errors import ConfigError
-from i2am_train.types import Device
+from i2am_train.types import Device, Precision, SamplingPrecision
 
 
 def at_least_float32(values: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
@@ -92,3 +92,36 @@ def chosen_device(name: Device) -> torch.device:
     check_device(name)
     use_gpu = name != "cpu" and torch.cuda.is_available()
     return torch.device("cuda" if use_gpu else "cpu")
+
+
+def check_bfloat16(device: torch.device, options: str) -> None:
+    """Raises `ConfigError` where a card lacks the bfloat16 that ``options`` ask for.
+
+    >>> check_bfloat16(torch.device("cpu"), "sampling.precision=bf16-mixed")
+    """
+    if device.type == "cuda" and not has_bfloat16():
+        raise ConfigError(
+            f"{options} is not possible: {torch.cuda.get_device_name()} has no bfloat16. Set the precision to 32-true, "
+            "or to 16-mixed."
+        )
+
+
+def has_bfloat16() -> bool:
+    """Whether the card computes in bfloat16 by itself."""
+    return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+
+
+def chosen_precision(asked: SamplingPrecision, device: torch.device) -> Precision:
+    """What the denoiser computes in where images are made on a device.
+
+    Raises:
+        ConfigError: bfloat16 is asked for, and the card has none.
+
+    >>> chosen_precision("auto", torch.device("cpu"))
+    '32-true'
+    """
+    if asked == "auto":
+        return "bf16-mixed" if device.type == "cuda" and has_bfloat16() else "32-true"
+    if asked == "bf16-mixed":
+        check_bfloat16(device, "sampling.precision=bf16-mixed")
+    return asked

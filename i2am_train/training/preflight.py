@@ -3,7 +3,6 @@
 The figures are for ``i2am train dry_run=true``: sizes, memory, time.
 """
 
-import math
 import resource
 import time
 from collections.abc import Iterator
@@ -48,15 +47,11 @@ def check_best(config: TrainConfig) -> None:
         if info.higher_is_better is not None
         and (name in asked or info.group == "attention" or (info.group == "faithfulness" and faithful))
     ]
-    for option, value, possible in (
-        ("validation.samples", config.validation.samples, "2 or more"),
-        ("trainer.limit_val_batches", config.trainer.limit_val_batches, "null"),
-    ):
-        if value == 0:
-            raise ConfigError(
-                f"trainer.keep_best={best} needs validation, and {option} is 0. Set it to {possible}, or "
-                "trainer.keep_best to null."
-            )
+    if not config.validation.samples:
+        raise ConfigError(
+            f"trainer.keep_best={best} needs validation, and validation.samples is 0. Set it to 2 or more, or "
+            "trainer.keep_best to null."
+        )
     if best not in scores:
         known = best in METRICS and METRICS[best].higher_is_better is not None
         add = (
@@ -71,32 +66,23 @@ def check_best(config: TrainConfig) -> None:
         )
 
 
-def check_batches(config: TrainConfig, training: int, validation: int, processes: int) -> None:
-    """Fails where an epoch would have no batch, so that nothing would be trained, or nothing validated.
-
-    ``training`` and ``validation`` are numbers of samples, which ``processes`` share; 0: no validation is wanted.
+def check_batches(config: TrainConfig, training: int, processes: int) -> None:
+    """Fails where an epoch of ``training`` samples, which ``processes`` share, would have no batch.
 
     Raises:
         ConfigError: the share of batches that was asked for is less than one.
 
-    >>> check_batches(TrainConfig(), training=4, validation=0, processes=1)
+    >>> check_batches(TrainConfig(), training=4, processes=1)
     Traceback (most recent call last):
         ...
     i2am_train.errors.ConfigError: An epoch would have no batch: trainer.limit_train_batches=None ...
     """
-    shares = [
-        ("train", training // (config.data.batch_size * processes)),
-        ("val", math.ceil(math.ceil(validation / processes) / config.evaluation.batch_size)),
-    ]
-    for kind, batches in shares:
-        limit = getattr(config.trainer, f"limit_{kind}_batches")
-        if kind == "val" and not validation:
-            continue
-        if batches == 0 or (isinstance(limit, float) and limit > 0 and int(batches * limit) == 0):
-            raise ConfigError(
-                f"An epoch would have no batch: trainer.limit_{kind}_batches={limit} of {batches} batches a process. "
-                "Set it to a whole number of batches or a larger share, or to null for all; or lower data.batch_size."
-            )
+    limit, batches = config.trainer.limit_train_batches, training // (config.data.batch_size * processes)
+    if batches == 0 or (isinstance(limit, float) and int(batches * limit) == 0):
+        raise ConfigError(
+            f"An epoch would have no batch: trainer.limit_train_batches={limit} of {batches} batches a process. "
+            "Set it to a whole number of batches or a larger share, or to null for all; or lower data.batch_size."
+        )
 
 
 def check_disk(config: TrainConfig, model: TryOnModel) -> None:

@@ -28,7 +28,7 @@ from i2am_train.files import read_json, write_json
 from i2am_train.fingerprints import data_state
 from i2am_train.locks import locked
 from i2am_train.metrics.registry import METRICS
-from i2am_train.models.by_name import with_layers
+from i2am_train.models.by_name import with_layers, with_precision
 from i2am_train.reporting.ablation_page import build_report
 from i2am_train.reporting.ablation_tables import as_terminal, verdict_sentences
 from i2am_train.results.run_files import read_history, read_samples
@@ -102,7 +102,7 @@ def ablate(config: AblateConfig) -> dict[str, Any]:
             writes it.
     """
     with locked(config.folder), noted_in(config.folder):
-        return _ablate(with_layers(config))
+        return _ablate(with_precision(with_layers(config)))
 
 
 def _ablate(config: AblateConfig) -> dict[str, Any]:
@@ -300,7 +300,6 @@ def _evaluation(config: AblateConfig, checkpoint: str) -> EvaluateConfig:
     return EvaluateConfig(
         checkpoint=checkpoint,
         device=config.device,
-        precision=config.optimization.precision,
         progress_bar=config.trainer.progress_bar,
         data=config.data,
         sampling=config.sampling,

@@ -36,7 +36,7 @@ from i2am_train.evaluation.scoring import ScoringOptions, check_counts, check_sc
 from i2am_train.files import read_object
 from i2am_train.fingerprints import data_state, folder_state
 from i2am_train.locks import locked
-from i2am_train.models.by_name import load_model, model_folder, with_layers
+from i2am_train.models.by_name import load_model, model_folder, with_layers, with_precision
 from i2am_train.models.tryon import TryOnModel
 from i2am_train.ops.numerics import check_device
 from i2am_train.reporting.faithfulness import measured, write_shown
@@ -184,7 +184,7 @@ def _evaluate_folders(config: EvaluateConfig, folder: Path) -> dict[str, Any]:
     )
     options = ScoringOptions.of(config)
     check_scoring(images, reference, options)
-    unused = ("checkpoint", "data", "sampling", "attribution", "precision")
+    unused = ("checkpoint", "data", "sampling", "attribution")
     settings = {name: value for name, value in plain(config).items() if name not in unused}
     settings["fingerprints"] = {
         "images": folder_state(config.images).fingerprint,
@@ -225,7 +225,7 @@ def _evaluate_checkpoint(config: EvaluateConfig, checkpoint: str, folder: Path) 
 
     Images are generated on all devices and scored by the first process; the others return nothing.
     """
-    config = with_layers(config)
+    config = with_precision(with_layers(config))
     settings = plain(config) | {"checkpoint": str(model_folder(checkpoint))}
     data_root(config.data, folder, config.tracking.folder)
     RunFolder.check(folder, settings, may_differ=WITHOUT_EFFECT_ON_SCORES)

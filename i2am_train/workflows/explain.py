@@ -34,7 +34,7 @@ from i2am_train.evaluation.explanation import TO_GENERATED, TO_REFERENCE, CleanI
 from i2am_train.files import entries_of, file_fingerprint, read_object, write_text
 from i2am_train.fingerprints import data_state
 from i2am_train.locks import locked
-from i2am_train.models.by_name import load_model, model_folder, with_layers
+from i2am_train.models.by_name import load_model, model_folder, with_layers, with_precision
 from i2am_train.models.loaders import loader_of
 from i2am_train.models.sampling import SamplingStep
 from i2am_train.models.traceable import NO_GUIDANCE, Loader, Request, Source
@@ -90,6 +90,8 @@ def explain(config: ExplainConfig) -> Path:
         I2AMError: device, checkpoint, data, sample, pictures, layer or patch do not fit; nothing is written then.
     """
     config = with_layers(config)
+    if config.model == TRYON:
+        config = with_precision(config)
     made = _of_samples(config) if config.model == TRYON else _of_pictures(config)
     several = sum(map(len, made.models.values())) > 1
     explanations = {
@@ -346,6 +348,11 @@ def check_options(config: ExplainConfig | FaithfulConfig, loader: Loader) -> Non
         )
     if len(config.checkpoints) > 1:
         raise ConfigError(f"model={config.model} takes one checkpoint at a time, not a list.")
+    if config.sampling.precision != "auto":
+        raise ConfigError(
+            f"sampling.precision={config.sampling.precision} is for model=tryon; model={config.model} computes in the "
+            "numbers that it is loaded in. Leave it out."
+        )
     if config.sampling.sampler != "ddim":
         raise ConfigError(
             f"sampling.sampler={config.sampling.sampler} is for model=tryon; model={config.model} "

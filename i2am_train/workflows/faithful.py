@@ -33,7 +33,7 @@ from i2am_train.evaluation.scoring import batches
 from i2am_train.files import read_json, write_json, write_text
 from i2am_train.fingerprints import data_state
 from i2am_train.locks import locked
-from i2am_train.models.by_name import load_model, model_folder, with_layers
+from i2am_train.models.by_name import load_model, model_folder, with_layers, with_precision
 from i2am_train.models.loaders import loader_of
 from i2am_train.models.tryon import TryOnModel
 from i2am_train.ops.numerics import chosen_device
@@ -192,7 +192,7 @@ def _measured(
 def _made_or_read(
     config: FaithfulConfig | DiagnoseConfig, folder: Path, file: str, measure: Callable[[TryOnModel], _Measurement]
 ) -> dict[str, Any]:
-    device = chosen_device(config.device)
+    config, device = with_precision(config), chosen_device(config.device)
     settings = plain(config) | {"checkpoint": str(model_folder(config.checkpoint or ""))}
     data_root(config.data, folder)
     RunFolder.check(folder, settings, may_differ=WITHOUT_EFFECT)

@@ -184,12 +184,9 @@ def open_data(config: TrainConfig, model: TryOnModel, processes: int) -> TryOnDa
     )
     training = datamodule.train_dataset()
     read: list[object] = [training]
-    held_out = 0
     if config.validation.samples:
-        validation = datamodule.validation_dataset()
-        read.append(validation)
-        held_out = len(validation)
-    check_batches(config, len(training), held_out, processes)
+        read.append(datamodule.validation_dataset())
+    check_batches(config, len(training), processes)
     if first_process():
         refuse_broken_pictures([one for one in read if isinstance(one, TryOnDataset)])
     return datamodule

@@ -107,13 +107,14 @@ def test_a_study(training: list[str], tmp_path: Path) -> None:
 
 
 def test_an_evaluation(machine: Any, overrides: list[str], small_checkpoint: Path, tmp_path: Path) -> None:
-    """On the card as on the CPU, up to the order of sums (a real card's convolutions are TF32)."""
+    """On the card as on the CPU in the same precision up to the order of sums (a real card's convolutions are TF32)."""
     scores = {}
     for device in ("cpu", "cuda"):
         words = [
             *overrides, f"checkpoint={small_checkpoint}", f"device={device}", "progress_bar=false",
             "evaluation.metrics=[ssim,stlpips,kd_efficientnet_lite0]", "evaluation.samples=3",
             "evaluation.panel_samples=2", "evaluation.batch_size=2", "tracking.wandb=disabled",
+            "sampling.precision=32-true",
         ]  # fmt: skip
         with machine() as seen:
             results = evaluate(compose("evaluate", words), tmp_path / device)

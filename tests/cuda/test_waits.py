@@ -5,7 +5,7 @@ The card that is not there counts the waits (`tests.support.host_waits`).
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 from unittest.mock import patch
 
 import lightning as L
@@ -13,8 +13,12 @@ import pytest
 import torch
 
 from i2am_train import trainers
+from i2am_train.config.evaluation import EvaluateConfig
+from i2am_train.config.models import SamplingConfig
 from i2am_train.config.store import compose
 from i2am_train.errors import ConfigError, TrainingError
+from i2am_train.models.by_name import with_precision
+from i2am_train.types import SamplingPrecision
 from i2am_train.workflows import train as workflow
 from tests.support.card import card
 from tests.support.host_waits import HostWait, host_waits
@@ -113,3 +117,17 @@ def test_a_card_without_bfloat16_is_named_before_anything_is_written(training: l
     with card(), patch.object(torch.cuda, "is_bf16_supported", lambda *_, **__: False), lacks:
         workflow.train(compose("train", options))
     assert not (tmp_path / "run").exists()
+
+
+def test_images_are_made_in_bfloat16_where_the_card_has_it() -> None:
+    asked = {
+        name: EvaluateConfig(checkpoint="tiny", sampling=SamplingConfig(precision=name))
+        for name in get_args(SamplingPrecision)
+    }
+    with card():
+        made = {name: with_precision(config).sampling.precision for name, config in asked.items()}
+        assert made == {"auto": "bf16-mixed", "32-true": "32-true", "bf16-mixed": "bf16-mixed", "16-mixed": "16-mixed"}
+        lacks = pytest.raises(ConfigError, match=r"sampling.precision=bf16-mixed is not possible: A card")
+        with patch.object(torch.cuda, "is_bf16_supported", lambda *_, **__: False), lacks:
+            assert with_precision(asked["auto"]).sampling.precision == "32-true"
+            with_precision(asked["bf16-mixed"])

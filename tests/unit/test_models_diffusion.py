@@ -12,7 +12,7 @@ from i2am_train.attention.trace import trace
 from i2am_train.errors import ConfigError
 from i2am_train.models.diffusion import PASD_RESIDUAL, NoiseSchedule, low_resolution_start, make_solver
 from i2am_train.models.sampling import SamplingStep, sample
-from i2am_train.types import SamplerName
+from i2am_train.types import SamplerName, SamplingPrecision
 
 SAMPLERS = get_args(SamplerName)
 CENTER, SPREAD = 0.3, 0.5
@@ -83,6 +83,30 @@ def test_one_evaluation_per_step_is_announced(name: SamplerName, make_small_mode
     first = {image: pixels[1:2] for image, pixels in given.items()}
     alone = sample(model, **first, seeds=[5], **options)
     torch.testing.assert_close(alone[0], captured[1], atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("precision", "around", "denoiser"),
+    [
+        (None, False, torch.float32),
+        (None, True, torch.bfloat16),
+        ("auto", True, torch.float32),
+        ("32-true", True, torch.float32),
+        ("bf16-mixed", False, torch.bfloat16),
+        ("16-mixed", True, torch.float16),
+    ],
+)
+def test_precision_is_the_denoisers(
+    precision: SamplingPrecision | None, around: bool, denoiser: torch.dtype, make_small_model: Callable[..., Any]
+) -> None:
+    """Whatever autocast is around; on a CPU ``auto`` is float32."""
+    model = make_small_model()
+    found: set[torch.dtype] = set()
+    model.unet.up_blocks[1].attentions[1].register_forward_hook(lambda *call: found.add(call[2][0].dtype))
+    given = {name: torch.zeros(1, 3, 64, 48) for name in ("garment", "agnostic", "densepose")}
+    with torch.autocast("cpu", torch.bfloat16, enabled=around):
+        sample(model, **given, seeds=[0], steps=2, precision=precision)
+    assert found == {denoiser}
 
 
 @pytest.mark.parametrize("name", SAMPLERS)
