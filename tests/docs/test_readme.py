@@ -193,9 +193,9 @@ def short(value: float, digits: int) -> str:
 @pytest.mark.parametrize(
     ("study", "metric", "digits", "start"),
     [
-        ("losses", "correspondence_error", 2, "correspondence error -.97 "),
-        ("losses", "where", 2, "(where +.44 "),
-        ("losses", "ssim", 3, "SSIM -.003 "),
+        ("losses", "correspondence_error", 2, "correspondence error -.78 "),
+        ("losses", "where", 2, "(where +.33 "),
+        ("losses", "ssim", 4, "SSIM -.0013 "),
         ("trajectory", "stlpips", 3, "ST-LPIPS is better, -.016 "),
         ("trajectory", "ssim", 3, "SSIM +.009 "),
         ("trajectory", "kd_efficientnet_lite0", 3, "KD -.015 "),
