@@ -11,6 +11,7 @@ A part that fails, or for which no time is left, is a line that says so, and the
 - ``compiled``: seconds of the first compiled step, and the share of the card's peak arithmetic that steps reach.
 - ``precision``: how far half-precision encoders are from float32.
 - ``batches``: images per second and peak memory by batch size, with and without gradient checkpointing.
+- ``growth``: what capture and losses of the finest layer cost by reference tokens and picture size; also as a plot.
 """
 
 from __future__ import annotations
@@ -32,7 +33,11 @@ from typing import Any
 
 import lightning as L
 import torch
+from benchmark_losses import Bench as LossBench
+from benchmark_losses import Case
 from benchmark_training import SIZES, Bench, say
+from matplotlib import rc_context
+from matplotlib.figure import Figure
 from torch.utils.data import Dataset
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -41,17 +46,23 @@ from i2am_train.config.store import compose
 from i2am_train.data.cache import ENCODED, TOKENS
 from i2am_train.data.module import TryOnDataModule
 from i2am_train.models.sampling import sample
+from i2am_train.ops.attention import column_means
+from i2am_train.reporting.figures.canvas import STYLE, save_figure
 from i2am_train.reporting.table import markdown_lines
 from i2am_train.trainers import make_trainer
 from i2am_train.training.module import TryOnModule
 from i2am_train.training.optimization import guard_hooks
 from i2am_train.training.step import encode_pictures
+from i2am_train.types import GridSize
 
 Figures = Iterator[tuple[str, float | str, str]]
 """Name, value and aim of each figure."""
 
 PEAK_TFLOPS = {"H100": 989.0, "H200": 989.0, "A100": 312.0, "L40S": 362.0, "4090": 165.0}
 """Dense bfloat16, from the vendor's data sheets, by a part of the card's name."""
+REFERENCES = {257: GridSize(16, 16), 577: GridSize(24, 24), 1037: GridSize(37, 28), 2305: GridSize(48, 48)}
+"""Patches of a reference by the number of its tokens, of which one is the class token."""
+PICTURES = (GridSize(512, 384), GridSize(768, 576), GridSize(1024, 768))
 
 
 class Check:
@@ -61,6 +72,8 @@ class Check:
         self.options = options
         self.bench = Bench(options.shape, options.device, options.batch)
         self.on_gpu = self.bench.on_gpu
+        self.growth: dict[str, list[tuple[int, float]]] = {}
+        """Pairs of patches and milliseconds, by what was measured."""
 
     def wait(self) -> None:
         """Until all is done that was handed over."""
@@ -350,8 +363,38 @@ def batches(check: Check) -> Figures:
     bench.resize(check.options.batch)
 
 
+def growth(check: Check) -> Figures:
+    """Eight heads of 40 channels, one sample: both column means, and the refined losses without the matrix."""
+    cell = 8 if check.options.shape == "true" else 64
+    for size, tokens in [*((PICTURES[0], tokens) for tokens in REFERENCES), *((size, 1037) for size in PICTURES[1:])]:
+        generated, reference = GridSize(size.height // cell, size.width // cell), REFERENCES[tokens]
+        losses = LossBench(Case(generated, reference, 8), str(check.bench.device))
+        inputs = [one.detach().to(torch.bfloat16 if check.on_gpu else one.dtype) for one in losses.tokens[:2]]
+        for name, work in (
+            ("capture", lambda inputs=inputs: column_means(*inputs)),  # type: ignore[misc]
+            ("losses", lambda losses=losses: losses.step("blocks")),  # type: ignore[misc]
+        ):
+            cost = 1e3 * check.seconds(work, 3)
+            check.growth.setdefault(name, []).append((generated.tokens * reference.tokens, cost))
+            yield f"{name} of a layer, {size.height}x{size.width}, {tokens} tokens, ms", cost, ""
+
+
+def growth_plot(costs: dict[str, list[tuple[int, float]]]) -> Figure:
+    """Milliseconds over pairs of patches; the grey lines grow as the pairs do."""
+    with rc_context(STYLE):
+        figure = Figure(figsize=(5, 3.4), layout="constrained")
+        axes = figure.subplots()
+        for name, points in costs.items():
+            pairs, times = zip(*sorted(points), strict=True)
+            axes.loglog(pairs, times, "o-", label=name)
+            axes.loglog(pairs, [times[0] * one / pairs[0] for one in pairs], color="#bbbbbb", linewidth=0.8, zorder=0)
+        axes.set(xlabel="pairs of generated and reference patches", ylabel="milliseconds")
+        axes.legend()
+    return figure
+
+
 PARTS: dict[str, Callable[[Check], Figures]] = {
-    part.__name__: part for part in (loop, steps, sampling, waits, precision, batches, compiled)
+    part.__name__: part for part in (loop, steps, sampling, waits, precision, growth, batches, compiled)
 }
 
 
@@ -385,6 +428,8 @@ def main() -> None:
                 lines.write(json.dumps(line) + "\n")
             say(f"{time.monotonic() - started:.0f} s, {part}: {name} {shown} {aim and f'({aim})'}")
     print(", ".join(f"{name} {value}" for name, value in about.items()), f"load {os.getloadavg()[0]:.1f}", sep=", ")
+    if check.growth:
+        save_figure(growth_plot(check.growth), options.output.with_suffix(".png"), dpi=150)
     print(markdown_lines(("part", "figure", "value", "aim"), rows, right=(2,)))
 
 
