@@ -22,6 +22,7 @@ from i2am_train.attention.store import time_groups
 from i2am_train.attention.trace import trace
 from i2am_train.config.explanation import OTHER_MODELS_OPTIONS, TRYON, DetectConfig, ExplainConfig, FaithfulConfig
 from i2am_train.config.locations import checkpoint_folder, revisions
+from i2am_train.config.models import SamplingConfig
 from i2am_train.config.options import plain
 from i2am_train.data.dataset import TryOnDataset, TryOnSample, batch_on, list_length, prepare_data, reading_of
 from i2am_train.data.picture_files import read_photograph, read_region
@@ -92,7 +93,9 @@ def explain(config: ExplainConfig) -> Path:
     config = with_layers(config)
     if config.model == TRYON:
         config = with_precision(config)
-    made = _of_samples(config) if config.model == TRYON else _of_pictures(config)
+        made = _of_samples(config)
+    else:
+        made = _of_pictures(config)
     several = sum(map(len, made.models.values())) > 1
     explanations = {
         f"{name.replace('/', '_')}-{config.split}{one.index}" if several else "": one
@@ -348,16 +351,14 @@ def check_options(config: ExplainConfig | FaithfulConfig, loader: Loader) -> Non
         )
     if len(config.checkpoints) > 1:
         raise ConfigError(f"model={config.model} takes one checkpoint at a time, not a list.")
-    if config.sampling.precision != "auto":
-        raise ConfigError(
-            f"sampling.precision={config.sampling.precision} is for model=tryon; model={config.model} computes in the "
-            "numbers that it is loaded in. Leave it out."
-        )
-    if config.sampling.sampler != "ddim":
-        raise ConfigError(
-            f"sampling.sampler={config.sampling.sampler} is for model=tryon; model={config.model} "
-            "samples with the scheduler of its own folder or code. Leave it out."
-        )
+    for name, instead in (
+        ("precision", "computes in the numbers that it is loaded in"),
+        ("sampler", "samples with the scheduler of its own folder or code"),
+    ):
+        if (asked := getattr(config.sampling, name)) != getattr(SamplingConfig(), name):
+            raise ConfigError(
+                f"sampling.{name}={asked} is for model=tryon; model={config.model} {instead}. Leave it out."
+            )
 
 
 def source_of(config: ExplainConfig | FaithfulConfig) -> Source:

@@ -394,6 +394,7 @@ def test_factory_modules_are_found_in_the_working_directory(
         (["model=tryon"], ConfigError, r"image=\.\.\. is for other people's models"),
         (["model=factory", "factory=a:b", "sample=3"], ConfigError, r"sample=3 counts samples of a dataset"),
         (["model=catvton", "sampling.sampler=unipc"], ConfigError, r"scheduler of its own folder"),
+        (["model=catvton", "sampling.precision=bf16-mixed"], ConfigError, r"precision=bf16-mixed is for model=tryon"),
         (["model=catvton", "attribution.time_groups=5"], I2AMError, r"takes 4 channels|time.groups"),
     ],
 )  # fmt: skip
