@@ -8,10 +8,10 @@ A part that fails, or for which no time is left, is a line that says so, and the
 - ``steps``: baseline and refined, cached and not, and diffusers' usual loop, in turn in the same rounds.
 - ``waits``: how often the host waits for the GPU in a training step, and in a traced and a plain sampling.
 - ``sampling``: ten guided steps at batch 1, traced and not; extra peak memory of a capture at batch 1 and 8.
-- ``compiled``: seconds of the first compiled step, and the share of the card's peak arithmetic that steps reach.
 - ``precision``: how far half-precision encoders are from float32.
-- ``batches``: images per second and peak memory by batch size, with and without gradient checkpointing.
 - ``growth``: what capture and losses of the finest layer cost by reference tokens and picture size; also as a plot.
+- ``compiled``: seconds of the first compiled step, and the share of the card's peak arithmetic that steps reach.
+- ``batches``: images per second and peak memory by batch size, baseline and refined, cached and not, checkpointed.
 """
 
 from __future__ import annotations
@@ -45,6 +45,7 @@ from i2am_train.attention import trace
 from i2am_train.config.store import compose
 from i2am_train.data.cache import ENCODED, TOKENS
 from i2am_train.data.module import TryOnDataModule
+from i2am_train.models.graphs import release_graphs
 from i2am_train.models.sampling import sample
 from i2am_train.ops.attention import column_means
 from i2am_train.reporting.figures.canvas import STYLE, save_figure
@@ -234,14 +235,14 @@ def steps(check: Check) -> Figures:
 # -- sampling ------------------------------------------------------------------------------------------------------
 
 
-def sampler(check: Check, batch: int, count: int, *, traced: bool) -> Callable[[], Any]:
+def sampler(check: Check, batch: int, count: int, *, traced: bool, cuda_graphs: bool = True) -> Callable[[], Any]:
     """Guided steps of the public sampler, in bf16 on a GPU."""
     model = check.bench.model.eval()
     pictures = [torch.zeros(batch, 3, *model.image_size, device=check.bench.device) for _ in range(3)]
 
     def run() -> None:
         with torch.inference_mode(), check.bench.autocast(torch.bfloat16), trace(model) if traced else nullcontext():
-            sample(model, *pictures, seeds=range(batch), steps=count)
+            sample(model, *pictures, seeds=range(batch), steps=count, cuda_graphs=cuda_graphs)
 
     return run
 
@@ -262,9 +263,36 @@ def sampling(check: Check) -> Figures:
         "at most 25",
     )
     yield "traced / plain sampling, batch 1", statistics.median(t / p for t, p in pairs), "at most 1.05"
-    for batch in (1, 8):
-        without, with_it = (check.peak(sampler(check, batch, 2, traced=way)) for way in (False, True))
+    calls = [sampler(check, 1, count, traced=way, cuda_graphs=False) for way in (False, True)]
+    alone, heard = (check.seconds(work, 3) for work in calls)
+    yield "plain sampling without CUDA graphs, ms a guided step, batch 1", 1e3 * alone / count, ""
+    yield "traced / plain sampling without CUDA graphs, batch 1", heard / alone, ""
+    for batch in (1, 8):  # what a replay uses, torch does not count
+        without, with_it = (
+            check.peak(sampler(check, batch, 2, traced=way, cuda_graphs=False)) for way in (False, True)
+        )
         yield f"extra peak memory of a capture, batch {batch}, MiB", with_it - without, "at most 64"
+        yield f"memory that CUDA graphs keep, batch {batch}, MiB", kept_by_graphs(check, batch), ""
+
+
+def kept_by_graphs(check: Check, batch: int) -> float:
+    """MiB until they are released, of a plain and a traced run; 0 on a CPU."""
+    unet = check.bench.model.unet
+    release_graphs(unet)
+    for traced in (False, True):
+        sampler(check, batch, 2, traced=traced)()
+    with_them = reserved(check)
+    release_graphs(unet)
+    return with_them - reserved(check)
+
+
+def reserved(check: Check) -> float:
+    """MiB that torch holds and cannot give back."""
+    if not check.on_gpu:
+        return 0.0
+    gc.collect()
+    torch.cuda.empty_cache()
+    return torch.cuda.memory_reserved() / 2**20
 
 
 def waits(check: Check) -> Figures:
@@ -299,12 +327,18 @@ def flops_of(check: Check) -> float:
 
 
 def compiled(check: Check) -> Figures:
-    """Repeated blocks under torch.compile, as `optimization.compile` sets it, then the residual blocks, too."""
+    """Channels last; repeated blocks under torch.compile, as `optimization.compile` sets it, then the residual blocks,
+    too. At batch 32, or the largest below that is asked for."""
     bench = check.bench
+    bench.resize(max((batch for batch in check.options.batches if batch <= 32), default=check.options.batch))
     bench.prepare("baseline_cached")
     flops, peak = flops_of(check), card_peak()
     eager = check.seconds(lambda: bench.our_step("baseline", cached=True), 5)
     yield "TFLOP of a cached step", flops / 1e12, ""
+    bench.model.unet.to(memory_format=torch.channels_last)
+    seconds = check.seconds(lambda: bench.our_step("baseline", cached=True), 5)
+    yield "contiguous / channels last, time", eager / seconds, ""
+    bench.model.unet.to(memory_format=torch.contiguous_format)
     if peak:
         yield "model FLOP utilisation, eager, %", 100 * flops / eager / peak, ""
     guard_hooks()
@@ -322,6 +356,7 @@ def compiled(check: Check) -> Figures:
             yield f"model FLOP utilisation, compiled {name}, %", 100 * flops / seconds / peak, ""
     for module in bench.model.unet.modules():
         module._compiled_call_impl = None
+    bench.resize(check.options.batch)
 
 
 def card_peak() -> float:
@@ -341,26 +376,31 @@ def precision(check: Check) -> Figures:
 
 
 def batches(check: Check) -> Figures:
-    """Fresh inputs per batch size; what does not fit is said."""
+    """Images a second and peak memory of all variants by batch size, and of one with gradient checkpointing."""
     bench = check.bench
-    for checkpointing in (False, True):
-        if checkpointing:
-            bench.model.unet.enable_gradient_checkpointing()
-        bench.model.train()
-        for batch in check.options.batches:
-            name = f"batch {batch}{', checkpointed' if checkpointing else ''}"
-            try:
-                bench.resize(batch)
-                bench.prepare("refined_cached")
-                peak = check.peak(lambda: bench.our_step("refined", cached=True))
-                seconds = check.seconds(lambda: bench.our_step("refined", cached=True), 2)
-            except torch.OutOfMemoryError:
-                yield f"{name}: images a second", "does not fit", ""
-                continue
-            yield f"{name}: images a second", batch / seconds, ""
-            yield f"{name}: peak GiB", peak / 1024, ""
+    bench.model.train()
+    for variant in ("refined_cached", "baseline_cached", "refined", "baseline"):
+        yield from by_batch(check, variant, variant.replace("_", ", "))
+    bench.model.unet.enable_gradient_checkpointing()
+    yield from by_batch(check, "refined_cached", "refined, cached, checkpointed")
     bench.model.unet.disable_gradient_checkpointing()
     bench.resize(check.options.batch)
+
+
+def by_batch(check: Check, variant: str, name: str) -> Figures:
+    """What does not fit is said, and nothing larger is tried."""
+    bench, objective, cached = check.bench, variant.removesuffix("_cached"), variant.endswith("_cached")
+    for batch in check.options.batches:
+        try:
+            bench.resize(batch)
+            bench.prepare(variant)
+            peak = check.peak(lambda: bench.our_step(objective, cached=cached))
+            seconds = check.seconds(lambda: bench.our_step(objective, cached=cached), 2)
+        except torch.OutOfMemoryError:
+            yield f"{name}, batch {batch}: images a second", "does not fit", ""
+            return
+        yield f"{name}, batch {batch}: images a second", batch / seconds, ""
+        yield f"{name}, batch {batch}: peak GiB", peak / 1024, ""
 
 
 def growth(check: Check) -> Figures:
@@ -394,7 +434,7 @@ def growth_plot(costs: dict[str, list[tuple[int, float]]]) -> Figure:
 
 
 PARTS: dict[str, Callable[[Check], Figures]] = {
-    part.__name__: part for part in (loop, steps, sampling, waits, precision, growth, batches, compiled)
+    part.__name__: part for part in (loop, steps, sampling, waits, precision, growth, compiled, batches)
 }
 
 

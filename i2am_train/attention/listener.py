@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -70,8 +70,17 @@ _OnAttention = Callable[[SiteModule, Frame, AttentionInputs], None]
 """Called once per site and frame with what it attends with, all rows of the batch."""
 
 
-_ATTACHED: WeakKeyDictionary[nn.Module, set[str]] = WeakKeyDictionary()
-"""Which kinds of listeners a root has, so that a second one of the same kind is refused."""
+_ATTACHED: WeakKeyDictionary[nn.Module, WeakSet[Listener]] = WeakKeyDictionary()
+"""The listeners of a root, of which a second one of the same kind is refused."""
+
+
+def listeners_of(root: nn.Module) -> list[Listener]:
+    """Who listens to a root, by kind.
+
+    >>> listeners_of(nn.Linear(2, 3))
+    []
+    """
+    return sorted(_ATTACHED.get(root, ()), key=lambda listener: listener.kind)
 
 
 @dataclass(eq=False)
@@ -94,12 +103,13 @@ class Listener:
     _calls: int = 0
     _probes: list[Probe] = field(init=False)
     _doubts: list[tuple[Tensor, CaptureError]] = field(default_factory=list)
+    _signature: inspect.Signature = field(init=False)
 
     def __post_init__(self) -> None:
         self._probes = [
             make_probe(
                 site,
-                partial(self._deliver, site),
+                partial(self.deliver, site),
                 self._is_open,
                 self.change_keys and partial(self._changed, site),
                 self._refuse_if,
@@ -122,21 +132,16 @@ class Listener:
 
     def attach(self) -> None:
         """Register all hooks; refuses a root that already has a listener of this kind."""
-        kinds = _ATTACHED.setdefault(self.root, set())
-        if self.kind in kinds:
+        if any(self.kind == other.kind for other in listeners_of(self.root)):
             raise CaptureError(
                 f"This {type(self.root).__name__} already has a {self.kind} attached. "
                 "Leave the first one's block (or close it) before starting another."
             )
-        signature = _forward_signature(self.root)
-        self._check_timestep(signature)
-        kinds.add(self.kind)
-
-        def open_frame(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            self._open(signature.bind_partial(*args, **kwargs).arguments)
-
+        self._signature = _forward_signature(self.root)
+        self._check_timestep(self._signature)
+        _ATTACHED.setdefault(self.root, WeakSet()).add(self)
         self._handles = [
-            self.root.register_forward_pre_hook(open_frame, with_kwargs=True),
+            self.root.register_forward_pre_hook(self._called, with_kwargs=True),
             self.root.register_forward_hook(self._close, always_call=True),
         ]
         for site, each in zip(self.sites, self._probes, strict=True):
@@ -157,10 +162,42 @@ class Listener:
         """Remove every hook; harmless when there is none."""
         for handle in self._handles:
             handle.remove()
-        if self._handles:
-            _ATTACHED.get(self.root, set()).discard(self.kind)
+        _ATTACHED.get(self.root, WeakSet()).discard(self)
         self._handles = []
         self._close()
+
+    @property
+    def hook_ids(self) -> list[int]:
+        """What the hooks are called by the modules that they are attached to."""
+        return [handle.id for handle in self._handles]
+
+    @contextmanager
+    def diverted(self, on_attention: _OnAttention) -> Iterator[None]:
+        """Inside the block calls of the root are none: what its sites attend with goes to another, nothing counts."""
+        own = self.on_attention, self.on_open, self._calls, self._doubts
+        self.on_attention, self.on_open, self._doubts = on_attention, lambda _: None, []
+        try:
+            yield
+        finally:
+            self.on_attention, self.on_open, self._calls, self._doubts = own
+
+    @contextmanager
+    def hearing(self, *inputs: Tensor) -> Iterator[None]:
+        """A frame around a call of the root with these inputs, which is made where no hook sees it (`deliver`)."""
+        try:
+            self._called(self.root, inputs, {})
+            yield
+        finally:
+            self._close()
+
+    def deliver(self, site: SiteModule, inputs: AttentionInputs) -> None:
+        """Says what a site attends with in the call under way; outside of one, nothing. Rows and tokens are lent: they
+        may be overwritten when the next site attends."""
+        if self._frame is not None:
+            self.on_attention(site, self._frame, inputs)
+
+    def _called(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._open(self._signature.bind_partial(*args, **kwargs).arguments)
 
     def _open(self, arguments: dict[str, Any]) -> None:
         if torch._C._current_graph_task_id() != -1:  # a checkpoint around the root runs it again in backward
@@ -196,10 +233,6 @@ class Listener:
 
     def _is_open(self) -> bool:
         return self._frame is not None
-
-    def _deliver(self, site: SiteModule, inputs: AttentionInputs) -> None:
-        if self._frame is not None:
-            self.on_attention(site, self._frame, inputs)
 
     def _changed(self, site: SiteModule, keys: Tensor) -> Tensor:
         assert self._frame is not None, "probes ask inside a frame"

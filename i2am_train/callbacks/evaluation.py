@@ -26,6 +26,7 @@ from i2am_train.evaluation.evaluator import (
 )
 from i2am_train.evaluation.explaining import explain_batch
 from i2am_train.evaluation.faithfulness import judged_faithfulness
+from i2am_train.models.graphs import release_graphs
 from i2am_train.reporting.faithfulness import faithfulness_figure, measured
 from i2am_train.reporting.figures.arms import sample_figure
 from i2am_train.reporting.figures.canvas import save_figure
@@ -77,6 +78,8 @@ class EvaluationCallback(L.Callback):
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         assert self._evaluator is not None
         self.result = result = self._evaluator.compute()
+        assert isinstance(pl_module, TryOnModule)
+        release_graphs(pl_module.model.unet)  # training needs the memory
         panels = list(from_all_processes(self._panels).values())
         # Every process has the same values; sync_dist only tells Lightning that this is known.
         pl_module.log_dict({VALIDATION + name: value for name, value in result.metrics.items()}, sync_dist=True)

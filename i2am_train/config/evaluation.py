@@ -70,8 +70,6 @@ class AttributionConfig(Options):
     authors' code does; false: over all, as the paper writes."""
     time_groups: Count = 5
     """Groups of sampling steps in time-level maps; group 0 is the noisiest."""
-    byte_budget: Annotated[int, at_least(2**16)] = 64 * 2**20
-    """Memory that capture may use for intermediate results, in bytes."""
 
     @property
     def judged_layer(self) -> int | str:

@@ -39,6 +39,8 @@ class SamplingConfig(Options):
     precision: SamplingPrecision = "auto"
     """Arithmetic of the denoiser: 32-true, bf16-mixed or 16-mixed; auto: bf16-mixed on a GPU that has
     bfloat16, else 32-true. VAE and reference encoder compute in float32."""
+    cuda_graphs: bool = True
+    """On a GPU, replay the denoiser as CUDA graphs: small batches take less time, and the graphs some memory."""
 
 
 @dataclass(kw_only=True, slots=True)

@@ -75,7 +75,6 @@ def explain_batch(
         layers=attribution.layers,
         matrix_layers=None if matrix_layers is None else [attribution.judged_layer, *matrix_layers],
         generated_mask=batch["inpaint_mask"] if attribution.inpaint_queries else None,
-        byte_budget=attribution.byte_budget,
     ) as attention:
         generated = sample_batch(model, batch, sampling, on_step)
     return _of_samples(batch_on(batch, "cpu"), generated, attention.maps(), attribution)
@@ -102,6 +101,7 @@ def sample_batch(
         guidance=sampling.guidance,
         sampler=sampling.sampler,
         precision=sampling.precision,
+        cuda_graphs=sampling.cuda_graphs,
         names=batch["name"],
         on_step=on_step,
     )
@@ -268,7 +268,6 @@ def explain_picture(
         layers=chosen,
         matrix_layers=None if kept is None else [layer, *kept],
         generated_mask=None if queries is None else torch.from_numpy(queries)[None],
-        byte_budget=attribution.byte_budget,
     ) as attention:
         generated = model.make(request)
     masks = {"inpaint": mask, "reference": reference_mask}

@@ -147,7 +147,6 @@ def faithfulness(
         layers=captured,
         matrix_layers=None,
         generated_mask=remake.mask if attribution.inpaint_queries else None,
-        byte_budget=attribution.byte_budget,
     ) as attention:
         image = remake.make(remake.reference)
     maps = attention.maps()

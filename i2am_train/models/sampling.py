@@ -13,6 +13,7 @@ from torch import Tensor
 
 from i2am_train.attention.frames import announce
 from i2am_train.models.diffusion import guided, make_solver
+from i2am_train.models.graphs import Call, replayed
 from i2am_train.models.tryon import Conditions, Images, Latents, TryOnModel
 from i2am_train.models.watch import Watch
 from i2am_train.ops.numerics import chosen_precision
@@ -56,6 +57,7 @@ def sample(
     guidance: float = 5.0,
     sampler: SamplerName = "ddim",
     precision: SamplingPrecision | None = None,
+    cuda_graphs: bool = True,
     names: Sequence[str] | None = None,
     on_step: Callable[[SamplingStep], None] | None = None,
 ) -> Images:
@@ -63,8 +65,9 @@ def sample(
 
     ``steps``, ``guidance`` and ``sampler`` default to the paper's. With guidance 1 the unconditional half is not
     computed. Every sampler evaluates the network once per step, which ``trace`` hears of. ``precision`` is the
-    denoiser's; None: that of its weights, or of the ``torch.autocast`` around the call. ``names`` of the samples are
-    for messages.
+    denoiser's; None: that of its weights, or of the ``torch.autocast`` around the call. ``cuda_graphs`` replays the
+    denoiser on a GPU (:func:`~i2am_train.models.graphs.replayed`), whose memory is kept until the model is gone or
+    :func:`~i2am_train.models.graphs.release_graphs` is called. ``names`` of the samples are for messages.
 
     Raises:
         ConfigError: the card has no bfloat16, which ``precision`` asks for.
@@ -79,6 +82,7 @@ def sample(
         guidance=guidance,
         sampler=sampler,
         precision=precision,
+        cuda_graphs=cuda_graphs,
         names=names,
         on_step=on_step,
     )
@@ -100,6 +104,7 @@ def sample_conditioned(
     guidance: float,
     sampler: SamplerName,
     precision: SamplingPrecision | None = None,
+    cuda_graphs: bool = True,
     names: Sequence[str] | None = None,
     on_step: Callable[[SamplingStep], None] | None = None,
 ) -> Images:
@@ -112,10 +117,12 @@ def sample_conditioned(
     conditions = Conditions(*(part.to(model.unet.dtype) for part in conditions))
     latents = _initial_noise(model, seeds)
     solver = make_solver(sampler, model.schedule, steps)
+    asked = conditions if guidance == 1.0 else _doubled(model, conditions)
+    call = replayed(model.unet) if cuda_graphs else None
     with _arithmetic(precision, latents.device):  # around all steps: autocast keeps the weights that it rounded
         for step_index, timestep in enumerate(solver.timesteps):
-            at = torch.full((len(latents),), timestep, device=latents.device)
-            prediction = _predict(model, latents, at, conditions, guidance, step_index)
+            at = torch.full((len(asked.tokens),), timestep, device=latents.device)
+            prediction = _predict(model, latents, at, asked, guidance, step_index, call)
             noisy = latents
             latents, clean = solver.step(step_index, prediction, noisy)
             watch.see_step(steps, step_index, timestep, latents)
@@ -125,21 +132,31 @@ def sample_conditioned(
     return model.decode_latents(latents, names)
 
 
-def _predict(
-    model: TryOnModel, latents: Tensor, timesteps: Tensor, conditions: Conditions, guidance: float, step_index: int
-) -> Tensor:
-    """The guided prediction; the batch is [unconditional, conditional], as in diffusers."""
-    count = len(latents)
-    if guidance == 1.0:
-        with announce(step_index=step_index, conditional_rows=slice(0, count)):
-            return model.denoise(latents, timesteps, conditions).float()
-    null_tokens = model.projector.null_tokens.to(conditions.tokens.dtype).expand(count, -1, -1)
-    doubled = Conditions(
+def _doubled(model: TryOnModel, conditions: Conditions) -> Conditions:
+    """The batch [unconditional, conditional], as in diffusers."""
+    null_tokens = model.projector.null_tokens.to(conditions.tokens.dtype).expand(len(conditions.tokens), -1, -1)
+    return Conditions(
         conditions.agnostic.repeat(2, 1, 1, 1),
         conditions.pose.repeat(2, 1, 1, 1),
         torch.cat([null_tokens, conditions.tokens]),
     )
-    with announce(step_index=step_index, conditional_rows=slice(count, 2 * count)):
-        prediction = model.denoise(latents.repeat(2, 1, 1, 1), timesteps.repeat(2), doubled)
-    unconditional, conditional = prediction.float().chunk(2)
+
+
+def _predict(
+    model: TryOnModel,
+    latents: Tensor,
+    timesteps: Tensor,
+    conditions: Conditions,
+    guidance: float,
+    step_index: int,
+    call: Call | None,
+) -> Tensor:
+    """The guided prediction; conditions and timesteps are doubled where there is guidance."""
+    count, rows = len(latents), len(timesteps)
+    with announce(step_index=step_index, conditional_rows=slice(rows - count, rows)):
+        noisy = latents.repeat(rows // count, 1, 1, 1)
+        prediction = model.denoise(noisy, timesteps, conditions, call).float()
+    if rows == count:
+        return prediction
+    unconditional, conditional = prediction.chunk(2)
     return guided(unconditional, conditional, guidance)

@@ -9,7 +9,7 @@ garment's patch tokens; nothing else tells it about the garment. A folder in dif
 import copy
 import inspect
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated, NamedTuple, Self
@@ -244,9 +244,17 @@ class TryOnModel(nn.Module):
             )
         return torch.cat([tokens[:, : self.special_tokens], tokens[:, special:]], dim=1)
 
-    def denoise(self, noisy: Latents, timesteps: Int[Tensor, " batch"], conditions: Conditions) -> Latents:
-        """The network's raw prediction (eps or v) in the authors' channel order."""
+    def denoise(
+        self,
+        noisy: Latents,
+        timesteps: Int[Tensor, " batch"],
+        conditions: Conditions,
+        call: Callable[..., Tensor] | None = None,
+    ) -> Latents:
+        """The network's raw prediction (eps or v) in the authors' channel order; ``call`` is what calls it."""
         inputs = torch.cat([noisy, conditions.agnostic, conditions.pose], dim=1)
+        if call is not None:
+            return call(inputs, timesteps, conditions.tokens)
         prediction: Tensor = self.unet(inputs, timesteps, conditions.tokens).sample
         return prediction
 

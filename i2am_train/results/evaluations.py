@@ -24,8 +24,8 @@ _MANIFEST_SCHEMA = 1
 
 _COMPARED = ("sampling", "attribution")
 """Groups of an evaluation's settings in which compared evaluations must agree."""
-_SWEPT = ("deltas", "penalties", "time_groups", "byte_budget")
-"""Options of ``attribution`` that add scores or save memory and change none."""
+_SWEPT = ("deltas", "penalties", "time_groups", "cuda_graphs", "byte_budget")
+"""Options that add scores, save time or memory, and change none; the last is of older files."""
 _FAITHFUL = "evaluation.faithfulness"
 """How samples were made again, in the protocol of evaluations that did so."""
 _MODEL_GROUPS = ("init", "objective", "optimization")

@@ -354,6 +354,7 @@ def check_options(config: ExplainConfig | FaithfulConfig, loader: Loader) -> Non
     for name, instead in (
         ("precision", "computes in the numbers that it is loaded in"),
         ("sampler", "samples with the scheduler of its own folder or code"),
+        ("cuda_graphs", "is run by a pipeline or code of its own"),
     ):
         if (asked := getattr(config.sampling, name)) != getattr(SamplingConfig(), name):
             raise ConfigError(

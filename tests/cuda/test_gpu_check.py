@@ -16,11 +16,15 @@ pytestmark = [pytest.mark.long, pytest.mark.filterwarnings("default")]  # Lightn
 FIGURES = {
     "loop": {"refined: loop / bare", "baseline: loop / bare"},
     "steps": {"refined / baseline, cached", "speed of our uncached step / diffusers' loop"},
-    "sampling": {"traced / plain sampling, batch 1", "extra peak memory of a capture, batch 8, MiB"},
+    "sampling": {
+        "traced / plain sampling, batch 1",
+        "extra peak memory of a capture, batch 8, MiB",
+        "memory that CUDA graphs keep, batch 8, MiB",
+    },
     "waits": {"host waits a step, traced sampling", "host waits in five steps of the training loop"},
     "precision": {"bf16 encoders, encoded_garment, relative difference"},
     "growth": {"capture of a layer, 512x384, 2305 tokens, ms", "losses of a layer, 1024x768, 1037 tokens, ms"},
-    "batches": {"batch 1: images a second", "batch 1, checkpointed: peak GiB"},
+    "batches": {"refined, cached, batch 1: images a second", "refined, cached, checkpointed, batch 1: peak GiB"},
 }
 
 

@@ -301,16 +301,22 @@ MACHINE: dict[str, Callable[..., Any]] = {
 @contextmanager
 def card() -> Iterator[Rules]:
     """This machine, with a card; gives what counts its operations."""
+    from tests.support.cuda_graphs import graphs_there  # it asks this module what is on the card
+
     autocast = torch.amp.autocast_mode.autocast.__init__
 
     def autocast_there(self: Any, device_type: str, *args: Any, **kwargs: Any) -> None:
         autocast(self, "cpu" if device_type == "cuda" else device_type, *args, **kwargs)
 
+    def of_cpu(function: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda kind="cuda": function("cpu" if kind == "cuda" else kind)
+
     rules = Rules()
     with ExitStack() as stack:
         stack.enter_context(launches())
-        stream = SimpleNamespace(is_capturing=lambda: False)
-        stack.enter_context(patch.object(torch.accelerator, "current_stream", lambda *_: stream))
+        stack.enter_context(graphs_there())
+        for name in ("is_autocast_enabled", "get_autocast_dtype"):
+            stack.enter_context(patch.object(torch, name, of_cpu(getattr(torch, name))))
         stack.enter_context(patch.object(torch._C, "_group_tensors_by_device_and_dtype", _grouped))
         for name, answer in MACHINE.items():
             stack.enter_context(patch.object(torch.cuda, name, answer))

@@ -16,7 +16,7 @@ from unittest.mock import patch
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves
 
 from tests.support.card import CPU_INDICES, CPU_INDICES_AND_VALUE, on_card
@@ -74,7 +74,8 @@ class CapturedGraph(TorchDispatchMode):
     def replay(self) -> None:
         """Computes all operations again, into the memory of the capture."""
         self.replays += 1
-        with torch.no_grad(), torch._C.DisableTorchFunction():
+        # Nothing of this is Python's on a card, so nobody looks at it.
+        with torch.no_grad(), torch._C.DisableTorchFunction(), _disable_current_modes():
             for func, args, kwargs, made in self.operations:
                 again = [value for value in tree_leaves(func(*args, **kwargs)) if isinstance(value, Tensor)]
                 for old, new in zip(made, again, strict=True):
@@ -97,7 +98,7 @@ def graphs_there() -> Iterator[list[CapturedGraph]]:
         return made[-1]
 
     @contextmanager
-    def capture(graph: CapturedGraph, stream: object = None) -> Iterator[None]:
+    def capture(graph: CapturedGraph, pool: object = None, stream: object = None, **_: str) -> Iterator[None]:
         capturing[0] = True
         try:
             with graph:
@@ -109,6 +110,7 @@ def graphs_there() -> Iterator[list[CapturedGraph]]:
     answers = {
         "CUDAGraph": make,
         "graph": capture,
+        "graph_pool_handle": lambda: (0, 1),
         "Stream": lambda *_: stream,
         "stream": lambda *_: nullcontext(),
         "current_stream": lambda *_: stream,
@@ -118,5 +120,4 @@ def graphs_there() -> Iterator[list[CapturedGraph]]:
         for name, answer in answers.items():
             stack.enter_context(patch.object(torch.cuda, name, answer))
         stack.enter_context(patch.object(torch.accelerator, "current_stream", lambda *_: stream))
-        stack.enter_context(patch.object(torch.accelerator, "current_accelerator", lambda **_: torch.device("cuda")))
         yield made

@@ -1,0 +1,259 @@
+"""The denoiser as CUDA graphs: captured once for each shape of a batch, then replayed, listeners included.
+
+A U-Net of Stable Diffusion's size is thousands of small kernels. At batch 1 a GPU is done with them long before Python
+has launched them; a graph launches them all at once. The capture is cut where a layer that somebody listens to has
+attended. Between two pieces its queries and keys are delivered, in memory that all layers share, so that `trace` and
+`ScoreTap` hear every evaluation as they would without, and do with it what they like.
+
+The first call of a shape runs as it is; the graph that is then made must give the same values before it is used. Where
+that cannot be, one line says why, and the network runs as it is.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+from i2am_train.attention.frames import Frame
+from i2am_train.attention.hooks import AttentionInputs
+from i2am_train.attention.listener import Listener, listeners_of
+from i2am_train.attention.lookup import SiteModule
+
+KEPT = 4
+"""Graphs of one network: two shapes of a batch (the last one is smaller), traced and plain. The oldest is dropped."""
+TOLERANCE = 0.02
+"""Of the norm of what a graph gives, to that of the call that it stands for: kernels may round in another order."""
+_ALIGNMENT = 256
+
+
+Call = Callable[..., Tensor]
+"""A network's call: its inputs, tensors alone; gives the first that it returns."""
+
+
+def replayed(network: nn.Module) -> Call:
+    """The call of a network for one run of a sampler, replayed where inputs and network lie on a GPU.
+
+    It is made as it is on a CPU; with gradients; inside another capture; where a listener changes keys; and where a
+    replay would leave something out: hooks that are not a listener's, replaced forwards (offloading), compiled blocks.
+    What it gives is the caller's own memory. Between two runs all may change: weights in place; listeners, which have
+    graphs of their own; weights' places and what Python decides by (attention processors, scales of adapters), after
+    which all is captured anew. Inside a run nothing may. Random numbers are not drawn anew.
+
+    >>> class Doubled(nn.Module):
+    ...     def forward(self, sample, return_dict=True):
+    ...         return (2 * sample,)
+    >>> replayed(Doubled())(torch.ones(2))
+    tensor([2., 2.])
+    """
+    listeners = listeners_of(network)
+    on_gpu = any(tensor.is_cuda for tensor in network.parameters())
+    if not on_gpu or torch.is_grad_enabled() or not _can_be_replayed(network, listeners):
+        return partial(_called, network)
+    kept = _KEPT.setdefault(network, _Graphs())
+    kept.forget_changed(_state_of(network))
+    return partial(_replayed, kept, network, listeners)
+
+
+def _replayed(kept: _Graphs, network: nn.Module, listeners: Sequence[Listener], *inputs: Tensor) -> Tensor:
+    key = _key(inputs, listeners)
+    if key in kept.captured:
+        captured = kept.captured[key]
+        return _called(network, *inputs) if captured is None else captured.replay(listeners, inputs)
+    expected = _called(network, *inputs)
+    if bool(expected.isfinite().all()):  # else whoever asked will say so; waits, once for each graph
+        kept.keep(key, _checked(network, inputs, listeners, kept.pool, expected))
+    return expected
+
+
+def release_graphs(network: nn.Module) -> None:
+    """Frees the memory of the network's graphs; harmless without any.
+
+    >>> release_graphs(nn.Linear(2, 3))
+    """
+    _KEPT.pop(network, None)
+
+
+def _called(network: nn.Module, *inputs: Tensor) -> Tensor:
+    result: Tensor = network(*inputs, return_dict=False)[0]
+    return result
+
+
+def _can_be_replayed(network: nn.Module, listeners: Sequence[Listener]) -> bool:
+    if torch.cuda.is_current_stream_capturing() or any(each.change_keys is not None for each in listeners):
+        return False
+    own = {number for each in listeners for number in each.hook_ids}
+    for module in network.modules():
+        if module._compiled_call_impl is not None or "forward" in vars(module):
+            return False
+        if not own.issuperset(module._forward_hooks) or not own.issuperset(module._forward_pre_hooks):
+            return False
+    return True
+
+
+def _key(inputs: Sequence[Tensor], listeners: Sequence[Listener]) -> Any:
+    """What a graph was made for."""
+    return (
+        tuple((tensor.shape, tensor.dtype) for tensor in inputs),
+        torch.is_autocast_enabled("cuda") and torch.get_autocast_dtype("cuda"),
+        tuple((each.kind, tuple((id(site.module), site.site.via) for site in each.sites)) for each in listeners),
+    )
+
+
+class _Same:
+    """An object, equal to itself alone. It is held, so that no other takes its place in memory."""
+
+    def __init__(self, value: object) -> None:
+        self.value = value
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Same) and self.value is other.value
+
+
+def _state_of(network: nn.Module) -> list[Any]:
+    """What a graph holds on to: where weights lie, and what Python decides by."""
+    state: list[Any] = [tensor.data_ptr() for tensor in (*network.parameters(), *network.buffers())]
+    for module in network.modules():
+        state += [_decided_by(value) for name, value in vars(module).items() if name not in _TORCH]
+    return state
+
+
+_TORCH = frozenset(vars(nn.Module())) - {"training"}
+"""What every module has: its parts, and hooks, which are looked at elsewhere."""
+
+
+def _decided_by(value: Any, depth: int = 2) -> Any:
+    """A copy of numbers, words and what is made of them; anything else itself, with its own attributes."""
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    if depth and isinstance(value, dict):
+        return [(name, _decided_by(one, depth - 1)) for name, one in value.items()]
+    if depth and isinstance(value, list | tuple):
+        return [_decided_by(one, depth - 1) for one in value]
+    if depth and not isinstance(value, nn.Module | Tensor | type) and hasattr(value, "__dict__"):
+        return [_Same(value), *(_decided_by(one, depth - 1) for one in vars(value).values())]
+    return _Same(value)
+
+
+@dataclass(eq=False)
+class _Graphs:
+    """Those of one network; they share memory, as only one of them runs at a time."""
+
+    captured: dict[Any, _CapturedCall | None] = field(default_factory=dict)
+    """None: it cannot be."""
+    pool: Any = field(default_factory=lambda: torch.cuda.graph_pool_handle())
+    _state: list[Any] = field(default_factory=list)
+
+    def forget_changed(self, state: list[Any]) -> None:
+        """Graphs of another state than this would go on in it."""
+        if state != self._state:
+            self.captured.clear()
+            self._state = state
+
+    def keep(self, key: Any, captured: _CapturedCall | None) -> None:
+        """In the place of the oldest."""
+        while len(self.captured) >= KEPT:
+            del self.captured[next(iter(self.captured))]
+        self.captured[key] = captured
+
+
+_KEPT: WeakKeyDictionary[nn.Module, _Graphs] = WeakKeyDictionary()
+
+
+def _checked(
+    network: nn.Module, inputs: Sequence[Tensor], listeners: Sequence[Listener], pool: Any, expected: Tensor
+) -> _CapturedCall | None:
+    """A graph that gives what is expected of these inputs, or None, with a line that says why."""
+    try:
+        with torch.cuda.stream(torch.cuda.current_stream()):  # a capture that fails leaves another one behind
+            captured = _CapturedCall(network, inputs, listeners, pool)
+        found = captured.replay((), inputs)
+        if bool((found - expected).float().norm() <= TOLERANCE * expected.float().norm()):
+            return captured
+        reason = "a replay gives other values"
+    except RuntimeError as error:  # what the driver says, out of memory included
+        reason = f"{type(error).__name__}: {error}"
+    warnings.warn(
+        f"Images are sampled without CUDA graphs, so more slowly ({reason}). sampling.cuda_graphs=false does not try.",
+        stacklevel=2,
+    )
+    return None
+
+
+class _CapturedCall:
+    """One call of a network in pieces, each a graph; after all but the last, somebody is told of a layer."""
+
+    def __init__(self, network: nn.Module, inputs: Sequence[Tensor], listeners: Sequence[Listener], pool: Any) -> None:
+        self._pool = pool
+        self._stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        self._graphs: list[torch.cuda.CUDAGraph] = []
+        self._told: list[tuple[int, int, AttentionInputs]] = []
+        """Number of a listener, of one of its sites, and what the site attends with."""
+        self._mailbox: Tensor | None = None
+        with torch.inference_mode(False), torch.no_grad():  # to be written later, in whichever mode
+            self._inputs = [tensor.clone() for tensor in inputs]
+        rounding = torch.autocast(
+            "cuda",
+            torch.get_autocast_dtype("cuda"),
+            enabled=torch.is_autocast_enabled("cuda"),
+            cache_enabled=False,  # what it kept of the weights would be gone before a replay
+        )
+        with rounding, ExitStack() as diverted, ExitStack() as self._piece:
+            for number, listener in enumerate(listeners):
+                diverted.enter_context(listener.diverted(partial(self._cut, number, listener.sites)))
+            self._begin()
+            self._output = _called(network, *self._inputs)
+
+    def replay(self, listeners: Sequence[Listener], inputs: Sequence[Tensor]) -> Tensor:
+        """The call with other values; ``listeners`` are those of the capture, in their order, or none."""
+        for own, given in zip(self._inputs, inputs, strict=True):
+            own.copy_(given)
+        with ExitStack() as frames:
+            for listener in listeners:
+                frames.enter_context(listener.hearing(*inputs))
+            for position, graph in enumerate(self._graphs):
+                graph.replay()
+                if listeners and position < len(self._told):
+                    number, site, attended = self._told[position]
+                    listeners[number].deliver(listeners[number].sites[site], attended)
+        return self._output.clone()
+
+    def _begin(self) -> None:
+        self._graphs.append(torch.cuda.CUDAGraph())
+        # Other threads (loaders that pin memory, NCCL's watchdog) may go on calling CUDA.
+        self._piece.enter_context(
+            torch.cuda.graph(self._graphs[-1], self._pool, self._stream, capture_error_mode="thread_local")
+        )
+
+    def _cut(
+        self, number: int, sites: Sequence[SiteModule], site: SiteModule, _: Frame, attended: AttentionInputs
+    ) -> None:
+        position = next(position for position, one in enumerate(sites) if one is site)
+        self._told.append((number, position, self._posted(attended)))
+        self._piece.close()
+        self._begin()
+
+    def _posted(self, attended: AttentionInputs) -> AttentionInputs:
+        """Copies in the mailbox: layers are told of one after the other, and none needs memory of its own."""
+        parts = (attended.generated, attended.reference)
+        starts = [0, -(-_bytes(parts[0]) // _ALIGNMENT) * _ALIGNMENT]
+        needed = starts[1] + _bytes(parts[1])
+        if self._mailbox is None or len(self._mailbox) < needed:
+            self._mailbox = torch.empty(needed, dtype=torch.uint8, device=parts[0].device)
+        copies = []
+        for part, start in zip(parts, starts, strict=True):
+            rows, heads, tokens, channels = part.shape
+            flat = self._mailbox[start : start + _bytes(part)].view(part.dtype)
+            copies.append(flat.view(rows, tokens, heads, channels).transpose(1, 2).copy_(part))
+        return AttentionInputs(copies[0], copies[1], attended.scale)
+
+
+def _bytes(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
