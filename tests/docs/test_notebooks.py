@@ -105,7 +105,7 @@ def test_refine_your_model_in_full(tmp_path: Path) -> None:
     text = run("02_refine_your_model", tmp_path)
     (baseline,) = numbers(text, r"baseline: attention is ([\d.]+) patches")
     (refined,) = numbers(text, r"refined: attention is ([\d.]+) patches")
-    assert refined < 0.75 * baseline
+    assert refined < 0.85 * baseline  # the heap begins to unfold, says the text
     assert re.search(r"Correspondence error ↓ .*\| better \|", text)
 
 

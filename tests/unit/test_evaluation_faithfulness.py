@@ -380,7 +380,7 @@ def test_sensitivity_is_the_norm_of_the_jacobian(make_small_model, read_batch, m
     batch["inpaint_mask"][0] = True
     asked_at = []
 
-    def denoise(noisy: Tensor, timesteps: Tensor, conditions) -> Tensor:  # type: ignore[no-untyped-def]
+    def denoise(noisy: Tensor, timesteps: Tensor, conditions, call=None) -> Tensor:  # type: ignore[no-untyped-def]
         asked_at.append(int(timesteps[0]))
         made = torch.zeros_like(noisy).flatten(2)
         made[:, 1, :tokens] = conditions.tokens[..., 3] * weight
