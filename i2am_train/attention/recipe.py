@@ -324,7 +324,9 @@ def named_modules(root: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """
     for path, module in root.named_modules():
         if uncompiled(module) is module:
-            yield ".".join(name for name in path.split(".") if name != _COMPILED), module
+            if _COMPILED in path:
+                path = ".".join(name for name in path.split(".") if name != _COMPILED)
+            yield path, module
 
 
 def part(target: Any, path: str) -> nn.Module | None:

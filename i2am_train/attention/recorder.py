@@ -51,6 +51,7 @@ class SiteRecorder:
     places: SitePlaces | None = None
     key_tokens: int = 0
     heads: int | None = None
+    _sizes: tuple[int, int, GridSize] | None = None
     _weights: Tensor | None = None
     _last_call: int = -1
 
@@ -63,11 +64,8 @@ class SiteRecorder:
         """Reduce what the conditional rows of one evaluation attend with, and keep the result."""
         self._check_once_per_frame(frame)
         self._check_device(inputs.generated)
-        _, self.heads, queries_count, _ = inputs.generated.shape
-        self.key_tokens = inputs.reference.shape[2]
-        places = self._same_places(
-            self.site.places(queries_count, self.key_tokens, frame.latent), inputs.generated.device
-        )
+        self.heads = inputs.generated.shape[1]
+        places = self._same_places(frame, inputs)
         queries = places.generated.take(inputs.generated)
         keys = places.reference.take(inputs.reference)
         means = column_means(
@@ -131,9 +129,14 @@ class SiteRecorder:
             numbers=layer_numbers(self.site.layer, model),
         )
 
-    def _same_places(self, places: SitePlaces, device: torch.device) -> SitePlaces:
-        """Those of the first evaluation, whose index went to the device once."""
+    def _same_places(self, frame: Frame, inputs: AttentionInputs) -> SitePlaces:
+        """Those of the first evaluation, whose index went to the device once; looked for again where sizes differ."""
+        sizes = (inputs.generated.shape[2], inputs.reference.shape[2], frame.latent)
+        if self.places is not None and sizes == self._sizes:
+            return self.places
+        places = self.site.places(*sizes)
         if self.places is None:
+            device = inputs.generated.device
             self.places = SitePlaces(places.generated.on(device), places.reference.on(device))
         for now, before in zip(places, self.places, strict=True):
             if (now.count, now.grid) != (before.count, before.grid):
@@ -141,6 +144,7 @@ class SiteRecorder:
                     f"The tokens of layer {self.site.layer} changed from {before.count} to "
                     f"{now.count} during the trace. Use one trace per picture size."
                 )
+        self._sizes, self.key_tokens = sizes, sizes[1]
         return self.places
 
     def _check_once_per_frame(self, frame: Frame) -> None:

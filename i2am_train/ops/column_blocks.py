@@ -12,8 +12,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -40,14 +38,13 @@ def column_means(
 
     ``shares`` of the generated tokens sum to one in each sample, or are all zero; None: all count the same.
     """
-    batch, heads, rows, channels = generated.shape
+    batch, heads, rows, _ = generated.shape
     columns = reference.shape[2]
-    flat_generated = at_least_float32(generated).reshape(batch * heads, rows, channels)
-    flat_reference = at_least_float32(reference).reshape(batch * heads, columns, channels)
-    weights = _row_weights(shares, flat_generated, heads)
-    work = _Work.plan(flat_generated, columns, byte_budget)
+    flat_generated = at_least_float32(generated).flatten(0, 1)
+    flat_reference = at_least_float32(reference).flatten(0, 1)
+    work = _Work(flat_generated, flat_reference, scale, _row_weights(shares, flat_generated, heads), byte_budget)
     with torch.autocast(generated.device.type, enabled=False):
-        to_generated, to_reference = _all_heads(flat_generated, flat_reference, scale, weights, work)
+        to_generated, to_reference = work.means()
     return to_generated.view(batch, heads, rows), to_reference.view(batch, heads, columns)
 
 
@@ -69,169 +66,108 @@ def _row_weights(shares: Tensor | None, generated: Tensor, heads: int) -> Tensor
     return shares.to(generated.dtype).unsqueeze(1).expand(-1, heads, -1).reshape(count, rows)
 
 
-@dataclass(frozen=True)
 class _Work:
-    """How many heads and rows are worked on at a time; whether exponentials are kept for the second sum."""
+    """Heads whose logits are made block by block in one scratch buffer: a few heads, or some rows of one head, at a
+    time."""
 
-    heads: int
-    rows: int
-    keeps_exponentials: bool
+    def __init__(self, generated: Tensor, reference: Tensor, scale: float, weights: Tensor, byte_budget: int) -> None:
+        self._count, self._rows, _ = generated.shape
+        self._columns = reference.shape[1]
+        self._generated = generated  # head generated channel
+        self._reference = reference.mT  # head channel reference
+        self._weights = weights  # head generated
+        self._scale = scale
+        self._on_cpu = generated.device.type == "cpu"
+        row_bytes = self._columns * generated.element_size()
+        head_bytes = self._rows * row_bytes
+        block_bytes = min(byte_budget, CACHE_BLOCK_BYTES) if self._on_cpu else byte_budget
+        groups = math.ceil(self._count / max(1, block_bytes // head_bytes))
+        self._heads_at_once = math.ceil(self._count / groups)  # groups of one size: no small rest
+        self._rows_at_once = min(self._rows, max(1, block_bytes // row_bytes))
+        self._keeps_exponentials = head_bytes <= byte_budget  # for the second sum
+        held = self._rows if self._keeps_exponentials else self._rows_at_once
+        self._scratch = generated.new_empty(self._heads_at_once, held, self._columns)
+        # What plain exponentials are summed to.
+        self._row = generated.new_empty(self._count, self._rows)
+        self._row_factors = generated.new_ones(self._count, 2, self._rows)  # weight / row sum, and one
+        self._over_rows = generated.new_zeros(self._count, 2, self._columns)  # weighed by these
+        self._to_generated = generated.new_empty(self._count, 1, self._rows)
 
-    @classmethod
-    def plan(cls, generated: Tensor, columns: int, byte_budget: int) -> _Work:
-        count, rows, _ = generated.shape
-        row_bytes = columns * generated.element_size()
-        head_bytes = rows * row_bytes
-        on_cpu = generated.device.type == "cpu"
-        block_bytes = min(byte_budget, CACHE_BLOCK_BYTES) if on_cpu else byte_budget
-        groups = math.ceil(count / max(1, block_bytes // head_bytes))
-        return cls(
-            heads=math.ceil(count / groups),  # groups of one size: no small rest
-            rows=min(rows, max(1, block_bytes // row_bytes)),
-            keeps_exponentials=head_bytes <= byte_budget,
-        )
+    def means(self) -> tuple[Tensor, Tensor]:
+        """Both column means, ``[head, generated]`` and ``[head, reference]``."""
+        groups = list(slices(self._count, self._heads_at_once))
+        if self._on_cpu:
+            for heads in groups:
+                self._direct(heads)
+        # Elsewhere, whether plain exponentials fit is not known without waiting for the device.
+        for heads in self._out_of_bounds() if self._on_cpu else groups:
+            self._stabilised(heads)
+        return self._to_generated, self._over_rows[:, 0].contiguous()
 
-
-def _all_heads(
-    generated: Tensor, reference: Tensor, scale: float, weights: Tensor, work: _Work
-) -> tuple[Tensor, Tensor]:
-    count, rows, _ = generated.shape
-    columns = reference.shape[1]
-    scratch_rows = rows if work.keeps_exponentials else work.rows
-    scratch = generated.new_empty(work.heads * scratch_rows * columns)
-    sums = _Sums.empty(generated, columns)
-    on_cpu = generated.device.type == "cpu"
-    for heads in slices(count, work.heads):
-        group = _Group(generated[heads], reference[heads].mT, scale, scratch, work)
-        if on_cpu:
-            group.direct(weights[heads], sums.of(heads))
-        else:  # whether plain exponentials fit is not known without waiting for the device
-            sums.to_generated[heads], sums.to_reference[heads] = group.stabilised(weights[heads])
-    if not on_cpu:
-        return sums.to_generated, sums.to_reference.contiguous()
-    to_generated, to_reference = sums.to_generated, sums.to_reference.contiguous()
-    for head in sums.out_of_bounds():
-        single = _Group(generated[head, None], reference[head, None].mT, scale, scratch, work)
-        to_generated[head], to_reference[head] = single.stabilised(weights[head, None])
-    return to_generated, to_reference
-
-
-class _Sums(NamedTuple):
-    """What plain exponentials ``E`` are summed to, per head."""
-
-    row: Tensor  # head generated
-    to_generated: Tensor  # head generated
-    over_rows: Tensor  # head 2 reference: weighed by `row_factors`
-    row_factors: Tensor  # head 2 generated: weight / row sum, and one
-
-    @classmethod
-    def empty(cls, generated: Tensor, columns: int) -> _Sums:
-        count, rows, _ = generated.shape
-        return cls(
-            generated.new_empty(count, rows),
-            generated.new_empty(count, rows),
-            generated.new_zeros(count, 2, columns),
-            generated.new_ones(count, 2, rows),
-        )
-
-    def of(self, heads: slice) -> _Sums:
-        return _Sums(*(values[heads] for values in self))
-
-    @property
-    def to_reference(self) -> Tensor:
-        return self.over_rows[:, 0]
-
-    @property
-    def column(self) -> Tensor:
-        return self.over_rows[:, 1]
-
-    def out_of_bounds(self) -> list[int]:
-        """Heads with a sum that is not finite or near the ends of float32; rare, so that all are looked at together
-        first."""
-        sums = torch.cat((self.row, self.column), dim=1)
-        if _in_bounds(*sums.aminmax()):
-            return []
-        return (~_in_bounds(*sums.aminmax(dim=1))).nonzero().flatten().tolist()
-
-
-@dataclass(frozen=True)
-class _Group:
-    """A few heads whose logits are made block by block in a shared scratch buffer."""
-
-    generated: Tensor  # head generated channel
-    reference: Tensor  # head channel reference
-    scale: float
-    scratch: Tensor
-    work: _Work
-
-    def direct(self, weights: Tensor, sums: _Sums) -> None:
-        """Column means from plain exponentials, into `sums`.
+    def _direct(self, heads: slice) -> None:
+        """Column means from plain exponentials.
 
         With ``E = exp(logits)``, ``to_reference = sum_n w[n] / row_sum[n] * E[n]`` and the column sums are two rows of
-        one small product per block, ``to_generated = E @ (1 / column_sum) / M`` is a second sweep over ``E``.
+        one small product per block, ``to_generated = (1 / column_sum) @ E.T / M`` is a second sweep over ``E``.
         """
         for rows in self._row_blocks():
-            block = self._exponentials(rows)
-            row, factors = sums.row[:, rows], sums.row_factors[:, :, rows]
+            block = self._logits(heads, rows).exp_()
+            row, factors = self._row[heads, rows], self._row_factors[heads, :, rows]
             torch.sum(block, dim=2, out=row)
-            torch.div(weights[:, rows], row, out=factors[:, 0])
-            sums.over_rows.baddbmm_(factors, block)
-        inverse = (sums.column * self.reference.shape[2]).reciprocal_().unsqueeze(2)
-        to_generated = sums.to_generated.unsqueeze(2)
-        for rows in self._row_blocks(again=True):
-            block = self._exponentials(rows, again=True)
-            torch.bmm(block, inverse, out=to_generated[:, rows])
+            torch.div(self._weights[heads, rows], row, out=factors[:, 0])
+            self._over_rows[heads].baddbmm_(factors, block)
+        inverse = (self._over_rows[heads, 1:] * self._columns).reciprocal_()
+        if self._keeps_exponentials:
+            block = self._place(heads, slice(self._rows))
+            torch.bmm(inverse, block.mT, out=self._to_generated[heads])  # a matrix times a column would take longer
+            return
+        for rows in self._row_blocks():
+            block = self._logits(heads, rows).exp_()
+            torch.bmm(inverse, block.mT, out=self._to_generated[heads, :, rows])
 
-    def stabilised(self, weights: Tensor) -> tuple[Tensor, Tensor]:
+    def _out_of_bounds(self) -> list[slice]:
+        """Heads with a sum that is not finite or near the ends of float32; rare, so that all are looked at together
+        first."""
+        both = self._row, self._over_rows[:, 1]
+        if all(_in_bounds(*map(float, sums.aminmax())) for sums in both):
+            return []
+        ends = zip(*(end.tolist() for sums in both for end in sums.aminmax(dim=1)), strict=True)
+        return [slice(head, head + 1) for head, each in enumerate(ends) if not _in_bounds(*each)]
+
+    def _stabilised(self, heads: slice) -> None:
         """Column means with the maximum of every row and column subtracted: any logits, two exponentials each."""
-        columns = self.reference.shape[2]
-        to_reference = self.generated.new_zeros(self.reference.shape[0], columns)
+        to_reference = self._over_rows[heads, :1].zero_()
         column_lse: Tensor | None = None
-        for rows in self._row_blocks(chunked=True):
-            logits = self._logits(rows)
-            block_lse = logits.logsumexp(dim=1)
+        for rows in self._row_blocks():
+            logits = self._logits(heads, rows)
+            block_lse = logits.logsumexp(dim=1, keepdim=True)
             column_lse = block_lse if column_lse is None else torch.logaddexp(column_lse, block_lse)
-            scores = logits.softmax(dim=2)
-            to_reference += torch.bmm(weights[:, None, rows], scores).squeeze(1)
+            to_reference += torch.bmm(self._weights[heads, None, rows], logits.softmax(dim=2))
         assert column_lse is not None, "an attention has at least one generated token"
-        to_generated = self.generated.new_empty(self.generated.shape[:2])
-        for rows in self._row_blocks(chunked=True):
-            scores = self._logits(rows).sub_(column_lse.unsqueeze(1)).exp_()
-            to_generated[:, rows] = scores.mean(dim=2)
-        return to_generated, to_reference
+        for rows in self._row_blocks():
+            scores = self._logits(heads, rows).sub_(column_lse).exp_()
+            self._to_generated[heads, 0, rows] = scores.mean(dim=2)
 
-    def _row_blocks(self, *, again: bool = False, chunked: bool = False) -> Iterator[slice]:
-        """Row ranges of the blocks; a second sweep over kept exponentials is one single block."""
-        total = self.generated.shape[1]
-        whole = again and self.work.keeps_exponentials and not chunked
-        return slices(total, total if whole else self.work.rows)
+    def _row_blocks(self) -> Iterator[slice]:
+        return slices(self._rows, self._rows_at_once)
 
-    def _exponentials(self, rows: slice, *, again: bool = False) -> Tensor:
-        block = self._block(rows)
-        if again and self.work.keeps_exponentials:
-            return block
-        return self._product(rows, block).exp_()
-
-    def _logits(self, rows: slice) -> Tensor:
-        return self._product(rows, self._block(rows))
-
-    def _block(self, rows: slice) -> Tensor:
+    def _place(self, heads: slice, rows: slice) -> Tensor:
         """The scratch of these rows: their own place if exponentials are kept, else the shared start."""
-        count, columns = self.reference.shape[0], self.reference.shape[2]
-        held = self.generated.shape[1] if self.work.keeps_exponentials else self.work.rows
-        matrix = self.scratch[: count * held * columns].view(count, held, columns)
-        return matrix[:, rows] if self.work.keeps_exponentials else matrix[:, : rows.stop - rows.start]
+        place = rows if self._keeps_exponentials else slice(rows.stop - rows.start)
+        return self._scratch[: heads.stop - heads.start, place]
 
-    def _product(self, rows: slice, out: Tensor) -> Tensor:
-        if out.shape[0] == 1:  # a strided single matrix product is faster than a batch of one
-            generated, reference, single = self.generated[0, rows], self.reference[0], out[0]
-            torch.addmm(single, generated, reference, beta=0, alpha=self.scale, out=single)
+    def _logits(self, heads: slice, rows: slice) -> Tensor:
+        out = self._place(heads, rows)
+        if len(out) == 1:  # a strided single matrix product is faster than a batch of one
+            head, single = heads.start, out[0]
+            generated, reference = self._generated[head, rows], self._reference[head]
+            torch.addmm(single, generated, reference, beta=0, alpha=self._scale, out=single)
         else:
-            generated = self.generated[:, rows]
-            torch.baddbmm(out, generated, self.reference, beta=0, alpha=self.scale, out=out)
+            generated, reference = self._generated[heads, rows], self._reference[heads]
+            torch.baddbmm(out, generated, reference, beta=0, alpha=self._scale, out=out)
         return out
 
 
-def _in_bounds(low: Tensor, high: Tensor) -> Tensor:
-    """Whether all between the smallest and the largest sum can be trusted (False for NaN)."""
-    return (low > _SMALLEST_SUM) & (high < _LARGEST_SUM)
+def _in_bounds(*sums: float) -> bool:
+    """Whether sums can be trusted (False for NaN)."""
+    return all(_SMALLEST_SUM < one < _LARGEST_SUM for one in sums)
