@@ -40,6 +40,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
 from i2am_train.attention import ScoreTap
+from i2am_train.attention.compiled import guard_hooks
 from i2am_train.config.objective import ObjectiveConfig
 from i2am_train.data.cache import ENCODED, LatentCache
 from i2am_train.data.dataset import CachedDataset, TryOnDataset
@@ -52,7 +53,6 @@ from i2am_train.models.tryon import TryOnConfig, TryOnModel
 from i2am_train.ops.grids import mask_on_grid
 from i2am_train.reporting.table import markdown_lines
 from i2am_train.training.encode_dataset import make_cache
-from i2am_train.training.optimization import guard_hooks
 from i2am_train.training.step import Draws, draw, encode_pictures, step_losses
 from i2am_train.types import GridSize, Pairing, Split
 

@@ -42,6 +42,7 @@ from torch.utils.data import Dataset
 from torch.utils.flop_counter import FlopCounterMode
 
 from i2am_train.attention import trace
+from i2am_train.attention.compiled import guard_hooks
 from i2am_train.config.store import compose
 from i2am_train.data.cache import ENCODED, TOKENS
 from i2am_train.data.module import TryOnDataModule
@@ -52,7 +53,6 @@ from i2am_train.reporting.figures.canvas import STYLE, save_figure
 from i2am_train.reporting.table import markdown_lines
 from i2am_train.trainers import make_trainer
 from i2am_train.training.module import TryOnModule
-from i2am_train.training.optimization import guard_hooks
 from i2am_train.training.step import encode_pictures
 from i2am_train.types import GridSize
 

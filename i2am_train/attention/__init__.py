@@ -1,5 +1,6 @@
 """Attention capture and attribution maps: `trace` a sampling run, then ask its maps; `ScoreTap` for training."""
 
+from i2am_train.attention.compiled import guard_hooks
 from i2am_train.attention.frames import Frame, announce
 from i2am_train.attention.known import KnownModel, Signature, diffusers_decoder, known_models, register
 from i2am_train.attention.lookup import detect_recipe, named_recipe
@@ -38,6 +39,7 @@ __all__ = [
     "detect_recipe",
     "diffusers_decoder",
     "find_layer",
+    "guard_hooks",
     "known_models",
     "layer_name",
     "load_maps",

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -20,17 +20,17 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from i2am_train.attention.compiled import CompiledBlocks
 from i2am_train.attention.frames import Frame, announced_evaluation
-from i2am_train.attention.hooks import AttentionInputs, ChangeKeys, Probe, Refuse, changes_scores, make_probe
+from i2am_train.attention.hooks import AttentionInputs, ChangeKeys, Probe, changes_scores, make_probe
 from i2am_train.attention.lookup import SiteModule
 from i2am_train.attention.recipe import LatentSize, Recipe
 from i2am_train.errors import CaptureError
 from i2am_train.types import GridSize
 
 
-def _refuse_masks(site: SiteModule, is_open: Callable[[], bool], refuse: Refuse) -> RemovableHandle:
-    """Refuse calls of a module in which a mask keeps tokens from the reference: the maps would give them a share that
-    they do not have."""
+def _find_masks(site: SiteModule, is_open: Callable[[], bool], found: Callable[[str, Any], None]) -> RemovableHandle:
+    """Calls ``found`` with name and value of a mask that a call of the module is given."""
     names = list(inspect.signature(site.module.forward).parameters)
     places = {name: names.index(name) if name in names else sys.maxsize for name in site.site.masks}
 
@@ -40,12 +40,7 @@ def _refuse_masks(site: SiteModule, is_open: Callable[[], bool], refuse: Refuse)
         for name, place in places.items():
             mask = args[place] if place < len(args) else kwargs.get(name)
             if mask is not None:
-                error = CaptureError(
-                    f"Layer {site.layer} attends under a mask ({name}), and maps of the scores without it would not be "
-                    "what the model saw. Call the model without it (drop the tokens that it hides), or leave this "
-                    "layer out of the recipe."
-                )
-                refuse(_masks_anything(mask), error)
+                found(name, mask)
 
     return site.module.register_forward_pre_hook(look, with_kwargs=True)
 
@@ -98,18 +93,22 @@ class Listener:
     """None: nothing is changed."""
     late: bool = False
     """Masks that an accelerator holds are looked at by `settle`, and not at the call, which would wait for it."""
+    compiled: Mapping[SiteModule, nn.Module] = field(default_factory=dict)
+    """Sites in compiled blocks, which are heard once the block has run (`compiled_blocks`)."""
     _handles: list[RemovableHandle] = field(default_factory=list)
     _frame: Frame | None = None
     _calls: int = 0
     _probes: list[Probe] = field(init=False)
+    _blocks: CompiledBlocks = field(init=False)
     _doubts: list[tuple[Tensor, CaptureError]] = field(default_factory=list)
     _signature: inspect.Signature = field(init=False)
 
     def __post_init__(self) -> None:
+        self._blocks = CompiledBlocks(self.compiled, self._is_open)
         self._probes = [
             make_probe(
                 site,
-                partial(self.deliver, site),
+                self._blocks.later(site, partial(self.deliver, site)),
                 self._is_open,
                 self.change_keys and partial(self._changed, site),
                 self._refuse_if,
@@ -130,6 +129,15 @@ class Listener:
         elif wrong:
             raise error
 
+    def _refuse_mask(self, site: SiteModule, name: str, mask: Any) -> None:
+        """Of a mask that keeps tokens from the reference: the maps would give them a share that they do not have."""
+        error = CaptureError(
+            f"Layer {site.layer} attends under a mask ({name}), and maps of the scores without it would not be what "
+            "the model saw. Call the model without it (drop the tokens that it hides), or leave this layer out of the "
+            "recipe."
+        )
+        self._refuse_if(_masks_anything(mask), error)
+
     def attach(self) -> None:
         """Register all hooks; refuses a root that already has a listener of this kind."""
         if any(self.kind == other.kind for other in listeners_of(self.root)):
@@ -142,11 +150,14 @@ class Listener:
         _ATTACHED.setdefault(self.root, WeakSet()).add(self)
         self._handles = [
             self.root.register_forward_pre_hook(self._called, with_kwargs=True),
+            *([self.root.register_forward_hook(self._blocks.pass_on)] if self.compiled else []),
             self.root.register_forward_hook(self._close, always_call=True),
         ]
         for site, each in zip(self.sites, self._probes, strict=True):
-            self._handles.append(_refuse_masks(site, self._is_open, self._refuse_if))
+            found = self._blocks.later(site, partial(self._refuse_mask, site))
+            self._handles.append(_find_masks(site, self._is_open, found))
             self._handles += each.attach()
+        self._blocks.attach()
 
     def _check_timestep(self, signature: inspect.Signature) -> None:
         """Refuse a name that the recipe gives and the forward has not; the default need not be there."""
@@ -162,6 +173,7 @@ class Listener:
         """Remove every hook; harmless when there is none."""
         for handle in self._handles:
             handle.remove()
+        self._blocks.detach()
         _ATTACHED.get(self.root, WeakSet()).discard(self)
         self._handles = []
         self._close()
@@ -238,14 +250,3 @@ class Listener:
         assert self._frame is not None, "probes ask inside a frame"
         assert self.change_keys is not None, "else no probe asks"
         return self.change_keys(site, self._frame, keys)
-
-
-def eager_while_listening() -> AbstractContextManager[object]:
-    """Keeps compiled functions from running: hooks added after a compilation are silently ignored.
-
-    Free when nothing was compiled: the compiler is not even imported then.
-    """
-    if "torch._dynamo" not in sys.modules:
-        return nullcontext()
-    stance: AbstractContextManager[object] = torch.compiler.set_stance("force_eager")
-    return stance

@@ -15,10 +15,11 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
+from i2am_train.attention.compiled import compiled_blocks, eager_while_listening
 from i2am_train.attention.evaluations import Evaluation, check_order, group_steps, read_evaluations
 from i2am_train.attention.frames import Frame, hear_branches
 from i2am_train.attention.hooks import AttentionInputs
-from i2am_train.attention.listener import Listener, eager_while_listening
+from i2am_train.attention.listener import Listener
 from i2am_train.attention.lookup import SiteModule, SitePlaces, choose_sites, chosen_recipe, resolve_root, resolve_sites
 from i2am_train.attention.maps import AttributionMaps
 from i2am_train.attention.recipe import LayerId, Recipe, Rows, replace_backend, with_rows
@@ -60,6 +61,13 @@ def trace(
     observes all sites by another backend than the recipe says (`Backend`): ``"sdpa"`` reads the arguments of
     ``scaled_dot_product_attention``. ``rows`` says which rows of each call are conditional (`Rows`), where neither
     sampler nor pipeline says it: a denoiser in a loop of your own.
+
+    Blocks compiled one by one (``block.compile()``, ``compile_repeated_blocks()`` of diffusers) stay compiled,
+    each in one graph, if `guard_hooks` was called before the model's first compiled call. Those that are listened to
+    are compiled once more at the first trace, one graph for each shape, which later traces use. Every other compiled
+    model runs uncompiled inside the block: compiled whole, or under the compiler's own setting
+    (``torch._dynamo.config.skip_nnmodule_hook_guards = True``), which ignores hooks that come later, or with
+    ``via="sdpa"``.
 
     The images are bit-identical with and without; all hooks are gone after the block, also when it fails. Raises
     `CaptureError` for a model that does not fit the recipe, and as soon as a call is made whose maps would not be those
@@ -116,9 +124,13 @@ class Trace:
         matrix_layers = self._matrix_layers
         with_matrices = set(sites if matrix_layers is None else choose_sites(sites, matrix_layers, self._model))
         opened = partial(self._open, root)
-        listener = self._listener = Listener(root, self.recipe, sites, self._record, "trace", opened, late=True)
+        compiled = compiled_blocks(self._target, self.recipe, root, sites)
+        listener = self._listener = Listener(
+            root, self.recipe, sites, self._record, "trace", opened, late=True, compiled=compiled
+        )
         with ExitStack() as stack:
-            stack.enter_context(eager_while_listening())
+            if not compiled:
+                stack.enter_context(eager_while_listening())
             self._branch = stack.enter_context(hear_branches(root))
             stack.callback(listener.detach)
             listener.attach()

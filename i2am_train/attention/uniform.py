@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from i2am_train.attention.compiled import eager_while_listening
 from i2am_train.attention.frames import Frame, hear_branches
-from i2am_train.attention.listener import Listener, eager_while_listening
+from i2am_train.attention.listener import Listener
 from i2am_train.attention.lookup import SiteModule, choose_sites, chosen_recipe, resolve_root, resolve_sites
 from i2am_train.attention.recipe import LayerId, Recipe
 from i2am_train.errors import CaptureError

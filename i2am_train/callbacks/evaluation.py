@@ -14,6 +14,7 @@ import numpy as np
 from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
 from PIL import Image
 
+from i2am_train.attention.compiled import eager_while_listening
 from i2am_train.config.evaluation import AttributionConfig, EvaluationConfig
 from i2am_train.config.models import SamplingConfig
 from i2am_train.evaluation.evaluator import (
@@ -72,7 +73,8 @@ class EvaluationCallback(L.Callback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, *_: Any
     ) -> None:
         assert isinstance(pl_module, TryOnModule) and self._evaluator is not None
-        made = self._evaluator.update(pl_module.model, batch, self._faithful)
+        with eager_while_listening():  # compiled blocks would be compiled again for a few pictures of other shapes
+            made = self._evaluator.update(pl_module.model, batch, self._faithful)
         self._panels |= {one.index: one.panels() for one in made if one.index in self._wanted}
 
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:

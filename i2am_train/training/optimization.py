@@ -9,6 +9,7 @@ from torch import nn
 from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
+from i2am_train.attention.compiled import guard_hooks
 from i2am_train.config.training import OptimizationConfig
 from i2am_train.errors import ConfigError
 from i2am_train.models.tryon import TryOnModel
@@ -121,35 +122,6 @@ def prepare_networks(model: TryOnModel, options: OptimizationConfig) -> None:
         guard_hooks()
         # The blocks that repeat, and not the whole: each of their shapes is compiled once, in a fifth of the time.
         model.unet.compile_repeated_blocks(dynamic=False)
-
-
-def guard_hooks() -> None:
-    """Makes torch.compile notice hooks that come and go; call it before the first compiled step.
-
-    By default it reuses what it compiled for a module where only the hooks differ. A tap's hooks would be silently
-    ignored where it is attached after the first step, or beside a block of the same code under gradient checkpointing.
-
-    A hook that keeps what it sees in a checkpointed block breaks the graph into a piece for each layer, unless the
-    compiler may keep it from running again when the block is recomputed. The tap's hooks would do nothing then; older
-    versions of torch have no such option, and more graphs.
-    """
-    import torch._dynamo
-
-    config = torch._dynamo.config
-    # Each of a block's shapes, and each layer that is listened to, is a graph of the same code; beyond the limit, which
-    # is 8, the compiler would leave the rest as it is and say nothing.
-    config.recompile_limit = max(config.recompile_limit, 64)
-    config.skip_nnmodule_hook_guards = False
-    if hasattr(config, "skip_fwd_side_effects_in_bwd_under_checkpoint"):
-        config.skip_fwd_side_effects_in_bwd_under_checkpoint = True
-
-
-def compiled_graphs() -> int:
-    """How many graphs torch.compile has made in this process; where nothing breaks them, one for each shape of a
-    repeated block and for each layer that is listened to."""
-    from torch._dynamo.utils import counters
-
-    return int(counters["stats"]["unique_graphs"])
 
 
 def learning_rate_factor(step: int, options: OptimizationConfig) -> float:

@@ -14,12 +14,12 @@ import lightning as L
 import torch
 from torch import nn
 
+from i2am_train.attention.compiled import compiled_graphs
 from i2am_train.config.training import TrainConfig
 from i2am_train.errors import ConfigError, TrainingError
 from i2am_train.files import free_space
 from i2am_train.metrics.registry import METRICS, metric_names
 from i2am_train.models.tryon import TryOnModel
-from i2am_train.training.optimization import compiled_graphs
 
 _STEPS = 3
 """Optimizer steps of a rehearsal; the first one warms up and is not counted."""

@@ -6,7 +6,7 @@ import pytest
 import torch
 from diffusers import UNet2DConditionModel
 
-from i2am_train.attention import Recipe, ScoreTap, Site, Tokens, announce, diffusers_decoder, trace
+from i2am_train.attention import Recipe, ScoreTap, Site, Tokens, announce, diffusers_decoder, guard_hooks, trace
 from i2am_train.errors import CaptureError
 from i2am_train.models.sampling import sample
 from i2am_train.types import Direction, GridSize
@@ -59,8 +59,11 @@ def run(unet, **options):
 
 
 def hook_count(model):
+    """And compiled calls that something stands around."""
     kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_forward_hooks_always_called")
-    return sum(len(getattr(module, kind)) for module in model.modules() for kind in kinds)
+    calls = [module._compiled_call_impl for module in model.modules() if module._compiled_call_impl is not None]
+    surrounded = sum(not hasattr(call, "_torchdynamo_orig_callable") for call in calls)
+    return surrounded + sum(len(getattr(module, kind)) for module in model.modules() for kind in kinds)
 
 
 def add_slicing(unet):
@@ -74,14 +77,25 @@ def compile_it(unet):
     return unet
 
 
-VARIANTS = {"plain": lambda unet: unet, "lora": add_lora, "sliced": add_slicing, "compiled": compile_it}
+def compile_and_guard(unet):
+    guard_hooks()
+    return compile_it(unet)
+
+
+VARIANTS = {
+    "plain": lambda unet: unet, "lora": add_lora, "sliced": add_slicing, "compiled": compile_it,
+    "compiled, hooks guarded": compile_and_guard,
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module", params=list(VARIANTS))
 def variant(request, shared_unet):
-    yield VARIANTS[request.param](copy.deepcopy(shared_unet))
-    if request.param == "compiled":
-        torch.compiler.reset()
+    if not request.param.startswith("compiled"):
+        yield VARIANTS[request.param](copy.deepcopy(shared_unet))
+        return
+    with torch._dynamo.config.patch(skip_nnmodule_hook_guards=True):
+        yield VARIANTS[request.param](copy.deepcopy(shared_unet))
+    torch.compiler.reset()
 
 
 class TestEveryModel:

@@ -19,7 +19,7 @@ import torch
 from i2am_train.workflows import train as workflow
 from i2am_train.workflows.train import train
 from i2am_train.config.store import compose
-from i2am_train.training.optimization import compiled_graphs
+from i2am_train.attention.compiled import compiled_graphs
 from tests.support.trainings import curves, weights
 
 # Everything but the code that inductor writes, whose C++ takes minutes to compile (see test_attention_compiled.py).

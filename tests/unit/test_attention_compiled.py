@@ -17,7 +17,7 @@ from diffusers import UNet2DConditionModel
 from i2am_train.attention import ScoreTap, diffusers_decoder, trace
 from i2am_train.models.lora import add_adapters
 from i2am_train.ops.rows import log_head_scores
-from i2am_train.training.optimization import compiled_graphs, guard_hooks
+from i2am_train.attention.compiled import compiled_graphs, guard_hooks
 from i2am_train.types import GridSize
 
 kind = sys.argv[1]
