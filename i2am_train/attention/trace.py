@@ -19,7 +19,7 @@ from i2am_train.attention.compiled import compiled_blocks, eager_while_listening
 from i2am_train.attention.evaluations import Evaluation, check_order, group_steps, read_evaluations
 from i2am_train.attention.frames import Frame, hear_branches
 from i2am_train.attention.hooks import AttentionInputs
-from i2am_train.attention.listener import Listener
+from i2am_train.attention.listener import Listener, listeners_of
 from i2am_train.attention.lookup import SiteModule, SitePlaces, choose_sites, chosen_recipe, resolve_root, resolve_sites
 from i2am_train.attention.maps import AttributionMaps
 from i2am_train.attention.recipe import LayerId, Recipe, Rows, replace_backend, with_rows
@@ -124,7 +124,9 @@ class Trace:
         matrix_layers = self._matrix_layers
         with_matrices = set(sites if matrix_layers is None else choose_sites(sites, matrix_layers, self._model))
         opened = partial(self._open, root)
-        compiled = compiled_blocks(self._target, self.recipe, root, sites)
+        # torch 2.11 cannot compile a block whose hooks make objects for two listeners
+        alone = torch.__version__ >= (2, 14) or not listeners_of(root)
+        compiled = compiled_blocks(self._target, self.recipe, root, sites) if alone else {}
         listener = self._listener = Listener(
             root, self.recipe, sites, self._record, "trace", opened, late=True, compiled=compiled
         )
