@@ -67,7 +67,7 @@ def trace(
     are compiled once more at the first trace, one graph for each shape, which later traces use. Every other compiled
     model runs uncompiled inside the block: compiled whole, or under the compiler's own setting
     (``torch._dynamo.config.skip_nnmodule_hook_guards = True``), which ignores hooks that come later, or with
-    ``via="sdpa"``.
+    ``via="sdpa"``, or where a `ScoreTap` listens, too.
 
     The images are bit-identical with and without; all hooks are gone after the block, also when it fails. Raises
     `CaptureError` for a model that does not fit the recipe, and as soon as a call is made whose maps would not be those
@@ -124,9 +124,8 @@ class Trace:
         matrix_layers = self._matrix_layers
         with_matrices = set(sites if matrix_layers is None else choose_sites(sites, matrix_layers, self._model))
         opened = partial(self._open, root)
-        # torch 2.11 cannot compile a block whose hooks make objects for two listeners
-        alone = torch.__version__ >= (2, 14) or not listeners_of(root)
-        compiled = compiled_blocks(self._target, self.recipe, root, sites) if alone else {}
+        # With the hooks of two listeners in a block, torch 2.11's compiler fails (2.14's does not).
+        compiled = {} if listeners_of(root) else compiled_blocks(self._target, self.recipe, root, sites)
         listener = self._listener = Listener(
             root, self.recipe, sites, self._record, "trace", opened, late=True, compiled=compiled
         )
