@@ -409,7 +409,10 @@ def growth(check: Check) -> Figures:
     for size, tokens in [*((PICTURES[0], tokens) for tokens in REFERENCES), *((size, 1037) for size in PICTURES[1:])]:
         generated, reference = GridSize(size.height // cell, size.width // cell), REFERENCES[tokens]
         losses = LossBench(Case(generated, reference, 8), str(check.bench.device))
-        inputs = [one.detach().to(torch.bfloat16 if check.on_gpu else one.dtype) for one in losses.tokens[:2]]
+        inputs = [
+            one.detach().to(torch.bfloat16 if check.on_gpu else one.dtype)
+            for one in (losses.tokens.generated, losses.tokens.reference)
+        ]
         for name, work in (
             ("capture", lambda inputs=inputs: column_means(*inputs)),  # type: ignore[misc]
             ("losses", lambda losses=losses: losses.step("blocks")),  # type: ignore[misc]

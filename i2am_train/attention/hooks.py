@@ -7,9 +7,10 @@ module by either backend, and delivers `AttentionInputs`, so that nothing behind
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
-from typing import Any, NamedTuple
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -28,9 +29,11 @@ _SDPA = F.scaled_dot_product_attention
 """Torch's own function, also when somebody wraps it later."""
 
 
-class AttentionInputs(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class AttentionInputs:
     """What one site attends with in one evaluation: all rows of the batch, all tokens of both sequences. Its logits are
-    ``scale * generated . reference`` (eq. 3)."""
+    ``scale * generated . reference`` (eq. 3). It unpacks like a tuple, and is none: torch 2.11 compiles no hook that
+    keeps a named one."""
 
     generated: Float[Tensor, "row head generated channel"]
     """The queries."""
@@ -38,6 +41,9 @@ class AttentionInputs(NamedTuple):
     """The keys; of fewer heads where a run of heads shares them."""
     scale: float | None
     """None: ``channel ** -0.5``."""
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter((self.generated, self.reference, self.scale))
 
     def rows(self, rows: slice) -> AttentionInputs:
         """Some rows of the batch.
@@ -49,7 +55,7 @@ class AttentionInputs(NamedTuple):
 
     def per_head(self) -> AttentionInputs:
         """With keys of their own for all heads of queries: a copy where heads share them."""
-        return self._replace(reference=keys_per_head(self.reference, self.generated.shape[1]))
+        return replace(self, reference=keys_per_head(self.reference, self.generated.shape[1]))
 
 
 Deliver = Callable[[AttentionInputs], None]

@@ -19,7 +19,7 @@ from i2am_train.attention.compiled import compiled_blocks, eager_while_listening
 from i2am_train.attention.evaluations import Evaluation, check_order, group_steps, read_evaluations
 from i2am_train.attention.frames import Frame, hear_branches
 from i2am_train.attention.hooks import AttentionInputs
-from i2am_train.attention.listener import Listener, listeners_of
+from i2am_train.attention.listener import Listener
 from i2am_train.attention.lookup import SiteModule, SitePlaces, choose_sites, chosen_recipe, resolve_root, resolve_sites
 from i2am_train.attention.maps import AttributionMaps
 from i2am_train.attention.recipe import LayerId, Recipe, Rows, replace_backend, with_rows
@@ -67,7 +67,7 @@ def trace(
     are compiled once more at the first trace, one graph for each shape, which later traces use. Every other compiled
     model runs uncompiled inside the block: compiled whole, or under the compiler's own setting
     (``torch._dynamo.config.skip_nnmodule_hook_guards = True``), which ignores hooks that come later, or with
-    ``via="sdpa"``, or where a `ScoreTap` listens, too.
+    ``via="sdpa"``.
 
     The images are bit-identical with and without; all hooks are gone after the block, also when it fails. Raises
     `CaptureError` for a model that does not fit the recipe, and as soon as a call is made whose maps would not be those
@@ -124,8 +124,7 @@ class Trace:
         matrix_layers = self._matrix_layers
         with_matrices = set(sites if matrix_layers is None else choose_sites(sites, matrix_layers, self._model))
         opened = partial(self._open, root)
-        # With the hooks of two listeners in a block, torch 2.11's compiler fails (2.14's does not).
-        compiled = {} if listeners_of(root) else compiled_blocks(self._target, self.recipe, root, sites)
+        compiled = compiled_blocks(self._target, self.recipe, root, sites)
         listener = self._listener = Listener(
             root, self.recipe, sites, self._record, "trace", opened, late=True, compiled=compiled
         )

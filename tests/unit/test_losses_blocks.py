@@ -72,7 +72,7 @@ def attended(tokens: AttentionInputs, block_bytes: int | None, **changes: Any) -
         "target": target,
         "matches": partial(matches_on_grid, places, worn, GENERATED, REFERENCE),
         "log_heads": True,
-        "log_mass": log_reference_mass(*tokens[:2], slice(2, None)),
+        "log_mass": log_reference_mass(*(tokens.generated, tokens.reference), slice(2, None)),
         "slope": (0.5 + numbers(2)).to(tokens.generated),
         "pictures": Pictures(numbers(3, 20, 16), worn, numbers(3, 14, 9)),
         "conditioned": torch.tensor([True, True, False]),
@@ -84,7 +84,7 @@ def attended(tokens: AttentionInputs, block_bytes: int | None, **changes: Any) -
 def value_and_gradients(term: Callable[[Attention], Tensor], dtype: torch.dtype, block_bytes: int | None) -> Any:
     tokens = queries_and_keys(dtype)
     value = term(attended(tokens, block_bytes))
-    return value, *torch.autograd.grad(value.sum(), tokens[:2])
+    return value, *torch.autograd.grad(value.sum(), (tokens.generated, tokens.reference))
 
 
 @pytest.mark.parametrize("name", TERMS)
@@ -125,7 +125,9 @@ def test_several_layers_at_once() -> None:
         layers = [queries_and_keys(torch.float64) for _ in sizes]
         attention = dict(zip((2, 5), map(attended, layers, sizes), strict=True))
         total, logged = objective(attention, torch.tensor([499, 3, 700]))
-        gradients = torch.autograd.grad(total, [each for tokens in layers for each in tokens[:2]])
+        gradients = torch.autograd.grad(
+            total, [each for tokens in layers for each in (tokens.generated, tokens.reference)]
+        )
         found.append((total, *logged.values(), *gradients))
     torch.testing.assert_close(found[1], found[0], rtol=1e-12, atol=1e-13)
     torch.testing.assert_close(found[2], found[0], rtol=1e-12, atol=1e-13)
