@@ -237,10 +237,24 @@ def test_the_default_does_not_overshoot() -> None:
         assert found["where"] > means(study, "baseline")["where"]
         assert found["where_all"] > means(study, "baseline")["where_all"]
     assert long_run["deletion"] >= means("long", "baseline")["deletion"]
+    baseline = means("sweep", "baseline")["deletion"]
+    for arm in ("refined", "supervised"):  # after 300 steps, as the text says
+        assert means("sweep", arm)["deletion"] < baseline
     paired = json.loads((RESULTS / "losses.json").read_text())["paired"]
     (deletion,) = (one for one in paired if (one["arm"], one["metric"]) == ("refined", "deletion"))
     assert deletion["low"] < 0 < deletion["high"], "no difference shown over five seeds"
     assert means("losses", "base")["use"] >= 0.02
+
+
+def test_less_weight_costs_less_and_comes_as_far() -> None:
+    """What the text says of `capped`."""
+    early, late, refined = means("sweep", "capped"), means("long", "capped"), means("long", "refined")
+    assert early["ssim"] >= means("sweep", "baseline")["ssim"]
+    assert early["deletion"] >= means("sweep", "baseline")["deletion"]
+    assert late["correspondence_error"] < early["correspondence_error"] / 3
+    assert 0.8 <= late["spread_ratio"] <= 1.2
+    assert late["use"] > refined["use"]
+    assert late["deletion"] >= refined["deletion"]
 
 
 def test_the_correlations_in_the_text_are_the_tables() -> None:
