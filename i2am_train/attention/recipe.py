@@ -324,9 +324,7 @@ def named_modules(root: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """
     for path, module in root.named_modules():
         if uncompiled(module) is module:
-            if _COMPILED in path:
-                path = ".".join(name for name in path.split(".") if name != _COMPILED)
-            yield path, module
+            yield ".".join(name for name in path.split(".") if name != _COMPILED) if _COMPILED in path else path, module
 
 
 def part(target: Any, path: str) -> nn.Module | None:

@@ -457,8 +457,7 @@ def _ways_to_read(line: str) -> list[tuple[str, str]]:
         left, right = (name.strip() for name in line.split("\t"))
         return [(left, right)] if left and right else []
     ways = [(line[: gap.start()], line[gap.end() :]) for gap in re.finditer(r"\s+", line)]
-    files = [way for way in ways if all(name.lower().endswith(_ENDINGS) for name in way)]
-    return files or ways
+    return [way for way in ways if all(name.lower().endswith(_ENDINGS) for name in way)] or ways
 
 
 def _pair(way: tuple[str, str]) -> Pair:
@@ -498,5 +497,4 @@ def entries(folder: Path) -> str:
 
 def _nearby(root: Path, list_name: str) -> str:
     """A hint if the dataset lies one folder deeper than the user said."""
-    deeper = sorted(path.parent for path in root.glob(f"*/{list_name}"))
-    return f" Did you mean {deeper[0]}?" if deeper else ""
+    return next((f" Did you mean {path.parent}?" for path in sorted(root.glob(f"*/{list_name}"))), "")
