@@ -48,6 +48,8 @@ _EXTREMES = 4
 """How many of the best and of the worst samples are listed."""
 _RANKED_BY = "imacs_g"
 """The score that samples are ordered by."""
+_LED_BY = "correspondence_error"
+"""The score whose usual change the first picture shows."""
 
 
 def build_report(folder: Path) -> Path:
@@ -104,6 +106,7 @@ def focus_arm(results: Results) -> str | None:
 
 def _sections(study: Study) -> Iterator[Section]:
     results, arms = study.results, arm_table(study.results)
+    yield from _lead_sections(study)
     lead = "" if arms.headings else "No cell of this run holds a score."
     table = html(arms, "main") if arms.headings else ""
     yield Section("Results", table, list(notes(results)), lead=lead)
@@ -123,6 +126,40 @@ def _sections(study: Study) -> Iterator[Section]:
         for info in measured_metrics(results).values()
     ]
     yield Section("What the metrics mean", terms=terms)
+
+
+def _lead_sections(study: Study) -> Iterator[Section]:
+    """One picture of what changed, of a usual sample: the panel whose score changes most nearly as the median does."""
+    reference, focus = reference_arm(study.results), focus_arm(study.results)
+    by_arm = {arm: panels for arm, panels in _panels_by_arm(study).items() if arm in (reference, focus)}
+    if reference is None or focus is None or len(by_arm) < 2:
+        return
+    before, after = _mean_scores(study, reference, focus)
+    changes = {
+        name: after[name][_LED_BY] - before[name][_LED_BY]
+        for name in before.keys() & after.keys()
+        if _LED_BY in before[name] and _LED_BY in after[name]
+    }
+    names = [one.name for one in by_arm[focus]]
+    known = [name for name in names if name in changes]
+    middle = float(np.median(list(changes.values()))) if changes else 0.0
+    name = min(known, key=lambda name: abs(changes[name] - middle)) if known else names[0]
+    shown = {arm: [panels[names.index(name)]] for arm, panels in by_arm.items()}
+    labels = arm_labels(study.results)
+    figure = sample_figure(shown, (ColumnGroup.IMAGES, ColumnGroup.CENTERS), labels, arm_colors(labels))
+    caption = (
+        f"Sample {name}: what each arm makes, and where its patches look on the garment (layer "
+        f"{by_arm[focus][0].layer}). Grey mesh: where they truly come from, if the data knows it."
+    )
+    if known:
+        info = MetricInfo.of(_LED_BY, study.results["metrics"].get(_LED_BY, {}))
+        change = _change(before[name][_LED_BY], after[name][_LED_BY], info)
+        caption += (
+            f" {info.label} {change}: of the samples that are drawn below, the change that is nearest to the median of "
+            f"all {len(changes)}."
+        )
+    picture = _block(study, figure, "lead.png", caption, f"Pictures and attention centres of sample {name} by arm.")
+    yield Section("What changed", pictures=[picture])
 
 
 def _difference_sections(study: Study) -> Iterator[Section]:

@@ -367,6 +367,31 @@ def test_single_evaluation_without_any_comparison_is_reported(tmp_path):
     assert "Evaluation of base" in page.text
 
 
+def test_page_leads_with_a_usual_sample(finished):
+    # Not with the best one: of the drawn samples, that whose change is nearest to the median of all.
+    run, _, page = finished
+    study = read_study(run)
+    by_arm = {arm: {run.seed: run for run in study.of_arm(arm)} for arm in ("baseline", "refined")}
+    scores = {
+        arm: {
+            name: np.mean(
+                [next(s for s in r.samples if s["name"] == name)["correspondence_error"] for r in runs.values()]
+            )
+            for name in (sample["name"] for sample in runs[0].samples)
+        }
+        for arm, runs in by_arm.items()
+    }
+    changes = {name: scores["refined"][name] - scores["baseline"][name] for name in scores["refined"]}
+    drawn = [panel.name for panel in by_arm["refined"][0].panels]
+    usual = min(drawn, key=lambda name: abs(changes[name] - np.median(list(changes.values()))))
+    assert 1 < len(drawn) < len(changes)
+    before, after = (f"{scores[arm][usual]:.2f}" for arm in ("baseline", "refined"))
+    assert page.text.index("What changed") < page.text.index("Results")
+    assert f"Sample {usual}: " in page.text
+    assert f"Correspondence error {before} → {after}: of the samples" in page.text
+    assert page.pictures[0]["alt"].endswith(f"of sample {usual} by arm.")
+
+
 def test_samples_are_ordered_by_their_change(finished):
     # First the largest gain, last the largest loss, from the mean over shared seeds.
     run, _, _ = finished
