@@ -24,12 +24,14 @@ COMMANDS = {
     "export": "write a model as a pipeline of diffusers with a model card, for the hub",
     "init": "make a model to train from Stable Diffusion 1.5 and an image encoder",
     "dashboard": "make a workspace and a report of the runs in Weights & Biases",
-    "data": "make the embedded dataset, derive what a dataset lacks, or check one",
+    "data": "make the embedded dataset, derive or match what a dataset lacks, or check one",
 }
 DATA_COMMANDS = {
     "make": "make a synthetic try-on dataset with exact correspondence, in VITON-HD layout",
     "derive": "make what a dataset lacks: masks and agnostic pictures from parsing maps and poses\n"
     "            (exit status 1 if a picture was refused)",
+    "match": "find where pixels of worn garments lie on the flat ones, for data without correspondence\n"
+    "            (exit status 1 if a sample was refused)",
     "check": "report everything that is wrong with a dataset folder\n"
     "            (exit status 1 if training would fail)",
     "cache": "encode a dataset by the frozen networks, once for all training runs",

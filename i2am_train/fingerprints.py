@@ -28,6 +28,8 @@ DESCRIPTION_FILE = "dataset.json"
 """What made a dataset, in its root; datasets that were photographed have none."""
 DERIVED_REPORT, PREVIEWS = "derived.json", "previews"
 """What ``i2am data derive`` leaves in a dataset folder beside the dataset."""
+MATCHED_REPORT = "matched.json"
+"""What ``i2am data match`` leaves there: the mark that the dataset's correspondence was found, and is not true."""
 RECORD_FILE = "data_files.json.gz"
 """Where a run or cache keeps the files of its dataset."""
 

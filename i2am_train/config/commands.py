@@ -13,7 +13,7 @@ from itertools import pairwise
 from textwrap import dedent, fill, indent
 from typing import Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
 
-from i2am_train.config.data import DataCacheConfig, DataCheckConfig, DataDeriveConfig, DataMakeConfig
+from i2am_train.config.data import DataCacheConfig, DataCheckConfig, DataDeriveConfig, DataMakeConfig, DataMatchConfig
 from i2am_train.config.evaluation import DiagnoseConfig, EvaluateConfig
 from i2am_train.config.explanation import DetectConfig, ExplainConfig, FaithfulConfig
 from i2am_train.config.locations import conf_folder, experiment_names
@@ -193,6 +193,15 @@ COMMANDS: dict[str, Command] = {
         i2am data derive root=my_photographs parser=mattmdjaga/segformer_b2_clothes pose=none
         """,
         goes_on="with the pictures that are not there yet",
+    ),
+    "data_match": Command(
+        DataMatchConfig,
+        "data:match",
+        """
+        i2am data match root=data/zalando-hd-resized preview=true
+        i2am data match root=/data/DressCode categories=[upper_body]
+        """,
+        goes_on="with the samples that are not there yet",
     ),
     "data_check": Command(
         DataCheckConfig,

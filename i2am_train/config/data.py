@@ -1,4 +1,4 @@
-"""Options of datasets: where samples come from, and ``i2am data make | derive | check | cache``."""
+"""Options of datasets: where samples come from, and ``i2am data make | derive | match | check | cache``."""
 
 from __future__ import annotations
 
@@ -168,6 +168,22 @@ class DataDeriveConfig(Options):
         """Keypoints that a model makes are used."""
         if self.estimator is not None and self.pose in ("densepose", "none"):
             raise OptionError("pose", self.pose, "auto or keypoints with an estimator")
+
+
+@dataclass(kw_only=True, slots=True)
+class DataMatchConfig(Options):
+    """Find the correspondence of worn and flat garments in the pictures, for data that have none."""
+
+    root: Path
+    """Dataset folder in VITON-HD or DressCode layout, with masks of the flat and the worn garments."""
+    layout: Layout = "auto"
+    """How the folder is laid out, as in data.layout."""
+    categories: Categories = field(default_factory=list)
+    """Categories of DressCode to work on; empty: all that exist."""
+    preview: bool = False
+    """Draw the matches of every person that is worked on into <root>/previews/matches."""
+    workers: Threads | None = None
+    """Threads; null: one per core."""
 
 
 @dataclass(kw_only=True, slots=True)

@@ -217,7 +217,7 @@ class _Part:
     def _run(self, stems: list[str], work: Callable[[str], _Files], what: str, report: DeriveReport) -> None:
         """Do the work of many on threads (OpenCV leaves Python's lock)."""
         with ThreadPoolExecutor(self.config.workers or os.cpu_count() or 1) as pool:
-            results = pool.map(partial(_attempt, work), stems)
+            results = pool.map(partial(attempt, work), stems)
             for stem, outcome in zip(stems, self._bar(results, len(stems), what), strict=True):
                 if isinstance(outcome, _Files):
                     report.made.update(outcome.made)
@@ -297,7 +297,7 @@ class _Part:
         size = GridSize(*photograph.shape[:2])
         path = self.layout.path(Role.PARSING, stem)
         labels = read_labels(path, self.labels)
-        _same_size(path, labels.shape, size)
+        require_size(path, labels.shape, size)
         pose = self._pose(stem, size)
         if isinstance(pose, dict):
             head = self.labels.inside(labels, HEAD | {"hair"})
@@ -315,7 +315,7 @@ class _Part:
         if Role.INPAINT_MASK in files.kept:
             path = self.layout.path(Role.INPAINT_MASK, stem)
             mask = read_mask(path)
-            _same_size(path, mask.shape, GridSize(*derived.shape))
+            require_size(path, mask.shape, GridSize(*derived.shape))
             return mask
         if Role.AGNOSTIC in files.kept:
             path = self.layout.path(Role.AGNOSTIC, stem)
@@ -328,7 +328,7 @@ class _Part:
         if self.pose_source == "densepose":
             path = self.layout.path(Role.POSE_PICTURE, stem)
             parts = read_parts(path)
-            _same_size(path, parts.shape, size)
+            require_size(path, parts.shape, size)
             return parts
         return None
 
@@ -352,7 +352,8 @@ class _Files:
             self.made.append(role)
 
 
-def _same_size(path: Path, shape: tuple[int, ...], size: GridSize) -> None:
+def require_size(path: Path, shape: tuple[int, ...], size: GridSize) -> None:
+    """Refuse a file whose picture has another size than its photograph."""
     if tuple(shape) != tuple(size):
         raise DataError(
             f"{path} is {shape[0]}x{shape[1]} (height x width), and the photograph is {size}; expected the same size. "
@@ -360,8 +361,12 @@ def _same_size(path: Path, shape: tuple[int, ...], size: GridSize) -> None:
         )
 
 
-def _attempt(work: Callable[[str], _Files], stem: str) -> _Files | str:
-    """The result, or the reason of a refusal."""
+def attempt(work: Callable[[str], T], stem: str) -> T | str:
+    """The result, or the reason of a refusal.
+
+    >>> attempt(lambda stem: len(stem), "00017_00")
+    8
+    """
     try:
         return work(stem)
     except DataError as error:

@@ -80,8 +80,9 @@ WRITING = {
 INSIDE = 128
 """Grey value from which a mask's pixel is inside."""
 
-FULL_SCALE = 65_535
-"""A coordinate of a correspondence is stored as round(coordinate x 65535), and valid as 0 or 65535."""
+FULL_SCALE, LEAST_VALID = 65_535, 32_768
+"""A coordinate of a correspondence is stored as round(coordinate x 65535); of its third channel, 0 is no place, and the
+upper half says that there is one, with the confidence: 65535 is 1."""
 
 
 class UnreadablePictureError(DataError):
@@ -279,15 +280,29 @@ def read_encoded_correspondence(path: Path) -> NDArray[Any]:
     return cast("NDArray[Any]", encoded)
 
 
-def encode_correspondence(correspondence: NDArray[np.float32]) -> NDArray[np.uint16]:
+def read_confidence(path: Path) -> NDArray[np.float32]:
+    """Confidence ``[H, W]`` of a correspondence in 0..1, NaN outside; 1 everywhere of one that is true."""
+    stored = read_encoded_correspondence(path)[..., 0].astype(np.float32)
+    return np.where(stored >= LEAST_VALID, (stored - LEAST_VALID) / (FULL_SCALE - LEAST_VALID), np.float32(np.nan))
+
+
+def encode_correspondence(
+    correspondence: NDArray[np.float32], confidence: NDArray[np.float32] | None = None
+) -> NDArray[np.uint16]:
     """Coordinates ``[H, W, 2]`` in 0..1 with NaN, as 16-bit ``[H, W, 3]``.
+
+    The third channel is 0 where there is none, else the confidence ``[H, W]`` in 0..1 (None: 1) as 32768..65535.
 
     >>> encode_correspondence(np.array([[[0.5, 1.0], [np.nan, np.nan]]], np.float32)).tolist()
     [[[32768, 65535, 65535], [0, 0, 0]]]
+    >>> encode_correspondence(np.zeros((1, 1, 2), np.float32), np.zeros((1, 1), np.float32)).tolist()
+    [[[0, 0, 32768]]]
     """
     valid = ~np.isnan(correspondence[..., :1])
     whole = np.rint(np.where(valid, correspondence, 0.0) * FULL_SCALE)
-    return np.concatenate([whole, valid * FULL_SCALE], axis=-1).astype(np.uint16)
+    sure = 1.0 if confidence is None else confidence[..., None]
+    stored = np.rint(LEAST_VALID + sure * (FULL_SCALE - LEAST_VALID))
+    return np.concatenate([whole, np.where(valid, stored, 0.0)], axis=-1).astype(np.uint16)
 
 
 def decode_correspondence(encoded: NDArray[np.uint16]) -> NDArray[np.float32]:
@@ -297,7 +312,7 @@ def decode_correspondence(encoded: NDArray[np.uint16]) -> NDArray[np.float32]:
     [[[1.0, 0.0], [nan, nan]]]
     """
     coordinates = encoded[..., :2].astype(np.float32) / np.float32(FULL_SCALE)
-    return np.where(encoded[..., 2:] > FULL_SCALE // 2, coordinates, np.float32(np.nan))
+    return np.where(encoded[..., 2:] >= LEAST_VALID, coordinates, np.float32(np.nan))
 
 
 # -- that the command line names -----------------------------------------------------------------------------------

@@ -1,4 +1,5 @@
-"""``i2am data make``: the embedded dataset. ``derive``: what a dataset lacks. ``check``: what is wrong with it.
+"""``i2am data make``: the embedded dataset. ``derive``: what a dataset lacks. ``match``: where worn pixels lie
+on the flat garment. ``check``: what is wrong with it.
 
 ``cache``: what the frozen networks make of it, for training without them.
 """
@@ -13,6 +14,7 @@ from i2am_train.config.data import (
     DataConfig,
     DataDeriveConfig,
     DataMakeConfig,
+    DataMatchConfig,
     data_words,
 )
 from i2am_train.config.locations import dataset_folder, revisions
@@ -20,11 +22,12 @@ from i2am_train.data.cache import CacheLayout
 from i2am_train.data.dataset import Reading, list_length
 from i2am_train.data.dataset_report import check_dataset
 from i2am_train.data.derivation import derive_dataset, split_lists
+from i2am_train.data.match_dataset import match_dataset, parts_to_match
 from i2am_train.data.synthetic import make_dataset
 from i2am_train.entry import FAILED_CHECK
 from i2am_train.errors import ConfigError
 from i2am_train.files import require_own_json, write_json, write_text
-from i2am_train.fingerprints import DERIVED_REPORT, is_of_dataset
+from i2am_train.fingerprints import DERIVED_REPORT, MATCHED_REPORT, is_of_dataset
 from i2am_train.locks import locked
 from i2am_train.models.annotators import HumanParser, ViTPoseEstimator
 from i2am_train.models.by_name import model_folder
@@ -85,6 +88,16 @@ def derive(config: DataDeriveConfig) -> int:
         report = derive_dataset(config, parser, estimator)
         write_json(file, report.to_dict() | revisions(config.parser, config.estimator))
     print(f"{report.summary()}\nReport: {file}")
+    return FAILED_CHECK if report.refused else 0
+
+
+def match(config: DataMatchConfig) -> int:
+    """Make the correspondence of a dataset that has none; status 1 if a sample was refused."""
+    require_own_json(config.root / MATCHED_REPORT, ("root", "method", "samples"))
+    parts_to_match(config)
+    with locked(config.root):
+        report = match_dataset(config)
+    print(f"{report.summary()}\nReport and mark: {config.root / MATCHED_REPORT}")
     return FAILED_CHECK if report.refused else 0
 
 

@@ -80,6 +80,11 @@ def commands(
         if name == "data derive":
             copy = shutil.copytree(request.getfixturevalue("photographs"), place / "set", dirs_exist_ok=True)
             return name, [f"root={copy}", "workers=1"]
+        if name == "data match":
+            copy = shutil.copytree(small_dataset, place / "set", dirs_exist_ok=True)
+            for folder in copy.glob("*/correspondence"):
+                shutil.rmtree(folder)
+            return name, [f"root={copy}", "workers=1"]
         if name == "report":
             return name, [f"explained=[{request.getfixturevalue('explained')}]", output]
         return {
@@ -110,7 +115,7 @@ def commands(
 
 COMMANDS = (
     "train", "evaluate", "evaluate images", "ablate", "explain", "detect", "report", "export",
-    "data make", "data derive", "data cache", "data check", "dashboard",
+    "data make", "data derive", "data match", "data cache", "data check", "dashboard",
 )  # fmt: skip
 
 
@@ -148,7 +153,7 @@ def fill_up(disk: Path, room: int) -> None:
 @pytest.mark.parametrize(
     ("command", "room"),
     [
-        *((command, 4_000) for command in ("evaluate images", "data derive", "dashboard")),
+        *((command, 4_000) for command in ("evaluate images", "data derive", "data match", "dashboard")),
         *((c, 60_000) for c in ("train", "evaluate", "explain", "report", "detect", "data make")),
         *((command, 400_000) for command in ("export", "data cache")),
         pytest.param("ablate", 400_000, marks=pytest.mark.slow),
@@ -177,7 +182,7 @@ def test_a_folder_in_use(
     """Two of the same command: the second is refused, and leaves the first's files alone."""
     place = tmp_path / "place"
     name, words = commands(command, place)
-    elsewhere = {"export": "out.partial", "data make": "out.partial", "data derive": "set"}
+    elsewhere = {"export": "out.partial", "data make": "out.partial", "data derive": "set", "data match": "set"}
     folder = place / elsewhere.get(command, "out")
     with locked(folder):
         before = sorted(place.rglob("*"))

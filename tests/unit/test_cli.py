@@ -315,11 +315,11 @@ def test_an_output_that_cannot_be_written_is_said() -> None:
     )  # fmt: skip
 
 
-def test_data_has_four_sub_commands(capsys: pytest.CaptureFixture[str]) -> None:
+def test_data_has_five_sub_commands(capsys: pytest.CaptureFixture[str]) -> None:
     """`i2am data` explains itself, and a sub-command that does not exist names the nearest one, or all four."""
     cli.main(["data"])
     assert "make|derive|check|cache" in capsys.readouterr().out
-    for word, hint in {"chek": "Did you mean 'check'?", "show": "There are make, derive, check, cache."}.items():
+    for word, hint in {"chek": "Did you mean 'check'?", "show": "There are make, derive, match, check, cache."}.items():
         with pytest.raises(SystemExit, match="2"):
             cli.main(["data", word])
         expected = f"i2am: There is no command 'i2am data {word}'. {hint}\n"

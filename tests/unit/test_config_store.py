@@ -25,6 +25,7 @@ REQUIRED = {
     "export": ["checkpoint=x", "output=y"],
     "init": ["unet=x", "output=y"],
     "data_derive": ["root=x"],
+    "data_match": ["root=x"],
     "data_cache": ["root=x", "output=y"],
 }
 ARMS = experiment_names(option_names(TrainConfig))
