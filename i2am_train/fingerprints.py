@@ -44,6 +44,15 @@ class DataState:
     """By name below the root: the size, of pair lists also a digest."""
 
 
+def correspondence_mark(root: Path) -> dict[str, str]:
+    """What results on a dataset say of its correspondence: that it was matched; nothing where it is the true one.
+
+    >>> correspondence_mark(Path("/nowhere"))
+    {}
+    """
+    return {"correspondence": "matched"} if (root / MATCHED_REPORT).is_file() else {}
+
+
 def is_of_dataset(name: PurePath) -> bool:
     """Whether a name below a dataset's root belongs to the dataset: its folders, pair lists and description.
 

@@ -297,14 +297,14 @@ def prepare_data(data: DataConfig, *outputs: Path | None) -> Path:
     return root
 
 
-def require_correspondence(root: Path) -> None:
-    """Raise DataError unless training samples have their true correspondence, which only synthetic data has."""
-    folder = root / Split.TRAIN / Role.CORRESPONDENCE
-    if not folder.is_dir():
+def require_correspondence(root: Path, reading: Reading = AS_IT_LIES) -> None:
+    """Raise DataError unless training samples have a correspondence, true or matched."""
+    folders = [layout.folder_of(Role.CORRESPONDENCE) for layout in split_layouts(root, Split.TRAIN, reading)]
+    if missing := next((folder for folder in folders if not folder.is_dir()), None):
         raise DataError(
             f"A term (supervised, matches, or one with needs: [target]) is given the true correspondence, and {root} "
-            f"has none (no folder {folder}). Use the embedded dataset, or switch the term off "
-            "(objective.terms.supervised=0)."
+            f"has none (no folder {missing}). Have it matched (i2am data match root={root}), use the embedded dataset, "
+            "or switch the term off (objective.terms.supervised=0)."
         )
 
 

@@ -157,6 +157,11 @@ def _judged_layer(evaluations: Sequence[Evaluation]) -> str:
     return f" Use and where (but for all layers) judge the attention of layer {named}." if named else ""
 
 
+MATCHED_NOTE = (
+    "The correspondence of these data was matched (`i2am data match`) and is not true: error, PCK and spread of the "
+    "attention are by matched places, and of matched pixels alone."
+)
+
 _SWEPT = re.compile(r"@d([\d.e+-]+)_l([\d.e+-]+)$")
 
 
@@ -254,6 +259,8 @@ def _score_notes(evaluations: Sequence[Evaluation], rows: Sequence[Row]) -> list
             "says nothing about another training seed. Distances between sets have none."
             f"{few_samples_note(min(samples))}"
         )
+    if any(evaluation.protocol.get("protocol.correspondence") == "matched" for evaluation in evaluations):
+        notes.append(MATCHED_NOTE)
     return notes + [TRUTH_NOTE] * any(evaluation.truth for evaluation in evaluations)
 
 

@@ -34,7 +34,7 @@ from i2am_train.evaluation.evaluator import (
 from i2am_train.evaluation.faithfulness import layers_asked, runs_of
 from i2am_train.evaluation.scoring import ScoringOptions, check_counts, check_scoring, open_folders, score_images
 from i2am_train.files import read_object
-from i2am_train.fingerprints import data_state, folder_state
+from i2am_train.fingerprints import correspondence_mark, data_state, folder_state
 from i2am_train.locks import locked
 from i2am_train.models.by_name import load_model, model_folder, with_layers, with_precision
 from i2am_train.models.tryon import TryOnModel
@@ -246,6 +246,7 @@ def _evaluate_checkpoint(config: EvaluateConfig, checkpoint: str, folder: Path) 
     result = score_generated(
         samples, real_images(dataset), ScoringOptions.of(config), paired=config.evaluation.pairing is Pairing.PAIRED
     )
+    result.protocol |= correspondence_mark(datamodule.root)
     panels = samples.panels()
     if panels:
         write_panels(folder, panels)

@@ -17,7 +17,7 @@ from i2am_train.config.objective import TRUTH
 from i2am_train.config.options import plain
 from i2am_train.config.store import to_yaml
 from i2am_train.config.training import WITHOUT_EFFECT_ON_WEIGHTS, TrainConfig
-from i2am_train.data.dataset import TryOnDataset, data_root, prepare_data, require_correspondence
+from i2am_train.data.dataset import TryOnDataset, data_root, prepare_data, reading_of, require_correspondence
 from i2am_train.data.module import TryOnDataModule
 from i2am_train.data.needed_files import noted_in, refuse_broken_pictures
 from i2am_train.environment import first_process, wait_for, without_secrets
@@ -173,7 +173,7 @@ def open_data(config: TrainConfig, model: TryOnModel, processes: int) -> TryOnDa
     """
     root = prepare_data(config.data, config.folder, config.tracking.folder)
     if TRUTH & config.objective.needs:
-        require_correspondence(root)
+        require_correspondence(root, reading_of(config.data))
     datamodule = TryOnDataModule(
         config.data,
         root,

@@ -12,7 +12,7 @@ import pytest
 from numpy.typing import NDArray
 
 from i2am_train.config.data import DataMatchConfig
-from i2am_train.data.dataset import TryOnDataset
+from i2am_train.data.dataset import Reading, TryOnDataset, require_correspondence
 from i2am_train.data.dataset_report import check_dataset
 from i2am_train.data.match_dataset import MatchReport, match_dataset
 from i2am_train.data.matching import Garment, matched, sift_source
@@ -231,3 +231,32 @@ def test_body_parts_are_left_out_where_a_pose_picture_is_not_densepose_s(copy: P
     shutil.copy(copy / "train/image/00000_00.jpg", copy / "train/image-densepose/00000_00.jpg")
     report = found(copy)
     assert [one.parts for one in report.samples["train"].values()] == [False, *[True] * 5]
+
+
+# -- the mark ----------------------------------------------------------------------------------------------------------
+
+
+def test_the_mark_travels_into_results(
+    overrides: list[str], small_dataset: Path, small_checkpoint: Path, tmp_path: Path
+) -> None:
+    """An evaluation of matched data says so in its protocol; one of true data says nothing new."""
+    copy = Path(shutil.copytree(small_dataset, tmp_path / "data"))
+    options = [*overrides, f"checkpoint={small_checkpoint}", "sampling.steps=1", "evaluation.samples=2", "device=cpu",
+               "evaluation.metrics=[ssim]", "progress_bar=false", f"data.root={copy}", "tracking=files"]  # fmt: skip
+    for folder in ("true", "matched"):
+        if folder == "matched":
+            (copy / "matched.json").write_text(json.dumps(MatchReport(copy, "sift").to_dict()))
+        output = tmp_path / folder
+        assert exit_status("evaluate", [*options, f"output={output}"]) == 0
+        said = json.loads((output / "results.json").read_text())["protocol"].get("correspondence")
+        assert said == (None if folder == "true" else "matched")
+
+
+def test_every_layout_may_have_a_correspondence(tmp_path: Path) -> None:
+    """A term that needs it looks where the layout says that it lies: DressCode has a folder for each category."""
+    for category in ("upper_body", "dresses"):
+        (tmp_path / category / "images").mkdir(parents=True)
+    (tmp_path / "upper_body/correspondence").mkdir()
+    require_correspondence(tmp_path, Reading(categories=("upper_body",)))
+    with pytest.raises(DataError, match=r"no folder .*dresses/correspondence\)\. Have it matched \(i2am data match"):
+        require_correspondence(tmp_path)

@@ -80,6 +80,7 @@ def make_evaluation() -> Make:
         data: str = "d0",
         points: Sequence[tuple[float, float]] = ((0.4, 3.0),),
         finish: bool = True,
+        protocol: dict[str, Any] | None = None,
         **changes: Any,
     ) -> Path:
         config = EvaluateConfig(checkpoint=checkpoint)
@@ -89,7 +90,8 @@ def make_evaluation() -> Make:
         settings = plain(config)
         opened = RunFolder.open(folder, settings)
         opened.start(data=data)
-        result = EvaluationResult.from_rows(rows(ssim, inside, outside, points), {"fd_efficientnet_lite0": distance})
+        scores = rows(ssim, inside, outside, points)
+        result = EvaluationResult.from_rows(scores, {"fd_efficientnet_lite0": distance}, protocol)
         if finish:
             write_evaluation(folder, result, settings)
             opened.finish()
@@ -132,6 +134,18 @@ def study(tmp_path: Path, make_run: Callable[..., Path], make_evaluation: Make) 
                 inside=0.3 + gain + shift, distance=95 - 10 * gain, **scores,
             )  # fmt: skip
     return root
+
+
+def test_scores_by_a_matched_correspondence_say_so(make_evaluation: Make, tmp_path: Path) -> None:
+    """The mark of the data is in every table, and evaluations with and without it are not compared."""
+    make_evaluation(tmp_path / "a", "/weights/a", protocol={"correspondence": "matched"})
+    make_evaluation(tmp_path / "b", "/weights/b")
+    for name, marked in (("a", True), ("b", False)):
+        tables, _ = score_tables(read_evaluations([tmp_path / name]))
+        assert tables
+        assert all(any("was matched" in note for note in table.notes) == marked for table in tables)
+    with pytest.raises(ConfigError, match=r"correspondence.*give mixed=true"):
+        plan_tables([tmp_path / "a", tmp_path / "b"], (), mixed=False)
 
 
 def test_a_study_is_its_models_seeds_and_snapshots(study: Path) -> None:
