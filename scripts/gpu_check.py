@@ -267,6 +267,11 @@ def sampling(check: Check) -> Figures:
     alone, heard = (check.seconds(work, 3) for work in calls)
     yield "plain sampling without CUDA graphs, ms a guided step, batch 1", 1e3 * alone / count, ""
     yield "traced / plain sampling without CUDA graphs, batch 1", heard / alone, ""
+    replayed, called = (
+        check.seconds(sampler(check, 8, count, traced=False, cuda_graphs=use), 1) for use in (True, False)
+    )
+    yield "plain sampling, ms a guided step, batch 8", 1e3 * replayed / count, ""
+    yield "plain sampling without CUDA graphs / with, time, batch 8", called / replayed, ""
     for batch in (1, 8):  # what a replay uses, torch does not count
         without, with_it = (
             check.peak(sampler(check, batch, 2, traced=way, cuda_graphs=False)) for way in (False, True)

@@ -125,7 +125,7 @@ class CompiledBlocks:
         self._is_open = is_open
         self._held: list[tuple[Callable[..., None], tuple[Any, ...]]] = []
         self._heard: set[nn.Module] = set()
-        self._surrounded: list[tuple[nn.Module, Any]] = []
+        self._surrounded: list[tuple[nn.Module, Any, Any]] = []
 
     def later(self, site: SiteModule, then: Callable[..., None]) -> Callable[..., None]:
         """What a site's hook calls in the place of ``then``: in a compiled block, something that only keeps the
@@ -135,13 +135,15 @@ class CompiledBlocks:
     def attach(self) -> None:
         """Stand around each block's compiled call: outside of its graph, where its own hooks may be inside."""
         for block in dict.fromkeys(self._blocks.values()):
-            self._surrounded.append((block, block._compiled_call_impl))
-            block._compiled_call_impl = self._around(block)
+            compiled, around = block._compiled_call_impl, self._around(block)
+            self._surrounded.append((block, compiled, around))
+            block._compiled_call_impl = around
 
     def detach(self) -> None:
-        """Leave the blocks as they were."""
-        for block, compiled in self._surrounded:
-            block._compiled_call_impl = compiled
+        """Leave the blocks as they were, but one that was compiled anew meanwhile."""
+        for block, compiled, around in self._surrounded:
+            if block._compiled_call_impl is around:
+                block._compiled_call_impl = compiled
         self._surrounded.clear()
         self._held.clear()
 

@@ -12,9 +12,9 @@ that cannot be, one line says why, and the network runs as it is.
 from __future__ import annotations
 
 import warnings
+import weakref
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -26,6 +26,7 @@ from i2am_train.attention.frames import Frame
 from i2am_train.attention.hooks import AttentionInputs
 from i2am_train.attention.listener import Listener, listeners_of
 from i2am_train.attention.lookup import SiteModule
+from i2am_train.types import Backend
 
 KEPT = 4
 """Graphs of one network: two shapes of a batch (the last one is smaller), traced and plain. The oldest is dropped."""
@@ -41,11 +42,13 @@ Call = Callable[..., Tensor]
 def replayed(network: nn.Module) -> Call:
     """The call of a network for one run of a sampler, replayed where inputs and network lie on a GPU.
 
-    It is made as it is on a CPU; with gradients; inside another capture; where a listener changes keys; and where a
-    replay would leave something out: hooks that are not a listener's, replaced forwards (offloading), compiled blocks.
-    What it gives is the caller's own memory. Between two runs all may change: weights in place; listeners, which have
-    graphs of their own; weights' places and what Python decides by (attention processors, scales of adapters), after
-    which all is captured anew. Inside a run nothing may. Random numbers are not drawn anew.
+    It is made as it is on a CPU or another GPU than the current one; with gradients; inside another capture; where a
+    listener changes keys; and where a replay would leave something out: hooks that are not a listener's, replaced
+    forwards (offloading), compiled blocks. Torch's modes, which watch operations, see no replay. What it gives is the
+    caller's own memory. Between two runs all may change: weights in place; listeners, which have graphs of their own;
+    weights' places and what Python decides by (attention processors, scales of adapters), after which all is captured
+    anew. Inside a run nothing may. Random numbers are not drawn anew. Weights that autocast rounds are rounded in every
+    replay.
 
     >>> class Doubled(nn.Module):
     ...     def forward(self, sample, return_dict=True):
@@ -54,8 +57,9 @@ def replayed(network: nn.Module) -> Call:
     tensor([2., 2.])
     """
     listeners = listeners_of(network)
-    on_gpu = any(tensor.is_cuda for tensor in network.parameters())
-    if not on_gpu or torch.is_grad_enabled() or not _can_be_replayed(network, listeners):
+    places = {tensor.device for tensor in network.parameters()}
+    here = len(places) == 1 and (place := places.pop()).type == "cuda" and place.index == torch.cuda.current_device()
+    if not here or torch.is_grad_enabled() or not _can_be_replayed(network, listeners):
         return partial(_called, network)
     kept = _KEPT.setdefault(network, _Graphs())
     kept.forget_changed(_state_of(network))
@@ -69,7 +73,7 @@ def _replayed(kept: _Graphs, network: nn.Module, listeners: Sequence[Listener], 
         return _called(network, *inputs) if captured is None else captured.replay(listeners, inputs)
     expected = _called(network, *inputs)
     if bool(expected.isfinite().all()):  # else whoever asked will say so; waits, once for each graph
-        kept.keep(key, _checked(network, inputs, listeners, kept.pool, expected))
+        kept.keep(key, _checked(network, inputs, listeners, kept, expected))
     return expected
 
 
@@ -89,6 +93,8 @@ def _called(network: nn.Module, *inputs: Tensor) -> Tensor:
 def _can_be_replayed(network: nn.Module, listeners: Sequence[Listener]) -> bool:
     if torch.cuda.is_current_stream_capturing() or any(each.change_keys is not None for each in listeners):
         return False
+    if nn.modules.module._has_any_global_hook():
+        return False
     own = {number for each in listeners for number in each.hook_ids}
     for module in network.modules():
         if module._compiled_call_impl is not None or "forward" in vars(module):
@@ -99,22 +105,51 @@ def _can_be_replayed(network: nn.Module, listeners: Sequence[Listener]) -> bool:
 
 
 def _key(inputs: Sequence[Tensor], listeners: Sequence[Listener]) -> Any:
-    """What a graph was made for."""
+    """What a graph was made for: shapes, arithmetic, and what is heard."""
     return (
-        tuple((tensor.shape, tensor.dtype) for tensor in inputs),
+        tuple((tensor.shape, tensor.dtype, tensor.device) for tensor in inputs),
         torch.is_autocast_enabled("cuda") and torch.get_autocast_dtype("cuda"),
-        tuple((each.kind, tuple((id(site.module), site.site.via) for site in each.sites)) for each in listeners),
+        torch.get_float32_matmul_precision(),
+        torch.are_deterministic_algorithms_enabled(),
+        *(getattr(torch.backends.cuda.matmul, name) for name in _MATMUL),
+        *(getattr(torch.backends.cudnn, name) for name in _CUDNN),
+        *(getattr(torch.backends.cuda, f"{name}_sdp_enabled")() for name in _ATTENTION),
+        tuple((each.kind, tuple(map(_heard, each.sites))) for each in listeners),
     )
 
 
+_MATMUL = ("allow_tf32", "allow_fp16_reduced_precision_reduction", "allow_bf16_reduced_precision_reduction")
+_CUDNN = ("enabled", "allow_tf32", "benchmark", "deterministic")
+_ATTENTION = ("flash", "mem_efficient", "math", "cudnn")
+"""Settings of the process that choose kernels."""
+
+
+def _heard(site: SiteModule) -> Any:
+    """What a delivery depends on besides the network: which call or projections, heads and scale."""
+    how = site.site
+    call = how.call_in(site.module) if how.via is Backend.SDPA else None
+    return id(site.module), how.via, call, how.generated_projection, how.reference_projection, how.heads, how.scale
+
+
 class _Same:
-    """An object, equal to itself alone. It is held, so that no other takes its place in memory."""
+    """An object, equal to itself alone while it lives; it is not kept alive, as it may hold the network."""
 
     def __init__(self, value: object) -> None:
-        self.value = value
+        self.function = getattr(value, "__func__", None)  # a bound method is made anew at each look
+        owner = value if self.function is None else value.__self__  # type: ignore[attr-defined]
+        try:
+            self.look: Callable[[], object] = weakref.ref(owner)
+        except TypeError:  # numbers, slots and the like hold nothing
+            self.look = partial(_given, owner)
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Same) and self.value is other.value
+        if not isinstance(other, _Same) or self.function is not other.function:
+            return False
+        return (own := self.look()) is not None and own is other.look()
+
+
+def _given(value: object) -> object:
+    return value
 
 
 def _state_of(network: nn.Module) -> list[Any]:
@@ -142,23 +177,34 @@ def _decided_by(value: Any, depth: int = 2) -> Any:
     return _Same(value)
 
 
-@dataclass(eq=False)
 class _Graphs:
-    """Those of one network; they share memory, as only one of them runs at a time."""
+    """Those of one network. They share memory, as only one of them runs at a time; for that the captures need a pool
+    and a stream of their own."""
 
-    captured: dict[Any, _CapturedCall | None] = field(default_factory=dict)
-    """None: it cannot be."""
-    pool: Any = field(default_factory=lambda: torch.cuda.graph_pool_handle())
-    _state: list[Any] = field(default_factory=list)
+    def __init__(self) -> None:
+        self.captured: dict[Any, _CapturedCall | None] = {}
+        """None: it cannot be."""
+        self._state: list[Any] = []
+        self._begin_anew()
+
+    def _begin_anew(self) -> None:
+        """A pool that lost its graphs, or a capture half way, takes no more."""
+        self.captured.clear()
+        self.pool = torch.cuda.graph_pool_handle()
+        self.stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
 
     def forget_changed(self, state: list[Any]) -> None:
         """Graphs of another state than this would go on in it."""
         if state != self._state:
-            self.captured.clear()
+            self._begin_anew()
             self._state = state
 
     def keep(self, key: Any, captured: _CapturedCall | None) -> None:
-        """In the place of the oldest."""
+        """In the place of the oldest; one that failed takes the others with it, which are made anew when asked for."""
+        if captured is None:
+            failed = [other for other, graph in self.captured.items() if graph is None]
+            self._begin_anew()
+            self.captured |= dict.fromkeys(failed)
         while len(self.captured) >= KEPT:
             del self.captured[next(iter(self.captured))]
         self.captured[key] = captured
@@ -168,12 +214,12 @@ _KEPT: WeakKeyDictionary[nn.Module, _Graphs] = WeakKeyDictionary()
 
 
 def _checked(
-    network: nn.Module, inputs: Sequence[Tensor], listeners: Sequence[Listener], pool: Any, expected: Tensor
+    network: nn.Module, inputs: Sequence[Tensor], listeners: Sequence[Listener], kept: _Graphs, expected: Tensor
 ) -> _CapturedCall | None:
     """A graph that gives what is expected of these inputs, or None, with a line that says why."""
     try:
-        with torch.cuda.stream(torch.cuda.current_stream()):  # a capture that fails leaves another one behind
-            captured = _CapturedCall(network, inputs, listeners, pool)
+        captured = _CapturedCall(network, inputs, listeners, kept)
+        captured.spoil()
         found = captured.replay((), inputs)
         if bool((found - expected).float().norm() <= TOLERANCE * expected.float().norm()):
             return captured
@@ -190,13 +236,15 @@ def _checked(
 class _CapturedCall:
     """One call of a network in pieces, each a graph; after all but the last, somebody is told of a layer."""
 
-    def __init__(self, network: nn.Module, inputs: Sequence[Tensor], listeners: Sequence[Listener], pool: Any) -> None:
-        self._pool = pool
-        self._stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+    def __init__(
+        self, network: nn.Module, inputs: Sequence[Tensor], listeners: Sequence[Listener], kept: _Graphs
+    ) -> None:
+        self._pool = kept.pool
         self._graphs: list[torch.cuda.CUDAGraph] = []
         self._told: list[tuple[int, int, AttentionInputs]] = []
         """Number of a listener, of one of its sites, and what the site attends with."""
         self._mailbox: Tensor | None = None
+        self._is_open = False
         with torch.inference_mode(False), torch.no_grad():  # to be written later, in whichever mode
             self._inputs = [tensor.clone() for tensor in inputs]
         rounding = torch.autocast(
@@ -205,11 +253,23 @@ class _CapturedCall:
             enabled=torch.is_autocast_enabled("cuda"),
             cache_enabled=False,  # what it kept of the weights would be gone before a replay
         )
-        with rounding, ExitStack() as diverted, ExitStack() as self._piece:
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()  # the capture takes memory of its own
+        with rounding, torch.cuda.stream(kept.stream), ExitStack() as diverted:
             for number, listener in enumerate(listeners):
                 diverted.enter_context(listener.diverted(partial(self._cut, number, listener.sites)))
             self._begin()
-            self._output = _called(network, *self._inputs)
+            try:
+                self._output = _called(network, *self._inputs)
+            finally:
+                if self._is_open:
+                    self._end()
+
+    def spoil(self) -> None:
+        """Overwrites what the capture left, so that a replay that computes nothing shows."""
+        self._output.fill_(torch.nan)
+        if self._mailbox is not None:
+            self._mailbox.fill_(255)
 
     def replay(self, listeners: Sequence[Listener], inputs: Sequence[Tensor]) -> Tensor:
         """The call with other values; ``listeners`` are those of the capture, in their order, or none."""
@@ -226,18 +286,22 @@ class _CapturedCall:
         return self._output.clone()
 
     def _begin(self) -> None:
-        self._graphs.append(torch.cuda.CUDAGraph())
+        graph = torch.cuda.CUDAGraph()
         # Other threads (loaders that pin memory, NCCL's watchdog) may go on calling CUDA.
-        self._piece.enter_context(
-            torch.cuda.graph(self._graphs[-1], self._pool, self._stream, capture_error_mode="thread_local")
-        )
+        graph.capture_begin(self._pool, capture_error_mode="thread_local")
+        self._graphs.append(graph)
+        self._is_open = True
+
+    def _end(self) -> None:
+        self._is_open = False
+        self._graphs[-1].capture_end()
 
     def _cut(
         self, number: int, sites: Sequence[SiteModule], site: SiteModule, _: Frame, attended: AttentionInputs
     ) -> None:
         position = next(position for position, one in enumerate(sites) if one is site)
         self._told.append((number, position, self._posted(attended)))
-        self._piece.close()
+        self._end()
         self._begin()
 
     def _posted(self, attended: AttentionInputs) -> AttentionInputs:

@@ -119,7 +119,9 @@ def sample_conditioned(
     solver = make_solver(sampler, model.schedule, steps)
     asked = conditions if guidance == 1.0 else _doubled(model, conditions)
     call = replayed(model.unet) if cuda_graphs else None
-    with _arithmetic(precision, latents.device):  # around all steps: autocast keeps the weights that it rounded
+    with _arithmetic(
+        precision, latents.device
+    ):  # around all steps: autocast keeps what it rounded, where calls are not replayed
         for step_index, timestep in enumerate(solver.timesteps):
             at = torch.full((len(asked.tokens),), timestep, device=latents.device)
             prediction = _predict(model, latents, at, asked, guidance, step_index, call)

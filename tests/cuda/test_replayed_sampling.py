@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import math
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
+from dataclasses import replace
 from typing import Any
 from unittest.mock import patch
 
@@ -19,7 +22,7 @@ from i2am_train.models import graphs
 from i2am_train.models.graphs import KEPT, release_graphs, replayed
 from i2am_train.models.sampling import sample
 from tests.support.card import card
-from tests.support.cuda_graphs import CapturedGraph, graphs_there
+from tests.support.cuda_graphs import Captured, CapturedGraph, graphs_there
 from tests.support.host_waits import host_waits
 
 LAYERS = 9
@@ -31,14 +34,14 @@ def on_cpu(make_small_model: Callable[..., Any]) -> Any:
 
 
 @pytest.fixture
-def made(on_cpu: Any) -> Iterator[list[CapturedGraph]]:
+def made(on_cpu: Any) -> Iterator[list[Captured]]:
     """On a card; the graphs that are made there."""
     with card(), graphs_there() as captured:
         yield captured
 
 
 @pytest.fixture
-def model(on_cpu: Any, made: list[CapturedGraph]) -> Any:
+def model(on_cpu: Any, made: list[Captured]) -> Any:
     return on_cpu.to("cuda")
 
 
@@ -70,7 +73,7 @@ def assert_same_maps(found: AttributionMaps, expected: AttributionMaps) -> None:
     [{}, {"guidance": 1.0}, {"sampler": "dpmpp"}, {"precision": "bf16-mixed"}],
     ids=["guided", "unguided", "dpmpp", "bf16"],
 )
-def test_images_are_those_of_calls(model: Any, made: list[CapturedGraph], options: dict[str, Any]) -> None:
+def test_images_are_those_of_calls(model: Any, made: list[Captured], options: dict[str, Any]) -> None:
     expected = drawn(model, cuda_graphs=False, **options)
     assert not made
     torch.testing.assert_close(drawn(model, **options), expected, rtol=0, atol=0)
@@ -90,7 +93,7 @@ def test_images_are_those_of_calls(model: Any, made: list[CapturedGraph], option
     ],
     ids=["projections", "sdpa", "matrices", "mask"],
 )
-def test_maps_are_those_of_calls(model: Any, made: list[CapturedGraph], options: dict[str, Any]) -> None:
+def test_maps_are_those_of_calls(model: Any, made: list[Captured], options: dict[str, Any]) -> None:
     """A trace of its own for each run, and one graph in pieces for all of them."""
     images, maps = traced(model, options, cuda_graphs=False)
     for run in (1, 2):
@@ -101,7 +104,7 @@ def test_maps_are_those_of_calls(model: Any, made: list[CapturedGraph], options:
         assert [graph.replays for graph in made] == [3 * run] * pieces
 
 
-def test_another_mask_of_the_same_graph(model: Any, made: list[CapturedGraph]) -> None:
+def test_another_mask_of_the_same_graph(model: Any, made: list[Captured]) -> None:
     masks = [torch.rand(2, 64, 48) > share for share in (0.2, 0.7)]
     for mask in masks:
         expected, found = (
@@ -111,7 +114,7 @@ def test_another_mask_of_the_same_graph(model: Any, made: list[CapturedGraph]) -
     assert len(made) == LAYERS + 1
 
 
-def test_batches_of_another_size_and_plain_runs_have_graphs_of_their_own(model: Any, made: list[CapturedGraph]) -> None:
+def test_batches_of_another_size_and_plain_runs_have_graphs_of_their_own(model: Any, made: list[Captured]) -> None:
     drawn(model)
     _, maps = traced(model, {"layers": [6]})
     drawn(model, rows=1)
@@ -154,9 +157,7 @@ def set_number(model: Any) -> None:
 
 
 @pytest.mark.parametrize("change", [change_weights, move_weights, replace_processor, set_number])
-def test_a_changed_model_gives_other_images(
-    model: Any, made: list[CapturedGraph], change: Callable[[Any], None]
-) -> None:
+def test_a_changed_model_gives_other_images(model: Any, made: list[Captured], change: Callable[[Any], None]) -> None:
     """Without a new graph where its memory holds the new weights, with one otherwise."""
     before = drawn(model)
     change(model)
@@ -166,7 +167,7 @@ def test_a_changed_model_gives_other_images(
     assert len(made) == (1 if change is change_weights else 2)
 
 
-def test_whoever_hooks_the_network_is_called(model: Any, made: list[CapturedGraph]) -> None:
+def test_whoever_hooks_the_network_is_called(model: Any, made: list[Captured]) -> None:
     drawn(model)
     seen: list[Any] = []
     with model.unet.mid_block.register_forward_hook(lambda *_: seen.append(1)):
@@ -175,7 +176,7 @@ def test_whoever_hooks_the_network_is_called(model: Any, made: list[CapturedGrap
     assert made[0].replays == 3
 
 
-def test_changed_keys_are_changed(model: Any, made: list[CapturedGraph]) -> None:
+def test_changed_keys_are_changed(model: Any, made: list[Captured]) -> None:
     plain = drawn(model)
     with uniform_attention(model):
         expected, found = (drawn(model, cuda_graphs=use) for use in (False, True))
@@ -184,7 +185,7 @@ def test_changed_keys_are_changed(model: Any, made: list[CapturedGraph]) -> None
     assert len(made) == 1
 
 
-def test_a_tap_keeps_its_last_forward(model: Any, made: list[CapturedGraph]) -> None:
+def test_a_tap_keeps_its_last_forward(model: Any, made: list[Captured]) -> None:
     """As in training: validation samples while the tap listens to steps with gradient."""
     with ScoreTap(model, layers=[6]) as tap:
         model.unet(
@@ -201,7 +202,7 @@ def test_a_tap_keeps_its_last_forward(model: Any, made: list[CapturedGraph]) -> 
 
 
 @pytest.mark.parametrize("listening", [nullcontext, trace], ids=["plain", "traced"])
-def test_a_step_waits_for_nothing(model: Any, made: list[CapturedGraph], listening: Callable[[Any], Any]) -> None:
+def test_a_step_waits_for_nothing(model: Any, made: list[Captured], listening: Callable[[Any], Any]) -> None:
     """Runs of more steps wait as often, once the graph is made."""
     with listening(model):
         drawn(model, steps=1, cuda_graphs=False)  # tries the kernels, once in a process
@@ -210,7 +211,7 @@ def test_a_step_waits_for_nothing(model: Any, made: list[CapturedGraph], listeni
         with listening(model), host_waits() as waits:
             drawn(model, steps=steps)
         waited.append(len(waits))
-    assert waited[0] == waited[1] + 2  # to see whether values are finite, and those of the graph
+    assert waited[0] == waited[1] + 3  # for a capture, and to see whether values are finite, and those of the graph
     assert waited[1] == waited[2]
     assert made[0].replays == 1 + 2 + 5
 
@@ -221,12 +222,77 @@ def failing(*_: Any, **__: Any) -> Any:
 
 def test_where_a_graph_cannot_be_made_images_are_made_without(model: Any) -> None:
     expected = drawn(model, cuda_graphs=False)
-    with patch.object(torch.cuda, "graph", failing):
+    with patch.object(CapturedGraph, "capture_begin", failing):
         with pytest.warns(UserWarning, match=r"without CUDA graphs.*not permitted.*sampling.cuda_graphs=false"):
             torch.testing.assert_close(drawn(model), expected, rtol=0, atol=0)
         torch.testing.assert_close(drawn(model), expected, rtol=0, atol=0)  # said once
     _, maps = traced(model, {})
     assert_same_maps(maps, traced(model, {}, cuda_graphs=False)[1])
+
+
+def test_a_capture_that_fails_half_way_leaves_the_others(model: Any, made: list[Captured]) -> None:
+    """Of a traced run, in the third piece; the pool and stream of the failure are not used again."""
+    expected = drawn(model)
+    _, maps = traced(model, {}, cuda_graphs=False)
+    begin = CapturedGraph.capture_begin
+
+    def fails(graph: CapturedGraph, *args: Any, **kwargs: Any) -> None:
+        if len(made) == 4:
+            raise RuntimeError("CUDA error: operation failed due to a previous error during capture")
+        begin(graph, *args, **kwargs)
+
+    with patch.object(CapturedGraph, "capture_begin", fails), pytest.warns(UserWarning, match="without CUDA graphs"):
+        assert_same_maps(traced(model, {})[1], maps)
+    assert_same_maps(traced(model, {})[1], maps)
+    before = len(made)
+    torch.testing.assert_close(drawn(model), expected, rtol=0, atol=0)
+    assert len(made) == before + 1
+    assert made[-1].replays > 0
+
+
+def test_recipes_that_read_a_module_in_another_way(model: Any, made: list[Captured]) -> None:
+    """Scale and heads are part of what was captured."""
+    recipe = model.attention_recipe()
+    plain = traced(model, {"recipe": recipe})[1]
+    for changes in ({"scale": 3.0}, {"heads": 1}):
+        other = replace(recipe, sites=tuple(replace(site, **changes) for site in recipe.sites))
+        expected = traced(model, {"recipe": other}, cuda_graphs=False)[1]
+        assert_same_maps(traced(model, {"recipe": other})[1], expected)
+    assert_same_maps(traced(model, {"recipe": recipe})[1], plain)
+    assert len(made) == 3 * (LAYERS + 1)
+
+
+def test_other_arithmetic_is_captured_anew(model: Any, made: list[Captured]) -> None:
+    drawn(model)
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high" if before == "highest" else "highest")
+    try:
+        drawn(model)
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert len(made) == 2
+
+
+def test_hooks_of_all_modules_are_called(model: Any, made: list[Captured]) -> None:
+    drawn(model)
+    seen: list[Any] = []
+    with nn.modules.module.register_module_forward_hook(lambda module, *_: seen.append(module)):
+        drawn(model)
+    assert seen.count(model.unet) == 3
+    assert made[0].replays == 3
+
+
+def test_a_model_that_is_not_used_is_freed(make_small_model: Callable[..., Any]) -> None:
+    """Also one with an attribute that leads back to it."""
+    model = make_small_model()
+    with card(), graphs_there() as made:
+        model.to("cuda").unet.conv_out.itself = model.unet.forward
+        drawn(model)
+        assert made
+        network = weakref.ref(model.unet)
+        del model
+        gc.collect()
+        assert network() is None
 
 
 def test_a_graph_that_gives_other_values_is_not_used(model: Any) -> None:
@@ -242,7 +308,7 @@ def test_a_graph_that_gives_other_values_is_not_used(model: Any) -> None:
         torch.testing.assert_close(drawn(model), expected, rtol=0, atol=0)
 
 
-def test_gradients_and_cpus_are_called(made: list[CapturedGraph], on_cpu: Any) -> None:
+def test_gradients_and_cpus_are_called(made: list[Captured], on_cpu: Any) -> None:
     model = on_cpu
     inputs = (torch.zeros(1, 12, 16, 12), torch.zeros(1), torch.ones(1, 48, 32))
     with torch.no_grad():
@@ -252,7 +318,7 @@ def test_gradients_and_cpus_are_called(made: list[CapturedGraph], on_cpu: Any) -
     assert not made
 
 
-def test_memory_is_given_back(model: Any, made: list[CapturedGraph]) -> None:
+def test_memory_is_given_back(model: Any, made: list[Captured]) -> None:
     drawn(model)
     assert model.unet in graphs._KEPT
     release_graphs(model.unet)
@@ -261,7 +327,7 @@ def test_memory_is_given_back(model: Any, made: list[CapturedGraph]) -> None:
     assert len(made) == 2
 
 
-def test_values_that_are_no_numbers_are_left_to_who_asked(model: Any, made: list[CapturedGraph]) -> None:
+def test_values_that_are_no_numbers_are_left_to_who_asked(model: Any, made: list[Captured]) -> None:
     with torch.no_grad():
         model.unet.conv_out.bias.fill_(math.nan)
         call = replayed(model.unet)

@@ -9,10 +9,12 @@ on the CPU. Seeded random numbers, which a card could draw anew, are refused, be
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
+from weakref import WeakSet
 
 import torch
 from torch import Tensor
@@ -33,13 +35,20 @@ WAITING = {
 """Operations whose result Python needs before it can go on."""
 
 
+@dataclass
+class Captured:
+    """What is remembered of a graph, also when it is gone."""
+
+    replays: int = 0
+
+
 class CapturedGraph(TorchDispatchMode):
     """Stands in for ``torch.cuda.CUDAGraph``."""
 
-    def __init__(self) -> None:
+    def __init__(self, machine: Machine) -> None:
         super().__init__()
+        self.machine, self.seen = machine, Captured()
         self.operations: list[tuple[Callable[..., Any], Any, Any, list[Any]]] = []
-        self.replays = 0
         self._made: set[int] = set()
         self._before: dict[int, tuple[torch.UntypedStorage, torch.UntypedStorage]] = {}
 
@@ -71,9 +80,34 @@ class CapturedGraph(TorchDispatchMode):
         for storage, before in self._before.values():
             storage.copy_(before)
 
+    def capture_begin(self, pool: int | None = None, capture_error_mode: str = "global") -> None:
+        """Raises where torch's allocator would: of a pool that has lost its graphs, one that a failed capture left
+        open, or one that another stream used."""
+        machine = self.machine
+        pool = machine.new_pool() if pool is None else pool
+        if machine.stream is machine.default:
+            raise RuntimeError("CUDA graphs must be captured on a non-default stream")
+        members, stream = machine.pools.setdefault(pool, (WeakSet(), machine.stream))
+        if machine.open_pools & {pool}:
+            raise RuntimeError(f"beginAllocateToPool: already recording to mempool_id {pool}")
+        if pool in machine.used and not members:
+            raise RuntimeError("INTERNAL ASSERT FAILED: it->second->use_count > 0")
+        if stream is not machine.stream:
+            raise RuntimeError("memory of a pool is used again on its own stream alone")
+        members.add(self)
+        machine.used.add(pool)
+        machine.open_pools.add(pool)
+        self.pool = pool
+        self.__enter__()
+
+    def capture_end(self) -> None:
+        """Ends it."""
+        self.__exit__(None, None, None)
+        self.machine.open_pools.discard(self.pool)
+
     def replay(self) -> None:
         """Computes all operations again, into the memory of the capture."""
-        self.replays += 1
+        self.seen.replays += 1
         # Nothing of this is Python's on a card, so nobody looks at it.
         with torch.no_grad(), torch._C.DisableTorchFunction(), _disable_current_modes():
             for func, args, kwargs, made in self.operations:
@@ -87,37 +121,66 @@ def _memory(tensor: Tensor) -> int:
     return tensor.untyped_storage()._cdata
 
 
-@contextmanager
-def graphs_there() -> Iterator[list[CapturedGraph]]:
-    """``torch.cuda.graph`` and streams on the card of ``tests.support.card``; gives the graphs that are made."""
-    made: list[CapturedGraph] = []
-    capturing = [False]
+class Machine:
+    """What torch's allocator and streams remember."""
 
-    def make() -> CapturedGraph:
-        made.append(CapturedGraph())
-        return made[-1]
+    def __init__(self) -> None:
+        self.graphs: list[Captured] = []
+        self.pools: dict[int, tuple[WeakSet[CapturedGraph], object]] = {}
+        self.used: set[int] = set()
+        self.open_pools: set[int] = set()
+        self.stream = self.default = self.new_stream()
+        self._count = 0
+
+    def new_stream(self, *_: object) -> SimpleNamespace:
+        return SimpleNamespace(is_capturing=self.capturing)
+
+    def new_pool(self) -> int:
+        self._count += 1
+        return self._count
+
+    def new_graph(self) -> CapturedGraph:
+        graph = CapturedGraph(self)
+        self.graphs.append(graph.seen)
+        return graph
+
+    def capturing(self) -> bool:
+        return bool(self.open_pools)
 
     @contextmanager
-    def capture(graph: CapturedGraph, pool: object = None, stream: object = None, **_: str) -> Iterator[None]:
-        capturing[0] = True
+    def on_stream(self, stream: Any) -> Iterator[None]:
+        before, self.stream = self.stream, stream
         try:
-            with graph:
-                yield
+            yield
         finally:
-            capturing[0] = False
+            self.stream = before
 
-    stream = SimpleNamespace(is_capturing=lambda: capturing[0])
+    @contextmanager
+    def captured(self, graph: CapturedGraph, pool: int | None = None, stream: Any = None) -> Iterator[None]:
+        with self.on_stream(stream or self.new_stream()):
+            graph.capture_begin(pool)
+            try:
+                yield
+            finally:
+                graph.capture_end()
+
+
+@contextmanager
+def graphs_there() -> Iterator[list[Captured]]:
+    """``torch.cuda.graph`` and streams on the card of ``tests.support.card``; gives the graphs that are made."""
+    machine = Machine()
     answers = {
-        "CUDAGraph": make,
-        "graph": capture,
-        "graph_pool_handle": lambda: (0, 1),
-        "Stream": lambda *_: stream,
-        "stream": lambda *_: nullcontext(),
-        "current_stream": lambda *_: stream,
-        "is_current_stream_capturing": lambda: capturing[0],
+        "CUDAGraph": machine.new_graph,
+        "graph": machine.captured,
+        "graph_pool_handle": machine.new_pool,
+        "Stream": machine.new_stream,
+        "stream": machine.on_stream,
+        "current_stream": lambda *_: machine.stream,
+        "is_current_stream_capturing": machine.capturing,
+        "empty_cache": lambda: None,
     }
     with ExitStack() as stack:
         for name, answer in answers.items():
             stack.enter_context(patch.object(torch.cuda, name, answer))
-        stack.enter_context(patch.object(torch.accelerator, "current_stream", lambda *_: stream))
-        yield made
+        stack.enter_context(patch.object(torch.accelerator, "current_stream", lambda *_: machine.stream))
+        yield machine.graphs
