@@ -93,7 +93,7 @@ def _called(network: nn.Module, *inputs: Tensor) -> Tensor:
 def _can_be_replayed(network: nn.Module, listeners: Sequence[Listener]) -> bool:
     if torch.cuda.is_current_stream_capturing() or any(each.change_keys is not None for each in listeners):
         return False
-    if nn.modules.module._has_any_global_hook():
+    if nn.modules.module._has_any_global_hook():  # type: ignore[no-untyped-call]
         return False
     own = {number for each in listeners for number in each.hook_ids}
     for module in network.modules():

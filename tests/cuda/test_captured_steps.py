@@ -107,7 +107,7 @@ def from_the_cpu(value: Tensor) -> dict[str, Tensor]:
 @pytest.mark.parametrize("step", [read, pick, draw, from_the_cpu])
 def test_the_capture_refuses(step: Callable[[Tensor], dict[str, Tensor]]) -> None:
     """What a card refuses, and random numbers of its own: the graphs that are not there would show it."""
-    with card(), graphs_there():
+    with card(), graphs_there(), STEPS.own_stream(torch.device("cuda")):
         captured = STEPS.CapturedStep(step, torch.device("cuda"))
         for _ in range(captured.UNCAPTURED):
             captured(value=torch.ones(3))
@@ -117,7 +117,7 @@ def test_the_capture_refuses(step: Callable[[Tensor], dict[str, Tensor]]) -> Non
 
 def test_a_replay_reads_what_was_copied_and_computes_once() -> None:
     """In place, through a view, into results: the capture itself changes nothing."""
-    with card(), graphs_there() as graphs:
+    with card(), graphs_there() as graphs, STEPS.own_stream(torch.device("cuda")):
         total = torch.zeros(2, 2, device="cuda")
 
         def step(value: Tensor) -> dict[str, Tensor]:
