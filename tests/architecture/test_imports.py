@@ -67,7 +67,8 @@ def test_no_pickled_weights_and_no_device_calls() -> None:
         if word in path.read_text(encoding="utf-8")
     ]
     advice = "i2am_train/weight_files.py: weights_only=False"  # text of an error, for a container
-    assert found == [advice]
+    capture = "i2am_train/models/graphs.py: empty_cache"  # as torch.cuda.graph does: a graph's memory is its own
+    assert found == [capture, advice]
 
 
 def test_weights_are_opened_in_one_place() -> None:

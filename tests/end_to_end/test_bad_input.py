@@ -602,7 +602,7 @@ def test_cheap_checks_come_before_a_dataset_is_drawn(
 OF_A_PROGRAM = {
     "trian": "Did you mean 'train'?",
     "data chek": "Did you mean 'check'?",
-    "data show": "There are make, derive, check, cache.",
+    "data show": "There are make, derive, match, check, cache.",
     "train --experiment refined": "Write experiment=VALUE.",
     "evaluate seed=1 --cfg job": "Did you mean",
     "data make train=1e30": "whole number of at most",
