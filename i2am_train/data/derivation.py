@@ -114,10 +114,18 @@ class DeriveReport:
             for folder in sorted({*self.made, *self.kept})
         ]
         lines = [f"{self.root}: {'; '.join(counts) or 'nothing to make'}; {len(self.refused)} refused."]
-        lines += [f"  {one.part} {one.name}: {one.reason}" for one in self.refused[:10]]
-        if len(self.refused) > 10:
-            lines.append(f"  and {len(self.refused) - 10} more (all of them are in the JSON report)")
-        return "\n".join(lines)
+        return "\n".join([*lines, *refusal_lines(self.refused)])
+
+
+def refusal_lines(refused: Sequence[Refusal]) -> list[str]:
+    """The first refusals, for a summary.
+
+    >>> refusal_lines([Refusal("train", "00017_00", "it is all black.")])
+    ['  train 00017_00: it is all black.']
+    """
+    lines = [f"  {one.part} {one.name}: {one.reason}" for one in refused[:10]]
+    more = f"  and {len(refused) - 10} more (all of them are in the JSON report)"
+    return [*lines, more] if len(refused) > 10 else lines
 
 
 def split_lists(config: DataDeriveConfig) -> list[Layout]:

@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from i2am_train.config.data import DataMatchConfig
 from i2am_train.data.dataset import Reading, halves
-from i2am_train.data.derivation import Refusal, attempt, require_size
+from i2am_train.data.derivation import Refusal, attempt, refusal_lines, require_size
 from i2am_train.data.layouts import GARMENT_ROLES, Layout, entries
 from i2am_train.data.matching import Garment, Matched, matched, sift_source
 from i2am_train.data.needed_files import refuse_doubles
@@ -118,10 +118,7 @@ class MatchReport:
                 f"  {part}: {np.count_nonzero(coverage)} of {len(of)} have matches; {coverage.mean():.1%} of the worn "
                 f"garments is known, with a mean confidence of {sure:.2f}."
             )
-        lines += [f"  {one.part} {one.name}: {one.reason}" for one in self.refused[:10]]
-        if len(self.refused) > 10:
-            lines.append(f"  and {len(self.refused) - 10} more (all of them are in the JSON report)")
-        return "\n".join(lines)
+        return "\n".join([*lines, *refusal_lines(self.refused)])
 
 
 def parts_to_match(config: DataMatchConfig) -> list[Layout]:

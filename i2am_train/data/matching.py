@@ -239,7 +239,7 @@ def matched(worn: Garment, flat: Garment, sources: Sequence[Source], parts: NDAr
         correspondence[where] = np.where(known[:, None], shares, np.nan)
         confidence[where] = np.where(known, support, 0.0)
         found.append(pairs)
-    every = Matches(*(np.concatenate([getattr(one, n) for one in found]) for n in vars(found[0]))) if found else NONE
+    every = _together([NONE, *found])
     pixels_of = Matches(every.worn * worn.length, every.flat * flat.length, every.confidence)
     return Matched(correspondence, confidence, pixels_of)
 
@@ -346,7 +346,11 @@ def _of_part(candidates: Sequence[_Candidates]) -> Matches | None:
 
 def _joined(some: Sequence[Matches]) -> Matches:
     """One after the other, without those that are too near to one before them."""
-    return Matches(*(np.concatenate([getattr(one, name) for one in some]) for name in vars(NONE))).spread()
+    return _together(some).spread()
+
+
+def _together(some: Sequence[Matches]) -> Matches:
+    return Matches(*(np.concatenate([getattr(one, name) for one in some]) for name in vars(NONE)))
 
 
 def _near(candidates: _Candidates, fitted: Matches) -> Matches:
@@ -442,11 +446,8 @@ def _breadth(places: Points) -> float:
 
 def _densely(pairs: Matches, places: Points) -> tuple[Points, NDArray[np.float64]]:
     """Where places lie on the flat garment, and the confidence in each, 0 where matches do not support it."""
-    warp, result, confidence = (
-        ThinPlate(pairs.worn, pairs.flat),
-        np.full((len(places), 2), np.nan),
-        np.zeros(len(places)),
-    )
+    warp = ThinPlate(pairs.worn, pairs.flat)
+    result, confidence = np.full((len(places), 2), np.nan), np.zeros(len(places))
     for start in range(0, len(places), BLOCK):
         some = places[start : start + BLOCK]
         nearest, _, third = np.partition(_apart(some, pairs.worn), (0, 1, 2), axis=1)[:, :3].T

@@ -63,11 +63,15 @@ def replayed(network: nn.Module) -> Call:
         return partial(_called, network)
     kept = _KEPT.setdefault(network, _Graphs())
     kept.forget_changed(_state_of(network))
-    return partial(_replayed, kept, network, listeners)
+    settings = _settings(listeners)
+    return partial(_replayed, kept, network, listeners, settings)
 
 
-def _replayed(kept: _Graphs, network: nn.Module, listeners: Sequence[Listener], *inputs: Tensor) -> Tensor:
-    key = _key(inputs, listeners)
+def _replayed(
+    kept: _Graphs, network: nn.Module, listeners: Sequence[Listener], settings: tuple[Any, ...], *inputs: Tensor
+) -> Tensor:
+    rounding = torch.is_autocast_enabled("cuda") and torch.get_autocast_dtype("cuda")
+    key = (*((tensor.shape, tensor.dtype, tensor.device) for tensor in inputs), rounding, *settings)
     if key in kept.captured:
         captured = kept.captured[key]
         return _called(network, *inputs) if captured is None else captured.replay(listeners, inputs)
@@ -104,24 +108,23 @@ def _can_be_replayed(network: nn.Module, listeners: Sequence[Listener]) -> bool:
     return True
 
 
-def _key(inputs: Sequence[Tensor], listeners: Sequence[Listener]) -> Any:
-    """What a graph was made for: shapes, arithmetic, and what is heard."""
+def _settings(listeners: Sequence[Listener]) -> tuple[Any, ...]:
+    """What a graph is made for besides its inputs: the process's choice of kernels, and what is heard."""
     return (
-        tuple((tensor.shape, tensor.dtype, tensor.device) for tensor in inputs),
-        torch.is_autocast_enabled("cuda") and torch.get_autocast_dtype("cuda"),
-        torch.get_float32_matmul_precision(),
         torch.are_deterministic_algorithms_enabled(),
-        *(getattr(torch.backends.cuda.matmul, name) for name in _MATMUL),
-        *(getattr(torch.backends.cudnn, name) for name in _CUDNN),
-        *(getattr(torch.backends.cuda, f"{name}_sdp_enabled")() for name in _ATTENTION),
+        torch.backends.cuda.matmul.fp32_precision,
+        torch.backends.cudnn.conv.fp32_precision,  # type: ignore[attr-defined]
+        *(
+            getattr(torch.backends.cuda.matmul, f"allow_{name}_reduced_precision_reduction")
+            for name in ("fp16", "bf16")
+        ),
+        *(getattr(torch.backends.cudnn, name) for name in ("enabled", "benchmark", "deterministic")),
+        *(
+            getattr(torch.backends.cuda, f"{name}_sdp_enabled")()
+            for name in ("flash", "mem_efficient", "math", "cudnn")
+        ),
         tuple((each.kind, tuple(map(_heard, each.sites))) for each in listeners),
     )
-
-
-_MATMUL = ("allow_tf32", "allow_fp16_reduced_precision_reduction", "allow_bf16_reduced_precision_reduction")
-_CUDNN = ("enabled", "allow_tf32", "benchmark", "deterministic")
-_ATTENTION = ("flash", "mem_efficient", "math", "cudnn")
-"""Settings of the process that choose kernels."""
 
 
 def _heard(site: SiteModule) -> Any:
@@ -140,16 +143,12 @@ class _Same:
         try:
             self.look: Callable[[], object] = weakref.ref(owner)
         except TypeError:  # numbers, slots and the like hold nothing
-            self.look = partial(_given, owner)
+            self.look = lambda: owner
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, _Same) or self.function is not other.function:
             return False
         return (own := self.look()) is not None and own is other.look()
-
-
-def _given(value: object) -> object:
-    return value
 
 
 def _state_of(network: nn.Module) -> list[Any]:

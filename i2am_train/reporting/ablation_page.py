@@ -135,11 +135,7 @@ def _lead_sections(study: Study) -> Iterator[Section]:
     if reference is None or focus is None or len(by_arm) < 2:
         return
     before, after = _mean_scores(study, reference, focus)
-    changes = {
-        name: after[name][_LED_BY] - before[name][_LED_BY]
-        for name in before.keys() & after.keys()
-        if _LED_BY in before[name] and _LED_BY in after[name]
-    }
+    changes = _changes(before, after, _LED_BY)
     names = [one.name for one in by_arm[focus]]
     known = [name for name in names if name in changes]
     middle = float(np.median(list(changes.values()))) if changes else 0.0
@@ -356,11 +352,7 @@ def sample_table(study: Study) -> Table | None:
     if reference is None or focus is None:
         return None
     before, after = _mean_scores(study, reference, focus)
-    changes = {
-        name: after[name][_RANKED_BY] - before[name][_RANKED_BY]
-        for name in before.keys() & after.keys()
-        if _RANKED_BY in before[name] and _RANKED_BY in after[name]
-    }
+    changes = _changes(before, after, _RANKED_BY)
     if len(changes) < 2:
         return None
     ranked = sorted(changes, key=lambda name: (-changes[name], name))
@@ -418,6 +410,15 @@ def _mean_scores(study: Study, reference: str, focus: str) -> tuple[Scores, Scor
         _by_sample(run for seed, run in first.items() if seed in shared),
         _by_sample(run for seed, run in second.items() if seed in shared),
     )
+
+
+def _changes(before: Scores, after: Scores, metric: str) -> dict[str, float]:
+    """Of the samples that have the score on both sides."""
+    return {
+        name: after[name][metric] - before[name][metric]
+        for name in before.keys() & after.keys()
+        if metric in before[name] and metric in after[name]
+    }
 
 
 def _by_sample(runs: Iterable[ArmRun]) -> dict[str, dict[str, float]]:

@@ -273,6 +273,18 @@ def test_other_arithmetic_is_captured_anew(model: Any, made: list[Captured]) -> 
     assert len(made) == 2
 
 
+def test_arithmetic_set_by_the_newer_names(model: Any, made: list[Captured]) -> None:
+    """Torch then refuses to say it by the older ones."""
+    drawn(model)
+    before = torch.backends.cuda.matmul.fp32_precision
+    torch.backends.cuda.matmul.fp32_precision = "tf32"
+    try:
+        drawn(model)
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = before
+    assert len(made) == 2
+
+
 def test_hooks_of_all_modules_are_called(model: Any, made: list[Captured]) -> None:
     drawn(model)
     seen: list[Any] = []
